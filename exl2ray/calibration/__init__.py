@@ -1,0 +1,1 @@
+"""Calibration rows of tokens, from the built-in text or from a Parquet file."""

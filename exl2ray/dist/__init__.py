@@ -1,0 +1,1 @@
+"""The only package that imports ray: session, workers, pool, schedule."""

@@ -1,0 +1,82 @@
+"""Typed errors.
+
+Every error that a user can cause, or must act on, is one of these: a message that says what is wrong and where
+(file, tensor, flag, numbers), and a hint that says what to do. The command line prints both and exits with the
+class's code; library code only raises.
+
+| exit code | class | meaning |
+|---|---|---|
+| 2 | UsageError | wrong or contradictory flags (click's own usage errors share it) |
+| 3 | SourceError | the source model cannot be used: files, config, tensors, tokenizer |
+| 4 | CalibrationError | calibration data missing, too small or unusable |
+| 5 | BudgetError | the bitrate cannot be reached with the options at hand |
+| 6 | NumericError | NaN, infinity, factorisation failure, an output that is clearly broken |
+| 7 | StoreError | the work directory: locked, corrupted, of another job, not writable, disk full |
+| 8 | FormatError | an EXL2 directory, tensor or measurement file breaks a rule of the format |
+| 9 | ClusterError | Ray or its workers: cannot start, item failed repeatedly |
+| 130 | Interrupted | stopped by the user; the work directory can be resumed |
+"""
+
+from __future__ import annotations
+
+
+class Exl2RayError(Exception):
+    """Base of all typed errors: ``message`` says what and where, ``hint`` how to fix it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[type[Exl2RayError], tuple[str, str]]:
+        # Errors cross process boundaries (Ray); the default reduction would drop the hint.
+        return (type(self), (self.message, self.hint))
+
+
+class UsageError(Exl2RayError):
+    exit_code = 2
+
+
+class SourceError(Exl2RayError):
+    exit_code = 3
+
+
+class UnknownArchitectureError(SourceError):
+    pass
+
+
+class CalibrationError(Exl2RayError):
+    exit_code = 4
+
+
+class BudgetError(Exl2RayError):
+    exit_code = 5
+
+
+class NumericError(Exl2RayError):
+    exit_code = 6
+
+
+class StoreError(Exl2RayError):
+    exit_code = 7
+
+
+class JobMismatchError(StoreError):
+    """The work directory belongs to a job with other settings."""
+
+
+class FormatError(Exl2RayError):
+    exit_code = 8
+
+
+class ClusterError(Exl2RayError):
+    exit_code = 9
+
+
+class Interrupted(Exl2RayError):
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""Files: Hugging Face sources, EXL2 tensors and directories, measurement.json, shards."""

@@ -1,0 +1,148 @@
+"""Row layouts and bit accounting of one quantised linear layer.
+
+``QParams`` is one option: which share of the rows gets which width, and the group size per width. ``GroupLayout`` is
+what an option means for a given K: the groups in stored order. Reference: converter-algorithm section 6 (allocation)
+and section 10 (total_bits); exl2-format sections 5 and 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exl2ray.errors import FormatError
+
+WIDTHS = (2, 3, 4, 5, 6, 8)  # bit widths of the format
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Groups of one linear, in stored order. ``bits[g]`` is the width and ``rows[g]`` the row count of group g."""
+
+    bits: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.bits) != len(self.rows) or not self.bits:
+            raise FormatError(f"group layout has {len(self.bits)} widths and {len(self.rows)} row counts")
+        for g, (b, n) in enumerate(zip(self.bits, self.rows, strict=True)):
+            if b not in WIDTHS:
+                raise FormatError(f"group {g}: width {b} is not one of {WIDTHS}")
+            if n <= 0 or n % 32:
+                raise FormatError(f"group {g}: {n} rows; the format needs a positive multiple of 32")
+        if any(a < b for a, b in zip(self.bits, self.bits[1:], strict=False)):
+            raise FormatError(f"widths increase along the stored groups: {self.bits}")
+
+    @property
+    def in_features(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First stored row of each group."""
+        out, row = [], 0
+        for n in self.rows:
+            out.append(row)
+            row += n
+        return tuple(out)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First ``q_weight`` row of each group (o_g of the format page)."""
+        out, row = [], 0
+        for b, n in zip(self.bits, self.rows, strict=True):
+            out.append(row)
+            row += n * b // 32
+        return tuple(out)
+
+    @property
+    def packed_rows(self) -> int:
+        """Rows of ``q_weight`` (Q of the format page)."""
+        return sum(n * b // 32 for b, n in zip(self.bits, self.rows, strict=True))
+
+    def total_bits(self, out_features: int, has_bias: bool = False) -> int:
+        """Bits of all ``q_*`` tensors (and the bias) of a linear with ``out_features`` (padded) columns."""
+        k, g, n = self.in_features, len(self.bits), out_features
+        weights = sum(r * b for b, r in zip(self.bits, self.rows, strict=True)) * n
+        return weights + 16 * g + 32 * g + 4 * g * n + 32 * k + (16 * n if has_bias else 0)
+
+
+@dataclass(frozen=True)
+class QParams:
+    """One quantisation option. ``props[i]`` of the rows get ``bits[i]``, in groups of ``group_sizes[i]`` rows."""
+
+    bits: tuple[int, ...]
+    props: tuple[float, ...]
+    group_sizes: tuple[int, ...]
+    scale_bits: int = 4
+
+    def layout(self, in_features: int) -> GroupLayout:
+        """Groups for K = ``in_features`` rows: ceil(share / group size) groups per width, the last one cut at K.
+
+        Raises FormatError if K is not a multiple of 32.
+        """
+        if in_features <= 0 or in_features % 32:
+            raise FormatError(f"in_features {in_features} is not a positive multiple of 32")
+        remaining = in_features
+        widths: list[int] = []
+        rows: list[int] = []
+        left = in_features
+        for b, p, size in zip(self.bits, self.props, self.group_sizes, strict=True):
+            groups = max(0, math.ceil(min(in_features * p, remaining) / size))
+            remaining -= groups * size
+            for _ in range(groups):
+                take = min(size, left)
+                if take <= 0:
+                    break
+                widths.append(b)
+                rows.append(take)
+                left -= take
+        if left:
+            raise FormatError(f"option {self.desc} covers {in_features - left} of {in_features} rows")
+        return GroupLayout(tuple(widths), tuple(rows))
+
+    def total_bits(self, in_features: int, out_features: int, has_bias: bool = False) -> int:
+        return self.layout(in_features).total_bits(out_features, has_bias)
+
+    @property
+    def desc(self) -> str:
+        """Text key of the option, e.g. ``0.05:3b_64g/0.95:2b_64g s4``."""
+        parts = "/".join(
+            f"{p:g}:{b}b_{g}g" for p, b, g in zip(self.props, self.bits, self.group_sizes, strict=True)
+        )
+        return f"{parts} s{self.scale_bits}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "group_size": {str(b): g for b, g in zip(self.bits, self.group_sizes, strict=True)},
+            "bits": list(self.bits),
+            "bits_prop": [int(p) if p == 1 else p for p in self.props],
+            "scale_bits": self.scale_bits,
+        }
+
+    @staticmethod
+    def from_json(obj: Mapping[str, Any]) -> QParams:
+        """Inverse of ``to_json``; raises FormatError naming the offending field."""
+        try:
+            bits = tuple(int(b) for b in obj["bits"])
+            sizes = {int(k): int(v) for k, v in obj["group_size"].items()}
+            props = tuple(float(p) for p in obj["bits_prop"])
+            params = QParams(bits, props, tuple(sizes[b] for b in bits), int(obj["scale_bits"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise FormatError(f"quantisation parameters {dict(obj)!r}: {type(e).__name__}: {e}") from e
+        if any(b not in WIDTHS for b in bits) or list(bits) != sorted(set(bits), reverse=True):
+            raise FormatError(f"quantisation widths {bits} are not strictly falling members of {WIDTHS}")
+        if abs(sum(props) - 1.0) > 1e-9 or any(p <= 0 for p in props):
+            raise FormatError(f"quantisation shares {props} do not sum to 1")
+        if any(s <= 0 or s % 32 for s in params.group_sizes):
+            raise FormatError(f"group sizes {params.group_sizes} are not positive multiples of 32")
+        if params.scale_bits != 4:
+            raise FormatError(f"scale_bits is {params.scale_bits}; the format has 4")
+        return params
+
+
+def pad32(n: int) -> int:
+    """``n`` rounded up to a multiple of 32 (width of all quantised tensors)."""
+    return (n + 31) // 32 * 32

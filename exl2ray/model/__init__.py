@@ -1,0 +1,1 @@
+"""Models: the architecture table, module lists, and the block forward passes that calibration needs."""

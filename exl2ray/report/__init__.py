@@ -1,0 +1,1 @@
+"""Plots, HTML report and model card."""

@@ -1,0 +1,1 @@
+"""The work directory: atomic commits, immutable records, resume scan, events."""
