@@ -1,0 +1,191 @@
+"""config.json of a Hugging Face model: reading it, and writing the spelling that EXL2 loaders understand.
+
+``transformers`` 5 moved the rotary settings into ``rope_parameters`` and the sliding-window pattern into
+``layer_types``. EXL2 loaders read the older keys only, and fall back to theta = 10000 without a message when they are absent
+(architectures section 6.4). ``legacy_config`` adds the old keys to a config in either spelling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exl2ray.errors import Exl2RayError, SourceError
+
+MAX_CONFIG_BYTES = 16 << 20
+
+
+def read_config(path: Path, error: type[Exl2RayError] = SourceError) -> dict[str, Any]:
+    """Parse config.json: an object whose ``architectures`` holds exactly one name (exl2-format section 2)."""
+    hint = "the directory must be a complete Hugging Face model"
+    raw = read_limited(path, MAX_CONFIG_BYTES, error, hint)
+    try:
+        config = json.loads(raw.decode("utf-8"))
+    except RecursionError as e:
+        raise error(f"{path}: nested too deeply") from e
+    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise error(f"{path}: not valid JSON: {e}", hint) from e
+    if not isinstance(config, dict):
+        raise error(f"{path}: a JSON object is needed, this is a {type(config).__name__}", hint)
+    found = config.get("architectures")
+    if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
+        raise error(f"{path}: architectures is {str(found)[:80]}; the format needs a list of exactly one name")
+    return config
+
+
+def read_limited(path: Path, limit: int, error: type[Exl2RayError], hint: str = "") -> bytes:
+    """All bytes of a regular file of at most ``limit`` bytes; raises ``error`` otherwise."""
+    if not path.is_file():
+        raise error(f"{path}: missing or not a regular file", hint)
+    try:
+        with path.open("rb") as f:
+            raw = f.read(limit + 1)
+    except OSError as e:
+        raise error(f"{path}: cannot be read: {e.strerror or e}") from e
+    if len(raw) > limit:
+        raise error(f"{path}: larger than {limit} bytes")
+    return raw
+
+
+# Keys that the loader reads at the top level only, also for multimodal configs (architectures section 4, "no" rows).
+TOP_LEVEL_KEYS = (
+    "attention_bias",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "mlp_bias",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "residual_multiplier",
+    "scale_depth",
+    "scale_emb",
+    "sliding_window_pattern",
+    "tie_word_embeddings",
+    "use_qk_norm",
+)
+MROPE_ARCHITECTURES = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+PATTERN_ARCHITECTURES = ("Cohere2ForCausalLM", "Gemma3ForConditionalGeneration")
+
+
+def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``config`` that also holds the keys of ``transformers`` 4, at the levels where EXL2 loaders read them.
+
+    Everything present stays, new-style keys included. Written from the new form when the old key is absent or null:
+    rope_theta, rope_scaling (with exactly one of type / rope_type), partial_rotary_factor,
+    original_max_position_embeddings, sliding_window_pattern, layer_norm_epsilon (StarCoder2).
+
+    Raises SourceError when both spellings are present and disagree, or when ``layer_types`` has no regular pattern.
+    """
+    out = dict(config)
+    architecture = str((config.get("architectures") or [""])[0])
+    text = out.get("text_config")
+    if isinstance(text, Mapping):
+        out["text_config"] = text = dict(text)
+        _add_legacy_keys(text, architecture)
+        for key in TOP_LEVEL_KEYS:
+            if out.get(key) is None and text.get(key) is not None:
+                out[key] = text[key]
+    _add_legacy_keys(out, architecture)
+    return out
+
+
+def _add_legacy_keys(level: dict[str, Any], architecture: str) -> None:
+    """Write the old spelling of one level (top or text_config) next to the new one."""
+    rope = level.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        if isinstance(rope.get("full_attention"), Mapping):  # one entry per layer type, as in Gemma 3
+            rope = rope["full_attention"]
+        keys = ["rope_theta", "partial_rotary_factor"]
+        if rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
+            keys.append("original_max_position_embeddings")
+        for key in keys:
+            _add(level, key, rope.get(key), "rope_parameters")
+        if level.get("rope_scaling") is None:
+            level["rope_scaling"] = _rope_scaling(rope, architecture)
+            if level["rope_scaling"] is None:
+                del level["rope_scaling"]
+        else:
+            _check_same_scaling(level["rope_scaling"], rope)
+    if isinstance(level.get("rope_scaling"), Mapping):
+        level["rope_scaling"] = _one_selector(level["rope_scaling"], architecture)
+    if architecture in PATTERN_ARCHITECTURES and isinstance(level.get("layer_types"), list):
+        level["sliding_window_pattern"] = _pattern(level["layer_types"], level.get("sliding_window_pattern"))
+    if architecture == "Starcoder2ForCausalLM":
+        _add(level, "layer_norm_epsilon", level.get("norm_epsilon"), "norm_epsilon")
+
+
+def _add(level: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    if value is None:
+        return
+    if level.get(key) is None:
+        level[key] = value
+    elif level[key] != value:
+        raise SourceError(
+            f"config.json: {key} is {level[key]!r}, but {origin} says {value!r}",
+            "remove the wrong one: loaders that read different spellings would run different models",
+        )
+
+
+def _rope_scaling(rope: Mapping[str, Any], architecture: str) -> dict[str, Any] | None:
+    """``rope_scaling`` from the entries of ``rope_parameters``; None when there is no scaling."""
+    kind = rope.get("rope_type", rope.get("type"))
+    if architecture in MROPE_ARCHITECTURES and "mrope_section" in rope:
+        return {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    if kind in (None, "default"):
+        return None
+    dropped = ("rope_theta", "partial_rotary_factor", "type", "rope_type")
+    return {"rope_type": kind, **{k: v for k, v in rope.items() if k not in dropped}}
+
+
+def _one_selector(scaling: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """Keep one of ``type`` / ``rope_type``: the loader refuses both, which ``transformers`` 4.57 writes."""
+    out = dict(scaling)
+    if architecture in MROPE_ARCHITECTURES and "mrope_section" in out:
+        out.pop("rope_type", None)
+        return {**out, "type": "mrope"}
+    if out.get("type") and out.get("rope_type"):
+        if out["type"] != out["rope_type"]:
+            raise SourceError(
+                f"config.json: rope_scaling has type {out['type']!r} and rope_type {out['rope_type']!r}",
+                "keep the one that the model was trained with",
+            )
+        del out["type"]
+    return out
+
+
+def _check_same_scaling(old: Any, rope: Mapping[str, Any]) -> None:
+    if not isinstance(old, Mapping):
+        raise SourceError(f"config.json: rope_scaling is a {type(old).__name__}, not an object")
+    for key in ("factor", "low_freq_factor", "high_freq_factor", "long_factor", "short_factor"):
+        if key in old and key in rope and old[key] != rope[key]:
+            raise SourceError(
+                f"config.json: rope_scaling.{key} is {str(old[key])[:60]}, rope_parameters.{key} {str(rope[key])[:60]}",
+                "remove the wrong one: loaders that read different spellings would run different models",
+            )
+
+
+def _pattern(layer_types: list[Any], given: Any) -> int:
+    """Distance p between full-attention layers: layer i slides iff (i + 1) mod p is not 0 (architectures 5.13).
+
+    ``given`` is the config's own sliding_window_pattern or None; it must agree. Without any full-attention layer, every
+    p larger than the list describes it.
+    """
+    full = [i for i, kind in enumerate(layer_types) if kind == "full_attention"]
+    p = given if type(given) is int else (full[0] if full else len(layer_types)) + 1
+    if p < 2 or layer_types != [
+        "full_attention" if (i + 1) % p == 0 else "sliding_attention" for i in range(len(layer_types))
+    ]:
+        raise SourceError(
+            f"config.json: layer_types {str(layer_types)[:120]} is not full attention in every p-th layer with "
+            + (f"p = sliding_window_pattern = {p}" if given is not None else "one p > 1"),
+            "EXL2 loaders know no other mixture of sliding and full attention",
+        )
+    return p

@@ -1,0 +1,224 @@
+"""One safetensors file: strict header parsing, lazy reading of single tensors.
+
+A safetensors file is an 8-byte little-endian header length, a JSON object ``name -> {dtype, shape, data_offsets}``,
+then the data (exl2-format section 2). Headers come from downloads, so nothing in them is believed: every number is
+checked against the file's size before anything is allocated, and the data section must be covered exactly, without
+overlaps, holes or leftovers. Errors name the file, the tensor and the numbers.
+
+Tensors are read with plain reads into freshly allocated memory, not through a memory map: a file that shrinks or a
+network mount that goes away is then an error of that read and not a SIGBUS of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from exl2ray.errors import Exl2RayError, SourceError
+
+MAX_HEADER_BYTES = 32 << 20  # room for about 200 000 tensors; the largest published models have fewer than 100 000
+MAX_DIMENSIONS = 8
+
+# Safetensors dtype name -> torch dtype. Types with elements smaller than a byte are refused.
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: ``begin`` is its absolute byte offset in ``file``."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+class TensorFile:
+    """The header of one safetensors file; ``load`` reads one tensor (or some rows of it).
+
+    Raises ``error`` (a typed error class, SourceError by default) for anything broken.
+    """
+
+    def __init__(self, path: str | Path, error: type[Exl2RayError] = SourceError) -> None:
+        self.path = Path(path)
+        self.error = error
+        try:
+            with self.path.open("rb") as f:
+                self.file_bytes = f.seek(0, 2)
+                f.seek(0)
+                header, data_start = _read_header(f, self.path, self.file_bytes, error)
+        except OSError as e:
+            raise error(f"{self.path}: cannot be read: {e.strerror or e}") from e
+        self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", {}), self.path, error)
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, entry in header.items():
+            self.tensors[name] = _tensor_info(name, entry, self.path, data_start, self.file_bytes, error)
+        _check_coverage(self.tensors, self.path, data_start, self.file_bytes, error)
+
+    def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Read one tensor, or the rows ``rows`` (of dimension 0, step 1) of it, in its stored dtype, on the CPU."""
+        if name not in self.tensors:
+            raise self.error(f"{self.path}: has no tensor {name!r}")
+        return read_tensor(self.tensors[name], rows, self.error)
+
+
+def read_tensor(
+    info: TensorInfo, rows: slice | None = None, error: type[Exl2RayError] = SourceError
+) -> torch.Tensor:
+    """Read the tensor described by ``info`` (see TensorFile.load)."""
+    shape, begin, nbytes = info.shape, info.begin, info.nbytes
+    if rows is not None:
+        if not shape:
+            raise error(f"{info.file}: tensor {info.name!r} is a scalar; it has no rows to select")
+        first, last, step = rows.indices(shape[0])
+        if step != 1:
+            raise error(f"{info.file}: tensor {info.name!r}: row slices need step 1, not {step}")
+        count = max(0, last - first)
+        row_bytes = nbytes // shape[0] if shape[0] else 0
+        begin, nbytes, shape = begin + first * row_bytes, count * row_bytes, (count, *shape[1:])
+    out = torch.empty(nbytes, dtype=torch.uint8)
+    try:
+        with info.file.open("rb", buffering=0) as f:
+            f.seek(begin)
+            _read_into(f, out.numpy().data, info, error)
+    except OSError as e:
+        raise error(f"{info.file}: tensor {info.name!r}: cannot be read: {e.strerror or e}") from e
+    return out.view(DTYPES[info.dtype]).reshape(shape)
+
+
+def _read_into(f: Any, buffer: memoryview, info: TensorInfo, error: type[Exl2RayError]) -> None:
+    done = 0
+    while done < len(buffer):
+        # Linux reads at most 2 GiB at once, so one call may be short without the file being so.
+        got = f.readinto(buffer[done : done + (1 << 30)])
+        if not got:
+            raise error(
+                f"{info.file}: tensor {info.name!r}: the file ends {len(buffer) - done} bytes early; "
+                "it was longer when opened",
+                "do not change a model while it is being read",
+            )
+        done += got
+
+
+def strict_json_object(raw: bytes, what: str, error: type[Exl2RayError]) -> dict[str, Any]:
+    """Parse a JSON object, refusing duplicate keys, NaN and deep nesting; ``what`` opens every message."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            keys = [k for k, _ in pairs]
+            seen: set[str] = set()
+            twice = next(k for k in keys if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise error(f"{what}: the key {twice!r} appears twice in one object")
+        return out
+
+    def constant(text: str) -> Any:
+        raise error(f"{what}: {text} is not a JSON number")
+
+    try:
+        obj = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except UnicodeDecodeError as e:
+        raise error(f"{what}: not UTF-8 text (byte {e.start})") from e
+    except RecursionError as e:
+        raise error(f"{what}: nested too deeply") from e
+    except ValueError as e:
+        raise error(f"{what}: not valid JSON: {e}") from e
+    if not isinstance(obj, dict):
+        raise error(f"{what}: a JSON object is needed, this is a {type(obj).__name__}")
+    return obj
+
+
+def _read_header(
+    f: BinaryIO, path: Path, file_bytes: int, error: type[Exl2RayError]
+) -> tuple[dict[str, Any], int]:
+    if file_bytes < 8:
+        raise error(
+            f"{path}: {file_bytes} bytes; a safetensors file has at least 8",
+            "the download is incomplete; a Git LFS pointer has this size too",
+        )
+    length = int.from_bytes(f.read(8), "little")
+    if 8 + length > file_bytes:
+        raise error(
+            f"{path}: header length {length} does not fit into the file's {file_bytes} bytes",
+            "the file is truncated, or not a safetensors file (a Git LFS pointer?)",
+        )
+    if length > MAX_HEADER_BYTES:
+        raise error(f"{path}: header length {length} exceeds the limit of {MAX_HEADER_BYTES} bytes")
+    raw = f.read(length)
+    if len(raw) != length:
+        raise error(f"{path}: header ends after {len(raw)} of {length} bytes")
+    return strict_json_object(raw, f"{path}: header", error), 8 + length
+
+
+def _metadata(obj: Any, path: Path, error: type[Exl2RayError]) -> dict[str, str]:
+    if not isinstance(obj, dict) or not all(isinstance(v, str) for v in obj.values()):
+        raise error(f"{path}: header: __metadata__ must map strings to strings")
+    return obj
+
+
+def _is_count(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 1 << 63  # bool is an int in Python, not in the file format
+
+
+def _tensor_info(
+    name: str, entry: Any, path: Path, data_start: int, file_bytes: int, error: type[Exl2RayError]
+) -> TensorInfo:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise error(f"{where}: the header entry must hold exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise error(f"{where}: dtype {str(dtype)[:40]!r} is not one of {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
+        raise error(f"{where}: shape {str(shape)[:80]} is not a list of at most {MAX_DIMENSIONS} counts")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise error(f"{where}: data_offsets {str(offsets)[:80]} is not a pair of byte offsets")
+    begin, end = offsets
+    available = file_bytes - data_start
+    if not begin <= end <= available:
+        raise error(
+            f"{where}: data_offsets [{begin}, {end}] do not fit into the file's data section of {available} bytes",
+            "the file is truncated: fetch it again" if end > available else "",
+        )
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if nbytes != end - begin:
+        raise error(f"{where}: {dtype} {shape} needs {nbytes} bytes, data_offsets [{begin}, {end}] hold {end - begin}")
+    return TensorInfo(name, path, dtype, tuple(shape), data_start + begin, nbytes)
+
+
+def _check_coverage(
+    tensors: dict[str, TensorInfo], path: Path, data_start: int, file_bytes: int, error: type[Exl2RayError]
+) -> None:
+    """The tensors, sorted by offset, must tile the data section: no overlap, no hole, nothing left over."""
+    position, before = data_start, "the header"
+    for t in sorted(tensors.values(), key=lambda t: (t.begin, t.nbytes)):
+        if t.begin != position:
+            what = "overlaps" if t.begin < position else f"leaves a hole of {t.begin - position} bytes after"
+            raise error(f"{path}: tensor {t.name!r} at byte {t.begin} {what} {before}, which ends at byte {position}")
+        position, before = t.begin + t.nbytes, f"tensor {t.name!r}"
+    if position != file_bytes:
+        raise error(f"{path}: {file_bytes - position} bytes after the last tensor ({before}) belong to no tensor")
