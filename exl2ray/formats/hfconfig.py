@@ -1,8 +1,8 @@
 """config.json of a Hugging Face model: reading it, and writing the spelling that EXL2 loaders understand.
 
 ``transformers`` 5 moved the rotary settings into ``rope_parameters`` and the sliding-window pattern into
-``layer_types``. EXL2 loaders read the older keys only, and fall back to theta = 10000 without a message when they are absent
-(architectures section 6.4). ``legacy_config`` adds the old keys to a config in either spelling.
+``layer_types``. EXL2 loaders read the older keys only, and fall back to theta = 10000 without a message when they are
+absent (architectures section 6.4). ``legacy_config`` adds the old keys to a config in either spelling.
 """
 
 from __future__ import annotations
