@@ -1,0 +1,117 @@
+"""The group step on the CPU, compiled by Numba: the same contract as the GPU kernels in `exl2ray.cuda.kernels`.
+
+One call handles one row group of many *segments* at once. A segment is a run of columns that forms one linear layer under
+one option: its columns share the scale search, nothing else. Work is cut into blocks of columns; sums over columns are
+kept per block and added in block order, so results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+_MAGIC = np.float32(0.75)  # ulp of [0.5, 1) is 2^-24, the spacing of subnormal halves
+_SMALLEST_NORMAL = np.float32(2.0**-14)
+BLOCK = 64  # columns per block
+
+
+@numba.njit(cache=True, inline="always")
+def _half(x):  # type: ignore[no-untyped-def]
+    """float32 rounded to the nearest half (ties to even), as float32. |x| must be below 65520."""
+    if abs(x) < _SMALLEST_NORMAL:
+        # Adding and removing 0.75 rounds to a multiple of 2^-24; exact for both signs.
+        return np.float32((abs(x) + _MAGIC) - _MAGIC) * (np.float32(1.0) if x >= 0 else np.float32(-1.0))
+    # Veltkamp splitting: keeps 11 significant bits, nearest even.
+    c = np.float32(x * np.float32(8193.0))
+    return np.float32(c - np.float32(c - x))
+
+
+@numba.njit(cache=True, parallel=True)
+def column_tops(x, blocks, block_top):  # type: ignore[no-untyped-def]
+    """block_top[b] = largest |x| of block b; x (n, C) float32, blocks (B, 3) int32 of (segment, first, last+1)."""
+    for b in numba.prange(blocks.shape[0]):
+        top = np.float32(0.0)
+        for r in range(x.shape[0]):
+            for c in range(blocks[b, 1], blocks[b, 2]):
+                top = max(top, abs(x[r, c]))
+        block_top[b] = top
+
+
+@numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract"})
+def grid_errors(x, blocks, seg_top, seg_bits, grid, scale_codes, partial):  # type: ignore[no-untyped-def]
+    """Scale codes of every column and, per block and grid point, the sum of |error|^3.5.
+
+    seg_top (S,) float32 = M of each segment; scale_codes (C,) uint8 out; partial (B, 97) float32 out.
+    """
+    n = x.shape[0]
+    for b in numba.prange(blocks.shape[0]):
+        seg = blocks[b, 0]
+        c0, c1 = blocks[b, 1], blocks[b, 2]
+        width = c1 - c0
+        bits = seg_bits[seg]
+        zero = np.float32(1 << (bits - 1))
+        high = np.float32((1 << bits) - 1) - zero
+        half_range = np.float32((1 << bits) - 1) / np.float32(2.0)
+        step = np.empty(BLOCK, np.float32)
+        for c in range(c0, c1):
+            top = np.float32(0.0)
+            for r in range(n):
+                top = max(top, abs(x[r, c]))
+            base = (top + np.float32(1e-12)) / half_range
+            code = np.rint(np.float32(16.0) * np.sqrt(base / seg_top[seg]))
+            code = min(max(code, np.float32(1.0)), np.float32(16.0))
+            scale_codes[c] = np.uint8(code)
+            ratio = code / np.float32(16.0)
+            step[c - c0] = ratio * ratio * seg_top[seg]
+        scaled = np.empty(BLOCK, np.float32)
+        for i in range(grid.shape[0]):
+            for j in range(width):
+                scaled[j] = step[j] * grid[i]
+            total = np.float32(0.0)
+            for r in range(n):
+                for j in range(width):
+                    v = x[r, c0 + j]
+                    s = scaled[j]
+                    q = np.rint(v / s)
+                    q = min(max(q, -zero), high)
+                    d = abs(q * s - v)
+                    total += d * d * d * np.sqrt(d)
+            partial[b, i] = total
+
+
+@numba.njit(cache=True, parallel=True)
+def quantize(x, u, feedback, blocks, seg_bits, seg_m, scale_codes, dq, codes, error):  # type: ignore[no-untyped-def]
+    """Integers, reconstructed weights and scaled errors of one group.
+
+    x (n, C) float32 is overwritten; u (n, n) float32 upper, the group's block of U; seg_m (S,) float32 holds
+    fp16(scale_max / 256). Out: dq (n, C) float32 (values of halves), codes (n, C) uint8, error (n, C) float32 = e of GPTQ.
+    """
+    n = x.shape[0]
+    for b in numba.prange(blocks.shape[0]):
+        seg = blocks[b, 0]
+        c0, c1 = blocks[b, 1], blocks[b, 2]
+        bits = seg_bits[seg]
+        zero = np.float32(1 << (bits - 1))
+        high = np.float32((1 << bits) - 1) - zero
+        step = np.empty(BLOCK, np.float32)
+        for c in range(c0, c1):
+            code = np.float32(scale_codes[c])
+            step[c - c0] = _half(code * code * seg_m[seg])
+        for r in range(n):
+            for c in range(c0, c1):
+                s = step[c - c0]
+                v = x[r, c]
+                q = np.float32(0.0)
+                if s > 0:
+                    q = min(max(np.rint(v / s), -zero), high)
+                elif v != 0:
+                    q = high if v > 0 else -zero
+                d = _half(q * s)
+                dq[r, c] = d
+                codes[r, c] = np.uint8(q + zero)
+                error[r, c] = (v - d) / u[r, r] if feedback else np.float32(0.0)
+            if feedback:
+                for k in range(r + 1, n):
+                    f = u[r, k]
+                    for c in range(c0, c1):
+                        x[k, c] -= f * error[r, c]

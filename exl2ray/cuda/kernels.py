@@ -1,0 +1,263 @@
+"""Numba CUDA kernels of one group step. Plain references: `exl2ray.quant.scales.search`, `exl2ray.quant.gptq`.
+
+Four launches per group of n rows (32, 64 or 128), each over every segment of the batch:
+
+    column_tops   largest |x| of each column, and per block
+    grid_errors   M of the segment, scale codes, and per block the summed |error|^3.5 at the 97 shrink factors
+    choose        per segment: first smallest sum -> scale_max
+    quantize      integers, reconstruction in the loader's half chain, in-group error feedback
+
+Sums run in a fixed order and no atomics are used: the same input gives the same bytes. `x` is the panel buffer; the group
+occupies its rows a .. a+n. Blocks of columns never straddle segments (widths are multiples of 32).
+
+|d|^3.5 = d^4 / sqrt(d): one reciprocal root, no power function. Rounding to the nearest integer by adding and removing
+1.5 * 2^23 costs two additions where the conversion unit would be a bottleneck; fastmath stays off, it would remove them
+and make the final division approximate. The columns are scaled to unit step first, so step^3.5 leaves the grid loop.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+from numba import cuda
+
+COLUMNS = 32  # columns per block of the search kernels
+LANES = 8  # threads per column there
+POINTS = 13  # grid points per thread: 8 x 13 >= 97
+GRID_POINTS = 97
+QUANT_COLUMNS = 64  # columns per block of `quantize`: 64 x 128 floats of shared memory = 32 KB
+MAX_GROUP = 128
+
+_ROUND = np.float32(12582912.0)  # 1.5 * 2^23
+_TINY = np.float32(1e-12)
+
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+
+    def _rsqrt(x):
+        return np.float32(1.0) / np.float32(math.sqrt(x))
+
+else:
+    from numba.cuda import libdevice
+
+    @cuda.jit(device=True, inline=True)
+    def _rsqrt(x):
+        return libdevice.rsqrtf(x)
+
+
+@cuda.jit
+def column_tops(x, a, n, blocks, col_top, block_top):
+    """col_top (C,) and block_top (B,) float32: largest |x| in rows a .. a+n. Launch: B blocks of 256 threads."""
+    part = cuda.shared.array((LANES, COLUMNS), np.float32)
+    b = cuda.blockIdx.x
+    j = cuda.threadIdx.x % COLUMNS
+    lane = cuda.threadIdx.x // COLUMNS
+    c = blocks[b, 1] + j
+    top = np.float32(0.0)
+    for r in range(lane, n, LANES):
+        top = max(top, abs(x[a + r, c]))
+    part[lane, j] = top
+    cuda.syncthreads()
+    if lane == 0:
+        for k in range(1, LANES):
+            top = max(top, part[k, j])
+        col_top[c] = top
+        part[0, j] = top
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        for k in range(1, COLUMNS):
+            top = max(top, part[0, k])
+        block_top[b] = top
+
+
+@cuda.jit(device=True, inline=True)
+def _term(t, p, inverse, low, high):
+    """|clamp(rint(t / p)) p - t|^3.5 for one weight in units of its column's step."""
+    q = (t * inverse + _ROUND) - _ROUND
+    q = min(max(q, low), high)
+    d = max(abs(q * p - t), _TINY)
+    square = d * d
+    return square * square * _rsqrt(d)
+
+
+@cuda.jit
+def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_top, scale_codes, seg_top, partial):
+    """Scale codes (G, C) uint8 row g, seg_top (S,) and partial (B, 104) float32. Launch: B blocks of 256 threads."""
+    part = cuda.shared.array((LANES * POINTS, COLUMNS), np.float32)
+    tops = cuda.shared.array(COLUMNS * LANES, np.float32)
+    b = cuda.blockIdx.x
+    t = cuda.threadIdx.x
+    j = t % COLUMNS
+    lane = t // COLUMNS
+    seg = blocks[b, 0]
+    c = blocks[b, 1] + j
+    bits = seg_bits[seg, g]
+    zero = np.float32(1 << (bits - 1))
+    maxq = np.float32((1 << bits) - 1)
+
+    top = np.float32(0.0)
+    for k in range(seg_first[seg] + t, seg_first[seg + 1], COLUMNS * LANES):
+        top = max(top, block_top[k])
+    tops[t] = top
+    cuda.syncthreads()
+    half = COLUMNS * LANES // 2
+    while half > 0:
+        if t < half:
+            tops[t] = max(tops[t], tops[t + half])
+        cuda.syncthreads()
+        half //= 2
+    top = (tops[0] + np.float32(1e-12)) / (maxq / np.float32(2.0))
+
+    base = (col_top[c] + np.float32(1e-12)) / (maxq / np.float32(2.0))
+    code = (np.float32(16.0) * np.float32(math.sqrt(base / top)) + _ROUND) - _ROUND
+    code = min(max(code, np.float32(1.0)), np.float32(16.0))
+    if lane == 0:
+        scale_codes[g, c] = np.uint8(code)
+        if c == blocks[seg_first[seg], 1]:
+            seg_top[seg] = top
+    ratio = code / np.float32(16.0)
+    step = ratio * ratio * top
+    inverse = np.float32(1.0) / step
+
+    low = -zero
+    high = maxq - zero
+    i = lane * POINTS
+    p0, p1, p2, p3, p4, p5, p6 = grid[i], grid[i + 1], grid[i + 2], grid[i + 3], grid[i + 4], grid[i + 5], grid[i + 6]
+    p7, p8, p9, p10, p11, p12 = grid[i + 7], grid[i + 8], grid[i + 9], grid[i + 10], grid[i + 11], grid[i + 12]
+    one = np.float32(1.0)
+    v0, v1, v2, v3, v4, v5, v6 = one / p0, one / p1, one / p2, one / p3, one / p4, one / p5, one / p6
+    v7, v8, v9, v10, v11, v12 = one / p7, one / p8, one / p9, one / p10, one / p11, one / p12
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = s9 = s10 = s11 = s12 = np.float32(0.0)
+    for r in range(n):
+        w = x[a + r, c] * inverse
+        s0 += _term(w, p0, v0, low, high)
+        s1 += _term(w, p1, v1, low, high)
+        s2 += _term(w, p2, v2, low, high)
+        s3 += _term(w, p3, v3, low, high)
+        s4 += _term(w, p4, v4, low, high)
+        s5 += _term(w, p5, v5, low, high)
+        s6 += _term(w, p6, v6, low, high)
+        s7 += _term(w, p7, v7, low, high)
+        s8 += _term(w, p8, v8, low, high)
+        s9 += _term(w, p9, v9, low, high)
+        s10 += _term(w, p10, v10, low, high)
+        s11 += _term(w, p11, v11, low, high)
+        s12 += _term(w, p12, v12, low, high)
+    # step^3.5, taken relative to the segment's top so that small weights do not underflow
+    unit = ratio * ratio
+    weight = unit * unit * unit * np.float32(math.sqrt(unit))
+    part[i, j] = s0 * weight
+    part[i + 1, j] = s1 * weight
+    part[i + 2, j] = s2 * weight
+    part[i + 3, j] = s3 * weight
+    part[i + 4, j] = s4 * weight
+    part[i + 5, j] = s5 * weight
+    part[i + 6, j] = s6 * weight
+    part[i + 7, j] = s7 * weight
+    part[i + 8, j] = s8 * weight
+    part[i + 9, j] = s9 * weight
+    part[i + 10, j] = s10 * weight
+    part[i + 11, j] = s11 * weight
+    part[i + 12, j] = s12 * weight
+    cuda.syncthreads()
+    if t < LANES * POINTS:
+        total = np.float32(0.0)
+        for k in range(COLUMNS):
+            # rotated start: neighbouring threads read different banks; the order is still fixed per point
+            total += part[t, (k + t) % COLUMNS]
+        partial[b, t] = total
+
+
+@cuda.jit
+def choose(partial, seg_first, seg_top, grid, g, scale_max, seg_m):
+    """scale_max (G, S) float16 row g; seg_m (S,) float32 = fp16(scale_max / 256). Launch: S blocks of 416 threads."""
+    part = cuda.shared.array((4, LANES * POINTS), np.float32)
+    seg = cuda.blockIdx.x
+    i = cuda.threadIdx.x % (LANES * POINTS)
+    lane = cuda.threadIdx.x // (LANES * POINTS)
+    total = np.float32(0.0)
+    for b in range(seg_first[seg] + lane, seg_first[seg + 1], 4):
+        total += partial[b, i]
+    part[lane, i] = total
+    cuda.syncthreads()
+    if lane == 0:
+        part[0, i] = (part[0, i] + part[1, i]) + (part[2, i] + part[3, i])
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        best = 0
+        for k in range(1, GRID_POINTS):
+            if part[0, k] < part[0, best]:
+                best = k
+        rounded = np.float16(seg_top[seg] * grid[best])
+        scale_max[g, seg] = rounded
+        seg_m[seg] = np.float32(np.float16(np.float32(rounded) / np.float32(256.0)))
+
+
+@cuda.jit
+def quantize(x, a, n, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, row, dq, codes, keep, error):
+    """Rows perm[row .. row+n] of dq (K, C) float16, rows row.. of codes (K, C) uint8 if keep, rows a.. of error.
+
+    u (P, P) float32 is the panel's block of U; the group uses u[a:a+n, a:a+n]. Launch: one block of QUANT_COLUMNS
+    threads per entry of ``blocks``.
+    """
+    tile = cuda.shared.array((MAX_GROUP, QUANT_COLUMNS), np.float32)
+    b = cuda.blockIdx.x
+    j = cuda.threadIdx.x
+    c = blocks[b, 1] + j
+    if c >= blocks[b, 2]:
+        return  # no barrier below: every thread works on its own column of the tile
+    seg = blocks[b, 0]
+    bits = seg_bits[seg, g]
+    zero = np.float32(1 << (bits - 1))
+    high = np.float32((1 << bits) - 1) - zero
+    code = np.float32(scale_codes[g, c])
+    step = np.float32(np.float16(code * code * seg_m[seg]))
+    for r in range(n):
+        tile[r, j] = x[a + r, c]
+    for r in range(0, n, 4):
+        e0 = np.float32(0.0)
+        e1 = np.float32(0.0)
+        e2 = np.float32(0.0)
+        e3 = np.float32(0.0)
+        for i in range(4):
+            v = tile[r + i, j]
+            if feedback:
+                if i > 0:
+                    v -= u[a + r, a + r + i] * e0
+                if i > 1:
+                    v -= u[a + r + 1, a + r + i] * e1
+                if i > 2:
+                    v -= u[a + r + 2, a + r + i] * e2
+            q = np.float32(0.0)
+            if step > np.float32(0.0):
+                # The quotient may be huge where the step underflowed: clamp before rounding.
+                q = min(max(v / step, -zero), high)
+                q = (q + _ROUND) - _ROUND
+            elif v > np.float32(0.0):
+                q = high
+            elif v < np.float32(0.0):
+                q = -zero
+            d = np.float16(q * step)
+            dq[perm[row + r + i], c] = d
+            if keep:
+                codes[row + r + i, c] = np.uint8(q + zero)
+            if feedback:
+                e = (v - np.float32(d)) / u[a + r + i, a + r + i]
+                error[a + r + i, c] = e
+                if i == 0:
+                    e0 = e
+                elif i == 1:
+                    e1 = e
+                elif i == 2:
+                    e2 = e
+                else:
+                    e3 = e
+        if feedback:
+            for k in range(r + 4, n):
+                tile[k, j] -= (
+                    u[a + r, a + k] * e0
+                    + u[a + r + 1, a + k] * e1
+                    + u[a + r + 2, a + k] * e2
+                    + u[a + r + 3, a + k] * e3
+                )

@@ -1,0 +1,127 @@
+"""Hessians of the layer-wise least-squares problem, and their factorisation.
+
+For inputs X (tokens x K) the error of a quantised weight W' is tr((W-W')^T H (W-W')) with H = X^T X / rows. GPTQ
+(Frantar et al. 2022, eq. 3) feeds the rounding error of each row forward through U, the upper Cholesky factor of
+H^-1 = U^T U. The reference gets U by Cholesky, inverse, Cholesky. Reversing the order of rows and columns gives the
+same in one step: H = R R^T with R upper triangular, hence U = R^-1 (both have a positive diagonal, and the factors
+are unique). R is what this module hands out; no inverse of H is ever formed.
+
+Reference: converter-algorithm section 5. Differences: the sort of the act-order is stable, failures of the
+factorisation are retried in float64 before damping grows, and CUDA errors are not mistaken for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exl2ray.errors import NumericError
+
+DAMPING = 0.12  # of the mean of diag(H); the reference's value
+_DAMPING_FLOOR = 1e-5
+_ATTEMPTS = 10
+_FLOAT64_ROWS = 8192  # above this K, float32 loses too much of the small pivots (speed-study, precision)
+
+
+class HessianAccumulator:
+    """Sum of X^T X over calibration rows for one distinct input; K x K float32 on ``device``."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.h = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.rows = 0
+        self.tokens = 0
+
+    def add(self, x: Tensor, rows: int = 1) -> None:
+        """Adds inputs ``x`` (..., K), any float dtype, that stem from ``rows`` calibration rows.
+
+        Half inputs on a GPU go through the tensor cores with a float32 result: products of halves are exact there, so
+        only the order of summation differs from a float32 product. Float32 inputs are multiplied in float32.
+        """
+        x = x.reshape(-1, x.shape[-1])
+        self.rows += rows
+        self.tokens += x.shape[0]
+        if x.shape[0] == 0:
+            return
+        if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+            self.h += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            x = x.float()
+            self.h.addmm_(x.T, x)
+
+    def finish(self) -> Tensor:
+        """H (K, K) float32, divided by the number of rows; the identity if no token was seen."""
+        if self.tokens == 0:
+            return torch.eye(self.h.shape[0], dtype=torch.float32, device=self.h.device)
+        return self.h / self.rows
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factorised Hessian. ``r`` is None where no feedback is wanted (round to nearest)."""
+
+    perm: Tensor  # (K,) int64, perm[k] = input feature in act-order row k
+    r: Tensor | None  # (K, K) float32, upper; H[perm][:, perm] + damping I = R R^T
+    damping: float  # what was added to the diagonal
+    attempts: int  # factorisations tried; 1 is the normal case
+
+    @property
+    def note(self) -> str:
+        """Text for the report if the factorisation needed help, else empty."""
+        if self.r is None:
+            return "round to nearest (no error feedback)"
+        return f"damping raised to {self.damping:.3g} after {self.attempts} attempts" if self.attempts > 1 else ""
+
+
+def act_order(h: Tensor) -> Tensor:
+    """(K,) int64: features by falling diagonal of H, ties in natural order."""
+    return torch.argsort(h.diagonal(), descending=True, stable=True)
+
+
+def prepare(h: Tensor, damping: float = DAMPING, where: str = "") -> Factor:
+    """Act-order and factor of H (K, K) float32.
+
+    Damping ``max(damping * mean(diag H), 1e-5)`` is added to the diagonal; on failure the same factorisation is tried in
+    float64, then with 2, 3, ... times the damping. Raises NumericError if H is not finite or every attempt fails.
+    """
+    diagonal = h.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise NumericError(
+            f"Hessian of {where or 'a linear layer'} is not finite",
+            "the calibration states hold NaN or infinity; look at the module before this one",
+        )
+    perm = act_order(h)
+    step = max(damping * float(diagonal.double().mean()), _DAMPING_FLOOR)
+    # Both axes reversed: a lower factor of the flipped matrix is an upper factor of the matrix itself.
+    flipped = h[perm.flip(0)][:, perm.flip(0)]
+    attempts = 0
+    for times in range(1, _ATTEMPTS + 1):
+        for dtype in (torch.float32, torch.float64):
+            if dtype is torch.float32 and h.shape[0] > _FLOAT64_ROWS:
+                continue
+            attempts += 1
+            a = flipped.to(dtype, copy=True)
+            a.diagonal().add_(step * times)
+            lower, info = torch.linalg.cholesky_ex(a)
+            if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+                return Factor(perm, lower.flip(0, 1).to(torch.float32), step * times, attempts)
+    raise NumericError(
+        f"Hessian of {where or 'a linear layer'} ({h.shape[0]} x {h.shape[0]}) has no Cholesky factor "
+        f"even with damping {step * _ATTEMPTS:.3g}",
+        "check the calibration data; a higher damping or round-to-nearest for this layer may be needed",
+    )
+
+
+def prepare_reference(h: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """The reference's own route, kept as the oracle of `prepare`: (perm, U) with H^-1 = U^T U, U upper, float32."""
+    perm = act_order(h)
+    a = h[perm][:, perm].clone()
+    a.diagonal().add_(max(damping * float(h.diagonal().mean()), _DAMPING_FLOOR))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(a))
+    return perm, torch.linalg.cholesky(inverse, upper=True)
+
+
+def round_to_nearest(h: Tensor) -> Factor:
+    """Act-order of H without feedback: the fallback for a layer whose Hessian cannot be factorised."""
+    return Factor(act_order(h), None, 0.0, 0)
