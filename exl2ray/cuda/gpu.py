@@ -43,11 +43,10 @@ class CudaGroups:
         self.search, self.quant, self.first = upload(search), upload(quant), upload(first)
         self.search_blocks, self.quant_blocks, self.segments = len(search), len(quant), len(first) - 1
         self.bits = upload(np.ascontiguousarray(ws.bits))
-        points = kernels.LANES * kernels.POINTS
-        self.grid = upload(shrink_grid(points))
+        self.grid = upload(shrink_grid(kernels.PADDED))
         self.col_top, self.block_top = buffer(ws.x.shape[1]), buffer(len(search))
         self.seg_top, self.seg_m = buffer(self.segments), buffer(self.segments)
-        self.partial = buffer(len(search), points)
+        self.partial = buffer(len(search), kernels.PADDED)
         self.x, self.error, self.u = wrap(ws.x), wrap(ws.error), wrap(ws.u)
         self.perm, self.dq = wrap(ws.perm), wrap(ws.dq)
         self.scale_codes, self.scale_max = wrap(ws.scale_codes), wrap(ws.scale_max)
@@ -56,15 +55,14 @@ class CudaGroups:
 
     def step(self, g: int, a: int, n: int, row: int) -> None:
         stream = stream_of(self.ws.x)
-        threads = kernels.COLUMNS * kernels.LANES
-        kernels.column_tops[self.search_blocks, threads, stream](
+        kernels.column_tops[self.search_blocks, kernels.THREADS, stream](
             self.x, a, n, self.search, self.col_top, self.block_top
         )
-        kernels.grid_errors[self.search_blocks, threads, stream](
+        kernels.grid_errors[self.search_blocks, kernels.THREADS, stream](
             self.x, a, n, self.search, self.first, self.bits, g, self.grid,
             self.col_top, self.block_top, self.scale_codes, self.seg_top, self.partial,
         )  # fmt: skip
-        kernels.choose[self.segments, 4 * kernels.LANES * kernels.POINTS, stream](
+        kernels.choose[self.segments, 4 * kernels.PADDED, stream](
             self.partial, self.first, self.seg_top, self.grid, g, self.scale_max, self.seg_m
         )
         kernels.quantize[self.quant_blocks, kernels.QUANT_COLUMNS, stream](

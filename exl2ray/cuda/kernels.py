@@ -26,6 +26,8 @@ from numba import cuda
 COLUMNS = 32  # columns per block of the search kernels
 LANES = 8  # threads per column there
 POINTS = 13  # grid points per thread: 8 x 13 >= 97
+PADDED = LANES * POINTS  # 104: length of a padded grid
+THREADS = COLUMNS * LANES
 GRID_POINTS = 97
 QUANT_COLUMNS = 64  # columns per block of `quantize`: 64 x 128 floats of shared memory = 32 KB
 MAX_GROUP = 128
@@ -84,8 +86,8 @@ def _term(t, p, inverse, low, high):
 @cuda.jit
 def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_top, scale_codes, seg_top, partial):
     """Scale codes (G, C) uint8 row g, seg_top (S,) and partial (B, 104) float32. Launch: B blocks of 256 threads."""
-    part = cuda.shared.array((LANES * POINTS, COLUMNS), np.float32)
-    tops = cuda.shared.array(COLUMNS * LANES, np.float32)
+    part = cuda.shared.array((PADDED, COLUMNS), np.float32)
+    tops = cuda.shared.array(THREADS, np.float32)
     b = cuda.blockIdx.x
     t = cuda.threadIdx.x
     j = t % COLUMNS
@@ -97,11 +99,11 @@ def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_to
     maxq = np.float32((1 << bits) - 1)
 
     top = np.float32(0.0)
-    for k in range(seg_first[seg] + t, seg_first[seg + 1], COLUMNS * LANES):
+    for k in range(seg_first[seg] + t, seg_first[seg + 1], THREADS):
         top = max(top, block_top[k])
     tops[t] = top
     cuda.syncthreads()
-    half = COLUMNS * LANES // 2
+    half = THREADS // 2
     while half > 0:
         if t < half:
             tops[t] = max(tops[t], tops[t + half])
@@ -161,7 +163,7 @@ def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_to
     part[i + 11, j] = s11 * weight
     part[i + 12, j] = s12 * weight
     cuda.syncthreads()
-    if t < LANES * POINTS:
+    if t < PADDED:
         total = np.float32(0.0)
         for k in range(COLUMNS):
             # rotated start: neighbouring threads read different banks; the order is still fixed per point
@@ -172,10 +174,10 @@ def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_to
 @cuda.jit
 def choose(partial, seg_first, seg_top, grid, g, scale_max, seg_m):
     """scale_max (G, S) float16 row g; seg_m (S,) float32 = fp16(scale_max / 256). Launch: S blocks of 416 threads."""
-    part = cuda.shared.array((4, LANES * POINTS), np.float32)
+    part = cuda.shared.array((4, PADDED), np.float32)
     seg = cuda.blockIdx.x
-    i = cuda.threadIdx.x % (LANES * POINTS)
-    lane = cuda.threadIdx.x // (LANES * POINTS)
+    i = cuda.threadIdx.x % PADDED
+    lane = cuda.threadIdx.x // PADDED
     total = np.float32(0.0)
     for b in range(seg_first[seg] + lane, seg_first[seg + 1], 4):
         total += partial[b, i]

@@ -125,22 +125,38 @@ class QParams:
     @staticmethod
     def from_json(obj: Mapping[str, Any]) -> QParams:
         """Inverse of ``to_json``; raises FormatError naming the offending field."""
+        if not isinstance(obj, Mapping):
+            raise FormatError(f"quantisation parameters are a {type(obj).__name__}, not an object")
         try:
             bits = tuple(int(b) for b in obj["bits"])
             sizes = {int(k): int(v) for k, v in obj["group_size"].items()}
             props = tuple(float(p) for p in obj["bits_prop"])
             params = QParams(bits, props, tuple(sizes[b] for b in bits), int(obj["scale_bits"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise FormatError(f"quantisation parameters {dict(obj)!r}: {type(e).__name__}: {e}") from e
-        if any(b not in WIDTHS for b in bits) or list(bits) != sorted(set(bits), reverse=True):
-            raise FormatError(f"quantisation widths {bits} are not strictly falling members of {WIDTHS}")
-        if abs(sum(props) - 1.0) > 1e-9 or any(p <= 0 for p in props):
-            raise FormatError(f"quantisation shares {props} do not sum to 1")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+            raise FormatError(f"quantisation parameters {str(obj)[:200]}: {type(e).__name__}: {e}") from e
+        if not bits or any(b not in WIDTHS for b in bits) or list(bits) != sorted(set(bits), reverse=True):
+            raise FormatError(f"bits: widths {bits} are not strictly falling members of {WIDTHS}")
+        if len(props) != len(bits) or any(not p > 0 for p in props) or not abs(sum(props) - 1.0) <= 1e-9:
+            raise FormatError(f"bits_prop: shares {props} are not {len(bits)} positive numbers that sum to 1")
         if any(s <= 0 or s % 32 for s in params.group_sizes):
-            raise FormatError(f"group sizes {params.group_sizes} are not positive multiples of 32")
+            raise FormatError(f"group_size: {params.group_sizes} are not positive multiples of 32")
         if params.scale_bits != 4:
             raise FormatError(f"scale_bits is {params.scale_bits}; the format has 4")
         return params
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Size of one linear layer of a model; ``out_features`` as in the model, before padding."""
+
+    in_features: int
+    out_features: int
+    has_bias: bool = False
+
+    @property
+    def padded_out(self) -> int:
+        """Stored columns (N32)."""
+        return pad32(self.out_features)
 
 
 def pad32(n: int) -> int:
