@@ -1,0 +1,57 @@
+"""Atomic local files: a reader sees the old content or the new one, never a part of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from exl2ray.errors import StoreError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under ``path`` only when the block ends without an exception.
+
+    Written under a temporary dot name in the same directory, then fsync, ``os.replace`` and fsync of the directory. The
+    dot keeps loaders, which take every ``*.safetensors`` file, from seeing it after a crash. Raises StoreError with a
+    hint when the disk is full or the directory not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("xb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as e:
+        raise write_error(path, e) from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames in ``directory`` durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_error(path: Path, e: OSError) -> StoreError:
+    """StoreError for a failed write, with the hint that fits the errno."""
+    hints = {
+        errno.ENOSPC: "the disk is full: free space or write to another one, then run the same command again",
+        errno.EDQUOT: "the disk quota is used up: free space or write elsewhere, then run the same command again",
+        errno.EACCES: "no permission to write there",
+        errno.EROFS: "the file system is read-only",
+        errno.ENOENT: "the directory does not exist",
+        errno.EFBIG: "the file system does not take files of this size: use smaller shards (-ss)",
+    }
+    return StoreError(f"{path}: cannot be written: {e.strerror or e}", hints.get(e.errno or 0, ""))

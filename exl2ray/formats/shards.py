@@ -1,0 +1,231 @@
+"""Writing safetensors shards, and the other files of an EXL2 directory (exl2-format sections 2, 3, 14).
+
+Shards are streamed: the plan needs names, dtypes and shapes only, every tensor is produced by a callable when its
+turn comes and dropped afterwards, so the peak is about one tensor. The order of steps in a full output directory is
+shards, side files, config.json: without config.json nothing takes an unfinished directory for a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from exl2ray.errors import FormatError, StoreError, UsageError
+from exl2ray.formats.files import atomic_file, fsync_directory, write_error
+from exl2ray.formats.hfconfig import legacy_config
+from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
+
+REFERENCE_VERSION = "0.3.2"  # level of the format that is written; some tools read it from config.json
+OUTPUT_NAME = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors")
+LEFTOVER_NAME = re.compile(rf"\.{OUTPUT_NAME.pattern}\.[0-9a-f]{{8}}\.tmp")  # of a killed run, see atomic_file
+# Weights in other formats, and indexes of the source's shards. The reference leaves out *.safetensors and *.bin only.
+NOT_SIDE_FILES = re.compile(
+    r"\..*|.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)|consolidated\..*|.*\.(safetensors|bin)\.index\.json",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor to be written: what the header says, and a callable that produces it."""
+
+    name: str
+    dtype: str  # safetensors name, e.g. "F16"
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @staticmethod
+    def of(name: str, tensor: torch.Tensor) -> TensorEntry:
+        """Entry for a tensor that is in memory already."""
+        return TensorEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), lambda: tensor)
+
+
+def plan_shards(sizes: Sequence[int], limit_bytes: int) -> list[list[int]]:
+    """Distribute tensors of ``sizes`` bytes over shards; returns the indices per shard.
+
+    A shard is closed when the next tensor would exceed ``limit_bytes`` of tensor data (headers are not counted);
+    order is kept, so the tensors of a layer stay together. 0 or less means one shard. A single tensor above the limit
+    gets a shard of its own, where the reference gives up; the reference's last shard, in turn, may exceed the limit.
+    """
+    if limit_bytes <= 0:
+        return [list(range(len(sizes)))]
+    shards: list[list[int]] = []
+    used = 0
+    for i, size in enumerate(sizes):
+        if not shards or used + size > limit_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(i)
+        used += size
+    return shards or [[]]
+
+
+def shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["output.safetensors"]
+    return [f"output-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def write_shards(
+    directory: str | Path, entries: Iterable[TensorEntry], limit_bytes: int = 0, ours: Iterable[str] = ()
+) -> list[Path]:
+    """Write ``entries`` as output*.safetensors into ``directory`` (created if absent) and return the paths.
+
+    ``ours`` lists files that an earlier run wrote there: those that this run does not write again are removed at the
+    end; files of the same names are overwritten. Any other ``*.safetensors`` in the directory is refused, before
+    anything is written, because loaders would read it as a part of the model. Raises StoreError (not writable, disk
+    full), FormatError (duplicate names, or a callable returned another dtype or shape than announced).
+    """
+    directory, entries, ours = Path(directory), list(entries), set(ours)
+    plan = plan_shards([e.nbytes for e in entries], limit_bytes)
+    names = shard_names(len(plan))
+    _check_target(directory, entries, set(names) | ours)
+    for name, indices in zip(names, plan, strict=True):
+        write_tensor_file(directory / name, [entries[i] for i in indices])
+    for stale in sorted(ours - set(names)):
+        if OUTPUT_NAME.fullmatch(stale):
+            (directory / stale).unlink(missing_ok=True)
+    fsync_directory(directory)
+    return [directory / n for n in names]
+
+
+def _check_target(directory: Path, entries: Sequence[TensorEntry], allowed: set[str]) -> None:
+    seen: set[str] = set()
+    for e in entries:
+        if e.name in seen:
+            raise FormatError(f"{directory}: tensor {e.name!r} would be written twice")
+        seen.add(e.name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.iterdir():
+            if LEFTOVER_NAME.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)
+        present = {p.name for p in directory.iterdir() if not p.name.startswith(".")}
+        free = shutil.disk_usage(directory).free
+    except OSError as e:
+        raise write_error(directory, e) from e
+    foreign = sorted(n for n in present if n.endswith(".safetensors") and n not in allowed)
+    if foreign:
+        raise StoreError(
+            f"{directory}: holds {foreign[0]}{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}, "
+            "which is not of this conversion; loaders would read it as part of the model",
+            "choose an empty output directory, or move those files away",
+        )
+    reusable = sum((directory / n).stat().st_size for n in present & allowed)
+    needed = sum(e.nbytes for e in entries)
+    if needed > free + reusable:
+        raise StoreError(
+            f"{directory}: the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            "free space or write to another disk, then run the same command again",
+        )
+
+
+def write_tensor_file(path: str | Path, entries: Sequence[TensorEntry]) -> None:
+    """Write one safetensors file atomically, tensor by tensor, without ``__metadata__``.
+
+    The data section starts at a multiple of 8. Raises StoreError if it cannot be written, FormatError if a tensor is
+    not what its entry announced.
+    """
+    path = Path(path)
+    with atomic_file(path) as f:
+        f.write(header_bytes(entries))
+        for e in entries:
+            _write_tensor(f, e, path)
+
+
+def header_bytes(entries: Sequence[TensorEntry]) -> bytes:
+    """Length and JSON header of a safetensors file with the data of ``entries`` in order."""
+    header: dict[str, Any] = {}
+    position = 0
+    for e in entries:
+        header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [position, position + e.nbytes]}
+        position += e.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(f: BinaryIO, entry: TensorEntry, path: Path) -> None:
+    t = entry.load().detach()
+    if DTYPE_NAMES.get(t.dtype) != entry.dtype or tuple(t.shape) != entry.shape:
+        raise FormatError(
+            f"{path}: tensor {entry.name!r} was announced as {entry.dtype} {list(entry.shape)} "
+            f"and is {DTYPE_NAMES.get(t.dtype, t.dtype)} {list(t.shape)}"
+        )
+    # as_strided: a contiguous tensor of one element may have any stride, which view(uint8) does not take
+    flat = t.cpu().contiguous().as_strided((t.numel(),), (1,))
+    f.write(flat.view(torch.uint8).numpy().data)
+
+
+def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
+    """Copy what belongs to a model besides weights and config.json; returns the names.
+
+    Every regular file at the top level of ``source`` (links are followed), e.g. tokenizer, chat template, licence.
+    Unlike the reference, also left out are weights in other formats (``*.pt``, ``*.pth``, ``*.gguf``,
+    ``consolidated.*``, ...), the source's weight index files, which no longer describe the weights, and dot files.
+    config.json is written by ``write_config``. Existing files are overwritten. Raises UsageError if both are one
+    directory, StoreError if writing fails.
+    """
+    source, target = Path(source), Path(target)
+    refuse_same_directory(source, target)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        files = sorted(p for p in source.iterdir() if p.is_file() and not NOT_SIDE_FILES.fullmatch(p.name))
+    except OSError as e:
+        raise write_error(target, e) from e
+    names = [p.name for p in files if p.name != "config.json"]
+    for name in names:
+        with atomic_file(target / name) as out, (source / name).open("rb") as f:
+            shutil.copyfileobj(f, out)
+    return names
+
+
+def refuse_same_directory(source: str | Path, target: str | Path) -> None:
+    """Raise UsageError if the output directory is the source model; to be called before anything is written."""
+    if Path(source).resolve() == Path(target).resolve():
+        raise UsageError(f"{target}: the output directory (-cf) is the source model (-i)", "choose another directory")
+
+
+def output_config(
+    config: Mapping[str, Any], bits: float, head_bits: int, rows: int, length: int, dataset: str | None
+) -> dict[str, Any]:
+    """Content of the output's config.json: the source's, in the spelling loaders read, with ``quantization_config``.
+
+    ``bits`` and ``head_bits`` are the requested ones, ``rows`` the calibration rows really used, ``length`` the
+    requested row length, ``dataset`` the calibration file (directories are dropped) or None for the built-in set.
+    Raises SourceError if the config contradicts itself (see ``legacy_config``).
+    """
+    out = legacy_config(config)
+    out["quantization_config"] = {
+        "quant_method": "exl2",
+        "version": REFERENCE_VERSION,
+        "bits": float(bits),
+        "head_bits": int(head_bits),
+        "calibration": {
+            "rows": int(rows),
+            "length": int(length),
+            "dataset": Path(dataset).name if dataset else "(default)",
+        },
+    }
+    return out
+
+
+def write_config(directory: str | Path, config: Mapping[str, Any]) -> Path:
+    """Write config.json atomically, 4-space indent and ASCII as the reference does; the last step of an output."""
+    path = Path(directory) / "config.json"
+    data = json.dumps(config, indent=4).encode("ascii")
+    with atomic_file(path) as f:
+        f.write(data)
+    return path
