@@ -1,0 +1,181 @@
+"""Rotary position embeddings: frequencies with every scaling variant, and their application (architectures 5.10, 5.11).
+
+Calibration uses the frequencies of the run time. For yarn and longrope these follow from the *configured* context
+length, not from the length of the sequence at hand, which is where Hugging Face differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exl2ray.errors import SourceError
+from exl2ray.model.rules import RopeStyle
+
+UNSCALED = ("default", "dynamic", "mrope")  # dynamic: only beyond the trained length; mrope: plain RoPE for text
+YARN_BETAS = (32, 1)  # rotations at which interpolation starts and ends; the loader does not read the config's
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A resolved rotary embedding.
+
+    inv_freq: radians per position of each of the ``dim / 2`` pairs, scaling applied. magnitude: factor on the rotated
+    dimensions. The other ``head_dim - dim`` dimensions of a head pass through.
+    """
+
+    style: RopeStyle
+    dim: int
+    inv_freq: tuple[float, ...]
+    magnitude: float = 1.0
+
+
+def scaling_kind(scaling: Mapping[str, Any]) -> str:
+    """Type of a ``rope_scaling`` object; both spellings of the selector, which must not contradict each other."""
+    kinds = {str(scaling[k]) for k in ("type", "rope_type") if scaling.get(k)} - {"default"}
+    if len(kinds) > 1:
+        raise SourceError(f"config.json: rope_scaling has type and rope_type, which disagree: {sorted(kinds)}")
+    return kinds.pop() if kinds else "default"
+
+
+def resolve_rope(
+    style: RopeStyle,
+    head_dim: int,
+    theta: float,
+    scaling: Mapping[str, Any] | None,
+    max_seq_len: int,
+    partial: float = 1.0,
+    scale: float | None = None,
+    alpha: float | None = None,
+) -> Rope:
+    """Frequencies of one rotary embedding.
+
+    theta: base. scaling: ``rope_scaling`` of the config, with ``original_max_position_embeddings`` filled in. partial:
+    rotated share of a head. scale: linear factor that replaces the config's; on top of the other variants. alpha: NTK
+    alpha. Raises SourceError for unknown variants and missing keys.
+    """
+    dim = int(head_dim * partial)
+    if dim <= 0 or dim % 2:
+        raise SourceError(f"RoPE rotates {dim} of {head_dim} dimensions; an even positive number is needed")
+    scaling = scaling or {}
+    kind = scaling_kind(scaling)
+    if alpha is not None:
+        q = head_dim if kind in ("su", "longrope", "llama3", "yarn") else dim
+        theta = theta * alpha ** (q / (q - 2))
+    freq = [theta ** (-2.0 * i / dim) for i in range(dim // 2)]
+    magnitude = 1.0
+    linear = _number(scaling, "factor") if kind == "linear" else 1.0
+    if kind == "llama3":
+        freq = _llama3(freq, scaling)
+    elif kind == "yarn":
+        freq, magnitude = _yarn(freq, theta, dim, scaling, max_seq_len)
+    elif kind in ("su", "longrope"):
+        freq, magnitude = _longrope(freq, scaling, max_seq_len)
+    elif kind != "linear" and kind not in UNSCALED:
+        raise SourceError(
+            f"config.json: rope_scaling type {kind!r} is unknown",
+            "EXL2 loaders know linear, llama3, yarn, su, longrope and mrope",
+        )
+    linear = scale if scale is not None else linear
+    if not (math.isfinite(linear) and linear > 0 and all(math.isfinite(f) for f in freq)):
+        raise SourceError(f"RoPE: scale {linear}, base {theta} give frequencies that are not finite")
+    return Rope(style, dim, tuple(f / linear for f in freq), magnitude)
+
+
+def _number(scaling: Mapping[str, Any], key: str) -> float:
+    value = scaling.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise SourceError(f"config.json: rope_scaling.{key} is {value!r}; a positive number is needed")
+    return float(value)
+
+
+def _llama3(freq: Sequence[float], scaling: Mapping[str, Any]) -> list[float]:
+    """Long wavelengths are interpolated by ``factor``, short ones kept, those between blended."""
+    factor, original = _number(scaling, "factor"), _number(scaling, "original_max_position_embeddings")
+    low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
+    out = []
+    for f in freq:
+        wavelength = 2 * math.pi / f
+        if wavelength < original / high:
+            out.append(f)
+        elif wavelength > original / low:
+            out.append(f / factor)
+        else:
+            t = (original / wavelength - low) / (high - low)
+            out.append((1 - t) * f / factor + t * f)
+    return out
+
+
+def _yarn(
+    freq: Sequence[float], theta: float, dim: int, scaling: Mapping[str, Any], max_seq_len: int
+) -> tuple[list[float], float]:
+    """YaRN as the loader computes it: correction range from ``max_seq_len``, inactive up to the original length."""
+    factor, original = _number(scaling, "factor"), _number(scaling, "original_max_position_embeddings")
+    if max_seq_len <= original:
+        return list(freq), 1.0
+
+    def corrected(rotations: int) -> float:
+        return dim * math.log(max_seq_len / (2 * math.pi * rotations)) / (2 * math.log(theta))
+
+    low = max(math.floor(corrected(YARN_BETAS[0])), 0)
+    high: float = min(math.ceil(corrected(YARN_BETAS[1])), dim - 1)
+    if high == low:
+        high += 0.001
+    out = []
+    for i, f in enumerate(freq):
+        u = min(max((i - low) / (high - low), 0.0), 1.0)
+        out.append(f * (1 - u) + f / factor * u)
+    return out, 0.1 * math.log(factor) + 1.0
+
+
+def _longrope(freq: Sequence[float], scaling: Mapping[str, Any], max_seq_len: int) -> tuple[list[float], float]:
+    """Per-frequency factors: long ones iff the configured length exceeds the original one (as the loader)."""
+    original = _number(scaling, "original_max_position_embeddings")
+    longer = max_seq_len > original
+    key = "long_factor" if longer else "short_factor"
+    factors = scaling.get(key)
+    if not isinstance(factors, (list, tuple)) or len(factors) != len(freq):
+        found = f"{len(factors)} entries" if isinstance(factors, (list, tuple)) else repr(factors)
+        raise SourceError(f"config.json: rope_scaling.{key} has {found}; {len(freq)} numbers are needed")
+    if any(isinstance(x, bool) or not isinstance(x, (int, float)) or not x > 0 for x in factors):
+        raise SourceError(f"config.json: rope_scaling.{key} holds entries that are not positive numbers")
+    magnitude = math.sqrt(1 + math.log(max_seq_len / original) / math.log(original)) if longer else 1.0
+    return [f / float(x) for f, x in zip(freq, factors, strict=True)], magnitude
+
+
+class RotaryTable:
+    """cos and sin of one Rope on a device, for positions 0, 1, ...; grows with the longest row seen."""
+
+    def __init__(self, rope: Rope, device: torch.device) -> None:
+        self.rope = rope
+        self.device = device
+        self._cos = torch.empty(0, rope.dim // 2, device=device)
+        self._sin = self._cos
+
+    def _tables(self, length: int) -> tuple[Tensor, Tensor]:
+        if self._cos.shape[0] < length:
+            freq = torch.tensor(self.rope.inv_freq, dtype=torch.float64)
+            angles = torch.outer(torch.arange(length, dtype=torch.float64), freq)
+            self._cos = (self.rope.magnitude * angles.cos()).to(self.device, torch.float32)
+            self._sin = (self.rope.magnitude * angles.sin()).to(self.device, torch.float32)
+        return self._cos[:length], self._sin[:length]
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate x (R, T, heads, head_dim) by the positions 0 .. T-1, in float32; same shape and dtype."""
+        cos, sin = (t[:, None, :] for t in self._tables(x.shape[1]))  # (T, 1, dim / 2)
+        turned = x[..., : self.rope.dim]
+        if self.rope.style == "neox":
+            a, b = turned.chunk(2, dim=-1)
+            out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        else:
+            a, b = turned.reshape(*turned.shape[:-1], -1, 2).unbind(-1)
+            out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        out = out.to(x.dtype)
+        if self.rope.dim == x.shape[-1]:
+            return out
+        return torch.cat((out, x[..., self.rope.dim :]), dim=-1)

@@ -1,0 +1,153 @@
+"""What a model consists of: frozen descriptions that every other room works with.
+
+A ``ModelSpec`` lists the modules in execution order (converter-algorithm section 4). Each ``ModuleSpec`` names the
+linears to quantise and the tensors to store as they are, and where in the source each of them comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from exl2ray.formats.layout import pad32
+from exl2ray.model.hyper import Hyper
+from exl2ray.model.rules import Arch
+
+ModuleKind = Literal["embedding", "positions", "attention", "mlp", "moe", "parallel", "norm", "head"]
+PROFILE_SUFFIX: dict[str, str] = {
+    "embedding": "embedding",
+    "positions": "pos_emb",
+    "attention": "self_attn",
+    "mlp": "mlp",
+    "moe": "block_sparse_moe",
+    "parallel": "parallel_decoder",
+    "norm": "norm",
+    "head": "linear",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the source, or part of one.
+
+    name, shape: as stored (-1: any size). ranges: index ranges [start, stop) along ``axis`` to join, in order; empty:
+    everything. transpose: afterwards swap the two dimensions.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int = 0
+    ranges: tuple[tuple[int, int], ...] = ()
+    transpose: bool = False
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor that the output stores unquantised, in float16.
+
+    role: "embedding", "positions", "norm", "post_norm", "q_norm", "k_norm" or "router", with ".bias" for biases.
+    repeat: number of times a 1-D tensor is stacked to 2-D (q/k norm weights: once per head); 0: stored as it is.
+    """
+
+    role: str
+    output_name: str
+    stored: Stored
+    repeat: int = 0
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear layer to quantise.
+
+    role: "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3" or "lm_head".
+    key: name in the output. input_group: the captured input that its Hessian comes from: "qkv", "o", "gate_up", "down",
+    "w13.<expert>", "w2.<expert>" or "head". In a parallel block gate and up share "qkv": their input is the same one.
+    weight: source of the (in_features, out_features) matrix. normalize: divide every column by its L2 norm.
+    """
+
+    role: str
+    key: str
+    in_features: int
+    out_features: int
+    input_group: str
+    weight: Stored
+    bias: Stored | None = None
+    expert: int | None = None
+    normalize: bool = False
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
+
+    @property
+    def padded_out(self) -> int:
+        """out_features rounded up to a multiple of 32, the width of the quantised tensors."""
+        return pad32(self.out_features)
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One step of the forward pass. ``index`` is its place in ``ModelSpec.modules``.
+
+    Attention and MLP of a layer share ``key`` ("model.layers.3"); ``profile_key`` tells them apart.
+    """
+
+    index: int
+    kind: ModuleKind
+    key: str
+    layer: int | None
+    linears: tuple[LinearSpec, ...] = ()
+    plain: tuple[PlainTensor, ...] = ()
+
+    @property
+    def profile_key(self) -> str:
+        """Key in measurement.json, e.g. "model.layers.3.self_attn" (converter-algorithm section 10)."""
+        return f"{self.key}.{PROFILE_SUFFIX[self.kind]}"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the module is measured: attention, mlp, moe and parallel blocks."""
+        return self.kind in ("attention", "mlp", "moe", "parallel")
+
+    def linear(self, role: str, expert: int | None = None) -> LinearSpec:
+        """The linear with this role; KeyError if there is none."""
+        for linear in self.linears:
+            if linear.role == role and linear.expert == expert:
+                return linear
+        raise KeyError(f"{self.profile_key} has no {role}" + ("" if expert is None else f" of expert {expert}"))
+
+
+@dataclass(frozen=True)
+class CopiedTensor:
+    """A tensor that the output holds byte for byte, in the source's dtype (vision tower, projector)."""
+
+    output_name: str
+    source_name: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole model.
+
+    copied: the tensors under ``copied_prefixes``. tied: the head is read from the embedding. warnings: where ExLlamaV2
+    runs this model differently from its definition, and other things worth telling. unused: tensors that the output
+    drops.
+    """
+
+    arch: Arch
+    hyper: Hyper
+    modules: tuple[ModuleSpec, ...]
+    copied: tuple[CopiedTensor, ...]
+    tied: bool
+    warnings: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    @property
+    def copied_prefixes(self) -> tuple[str, ...]:
+        """Starts of the names of copied source tensors."""
+        return tuple(source for source, _ in self.arch.copied)
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Every linear of the model, head included, in module order."""
+        return tuple(linear for module in self.modules for linear in module.linears)

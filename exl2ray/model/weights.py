@@ -1,0 +1,126 @@
+"""Reading weights: one linear or one plain tensor at a time, split, transposed and checked.
+
+Linears come in quantisation orientation, (K, N) = (in_features, out_features), whatever the checkpoint's layout
+(architectures 5.2 to 5.5). Nothing is scaled: multipliers are applied by the loader (architectures section 3, item 8);
+only a normalised head is stored normalised (5.16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from exl2ray.errors import SourceError
+from exl2ray.formats.hf import SourceModel
+from exl2ray.model.arch import shape_fits
+from exl2ray.model.spec import CopiedTensor, LinearSpec, ModelSpec, ModuleSpec, PlainTensor, Stored
+
+FLOAT16_MAX = 65504.0
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class OutputEntry:
+    """One entry of the output, in order. name: tensor name, or the key of a linear (its tensors add ``.q_weight`` ...).
+
+    Exactly one of ``plain``, ``linear``, ``copied`` is set; ``module`` is None for copied tensors.
+    """
+
+    kind: Literal["plain", "linear", "copied"]
+    name: str
+    module: ModuleSpec | None = None
+    plain: PlainTensor | None = None
+    linear: LinearSpec | None = None
+    copied: CopiedTensor | None = None
+
+
+def read_linear(spec: ModelSpec, linear: LinearSpec, source: SourceModel) -> tuple[Tensor, Tensor | None]:
+    """Weight (K, N) and bias (N,) or None, on the CPU in the source's dtype; the weight may be a transposed view.
+
+    A normalised head (5.16) is divided in float32 and returned in float32. Raises SourceError naming the tensor:
+    missing, wrong shape or dtype, NaN, infinity, or beyond float16's +-65504.
+    """
+    weight = read_stored(linear.weight, source)
+    if linear.normalize:
+        columns = weight.float()
+        norms = columns.norm(dim=0, keepdim=True)
+        # An all-zero row of a head is padding of the vocabulary: it stays zero.
+        weight = columns / torch.where(norms > 0, norms, torch.ones_like(norms))
+    bias = read_stored(linear.bias, source) if linear.bias is not None else None
+    return weight, bias
+
+
+def read_plain(spec: ModelSpec, plain: PlainTensor, source: SourceModel) -> Tensor:
+    """The tensor as the output stores it: float16, CPU; q/k norm weights stacked to (heads, head_dim).
+
+    Raises SourceError as ``read_linear``.
+    """
+    return stacked(plain, read_stored(plain.stored, source)).to(torch.float16).contiguous()
+
+
+def stacked(plain: PlainTensor, tensor: Tensor) -> Tensor:
+    """``tensor`` repeated as ``plain.repeat`` says."""
+    return tensor.expand(plain.repeat, -1) if plain.repeat else tensor
+
+
+def read_stored(stored: Stored, source: SourceModel) -> Tensor:
+    """The described part of a source tensor, checked, in the source's dtype; SourceError as ``read_linear``."""
+    name = stored.name
+    if name not in source:
+        raise SourceError(f"{source.path}: tensor {name} is missing", "the checkpoint is incomplete")
+    found = source.shape(name)
+    if not shape_fits(found, stored.shape):
+        raise SourceError(
+            f"{source.path}: tensor {name} has shape {found}, expected {stored.shape}",
+            "config.json does not belong to these weights",
+        )
+    tensor = _cut(stored, source)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise SourceError(
+            f"{source.path}: tensor {name} has dtype {source.dtype(name)}; float16, bfloat16 or float32 is needed",
+            "the model is quantised already? Start from the original weights",
+        )
+    check_weights(tensor, f"{source.path}: tensor {name}")
+    return tensor.t() if stored.transpose else tensor
+
+
+def _cut(stored: Stored, source: SourceModel) -> Tensor:
+    if not stored.ranges:
+        return source.load(stored.name)
+    if stored.axis == 0 and len(stored.ranges) == 1:
+        return source.load(stored.name, slice(*stored.ranges[0]))
+    whole = source.load(stored.name)
+    return torch.cat([whole.narrow(stored.axis, a, b - a) for a, b in stored.ranges], dim=stored.axis)
+
+
+def check_weights(tensor: Tensor, where: str) -> None:
+    """Raise SourceError if the tensor holds NaN, infinity or values that float16 cannot (|w| > 65504)."""
+    if tensor.numel() == 0:
+        raise SourceError(f"{where} is empty")
+    low, high = (float(x) for x in tensor.aminmax())
+    if low != low or high != high:
+        raise SourceError(f"{where} holds {int(tensor.isnan().sum())} NaN", "the checkpoint is damaged; fetch it again")
+    if low < -FLOAT16_MAX or high > FLOAT16_MAX:
+        count = int((tensor.abs() > FLOAT16_MAX).sum())
+        raise SourceError(
+            f"{where} has {count} values beyond float16 (+-65504), range {low:g} to {high:g}",
+            "EXL2 stores float16; such a model cannot be converted",
+        )
+
+
+def output_tensors(spec: ModelSpec) -> list[OutputEntry]:
+    """Everything the output holds, in the order of converter-algorithm section 14.
+
+    Per module: norms (and router), linears, q/k norms; at the end the copied tensors.
+    """
+    out = []
+    for module in spec.modules:
+        late = [p for p in module.plain if p.role in ("q_norm", "k_norm")]
+        early = [p for p in module.plain if p not in late]
+        out += [OutputEntry("plain", p.output_name, module, plain=p) for p in early]
+        out += [OutputEntry("linear", x.key, module, linear=x) for x in module.linears]
+        out += [OutputEntry("plain", p.output_name, module, plain=p) for p in late]
+    return out + [OutputEntry("copied", c.output_name, copied=c) for c in spec.copied]
