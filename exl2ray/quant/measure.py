@@ -1,0 +1,235 @@
+"""Measuring one module: how much each quantisation option costs and how much it changes the module's output.
+
+Per module (converter-algorithm section 10): one reference forward collects the Hessians and the target output; every
+distinct option of every linear is quantised once; then each row of the option table is scored by a forward pass with the
+candidates in place. The score is the mean over calibration rows of ||Y - Y_ref||_F / ||Y_ref||_F.
+
+A module is a `exl2ray.model.blocks.Block`: two stages (linears on one input, a core without weights, a linear back), so
+projection outputs of distinct options are computed once per batch of rows and combined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exl2ray.errors import NumericError
+from exl2ray.formats.layout import QParams, pad32
+from exl2ray.formats.measurement import ModuleProfile, OptionProfile
+from exl2ray.quant.hessian import DAMPING, Factor, HessianAccumulator, prepare, round_to_nearest
+from exl2ray.quant.pack import pad_columns
+from exl2ray.quant.qparams import attention_options, mlp_options, unique
+from exl2ray.quant.solve import solve_options
+
+WORST_ACCURACY = 1e-6
+USELESS_ACCURACY = 0.1  # the reference stops below this, and so do we: the module's output is noise
+FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run the numerics of one module. Results depend on ``damping`` alone, up to rounding."""
+
+    damping: float = DAMPING
+    batch_rows: int = 4  # calibration rows per forward
+    budget_bytes: int | None = None  # working memory of one solver batch
+
+
+@dataclass(frozen=True)
+class Table:
+    """Options of one half of a module: ``rows[i][j]`` is the option of ``roles[j]`` in table row i."""
+
+    roles: tuple[str, ...]
+    rows: tuple[tuple[QParams, ...], ...]
+
+    def columns(self) -> dict[str, tuple[list[QParams], list[int]]]:
+        """Per role: distinct options, and for each table row the index of its option among them."""
+        return {role: unique([row[j] for row in self.rows]) for j, role in enumerate(self.roles)}
+
+
+def table_for(half: Any) -> Table:
+    """The option table of an attention or MLP half, by the roles of its linears."""
+    roles = tuple(linear.role for linear in (*half.first, half.second))
+    rows = attention_options() if len(roles) == 4 else mlp_options(gated=len(roles) == 3)
+    return Table(roles, rows)
+
+
+def measure_block(
+    block: Any, x: Tensor, settings: Settings, check: Callable[[Tensor, str], int], report: Callable[[str], None] = print
+) -> tuple[ModuleProfile, Tensor]:
+    """Profile of a measurable block and its reference output.
+
+    x: (R, T, hidden) reference states entering the module, on any device. Returns the profile and the states after the
+    module, where x lives. ``check(states, where)`` raises NumericError for NaN and clamps infinities; ``report`` gets notes
+    (damping raised, fallbacks). Raises NumericError if no option keeps at least a tenth of the output.
+    """
+    where = block.module.profile_key
+    y, hessians = reference_pass(block, x, settings, check)
+    notes: list[str] = []
+    if block.module.kind == "moe":
+        from exl2ray.quant.measure_moe import measure_experts
+
+        lists, extra = measure_experts(block, x, y, hessians, settings, notes)
+    else:
+        lists, extra = [], {}
+        factors: dict[str, Factor] = {}
+        for half in block.halves:
+            candidates = _candidates(block, half, hessians, factors, settings, notes)
+            lists.append(_score(block, half, x, y, candidates, settings))
+    for note in notes:
+        report(f"{where}: {note}")
+    for options in lists:
+        best = max(o.accuracy for o in options)
+        if best < USELESS_ACCURACY:
+            raise NumericError(
+                f"{where}: the best of {len(options)} options has accuracy {best:.4f}",
+                "quantising destroys this module's output: check the weights and the calibration data",
+            )
+    if notes:
+        extra = {**extra, "notes": notes}
+    key, mode = where.rsplit(".", 1)
+    if block.module.kind == "parallel":
+        return ModuleProfile(key, mode, attn=tuple(lists[0]), mlp=tuple(lists[1]), extra=extra), y
+    return ModuleProfile(key, mode, tuple(lists[0]), extra=extra), y
+
+
+def batches(rows: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` calibration rows."""
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def reference_pass(
+    block: Any, x: Tensor, settings: Settings, check: Callable[[Tensor, str], int]
+) -> tuple[Tensor, dict[str, HessianAccumulator]]:
+    """Unquantised forward of all rows: output states, and a Hessian per distinct input ("qkv", "down", "w2.3", ...)."""
+    sizes = {linear.input_group: linear.in_features for linear in block.module.linears}
+    device = next(iter(block.weights.values())).device
+    hessians = {group: HessianAccumulator(k, device) for group, k in sizes.items()}
+    y = torch.empty_like(x)
+    for part in batches(x.shape[0], settings.batch_rows):
+        xb = x[part].to(device)
+
+        def capture(group: str, inputs: Tensor, rows: int = xb.shape[0]) -> None:
+            hessians[group].add(inputs, rows)
+
+        out = block.forward(xb, capture)
+        check(out, f"output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
+        y[part] = out.to(y.dtype)
+    return y, hessians
+
+
+def factorise(accumulator: HessianAccumulator, settings: Settings, where: str, notes: list[str]) -> Factor:
+    """Factor of a Hessian; falls back to round-to-nearest, with a note, where no damping helps."""
+    h = accumulator.finish()
+    try:
+        factor = prepare(h, settings.damping, where)
+    except NumericError as e:
+        if not bool(torch.isfinite(h).all()):
+            raise
+        notes.append(f"{e.message}: rounded to nearest without error feedback")
+        return round_to_nearest(h)
+    if factor.note:
+        notes.append(f"{where}: {factor.note}")
+    return factor
+
+
+def _candidates(
+    block: Any,
+    half: Any,
+    hessians: dict[str, HessianAccumulator],
+    factors: dict[str, Factor],
+    settings: Settings,
+    notes: list[str],
+) -> dict[str, list[Tensor]]:
+    """Role -> reconstructed weights (K, N32) float16 of its distinct options."""
+    columns = table_for(half).columns()
+    out: dict[str, list[Tensor]] = {}
+    for group, linears in by_input((*half.first, half.second)).items():
+        if group not in factors:
+            where = f"{block.module.profile_key} ({group})"
+            factors[group] = factorise(hessians[group], settings, where, notes)
+        weights = {x.role: pad_columns(block.weights[x.key]) for x in linears}
+        options = {x.role: columns[x.role][0] for x in linears}
+        out.update(solve_options(factors[group], weights, options, settings.budget_bytes))
+    return out
+
+
+def by_input(linears: Sequence[Any]) -> dict[str, list[Any]]:
+    """Linears by the input they share, in order."""
+    groups: dict[str, list[Any]] = {}
+    for linear in linears:
+        groups.setdefault(linear.input_group, []).append(linear)
+    return groups
+
+
+def _score(
+    block: Any, half: Any, x: Tensor, y: Tensor, candidates: dict[str, list[Tensor]], settings: Settings
+) -> list[OptionProfile]:
+    """Accuracy of every row of the option table."""
+    table = table_for(half)
+    columns = table.columns()
+    first = [linear.role for linear in half.first]
+    index = {role: columns[role][1] for role in table.roles}
+    device = next(iter(block.weights.values())).device
+    errors = torch.zeros(len(table.rows), dtype=torch.float64, device=device)
+    for part in batches(x.shape[0], settings.batch_rows):
+        xb = x[part].to(device)
+        n = half.pre(xb)
+        target = y[part].to(device) if half.add_residual else half.branch(n)
+        norm = target.float().flatten(1).norm(dim=1)
+        outs = {r: [half.linear(s, n, w) for w in candidates[r]] for r, s in zip(first, half.first, strict=True)}
+        for combination, users in _combinations(index, first, half.second.role):
+            m = half.mid({r: outs[r][j] for r, j in zip(first, combination, strict=True)})
+            for option, rows in users.items():
+                result = half.post(xb, half.linear(half.second, m, candidates[half.second.role][option]))
+                error = row_errors(result, target, norm)
+                for i in rows:
+                    errors[i] += error
+    mean = (errors / x.shape[0]).tolist()
+    bits = _option_bits(table, {linear.role: linear for linear in (*half.first, half.second)})
+    return [
+        OptionProfile(accuracy_of(e), b, dict(zip(table.roles, row, strict=True)))
+        for e, b, row in zip(mean, bits, table.rows, strict=True)
+    ]
+
+
+def _combinations(
+    index: dict[str, list[int]], first: Sequence[str], second: str
+) -> list[tuple[tuple[int, ...], dict[int, list[int]]]]:
+    """Distinct choices for the first linears; for each, the options of the second and the table rows that use them."""
+    out: dict[tuple[int, ...], dict[int, list[int]]] = {}
+    for i in range(len(index[second])):
+        key = tuple(index[r][i] for r in first)
+        out.setdefault(key, {}).setdefault(index[second][i], []).append(i)
+    return list(out.items())
+
+
+def row_errors(result: Tensor, target: Tensor, norm: Tensor) -> Tensor:
+    """Sum over the rows of a batch of ||result - target|| / norm, float64 scalar on the device.
+
+    result, target: (R, T, hidden); norm: (R,) float32 = ||target|| per row.
+    """
+    if result.dtype == torch.float16:
+        result = result.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+    return ((result.float() - target.float()).flatten(1).norm(dim=1) / norm).double().sum()
+
+
+def accuracy_of(error: float) -> float:
+    """1 - error, at least 1e-6; NaN counts as useless. Rounded through float32 as in the reference's files."""
+    accuracy = 1.0 - error
+    return max(WORST_ACCURACY, accuracy) if accuracy == accuracy else WORST_ACCURACY
+
+
+def _option_bits(table: Table, linears: dict[str, Any]) -> list[int]:
+    return [
+        sum(
+            q.total_bits(linears[r].in_features, pad32(linears[r].out_features), linears[r].has_bias)
+            for r, q in zip(table.roles, row, strict=True)
+        )
+        for row in table.rows
+    ]

@@ -1,0 +1,110 @@
+"""Quantising one module with its chosen options, and the head (converter-algorithm section 12).
+
+A forward with the source weights on the current states collects Hessians and the local target; each linear is quantised
+and packed; the weights used from then on are the ones reconstructed from the *packed* tensors; a second forward gives the
+states that the next module is calibrated on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exl2ray.errors import NumericError
+from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.formats.layout import QParams
+from exl2ray.quant.hessian import Factor, HessianAccumulator, round_to_nearest
+from exl2ray.quant.measure import Settings, batches, by_input, factorise, reference_pass, row_errors
+from exl2ray.quant.measure_moe import expert_factor
+from exl2ray.quant.pack import dequantize, pack, pad_columns
+from exl2ray.quant.solve import quantize_linears
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """packed: in the module's order. error: mean relative Frobenius error against the local target."""
+
+    packed: tuple[PackedLinear, ...]
+    error: float
+    notes: tuple[str, ...] = field(default=())
+
+
+def quantize_block(
+    block: Any,
+    x: Tensor,  # (R, T, hidden) states that the modules before really produce
+    params: Mapping[str, QParams],  # linear key -> option
+    settings: Settings,
+    check: Callable[[Tensor, str], int],
+) -> tuple[QuantizedModule, Tensor]:
+    """Quantises every linear of a block; returns the packed tensors and the states after the quantised block.
+
+    On return the block holds the reconstructed weights.
+    """
+    notes: list[str] = []
+    target, hessians = reference_pass(block, x, settings, check)
+    packed: dict[str, PackedLinear] = {}
+    for group, linears in by_input(block.module.linears).items():
+        if block.module.kind == "moe":
+            factor = expert_factor(block, hessians, group, settings, notes)
+        else:
+            factor = factorise(hessians[group], settings, f"{block.module.profile_key} ({group})", notes)
+        packed.update(quantize_group(block, linears, factor, params, settings))
+    # A plain tensor per row batch: rows are independent, and the error needs both outputs of a row.
+    out = torch.empty_like(x)
+    error = 0.0
+    device = next(iter(block.weights.values())).device
+    for part in batches(x.shape[0], settings.batch_rows):
+        result = block.forward(x[part].to(device))
+        check(result, f"quantised output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
+        reference = target[part].to(device)
+        error += float(row_errors(result, reference, reference.float().flatten(1).norm(dim=1)))
+        out[part] = result.to(out.dtype)
+    ordered = tuple(packed[linear.key] for linear in block.module.linears)
+    return QuantizedModule(ordered, error / x.shape[0], tuple(notes)), out
+
+
+def quantize_group(
+    block: Any, linears: list[Any], factor: Factor, params: Mapping[str, QParams], settings: Settings
+) -> dict[str, PackedLinear]:
+    """Quantises and packs linears that share an input; puts the weights reconstructed from the packing into the block."""
+    weights = {x.key: pad_columns(block.weights[x.key]) for x in linears}
+    layouts = {x.key: params[x.key].layout(x.in_features) for x in linears}
+    out: dict[str, PackedLinear] = {}
+    for key, q in quantize_linears(factor, weights, layouts, settings.budget_bytes).items():
+        packed = pack(key, q, block.biases.get(key))
+        loaded = dequantize(packed, q.weight.device)
+        worst = float((loaded.float() - q.weight.float()).abs().max())
+        if worst != 0.0:
+            raise NumericError(
+                f"{key}: the packed tensors decode to other weights than were chosen (largest difference {worst:.3g})",
+                "this is a defect of exl2ray or of the GPU: please report it with the log",
+            )
+        block.set_weight(key, loaded)
+        out[key] = packed
+    return out
+
+
+def quantize_head(
+    block: Any,
+    x: Tensor,  # (R, T, hidden) normed states
+    params: QParams,
+    settings: Settings,
+    feedback: bool = True,
+) -> tuple[PackedLinear, tuple[str, ...]]:
+    """Quantises lm_head; on return the block holds the reconstructed weight. ``feedback=False``: round to nearest."""
+    head = block.module.linears[0]
+    notes: list[str] = []
+    accumulator = HessianAccumulator(head.in_features, block.weights[head.key].device)
+    for part in batches(x.shape[0], settings.batch_rows):
+        accumulator.add(x[part].to(accumulator.h.device).to(block.weights[head.key].dtype), part.stop - part.start)
+    if feedback:
+        factor = factorise(accumulator, settings, head.key, notes)
+    else:
+        factor = round_to_nearest(accumulator.finish())
+        notes.append(f"{head.key}: {factor.note}")
+    packed = quantize_group(block, [head], factor, {head.key: params}, settings)
+    return packed[head.key], tuple(notes)
