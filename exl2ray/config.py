@@ -1,0 +1,173 @@
+"""The recipe of a conversion: what the user asked for, checked, frozen, and split by what depends on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from exl2ray.errors import UsageError
+
+HEAD_BITS = (2, 3, 4, 5, 6, 8)
+MIN_BITS, MAX_BITS = 2.0, 9.0  # outside of this no option table reaches; the exact range depends on the model
+LENGTH_STEP = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of `exl2ray convert`; the docstring of each field is the help text of its flag."""
+
+    in_dir: str
+    """-i: directory of the source model (Hugging Face layout, safetensors)."""
+    out_dir: str
+    """-o: work directory: measurement, quantised tensors, everything needed to resume. May be s3:// or gs://."""
+    bits: tuple[float, ...] = (4.125,)
+    """-b: target bits per weight of the decoder layers; may be given several times."""
+    head_bits: int = 6
+    """-hb: bits of the output head: 2, 3, 4, 5, 6 or 8."""
+    compile_full: str | None = None
+    """-cf: directory for the complete model: tensors, config, tokenizer. {bpw} stands for the bitrate."""
+    cal_dataset: str | None = None
+    """-c: Parquet file with calibration text; the built-in set if absent."""
+    dataset_rows: int = 100
+    """-r: calibration rows of the quantisation pass, with -c."""
+    measurement_rows: int = 16
+    """-mr: calibration rows of the measurement pass, with -c."""
+    length: int = 2048
+    """-l: tokens per row of the quantisation pass."""
+    measurement_length: int = 2048
+    """-ml: tokens per row of the measurement pass."""
+    measurement: str | None = None
+    """-m: reuse this measurement.json."""
+    output_measurement: str | None = None
+    """-om: write measurement.json here (a file or a directory) and stop after measuring."""
+    shard_size: int = 8192
+    """-ss: largest output file in MiB; 0 for a single file."""
+    rope_scale: float | None = None
+    """-rs: linear RoPE scaling factor, overriding the model's."""
+    rope_alpha: float | None = None
+    """-ra: NTK-alpha RoPE scaling factor."""
+    no_resume: bool = False
+    """-nr: start over: delete what exl2ray created in the work directory."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """--device: where to compute."""
+    gpus: int | None = None
+    """--gpus: number of GPUs to use; all that Ray offers if absent."""
+    ray_address: str | None = None
+    """--ray-address: attach to this Ray cluster; else $RAY_ADDRESS, else a private local one."""
+    executor: Literal["ray", "inline"] = "ray"
+    """--executor: ray, or inline to run in this process (debugging)."""
+    propagate: Literal["quantized", "reference"] = "quantized"
+    """--propagate: calibrate each module on what the quantised modules before it produce, or on reference states."""
+    seed: int = 0
+    """--seed: of random and shuffled calibration rows."""
+    objective: Literal["squared", "norm", "product"] = "squared"
+    """--objective: what the allocation minimises over the modules' relative errors."""
+    objective_power: float = 2.0
+    """--objective-power: exponent for --objective norm."""
+    damping: float = 0.12
+    """--damping: added to the Hessian's diagonal, as a share of its mean."""
+    chat_rows: bool = True
+    """--chat-rows/--no-chat-rows: render part of the built-in rows with the model's chat template."""
+    reuse: bool = False
+    """--reuse: accept changed -b, -hb or output settings in an existing work directory and keep the measurement."""
+    checkpoint_seconds: float = 120.0
+    """--checkpoint-seconds: least time between saved hidden states."""
+
+    def __post_init__(self) -> None:
+        if not self.bits:
+            raise UsageError("-b: no bitrate given")
+        for b in self.bits:
+            if not math.isfinite(b) or not MIN_BITS <= b <= MAX_BITS:
+                raise UsageError(f"-b {b:g}: bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
+        if len(set(self.bits)) != len(self.bits):
+            raise UsageError(f"-b: a bitrate is given twice: {', '.join(f'{b:g}' for b in self.bits)}")
+        if self.head_bits not in HEAD_BITS:
+            raise UsageError(f"-hb {self.head_bits}: the head can have {', '.join(map(str, HEAD_BITS))} bits")
+        for flag, value in (("-r", self.dataset_rows), ("-mr", self.measurement_rows)):
+            if value < 1:
+                raise UsageError(f"{flag} {value}: at least one calibration row is needed")
+        for flag, value in (("-l", self.length), ("-ml", self.measurement_length)):
+            if value < 1:
+                raise UsageError(f"{flag} {value}: a row needs at least one token")
+            if self.cal_dataset is None and value % LENGTH_STEP:
+                raise UsageError(
+                    f"{flag} {value}: the built-in calibration set needs a multiple of {LENGTH_STEP}",
+                    f"use {flag} {max(LENGTH_STEP, value // LENGTH_STEP * LENGTH_STEP)}, or your own data with -c",
+                )
+        for flag, scale in (("-rs", self.rope_scale), ("-ra", self.rope_alpha)):
+            if scale is not None and not (math.isfinite(scale) and scale > 0):
+                raise UsageError(f"{flag} {scale:g}: must be a positive number")
+        if self.output_measurement is not None and self.compile_full is not None:
+            raise UsageError("-om stops after measuring, so -cf would have nothing to write", "drop one of them")
+        if self.output_measurement is not None and self.measurement is not None:
+            raise UsageError("-m reuses a measurement and -om asks for a new one", "drop one of them")
+        if len(self.bits) > 1 and self.compile_full is not None and "{bpw}" not in self.compile_full:
+            raise UsageError(
+                f"-cf {self.compile_full}: {len(self.bits)} bitrates would write into one directory",
+                "put {bpw} into the path, as in -cf out/{bpw}",
+            )
+        if not 0 < self.damping < 10:
+            raise UsageError(f"--damping {self.damping:g}: must lie between 0 and 10")
+        if self.gpus is not None and self.gpus < 1:
+            raise UsageError(f"--gpus {self.gpus}: at least one GPU is needed", "use --device cpu to run without GPUs")
+        if self.shard_size < 0:
+            raise UsageError(f"-ss {self.shard_size}: 0 for a single file, else the size in MiB")
+
+    def output_dir(self, bits: float) -> str | None:
+        """Directory of the complete model at one bitrate."""
+        return None if self.compile_full is None else self.compile_full.replace("{bpw}", bpw_name(bits))
+
+    def job(self, identity: dict[str, Any], calibration: str | None) -> dict[str, dict[str, Any]]:
+        """The sections of job.json. ``identity``: fingerprint of the source; ``calibration``: hash of the data of -c."""
+        data = {"cal_dataset": calibration, "seed": self.seed, "chat_rows": self.chat_rows}
+        return {
+            "identity": {**identity, "rope_scale": self.rope_scale, "rope_alpha": self.rope_alpha},
+            "measure": {
+                **data,
+                "rows": self.measurement_rows if self.cal_dataset else None,
+                "length": self.measurement_length,
+                "damping": self.damping,
+                "measurement": None,
+            },
+            "quantize": {
+                **data,
+                "rows": self.dataset_rows if self.cal_dataset else None,
+                "length": self.length,
+                "bits": list(self.bits),
+                "head_bits": self.head_bits,
+                "propagate": self.propagate,
+                "objective": self.objective,
+                "objective_power": self.objective_power,
+            },
+            "output": {"shard_size": self.shard_size, "compile_full": self.compile_full},
+        }
+
+
+JOB_FLAGS = {
+    "identity.fingerprint": "-i",
+    "identity.rope_scale": "-rs",
+    "identity.rope_alpha": "-ra",
+    "measure.cal_dataset": "-c",
+    "measure.rows": "-mr",
+    "measure.length": "-ml",
+    "measure.seed": "--seed",
+    "measure.chat_rows": "--chat-rows",
+    "measure.damping": "--damping",
+    "measure.measurement": "-m",
+    "quantize.cal_dataset": "-c",
+    "quantize.rows": "-r",
+    "quantize.length": "-l",
+    "quantize.bits": "-b",
+    "quantize.head_bits": "-hb",
+    "quantize.propagate": "--propagate",
+    "quantize.objective": "--objective",
+    "quantize.objective_power": "--objective-power",
+    "output.shard_size": "-ss",
+    "output.compile_full": "-cf",
+}
+
+
+def bpw_name(bits: float) -> str:
+    """Name of a bitrate in paths: ``4.0``, ``4.125``."""
+    return str(float(bits))
