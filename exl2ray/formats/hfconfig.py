@@ -189,3 +189,16 @@ def _pattern(layer_types: list[Any], given: Any) -> int:
             "EXL2 loaders know no other mixture of sliding and full attention",
         )
     return p
+
+
+def config_value(config: Mapping[str, Any], *keys: str) -> Any:
+    """The first of ``keys`` that is present and not null, at the top level or else in ``text_config``; None if none.
+
+    The lookup rule of architectures section 4.
+    """
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, Mapping) else {}):
+        for key in keys:
+            if level.get(key) is not None:
+                return level[key]
+    return None

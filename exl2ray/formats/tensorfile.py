@@ -23,6 +23,7 @@ from exl2ray.errors import Exl2RayError, SourceError
 
 MAX_HEADER_BYTES = 32 << 20  # room for about 200 000 tensors; the largest published models have fewer than 100 000
 MAX_DIMENSIONS = 8
+MAX_NAME_CHARACTERS = 1024
 
 # Safetensors dtype name -> torch dtype. Types with elements smaller than a byte are refused.
 DTYPES: dict[str, torch.dtype] = {
@@ -187,6 +188,8 @@ def _is_count(x: Any) -> bool:
 def _tensor_info(
     name: str, entry: Any, path: Path, data_start: int, file_bytes: int, error: type[Exl2RayError]
 ) -> TensorInfo:
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise error(f"{path}: tensor {name[:80]!r}...: its name has {len(name)} characters")
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise error(f"{where}: the header entry must hold exactly dtype, shape and data_offsets")

@@ -1,0 +1,135 @@
+"""Structural check of an EXL2 directory: every rule of the format that the directory alone can show.
+
+Rules follow exl2-format sections 2 to 6, 9, 10, 12, 13 and 15; where writer and loader differ, the loader decides.
+Nothing is raised for broken content: each broken rule is a ``Problem``. ``q_weight`` is judged by dtype and shape,
+everything smaller by content as well, so a check reads little more than the embeddings. This file reads the directory;
+``verify_rules.py`` has the rules about the model as a whole.
+
+| rule | what it is about |
+|---|---|
+| file | directory, shard or header unreadable; a tensor in two files |
+| config | config.json, quantization_config |
+| side-file | tokenizer.json, preprocessor_config.json |
+| linear | tensors of one quantised linear: dtypes, shapes, groups, permutation, bias |
+| block | all-or-none quantisation and completeness of attention, MLP and expert blocks; matching widths |
+| layer | layers that are missing or differ from the others |
+| router | MoE router missing, quantised, or of the wrong shape |
+| fused | leftovers of fused source tensors, which loaders prefer to the quantised ones |
+| plain | dtype, shape or values of unquantised tensors |
+| head | lm_head, embedding, final norm |
+| expected | differences from the shapes that the caller expects |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from exl2ray.errors import Exl2RayError, FormatError
+from exl2ray.formats import verify_rules
+from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES, PackedLinear, check_linear
+from exl2ray.formats.hf import weight_files
+from exl2ray.formats.hfconfig import read_config
+from exl2ray.formats.layout import LinearShape
+from exl2ray.formats.tensorfile import DTYPES, TensorFile, TensorInfo
+from exl2ray.formats.verify_rules import Directory, Problem
+
+NEEDS_PREPROCESSOR = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+
+
+def verify_directory(path: str | Path, expected: Mapping[str, LinearShape] | None = None) -> list[Problem]:
+    """All problems of the EXL2 directory ``path``; an empty list means that no rule is broken.
+
+    ``expected`` maps the output key of every linear of the model to its shape; with it, missing and surplus linears,
+    wrong sizes and wrong biases are found too.
+    """
+    d = Directory(Path(path))
+    if not d.path.is_dir():
+        d.add("file", "not a directory", file=str(path))
+        return d.problems
+    _read_files(d)
+    _check_config(d)
+    _check_side_files(d)
+    _check_linears(d)
+    verify_rules.check_blocks(d)
+    verify_rules.check_layers(d)
+    verify_rules.check_routers(d)
+    verify_rules.check_fused(d)
+    verify_rules.check_plain(d)
+    verify_rules.check_head(d)
+    if expected is not None:
+        verify_rules.check_expected(d, expected)
+    return d.problems
+
+
+def _read_files(d: Directory) -> None:
+    try:
+        files = weight_files(d.path, FormatError)
+    except Exl2RayError as e:
+        d.add("file", e.message)
+        return
+    for path in files:
+        try:
+            tensors = TensorFile(path, FormatError).tensors
+        except Exl2RayError as e:
+            d.add("file", e.message, file=path.name)
+            continue
+        for name, info in tensors.items():
+            if name in d.tensors:
+                d.add("file", f"also in {d.tensors[name].file.name}; which one counts is undefined", name, path.name)
+            d.tensors[name] = info
+
+
+def _check_config(d: Directory) -> None:
+    try:
+        d.config = read_config(d.path / "config.json", FormatError)
+    except Exl2RayError as e:
+        d.add("config", e.message, file="config.json")
+        return
+    q = d.config.get("quantization_config")
+    if not isinstance(q, dict):
+        d.add("config", "quantization_config is missing or not an object", file="config.json")
+    elif q.get("quant_method") != "exl2":
+        d.add("config", f"quant_method is {str(q.get('quant_method'))[:40]!r}, not 'exl2'", file="config.json")
+    else:
+        for key, kind in (("bits", (int, float)), ("head_bits", int), ("version", str), ("calibration", dict)):
+            if not isinstance(q.get(key), kind):
+                d.add("config", f"quantization_config.{key} is {str(q.get(key))[:40]}", file="config.json")
+
+
+def _check_side_files(d: Directory) -> None:
+    names = ["tokenizer.json"]
+    vision = d.config.get("vision_config")
+    if (isinstance(vision, dict) and "model_type" in vision) or d.architecture in NEEDS_PREPROCESSOR:
+        names.append("preprocessor_config.json")
+    for name in names:
+        if not (d.path / name).is_file():
+            d.add("side-file", "missing", file=name)
+
+
+def _check_linears(d: Directory) -> None:
+    keys = {n.removesuffix(s) for n in d.tensors for s in QUANTIZED_SUFFIXES if n.endswith(s)}
+    for key in sorted(keys):
+        missing = [s[1:] for s in QUANTIZED_SUFFIXES if key + s not in d.tensors]
+        if missing:
+            d.add("linear", f"missing {', '.join(missing)}", key)
+            continue
+        try:
+            q_weight = _header_only(d.tensors[f"{key}.q_weight"])
+            q_scale, q_scale_max, q_groups, q_invperm = (d.load(key + s) for s in QUANTIZED_SUFFIXES[1:])
+            bias = d.load(f"{key}.bias") if f"{key}.bias" in d.tensors else None
+        except FormatError as e:
+            d.add("linear", e.message, key)
+            continue
+        p = PackedLinear(key, q_weight, q_scale, q_scale_max, q_groups, q_invperm, bias)
+        problems = check_linear(p)
+        for message in problems:
+            d.add("linear", message, key, d.tensors[f"{key}.q_weight"].file.name)
+        if not problems:
+            d.linears[key] = p
+
+
+def _header_only(info: TensorInfo) -> torch.Tensor:
+    return torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
