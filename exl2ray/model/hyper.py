@@ -1,8 +1,4 @@
-"""From config.json to numbers: ``Hyper`` holds every resolved hyper-parameter of a model (architectures sections 4, 5).
-
-Values are looked up at the top level of the config, then in ``text_config``, then in the family's defaults; JSON null
-counts as absent, except that a null hides a family default (a Gemma 2 config with a null softcap has no softcap).
-"""
+"""From config.json to numbers: ``Hyper`` holds every hyper-parameter of a model, resolved (architectures 4 and 5)."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from typing import Any
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hfconfig import legacy_config
+from exl2ray.model.config_reader import REQUIRED, ConfigReader
 from exl2ray.model.rope import Rope, resolve_rope, scaling_kind
 from exl2ray.model.rules import Arch
 
@@ -23,7 +20,6 @@ MAX_LENGTH_KEYS = (
     "max_seq_len",
     "n_positions",
 )
-_REQUIRED = object()
 
 
 @dataclass(frozen=True)
@@ -70,73 +66,6 @@ class Hyper:
 
     def layer_window(self, layer: int) -> int | None:
         return self.window if self.sliding[layer] else None
-
-
-class ConfigReader:
-    """Typed look-up in config.json with the rules of this module's docstring. Keys may be dotted."""
-
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        text = config.get("text_config")
-        self.levels = [config, text] if isinstance(text, Mapping) else [config]
-        self.defaults = defaults
-
-    def raw(self, *keys: str) -> Any:
-        """First value that is not null, or None."""
-        hidden = set()
-        for level in self.levels:
-            for key in keys:
-                value, present = _dotted(level, key)
-                if value is not None:
-                    return value
-                if present:
-                    hidden.add(key)
-        return next((self.defaults[k] for k in keys if k in self.defaults and k not in hidden), None)
-
-    def integer(self, *keys: str, default: Any = _REQUIRED) -> Any:
-        value = self._found(keys, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-            raise SourceError(f"config.json: {keys[0]} is {value!r}; an integer is needed")
-        return int(value)
-
-    def positive(self, *keys: str, default: Any = _REQUIRED) -> Any:
-        value = self.integer(*keys, default=default)
-        if value is not default and not 0 < value < 1 << 31:
-            raise SourceError(f"config.json: {keys[0]} is {value}; a positive integer is needed")
-        return value
-
-    def number(self, *keys: str, default: Any = _REQUIRED) -> Any:
-        value = self._found(keys, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise SourceError(f"config.json: {keys[0]} is {value!r}; a finite number is needed")
-        return float(value)
-
-    def flag(self, *keys: str) -> bool:
-        value = self.raw(*keys)
-        if value is not None and not isinstance(value, bool):
-            raise SourceError(f"config.json: {keys[0]} is {value!r}; true or false is needed")
-        return bool(value)
-
-    def _found(self, keys: tuple[str, ...], default: Any) -> Any:
-        value = self.raw(*keys)
-        if value is None:
-            if default is _REQUIRED:
-                raise SourceError(f"config.json: {' / '.join(keys)} is missing", "the config does not fit the weights")
-            return default
-        return value
-
-
-def _dotted(level: Mapping[str, Any], key: str) -> tuple[Any, bool]:
-    """(value, whether the key is present) of a possibly dotted key."""
-    value: Any = level
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return None, False
-        value = value[part]
-    return value, True
 
 
 def resolve_hyper(
@@ -200,6 +129,27 @@ def resolve_hyper(
     )
 
 
+def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` such that ExLlamaV2 reads the model that ``resolve_hyper`` describes.
+
+    The old spellings (``legacy_config``), and every default of the family that the config leaves out, because the
+    loader has other defaults or none (architectures sections 4 and 6.4). Meant for the output's config.json. Raises
+    SourceError.
+    """
+    out = legacy_config(config)
+    c = ConfigReader(out, {})
+    hidden = c.positive("hidden_size", "d_model", "n_embd")
+    defaults = dict(arch.defaults)
+    if arch.norm.eps is not None and arch.norm.eps_keys and c.raw(*arch.norm.eps_keys) is None:
+        defaults[arch.norm.eps_keys[0]] = arch.norm.eps
+    if arch.mlp_factor is not None and c.raw("intermediate_size", "n_inner") is None:
+        defaults["n_inner"] = arch.mlp_factor * hidden
+    for key, value in defaults.items():
+        if c.raw(key) is None and not c.has(key):
+            out[key] = value
+    return out
+
+
 def _check_fixed(arch: Arch, c: ConfigReader) -> None:
     for rule in arch.fixed:
         value = c.raw(rule.key)
@@ -231,11 +181,10 @@ def _eps(arch: Arch, c: ConfigReader) -> float:
 
 
 def _intermediate(arch: Arch, c: ConfigReader, hidden: int) -> int:
-    keys = ("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner")
     if arch.moe and c.raw("moe_intermediate_size") is not None:
         return int(c.positive("moe_intermediate_size"))
-    # The GPT-2 line leaves n_inner null for four times the hidden size.
-    return int(c.positive(*keys, default=4 * hidden) if arch.rope == "none" else c.positive(*keys))
+    default = REQUIRED if arch.mlp_factor is None else arch.mlp_factor * hidden
+    return int(c.positive("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner", default=default))
 
 
 def _experts(arch: Arch, c: ConfigReader) -> tuple[int, int]:

@@ -108,6 +108,7 @@ class Arch:
     bias_mlp: bool = False
     attention_bias_o: bool = True  # whether attention_bias in the config covers o_proj (5.9)
     single_kv_head: bool = False
+    mlp_factor: int | None = None  # MLP width over hidden size when the config does not give it
     rope: RopeStyle = "neox"
     local_rope_theta: float | None = None  # RoPE base of sliding layers (5.11)
     rope_on: Literal["all", "sliding"] = "all"

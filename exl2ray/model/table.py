@@ -200,6 +200,7 @@ _GPT_BIGCODE_ARCH = Arch(
     bias_o=True,
     bias_mlp=True,
     single_kv_head=True,
+    mlp_factor=4,
     rope="none",
     tied=True,
     fixed=(
@@ -222,7 +223,7 @@ _ENTRIES = (
     Arch(
         "Qwen3ForCausalLM",
         head_norm=HeadNormRule("rms"),
-            window=WindowRule("qwen"),
+        window=WindowRule("qwen"),
         defaults=(("head_dim", 128),),
         loader_differences=(_QWEN3_NORM, _WINDOW_IGNORED),
     ),
@@ -231,7 +232,7 @@ _ENTRIES = (
         output=_QWEN3_MOE,
         source=_QWEN3_MOE,
         head_norm=HeadNormRule("rms"),
-            window=WindowRule("qwen"),
+        window=WindowRule("qwen"),
         fixed=(
             _MOE_NORM,
             Fixed("decoder_sparse_step", (1,), _DENSE),
@@ -291,7 +292,7 @@ _ENTRIES = (
         source=_PHI3_SOURCE,
         qkv="fused",
         gate_up_fused=True,
-                window=WindowRule("all"),
+        window=WindowRule("all"),
         defaults=(("original_max_position_embeddings", 4096),),
         loader_differences=(_WINDOW_IGNORED, _PHI3_LONGROPE),
     ),
@@ -301,7 +302,7 @@ _ENTRIES = (
         source=_COHERE,
         norm=_LAYER_NORM,
         head_norm=HeadNormRule("layer", per_head=True, always=False),
-            rope="gptj",
+        rope="gptj",
         tied=True,
         needs_bos=True,
         defaults=(("logit_scale", 0.0625), ("rope_theta", 500000.0), ("layer_norm_eps", 1e-5)),
@@ -339,7 +340,7 @@ _ENTRIES = (
         source=replace(_GLM4, gate=_LAYER + "mlp.gate_up_proj", up=_LAYER + "mlp.gate_up_proj"),
         gate_up_fused=True,
         attention_bias_o=False,
-            rope="gptj",
+        rope="gptj",
         defaults=(("head_dim", 128), ("partial_rotary_factor", 0.5)),
     ),
     replace(_PIXTRAL_ARCH, name="Mistral3ForConditionalGeneration"),
@@ -351,7 +352,7 @@ _ENTRIES = (
         output=_COHERE,
         source=_COHERE,
         norm=_LAYER_NORM,
-            rope="gptj",
+        rope="gptj",
         rope_on="sliding",
         window=WindowRule("pattern", 4),
         tied=True,
@@ -388,8 +389,9 @@ _ENTRIES = (
         qkv="fused",
         experts_fused=True,
         norm=NormRule("layer", (), eps=1e-5),
-                qkv_clip_key="attn_config.clip_qkv",
+        qkv_clip_key="attn_config.clip_qkv",
         fixed=(
+            Fixed("ffn_config.ffn_act_fn.name", ("silu",), "the loader runs the experts with SiLU"),
             Fixed(
                 "ffn_config.moe_normalize_expert_weights", (1,), "the loader always normalises routing weights to sum 1"
             ),

@@ -14,6 +14,7 @@ from torch import Tensor
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import load_block
+from exl2ray.model.table import ARCHITECTURES
 
 TOLERANCE = 1e-4
 
@@ -35,6 +36,10 @@ def run_blocks(path: Path, ids: Tensor, **overrides: Any) -> tuple[list[Tensor],
         if module.kind == "positions":
             states[-1] = x
     return states, x
+
+
+def test_oracles_cover_the_table() -> None:
+    assert set(ORACLES) == set(ARCHITECTURES)
 
 
 def compare(oracle: Oracle, length: int = LENGTH, **overrides: Any) -> None:

@@ -1,0 +1,86 @@
+"""Typed look-up in config.json.
+
+Values are looked up at the top level of the config, then in ``text_config``, then in the family's defaults. JSON null
+counts as absent, except that a null hides a family default (a Gemma 2 config with a null softcap has no softcap).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from exl2ray.errors import SourceError
+
+REQUIRED = object()
+
+
+class ConfigReader:
+    """Typed look-up in config.json by the rules of this module's docstring. Keys may be dotted."""
+
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        text = config.get("text_config")
+        self.levels = [config, text] if isinstance(text, Mapping) else [config]
+        self.defaults = defaults
+
+    def raw(self, *keys: str) -> Any:
+        """First value that is not null, or None."""
+        hidden = set()
+        for level in self.levels:
+            for key in keys:
+                value, present = _dotted(level, key)
+                if value is not None:
+                    return value
+                if present:
+                    hidden.add(key)
+        return next((self.defaults[k] for k in keys if k in self.defaults and k not in hidden), None)
+
+    def has(self, key: str) -> bool:
+        """Whether the key is present, null included."""
+        return any(_dotted(level, key)[1] for level in self.levels)
+
+    def integer(self, *keys: str, default: Any = REQUIRED) -> Any:
+        value = self._found(keys, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+            raise SourceError(f"config.json: {keys[0]} is {value!r}; an integer is needed")
+        return int(value)
+
+    def positive(self, *keys: str, default: Any = REQUIRED) -> Any:
+        value = self.integer(*keys, default=default)
+        if value is not default and not 0 < value < 1 << 31:
+            raise SourceError(f"config.json: {keys[0]} is {value}; a positive integer is needed")
+        return value
+
+    def number(self, *keys: str, default: Any = REQUIRED) -> Any:
+        value = self._found(keys, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise SourceError(f"config.json: {keys[0]} is {value!r}; a finite number is needed")
+        return float(value)
+
+    def flag(self, *keys: str) -> bool:
+        value = self.raw(*keys)
+        if value is not None and not isinstance(value, bool):
+            raise SourceError(f"config.json: {keys[0]} is {value!r}; true or false is needed")
+        return bool(value)
+
+    def _found(self, keys: tuple[str, ...], default: Any) -> Any:
+        value = self.raw(*keys)
+        if value is None:
+            if default is REQUIRED:
+                raise SourceError(f"config.json: {' / '.join(keys)} is missing", "the config does not fit the weights")
+            return default
+        return value
+
+
+def _dotted(level: Mapping[str, Any], key: str) -> tuple[Any, bool]:
+    """(value, whether the key is present) of a possibly dotted key."""
+    value: Any = level
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None, False
+        value = value[part]
+    return value, True
