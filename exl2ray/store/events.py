@@ -1,0 +1,68 @@
+"""The event log of a work directory: what happened, one JSON object per line.
+
+| field | content |
+|---|---|
+| time | ISO 8601, UTC, milliseconds: "2025-03-01T12:00:00.123Z" |
+| host, pid | the process that wrote the line |
+| name | what happened: "opened", "module_measured", "error", ... |
+| fields | a mapping of JSON values that belong to the name |
+
+The log is for people and progress displays; nothing is ever resumed from it. It is not fsynced, and a line may be cut
+short by a crash: readers skip what is not JSON. One process, the driver, writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from exl2ray.store.fs import Store
+from exl2ray.store.layout import EVENTS
+
+
+def timestamp() -> str:
+    """Now, as events write it."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def event_line(name: str, fields: Mapping[str, Any]) -> str:
+    """One line of the log. Unlike records, events take any value: NaN and infinity as text, objects by str()."""
+    event = {
+        "time": timestamp(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "name": name,
+        "fields": _printable(fields),
+    }
+    return json.dumps(event, allow_nan=False)
+
+
+def read_events(store: Store) -> tuple[list[dict[str, Any]], int]:
+    """All events, oldest first, and the number of unreadable lines that were skipped."""
+    lines = [line for line in store.read_lines(EVENTS) if line]
+    events = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and {"time", "host", "pid", "name", "fields"} <= event.keys():
+            events.append(event)
+    return events, len(lines) - len(events)
+
+
+def _printable(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _printable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(v) for v in value]
+    return str(value)

@@ -1,0 +1,153 @@
+"""job.json: the settings a work directory belongs to, and what a change of them means.
+
+A job is a mapping of four sections, each a mapping of settings to JSON values:
+
+| section | what it holds | what depends on it |
+|---|---|---|
+| identity | the source model: fingerprint, architecture | everything |
+| measure | calibration data of the measurement, seed, options measured | measurement, quantised modules, output |
+| quantize | bitrates, head bits, calibration data of the quantisation | quantised modules, output |
+| output | shard size, output directories | output |
+
+The file is written once and checked by a hash, so a damaged or edited one is noticed. Its first key marks the directory
+as ours: without it nothing is ever deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exl2ray.errors import JobMismatchError, StoreError
+from exl2ray.store.records import canonical_json, hash_inputs
+
+JOB_FILE = "job.json"
+SECTIONS = ("identity", "measure", "quantize", "output")  # each depends on those before it
+FORMAT = 1  # of the work directory; a newer one is refused
+_MARKER = "exl2ray work directory"
+_MISSING = "(not set)"
+_START = f'{{\n "{_MARKER}": '.encode()  # first bytes of every job.json of ours, whatever happened to the rest
+
+Job = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StoredJob:
+    """Content of job.json. ``created``: ISO 8601, UTC. ``versions``: software that started the job."""
+
+    job: Job
+    versions: dict[str, str]
+    created: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting that differs; a setting that is absent on one side has the value "(not set)" there."""
+
+    section: str
+    name: str
+    old: Any
+    new: Any
+
+
+def normalise(job: Mapping[str, Mapping[str, Any]]) -> Job:
+    """The job as it comes back from JSON; StoreError for unknown or missing sections and values that are not JSON."""
+    if set(job) != set(SECTIONS):
+        raise StoreError(f"a job has the sections {', '.join(SECTIONS)}; this one has {', '.join(map(str, job))}")
+    plain = json.loads(canonical_json(job))
+    for section, settings in plain.items():
+        if not isinstance(settings, dict):
+            raise StoreError(f"section {section} of the job is not a mapping of settings")
+    return {section: plain[section] for section in SECTIONS}
+
+
+def section_hash(job: Mapping[str, Mapping[str, Any]], section: str) -> str:
+    """SHA-256 (hex) of a section together with those it depends on.
+
+    ``section_hash(job, "measure")`` covers identity and measure: other bitrates or shard sizes leave it unchanged.
+    """
+    plain = normalise(job)
+    if section not in SECTIONS:
+        raise StoreError(f"a job has no section {section!r}; its sections are {', '.join(SECTIONS)}")
+    return hash_inputs(**{s: plain[s] for s in SECTIONS[: SECTIONS.index(section) + 1]})
+
+
+def encode_job(stored: StoredJob) -> bytes:
+    body = {"job": stored.job, "versions": stored.versions, "created": stored.created}
+    document = {_MARKER: FORMAT, "sha256": hashlib.sha256(canonical_json(body)).hexdigest(), **body}
+    return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def is_marked(data: bytes) -> bool:
+    """Whether these bytes begin like a job.json of ours, be the rest damaged or not."""
+    return data.startswith(_START)
+
+
+def decode_job(data: bytes, name: str) -> StoredJob:
+    """Inverse of ``encode_job``; StoreError naming the file for damage, edits and newer formats."""
+    hint = "restore the file, or start anew with -nr"
+    try:
+        document = json.loads(data)
+        version = document[_MARKER]
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise StoreError(f"{name} is not a job file of exl2ray: {type(e).__name__}: {e}", hint) from e
+    if version != FORMAT:
+        raise StoreError(
+            f"{name} has work directory format {version!r}; this exl2ray knows {FORMAT}",
+            "go on with the version of exl2ray that started the job, or start anew with -nr",
+        )
+    try:
+        body = {k: document[k] for k in ("job", "versions", "created")}
+        if hashlib.sha256(canonical_json(body)).hexdigest() != document["sha256"]:
+            raise StoreError(f"{name} does not match its checksum: it was edited or damaged", hint)
+        return StoredJob(normalise(body["job"]), dict(body["versions"]), str(body["created"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise StoreError(f"{name} is damaged: {type(e).__name__}: {e}", hint) from e
+
+
+def compare_jobs(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[Change]:
+    """Settings that differ, in order of sections and names."""
+    before, after = normalise(old), normalise(new)
+    changes = []
+    for section in SECTIONS:
+        for name in sorted(before[section].keys() | after[section].keys()):
+            a, b = (side[section].get(name, _MISSING) for side in (before, after))
+            if canonical_json(a) != canonical_json(b):
+                changes.append(Change(section, name, a, b))
+    return changes
+
+
+def mismatch(
+    root: str, changes: Collection[Change], flags: Mapping[str, str], has_measurement: bool
+) -> JobMismatchError:
+    """The refusal of a resume with other settings: what changed, what is still of use, what to do.
+
+    ``flags`` maps "section.name" to the flag the user knows it by.
+    """
+    lines = [f"{root} belongs to a job with other settings:"]
+    for c in changes:
+        name = f"{c.section}.{c.name}"
+        lines.append(f"  {flags.get(name, name)}: {_show(c.old)} -> {_show(c.new)}")
+    changed = {c.section for c in changes}
+    if "identity" in changed:
+        reusable = "nothing in it is of use for this model"
+        hint = "give another directory with -o, or start anew with -nr"
+    elif "measure" in changed:
+        reusable = "the measurement and all that follows from it would have to be made again"
+        hint = "give another directory with -o, or start anew with -nr"
+    else:
+        done = "the measurement" if has_measurement else "the modules measured so far"
+        reusable = f"{done} can still be used" + (", the quantised modules too" if changed == {"output"} else "")
+        hint = "--reuse goes on in this directory with the new settings"
+        if has_measurement:
+            hint += f"; or give another directory with -o together with -m {root}/measurement.json"
+        hint += "; -nr starts anew"
+    return JobMismatchError("\n".join([*lines, reusable]), hint)
+
+
+def _show(value: Any) -> str:
+    text = value if value == _MISSING else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,42 @@
+"""Names inside a work directory, and which of them are ours to delete.
+
+    job.json  job-<n>.json          settings now, and earlier ones of a directory that was reused
+    driver.lock                     who works here
+    calibration.safetensors
+    measure/records|states/         one record per measured module; sparse states at module boundaries
+    measurement.json  plan.json
+    quant/<bpw>/tensors|records|states/
+    output*.safetensors             the compiled shards, where no output directory was given
+    events.jsonl  events/           one line per event (events/ on object stores)
+    logs/  nonce/  report.html
+"""
+
+from __future__ import annotations
+
+import re
+
+CALIBRATION = "calibration.safetensors"
+MEASUREMENT = "measurement.json"
+PLAN = "plan.json"
+EVENTS = "events.jsonl"
+LOGS = "logs"
+NONCE = "nonce"
+MEASURE = "measure"  # kind of the measurement's records
+FOLDERS = ("measure", "quant", "events", "logs", "nonce")
+
+_OURS = re.compile(
+    r"job(-\d+)?\.json|calibration\.safetensors|measurement\.json|plan\.json|report\.html|events\.jsonl"
+    r"|output(-\d{5}-of-\d{5})?\.safetensors"
+    r"|(measure|quant/[^/]+)/(records/[^/]+\.json|(states|tensors)/[^/]+\.safetensors)"
+    r"|events/[^/]+\.jsonl|nonce/[^/]+\.json|logs/(.+/)?[^/]+\.(log|out|err|txt|json|jsonl)"
+)
+
+
+def is_ours(rel: str) -> bool:
+    """Whether a file of this name, in a directory marked as ours, was made by exl2ray."""
+    return _OURS.fullmatch(rel) is not None
+
+
+def quant_kind(bpw: float) -> str:
+    """Kind of the records of one bitrate: "quant/4.0"."""
+    return f"quant/{float(bpw)!r}"

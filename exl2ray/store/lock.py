@@ -1,0 +1,209 @@
+"""At most one driver per work directory.
+
+The lock is a file ``driver.lock`` that says who holds it; a daemon thread keeps its time stamp fresh. A lock is stale
+when its holder was a process of this machine that no longer runs, or when it is of another machine and its time stamp
+is older than a minute by the storage's own clock.
+
+On file systems the lock appears by link(2), which is exclusive. A stale one is first renamed aside, and given back if
+it turns out to be a fresh one that came in between. Object stores offer no exclusive creation through pyarrow: there a
+driver writes the lock, waits, and holds it if its own token is still there. The heartbeat reads before it writes, so of
+two drivers that slipped through within that wait one finds a foreign token at its next beat and stops; both had then
+written the same content-addressed records, which is waste but no damage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from exl2ray.errors import StoreError
+from exl2ray.store.faults import MissingFileError, translated
+from exl2ray.store.fs import TEMP_PREFIX, Store
+from exl2ray.store.machine import Process, is_alive, same_machine, this_process
+from exl2ray.store.records import canonical_json
+
+LOCK_FILE = "driver.lock"
+
+
+@dataclass(frozen=True)
+class LockTiming:
+    """Seconds: between heartbeats; until a silent lock of another machine counts as stale; to settle after a write."""
+
+    heartbeat: float = 10.0
+    stale: float = 60.0
+    settle: float = 1.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Content of a lock file: ``since`` in seconds since 1970, ``token`` unique to one acquisition."""
+
+    process: Process
+    since: float
+    token: str
+
+    def to_bytes(self) -> bytes:
+        return canonical_json({"process": self.process._asdict(), "since": self.since, "token": self.token})
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Holder | None:
+        """None if the text is not that of a lock (cut short, or not written by us)."""
+        try:
+            stored = json.loads(data)
+            process = Process(**stored["process"])
+            holder = Holder(process, float(stored["since"]), str(stored["token"]))
+            str(holder)  # raises for a time that no calendar has
+        except (ValueError, KeyError, TypeError, OverflowError, OSError):
+            return None
+        return holder if isinstance(process.pid, int) and 0 < process.pid < 2**31 else None
+
+    def __str__(self) -> str:
+        when = datetime.fromtimestamp(self.since, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return f"process {self.process.pid} on {self.process.host} since {when}"
+
+
+def read_holder(store: Store) -> Holder | None:
+    """Who is named in the lock file; None if there is none or it is unreadable text."""
+    try:
+        return Holder.from_bytes(store.get(LOCK_FILE))
+    except MissingFileError:
+        return None
+
+
+def heartbeat_age(store: Store, clock: Callable[[], float] | None = None) -> float | None:
+    """Seconds since the lock was last refreshed, None without a lock; by the storage's clock unless told."""
+    try:
+        written = store.mtime(LOCK_FILE)
+    except MissingFileError:
+        return None
+    return max(0.0, (clock or store.clock)() - written)
+
+
+def is_stale(
+    store: Store, holder: Holder | None, timing: LockTiming, clock: Callable[[], float] | None = None
+) -> bool:
+    """Whether the present lock may be taken over. ``holder`` None stands for an unreadable lock file."""
+    if holder is not None and same_machine(holder.process, this_process()):
+        return not is_alive(holder.process)
+    age = heartbeat_age(store, clock)
+    return age is not None and age > timing.stale
+
+
+class DriverLock:
+    """Held from ``acquire`` to ``release``. ``on_beat`` is called by the heartbeat thread as well."""
+
+    def __init__(
+        self, store: Store, timing: LockTiming | None = None, on_beat: Callable[[], None] | None = None
+    ) -> None:
+        self.store = store
+        self.timing = timing or LockTiming()
+        self.taken_over: Holder | None = None  # the dead driver whose lock was replaced
+        self._on_beat = on_beat
+        self._mine = Holder(this_process(), time.time(), secrets.token_hex(16))
+        self._lost = ""
+        self._last_beat = 0.0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._beating = threading.Lock()
+
+    def acquire(self) -> None:
+        """Take the lock or raise StoreError naming the driver that has it."""
+        for _ in range(10):
+            if self.store.put_new(LOCK_FILE, self._mine.to_bytes()):
+                break
+            holder = read_holder(self.store)
+            if holder is None and not self.store.exists(LOCK_FILE):
+                continue  # released just now
+            if not is_stale(self.store, holder, self.timing):
+                raise self._refused(holder)
+            self._remove_stale(holder)
+            self.taken_over = holder
+        else:
+            raise self._refused(read_holder(self.store))
+        if self.taken_over is not None or not self.store.is_local:
+            time.sleep(self.timing.settle)
+            holder = read_holder(self.store)
+            if holder is None or holder.token != self._mine.token:
+                raise self._refused(holder)
+        self._last_beat = time.monotonic()
+        self._thread = threading.Thread(target=self._keep_fresh, name="driver-lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise StoreError if this process no longer holds the lock: taken over while it was stopped, or removed."""
+        if not self._lost and time.monotonic() - self._last_beat > self.timing.stale:
+            self._beat()  # the process, or the storage, slept; raises if the storage still does not answer
+        if self._lost:
+            raise StoreError(f"{self.store.root}: {self._lost}", "see which driver runs, then run the command again")
+
+    def release(self) -> None:
+        """Give the lock back if it is still ours; later calls and calls in forked children do nothing."""
+        if self._thread is None or os.getpid() != self._mine.process.pid:
+            return
+        self._stop.set()
+        self._thread.join()
+        self._thread = None
+        holder = read_holder(self.store)
+        if holder is not None and holder.token == self._mine.token:
+            self.store.delete(LOCK_FILE)
+
+    def _refused(self, holder: Holder | None) -> StoreError:
+        return StoreError(
+            f"{self.store.root} is in use by {holder or 'another driver'}",
+            "wait for it or stop it; `exl2ray status` shows its progress. "
+            f"If that driver is surely gone, wait {self.timing.stale:.0f} s or delete {LOCK_FILE}",
+        )
+
+    def _remove_stale(self, stale: Holder | None) -> None:
+        """Remove the lock that was judged stale, and no other one that may have come meanwhile."""
+        token = stale.token if stale else None
+        path = self.store.local_path(LOCK_FILE)
+        if path is None:
+            holder = read_holder(self.store)
+            if (holder.token if holder else None) == token:
+                self.store.delete(LOCK_FILE)
+            return
+        aside = path.with_name(f"{TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}")
+        with translated("take over", str(path)):
+            try:
+                os.rename(path, aside)
+            except FileNotFoundError:
+                return  # another driver was quicker
+            found = Holder.from_bytes(aside.read_bytes())
+            if (found.token if found else None) != token:
+                try:
+                    os.link(aside, path)
+                except FileExistsError:
+                    pass  # a third driver is in; the one renamed aside notices at its next beat or while it settles
+            aside.unlink(missing_ok=True)
+
+    def _keep_fresh(self) -> None:
+        while not self._stop.wait(self.timing.heartbeat):
+            try:
+                self._beat()
+                if self._on_beat is not None:
+                    self._on_beat()
+            except StoreError:
+                continue  # the storage may come back; `check` raises once it has been silent for too long
+            if self._lost:
+                return
+
+    def _beat(self) -> None:
+        with self._beating:
+            holder = read_holder(self.store)
+            if holder is None or holder.token != self._mine.token:
+                self._lost = f"the lock of this driver was {'taken over by ' + str(holder) if holder else 'removed'}"
+                return
+            path = self.store.local_path(LOCK_FILE)
+            if path is None:
+                self.store.put(LOCK_FILE, self._mine.to_bytes())
+            else:
+                with translated("refresh", str(path)):
+                    os.utime(path)
+            self._last_beat = time.monotonic()

@@ -1,0 +1,204 @@
+"""Immutable records: what has been finished, one file per item, named by content.
+
+A record is ``<kind>/records/<key>.<inputs hash, 16 digits>.json``. Its inputs hash covers everything the result depends
+on (recipe fields that matter, fingerprint of the source weights, entry state), so a record can be trusted for exactly
+these inputs for ever, and results of other settings live beside it. There is no manifest that could be lost: a resume
+lists the directory. Order of a commit: the files of the item first, then the record, then the acknowledgement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from exl2ray.errors import StoreError
+from exl2ray.store.faults import MissingFileError
+from exl2ray.store.fs import Store, check_name
+
+_MAX_KEY_CHARS = 150  # of 255 bytes that file systems allow for a name
+_DAMAGED_HINT = "delete this file to compute the item again (or start anew with -nr)"
+_READERS = 16  # parallel reads of records on an object store
+
+
+def canonical_json(obj: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, floats by repr, tuples as lists.
+
+    Equal bytes mean equal values and types: 4 and 4.0 differ. Raises StoreError for what has no such text: NaN and
+    infinity, keys that are not strings, and objects (paths too: where a file lies is not what it contains).
+    """
+    return json.dumps(_plain(obj, "value"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _plain(obj: Any, where: str) -> Any:
+    if obj is None or isinstance(obj, (bool, str)) or type(obj) is int:
+        return obj
+    if isinstance(obj, float):
+        if not math.isfinite(obj):
+            raise StoreError(f"{where} is {obj}: a work directory holds finite numbers only")
+        return float(obj)
+    if isinstance(obj, (list, tuple)):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(obj)]
+    if isinstance(obj, Mapping):
+        for k in obj:
+            if not isinstance(k, str):
+                raise StoreError(f"{where} has the key {k!r} ({type(k).__name__}); only text is a JSON key")
+        return {k: _plain(v, f"{where}.{k}") for k, v in obj.items()}
+    raise StoreError(f"{where} is a {type(obj).__name__}, which has no canonical JSON text")
+
+
+def hash_inputs(**fields: Any) -> str:
+    """SHA-256 (hex) over the canonical JSON of the named fields."""
+    return hashlib.sha256(canonical_json(fields)).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file of a record: its name in the work directory, SHA-256 (hex) of its content, and bytes."""
+
+    rel: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished item.
+
+    ``kind`` is the directory ("measure", "quant/4.0"), ``key`` the item ("model.layers.3.self_attn"), ``payload`` its
+    result as JSON. ``seconds``, ``worker`` ("host:pid" by default) and ``created`` (seconds since 1970) tell its story.
+    """
+
+    kind: str
+    key: str
+    inputs_hash: str
+    payload: dict[str, Any]
+    files: tuple[FileRef, ...] = ()
+    seconds: float = 0.0
+    worker: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    created: float = field(default_factory=time.time)
+
+
+def item_name(key: str, inputs_hash: str) -> str:
+    """``<key>.<first 16 digits>``: file name of an item, without ending; odd characters of the key are %-quoted."""
+    if not re.fullmatch(r"[0-9a-f]{16,}", inputs_hash):
+        raise StoreError(f"{key}: inputs hash {inputs_hash!r} is not lower-case hex of at least 16 digits")
+    safe = quote(key, safe="")
+    if safe.startswith("."):
+        safe = "%2E" + safe[1:]
+    if len(safe) > _MAX_KEY_CHARS:
+        safe = f"{safe[: _MAX_KEY_CHARS - 17]}~{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return f"{safe}.{inputs_hash[:16]}"
+
+
+def item_file(kind: str, folder: str, key: str, inputs_hash: str) -> str:
+    """Name of an item's tensors: ``<kind>/<folder>/<key>.<hash>.safetensors``, folder "tensors" or "states"."""
+    return check_name(f"{kind}/{folder}/{item_name(key, inputs_hash)}.safetensors")
+
+
+class Records:
+    """The records of one work directory. Used by the driver and, with their own Store, by the workers.
+
+    ``deep`` tells whether a record's files are hashed before the record is believed, or only their sizes compared.
+    Default: hashed on local file systems; sizes only on object stores, which check uploads themselves.
+    ``notes`` collects, in words, the records that were passed over and why.
+    """
+
+    def __init__(self, store: Store, deep: bool | None = None) -> None:
+        self.store = store
+        self.deep = store.is_local if deep is None else deep
+        self.notes: list[str] = []
+
+    def commit(self, record: Record) -> str:
+        """Write the record; durable when this returns. Its files must be there already. Returns its name.
+
+        Committing the same item twice (a lost worker that was not dead) replaces the record as a whole.
+        """
+        for ref in record.files:
+            size = self.store.size(ref.rel)
+            if size != ref.size:
+                name = self.store.full_name(ref.rel)
+                raise StoreError(f"{name} has {size} bytes; the record of {record.key} says {ref.size}")
+        rel = _record_file(record.kind, record.key, record.inputs_hash)
+        body = asdict(record)
+        text = canonical_json({"record": body, "sha256": hash_inputs(record=body)})
+        self.store.put(rel, text)
+        return rel
+
+    def find(self, kind: str, key: str, inputs_hash: str) -> Record | None:
+        """The item's record, or None if it has none that can be used (``notes`` says why, if there was one).
+
+        Raises StoreError naming the file if the record itself is corrupted.
+        """
+        rel = _record_file(kind, key, inputs_hash)
+        try:
+            record = self._read(rel)
+        except MissingFileError:
+            return None
+        if (record.kind, record.key, record.inputs_hash) != (kind, key, inputs_hash):
+            self._note(f"{self.store.full_name(rel)} is of {record.key} with inputs {record.inputs_hash}: not used")
+            return None
+        return record if self._usable(rel, record) else None
+
+    def scan(self, kind: str) -> dict[tuple[str, str], Record]:
+        """All usable records of a kind, of any settings: (key, inputs hash) -> Record. Errors and notes as ``find``."""
+        names = [n for n in self.store.list(f"{kind}/records") if n.endswith(".json")]
+        if self.store.is_local:
+            records = [self._read(n) for n in names]
+        else:
+            with ThreadPoolExecutor(_READERS) as pool:
+                records = list(pool.map(self._read, names))
+        found = zip(names, records, strict=True)
+        return {(r.key, r.inputs_hash): r for name, r in found if self._usable(name, r)}
+
+    def _usable(self, rel: str, record: Record) -> bool:
+        for ref in record.files:
+            problem = file_problem(self.store, ref, self.deep)
+            if problem:
+                self._note(f"{self.store.full_name(rel)} is not used: {problem}; the item will be computed again")
+                return False
+        return True
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _read(self, rel: str) -> Record:
+        name = self.store.full_name(rel)
+        data = self.store.get(rel)
+        try:
+            stored = json.loads(data)
+            body = stored["record"]
+            if hash_inputs(record=body) != stored["sha256"]:
+                raise StoreError(f"{name} does not match its checksum", _DAMAGED_HINT)
+            files = tuple(FileRef(**ref) for ref in body.pop("files"))
+            return Record(files=files, **body)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise StoreError(f"{name} is not a record: {type(e).__name__}: {e}", _DAMAGED_HINT) from e
+
+
+def file_problem(store: Store, ref: FileRef, deep: bool) -> str:
+    """What is wrong with a referenced file ("" if nothing): missing, of another size or, if ``deep``, other content."""
+    try:
+        size = store.size(ref.rel)
+        if size != ref.size:
+            return f"{store.full_name(ref.rel)} has {size} bytes instead of {ref.size}"
+        digest = store.sha256(ref.rel) if deep else ref.sha256
+    except MissingFileError:
+        return f"{store.full_name(ref.rel)} is missing"
+    if digest != ref.sha256:
+        return f"{store.full_name(ref.rel)} has SHA-256 {digest[:16]}... instead of {ref.sha256[:16]}..."
+    return ""
+
+
+def _record_file(kind: str, key: str, inputs_hash: str) -> str:
+    return check_name(f"{kind}/records/{item_name(key, inputs_hash)}.json")

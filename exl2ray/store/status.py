@@ -1,0 +1,82 @@
+"""What a work directory says about its job, read by anybody, from any machine, while it runs or after."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from exl2ray.errors import StoreError
+from exl2ray.store.events import read_events
+from exl2ray.store.faults import MissingFileError
+from exl2ray.store.fs import Store
+from exl2ray.store.job import JOB_FILE, StoredJob, decode_job
+from exl2ray.store.layout import CALIBRATION, MEASUREMENT, PLAN
+from exl2ray.store.lock import LOCK_FILE, LockTiming, heartbeat_age, is_stale, read_holder
+
+_LAST_EVENTS = 20
+
+
+@dataclass(frozen=True)
+class WorkStatus:
+    """``state``: "running" (a driver holds a live lock), "crashed" (a dead driver's lock), "stopped" (no lock).
+
+    ``records`` counts finished items (distinct keys) per kind ("measure", "quant/4.0"). ``holder`` describes the driver
+    in words. ``heartbeat_age_seconds`` compares the storage's time stamp with this machine's clock. ``problems`` lists
+    what is damaged; reading a status never raises for damage inside the directory, and never writes.
+    """
+
+    root: str
+    state: str
+    job: StoredJob | None
+    holder: str
+    heartbeat_age_seconds: float | None
+    records: dict[str, int]
+    has_calibration: bool
+    has_measurement: bool
+    has_plan: bool
+    last_events: tuple[dict[str, Any], ...]
+    problems: tuple[str, ...]
+
+
+def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
+    """Status of the directory at ``root``; StoreError if there is no work directory or it cannot be read."""
+    store = Store.open(root)
+    problems = []
+    job = None
+    try:
+        job = decode_job(store.get(JOB_FILE), store.full_name(JOB_FILE))
+    except MissingFileError as e:
+        raise StoreError(f"{store.root} is not a work directory: it has no {JOB_FILE}", "check the path") from e
+    except StoreError as e:
+        problems.append(e.message)
+    events, skipped = read_events(store)
+    if skipped:
+        problems.append(f"{skipped} unreadable lines in the event log")
+    holder = read_holder(store)
+    state = "stopped"
+    if store.exists(LOCK_FILE):
+        state = "crashed" if is_stale(store, holder, timing or LockTiming(), time.time) else "running"
+    return WorkStatus(
+        root=store.root,
+        state=state,
+        job=job,
+        holder=str(holder or ""),
+        heartbeat_age_seconds=heartbeat_age(store, time.time),
+        records=_count_records(store),
+        has_calibration=store.exists(CALIBRATION),
+        has_measurement=store.exists(MEASUREMENT),
+        has_plan=store.exists(PLAN),
+        last_events=tuple(events[-_LAST_EVENTS:]),
+        problems=tuple(problems),
+    )
+
+
+def _count_records(store: Store) -> dict[str, int]:
+    items = set()
+    for name in store.list("measure") + store.list("quant"):
+        kind, _, file = name.rpartition("/records/")
+        if kind and file.endswith(".json"):
+            items.add((kind, file.removesuffix(".json").rpartition(".")[0]))
+    return dict(sorted(Counter(kind for kind, _ in items).items()))

@@ -1,0 +1,60 @@
+"""Stores to test against: a temporary directory, moto's S3 server, and a GCS emulator where one is running."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from store_helpers import JOB
+
+from exl2ray.store.fs import Store
+
+
+@pytest.fixture
+def job() -> dict[str, dict[str, Any]]:
+    return {section: dict(settings) for section, settings in JOB.items()}
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    """URL of a fresh bucket on moto's server; AWS_* point to it for the rest of the session."""
+    boto3 = pytest.importorskip("boto3")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.delenv("AWS_REGION", raising=False)
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="exl2ray-tests")
+        yield "s3://exl2ray-tests"
+    server.stop()
+
+
+@pytest.fixture
+def s3_root(s3_bucket: str) -> str:
+    return f"{s3_bucket}/{secrets.token_hex(6)}"
+
+
+@pytest.fixture(params=["local", "s3", "gs"])
+def root(request: pytest.FixtureRequest, tmp_path: Any) -> str:
+    """An empty place of each kind. gs:// runs where STORAGE_EMULATOR_HOST and EXL2RAY_TEST_GS_BUCKET name one."""
+    if request.param == "local":
+        return str(tmp_path / "work")
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_root"))
+    if not (os.environ.get("STORAGE_EMULATOR_HOST") and os.environ.get("EXL2RAY_TEST_GS_BUCKET")):
+        pytest.skip("no GCS emulator: set STORAGE_EMULATOR_HOST and EXL2RAY_TEST_GS_BUCKET")
+    return f"gs://{os.environ['EXL2RAY_TEST_GS_BUCKET']}/{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def store(root: str) -> Store:
+    return Store.open(root)

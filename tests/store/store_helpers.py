@@ -1,0 +1,14 @@
+"""Values shared by the tests of the store."""
+
+from __future__ import annotations
+
+from exl2ray.store.lock import LockTiming
+
+JOB = {
+    "identity": {"fingerprint": "ab12", "architecture": "LlamaForCausalLM"},
+    "measure": {"rows": 16, "length": 2048, "seed": 0},
+    "quantize": {"bits": [4.0], "head_bits": 6},
+    "output": {"shard_size_mb": 8192, "compile_full": None},
+}
+VERSIONS = {"exl2ray": "0.1.0", "torch": "2.13.0"}
+FAST = LockTiming(heartbeat=0.05, stale=1.0, settle=0.05)

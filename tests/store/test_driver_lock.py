@@ -1,0 +1,241 @@
+"""One driver per work directory: refusal, takeover of stale locks, races."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from store_helpers import FAST
+
+from exl2ray.errors import StoreError
+from exl2ray.store.fs import Store
+from exl2ray.store.local import LocalStore
+from exl2ray.store.lock import LOCK_FILE, DriverLock, Holder, LockTiming, heartbeat_age, read_holder
+from exl2ray.store.machine import Process, is_alive, same_machine, this_process
+
+ELSEWHERE = this_process()._replace(host="node-7", boot_id="other")
+
+
+def dead_process() -> Process:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return this_process()._replace(pid=child.pid, start_ticks=0)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "condition did not become true in time"
+        time.sleep(0.01)
+
+
+def test_second_driver_is_refused_and_told_who_holds_it(store: Store) -> None:
+    first, second = DriverLock(store, FAST), DriverLock(store, FAST)
+    first.acquire()
+    with pytest.raises(StoreError, match=f"in use by process {os.getpid()} on {socket.gethostname()} since 20"):
+        second.acquire()
+    second.release()  # never had it: must not remove it
+    first.check()
+    first.release()
+    first.release()
+    assert store.entries() == []
+    second.acquire()
+    second.release()
+
+
+def test_second_driver_process_is_refused(tmp_path: Path) -> None:
+    code = """
+import sys
+from exl2ray.errors import StoreError
+from exl2ray.store.fs import Store
+from exl2ray.store.lock import DriverLock
+try:
+    DriverLock(Store.open(sys.argv[1])).acquire()
+except StoreError as e:
+    print(e)
+"""
+    lock = DriverLock(LocalStore(str(tmp_path)), FAST)
+    lock.acquire()
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert f"in use by process {os.getpid()} on" in done.stdout
+    lock.release()
+
+
+def test_lock_of_a_dead_process_is_taken_over_at_once(store: Store) -> None:
+    dead = Holder(dead_process(), time.time(), "t")
+    store.put(LOCK_FILE, dead.to_bytes())
+    lock = DriverLock(store, LockTiming(stale=1e6, settle=0.05))
+    lock.acquire()
+    assert lock.taken_over == dead
+    lock.release()
+    assert store.entries() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_liveness_sees_through_zombies_and_reused_numbers() -> None:
+    me = this_process()
+    assert is_alive(me)
+    assert not is_alive(me._replace(start_ticks=me.start_ticks + 1))
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = me._replace(pid=child.pid, start_ticks=0)
+    assert is_alive(process)
+    child.send_signal(signal.SIGKILL)
+    wait_until(lambda: not is_alive(process))  # dead but not yet reaped
+    child.wait()
+    assert not is_alive(process)
+
+
+def test_equal_host_names_do_not_make_one_machine() -> None:
+    me = this_process()
+    assert same_machine(me, me._replace(pid=1))
+    assert not same_machine(me, me._replace(boot_id="x"))
+    assert not same_machine(me, me._replace(pid_namespace="pid:[1]"))
+
+
+def test_other_machine_counts_by_its_heartbeat(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    theirs = Holder(ELSEWHERE, time.time() - 3600, "t")
+    store.put(LOCK_FILE, theirs.to_bytes())
+    with pytest.raises(StoreError, match="on node-7 since"):
+        DriverLock(store, LockTiming(settle=0.05)).acquire()
+    assert read_holder(store) == theirs
+    old = time.time() - 61
+    os.utime(tmp_path / LOCK_FILE, (old, old))
+    lock = DriverLock(store, LockTiming(settle=0.05))
+    lock.acquire()
+    assert lock.taken_over == theirs
+    lock.release()
+
+
+def test_other_machine_on_an_object_store(s3_root: str) -> None:
+    store = Store.open(s3_root)
+    store.put(LOCK_FILE, Holder(ELSEWHERE, time.time(), "t").to_bytes())
+    with pytest.raises(StoreError, match="node-7"):
+        DriverLock(store, LockTiming(settle=0.05)).acquire()
+    time.sleep(1.1)
+    lock = DriverLock(store, LockTiming(heartbeat=0.1, stale=0.5, settle=0.05))  # S3 stamps have whole seconds
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"process": {"pid": 1}}', b'{"process": 3, "since": "x"}'])
+def test_unreadable_lock_counts_by_its_age(tmp_path: Path, text: bytes) -> None:
+    store = LocalStore(str(tmp_path))
+    store.put(LOCK_FILE, text)
+    with pytest.raises(StoreError, match="another driver"):
+        DriverLock(store, FAST).acquire()
+    os.utime(tmp_path / LOCK_FILE, (1, 1))
+    lock = DriverLock(store, FAST)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**40, "1", None])
+def test_lock_with_an_impossible_process_number_is_unreadable(pid: object) -> None:
+    holder = Holder(this_process()._replace(pid=pid), 1.0, "t")  # type: ignore[arg-type]
+    assert Holder.from_bytes(holder.to_bytes()) is None
+
+
+def test_heartbeat_keeps_the_lock_fresh_and_flushes(store: Store) -> None:
+    beats = []
+    lock = DriverLock(store, FAST, on_beat=lambda: beats.append(1))
+    lock.acquire()
+    if store.is_local:
+        os.utime(store.local_path(LOCK_FILE), (1, 1))
+    wait_until(lambda: len(beats) >= 2)
+    age = heartbeat_age(store)
+    assert age is not None
+    assert age < 5
+    lock.check()
+    lock.release()
+    assert heartbeat_age(store) is None
+
+
+def test_a_driver_that_lost_its_lock_is_told_and_leaves_the_new_one_alone(store: Store) -> None:
+    lock = DriverLock(store, FAST)
+    lock.acquire()
+    other = Holder(ELSEWHERE, time.time(), "other")
+    store.put(LOCK_FILE, other.to_bytes())  # another machine took over while this process was stopped
+
+    def lost() -> bool:
+        try:
+            lock.check()
+        except StoreError:
+            return True
+        return False
+
+    wait_until(lost)
+    with pytest.raises(StoreError, match=r"taken over by process \d+ on node-7"):
+        lock.check()
+    lock.release()
+    assert read_holder(store) == other
+
+
+def test_check_after_a_long_sleep_looks_at_the_lock_first(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    lock = DriverLock(store, LockTiming(heartbeat=1e6, stale=0.05))
+    lock.acquire()
+    time.sleep(0.1)
+    lock.check()  # silent for longer than the limit, but still ours
+    time.sleep(0.1)
+    store.delete(LOCK_FILE)
+    with pytest.raises(StoreError, match="removed"):
+        lock.check()
+    lock.release()
+
+
+def test_of_many_drivers_exactly_one_takes_over_a_stale_lock(tmp_path: Path) -> None:
+    dead = dead_process()
+    for round_ in range(15):
+        store = LocalStore(str(tmp_path / str(round_)))
+        store.put(LOCK_FILE, Holder(dead, time.time(), "t").to_bytes())
+        locks = [DriverLock(store, FAST) for _ in range(6)]
+        barrier = threading.Barrier(len(locks))
+        refused = []
+
+        def compete(lock: DriverLock, barrier=barrier, refused=refused) -> None:  # type: ignore[no-untyped-def]
+            barrier.wait()
+            try:
+                lock.acquire()
+            except StoreError:
+                refused.append(lock)
+
+        threads = [threading.Thread(target=compete, args=(lock,)) for lock in locks]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        winners = [lock for lock in locks if lock not in refused]
+        assert len(winners) == 1
+        winners[0].check()
+        winners[0].release()
+        assert store.entries() == []
+
+
+def test_forked_child_does_not_release(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from exl2ray.store.fs import Store
+from exl2ray.store.lock import DriverLock
+store = Store.open(sys.argv[1])
+lock = DriverLock(store)
+lock.acquire()
+pid = os.fork()
+if pid == 0:
+    lock.release()
+    os._exit(0)
+os.waitpid(pid, 0)
+print(store.entries())
+lock.release()
+print(store.entries())
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["['driver.lock']", "[]"]
