@@ -143,6 +143,14 @@ CASES = {
     ),
     "fused qkv": ("llama", put(f"{L0}.self_attn.qkv_proj.weight", zeros(192, 64)), "fused", "qkv_proj", "left over"),
     "fused gate_up": ("llama", put(f"{L0}.mlp.gate_up_proj.weight", zeros(192, 64)), "fused", "gate_up", "left over"),
+    "fused source name": (
+        "llama",
+        put("transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight", zeros(192, 64)),
+        "fused",
+        "Wqkv",
+        "left over",
+    ),
+    "fused experts": ("mixtral", put(f"{L0}.block_sparse_moe.experts.w1", zeros(288, 64)), "fused", "w1", "left over"),
     "norm float64": ("llama", replace("model.norm.weight", torch.Tensor.double), "plain", "model.norm", "F64"),
     "norm width": ("llama", put("model.norm.weight", zeros(32)), "plain", "model.norm", "hidden_size is 64"),
     "head_dim": (
