@@ -1,0 +1,254 @@
+"""Calibration rows: sequences of tokens of equal length, and the built-in sets they come from.
+
+The table follows the structure of converter-algorithm section 3 (19 rows for measuring, 115 for quantising; consecutive
+rows, rows of documents with BOS and EOS, shuffled pieces, uniform random ids), filled with our own kinds of text:
+
+| set | measure | quantise | kinds | construction |
+|---|---|---|---|---|
+| web | 2 | 12 | letters, forum, instructions | consecutive |
+| articles | 3 | 20 | essays, news, legal_medical | documents with BOS and EOS; half the rows without their first BOS |
+| code | 2 | 20 | code | consecutive |
+| stories | 2 | 9 | fiction, poetry | as articles |
+| chat | 1 | 9 | chat | as articles; with a chat template: as rendered, no further BOS or EOS |
+| formats | 1 | 12 | formats, unicode | consecutive |
+| multilingual | 3 | 15 | multilingual | consecutive |
+| shuffled | 1 | 5 | multilingual | 128-token pieces of the multilingual rows in random order |
+| random | 2 | 2 | - | uniform ids in [0, tokenizer vocabulary size) |
+| technical | 2 | 11 | technical, maths | consecutive |
+| noise | 0 or 5 | 0 or 30 | - | ids -1, for Qwen2-VL and Qwen2.5-VL (architectures 5.20) |
+
+Everything is drawn from ``seed``; equal seed, text and tokenizer give equal rows. When a set's text is too short for
+the tokenizer, the rule in ``pieces`` applies (generated text; for stories first a second pass with another alignment)
+and ``Rows.notes`` says how much of it there is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from exl2ray.calibration import generate
+from exl2ray.calibration.chat import ChatText
+from exl2ray.calibration.pieces import (
+    GENERATED,
+    SECOND_PASS,
+    Ids,
+    Pieces,
+    consecutive_rows,
+    document_rows,
+    interleave,
+    shuffled_rows,
+    uniform_rows,
+)
+from exl2ray.calibration.text import Document, builtin_documents, parse_chat
+from exl2ray.calibration.tokenizer import ModelTokenizer
+from exl2ray.errors import CalibrationError, SourceError, StoreError
+
+Plan = Literal["measure", "quantize"]
+MAX_BUILTIN_LENGTH = 2048
+LENGTH_STEP = 128  # shuffled rows are made of pieces this long
+NOISE_ROWS = {"measure": 5, "quantize": 30}
+LENGTH_FLAGS = {"measure": "-ml/--measurement-length", "quantize": "-l/--length"}
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Calibration data of one pass. ``kinds[r]`` names the set of row r; ``notes`` are for the user to read."""
+
+    ids: Tensor  # (R, T) int64; -1 throughout a noise row
+    kinds: tuple[str, ...]
+    source: str  # "built-in" or the path of the Parquet file
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.ids.dtype != torch.int64 or self.ids.ndim != 2 or self.ids.shape[0] != len(self.kinds):
+            raise CalibrationError(
+                f"calibration rows: ids {self.ids.dtype} {tuple(self.ids.shape)}, {len(self.kinds)} kinds; "
+                "expected int64 (R, T) and R kinds"
+            )
+
+
+@dataclass(frozen=True)
+class RowSet:
+    name: str
+    measure: int
+    quantize: int
+    kinds: tuple[str, ...]
+    documents: bool = False  # rows of whole documents between BOS and EOS; else consecutive
+    repeat: bool = False  # too little text: a second pass before generated text, which is no good match for the set
+
+
+ROW_SETS = (
+    RowSet("web", 2, 12, ("letters", "forum", "instructions")),
+    RowSet("articles", 3, 20, ("essays", "news", "legal_medical"), documents=True),
+    RowSet("code", 2, 20, ("code",)),
+    RowSet("stories", 2, 9, ("fiction", "poetry"), documents=True, repeat=True),
+    RowSet("chat", 1, 9, ("chat",), documents=True),
+    RowSet("formats", 1, 12, ("formats", "unicode")),
+    RowSet("multilingual", 3, 15, ("multilingual",)),
+    RowSet("shuffled", 1, 5, ()),
+    RowSet("random", 2, 2, ()),
+    RowSet("technical", 2, 11, ("technical", "maths")),
+)
+
+
+def builtin_rows(
+    tokenizer: ModelTokenizer,
+    plan: Plan,
+    length: int,  # tokens of a row, -l or -ml; clipped to 2048
+    seed: int,
+    vocab_size: int,  # rows of the model's embedding
+    *,
+    noise: bool = False,  # append noise rows (Qwen2-VL, Qwen2.5-VL)
+    chat_rows: bool = True,  # render conversations with the model's chat template, if it has one
+    max_positions: int | None = None,  # longest sequence the model takes
+    documents: Sequence[Document] | None = None,  # default: the built-in text
+) -> Rows:
+    """The built-in rows of a pass: 19 to measure, 115 to quantise, plus 5 or 30 noise rows.
+
+    Raises CalibrationError for an unusable length (naming the flag) or a set without any text, SourceError if the
+    tokenizer yields an id the embedding does not have.
+    """
+    flag = LENGTH_FLAGS[plan]
+    ctx = min(MAX_BUILTIN_LENGTH, length)
+    notes: list[str] = []
+    if ctx != length:
+        notes.append(f"{flag} {length}: rows of the built-in set have at most {ctx} tokens")
+    check_length(ctx, flag, max_positions)
+    if ctx % LENGTH_STEP:
+        raise CalibrationError(
+            f"{flag} {length} is not a multiple of {LENGTH_STEP}, which the built-in calibration set needs",
+            f"use {max(LENGTH_STEP, ctx // LENGTH_STEP * LENGTH_STEP)}",
+        )
+    sources = _Sources(tokenizer, seed, chat_rows, builtin_documents() if documents is None else documents)
+    made: dict[str, Ids] = {}
+    for row_set in ROW_SETS:
+        count = row_set.measure if plan == "measure" else row_set.quantize
+        rng = random.Random(f"{seed}/{row_set.name}")
+        if row_set.name == "shuffled":
+            made[row_set.name] = shuffled_rows(made["multilingual"], count, rng)
+        elif row_set.name == "random":
+            made[row_set.name] = uniform_rows(count, ctx, tokenizer.vocab_size, rng)
+        else:
+            made[row_set.name] = sources.rows(row_set, count, ctx, rng)
+    kinds = [name for name, ids in made.items() for _ in ids]
+    ids = torch.cat([torch.from_numpy(ids) for ids in made.values()])
+    check_ids(ids, vocab_size, tokenizer)
+    if noise:
+        ids = torch.cat([ids, torch.full((NOISE_ROWS[plan], ctx), -1)])
+        kinds += ["noise"] * NOISE_ROWS[plan]
+    return Rows(ids, tuple(kinds), "built-in", tuple(notes + sources.notes))
+
+
+def check_length(length: int, flag: str, max_positions: int | None) -> None:
+    """Raise CalibrationError naming ``flag`` if rows of ``length`` tokens cannot be used."""
+    if length < LENGTH_STEP:
+        raise CalibrationError(f"{flag} {length}: calibration rows have at least {LENGTH_STEP} tokens", "use 2048")
+    if max_positions is not None and length > max_positions:
+        usable = max_positions // LENGTH_STEP * LENGTH_STEP
+        raise CalibrationError(
+            f"{flag} {length} is longer than the {max_positions} positions of the model",
+            f"use {usable}" if usable else "the model is too short for calibration rows",
+        )
+
+
+def check_ids(ids: Tensor, vocab_size: int, tokenizer: ModelTokenizer) -> None:
+    """Raise SourceError if an id has no embedding row."""
+    highest = int(ids.max())
+    if highest >= vocab_size:
+        raise SourceError(
+            f"{tokenizer.path}: calibration text holds token id {highest}; the model has {vocab_size} embedding rows",
+            "the tokenizer is of another model, or tokens were added without resizing the embedding",
+        )
+
+
+class _Sources:
+    """Turns documents into the rows of a set, and notes what the user should know about them."""
+
+    def __init__(self, tokenizer: ModelTokenizer, seed: int, chat_rows: bool, documents: Sequence[Document]) -> None:
+        self.notes: list[str] = []
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._documents = documents
+        template = tokenizer.chat_template if chat_rows else None
+        self._chat = ChatText(template, tokenizer.special_tokens, next(generate.conversations(seed)))
+
+    def rows(self, row_set: RowSet, count: int, ctx: int, rng: random.Random) -> Ids:
+        """Int64 (count, ctx) of one set of written text."""
+        if not any(doc.kind in row_set.kinds for doc in self._documents):
+            raise CalibrationError(
+                f"built-in calibration text: no documents of kind {' or '.join(row_set.kinds)}",
+                "reinstall exl2ray, or give your own text with -c FILE.parquet",
+            )
+        families: dict[str, list[str]] = {}
+        for doc in self._documents:
+            if doc.kind in row_set.kinds:
+                families.setdefault(doc.family, []).append(self._text(row_set, doc))
+        texts = interleave(families, rng)
+        pieces = Pieces(texts, row_set.repeat, self._generated(row_set), self._tokenizer.encode, limit=ctx)
+        if row_set.documents:
+            templated = row_set.name == "chat" and self._chat.templated
+            bos, eos = (None, None) if templated else (self._tokenizer.bos_id, self._tokenizer.eos_id)
+            ids = document_rows(pieces, count, ctx, bos, eos)
+        else:
+            ids = consecutive_rows(pieces, count, ctx)
+        for origin in (GENERATED, SECOND_PASS):
+            if pieces.used[origin]:
+                what = "generated text" if origin == GENERATED else "a second pass over the same text"
+                self.notes.append(f"{row_set.name}: {pieces.used[origin]} of {count * ctx} tokens are {what}")
+        if row_set.name == "chat":
+            self.notes += self._chat.notes()
+        return ids
+
+    def _text(self, row_set: RowSet, doc: Document) -> str:
+        if doc.kind == "chat":
+            return self._chat.text(parse_chat(doc))
+        # Consecutive documents are parted by blank lines; others by BOS and EOS.
+        return doc.text.strip("\n") + ("" if row_set.documents else "\n\n\n")
+
+    def _generated(self, row_set: RowSet) -> Iterator[str]:
+        if row_set.name == "chat":
+            return map(self._chat.text, generate.conversations(self._seed))
+        end = "" if row_set.documents else "\n\n\n"
+        return (text.strip("\n") + end for text in generate.texts(row_set.name, self._seed))
+
+
+def rows_to_bytes(rows: Rows) -> bytes:
+    """The safetensors file of ``rows``: ``input_ids`` int64 (R, T), the rest as metadata. Equal rows, equal bytes."""
+    meta = json.dumps({"kinds": rows.kinds, "source": rows.source, "notes": rows.notes}, ensure_ascii=False)
+    return save({"input_ids": rows.ids.contiguous()}, metadata={"exl2ray_rows": meta})
+
+
+def save_rows(rows: Rows, path: str | Path) -> None:
+    """Write ``rows_to_bytes`` to ``path``; the file appears whole or not at all."""
+    target = Path(path)
+    temp = target.with_name(f".{target.name}.tmp")
+    try:
+        with temp.open("wb") as f:
+            f.write(rows_to_bytes(rows))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temp, target)
+    except OSError as e:
+        raise StoreError(f"{target}: cannot write calibration rows: {e}") from e
+
+
+def load_rows(path: str | Path) -> Rows:
+    """Inverse of ``save_rows``; raises StoreError if the file is missing or not of this form."""
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            meta = json.loads((f.metadata() or {})["exl2ray_rows"])
+            ids = f.get_tensor("input_ids")
+        return Rows(ids, tuple(meta["kinds"]), meta["source"], tuple(meta["notes"]))
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, CalibrationError) as e:
+        raise StoreError(f"{path}: not calibration rows: {type(e).__name__}: {e}", "delete it to make them anew") from e

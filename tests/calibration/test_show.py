@@ -1,0 +1,23 @@
+"""The summary behind ``exl2ray calibration --show``."""
+
+from __future__ import annotations
+
+import torch
+
+from exl2ray.calibration.rows import Rows
+from exl2ray.calibration.show import describe_rows
+from exl2ray.calibration.tokenizer import ModelTokenizer
+
+
+def test_summary(tokenizer: ModelTokenizer) -> None:
+    text = tokenizer.encode("the quick brown harbour and the slow ferry " * 40)[:128]
+    ids = torch.stack([torch.from_numpy(text), torch.arange(128), torch.arange(128), torch.full((128,), -1)])
+    view = describe_rows(Rows(ids, ("web", "random", "random", "noise"), "built-in", ("note",)), tokenizer, words=3)
+    assert (view.source, view.rows, view.length, view.vocab_size, view.notes) == ("built-in", 4, 128, 2048, ("note",))
+    assert [(k.kind, k.rows, k.tokens) for k in view.kinds] == [("web", 1, 128), ("random", 2, 256), ("noise", 1, 128)]
+    web, uniform, noise = view.kinds
+    assert web.first_words == "the quick brown"
+    assert web.distinct == len(set(text.tolist()))
+    assert uniform.distinct == 128
+    assert (noise.distinct, noise.first_words) == (0, "")
+    assert view.distinct == len({*text.tolist(), *range(128)})
