@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 
+from exl2ray.calibration import generate
 from exl2ray.calibration.chat import ChatRenderer, ChatText, plain_chat
 from exl2ray.calibration.text import Conversation
 from exl2ray.errors import CalibrationError
@@ -86,3 +89,41 @@ def test_single_failures_are_counted() -> None:
 def test_no_template_needs_no_note() -> None:
     chat = ChatText(None, TOKENS, CHAT)
     assert (chat.templated, chat.notes()) == (False, [])
+
+
+PUBLISHED_FORMS = {
+    "headers": (
+        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|header|>' + "
+        "message['role'] + '<|end|>\n\n' + message['content'] | trim + '<|eot|>' %}{% if loop.index0 == 0 %}"
+        "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    ),
+    "strict": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ '<turn>' + message['role'] + '\n' + "
+        "message['content'] | trim + '</turn>\n' }}{% endfor %}"
+    ),
+    "whitespace": (
+        "{%- for message in messages %}\n    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' "
+        "+ '\n' }}\n{%- endfor %}\n  {%- if tools %}\n {{ tools | tojson }}\n{% endif %}\n"
+    ),
+    "generation": (
+        "{% for m in messages %}{%- if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}\n   {{ m.content }} {% continue %}{% endif %}{{ {'a': '<ü>'} | tojson(indent=2) }}\n{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FORMS)
+def test_same_text_as_transformers(name: str) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    renderer = ChatRenderer(PUBLISHED_FORMS[name], TOKENS)
+    compared = 0
+    for conversation in islice(generate.conversations(3), 20):
+        if name == "strict" and conversation.messages[0][0] == "system":
+            continue
+        messages = [{"role": role, "content": content} for role, content in conversation.messages]
+        theirs, _ = utils.render_jinja_template([messages], chat_template=PUBLISHED_FORMS[name], **TOKENS)
+        assert renderer.render(conversation) == theirs[0]
+        compared += 1
+    assert compared > 5
