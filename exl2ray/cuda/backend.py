@@ -63,7 +63,8 @@ def blocks_of(bounds: Sequence[tuple[int, int]], size: int) -> tuple[np.ndarray,
 def shrink_grid(padded: int = GRID_POINTS) -> np.ndarray:
     """(padded,) float32 shrink factors, the numbers of `exl2ray.quant.scales.grid`; the padding repeats the last."""
     t = np.minimum(np.arange(padded), GRID_POINTS - 1).astype(np.float32) / np.float32(GRID_POINTS - 1)
-    return (np.float32(0.70) * (1 - t) + np.float32(1.2) * t).astype(np.float32)
+    points: np.ndarray = (np.float32(0.70) * (1 - t) + np.float32(1.2) * t).astype(np.float32)
+    return points
 
 
 class CpuGroups:

@@ -16,7 +16,7 @@ BLOCK = 64  # columns per block
 
 
 @numba.njit(cache=True, inline="always")
-def _half(x):  # type: ignore[no-untyped-def]
+def _half(x):
     """float32 rounded to the nearest half (ties to even), as float32. |x| must be below 65520."""
     if abs(x) < _SMALLEST_NORMAL:
         # Adding and removing 0.75 rounds to a multiple of 2^-24; exact for both signs.
@@ -27,7 +27,7 @@ def _half(x):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, parallel=True)
-def column_tops(x, blocks, block_top):  # type: ignore[no-untyped-def]
+def column_tops(x, blocks, block_top):
     """block_top[b] = largest |x| of block b; x (n, C) float32, blocks (B, 3) int32 of (segment, first, last+1)."""
     for b in numba.prange(blocks.shape[0]):
         top = np.float32(0.0)
@@ -38,7 +38,7 @@ def column_tops(x, blocks, block_top):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract"})
-def grid_errors(x, blocks, seg_top, seg_bits, grid, scale_codes, partial):  # type: ignore[no-untyped-def]
+def grid_errors(x, blocks, seg_top, seg_bits, grid, scale_codes, partial):
     """Scale codes of every column and, per block and grid point, the sum of |error|^3.5.
 
     seg_top (S,) float32 = M of each segment; scale_codes (C,) uint8 out; partial (B, 97) float32 out.
@@ -80,7 +80,7 @@ def grid_errors(x, blocks, seg_top, seg_bits, grid, scale_codes, partial):  # ty
 
 
 @numba.njit(cache=True, parallel=True)
-def quantize(x, u, feedback, blocks, seg_bits, seg_m, scale_codes, dq, codes, error):  # type: ignore[no-untyped-def]
+def quantize(x, u, feedback, blocks, seg_bits, seg_m, scale_codes, dq, codes, error):
     """Integers, reconstructed weights and scaled errors of one group.
 
     x (n, C) float32 is overwritten; u (n, n) float32 upper, the group's block of U; seg_m (S,) float32 holds

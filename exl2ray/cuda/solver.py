@@ -150,7 +150,8 @@ def panels(rows: Sequence[int], size: int = PANEL) -> Iterator[tuple[int, int, i
 
 def _inverse_upper(r: Tensor) -> Tensor:
     eye = torch.eye(r.shape[0], dtype=r.dtype, device=r.device)
-    return torch.linalg.solve_triangular(r, eye, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(r, eye, upper=True)
+    return inverse
 
 
 @contextlib.contextmanager

@@ -139,7 +139,8 @@ def _relax(
         best = penalised.min(1, keepdims=True)
         # among ties the cheaper option, so that a large lambda reaches the floor
         tied = np.where(penalised <= best, bits, np.iinfo(np.int64).max)
-        return tied.argmin(1)
+        choice: NDArray[np.int64] = tied.argmin(1)
+        return choice
 
     low, high = 0.0, 1e-12
     choice = pick(low)

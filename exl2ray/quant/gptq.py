@@ -71,7 +71,8 @@ def feedback_factor(factor: Factor) -> Tensor | None:
     if factor.r is None:
         return None
     eye = torch.eye(factor.r.shape[0], dtype=factor.r.dtype, device=factor.r.device)
-    return torch.linalg.solve_triangular(factor.r, eye, upper=True)
+    u: Tensor = torch.linalg.solve_triangular(factor.r, eye, upper=True)
+    return u
 
 
 def relative_error(h: Tensor, w: Tensor, dq: Tensor) -> float:

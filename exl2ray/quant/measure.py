@@ -216,7 +216,8 @@ def row_errors(result: Tensor, target: Tensor, norm: Tensor) -> Tensor:
     """
     if result.dtype == torch.float16:
         result = result.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-    return ((result.float() - target.float()).flatten(1).norm(dim=1) / norm).double().sum()
+    total: Tensor = ((result.float() - target.float()).flatten(1).norm(dim=1) / norm).double().sum()
+    return total
 
 
 def accuracy_of(error: float) -> float:

@@ -39,8 +39,8 @@ def quantize_block(
     params: Mapping[str, QParams],  # linear key -> option
     settings: Settings,
     check: Callable[[Tensor, str], int],
-) -> tuple[QuantizedModule, Tensor]:
-    """Quantises every linear of a block; returns the packed tensors and the states after the quantised block.
+) -> tuple[QuantizedModule, Tensor, Tensor]:
+    """Quantises every linear of a block: (packed tensors, states after the quantised block, after the source block).
 
     On return the block holds the reconstructed weights.
     """
@@ -64,7 +64,7 @@ def quantize_block(
         error += float(row_errors(result, reference, reference.float().flatten(1).norm(dim=1)))
         out[part] = result.to(out.dtype)
     ordered = tuple(packed[linear.key] for linear in block.module.linears)
-    return QuantizedModule(ordered, error / x.shape[0], tuple(notes)), out
+    return QuantizedModule(ordered, error / x.shape[0], tuple(notes)), out, target
 
 
 def quantize_group(

@@ -160,6 +160,12 @@ class Records:
         found = zip(names, records, strict=True)
         return {(r.key, r.inputs_hash): r for name, r in found if self._usable(name, r)}
 
+    def remove(self, record: Record) -> None:
+        """Delete a record, then its files: what a newer one has made useless (old checkpoints of hidden states)."""
+        self.store.delete(_record_file(record.kind, record.key, record.inputs_hash))
+        for ref in record.files:
+            self.store.delete(ref.rel)
+
     def _usable(self, rel: str, record: Record) -> bool:
         for ref in record.files:
             problem = file_problem(self.store, ref, self.deep)

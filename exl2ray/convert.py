@@ -1,0 +1,100 @@
+"""The story of a conversion, on one screen.
+
+    calibrate   tokens of the calibration rows                       exl2ray.calibration
+    measure     every module: cost and error of each option          exl2ray.dist.worker -> exl2ray.quant.measure
+    allocate    one option per module within the budget              exl2ray.quant.allocate
+    quantise    module by module, on what the quantised ones produce  exl2ray.dist.worker -> exl2ray.quant.quantize
+    write       shards, tokenizer, config.json                       exl2ray.formats.shards
+
+Each step leaves its result in the work directory (exl2ray.store) before it counts as done; a step that finds its result
+there does nothing. Kill the process at any time, run the same command again, and the same bytes come out.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from exl2ray.config import Recipe
+from exl2ray.errors import Interrupted
+from exl2ray.progress import Reporter
+
+
+@dataclass(frozen=True)
+class OutputSummary:
+    """One converted model."""
+
+    bits: float  # requested
+    achieved_bpw: float  # of the decoder layers, overheads included
+    directory: str | None  # complete model, None without -cf
+    files: tuple[str, ...]
+    file_bytes: int
+    calibration_perplexity: float | None  # None: not a finite number
+    reference_perplexity: float | None  # of the source model, on the same rows
+
+
+@dataclass(frozen=True)
+class Summary:
+    outputs: tuple[OutputSummary, ...]
+    measurement: str  # path of measurement.json
+    seconds: float
+
+
+def convert(recipe: Recipe, reporter: Reporter) -> Summary:
+    """Runs or resumes a conversion. Raises Exl2RayError; KeyboardInterrupt becomes Interrupted with a hint to resume."""
+    from exl2ray.steps import Job
+
+    start = time.monotonic()
+    try:
+        with _terminable(), Job(recipe, reporter) as job:
+            measurement = job.measure()
+            if recipe.output_measurement is not None:
+                return Summary((), job.export_measurement(measurement), time.monotonic() - start)
+            plans = [job.allocate(measurement, bits) for bits in recipe.bits]
+            outputs = []
+            for plan in plans:
+                quantised = job.quantize(plan)
+                outputs.append(job.write(plan, quantised))
+            seconds = time.monotonic() - start
+            reporter.event("done", outputs=[o.__dict__ for o in outputs], seconds=seconds)
+            job.judge(outputs)
+            return Summary(tuple(outputs), job.measurement_path, seconds)
+    except KeyboardInterrupt as e:
+        raise Interrupted("stopped; everything finished so far is in the work directory", _resume_hint(recipe)) from e
+
+
+def dry_run(recipe: Recipe, reporter: Reporter) -> None:
+    """Checks everything that can be checked before work starts, and says what would be done."""
+    from exl2ray.steps import Job
+
+    with Job(recipe, reporter, dry=True):
+        reporter.event("note", message="dry run: nothing was computed or written")
+
+
+def _resume_hint(recipe: Recipe) -> str:
+    return f"resume with: exl2ray convert -o {recipe.out_dir}"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM (a cluster's way to stop a job) ends the run like Ctrl-C: between two commits, with the lock released."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: the caller owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+__all__ = ["OutputSummary", "Summary", "convert", "dry_run"]

@@ -1,0 +1,54 @@
+"""How much to do at once: rows per forward and working memory of the solver, from shapes and the device's size.
+
+The choice depends on the device's *total* memory, never on what is free at the moment, so that two runs on one kind of
+device batch alike and give the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from exl2ray.formats.layout import pad32
+from exl2ray.quant.measure import Settings
+from exl2ray.quant.qparams import attention_options, mlp_options, unique
+
+CPU_BATCH_TOKENS = 8192
+CPU_SOLVER_BYTES = 2 << 30
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of a GPU in bytes as torch may use it (a per-process fraction counts)."""
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return int(total * float(torch.cuda.get_per_process_memory_fraction(device)))
+    except (AttributeError, RuntimeError):
+        return total
+
+
+def settings_for(module: Any, rows: int, tokens: int, device: torch.device, damping: float) -> Settings:
+    """Batch sizes for one module; ``rows`` calibration rows of ``tokens`` tokens."""
+    if device.type != "cuda":
+        return Settings(damping, max(1, min(rows, CPU_BATCH_TOKENS // tokens)), CPU_SOLVER_BYTES)
+    total = device_bytes(device)
+    solver = total // 4
+    per_row = max(1, tokens * _bytes_per_token(module))
+    batch = max(1, min(rows, int(total * 0.3) // per_row))
+    return Settings(damping, batch, solver)
+
+
+def _bytes_per_token(module: Any) -> int:
+    """Activations of the scoring forward: every distinct option's outputs of the first linears at once, in half precision."""
+    widest = 0
+    roles = [x.role for x in module.linears]
+    if "q_proj" in roles:
+        first = [x for x in module.linears if x.role in ("q_proj", "k_proj", "v_proj")]
+        counts = [len(unique([r[i] for r in attention_options()])[0]) for i in range(3)]
+        widest += sum(c * pad32(x.out_features) for c, x in zip(counts, first, strict=True)) * 2
+    gate_up = [x for x in module.linears if x.role in ("gate_proj", "up_proj")]
+    if gate_up:
+        counts = [len(unique([r[i] for r in mlp_options()])[0]) for i in range(2)]
+        widest += sum(c * pad32(x.out_features) for c, x in zip(counts, gate_up, strict=False)) * 2
+    hidden = max(x.in_features for x in module.linears)
+    return widest + 16 * hidden + (8 * pad32(module.linears[0].out_features) if module.kind == "head" else 0)

@@ -1,0 +1,610 @@
+"""The steps of a conversion, over one work directory and one set of workers. `exl2ray.convert` calls them in order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exl2ray import __version__
+from exl2ray.calibration.parquet import parquet_rows
+from exl2ray.calibration.rows import Rows, builtin_rows
+from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
+from exl2ray.convert import OutputSummary
+from exl2ray.dist.items import ItemResult, MeasureItem, QuantizeItem, WorkerSetup
+from exl2ray.dist.schedule import run_chain
+from exl2ray.dist.session import Lost, Session, open_session
+from exl2ray.dist.worker import Worker
+from exl2ray.errors import CalibrationError, NumericError, StoreError, UsageError
+from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import LinearShape, QParams, pad32
+from exl2ray.formats.measurement import (
+    Measurement,
+    ModuleProfile,
+    check_against,
+    read_measurement,
+    write_measurement,
+)
+from exl2ray.formats.shards import (
+    TensorEntry,
+    copy_side_files,
+    output_config,
+    refuse_same_directory,
+    write_config,
+    write_shards,
+)
+from exl2ray.model.arch import load_spec
+from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.model.weights import output_tensors, read_plain
+from exl2ray.progress import Reporter
+from exl2ray.quant.allocate import Allocation, Slot, budget, check_reachable, solve
+from exl2ray.quant.measure_moe import MOE_TABLE
+from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, quant_kind
+from exl2ray.store.records import Record, hash_inputs
+from exl2ray.store.tensors import get_tensors, put_tensors
+from exl2ray.store.workdir import WorkDir
+
+HIGH_PERPLEXITY, BROKEN_PERPLEXITY, BROKEN_RATIO = 30.0, 1000.0, 10.0
+BUILTIN_PERPLEXITY_ROWS = 19  # rows of the built-in measurement set, as the reference reports it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one bitrate quantises each linear with. ``hashes[i]`` identifies module i and all choices before it."""
+
+    bits: float
+    params: Mapping[str, QParams]  # linear key -> option
+    hashes: tuple[str, ...]
+    achieved_bpw: float
+    predicted_bytes: int  # of all quantised tensors, head included
+
+
+class Job:
+    """One conversion in progress. A context manager: opens the work directory and the workers, and closes them.
+
+    ``dry``: only the checks; nothing is written and no worker starts.
+    """
+
+    def __init__(self, recipe: Recipe, reporter: Reporter, dry: bool = False) -> None:
+        self.recipe, self.reporter, self.dry = recipe, reporter, dry
+        self.source = SourceModel(recipe.in_dir)
+        self.spec: ModelSpec = load_spec(self.source, recipe.rope_scale, recipe.rope_alpha)
+        self.device = pick_device(recipe.device)
+        self._session: Session | None = None
+        self._measurement_given: Measurement | None = None
+        self._check()
+
+    # ---- opening -----------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Everything that would stop the run and can be known now; raises before any heavy work."""
+        recipe, spec = self.recipe, self.spec
+        for bits in recipe.bits:
+            directory = recipe.output_dir(bits)
+            if directory is not None:
+                refuse_same_directory(recipe.in_dir, directory)
+                _check_output(Path(directory))
+        if "://" not in recipe.out_dir:
+            refuse_same_directory(recipe.in_dir, recipe.out_dir)
+        tables = [slot for module in spec.modules for slot in option_bits(module)]
+        for bits in recipe.bits:
+            check_reachable(bits, tables)
+        if recipe.measurement is not None:
+            self._measurement_given = read_measurement(recipe.measurement)
+            check_against(self._measurement_given, *self._expected())
+        self.tokenizer = load_tokenizer(recipe.in_dir, self.source.config, spec.hyper.vocab_size)
+        self.rows = self._make_rows()
+        for warning in spec.warnings:
+            self.reporter.event("warning", message=warning)
+        for note in sorted({n for rows in self.rows.values() for n in rows.notes}):
+            self.reporter.event("note", message=note)
+
+    def _make_rows(self) -> dict[str, Rows]:
+        recipe, hyper = self.recipe, self.spec.hyper
+        lengths = {"measure": recipe.measurement_length, "quantize": recipe.length}
+        out: dict[str, Rows] = {}
+        for name, length in lengths.items():
+            if recipe.cal_dataset is None:
+                out[name] = builtin_rows(
+                    self.tokenizer, "measure" if name == "measure" else "quantize", length, recipe.seed,
+                    hyper.vocab_size, noise=self.spec.arch.noise_rows is not None, chat_rows=recipe.chat_rows,
+                    max_positions=hyper.max_seq_len,
+                )  # fmt: skip
+            else:
+                flags = ("-mr", "-ml") if name == "measure" else ("-r", "-l")
+                rows = recipe.measurement_rows if name == "measure" else recipe.dataset_rows
+                out[name] = parquet_rows(
+                    recipe.cal_dataset, self.tokenizer, rows, length, *flags, hyper.vocab_size,
+                    max_positions=hyper.max_seq_len,
+                )  # fmt: skip
+        return out
+
+    def __enter__(self) -> Job:
+        recipe = self.recipe
+        identity = {"fingerprint": self.source.fingerprint(), "architecture": self.spec.arch.name,
+                    "in_dir": str(Path(recipe.in_dir).resolve())}  # fmt: skip
+        self.job = recipe.job(identity, _file_hash(recipe.cal_dataset))
+        if recipe.measurement is not None:
+            self.job["measure"]["measurement"] = str(Path(recipe.measurement).resolve())
+        if self.dry:
+            return self
+        self.work = WorkDir.create_or_resume(
+            recipe.out_dir, self.job, resume=not recipe.no_resume, versions=versions(),
+            allow_changed=("quantize", "output") if recipe.reuse else (), flags=JOB_FLAGS,
+        )  # fmt: skip
+        try:
+            for note in self.work.notes:
+                self.reporter.event("note", message=note)
+            self._store_rows()
+            self.reporter.event(
+                "start", model=recipe.in_dir, architecture=self.spec.arch.name, modules=len(self.spec.modules),
+                bits=list(recipe.bits), device=str(self.device), workers=recipe.gpus or 0,
+                resumed=bool(self.work.records.scan(MEASURE)),
+            )  # fmt: skip
+        except BaseException:
+            self.work.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.dry:
+            return
+        try:
+            if self._session is not None:
+                self._session.close()
+        finally:
+            for note in self.work.records.notes:
+                self.reporter.event("note", message=note)
+            self.work.close()
+
+    def _store_rows(self) -> None:
+        """Rows of tokens in the work directory, for the workers; their hash is part of every result's identity."""
+        tensors = {name: rows.ids for name, rows in self.rows.items()}
+        self.calibration_sha256 = hash_inputs(
+            **{name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+        )
+        found = self.work.records.find(MEASURE, "calibration", self.calibration_sha256)
+        if found is None:
+            file = put_tensors(self.work.store, CALIBRATION, tensors)
+            self.work.records.commit(Record(MEASURE, "calibration", self.calibration_sha256, {}, (file,)))
+
+    @property
+    def session(self) -> Session:
+        """The workers; started on first use, so that a finished job starts none."""
+        if self._session is None:
+            recipe = self.recipe
+            given = recipe.cal_dataset is not None
+            setup = WorkerSetup(
+                in_dir=str(Path(recipe.in_dir).resolve()),
+                work_root=self.work.store.root,
+                device=self.device.type,
+                rope_scale=recipe.rope_scale,
+                rope_alpha=recipe.rope_alpha,
+                damping=recipe.damping,
+                checkpoint_seconds=recipe.checkpoint_seconds,
+                calibration=CALIBRATION,
+                calibration_sha256=self.calibration_sha256,
+                perplexity_rows=recipe.measurement_rows if given else BUILTIN_PERPLEXITY_ROWS,
+                nonce=self.work.nonce_check(),
+                versions=versions(),
+            )
+            self._session = open_session(setup, Worker, recipe.executor, recipe.gpus, recipe.ray_address)
+        return self._session
+
+    # ---- measure -----------------------------------------------------------------------------------------------
+
+    @property
+    def measurement_path(self) -> str:
+        return self.work.store.full_name(MEASUREMENT)
+
+    def _measured(self) -> list[ModuleSpec]:
+        return [m for m in self.spec.modules if m.quantized]
+
+    def _expected(self) -> tuple[list[str], dict[str, dict[str, list[LinearShape]]]]:
+        """What a measurement of this model must hold: entries, and the linears of each role."""
+        shapes: dict[str, dict[str, list[LinearShape]]] = {}
+        for module in self._measured():
+            roles = shapes.setdefault(module.profile_key, {})
+            for x in module.linears:
+                roles.setdefault(x.role, []).append(LinearShape(x.in_features, x.out_features, x.has_bias))
+        return [m.profile_key for m in self.spec.modules if m.kind != "embedding"], shapes
+
+    def measure(self) -> Measurement:
+        """Profiles of all modules, measured or (with -m) read from a file."""
+        if self._measurement_given is not None:
+            return self._measurement_given
+        identity, settings = self.job["identity"], self.job["measure"]
+        common = hash_inputs(
+            fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
+            damping=settings["damping"], rows=self.calibration_sha256,
+        )  # fmt: skip
+        keys = {m.index: hash_inputs(common=common, module=m.profile_key) for m in self._measured()}
+        profiles: dict[int, ModuleProfile] = {}
+        for module in self._measured():
+            record = self.work.records.find(MEASURE, module.profile_key, keys[module.index])
+            if record is not None:
+                profiles[module.index] = _profile(module, record.payload)
+        items = [MeasureItem(m.index, keys[m.index]) for m in self._measured() if m.index not in profiles]
+        if items:
+            with self._stage("measure", len(keys), len(profiles)) as progress:
+
+                def done(item: MeasureItem, result: ItemResult) -> None:
+                    profiles[item.index] = _profile(self.spec.modules[item.index], result.payload)
+                    progress(result)
+
+                run_chain(self.session, "measure", items, done, on_lost=self._lost)
+        measurement = self._assemble(profiles)
+        write_measurement_to(self.work, measurement)
+        return measurement
+
+    def _assemble(self, profiles: Mapping[int, ModuleProfile]) -> Measurement:
+        out = []
+        for module in self.spec.modules:
+            key, mode = module.profile_key.rsplit(".", 1)
+            if module.quantized:
+                out.append(profiles[module.index])
+            elif mode in ("norm", "linear", "pos_emb"):
+                out.append(ModuleProfile(key, mode))
+        return Measurement(tuple(out), len(self.spec.modules) - 1)
+
+    def export_measurement(self, measurement: Measurement) -> str:
+        """Writes measurement.json where -om asks for it: a file, or a directory to put it into."""
+        path = Path(self.recipe.output_measurement or "")
+        if path.suffix != ".json":
+            path = path / MEASUREMENT
+        write_measurement(path, measurement)
+        self.reporter.event("note", message=f"measurement written to {path}")
+        return str(path)
+
+    # ---- allocate ----------------------------------------------------------------------------------------------
+
+    def allocate(self, measurement: Measurement, bits: float) -> Plan:
+        """Option of every linear at one bitrate."""
+        allocation, chosen = allocate(self.spec, measurement, bits, self.recipe.objective, self.recipe.objective_power)
+        params = dict(chosen)
+        head = self.spec.modules[-1].linears[0]
+        params[head.key] = head_option(self.recipe.head_bits)
+        hashes = self._plan_hashes(params)
+        weights = slot_weights(self.spec)
+        achieved = allocation.total_bits / weights
+        predicted = sum(
+            params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in self.spec.linears
+        )
+        self.work.event("allocated", bits=bits, bpw=achieved, gap=allocation.gap, choice=list(allocation.choice))
+        self.reporter.event(
+            "note",
+            message=f"{bits:g} bpw: allocation uses {achieved:.4f} bits per weight, "
+            f"within {max(0.0, allocation.gap) * 100:.4f} % of the optimum",
+        )
+        return Plan(bits, params, hashes, achieved, predicted // 8)
+
+    def _plan_hashes(self, params: Mapping[str, QParams]) -> tuple[str, ...]:
+        """Per module the hash of all that its quantised form depends on: a chain, since states come from before."""
+        identity, settings = self.job["identity"], self.job["quantize"]
+        value = hash_inputs(
+            fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
+            damping=self.recipe.damping, rows=self.calibration_sha256, propagate=settings["propagate"],
+        )  # fmt: skip
+        out = []
+        for module in self.spec.modules:
+            chosen = {x.key: params[x.key].desc for x in module.linears}
+            value = hash_inputs(before=value, module=module.profile_key, options=chosen)
+            out.append(value)
+        return tuple(out)
+
+    # ---- quantise ----------------------------------------------------------------------------------------------
+
+    def quantize(self, plan: Plan) -> dict[int, Record]:
+        """Records of all quantised modules of one bitrate, head included."""
+        kind = quant_kind(plan.bits)
+        modules = [m for m in self.spec.modules if m.linears]
+        records: dict[int, Record] = {}
+        for module in modules:
+            record = self.work.records.find(kind, module.profile_key, plan.hashes[module.index])
+            if record is not None:
+                records[module.index] = record
+        items = [
+            QuantizeItem(
+                m.index, plan.bits, {x.key: plan.params[x.key] for x in m.linears}, plan.hashes, self.recipe.propagate
+            )
+            for m in modules
+            if m.index not in records
+        ]
+        if items:
+            with self._stage(f"quantize {bpw_name(plan.bits)}", len(modules), len(records)) as progress:
+                run_chain(
+                    self.session, "quantize", items, lambda item, result: progress(result), on_lost=self._lost
+                )
+            for module in modules:
+                record = self.work.records.find(kind, module.profile_key, plan.hashes[module.index])
+                if record is None:
+                    raise StoreError(
+                        f"{module.profile_key}: the record written a moment ago cannot be read back",
+                        "is the disk healthy? run the same command again",
+                    )
+                records[module.index] = record
+        return records
+
+    # ---- write -------------------------------------------------------------------------------------------------
+
+    def write(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
+        """Shards, and with -cf a complete model directory."""
+        recipe = self.recipe
+        directory = recipe.output_dir(plan.bits)
+        target = Path(directory) if directory is not None else self._bare_output(plan)
+        stage = f"compile {bpw_name(plan.bits)}"
+        self.reporter.event("stage", stage=stage, items=1, done=0)
+        start = time.monotonic()
+        entries = self._entries(plan, records)
+        paths = write_shards(target, entries, recipe.shard_size << 20, ours=_existing_outputs(target))
+        if directory is not None:
+            copy_side_files(recipe.in_dir, target)
+            config = output_config(
+                self.source.config, plan.bits, recipe.head_bits, len(self.rows["quantize"].ids), recipe.length,
+                recipe.cal_dataset,
+            )  # fmt: skip
+            write_config(target, config)
+        self.reporter.event("end", stage=stage, seconds=time.monotonic() - start)
+        head = records[self.spec.modules[-1].index].payload
+        self.work.event("written", bits=plan.bits, directory=str(target), files=[p.name for p in paths])
+        return OutputSummary(
+            plan.bits, plan.achieved_bpw, directory, tuple(str(p) for p in paths),
+            sum(p.stat().st_size for p in paths), head["perplexity"], head["reference_perplexity"],
+        )  # fmt: skip
+
+    def _bare_output(self, plan: Plan) -> Path:
+        """Where the shards go without -cf: the work directory, one folder per bitrate if there are several."""
+        if not self.work.store.is_local:
+            raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
+        root = Path(self.work.store.root)
+        return root if len(self.recipe.bits) == 1 else root / "quant" / bpw_name(plan.bits) / "output"
+
+    def _entries(self, plan: Plan, records: Mapping[int, Record]) -> list[TensorEntry]:
+        """Every tensor of the output in order, read when its turn comes; checks sizes against the plan."""
+        out: list[TensorEntry] = []
+        loaded: dict[int, dict[str, Tensor]] = {}
+        quantised_bytes = 0
+
+        def tensors(index: int) -> dict[str, Tensor]:
+            if index not in loaded:
+                loaded.clear()  # files are mapped; one module's at a time
+                loaded[index] = get_tensors(self.work.store, records[index].files[0].rel)
+            return loaded[index]
+
+        for entry in output_tensors(self.spec):
+            if entry.linear is not None and entry.module is not None:
+                index = entry.module.index
+                packed = PackedLinear.from_tensors(entry.linear.key, tensors(index).get)
+                for name, t in packed.tensors().items():
+                    quantised_bytes += t.numel() * t.element_size()
+                    out.append(
+                        TensorEntry(
+                            name, _DTYPE_NAMES[t.dtype], tuple(t.shape), lambda i=index, n=name: tensors(i)[n]  # type: ignore[misc]
+                        )
+                    )
+            elif entry.plain is not None:
+                plain = entry.plain
+                shape = tuple(read_plain(self.spec, plain, self.source).shape)
+                out.append(
+                    TensorEntry(entry.name, "F16", shape, lambda p=plain: read_plain(self.spec, p, self.source))  # type: ignore[misc]
+                )
+            elif entry.copied is not None:
+                name = entry.copied.source_name
+                out.append(
+                    TensorEntry(
+                        entry.name, self.source.dtype(name), self.source.shape(name), lambda n=name: self.source.load(n)  # type: ignore[misc]
+                    )
+                )
+        if quantised_bytes != plan.predicted_bytes:
+            raise NumericError(
+                f"the quantised tensors take {quantised_bytes} bytes, the allocation predicted {plan.predicted_bytes}",
+                "this is a defect of exl2ray: please report it",
+            )
+        return out
+
+    def judge(self, outputs: list[OutputSummary]) -> None:
+        """Warns of, or refuses, a model whose perplexity on calibration rows shows that something went wrong.
+
+        The files stay where they are. Where the source itself is above a limit, only the ratio to it counts.
+        """
+        for out in outputs:
+            after, before = out.calibration_perplexity, out.reference_perplexity
+            both = f"calibration perplexity {_show(after)}, of the source model {_show(before)}"
+            where = f"{out.bits:g} bpw: {both}"
+            source_is_fine = before is not None and before <= BROKEN_PERPLEXITY
+            if after is None or (before is not None and after > BROKEN_RATIO * before) or (
+                after > BROKEN_PERPLEXITY and source_is_fine
+            ):
+                raise NumericError(
+                    f"{where}: the quantised model is broken",
+                    f"the files are kept ({', '.join(out.files)}); check the source model and the calibration data",
+                )
+            if after > HIGH_PERPLEXITY and (before is None or before <= HIGH_PERPLEXITY):
+                self.reporter.event("warning", message=f"{where}: above {HIGH_PERPLEXITY:g} is suspicious")
+
+    # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _lost(self, item: Any, lost: Lost) -> None:
+        key = self.spec.modules[item.index].profile_key
+        self.work.event("worker_lost", key=key, reason=lost.reason)
+        self.reporter.event("warning", message=f"a worker was lost at {key} ({lost.reason}); trying again")
+
+    def _stage(self, name: str, items: int, done: int) -> _Stage:
+        return _Stage(self, name, items, done)
+
+
+class _Stage:
+    """Reports the beginning, items and end of a pass, and writes them to the event log."""
+
+    def __init__(self, job: Job, name: str, items: int, done: int) -> None:
+        self.job, self.name, self.items, self.done = job, name, items, done
+
+    def __enter__(self) -> _Stage:
+        self.start = time.monotonic()
+        self.job.reporter.event("stage", stage=self.name, items=self.items, done=self.done)
+        self.job.work.event("stage", stage=self.name, items=self.items, done=self.done)
+        return self
+
+    def __call__(self, result: ItemResult) -> None:
+        self.done += 1
+        self.job.work.event("item", stage=self.name, key=result.key, seconds=result.seconds)
+        self.job.reporter.event(
+            "item", stage=self.name, key=result.key, done=self.done, items=self.items, seconds=result.seconds,
+            detail=result.detail,
+        )  # fmt: skip
+        for note in result.notes:
+            self.job.reporter.event("note", message=f"{result.key}: {note}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.job.reporter.event("end", stage=self.name, seconds=time.monotonic() - self.start)
+
+
+_DTYPE_NAMES = {torch.int32: "I32", torch.int16: "I16", torch.float16: "F16"}
+
+
+def allocate(
+    spec: ModelSpec, measurement: Measurement, bits: float, objective: str = "squared", power: float = 2.0
+) -> tuple[Allocation, dict[str, QParams]]:
+    """Solves for one bitrate: the allocation, and the option of every decoder linear by key."""
+    slots: list[Slot] = []
+    owners: list[tuple[ModuleSpec, tuple[Any, ...]]] = []
+    for module in spec.modules:
+        if not module.quantized:
+            continue
+        for options in measurement[module.profile_key].slots():
+            slots.append(
+                Slot(module.profile_key, tuple(o.total_bits for o in options), tuple(1 - o.accuracy for o in options))
+            )
+            owners.append((module, options))
+    allocation = solve(slots, budget(slot_weights(spec), bits), objective, power)
+    params: dict[str, QParams] = {}
+    for (module, options), choice in zip(owners, allocation.choice, strict=True):
+        chosen = options[choice].params
+        params.update({x.key: chosen[x.role] for x in module.linears if x.role in chosen})
+    return allocation, params
+
+
+def slot_weights(spec: ModelSpec) -> int:
+    """Weights that a bitrate counts: all linears of the decoder layers, padded, without head and embedding."""
+    return sum(x.in_features * pad32(x.out_features) for m in spec.modules if m.quantized for x in m.linears)
+
+
+def option_bits(module: ModuleSpec) -> list[tuple[list[int], int]]:
+    """(total bits of each option, weights) of every slot of a module, from the option tables alone."""
+    if not module.quantized:
+        return []
+    tables: list[tuple[tuple[str, ...], tuple[tuple[QParams, ...], ...]]] = []
+    roles = {x.role for x in module.linears}
+    if "q_proj" in roles:
+        tables.append((("q_proj", "k_proj", "v_proj", "o_proj"), attention_options()))
+    if "up_proj" in roles:
+        gated = "gate_proj" in roles
+        tables.append(((("gate_proj",) if gated else ()) + ("up_proj", "down_proj"), mlp_options(gated)))
+    if "w1" in roles:
+        tables.append((MOE_TABLE.roles, MOE_TABLE.rows))
+    out = []
+    for names, rows in tables:
+        linears = [x for x in module.linears if x.role in names]
+        bits = [
+            sum(
+                dict(zip(names, row, strict=True))[x.role].total_bits(x.in_features, pad32(x.out_features), x.has_bias)
+                for x in linears
+            )
+            for row in rows
+        ]
+        out.append((bits, sum(x.in_features * pad32(x.out_features) for x in linears)))
+    return out
+
+
+def pick_device(wanted: str) -> torch.device:
+    """cuda if there is a usable GPU, else cpu; UsageError if a GPU was asked for and there is none."""
+    if wanted == "cpu":
+        return torch.device("cpu")
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no GPU", "`exl2ray doctor` says why; --device cpu works everywhere")
+    return torch.device("cuda" if available else "cpu")
+
+
+def versions() -> dict[str, str]:
+    """Versions that matter to results, for job.json and the workers' check."""
+    out = {"exl2ray": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "numba", "ray"):
+        try:
+            out[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def write_measurement_to(work: WorkDir, measurement: Measurement) -> None:
+    """measurement.json in the work directory, if it is not there with this content."""
+    data = measurement.to_bytes()
+    if not work.store.exists(MEASUREMENT) or work.store.get(MEASUREMENT) != data:
+        work.store.put(MEASUREMENT, data)
+
+
+def _profile(module: ModuleSpec, payload: Mapping[str, Any]) -> ModuleProfile:
+    value = payload["profile"]
+    return ModuleProfile.from_json(module.profile_key, value["value"], value["extra"])
+
+
+def _file_hash(path: str | None) -> str | None:
+    """SHA-256 of a file; None for None. CalibrationError if it cannot be read."""
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+    except OSError as e:
+        raise CalibrationError(f"-c {path}: cannot be read: {e.strerror}", "give a Parquet file with text") from e
+    return digest.hexdigest()
+
+
+def _check_output(directory: Path) -> None:
+    """Refuses an output directory that holds another model, or that cannot be written."""
+    existing = directory
+    while not existing.exists() and existing.parent != existing:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise StoreError(f"{directory}: {existing} is not a directory that can be written", "choose another -cf")
+
+
+def _existing_outputs(directory: Path) -> list[str]:
+    """Shards of an earlier run in this directory: they may be replaced."""
+    return [p.name for p in directory.glob("output*.safetensors")] if directory.is_dir() else []
+
+
+def _show(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4g}"
+
+
+def free_bytes(path: str) -> int:
+    """Free bytes of the file system that holds ``path`` or its nearest existing parent."""
+    p = Path(path)
+    while not p.exists() and p.parent != p:
+        p = p.parent
+    return shutil.disk_usage(p).free
+
+
