@@ -4,31 +4,37 @@ The lock is a file ``driver.lock`` that says who holds it; a daemon thread keeps
 when its holder was a process of this machine that no longer runs, or when it is of another machine and its time stamp
 is older than a minute by the storage's own clock.
 
-On file systems the lock appears by link(2), which is exclusive. A stale one is first renamed aside, and given back if
-it turns out to be a fresh one that came in between. Object stores offer no exclusive creation through pyarrow: there a
-driver writes the lock, waits, and holds it if its own token is still there. The heartbeat reads before it writes, so of
-two drivers that slipped through within that wait one finds a foreign token at its next beat and stops; both had then
-written the same content-addressed records, which is waste but no damage.
+On file systems the lock appears by link(2), which is exclusive. A stale one is replaced by rename(2) under flock(2) on
+the stale file itself: who gets the flock later finds another file under the name and gives up.
+
+Object stores offer no exclusive creation through pyarrow. There, and without flock or across machines, a driver writes
+the lock, waits, and holds it if its own token is still there. The heartbeat reads before it writes, so of two drivers
+that slipped through within that wait one finds a foreign token at its next beat and stops. Both had then written the
+same content-addressed records, which is waste but no damage.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError, translated
-from exl2ray.store.fs import TEMP_PREFIX, Store
+from exl2ray.store.fs import Store
 from exl2ray.store.machine import Process, is_alive, same_machine, this_process
 from exl2ray.store.records import canonical_json
 
 LOCK_FILE = "driver.lock"
+_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,8 @@ class DriverLock:
 
     def acquire(self) -> None:
         """Take the lock or raise StoreError naming the driver that has it."""
-        for _ in range(10):
+        certain = self.store.is_local
+        for _ in range(_ATTEMPTS):
             if self.store.put_new(LOCK_FILE, self._mine.to_bytes()):
                 break
             holder = read_holder(self.store)
@@ -122,11 +129,15 @@ class DriverLock:
                 continue  # released just now
             if not is_stale(self.store, holder, self.timing):
                 raise self._refused(holder)
-            self._remove_stale(holder)
-            self.taken_over = holder
+            replaced, guarded = self._replace_stale(holder)
+            if replaced:
+                self.taken_over = holder
+                certain = guarded and holder is not None and same_machine(holder.process, self._mine.process)
+                break
+            time.sleep(self.timing.settle / 10)  # another driver is at it: see what comes of it
         else:
             raise self._refused(read_holder(self.store))
-        if self.taken_over is not None or not self.store.is_local:
+        if not certain:
             time.sleep(self.timing.settle)
             holder = read_holder(self.store)
             if holder is None or holder.token != self._mine.token:
@@ -160,28 +171,25 @@ class DriverLock:
             f"If that driver is surely gone, wait {self.timing.stale:.0f} s or delete {LOCK_FILE}",
         )
 
-    def _remove_stale(self, stale: Holder | None) -> None:
-        """Remove the lock that was judged stale, and no other one that may have come meanwhile."""
-        token = stale.token if stale else None
+    def _replace_stale(self, stale: Holder | None) -> tuple[bool, bool]:
+        """Put our lock in place of the one that was judged stale: (whether we did, whether nobody else can have)."""
         path = self.store.local_path(LOCK_FILE)
         if path is None:
-            holder = read_holder(self.store)
-            if (holder.token if holder else None) == token:
-                self.store.delete(LOCK_FILE)
-            return
-        aside = path.with_name(f"{TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}")
-        with translated("take over", str(path)):
+            if read_holder(self.store) != stale:
+                return False, False
+            self.store.put(LOCK_FILE, self._mine.to_bytes())
+            return True, False
+        with translated("take over", str(path)), suppress(FileNotFoundError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
-                os.rename(path, aside)
-            except FileNotFoundError:
-                return  # another driver was quicker
-            found = Holder.from_bytes(aside.read_bytes())
-            if (found.token if found else None) != token:
-                try:
-                    os.link(aside, path)
-                except FileExistsError:
-                    pass  # a third driver is in; the one renamed aside notices at its next beat or while it settles
-            aside.unlink(missing_ok=True)
+                guarded = _try_flock(fd)
+                unchanged = os.path.samestat(os.fstat(fd), os.stat(path)) and read_holder(self.store) == stale
+                if unchanged and guarded is not None:
+                    self.store.put(LOCK_FILE, self._mine.to_bytes())
+                    return True, guarded
+            finally:
+                os.close(fd)
+        return False, False
 
     def _keep_fresh(self) -> None:
         while not self._stop.wait(self.timing.heartbeat):
@@ -207,3 +215,16 @@ class DriverLock:
                 with translated("refresh", str(path)):
                     os.utime(path)
             self._last_beat = time.monotonic()
+
+
+def _try_flock(fd: int) -> bool | None:
+    """True: exclusive now. None: another process has it. False: this file system has no flock."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError as e:
+        if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+            return False
+        raise
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -189,6 +191,34 @@ def test_check_after_a_long_sleep_looks_at_the_lock_first(tmp_path: Path) -> Non
     store.delete(LOCK_FILE)
     with pytest.raises(StoreError, match="removed"):
         lock.check()
+    lock.release()
+
+
+def test_takeover_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    store = LocalStore(str(tmp_path))
+    dead = Holder(dead_process(), time.time(), "t")
+    store.put(LOCK_FILE, dead.to_bytes())
+    lock = DriverLock(store, FAST)
+    lock.acquire()
+    assert lock.taken_over == dead
+    lock.release()
+
+
+def test_takeover_gives_up_while_another_driver_is_at_it(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    dead = Holder(dead_process(), time.time(), "t")
+    store.put(LOCK_FILE, dead.to_bytes())
+    with open(tmp_path / LOCK_FILE, "rb") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="in use by"):
+            DriverLock(store, FAST).acquire()
+        assert read_holder(store) == dead
+    lock = DriverLock(store, FAST)
+    lock.acquire()
     lock.release()
 
 
