@@ -79,14 +79,14 @@ def check_whole(root: str, acknowledged: set[str]) -> None:
 
 
 def test_killed_drivers_lose_nothing_and_end_with_the_same_bytes(tmp_path: Path) -> None:
-    items, item_bytes = 400, 50_000
+    items, item_bytes = 240, 50_000
     assert run_and_kill(str(tmp_path / "quiet"), items, item_bytes, items + 1, 0)[-1] == "finished"
     root = str(tmp_path / "work")
     rng = random.Random(0)
     acknowledged: set[str] = set()
     kills = 0
     while kills < 100:
-        lines = run_and_kill(root, items, item_bytes, rng.randrange(0, 16), rng.uniform(0, 0.02))
+        lines = run_and_kill(root, items, item_bytes, rng.randrange(0, 12), rng.uniform(0, 0.02))
         if "finished" in lines:
             break
         kills += 1
