@@ -1,0 +1,258 @@
+"""Forward pass of a model directory, fp16 or EXL2, with the weights of one module in memory at a time.
+
+Every module is loaded once, advances all rows in batches, and is dropped; a model much larger than the GPU runs this
+way. EXL2 linears are dequantised to the loader's own float16 weights (exl2-format section 8). Multipliers such as
+``logit_scale`` are applied in the forward pass, so stored weights are used as they are (prescale 1).
+
+The result keeps the states in front of the head, not logits: for 64 rows of 2048 tokens and 128k words those alone
+would be 67 GB. ``logit_batches`` makes them a slice at a time, for the model and its reference side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.errors import CalibrationError, SourceError, UsageError
+from exl2ray.formats.exl2 import Exl2Model
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.hfconfig import read_config
+from exl2ray.model.arch import is_exl2, load_spec
+from exl2ray.model.blocks import Block, LinearReader, check_states, load_block
+from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
+from exl2ray.model.weights import read_linear
+from exl2ray.quant.pack import dequantize
+
+BATCH_TOKENS = 8192  # tokens that pass through a module at once; at least one row
+LOGITS_AT_ONCE = 1 << 26  # of one model: 256 MiB in float32
+GPU_STATES_SHARE = 0.25  # of the free GPU memory that states may take; more stay in main memory
+
+Progress = Callable[[Path, int, int], None]  # (model directory, modules done, modules of the model)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a model. ``dtype`` of linears and activations; None: float32 on the CPU, float16 elsewhere.
+
+    In float32 the residual stream is float32 too, otherwise it has the family's own dtype. rope_scale, rope_alpha: as
+    given to the loader; None: what config.json says.
+    """
+
+    dtype: torch.dtype | None = None
+    batch_tokens: int = BATCH_TOKENS
+    rope_scale: float | None = None
+    rope_alpha: float | None = None
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        return self.dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """A model directory whose headers and config have been read. ``bos_id``: prepended to every row, or None.
+
+    Only families that are incoherent without BOS have it (architectures section 5.21: Gemma 1-3, GemMoE, Cohere 1-2).
+    """
+
+    path: Path
+    source: SourceModel
+    spec: ModelSpec
+    bos_id: int | None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.spec.hyper.vocab_size
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.source, Exl2Model)
+
+
+def open_model(path: str | Path, options: RunOptions | None = None) -> OpenModel:
+    """Open an fp16 (Hugging Face) or EXL2 directory; reads no weights.
+
+    Raises SourceError or FormatError as ``SourceModel``, ``Exl2Model`` and ``load_spec`` do, and SourceError if the
+    family needs BOS and neither config.json nor the tokenizer names it.
+    """
+    options = options or RunOptions()
+    root = Path(path)
+    if not root.is_dir():
+        raise SourceError(f"{root}: not a directory", "--model and --reference take folders with config.json")
+    source = Exl2Model(root) if is_exl2(read_config(root / "config.json")) else SourceModel(root)
+    spec = load_spec(source, options.rope_scale, options.rope_alpha)
+    return OpenModel(root, source, spec, _bos_id(root, source, spec) if spec.arch.needs_bos else None)
+
+
+def _bos_id(root: Path, source: SourceModel, spec: ModelSpec) -> int:
+    bos = spec.hyper.bos_token_id
+    if bos is None:
+        bos = load_tokenizer(root, source.config, spec.hyper.vocab_size).bos_id
+    if bos is None or not 0 <= bos < spec.hyper.vocab_size:
+        raise SourceError(
+            f"{root}: {spec.arch.name} needs BOS in front of every row, but bos_token_id is {bos}",
+            "set bos_token_id in config.json",
+        )
+    return bos
+
+
+def linear_reader(device: torch.device) -> LinearReader:
+    """Reader for ``load_block``: weight (K, N32) float16, dequantised on ``device``, and bias (N32,) or None.
+
+    Linears that an EXL2 directory keeps in float16 (a head may be) are read as those of any other model.
+    """
+
+    def read(spec: ModelSpec, linear: LinearSpec, source: SourceModel) -> tuple[Tensor, Tensor | None]:
+        if isinstance(source, Exl2Model) and f"{linear.key}.q_weight" in source:
+            packed = source.linear(linear.key)
+            return dequantize(packed, device), packed.bias
+        return read_linear(spec, linear, source)
+
+    return read
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOutput:
+    """A finished forward pass up to the head. states (R, T, hidden), after the final norm, without BOS's position."""
+
+    model: OpenModel
+    states: Tensor
+    head: Block
+    device: torch.device
+
+    def logits(self, rows: slice, positions: slice) -> Tensor:
+        """Float32 logits (rows, positions, vocab) on the device, cut to the real vocabulary."""
+        return self.head.forward(self.states[rows, positions].to(self.device))
+
+
+def run_model(
+    model: OpenModel | str | Path,
+    ids: Tensor,  # (R, T) any integer dtype
+    device: torch.device | str,
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+) -> ModelOutput:
+    """Run all rows through all modules, one module in memory at a time.
+
+    Memory beside the module: the states, R * T * hidden * 2 bytes (4 in float32), on the device while they take at
+    most a quarter of its free memory. Raises NumericError at the first module whose output holds NaN or too many
+    infinities, CalibrationError for ids that the model does not have, UsageError for a device that is not there, and
+    whatever reading the weights raises.
+    """
+    options = options or RunOptions()
+    device = checked_device(device)
+    opened = model if isinstance(model, OpenModel) else open_model(model, options)
+    states = checked_ids(ids, opened)
+    if opened.bos_id is not None:
+        states = torch.cat([torch.full((len(states), 1), opened.bos_id), states], dim=1)
+    count = len(opened.spec.modules)
+    for module in opened.spec.modules[:-1]:
+        states = _advance(opened, module, states, device, options)
+        if progress is not None:
+            progress(opened.path, module.index + 1, count)
+    head = _load(opened, opened.spec.modules[-1], device, options)
+    if progress is not None:
+        progress(opened.path, count, count)
+    if opened.bos_id is not None:
+        states = states[:, 1:]
+    return ModelOutput(opened, states, head, device)
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """``device`` as a torch device; UsageError if this machine does not have it."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as e:
+        raise UsageError(f"--device {device}: {str(e).splitlines()[0]}") from e
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: this machine has no usable CUDA GPU", "use --device cpu")
+    return found
+
+
+def checked_ids(ids: Tensor, model: OpenModel) -> Tensor:
+    """``ids`` as int64 on the CPU; CalibrationError unless it is (R, T >= 2) with all ids in the vocabulary."""
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise CalibrationError(f"tokens have shape {tuple(ids.shape)}; rows of two or more tokens are needed")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise CalibrationError(f"tokens are {ids.dtype}; integers are needed")
+    checked = ids.to("cpu", torch.int64)
+    bad = (checked < 0) | (checked >= model.vocab_size)
+    if bool(bad.any()):
+        row, position = (int(i) for i in bad.nonzero()[0])
+        raise CalibrationError(
+            f"{int(bad.sum())} token ids are outside the {model.vocab_size} words of {model.path}, "
+            f"the first is {int(checked[row, position])} in row {row} at position {position}",
+            "the tokens were made with another model's tokenizer",
+        )
+    return checked
+
+
+def _load(model: OpenModel, module: ModuleSpec, device: torch.device, options: RunOptions) -> Block:
+    dtype = options.compute_dtype(device)
+    state_dtype = torch.float32 if dtype == torch.float32 else None
+    return load_block(model.spec, module, model.source, device, dtype, state_dtype, linear_reader(device))
+
+
+@torch.inference_mode()
+def _advance(model: OpenModel, module: ModuleSpec, states: Tensor, device: torch.device, options: RunOptions) -> Tensor:
+    """states (R, T) ids or (R, T, hidden) in front of ``module`` -> states behind it; reuses the memory if it can."""
+    block = _load(model, module, device, options)
+    count, length = states.shape[:2]
+    step = max(1, options.batch_tokens // length)
+
+    def run(first: int) -> Tensor:
+        y = block.forward(states[first : first + step].to(device))
+        check_states(y, f"{model.path}: {module.profile_key}, rows {first} to {min(first + step, count) - 1}")
+        return y
+
+    y = run(0)
+    shape = (count, *y.shape[1:])
+    reusable = states.dtype == y.dtype and states.shape == shape
+    out = states if reusable else torch.empty(shape, dtype=y.dtype, device=_home(shape, y))
+    out[:step] = y
+    for first in range(step, count, step):
+        out[first : first + step] = run(first)
+    return out
+
+
+def _home(shape: tuple[int, ...], like: Tensor) -> torch.device:
+    """Where states of this shape are kept between modules."""
+    if like.device.type != "cuda":
+        return like.device
+    free_bytes, _ = torch.cuda.mem_get_info(like.device)
+    nbytes = torch.Size(shape).numel() * like.element_size()
+    return like.device if nbytes <= GPU_STATES_SHARE * free_bytes else torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class LogitBatch:
+    """Logits (r, p, vocab) float32 of a block of rows and positions; ``reference`` the same of the other model."""
+
+    rows: slice
+    positions: slice
+    logits: Tensor
+    reference: Tensor | None
+
+
+def logit_batches(
+    model: ModelOutput, reference: ModelOutput | None = None, logits_at_once: int = LOGITS_AT_ONCE
+) -> Iterator[LogitBatch]:
+    """Logits of every position but each row's last, which predicts nothing that is known.
+
+    A batch has whole rows as long as they fit into ``logits_at_once`` values per model, else pieces of one row.
+    """
+    count, length = model.states.shape[:2]
+    fitting = max(1, logits_at_once // model.model.vocab_size)  # positions
+    row_step, step = max(1, fitting // (length - 1)), min(fitting, length - 1)
+    for first in range(0, count, row_step):
+        rows = slice(first, min(first + row_step, count))
+        for start in range(0, length - 1, step):
+            positions = slice(start, min(start + step, length - 1))
+            with torch.inference_mode():
+                other = reference.logits(rows, positions) if reference is not None else None
+                batch = LogitBatch(rows, positions, model.logits(rows, positions), other)
+            yield batch

@@ -1,0 +1,117 @@
+"""Rows of tokens to evaluate on, from an array of ids or from a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
+from exl2ray.errors import CalibrationError, SourceError, UsageError
+from exl2ray.evaluate.forward import open_model
+
+DEFAULT_LENGTH = 2048  # tokens of a row
+
+
+def find_tokenizer(directories: Sequence[str | Path]) -> ModelTokenizer:
+    """Tokenizer of the first of the model directories that has a tokenizer.json; SourceError if none has."""
+    for directory in map(Path, directories):
+        if (directory / "tokenizer.json").is_file():
+            model = open_model(directory)
+            return load_tokenizer(directory, model.source.config, model.vocab_size)
+    raise SourceError(
+        f"no tokenizer.json in {', '.join(map(str, directories)) or 'any directory'}",
+        "--text needs a tokenizer: copy tokenizer.json into the model directory, or give token ids with --tokens F.npy",
+    )
+
+
+def load_tokens(
+    path: str | Path,
+    tokenizer: ModelTokenizer | None = None,  # for text; see find_tokenizer
+    rows: int | None = None,  # None: all there are
+    length: int | None = None,  # None: DEFAULT_LENGTH, or that of a 2-D array
+    stride: int | None = None,
+) -> Tensor:
+    """Int64 (rows, length) from a ``.npy`` array of ids, (n,) or (R, T) of any integer dtype, or a UTF-8 text file.
+
+    A running text (flat array, text file) is cut into rows one after the other, or with a stride into windows that
+    start ``stride`` tokens apart; what does not fill a row is left out. Rows of a 2-D array are cut to ``length``.
+    BOS is neither added nor removed. Raises UsageError for flags that contradict the data, CalibrationError naming the
+    numbers when there are not enough tokens or the file is unusable, SourceError for text without a tokenizer.
+    """
+    file = Path(path)
+    _check_flags(rows, length, stride)
+    if not file.is_file():
+        raise CalibrationError(f"{file}: missing or not a regular file", "--tokens and --text take a file")
+    if file.suffix == ".npy":
+        ids = _load_array(file)
+        if ids.ndim == 2:
+            if stride is not None:
+                raise UsageError(f"--stride {stride}: {file} holds separate rows {ids.shape}, not one running text")
+            return _first_rows(file, ids, rows, length)
+    else:
+        ids = _encode(file, tokenizer)
+    return _windows(file, ids, rows, length or DEFAULT_LENGTH, stride)
+
+
+def _check_flags(rows: int | None, length: int | None, stride: int | None) -> None:
+    for flag, value, least in (("--rows", rows, 1), ("--length", length, 2), ("--stride", stride, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{flag} {value}: at least {least} is needed")
+    if stride is not None and stride > (length or DEFAULT_LENGTH):
+        raise UsageError(f"--stride {stride} is greater than --length {length or DEFAULT_LENGTH}; tokens would be lost")
+
+
+def _load_array(file: Path) -> NDArray[np.int64]:
+    try:
+        # Mapped, so that the dtype is looked at before a huge file is read; it refuses pickled objects, which run code.
+        array: NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError) as e:
+        raise CalibrationError(f"{file}: not a .npy array: {e}", "write it with numpy.save") from e
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        raise CalibrationError(
+            f"{file}: {array.dtype} with shape {array.shape}; token ids are integers, (n,) or (rows, length)"
+        )
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < 1 << 31:
+        raise CalibrationError(f"{file}: token ids from {array.min()} to {array.max()}")
+    return np.array(array, dtype=np.int64)
+
+
+def _encode(file: Path, tokenizer: ModelTokenizer | None) -> NDArray[np.int64]:
+    if tokenizer is None:
+        raise SourceError(f"{file}: a text needs a tokenizer", "or give token ids as a .npy array with --tokens")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise CalibrationError(f"{file}: not UTF-8 text: {e}", "token ids are recognised by the ending .npy") from e
+    return tokenizer.encode(text)
+
+
+def _first_rows(file: Path, ids: NDArray[np.int64], rows: int | None, length: int | None) -> Tensor:
+    found, width = ids.shape
+    rows, length = rows or found, length or width
+    if rows > found or length > width or found < 1 or width < 2:
+        raise CalibrationError(
+            f"{file}: has {found} rows of {width} tokens; --rows {rows} --length {length} asks for more",
+            "lower --rows or --length",
+        )
+    return torch.from_numpy(ids[:rows, :length].copy())
+
+
+def _windows(file: Path, ids: NDArray[np.int64], rows: int | None, length: int, stride: int | None) -> Tensor:
+    step = stride or length
+    available = (len(ids) - length) // step + 1 if len(ids) >= length else 0
+    wanted = rows or max(1, available)
+    if wanted > available:
+        raise CalibrationError(
+            f"{file}: has {len(ids)} tokens; {wanted} rows of --length {length}"
+            + (f" --stride {stride}" if stride else "")
+            + f" need {(wanted - 1) * step + length}",
+            "lower --rows or --length, or give more text",
+        )
+    return torch.from_numpy(np.stack([ids[i * step : i * step + length] for i in range(wanted)]))
