@@ -102,7 +102,7 @@ def _as_stored(arch: Arch, source: SourceModel) -> Arch:
     layouts = arch.source_layouts or ((("", arch.prefix),),)
     tried = []
     for layout in layouts:
-        names = Names(**{k: v and _relocated(v, layout) for k, v in vars(arch.source).items()})
+        names = Names(**{k: v and relocated(v, layout) for k, v in vars(arch.source).items()})
         tried.append(f"{names.embed}.weight")
         if tried[-1] in source:
             break
@@ -119,7 +119,7 @@ def _as_stored(arch: Arch, source: SourceModel) -> Arch:
     return replace(arch, source=names)
 
 
-def _relocated(name: str, layout: tuple[tuple[str, str], ...]) -> str:
+def relocated(name: str, layout: tuple[tuple[str, str], ...]) -> str:
     for start, actual in layout:
         if name.startswith(start):
             return actual + name[len(start) :]
@@ -150,17 +150,21 @@ def _check_source(modules: tuple[ModuleSpec, ...], source: SourceModel, with_lin
                 problems.append(f"{s.name} is missing")
             elif not shape_fits(source.shape(s.name), s.shape):
                 problems.append(f"{s.name} has shape {source.shape(s.name)}, expected {s.shape}")
+    _raise_any(source, problems, "the weights do not fit config.json, or are incomplete")
+    for module in modules:
         for x in module.linears:
             if x.in_features % 32 or x.in_features > MAX_IN_FEATURES:
-                problems.append(f"{x.key} has {x.in_features} input features; EXL2 needs a multiple of 32 up to 65536")
+                problems.append(f"{x.key} has {x.in_features} input features")
             if x.out_features % 32 and module.kind != "head":
-                problems.append(f"{x.key} has {x.out_features} output features; EXL2 needs a multiple of 32")
+                problems.append(f"{x.key} has {x.out_features} output features")
+    _raise_any(source, problems, f"EXL2 needs multiples of 32, and at most {MAX_IN_FEATURES} input features")
+
+
+def _raise_any(source: SourceModel, problems: list[str], hint: str) -> None:
     if problems:
-        problems = list(dict.fromkeys(problems))
+        problems = list(dict.fromkeys(problems))  # a fused tensor is part of several linears
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise SourceError(
-            f"{source.path}: {'; '.join(problems[:5])}{more}", "the weights do not fit config.json, or are incomplete"
-        )
+        raise SourceError(f"{source.path}: {'; '.join(problems[:5])}{more}", hint)
 
 
 def shape_fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -254,9 +254,7 @@ def _head_norm(spec: ModelSpec, plain: Plain, role: str) -> Norm | None:
     return Norm(rule.kind, plain[role], spec.hyper.norm_eps, rule.offset)
 
 
-def _attention(
-    spec: ModelSpec, module: ModuleSpec, bank: LinearBank, plain: Plain, device: torch.device
-) -> AttentionHalf:
+def _attention(spec: ModelSpec, module: ModuleSpec, bank: LinearBank, plain: Plain, device: torch.device) -> AttentionHalf:
     return AttentionHalf(
         bank,
         tuple(module.linear(f"{n}_proj") for n in "qkvo"),

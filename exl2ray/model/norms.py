@@ -18,9 +18,7 @@ class Norm:
     (n,), or (heads, n) for one weight per head. Infinities of a float16 input count as +-65504, as at run time.
     """
 
-    def __init__(
-        self, kind: NormKind, weight: Tensor, eps: float, offset: float = 0.0, bias: Tensor | None = None
-    ) -> None:
+    def __init__(self, kind: NormKind, weight: Tensor, eps: float, offset: float = 0.0, bias: Tensor | None = None) -> None:
         self.kind = kind
         self.weight = weight.float() + offset
         self.bias = bias.float() if bias is not None else None

@@ -392,9 +392,7 @@ _ENTRIES = (
         qkv_clip_key="attn_config.clip_qkv",
         fixed=(
             Fixed("ffn_config.ffn_act_fn.name", ("silu",), "the loader runs the experts with SiLU"),
-            Fixed(
-                "ffn_config.moe_normalize_expert_weights", (1,), "the loader always normalises routing weights to sum 1"
-            ),
+            Fixed("ffn_config.moe_normalize_expert_weights", (1,), "the loader always normalises routing weights to sum 1"),
         ),
         loader_differences=("clip_qkv: the loader does not clamp q, k and v; the model does",),
     ),

@@ -181,6 +181,18 @@ def internlm2_tensors(tensors: Tensors) -> Tensors:
     )(out)
 
 
+def swiglu_fused(tensors: Tensors) -> Tensors:
+    """Llama with gate and up in one matrix, and the names of the SwiGLU kernels."""
+    out = {}
+    for name, tensor in tensors.items():
+        if "up_proj" in name:
+            continue
+        if "gate_proj" in name:
+            tensor = torch.cat((tensor, tensors[name.replace("gate_proj", "up_proj")]))
+        out[name.replace("gate_proj", "swiglu.w12").replace("down_proj", "swiglu.w3")] = tensor
+    return out
+
+
 def normalize_head(model: Any) -> None:
     model.lm_head.weight.copy_(torch.nn.functional.normalize(model.lm_head.weight))
 
