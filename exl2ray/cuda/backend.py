@@ -28,7 +28,7 @@ class Workspace:
     scale_codes: Tensor  # (G, C) uint8
     scale_max: Tensor  # (G, S) float16
     bounds: tuple[tuple[int, int], ...]  # column range of each segment
-    bits: np.ndarray  # (S, G) int32
+    bits: Tensor  # (S, G) int32
     feedback: bool
 
 
@@ -77,7 +77,7 @@ class CpuGroups:
     def step(self, g: int, a: int, n: int, row: int) -> None:
         ws = self.ws
         x = ws.x[a : a + n].numpy()
-        bits = np.ascontiguousarray(ws.bits[:, g])
+        bits = np.ascontiguousarray(ws.bits[:, g].numpy())
         block_top = np.empty(len(self.blocks), np.float32)
         cpu.column_tops(x, self.blocks, block_top)
         half_range = (2.0**bits - 1).astype(np.float32) / np.float32(2)

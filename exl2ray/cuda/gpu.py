@@ -42,7 +42,7 @@ class CudaGroups:
 
         self.search, self.quant, self.first = upload(search), upload(quant), upload(first)
         self.search_blocks, self.quant_blocks, self.segments = len(search), len(quant), len(first) - 1
-        self.bits = upload(np.ascontiguousarray(ws.bits))
+        self.bits = wrap(ws.bits)
         self.grid = upload(shrink_grid(kernels.PADDED))
         self.col_top, self.block_top = buffer(ws.x.shape[1]), buffer(len(search))
         self.seg_top, self.seg_m = buffer(self.segments), buffer(self.segments)
@@ -54,7 +54,7 @@ class CudaGroups:
         self.keep = ws.codes is not None
 
     def step(self, g: int, a: int, n: int, row: int) -> None:
-        stream = stream_of(self.ws.x)
+        ws, stream = self.ws, stream_of(self.ws.x)
         kernels.column_tops[self.search_blocks, kernels.THREADS, stream](
             self.x, a, n, self.search, self.col_top, self.block_top
         )
@@ -65,7 +65,12 @@ class CudaGroups:
         kernels.choose[self.segments, 4 * kernels.PADDED, stream](
             self.partial, self.first, self.seg_top, self.grid, g, self.scale_max, self.seg_m
         )
-        kernels.quantize[self.quant_blocks, kernels.QUANT_COLUMNS, stream](
-            self.x, a, n, self.u, self.ws.feedback, self.quant, self.bits, g, self.seg_m,
-            self.scale_codes, self.perm, row, self.dq, self.codes, self.keep, self.error,
-        )  # fmt: skip
+        for r in range(0, n, kernels.ROWS):
+            kernels.quantize[self.quant_blocks, kernels.QUANT_COLUMNS, stream](
+                self.x, a + r, self.u, ws.feedback, self.quant, self.bits, g, self.seg_m,
+                self.scale_codes, self.perm, row + r, self.dq, self.codes, self.keep, self.error,
+            )  # fmt: skip
+            top, bottom = a + r + kernels.ROWS, a + n
+            if ws.feedback and top < bottom:
+                # Thin and bound by memory: full float32 costs nothing here.
+                ws.x[top:bottom].addmm_(ws.u[a + r : top, top:bottom].T, ws.error[a + r : top], alpha=-1)

@@ -1,11 +1,11 @@
 """Numba CUDA kernels of one group step. Plain references: `exl2ray.quant.scales.search`, `exl2ray.quant.gptq`.
 
-Four launches per group of n rows (32, 64 or 128), each over every segment of the batch:
+Launches per group of n rows (a multiple of 32), each over every segment of the batch:
 
     column_tops   largest |x| of each column, and per block
     grid_errors   M of the segment, scale codes, and per block the summed |error|^3.5 at the 97 shrink factors
     choose        per segment: first smallest sum -> scale_max
-    quantize      integers, reconstruction in the loader's half chain, in-group error feedback
+    quantize      per 32 rows: integers, reconstruction in the loader's half chain, error feedback among these rows
 
 Sums run in a fixed order and no atomics are used: the same input gives the same bytes. `x` is the panel buffer; the group
 occupies its rows a .. a+n. Blocks of columns never straddle segments (widths are multiples of 32).
@@ -29,8 +29,8 @@ POINTS = 13  # grid points per thread: 8 x 13 >= 97
 PADDED = LANES * POINTS  # 104: length of a padded grid
 THREADS = COLUMNS * LANES
 GRID_POINTS = 97
-QUANT_COLUMNS = 64  # columns per block of `quantize`: 64 x 128 floats of shared memory = 32 KB
-MAX_GROUP = 128
+QUANT_COLUMNS = 64  # columns per block of `quantize`
+ROWS = 32  # rows per launch of `quantize`: groups are multiples of 32 rows
 
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23
 _TINY = np.float32(1e-12)
@@ -40,12 +40,28 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     def _rsqrt(x):
         return np.float32(1.0) / np.float32(math.sqrt(x))
 
+    def _fmin(a, b):
+        return a if a < b else b
+
+    def _fmax(a, b):
+        return a if a > b else b
+
 else:
     from numba.cuda import libdevice
+
+    # The builtin min and max keep Python's order of NaNs, which takes two instructions where the hardware has one.
 
     @cuda.jit(device=True, inline=True)
     def _rsqrt(x):
         return libdevice.rsqrtf(x)
+
+    @cuda.jit(device=True, inline=True)
+    def _fmin(a, b):
+        return libdevice.fminf(a, b)
+
+    @cuda.jit(device=True, inline=True)
+    def _fmax(a, b):
+        return libdevice.fmaxf(a, b)
 
 
 @cuda.jit
@@ -58,7 +74,7 @@ def column_tops(x, a, n, blocks, col_top, block_top):
     c = blocks[b, 1] + j
     top = np.float32(0.0)
     for r in range(lane, n, LANES):
-        top = max(top, abs(x[a + r, c]))
+        top = _fmax(top, abs(x[a + r, c]))
     part[lane, j] = top
     cuda.syncthreads()
     if lane == 0:
@@ -77,8 +93,8 @@ def column_tops(x, a, n, blocks, col_top, block_top):
 def _term(t, p, inverse, low, high):
     """|clamp(rint(t / p)) p - t|^3.5 for one weight in units of its column's step."""
     q = (t * inverse + _ROUND) - _ROUND
-    q = min(max(q, low), high)
-    d = max(abs(q * p - t), _TINY)
+    q = _fmin(_fmax(q, low), high)
+    d = abs(q * p - t) + _TINY
     square = d * d
     return square * square * _rsqrt(d)
 
@@ -197,13 +213,14 @@ def choose(partial, seg_first, seg_top, grid, g, scale_max, seg_m):
 
 
 @cuda.jit
-def quantize(x, a, n, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, row, dq, codes, keep, error):
-    """Rows perm[row .. row+n] of dq (K, C) float16, rows row.. of codes (K, C) uint8 if keep, rows a.. of error.
+def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, row, dq, codes, keep, error):
+    """ROWS rows of a group: x[a : a+ROWS], act-order rows row .. row+ROWS.
 
-    u (P, P) float32 is the panel's block of U; the group uses u[a:a+n, a:a+n]. Launch: one block of QUANT_COLUMNS
-    threads per entry of ``blocks``.
+    Writes rows perm[row ..] of dq (K, C) float16, rows row .. of codes (K, C) uint8 if keep, rows a .. of error (scaled
+    errors e). u (P, P) float32 is the panel's block of U. Launch: one block of QUANT_COLUMNS threads per entry of
+    ``blocks``. Taller groups are cut into such blocks of rows, with a matrix product in between.
     """
-    tile = cuda.shared.array((MAX_GROUP, QUANT_COLUMNS), np.float32)
+    tile = cuda.shared.array((ROWS, QUANT_COLUMNS), np.float32)
     b = cuda.blockIdx.x
     j = cuda.threadIdx.x
     c = blocks[b, 1] + j
@@ -215,9 +232,9 @@ def quantize(x, a, n, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm
     high = np.float32((1 << bits) - 1) - zero
     code = np.float32(scale_codes[g, c])
     step = np.float32(np.float16(code * code * seg_m[seg]))
-    for r in range(n):
+    for r in range(ROWS):
         tile[r, j] = x[a + r, c]
-    for r in range(0, n, 4):
+    for r in range(0, ROWS, 4):
         e0 = np.float32(0.0)
         e1 = np.float32(0.0)
         e2 = np.float32(0.0)
@@ -234,7 +251,7 @@ def quantize(x, a, n, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm
             q = np.float32(0.0)
             if step > np.float32(0.0):
                 # The quotient may be huge where the step underflowed: clamp before rounding.
-                q = min(max(v / step, -zero), high)
+                q = _fmin(_fmax(v / step, -zero), high)
                 q = (q + _ROUND) - _ROUND
             elif v > np.float32(0.0):
                 q = high
@@ -256,7 +273,7 @@ def quantize(x, a, n, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm
                 else:
                     e3 = e
         if feedback:
-            for k in range(r + 4, n):
+            for k in range(r + 4, ROWS):
                 tile[k, j] -= (
                     u[a + r, a + k] * e0
                     + u[a + r + 1, a + k] * e1

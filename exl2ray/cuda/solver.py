@@ -12,6 +12,9 @@ and inside P ordinary GPTQ with U_P goes on, group by group. Derivation: the rec
 e, hence e = R^T E; put into x_P = W_P - U[:a, P]^T e[:a] and use the block form of the triangular inverse. Equal to the
 row-by-row loop (`exl2ray.quant.gptq.quantize_reference`) up to rounding, without ever forming U, and with one wide matrix
 product per panel of `PANEL` rows in place of a rank-1 update per row.
+
+On a GPU the sequence is a few thousand launches that depend only on shapes; `exl2ray.cuda.graphs` replays it as a CUDA graph
+from the second batch of equal shapes on.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +49,39 @@ class Solution:
     scale_max: Tensor  # (G,) float16
 
 
+@dataclass(frozen=True)
+class Shape:
+    """All that the sequence of launches depends on."""
+
+    in_features: int
+    rows: tuple[int, ...]  # row count of each group
+    widths: tuple[int, ...]  # columns of each linear
+    repeats: tuple[int, ...]  # segments of each linear
+    feedback: bool
+    keep_codes: bool
+    device: torch.device
+
+    @property
+    def columns(self) -> int:
+        return sum(w * t for w, t in zip(self.widths, self.repeats, strict=True))
+
+    @property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """Column range of each segment."""
+        out, column = [], 0
+        for width, times in zip(self.widths, self.repeats, strict=True):
+            for _ in range(times):
+                out.append((column, column + width))
+                column += width
+        return tuple(out)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of a batch of this shape."""
+        k, c = self.in_features, self.columns
+        return k * c * (2 + (4 if self.feedback else 0) + (1 if self.keep_codes else 0)) + 4 * k * (k + sum(self.widths))
+
+
 def solve_segments(
     r: Tensor | None,  # (K, K) float32 upper, H + damping I = R R^T in act-order; None: round to nearest
     perm: Tensor,  # (K,) int64, act-order
@@ -56,52 +91,29 @@ def solve_segments(
     keep_codes: bool = False,  # also return integers and scale codes (to pack the result)
     backend: Callable[[Workspace], GroupBackend] = group_backend,
 ) -> list[Solution]:
-    """Quantises every segment. Deterministic on one kind of device; segments come back in the given order."""
+    """Quantises every segment. Deterministic on one kind of device; segments come back in the given order.
+
+    On a GPU the returned tensors may be overwritten by the next call with the same shapes: use or copy them first.
+    """
     order = sorted(range(len(segments)), key=lambda i: segments[i].weight)
-    ordered = [segments[i] for i in order]
-    source = _Source(perm, weights, ordered)
-    k, columns, device = perm.numel(), source.columns, perm.device
-    tallest = max(stop - start for _, _, start, stop in panels(rows))
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    ws = Workspace(
-        x=empty(tallest, columns), error=empty(tallest, columns), u=empty(tallest, tallest), perm=perm,
-        dq=empty(k, columns, dtype=torch.float16),
-        codes=empty(k, columns, dtype=torch.uint8) if keep_codes else None,
-        scale_codes=empty(len(rows), columns, dtype=torch.uint8),
-        scale_max=empty(len(rows), len(ordered), dtype=torch.float16),
-        bounds=tuple(source.bounds), bits=np.array([s.bits for s in ordered], dtype=np.int32), feedback=r is not None,
+    used = sorted({s.weight for s in segments})
+    shape = Shape(
+        perm.numel(), rows, tuple(weights[i].shape[1] for i in used),
+        tuple(sum(s.weight == i for s in segments) for i in used), r is not None, keep_codes, perm.device,
     )  # fmt: skip
-    groups = backend(ws)
-    errors = empty(k, columns) if r is not None else None
+    bits = torch.tensor([segments[i].bits for i in order], dtype=torch.int32)
+    if perm.is_cuda and backend is group_backend:
+        from exl2ray.cuda.graphs import run_batch
 
-    for first, last, start, stop in panels(rows):
-        height = stop - start
-        source.fill(ws.x, start, stop)
-        if r is not None and errors is not None:
-            inverse = _inverse_upper(r[start:stop, start:stop])
-            ws.u[:height, :height] = inverse
-            if start:
-                v = r[:start, start:stop] @ inverse
-                with trailing_precision():
-                    ws.x[:height].addmm_(v.T, errors[:start])
-        a = 0
-        for g in range(first, last):
-            b = a + rows[g]
-            groups.step(g, a, rows[g], start + a)
-            if r is not None and b < height:
-                with trailing_precision():
-                    ws.x[b:height].addmm_(ws.u[a:b, b:height].T, ws.error[a:b], alpha=-1)
-            a = b
-        if errors is not None and stop < k:
-            source.fill(errors[start:stop], start, stop)
-            errors[start:stop] -= ws.dq[perm[start:stop]]
-
+        batch = run_batch(shape, r, perm, [weights[i] for i in used], bits)
+    else:
+        batch = Batch(shape, backend)
+        batch.load(r, perm, [weights[i] for i in used], bits)
+        batch.run()
     out: list[Solution | None] = [None] * len(segments)
+    ws = batch.ws
     for position, i in enumerate(order):
-        c0, c1 = source.bounds[position]
+        c0, c1 = shape.bounds[position]
         out[i] = Solution(
             ws.dq[:, c0:c1],
             None if ws.codes is None else ws.codes[:, c0:c1],
@@ -111,30 +123,82 @@ def solve_segments(
     return [s for s in out if s is not None]
 
 
-class _Source:
-    """Weights in act-order, laid side by side, and the column ranges of the segments."""
+class Batch:
+    """Buffers of one shape, and the sequence of operations on them. ``own_factor``: R is copied into a buffer of its own."""
 
-    def __init__(self, perm: Tensor, weights: Sequence[Tensor], segments: Sequence[Segment]) -> None:
-        used = sorted({s.weight for s in segments})
-        self.ordered = {i: weights[i][perm].float() for i in used}
-        self.repeats = [(i, sum(s.weight == i for s in segments)) for i in used]
-        self.bounds: list[tuple[int, int]] = []
+    def __init__(
+        self, shape: Shape, backend: Callable[[Workspace], GroupBackend] = group_backend, own_factor: bool = False
+    ) -> None:
+        self.shape = shape
+        k, columns = shape.in_features, shape.columns
+        tallest = max(stop - start for _, _, start, stop in panels(shape.rows))
+
+        def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=shape.device)
+
+        self.r = empty(k, k) if own_factor and shape.feedback else None
+        self.own_factor = own_factor
+        self.w = empty(k, sum(shape.widths))  # act-order rows of all linears, side by side
+        self.errors = empty(k, columns) if shape.feedback else None  # E = W - Q
+        self.ws = Workspace(
+            x=empty(tallest, columns), error=empty(tallest, columns), u=empty(tallest, tallest),
+            perm=empty(k, dtype=torch.int64),
+            dq=empty(k, columns, dtype=torch.float16),
+            codes=empty(k, columns, dtype=torch.uint8) if shape.keep_codes else None,
+            scale_codes=empty(len(shape.rows), columns, dtype=torch.uint8),
+            scale_max=empty(len(shape.rows), len(shape.bounds), dtype=torch.float16),
+            bounds=shape.bounds, bits=empty(len(shape.bounds), len(shape.rows), dtype=torch.int32),
+            feedback=shape.feedback,
+        )  # fmt: skip
+        self.groups = backend(self.ws)
+
+    def load(self, r: Tensor | None, perm: Tensor, weights: Sequence[Tensor], bits: Tensor) -> None:
+        """Puts a problem of this shape into the buffers."""
+        if self.own_factor and self.r is not None and r is not None:
+            self.r.copy_(r)
+        else:
+            self.r = r
+        self.ws.perm.copy_(perm)
+        self.ws.bits.copy_(bits)
         column = 0
-        for s in segments:
-            n = self.ordered[s.weight].shape[1]
-            self.bounds.append((column, column + n))
-            column += n
-        self.columns = column
+        for w in weights:
+            self.w[:, column : column + w.shape[1]].copy_(w[perm])
+            column += w.shape[1]
 
-    def fill(self, out: Tensor, start: int, stop: int) -> None:
+    def run(self) -> None:
+        """Quantises what was loaded; the results are in ``ws``."""
+        ws, r, errors, k = self.ws, self.r, self.errors, self.shape.in_features
+        for first, last, start, stop in panels(self.shape.rows):
+            height = stop - start
+            self._fill(ws.x, start, stop)
+            if r is not None and errors is not None:
+                inverse = _inverse_upper(r[start:stop, start:stop])
+                ws.u[:height, :height].copy_(inverse)
+                if start:
+                    v = r[:start, start:stop] @ inverse
+                    with trailing_precision():
+                        ws.x[:height].addmm_(v.T, errors[:start])
+            a = 0
+            for g in range(first, last):
+                b = a + self.shape.rows[g]
+                self.groups.step(g, a, b - a, start + a)
+                if r is not None and b < height:
+                    with trailing_precision():
+                        ws.x[b:height].addmm_(ws.u[a:b, b:height].T, ws.error[a:b], alpha=-1)
+                a = b
+            if errors is not None and stop < k:
+                self._fill(errors[start:stop], start, stop)
+                errors[start:stop] -= ws.dq[ws.perm[start:stop]]
+
+    def _fill(self, out: Tensor, start: int, stop: int) -> None:
         """Writes rows start .. stop of W into the first rows of ``out`` (P, C), once per segment of each linear."""
-        column = 0
-        for i, times in self.repeats:
-            w = self.ordered[i][start:stop]
-            n = w.shape[1]
+        column = source = 0
+        for n, times in zip(self.shape.widths, self.shape.repeats, strict=True):
+            w = self.w[start:stop, source : source + n]
             target = out[: stop - start, column : column + times * n].unflatten(1, (times, n))
             target.copy_(w[:, None, :].expand(-1, times, -1))
             column += times * n
+            source += n
 
 
 def panels(rows: Sequence[int], size: int = PANEL) -> Iterator[tuple[int, int, int, int]]:

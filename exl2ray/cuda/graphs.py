@@ -1,0 +1,81 @@
+"""CUDA graphs of the solver: the launches of a batch are recorded once per shape and replayed.
+
+A Numba launch costs about 100 us from Python with the arguments of these kernels, and a batch has thousands; replayed they
+cost about a microsecond each. Layers of a model have equal shapes, so the recording pays from the second layer on.
+
+Policy: the first batch of a shape runs launch by launch (kernels must be compiled before a capture); the second is
+recorded if its buffers fit into what is left of `GRAPH_SHARE` of the device's memory, since they stay allocated. Nothing is
+ever evicted: a shape that does not fit goes on launch by launch, with the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from exl2ray.cuda.solver import Batch, Shape
+
+GRAPH_SHARE = 0.25  # of the device's memory
+
+
+@dataclass
+class _Recorded:
+    batch: Batch
+    graph: torch.cuda.CUDAGraph
+
+
+@dataclass
+class GraphCache:
+    """Recorded batches of one process."""
+
+    seen: set[Shape] = field(default_factory=set)
+    recorded: dict[Shape, _Recorded] = field(default_factory=dict)
+    enabled: bool = True
+    limit_bytes: int | None = None  # None: GRAPH_SHARE of the device
+
+    def room(self, shape: Shape) -> bool:
+        limit = self.limit_bytes
+        if limit is None:
+            limit = int(torch.cuda.get_device_properties(shape.device).total_memory * GRAPH_SHARE)
+        used = sum(s.nbytes for s in self.recorded if s.device == shape.device)
+        return used + shape.nbytes <= limit
+
+    def clear(self) -> None:
+        """Drops all recordings and their buffers."""
+        self.seen.clear()
+        self.recorded.clear()
+
+
+CACHE = GraphCache()
+
+
+def run_batch(
+    shape: Shape, r: Tensor | None, perm: Tensor, weights: Sequence[Tensor], bits: Tensor, cache: GraphCache = CACHE
+) -> Batch:
+    """Loads a problem into a batch of its shape and runs it; the results are in the batch's workspace."""
+    found = cache.recorded.get(shape)
+    if found is None and cache.enabled and shape in cache.seen and cache.room(shape):
+        found = cache.recorded[shape] = _record(shape, r, perm, weights, bits)
+    if found is not None:
+        found.batch.load(r, perm, weights, bits)
+        found.graph.replay()
+        return found.batch
+    cache.seen.add(shape)
+    batch = Batch(shape)
+    batch.load(r, perm, weights, bits)
+    batch.run()
+    return batch
+
+
+def _record(shape: Shape, r: Tensor | None, perm: Tensor, weights: Sequence[Tensor], bits: Tensor) -> _Recorded:
+    with torch.cuda.device(shape.device):
+        batch = Batch(shape, own_factor=True)
+        batch.load(r, perm, weights, bits)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(shape.device)
+        with torch.cuda.graph(graph):
+            batch.run()
+    return _Recorded(batch, graph)
