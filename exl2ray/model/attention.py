@@ -40,12 +40,17 @@ class AttentionHalf(Half):
         rope = hyper.layer_rope(layer)
         self.rotary = RotaryTable(rope, device) if rope is not None else None
 
-    def mid(self, outs: Mapping[str, Tensor]) -> Tensor:
-        """q_proj (R, T, heads * D), k_proj and v_proj (R, T, kv_heads * D) -> (R, T, heads * D)."""
+    def prepare(self, role: str, out: Tensor) -> Tensor:
+        """q_proj (R, T, heads * D), k_proj or v_proj (R, T, kv_heads * D) -> (R, heads or kv_heads, T, D)."""
         h = self.hyper
-        q = self._heads(outs["q_proj"], h.heads, self.q_norm, rotate=True)
-        k = self._heads(outs["k_proj"], h.kv_heads, self.k_norm, rotate=True)
-        v = self._heads(outs["v_proj"], h.kv_heads, None, rotate=False)
+        if role == "q_proj":
+            return self._heads(out, h.heads, self.q_norm, rotate=True)
+        return self._heads(out, h.kv_heads, self.k_norm if role == "k_proj" else None, rotate=role == "k_proj")
+
+    def mix(self, outs: Mapping[str, Tensor]) -> Tensor:
+        """Prepared q, k, v -> attention output (R, T, heads * D)."""
+        h = self.hyper
+        q, k, v = outs["q_proj"], outs["k_proj"], outs["v_proj"]
         length = q.shape[2]
         window = self.window if self.window is not None and self.window < length else None
         if h.attention_softcap is not None:

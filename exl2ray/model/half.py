@@ -86,9 +86,17 @@ class Half(ABC):
         """inputs (..., K) -> (..., N), bias included; ``weight`` (K, N) or (K, N32) stands in for the stored one."""
         return self.bank.linear(linear, inputs, weight)
 
+    def prepare(self, role: str, out: Tensor) -> Tensor:
+        """What can be done to the output (R, T, N) of one first linear before it meets the others (norm, RoPE)."""
+        return out
+
     @abstractmethod
+    def mix(self, outs: Mapping[str, Tensor]) -> Tensor:
+        """Prepared outputs of the first linears by role -> input of the second linear (R, T, K)."""
+
     def mid(self, outs: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the first linears by role, (R, T, N) each -> input of the second linear (R, T, K)."""
+        return self.mix({role: self.prepare(role, out) for role, out in outs.items()})
 
     def post(self, x: Tensor, out: Tensor) -> Tensor:
         """out (R, T, hidden) of the second linear -> states after the residual addition (5.15), in x's dtype."""

@@ -42,7 +42,7 @@ class MlpHalf(Half):
         super().__init__(bank, linears[:-1], linears[-1], norm, post_norm, hyper.residual_scale, add_residual)
         self.activation = activation
 
-    def mid(self, outs: Mapping[str, Tensor]) -> Tensor:
+    def mix(self, outs: Mapping[str, Tensor]) -> Tensor:
         """gate_proj (if there is one) and up_proj, (R, T, I) each -> (R, T, I)."""
         if "gate_proj" in outs:
             return gated(self.activation, outs["gate_proj"], outs["up_proj"])

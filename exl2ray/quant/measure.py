@@ -182,9 +182,12 @@ def _score(
         n = half.pre(xb)
         target = y[part].to(device) if half.add_residual else half.branch(n)
         norm = target.float().flatten(1).norm(dim=1)
-        outs = {r: [half.linear(s, n, w) for w in candidates[r]] for r, s in zip(first, half.first, strict=True)}
+        outs = {
+            r: [half.prepare(r, half.linear(s, n, w)) for w in candidates[r]]
+            for r, s in zip(first, half.first, strict=True)
+        }
         for combination, users in _combinations(index, first, half.second.role):
-            m = half.mid({r: outs[r][j] for r, j in zip(first, combination, strict=True)})
+            m = half.mix({r: outs[r][j] for r, j in zip(first, combination, strict=True)})
             for option, rows in users.items():
                 result = half.post(xb, half.linear(half.second, m, candidates[half.second.role][option]))
                 error = row_errors(result, target, norm)

@@ -20,11 +20,10 @@ CPU_SOLVER_BYTES = 2 << 30
 
 def device_bytes(device: torch.device) -> int:
     """Memory of a GPU in bytes as torch may use it (a per-process fraction counts)."""
-    total = int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return int(total * float(torch.cuda.get_per_process_memory_fraction(device)))
-    except (AttributeError, RuntimeError):
-        return total
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    total = int(torch.cuda.get_device_properties(index).total_memory)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(index)
+    return int(total * float(fraction))
 
 
 def settings_for(module: Any, rows: int, tokens: int, device: torch.device, damping: float) -> Settings:

@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+"""Times the numerics on one GPU (or the CPU): one layer of a model of a given shape, random weights and states.
+
+    python scripts/bench.py --shape 7b --passes measure,quantize,solve,pack [--json]
+
+Every pass is run `--repeat` times after one warm-up (kernel compilation, graph recording) and the fastest is shown. The
+table has the reference's seconds where they are known (ExLlamaV2 0.3.2 on an H200) and the floor that counted FLOPs and the
+device's matrix rate set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+if not hasattr(numpy, "row_stack"):  # numba-cuda 0.30 imports it; numpy 2.5 dropped it
+    numpy.row_stack = numpy.vstack
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors.torch import save_file
+
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import pad32
+from exl2ray.model.arch import load_spec
+from exl2ray.model.blocks import check_states, load_block
+from exl2ray.quant import pack as packing
+from exl2ray.quant.allocate import Slot, budget, solve
+from exl2ray.quant.measure import measure_block
+from exl2ray.quant.memory import settings_for
+from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.quant.quantize import quantize_block, quantize_head
+from exl2ray.quant.solve import synchronize
+
+MATRIX_RATE = {"H200": 700e12, "H100": 700e12}  # fp16 FLOP/s reached by cuBLAS on large products
+
+
+@dataclass(frozen=True)
+class ShapeSpec:
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    experts: int = 0
+    reference: tuple[float, float] | None = None  # seconds of the reference: measure one layer, quantise one layer
+
+
+SHAPES = {
+    "7b": ShapeSpec(4096, 11008, 32, 32, reference=(26.0, 13.5)),
+    "70b": ShapeSpec(8192, 28672, 64, 8, reference=(88.1, 56.6)),
+    "mixtral": ShapeSpec(4096, 14336, 32, 8, experts=8),
+    "tiny": ShapeSpec(256, 704, 4, 2),
+}
+
+
+def make_model(folder: Path, shape: ShapeSpec, layers: int = 1, vocab: int = 32000) -> None:
+    """Writes a random model of this shape: config.json and model.safetensors."""
+    config = {
+        "architectures": ["MixtralForCausalLM" if shape.experts else "LlamaForCausalLM"],
+        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "rms_norm_eps": 1e-5,
+        "vocab_size": vocab, "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if shape.experts:
+        config |= {"num_local_experts": shape.experts, "num_experts_per_tok": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    head = shape.hidden // shape.heads
+    h, f, kv = shape.hidden, shape.intermediate, shape.kv_heads * head
+
+    def w(out: int, inner: int) -> torch.Tensor:
+        return (torch.randn(out, inner, device=device) * inner**-0.5).half().cpu()
+
+    tensors = {"model.norm.weight": torch.ones(h).half(), "lm_head.weight": w(vocab, h)}
+    tensors["model.embed_tokens.weight"] = w(vocab, h)
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        tensors |= {p + "input_layernorm.weight": torch.ones(h).half(), p + "post_attention_layernorm.weight": torch.ones(h).half()}
+        tensors |= {p + "self_attn.q_proj.weight": w(h, h), p + "self_attn.k_proj.weight": w(kv, h)}
+        tensors |= {p + "self_attn.v_proj.weight": w(kv, h), p + "self_attn.o_proj.weight": w(h, h)}
+        if shape.experts:
+            tensors[p + "block_sparse_moe.gate.weight"] = w(shape.experts, h)
+        for e in range(max(1, shape.experts)):
+            names = (("w1", f, h), ("w3", f, h), ("w2", h, f)) if shape.experts else (
+                ("gate_proj", f, h), ("up_proj", f, h), ("down_proj", h, f))  # fmt: skip
+            prefix = f"block_sparse_moe.experts.{e}." if shape.experts else "mlp."
+            tensors |= {p + prefix + n + ".weight": w(o, k) for n, o, k in names}
+    save_file(tensors, str(folder / "model.safetensors"))
+
+
+class Bench:
+    def __init__(self, name: str, device: torch.device, repeat: int) -> None:
+        self.name, self.shape, self.device, self.repeat = name, SHAPES[name], device, repeat
+        self.folder = tempfile.TemporaryDirectory()
+        make_model(Path(self.folder.name), self.shape)
+        self.source = SourceModel(self.folder.name)
+        self.spec = load_spec(self.source)
+        self.dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self.rows: list[dict[str, object]] = []
+
+    def states(self, rows: int, tokens: int) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(1)
+        x = torch.empty(rows, tokens, self.shape.hidden, dtype=torch.float16, device=self.device)
+        for r in range(rows):
+            x[r] = torch.randn(tokens, self.shape.hidden, generator=generator, device=self.device)
+        return x
+
+    def time(self, work: Callable[[], object]) -> tuple[float, float]:
+        """(fastest, first) seconds."""
+        seconds = []
+        for _ in range(self.repeat + 2):  # the first compiles, the second records graphs
+            synchronize(self.device)
+            start = time.perf_counter()
+            work()
+            synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[2:]), seconds[0]
+
+    def add(self, work: str, seconds: float, first: float, reference: float | None = None, flop: float = 0.0) -> None:
+        rate = next((r for n, r in MATRIX_RATE.items() if n in device_name(self.device)), None)
+        self.rows.append({
+            "shape": self.name, "work": work, "seconds": round(seconds, 4), "first": round(first, 2),
+            "reference": reference, "ratio": round(reference / seconds, 1) if reference else None,
+            "floor": round(flop / rate, 3) if flop and rate else None,
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if self.device.type == "cuda" else None,
+        })  # fmt: skip
+        print(self.rows[-1], file=sys.stderr, flush=True)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def measure(self, rows: int, tokens: int) -> None:
+        x = self.states(rows, tokens)
+        total = first_total = 0.0
+        for index in (1, 2):
+            module = self.spec.modules[index]
+            block = load_block(self.spec, module, self.source, self.device, self.dtype)
+            settings = settings_for(module, rows, tokens, self.device, 0.12)
+            seconds, first = self.time(lambda b=block, s=settings: measure_block(b, x, s, check_states, lambda note: None))
+            self.add(f"measure {module.kind}", seconds, first)
+            total, first_total = total + seconds, first_total + first
+        reference = self.shape.reference[0] if self.shape.reference else None
+        self.add("measure layer", total, first_total, reference, self.measure_flop(rows * tokens))
+
+    def measure_flop(self, tokens: int) -> float:
+        """FLOPs of the distinct projection outputs of all options (converter-algorithm section 9), without attention."""
+        s = self.shape
+        kv = s.kv_heads * s.hidden // s.heads
+        attention = 2 * tokens * s.hidden * (14 * s.hidden + 14 * kv + 15 * kv + 19 * s.hidden)
+        active = 2 if s.experts else 1
+        return attention + 2 * tokens * active * s.hidden * s.intermediate * (13 + 13 + 17)
+
+    def quantize(self, rows: int, tokens: int) -> None:
+        x = self.states(rows, tokens)
+        total = first_total = 0.0
+        for index, table in ((1, attention_options()[10]), (2, mlp_options()[9])):
+            module = self.spec.modules[index]
+            roles = ("q_proj", "k_proj", "v_proj", "o_proj") if index == 1 else (
+                ("w1", "w3", "w2") if self.shape.experts else ("gate_proj", "up_proj", "down_proj"))  # fmt: skip
+            chosen = dict(zip(roles, table, strict=True))
+            settings = settings_for(module, rows, tokens, self.device, 0.12)
+            source = load_block(self.spec, module, self.source, self.device, self.dtype)
+            originals = dict(source.weights)
+
+            def work(b=source, m=module, o=originals, c=chosen, s=settings) -> None:
+                for key, weight in o.items():
+                    b.weights[key] = weight
+                quantize_block(b, x, {y.key: c[y.role] for y in m.linears}, s, check_states)
+
+            seconds, first = self.time(work)
+            self.add(f"quantize {module.kind}", seconds, first)
+            total, first_total = total + seconds, first_total + first
+        reference = self.shape.reference[1] if self.shape.reference else None
+        s = self.shape
+        kv = s.kv_heads * s.hidden // s.heads
+        active = 2 if s.experts else 1
+        per_token = 2 * s.hidden * (2 * s.hidden + 2 * kv + 3 * active * s.intermediate)
+        self.add("quantize layer", total, first_total, reference, 2 * per_token * rows * tokens)
+
+    def head(self, rows: int, tokens: int) -> None:
+        x = self.states(rows, tokens)
+        module = self.spec.modules[-1]
+        block = load_block(self.spec, module, self.source, self.device, self.dtype)
+        settings = settings_for(module, rows, tokens, self.device, 0.12)
+        original = dict(block.weights)
+
+        def work() -> None:
+            block.weights.update(original)
+            quantize_head(block, x, head_option(6), settings)
+
+        self.add("quantize head", *self.time(work))
+
+    def pack(self) -> None:
+        from exl2ray.formats.layout import GroupLayout
+
+        k, n = pad32(self.shape.hidden), pad32(self.shape.intermediate)
+        for bits in (4, 3):
+            layout = GroupLayout((bits,) * (k // 128), (128,) * (k // 128))
+            codes = torch.randint(0, 2**bits, (k, n), dtype=torch.uint8, device=self.device)
+            seconds, first = self.time(lambda c=codes, y=layout: packing.pack_rows(c, y))
+            moved = codes.numel() * (1 + bits / 8)
+            self.add(f"pack {bits} bit: {moved / seconds / 1e9:.0f} GB/s", seconds, first)
+
+    def solve(self) -> None:
+        import random
+
+        rng = random.Random(0)
+        slots, weights = [], 0
+        for i in range(160):
+            n = (19, 17)[i % 2]
+            size = (4 * self.shape.hidden**2, 3 * self.shape.hidden * self.shape.intermediate)[i % 2]
+            bits = sorted(rng.uniform(2.2, 8.1) for _ in range(n))
+            scale = rng.lognormvariate(-2, 1)
+            slots.append(Slot(str(i), tuple(int(b * size) for b in bits), tuple(scale * 2.5 ** -(b - 2) for b in bits)))
+            weights += size
+        start = time.perf_counter()
+        result = solve(slots, budget(weights, 4.0))
+        seconds = time.perf_counter() - start
+        self.add(f"solve 160 slots, gap {result.gap:.1e}", seconds, seconds, 20.2 if self.name == "70b" else 21.5)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="7b", help=f"{', '.join(SHAPES)}; several with commas")
+    parser.add_argument("--passes", default="measure,quantize,solve,pack", help="measure, quantize, head, solve, pack")
+    parser.add_argument("--measure-rows", type=int, default=19)
+    parser.add_argument("--quantize-rows", type=int, default=115)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vram-gb", type=float, help="limit torch to this much GPU memory")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.vram_gb is not None:
+        torch.cuda.set_per_process_memory_fraction(args.vram_gb * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    rows: list[dict[str, object]] = []
+    for name in args.shape.split(","):
+        bench = Bench(name, device, args.repeat)
+        for work in args.passes.split(","):
+            if work == "measure":
+                bench.measure(args.measure_rows, args.tokens)
+            elif work == "quantize":
+                bench.quantize(args.quantize_rows, args.tokens)
+            elif work == "head":
+                bench.head(args.quantize_rows, args.tokens)
+            else:
+                {"pack": bench.pack, "solve": bench.solve}[work]()
+        rows += bench.rows
+    if args.json:
+        print(json.dumps({"device": device_name(device), "rows": rows}))
+        return
+    print(f"device: {device_name(device)}, {args.measure_rows} and {args.quantize_rows} rows of {args.tokens} tokens")
+    print("| shape | work | seconds | first run | reference | ratio | floor | peak GB |\n|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        cells = [r[k] for k in ("shape", "work", "seconds", "first", "reference", "ratio", "floor", "peak_gb")]
+        print("| " + " | ".join("" if c is None else str(c) for c in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
