@@ -23,7 +23,7 @@ from exl2ray.formats.measurement import ModuleProfile, OptionProfile
 from exl2ray.quant.hessian import DAMPING, Factor, HessianAccumulator, prepare, round_to_nearest
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import attention_options, mlp_options, unique
-from exl2ray.quant.solve import solve_options
+from exl2ray.quant.solve import solve_wanted
 
 WORST_ACCURACY = 1e-6
 USELESS_ACCURACY = 0.1  # the reference stops below this, and so do we: the module's output is noise
@@ -67,20 +67,44 @@ def measure_block(
     module, where x lives. ``check(states, where)`` raises NumericError for NaN and clamps infinities; ``report`` gets notes
     (damping raised, fallbacks). Raises NumericError if no option keeps at least a tenth of the output.
     """
-    where = block.module.profile_key
     y, hessians = reference_pass(block, x, settings, check)
+    return profile_of(block.module, *score_options(block, x, y, hessians, settings), report), y
+
+
+def score_options(
+    block: Any,
+    x: Tensor,
+    y: Tensor,
+    hessians: dict[str, HessianAccumulator],
+    settings: Settings,
+    part: tuple[int, int] = (0, 1),
+) -> tuple[list[list[OptionProfile]], dict[str, Any]]:
+    """Second half of `measure_block`, after `reference_pass`: the scored rows of each option table, and the extra profile.
+
+    ``part`` (p, P) scores the p-th of P ranges of every table. Each number is the same whatever the split: an option is
+    always solved in the batch that the shapes prescribe (batches without a wanted option are left out), each option has
+    matrix products of its own, and the errors of a table row are summed over calibration rows in one order.
+    """
     notes: list[str] = []
     if block.module.kind == "moe":
         from exl2ray.quant.measure_moe import measure_experts
 
-        lists, extra = measure_experts(block, x, y, hessians, settings, notes)
+        lists, extra = measure_experts(block, x, y, hessians, settings, notes, part)
     else:
         lists, extra = [], {}
         factors: dict[str, Factor] = {}
         for half in block.halves:
-            candidates = _candidates(block, half, hessians, factors, settings, notes)
-            lists.append(_score(block, half, x, y, candidates, settings))
-    for note in notes:
+            candidates = _candidates(block, half, hessians, factors, settings, notes, part)
+            lists.append(_score(block, half, x, y, candidates, settings, part))
+    return lists, {**extra, "notes": notes} if notes else extra
+
+
+def profile_of(
+    module: Any, lists: Sequence[Sequence[OptionProfile]], extra: dict[str, Any], report: Callable[[str], None] = print
+) -> ModuleProfile:
+    """The profile of a module from its complete scored tables. Raises NumericError if no option is of any use."""
+    where = module.profile_key
+    for note in extra.get("notes", ()):
         report(f"{where}: {note}")
     for options in lists:
         best = max(o.accuracy for o in options)
@@ -89,12 +113,16 @@ def measure_block(
                 f"{where}: the best of {len(options)} options has accuracy {best:.4f}",
                 "quantising destroys this module's output: check the weights and the calibration data",
             )
-    if notes:
-        extra = {**extra, "notes": notes}
     key, mode = where.rsplit(".", 1)
-    if block.module.kind == "parallel":
-        return ModuleProfile(key, mode, attn=tuple(lists[0]), mlp=tuple(lists[1]), extra=extra), y
-    return ModuleProfile(key, mode, tuple(lists[0]), extra=extra), y
+    if module.kind == "parallel":
+        return ModuleProfile(key, mode, attn=tuple(lists[0]), mlp=tuple(lists[1]), extra=extra)
+    return ModuleProfile(key, mode, tuple(lists[0]), extra=extra)
+
+
+def part_range(part: tuple[int, int], rows: int) -> range:
+    """Table rows of the p-th of P parts."""
+    p, parts = part
+    return range(p * rows // parts, (p + 1) * rows // parts)
 
 
 def batches(rows: int, size: int) -> Iterator[slice]:
@@ -145,17 +173,20 @@ def _candidates(
     factors: dict[str, Factor],
     settings: Settings,
     notes: list[str],
-) -> dict[str, list[Tensor]]:
-    """Role -> reconstructed weights (K, N32) float16 of its distinct options."""
-    columns = table_for(half).columns()
-    out: dict[str, list[Tensor]] = {}
+    part: tuple[int, int],
+) -> dict[str, dict[int, Tensor]]:
+    """Role -> reconstructed weights (K, N32) float16 of its distinct options, as far as this part uses them."""
+    table = table_for(half)
+    columns = table.columns()
+    wanted = {role: {index[i] for i in part_range(part, len(table.rows))} for role, (_, index) in columns.items()}
+    out: dict[str, dict[int, Tensor]] = {}
     for group, linears in by_input((*half.first, half.second)).items():
         if group not in factors:
             where = f"{block.module.profile_key} ({group})"
             factors[group] = factorise(hessians[group], settings, where, notes)
         weights = {x.role: pad_columns(block.weights[x.key]) for x in linears}
         options = {x.role: columns[x.role][0] for x in linears}
-        out.update(solve_options(factors[group], weights, options, settings.budget_bytes))
+        out.update(solve_wanted(factors[group], weights, options, settings.budget_bytes, wanted))
     return out
 
 
@@ -168,45 +199,52 @@ def by_input(linears: Sequence[Any]) -> dict[str, list[Any]]:
 
 
 def _score(
-    block: Any, half: Any, x: Tensor, y: Tensor, candidates: dict[str, list[Tensor]], settings: Settings
+    block: Any,
+    half: Any,
+    x: Tensor,
+    y: Tensor,
+    candidates: dict[str, dict[int, Tensor]],
+    settings: Settings,
+    part: tuple[int, int],
 ) -> list[OptionProfile]:
-    """Accuracy of every row of the option table."""
+    """Accuracy of the rows of one part of the option table."""
     table = table_for(half)
+    wanted = part_range(part, len(table.rows))
     columns = table.columns()
     first = [linear.role for linear in half.first]
     index = {role: columns[role][1] for role in table.roles}
     device = next(iter(block.weights.values())).device
     errors = torch.zeros(len(table.rows), dtype=torch.float64, device=device)
-    for part in batches(x.shape[0], settings.batch_rows):
-        xb = x[part].to(device)
+    for rows in batches(x.shape[0], settings.batch_rows):
+        xb = x[rows].to(device)
         n = half.pre(xb)
-        target = y[part].to(device) if half.add_residual else half.branch(n)
+        target = y[rows].to(device) if half.add_residual else half.branch(n)
         norm = target.float().flatten(1).norm(dim=1)
         outs = {
-            r: [half.prepare(r, half.linear(s, n, w)) for w in candidates[r]]
+            r: {j: half.prepare(r, half.linear(s, n, w)) for j, w in candidates[r].items()}
             for r, s in zip(first, half.first, strict=True)
         }
-        for combination, users in _combinations(index, first, half.second.role):
+        for combination, users in _combinations(index, first, half.second.role, wanted):
             m = half.mix({r: outs[r][j] for r, j in zip(first, combination, strict=True)})
-            for option, rows in users.items():
+            for option, table_rows in users.items():
                 result = half.post(xb, half.linear(half.second, m, candidates[half.second.role][option]))
                 error = row_errors(result, target, norm)
-                for i in rows:
+                for i in table_rows:
                     errors[i] += error
     mean = (errors / x.shape[0]).tolist()
     bits = _option_bits(table, {linear.role: linear for linear in (*half.first, half.second)})
     return [
         OptionProfile(accuracy_of(e), b, dict(zip(table.roles, row, strict=True)))
-        for e, b, row in zip(mean, bits, table.rows, strict=True)
+        for e, b, row in [(mean[i], bits[i], table.rows[i]) for i in wanted]
     ]
 
 
 def _combinations(
-    index: dict[str, list[int]], first: Sequence[str], second: str
+    index: dict[str, list[int]], first: Sequence[str], second: str, wanted: range
 ) -> list[tuple[tuple[int, ...], dict[int, list[int]]]]:
     """Distinct choices for the first linears; for each, the options of the second and the table rows that use them."""
     out: dict[tuple[int, ...], dict[int, list[int]]] = {}
-    for i in range(len(index[second])):
+    for i in wanted:
         key = tuple(index[r][i] for r in first)
         out.setdefault(key, {}).setdefault(index[second][i], []).append(i)
     return list(out.items())

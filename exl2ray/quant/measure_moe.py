@@ -14,31 +14,37 @@ from torch import Tensor
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.measure import Settings, Table, accuracy_of, batches, factorise, row_errors
+from exl2ray.quant.measure import Settings, Table, accuracy_of, batches, factorise, part_range, row_errors
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import mlp_options
-from exl2ray.quant.solve import solve_options
+from exl2ray.quant.solve import solve_wanted
 
 MOE_TABLE = Table(("w1", "w3", "w2"), mlp_options())
 
 
 def measure_experts(
-    block: Any, x: Tensor, y: Tensor, hessians: dict[str, HessianAccumulator], settings: Settings, notes: list[str]
+    block: Any,
+    x: Tensor,
+    y: Tensor,
+    hessians: dict[str, HessianAccumulator],
+    settings: Settings,
+    notes: list[str],
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[list[list[OptionProfile]], dict[str, Any]]:
-    """Scores the 17 options of an expert layer; returns them and the coverage of the experts for the profile."""
+    """Scores the 17 options of an expert layer, or one part of them; also the coverage of the experts for the profile."""
     columns = MOE_TABLE.columns()
-    candidates: list[dict[str, list[Tensor]]] = []
+    rows = part_range(part, len(MOE_TABLE.rows))
+    wanted = {role: {index[i] for i in rows} for role, (_, index) in columns.items()}
+    candidates: list[dict[str, dict[int, Tensor]]] = []
     for index, expert in enumerate(block.experts.experts):
-        solved: dict[str, list[Tensor]] = {}
+        solved: dict[str, dict[int, Tensor]] = {}
         for group, members in ((f"w13.{index}", (expert.gate, expert.up)), (f"w2.{index}", (expert.down,))):
             factor = expert_factor(block, hessians, group, settings, notes)
             weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
-            solved.update(
-                solve_options(factor, weights, {m.role: columns[m.role][0] for m in members}, settings.budget_bytes)
-            )
+            options = {m.role: columns[m.role][0] for m in members}
+            solved.update(solve_wanted(factor, weights, options, settings.budget_bytes, wanted))
         candidates.append(solved)
-    options = _score_experts(block, x, y, candidates, settings)
-    return [options], {"experts": coverage(block, hessians)}
+    return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": coverage(block, hessians)}
 
 
 def expert_factor(
@@ -75,7 +81,12 @@ def coverage(block: Any, hessians: dict[str, HessianAccumulator]) -> list[dict[s
 
 
 def _score_experts(
-    block: Any, x: Tensor, y: Tensor, candidates: list[dict[str, list[Tensor]]], settings: Settings
+    block: Any,
+    x: Tensor,
+    y: Tensor,
+    candidates: list[dict[str, dict[int, Tensor]]],
+    settings: Settings,
+    rows: range,
 ) -> list[OptionProfile]:
     columns = MOE_TABLE.columns()
     index = {role: columns[role][1] for role in MOE_TABLE.roles}
@@ -87,7 +98,7 @@ def _score_experts(
         norm = target.float().flatten(1).norm(dim=1)
         h = block.pre(xb).flatten(0, -2)
         routing = block.route(h)
-        for i in range(len(MOE_TABLE.rows)):
+        for i in rows:
             weights = {
                 names[role]: solved[role][index[role][i]]
                 for names, solved in zip(keys, candidates, strict=True)
@@ -97,10 +108,10 @@ def _score_experts(
             errors[i] += row_errors(result, target, norm)
     mean = (errors / x.shape[0]).tolist()
     out = []
-    for row, error in zip(MOE_TABLE.rows, mean, strict=True):
-        params = dict(zip(MOE_TABLE.roles, row, strict=True))
+    for i in rows:
+        params = dict(zip(MOE_TABLE.roles, MOE_TABLE.rows[i], strict=True))
         bits = sum(
             params[x.role].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in block.module.linears
         )
-        out.append(OptionProfile(accuracy_of(error), bits, params))
+        out.append(OptionProfile(accuracy_of(mean[i]), bits, params))
     return out

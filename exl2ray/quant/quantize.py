@@ -44,8 +44,22 @@ def quantize_block(
 
     On return the block holds the reconstructed weights.
     """
-    notes: list[str] = []
     target, hessians = reference_pass(block, x, settings, check)
+    module, out = quantize_after(block, x, target, hessians, params, settings, check)
+    return module, out, target
+
+
+def quantize_after(
+    block: Any,
+    x: Tensor,  # (R, T, hidden) states entering the module
+    target: Tensor,  # (R, T, hidden) and Hessians: results of `reference_pass`
+    hessians: dict[str, HessianAccumulator],
+    params: Mapping[str, QParams],
+    settings: Settings,
+    check: Callable[[Tensor, str], int],
+) -> tuple[QuantizedModule, Tensor]:
+    """Second half of `quantize_block`, after `reference_pass`: the packed module and the states after it."""
+    notes: list[str] = []
     packed: dict[str, PackedLinear] = {}
     for group, linears in by_input(block.module.linears).items():
         if block.module.kind == "moe":
@@ -64,7 +78,7 @@ def quantize_block(
         error += float(row_errors(result, reference, reference.float().flatten(1).norm(dim=1)))
         out[part] = result.to(out.dtype)
     ordered = tuple(packed[linear.key] for linear in block.module.linears)
-    return QuantizedModule(ordered, error / x.shape[0], tuple(notes)), out, target
+    return QuantizedModule(ordered, error / x.shape[0], tuple(notes)), out
 
 
 def quantize_group(

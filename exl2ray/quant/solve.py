@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,17 +37,45 @@ def solve_problems(
     The split into batches depends on shapes and the budget alone, never on what happens to be free, so that results do
     not change from run to run.
     """
+    solved = _solve(factor, weights, problems, keep_codes, budget_bytes)
+    return [solved[i] for i in range(len(problems))]
+
+
+def _solve(
+    factor: Factor,
+    weights: Sequence[Tensor],
+    problems: Sequence[Problem],
+    keep_codes: bool,
+    budget_bytes: int | None,
+    needed: Collection[int] | None = None,  # batches without any of these are left out
+) -> dict[int, Solution]:
+    """Solutions by problem, as `solve_problems`."""
     by_rows: dict[tuple[int, ...], list[int]] = {}
     for i, p in enumerate(problems):
         by_rows.setdefault(p.layout.rows, []).append(i)
-    out: list[Solution | None] = [None] * len(problems)
+    out: dict[int, Solution] = {}
     for rows, members in by_rows.items():
         for batch in _batches(members, problems, weights, budget_bytes):
+            if needed is not None and not any(i in needed for i in batch):
+                continue
             segments = [Segment(problems[i].weight, problems[i].layout.bits) for i in batch]
             solved = solve_segments(factor.r, factor.perm, weights, segments, rows, keep_codes)
             for i, s in zip(batch, solved, strict=True):
-                out[i] = s
-    return [s for s in out if s is not None]
+                if needed is None or i in needed:
+                    out[i] = _copied(s)  # the next batch, or the next call, may reuse the buffers
+    return out
+
+
+def _copied(s: Solution) -> Solution:
+    def copy(t: Tensor) -> Tensor:
+        return t.clone(memory_format=torch.contiguous_format)
+
+    return Solution(
+        copy(s.weight),
+        None if s.codes is None else copy(s.codes),
+        None if s.scale_codes is None else copy(s.scale_codes),
+        copy(s.scale_max),
+    )
 
 
 def _batches(
@@ -75,16 +103,31 @@ def solve_options(
     budget_bytes: int | None = None,
 ) -> dict[str, list[Tensor]]:
     """Reconstructed weights (K, N) float16, natural row order, of every option of every linear sharing one Hessian."""
+    solved = solve_wanted(factor, weights, options, budget_bytes)
+    return {role: [solved[role][j] for j in range(len(options[role]))] for role in weights}
+
+
+def solve_wanted(
+    factor: Factor,
+    weights: Mapping[str, Tensor],  # role -> (K, N)
+    options: Mapping[str, Sequence[QParams]],  # role -> distinct options
+    budget_bytes: int | None = None,
+    wanted: Mapping[str, Collection[int]] | None = None,  # role -> indices of the options to solve; None: all
+) -> dict[str, dict[int, Tensor]]:
+    """As `solve_options`, by index of the option. Batches without a wanted option are left out, the others are solved
+    whole: ``wanted`` changes no result.
+    """
     roles = list(weights)
     problems, owner = [], []
     for i, role in enumerate(roles):
-        for option in options[role]:
+        for j, option in enumerate(options[role]):
             problems.append(Problem(i, option.layout(weights[role].shape[0])))
-            owner.append(role)
-    solved = solve_problems(factor, [weights[r] for r in roles], problems, budget_bytes=budget_bytes)
-    out: dict[str, list[Tensor]] = {r: [] for r in roles}
-    for role, solution in zip(owner, solved, strict=True):
-        out[role].append(solution.weight)
+            owner.append((role, j))
+    needed = None if wanted is None else {n for n, (role, j) in enumerate(owner) if j in wanted[role]}
+    out: dict[str, dict[int, Tensor]] = {r: {} for r in roles}
+    for n, solution in _solve(factor, [weights[r] for r in roles], problems, False, budget_bytes, needed).items():
+        role, j = owner[n]
+        out[role][j] = solution.weight
     return out
 
 
@@ -102,10 +145,7 @@ def quantize_linears(
     for key, problem, s in zip(keys, problems, solved, strict=True):
         if s.codes is None or s.scale_codes is None:
             raise AssertionError("solve_segments keeps codes when asked to")
-        out[key] = Quantized(
-            problem.layout, factor.perm, s.codes.contiguous(), s.scale_codes.contiguous(), s.scale_max.contiguous(),
-            s.weight.contiguous(),
-        )  # fmt: skip
+        out[key] = Quantized(problem.layout, factor.perm, s.codes, s.scale_codes, s.scale_max, s.weight)
     return out
 
 
