@@ -16,26 +16,47 @@ THREADS = 128
 
 
 @cuda.jit
-def _pack(codes, bits, words, out):
-    """codes (K, N) uint8 -> out (Q, N) int32; bits, words (K / 32,) int32. Grid: (columns, units)."""
+def _pack(quads, bits, words, out):
+    """quads (K, N / 4) int32, the codes of four columns per element -> out (Q, N) int32; bits, words (K / 32,) int32.
+
+    Four columns per thread make the reads 4 bytes wide. Grid: (quads, units).
+    """
     c = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-    if c >= codes.shape[1]:
+    if c >= quads.shape[1]:
         return
     unit = cuda.blockIdx.y
     b = np.uint32(bits[unit])
     w = words[unit]
     row = unit * 32
-    acc = np.uint32(0)
+    byte = np.uint32(255)
+    a0 = np.uint32(0)
+    a1 = np.uint32(0)
+    a2 = np.uint32(0)
+    a3 = np.uint32(0)
     fill = np.uint32(0)
     for i in range(32):
-        v = np.uint32(codes[row + i, c])
-        acc = np.uint32(acc | np.uint32(v << fill))
+        v = np.uint32(quads[row + i, c])
+        v0 = np.uint32(v & byte)
+        v1 = np.uint32(np.uint32(v >> np.uint32(8)) & byte)
+        v2 = np.uint32(np.uint32(v >> np.uint32(16)) & byte)
+        v3 = np.uint32(v >> np.uint32(24))
+        a0 = np.uint32(a0 | np.uint32(v0 << fill))
+        a1 = np.uint32(a1 | np.uint32(v1 << fill))
+        a2 = np.uint32(a2 | np.uint32(v2 << fill))
+        a3 = np.uint32(a3 | np.uint32(v3 << fill))
         fill = np.uint32(fill + b)
         if fill >= np.uint32(32):
-            out[w, c] = np.int32(acc)
+            out[w, 4 * c] = np.int32(a0)
+            out[w, 4 * c + 1] = np.int32(a1)
+            out[w, 4 * c + 2] = np.int32(a2)
+            out[w, 4 * c + 3] = np.int32(a3)
             w += 1
             fill = np.uint32(fill - np.uint32(32))
-            acc = np.uint32(v >> np.uint32(b - fill))
+            rest = np.uint32(b - fill)
+            a0 = np.uint32(v0 >> rest)
+            a1 = np.uint32(v1 >> rest)
+            a2 = np.uint32(v2 >> rest)
+            a3 = np.uint32(v3 >> rest)
 
 
 @cuda.jit
@@ -73,8 +94,8 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
 def pack_rows_cuda(codes: Tensor, bits: Tensor, words: Tensor, packed_rows: int) -> Tensor:
     """GPU form of `exl2ray.quant.pack.pack_rows`; ``bits`` and ``words`` come from `unit_tables`."""
     out = torch.empty(packed_rows, codes.shape[1], dtype=torch.int32, device=codes.device)
-    codes = codes.contiguous()
-    _pack[_grid(*codes.shape), THREADS, stream_of(codes)](wrap(codes), wrap(bits), wrap(words), wrap(out))
+    quads = codes.contiguous().view(torch.int32)
+    _pack[_grid(*quads.shape), THREADS, stream_of(quads)](wrap(quads), wrap(bits), wrap(words), wrap(out))
     return out
 
 

@@ -106,6 +106,11 @@ class Half(ABC):
             out = self.post_norm(out, x.dtype)
         return x + out.to(x.dtype) if self.add_residual else out
 
+    @property
+    def plain_residual(self) -> bool:
+        """Whether ``post`` is nothing but x + out."""
+        return self.residual_scale == 1.0 and self.post_norm is None and self.add_residual
+
     def branch(self, n: Tensor, capture: Capture | None = None) -> Tensor:
         """Normed input n (R, T, hidden) -> output of the second linear (R, T, hidden).
 

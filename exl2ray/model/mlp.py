@@ -23,6 +23,11 @@ def activate(kind: Activation, x: Tensor) -> Tensor:
 
 def gated(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up, clamped to +-65504 as at run time; a new tensor."""
+    if kind == "silu" and gate.is_cuda:
+        from exl2ray.cuda import elementwise
+
+        if elementwise.usable(gate, up):
+            return elementwise.gated_silu(gate, up)
     return activate(kind, gate).mul_(up).clamp_(-FLOAT16_MAX, FLOAT16_MAX)
 
 

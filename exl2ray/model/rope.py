@@ -167,6 +167,11 @@ class RotaryTable:
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate x (R, T, heads, head_dim) by the positions 0 .. T-1, in float32; same shape and dtype."""
+        if x.is_cuda:
+            from exl2ray.cuda import elementwise
+
+            if elementwise.usable(x):
+                return elementwise.rotate(x, *self._tables(x.shape[1]), neox=self.rope.style == "neox")
         cos, sin = (t[:, None, :] for t in self._tables(x.shape[1]))  # (T, 1, dim / 2)
         turned = x[..., : self.rope.dim]
         if self.rope.style == "neox":

@@ -227,8 +227,8 @@ def _score(
         for combination, users in _combinations(index, first, half.second.role, wanted):
             m = half.mix({r: outs[r][j] for r, j in zip(first, combination, strict=True)})
             for option, table_rows in users.items():
-                result = half.post(xb, half.linear(half.second, m, candidates[half.second.role][option]))
-                error = row_errors(result, target, norm)
+                out = half.linear(half.second, m, candidates[half.second.role][option])
+                error = branch_errors(half, xb, out, target, norm)
                 for i in table_rows:
                     errors[i] += error
     mean = (errors / x.shape[0]).tolist()
@@ -259,6 +259,17 @@ def row_errors(result: Tensor, target: Tensor, norm: Tensor) -> Tensor:
         result = result.clamp(-FLOAT16_MAX, FLOAT16_MAX)
     total: Tensor = ((result.float() - target.float()).flatten(1).norm(dim=1) / norm).double().sum()
     return total
+
+
+def branch_errors(half: Any, x: Tensor, out: Tensor, target: Tensor, norm: Tensor) -> Tensor:
+    """`row_errors` of ``half.post(x, out)``, in one pass where a kernel exists for it."""
+    if x.is_cuda and half.plain_residual:
+        from exl2ray.cuda import elementwise
+
+        if elementwise.usable(x, out, target):
+            total: Tensor = (elementwise.residual_errors(x, out, target) / norm).double().sum()
+            return total
+    return row_errors(half.post(x, out), target, norm)
 
 
 def accuracy_of(error: float) -> float:

@@ -6,6 +6,8 @@ of 32 rows, so no unit straddles groups. `exl2ray.formats.exl2` has the NumPy or
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,7 @@ def _half_bias(key: str, bias: Tensor, columns: int) -> Tensor:
     return padded
 
 
+@lru_cache(maxsize=256)
 def unit_tables(layout: GroupLayout, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
     """Per unit of 32 rows: width, first q_weight row, group; each (K / 32,) int32."""
     bits, words, groups = [], [], []
