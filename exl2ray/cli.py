@@ -1,0 +1,265 @@
+"""The command line. Imports nothing heavy: each command imports what it needs when it runs.
+
+With ``--json``, standard output carries JSON lines and nothing else. ``program.py`` turns errors into exit codes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from exl2ray import __version__
+from exl2ray.config import Recipe
+from exl2ray.console import JsonLines, human_reporter, reserved_stdout
+from exl2ray.errors import FormatError, UsageError
+from exl2ray.flags import MEASURE_FIELDS, SectionedCommand, dashes, recipe_flags, recipe_from
+from exl2ray.program import Cli, Invocation, common, present
+
+
+@click.group(cls=Cli, context_settings={"token_normalize_func": dashes}, invoke_without_command=True)
+@click.version_option(__version__, message="exl2ray %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Convert Hugging Face language models to EXL2, on one GPU or on a Ray cluster."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        ctx.exit(UsageError.exit_code)
+
+
+def main() -> None:
+    """Entry point of the ``exl2ray`` program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot show
+    cli.main()
+
+
+# ---- conversion -----------------------------------------------------------------------------------------------------
+
+
+@cli.command(cls=SectionedCommand)
+@recipe_flags()
+@click.option("--dry-run", is_flag=True, help="check everything that can be checked before work starts, and stop")
+@click.option("-res", "--resume", is_flag=True, hidden=True, expose_value=False)  # the reference takes and ignores it
+@common
+@click.pass_context
+def convert(ctx: click.Context, /, dry_run: bool, **_: Any) -> None:
+    """Convert a model to EXL2: the whole pipeline.
+
+    Calibrates, measures, allocates, quantises and writes. After a stop for whatever reason the same command, or -o
+    alone, goes on where it was.
+    """
+    _run_job(ctx, recipe_from(ctx), dry_run)
+
+
+@cli.command(cls=SectionedCommand)
+@recipe_flags(MEASURE_FIELDS)
+@common
+@click.pass_context
+def measure(ctx: click.Context, /, output_measurement: str | None, out_dir: str, **_: Any) -> None:
+    """Convert up to measurement.json, and stop.
+
+    It is written to -om, or into the work directory.
+    """
+    if output_measurement is None:
+        if "://" in out_dir:
+            raise UsageError("-om is missing", "with a work directory in an object store, name a local file with -om")
+        output_measurement = os.path.join(out_dir, "measurement.json")
+    _run_job(ctx, recipe_from(ctx, output_measurement=output_measurement), dry_run=False)
+
+
+def _run_job(ctx: click.Context, recipe: Recipe, dry_run: bool) -> None:
+    run = ctx.find_object(Invocation) or Invocation()
+    run.command, run.out_dir = ctx.command.name or "convert", recipe.out_dir
+    if run.json:
+        with reserved_stdout() as out:
+            _convert(recipe, JsonLines(out), dry_run)
+    else:
+        _convert(recipe, human_reporter(), dry_run)
+
+
+def _convert(recipe: Recipe, reporter: Any, dry_run: bool) -> None:
+    from exl2ray import convert as conversion
+
+    try:
+        if dry_run:
+            conversion.dry_run(recipe, reporter)
+            return
+        summary = conversion.convert(recipe, reporter)
+        if recipe.output_measurement is not None:
+            reporter.event("done", outputs=[], measurement=summary.measurement, seconds=summary.seconds)
+    finally:
+        reporter.close()
+
+
+@cli.command()
+@click.option("-i", "--in-dir", metavar="DIR", required=True, help="the source model; only headers are read")
+@click.option("-m", "--measurement", metavar="FILE", required=True, help="its measurement.json")
+@recipe_flags(("bits", "objective", "objective_power"), required=())
+@common
+@click.pass_obj
+def solve(
+    run: Invocation, in_dir: str, measurement: str, bits: tuple[float, ...], objective: str, objective_power: float
+) -> None:
+    """Allocation only: the option of every module at a bitrate.
+
+    Says what is achieved, and how close to the optimum that is.
+    """
+    from exl2ray.commands import solve as command
+
+    def compute() -> list[command.Solution]:
+        return command.solve(in_dir, measurement, bits, objective, objective_power)
+
+    present(run, compute, command.show, lambda solutions: {"solutions": solutions})
+
+
+# ---- looking at models ----------------------------------------------------------------------------------------------
+
+
+@cli.command("eval")
+@click.option("--model", "models", metavar="DIR", multiple=True, required=True, help="EXL2 or fp16 model; repeatable")
+@click.option("--reference", metavar="DIR", help="the model to compare with, for KL divergence and agreement")
+@click.option("--tokens", metavar="FILE", help=".npy array of token ids, (n,) or (rows, length)")
+@click.option("--text", metavar="FILE", help="UTF-8 text, encoded with the model's tokenizer")
+@click.option("--rows", type=int, help="rows of tokens; all there are if absent")
+@click.option("--length", type=int, help="tokens of a row; 2048 if absent, or as the array has it")
+@click.option("--stride", type=int, help="rows are overlapping windows that start this many tokens apart")
+@recipe_flags(("device", "rope_scale", "rope_alpha"), required=())
+@common
+@click.pass_obj
+def evaluate(run: Invocation, /, models: tuple[str, ...], **settings: Any) -> None:
+    """Perplexity and KL divergence of model directories.
+
+    With --reference also the agreement of the most probable tokens.
+    """
+    from exl2ray.commands import evaluate as command
+
+    present(
+        run, lambda: command.evaluate(models, **settings, quiet=run.json), command.show, command.results_json
+    )
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR")
+@click.option("--linears", is_flag=True, help="a row for every linear instead of every layer")
+@common
+@click.pass_obj
+def inspect(run: Invocation, directory: str, linears: bool) -> None:
+    """What is inside an EXL2 directory: bits, sizes, settings."""
+    from exl2ray.commands import directory as command
+
+    present(
+        run,
+        lambda: command.inspect(directory),
+        lambda summary: command.show_inspect(summary, linears),
+        command.inspect_json,
+    )
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR")
+@click.option("-i", "--in-dir", metavar="DIR", help="the source model: compare names and shapes with it, too")
+@common
+@click.pass_obj
+def verify(run: Invocation, directory: str, in_dir: str | None) -> int:
+    """Check an EXL2 directory against every rule of the format.
+
+    Prints a problem on each line; exit status 8 if there are any.
+    """
+    from exl2ray.commands import directory as command
+
+    problems = present(
+        run,
+        lambda: command.verify(directory, in_dir),
+        lambda found: command.show_verify(directory, found),
+        lambda found: {"directory": directory, "sound": not found, "problems": found},
+    )
+    return FormatError.exit_code if problems else 0
+
+
+@cli.command()
+@click.option("--show", is_flag=True, expose_value=False, help="kinds of rows and how they begin (what it does anyway)")
+@recipe_flags(
+    ("in_dir", "cal_dataset", "measurement_rows", "measurement_length", "dataset_rows", "length", "seed", "chat_rows"),
+    required=("in_dir",),
+)
+@common
+@click.pass_obj
+def calibration(run: Invocation, /, **settings: Any) -> None:
+    """The rows of tokens that a conversion would calibrate on."""
+    from exl2ray.commands import calibration as command
+    from exl2ray.flags import check_files
+
+    recipe = Recipe(**settings, out_dir="")
+    check_files(recipe)
+    present(run, lambda: command.rows_of(recipe), command.show, command.rows_json)
+
+
+# ---- jobs and machines ----------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("work_dir", metavar="WORKDIR")
+@common
+@click.pass_obj
+def status(run: Invocation, work_dir: str) -> None:
+    """How far the job of a work directory is.
+
+    May be asked while it runs, from any machine.
+    """
+    from exl2ray.commands import status as command
+
+    present(run, lambda: command.status(work_dir), command.show, lambda s: s)
+
+
+@cli.command()
+@click.option("-o", "--out-dir", metavar="DIR", default=".", help="look at the disk of this work directory")
+@common
+@click.pass_obj
+def doctor(run: Invocation, out_dir: str) -> int:
+    """What this machine offers, what is wrong, and the remedy.
+
+    Looks at GPUs, CUDA, Ray, disk, shared memory and versions. Exit status 1 if something would stop a conversion.
+    """
+    from exl2ray.commands import doctor as command
+
+    findings = present(run, lambda: command.examine(out_dir), command.show, lambda found: {"findings": found})
+    return 1 if any(f.level == "problem" for f in findings) else 0
+
+
+@cli.command()
+@click.option("--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="the head node's dashboard: http://HEAD:8265")
+@click.option("--working-dir", metavar="DIR", help="ship this checkout; else the exl2ray installed on the cluster runs")
+@click.option("--no-wait", is_flag=True, help="return at once; with --logs: what was printed so far")
+@click.option("--no-check", is_flag=True, help="do not look at paths and versions on the cluster first")
+@click.option("--status", metavar="ID", help="the state of a job")
+@click.option("--logs", metavar="ID", help="follow the output of a job")
+@click.option("--stop", metavar="ID", help="end a job; the same command resumes it")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- convert ...")
+@common
+@click.pass_context
+def submit(ctx: click.Context, /, command: tuple[str, ...], **options: Any) -> int:
+    """Run a conversion as a job on a Ray cluster.
+
+    What follows -- is the command as it would be typed on the cluster, with paths that all its nodes share. Ctrl-C ends
+    this program, not the job.
+    """
+    from exl2ray.commands import submit as jobs
+
+    run = ctx.find_object(Invocation) or Invocation()
+    inner = cli.get_command(ctx, command[0]) if command else None
+    settings = inner.make_context(command[0], list(command[1:]), parent=ctx.parent).params if inner else {}
+    return jobs.submit(command, settings, as_json=run.json, **options)
+
+
+@cli.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(f"exl2ray {__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""``exl2ray solve``: which option each module would get at a bitrate, from a measurement and the model's headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from exl2ray.config import MAX_BITS, MIN_BITS
+from exl2ray.console import show_table
+from exl2ray.errors import UsageError
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import LinearShape, QParams, pad32
+from exl2ray.formats.measurement import Measurement, check_against, read_measurement
+from exl2ray.model.arch import load_spec
+from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.quant.allocate import check_reachable
+from exl2ray.steps import allocate, slot_weights
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One module (half of a parallel block): its option, counted from 0, of ``options``; ``error`` is 1 - accuracy."""
+
+    key: str
+    option: int
+    options: int
+    bits_per_weight: float
+    error: float
+    params: Mapping[str, str]  # role -> option text
+    widths: Mapping[str, float]  # role -> mean bits of a weight, scales not counted
+
+
+@dataclass(frozen=True)
+class Solution:
+    """gap: distance to the proven optimum, relative; for objective "product" the mean excess of log error."""
+
+    bits: float  # asked for
+    achieved_bpw: float
+    total_bits: int
+    objective: str
+    objective_value: float
+    gap: float
+    choices: tuple[Choice, ...]
+
+
+def solve(
+    in_dir: str, measurement_path: str, bits: Sequence[float], objective: str, power: float
+) -> list[Solution]:
+    """Allocations for each bitrate, in order.
+
+    Raises SourceError for the model, FormatError for a measurement that is not one or of another model, BudgetError
+    with the reachable range for a bitrate outside of it.
+    """
+    for b in bits:
+        if not MIN_BITS <= b <= MAX_BITS:
+            raise UsageError(f"-b {b:g}: bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
+    spec = load_spec(SourceModel(in_dir))
+    measurement = read_measurement(measurement_path)
+    check_against(measurement, [m.profile_key for m in spec.modules if m.kind != "embedding"], _shapes(spec))
+    return [_solution(spec, measurement, b, objective, power) for b in bits]
+
+
+def show(solutions: Sequence[Solution]) -> None:
+    for s in solutions:
+        rows = [
+            [c.key, f"{c.option + 1}/{c.options}", f"{c.bits_per_weight:.3f}", f"{c.error:.6f}", _widths(c.widths)]
+            for c in s.choices
+        ]
+        title = f"{s.bits:g} bits per weight"
+        show_table(title, ["module", "option", "bpw", "error", "mean width per linear"], rows)
+        print(
+            f"achieved {s.achieved_bpw:.4f} bits per weight; objective {s.objective} = {s.objective_value:.6g}, "
+            f"{_gap(s)}"
+        )
+
+
+def _solution(spec: ModelSpec, measurement: Measurement, bits: float, objective: str, power: float) -> Solution:
+    slots = [
+        (module, options)
+        for module in spec.modules
+        if module.quantized
+        for options in measurement[module.profile_key].slots()
+    ]
+    weights = [_weights(module, options[0].params) for module, options in slots]
+    tables = [([o.total_bits for o in options], w) for (_, options), w in zip(slots, weights, strict=True)]
+    check_reachable(bits, tables)
+    allocation, _ = allocate(spec, measurement, bits, objective, power)
+    choices = []
+    for (module, options), count, index in zip(slots, weights, allocation.choice, strict=True):
+        chosen = options[index]
+        half = "" if module.kind != "parallel" else ".attn" if "q_proj" in chosen.params else ".mlp"
+        choices.append(
+            Choice(
+                key=module.profile_key + half,
+                option=index,
+                options=len(options),
+                bits_per_weight=chosen.total_bits / count,
+                error=1 - chosen.accuracy,
+                params={role: p.desc for role, p in chosen.params.items()},
+                widths={role: _mean_width(p) for role, p in chosen.params.items()},
+            )
+        )
+    achieved = allocation.total_bits / slot_weights(spec)
+    return Solution(
+        bits, achieved, allocation.total_bits, objective, allocation.objective, max(0.0, allocation.gap), tuple(choices)
+    )
+
+
+def _weights(module: ModuleSpec, params: Mapping[str, QParams]) -> int:
+    return sum(x.in_features * pad32(x.out_features) for x in module.linears if x.role in params)
+
+
+def _mean_width(p: QParams) -> float:
+    return sum(bits * share for bits, share in zip(p.bits, p.props, strict=True))
+
+
+def _shapes(spec: ModelSpec) -> dict[str, dict[str, list[LinearShape]]]:
+    out: dict[str, dict[str, list[LinearShape]]] = {}
+    for module in spec.modules:
+        if module.quantized:
+            roles = out.setdefault(module.profile_key, {})
+            for x in module.linears:
+                roles.setdefault(x.role, []).append(LinearShape(x.in_features, x.out_features, x.has_bias))
+    return out
+
+
+def _widths(widths: Mapping[str, float]) -> str:
+    return " ".join(f"{role.removesuffix('_proj')} {width:.3g}" for role, width in widths.items())
+
+
+def _gap(s: Solution) -> str:
+    if s.objective == "product":
+        return f"at most {s.gap:.2e} per module above the proven optimum"
+    return f"at most {100 * s.gap:.4f} % above the proven optimum"

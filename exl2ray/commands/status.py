@@ -1,0 +1,44 @@
+"""``exl2ray status``: how far the job of a work directory is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exl2ray.config import JOB_FLAGS
+from exl2ray.console import clean, duration, show_table
+from exl2ray.store.status import WorkStatus, read_status
+
+
+def status(root: str) -> WorkStatus:
+    return read_status(root)
+
+
+def show(s: WorkStatus) -> None:
+    age = "" if s.heartbeat_age_seconds is None else f", last sign of life {duration(s.heartbeat_age_seconds)} ago"
+    print(clean(f"{s.root}: {s.state}" + (f": {s.holder}{age}" if s.holder else "")))
+    if s.job is not None:
+        rows = [[label, value] for label, value in _settings(s.job.job)]
+        show_table(f"\njob of {s.job.created}", ["setting", "value"], rows)
+    have = [("calibration", s.has_calibration), ("measurement", s.has_measurement), ("plan", s.has_plan)]
+    print("\n" + ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in have))
+    show_table("finished items", ["pass", "items"], [[kind, n] for kind, n in s.records.items()])
+    events = [[e["time"], e["name"], _fields(e["fields"])] for e in s.last_events]
+    show_table("\nlast events", ["time", "event", "about"], events)
+    for problem in s.problems:
+        print(clean(f"problem: {problem}"))
+
+
+def _settings(job: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    out = []
+    for section, settings in job.items():
+        for name, value in settings.items():
+            flag = JOB_FLAGS.get(f"{section}.{name}")
+            label = f"{section} {name}" + (f" ({flag})" if flag else "")
+            if value is not None:
+                out.append((label, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return out
+
+
+def _fields(fields: dict[str, Any]) -> str:
+    text = ", ".join(f"{k} {v}" for k, v in fields.items() if isinstance(v, (str, int, float)) and v != "")
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,278 @@
+"""How a job is shown: JSON lines for programs, plain lines for files and pipes; ``live.py`` has the terminal's display.
+
+The event vocabulary is that of ``exl2ray.progress``. Nothing here decides what is said, only how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any, TextIO
+
+from exl2ray.progress import Reporter
+
+Clock = Callable[[], float]
+
+
+class JsonLines:
+    """One object {"event": name, ...fields} per line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def event(self, name: str, **fields: Any) -> None:
+        print(json_line({"event": name, **fields}), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Plain:
+    """One line per event, without control characters."""
+
+    def __init__(self, stream: TextIO, clock: Clock = time.monotonic) -> None:
+        self._stream, self._clock = stream, clock
+        self._workers = 1
+        self._paces: dict[str, Pace] = {}
+
+    def event(self, name: str, **fields: Any) -> None:
+        for line in self._lines(name, fields):
+            print(clean(line), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        pass
+
+    def _lines(self, name: str, f: Mapping[str, Any]) -> list[str]:
+        if name == "start":
+            self._workers = f.get("workers") or 1
+            return [job_text(f)]
+        if name == "stage":
+            self._paces[f["stage"]] = Pace(f["items"], f["done"], self._workers, self._clock())
+            return [f"[{f['stage']}] {stage_text(f['items'], f['done'])}"]
+        if name == "item":
+            return [self._item(f)]
+        if name == "end":
+            return [f"[{f['stage']}] finished in {duration(f['seconds'])}"]
+        if name in ("note", "warning"):
+            return [f"{name}: {f['message']}"]
+        if name == "table":
+            return [*([f["title"]] if f["title"] else []), *text_table(f["columns"], f["rows"])]
+        if name == "done":
+            return [*text_table(*outputs_table(f["outputs"])), f"done in {duration(f['seconds'])}"]
+        return []  # "error" is shown by whoever ends the program
+
+    def _item(self, f: Mapping[str, Any]) -> str:
+        pace = self._paces.get(f["stage"])
+        parts = [f"[{f['stage']}] {f['done']}/{f['items']}", f["key"], duration(f["seconds"]), f.get("detail") or ""]
+        if pace is not None:
+            now = self._clock()
+            pace.finished(f["done"], now)
+            eta = pace.eta_seconds(now)
+            parts.append("" if eta is None or f["done"] >= f["items"] else f"ETA {duration(eta)}")
+        return "  ".join(p for p in parts if p)
+
+
+class Pace:
+    """How fast the items of a stage come, by the wall clock, from those finished in this run.
+
+    Nothing is claimed before two items, or one per worker if that is more. The first quarter is left out later on: it
+    pays for compiling kernels and filling caches. ``now`` is in seconds of any monotonic clock.
+    """
+
+    def __init__(self, items: int, done: int, workers: int, now: float) -> None:
+        self.items, self.done = items, done
+        self._workers = max(1, workers)
+        self._times = [now]  # start, then the end of each item
+
+    def finished(self, done: int, now: float) -> None:
+        """``done`` items are finished by now."""
+        self._times += [now] * max(0, done - self.done)
+        self.done = max(self.done, done)
+
+    @property
+    def finished_here(self) -> int:
+        """Items finished in this run."""
+        return len(self._times) - 1
+
+    def elapsed(self, now: float) -> float:
+        return now - self._times[0]
+
+    def seconds_per_item(self) -> float | None:
+        count = self.finished_here
+        if count < max(2, self._workers):
+            return None
+        skipped = count // 4 // self._workers * self._workers  # whole rounds: workers tend to finish together
+        return (self._times[-1] - self._times[skipped]) / (count - skipped)
+
+    def eta_seconds(self, now: float) -> float | None:
+        """Seconds until the stage is complete, never less than 0; None while that is unknown."""
+        rate = self.seconds_per_item()
+        if rate is None:
+            return None
+        return max(0.0, rate * (self.items - self.done) - (now - self._times[-1]))
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+def json_line(value: Any) -> str:
+    """One line of strict JSON: NaN and infinity become null, dataclasses objects, everything unknown text."""
+    return json.dumps(_json_value(value), allow_nan=False)
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        return _json_value(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(k): _json_value(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(v) for v in value]
+    return str(value)
+
+
+def clean(text: str) -> str:
+    """Text with escapes for whatever is not printable (names from files may hold anything); line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def duration(seconds: float) -> str:
+    """``0.04 s``, ``1.4 s``, ``12 s``, ``1 min 02 s``, ``3 h 07 min``."""
+    if seconds < 0.1:
+        return f"{seconds:.1g} s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def file_size(size_bytes: float) -> str:
+    """``812 B``, ``4.70 MB``, ``13.1 GB``: decimal units, as disks and model hubs count."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        count = size_bytes / power
+        if count >= 0.9995:
+            return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def job_text(f: Mapping[str, Any]) -> str:
+    """The fields of a "start" event in words."""
+    bits = ", ".join(f"{b:g}" for b in f.get("bits", ()))
+    workers = f.get("workers") or 0
+    parts = [
+        f"{f.get('architecture', 'model')} in {f.get('model', '?')}",
+        f"{f.get('modules', '?')} modules",
+        f"{bits} bits per weight" if bits else "",
+        str(f.get("device", "")),
+        f"{workers} workers" if workers > 1 else "",
+        "resumed" if f.get("resumed") else "",
+    ]
+    return ", ".join(p for p in parts if p)
+
+
+def stage_text(items: int, done: int) -> str:
+    return plural(items, "item") + (f", {done} already done" if done else "")
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of the finished models of a "done" event."""
+    columns = ["-b", "bpw", "size", "perplexity", "source perplexity", "where"]
+    rows = []
+    for out in outputs:
+        where = out.get("directory") or os.path.dirname((out.get("files") or [""])[0])
+        figures = [perplexity(out.get("calibration_perplexity")), perplexity(out.get("reference_perplexity"))]
+        rows.append([f"{out['bits']:g}", f"{out['achieved_bpw']:.4f}", file_size(out["file_bytes"]), *figures, where])
+    return columns, rows
+
+
+def perplexity(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of an aligned table; columns of numbers are right-aligned. Nothing for a table without rows."""
+    if not rows:
+        return []
+    cells = [[str(c) for c in columns], *[[str(c) for c in row] for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    right = [is_numeric(column) for column in zip(*cells[1:], strict=True)]
+    return [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def is_numeric(cells: Sequence[str]) -> bool:
+    """Whether a column reads as numbers (with units): every cell that says something begins with a digit or sign."""
+    return all(c[0].isdigit() or (c[0] in "+-" and c[1:2].isdigit()) for c in cells if c not in ("", "-"))
+
+
+# ---- where it goes --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reserved_stdout() -> Iterator[TextIO]:
+    """Yields the real standard output for JSON; whatever else is printed meanwhile goes to standard error.
+
+    The file descriptor is replaced, so this holds for C libraries and child processes too.
+    """
+    try:
+        number, errors = sys.stdout.fileno(), sys.stderr.fileno()
+    except (OSError, AttributeError, io.UnsupportedOperation):  # captured by a test or a notebook
+        stream = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):
+            yield stream
+        return
+    sys.stdout.flush()
+    kept = os.dup(number)
+    os.dup2(errors, number)
+    try:
+        with open(os.dup(kept), "w", encoding="utf-8") as stream:
+            yield stream
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, number)
+        os.close(kept)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a live display makes sense there."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def human_reporter() -> Reporter:
+    """The live display on a terminal, plain lines elsewhere; on standard output."""
+    if not is_terminal(sys.stdout):
+        return Plain(sys.stdout)
+    from exl2ray.live import Live
+
+    return Live()
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table on standard output, drawn on a terminal, aligned text elsewhere."""
+    if is_terminal(sys.stdout):
+        from exl2ray.live import Live
+
+        Live(animated=False).event("table", title=title, columns=columns, rows=rows)
+        return
+    Plain(sys.stdout).event("table", title=title, columns=columns, rows=rows)

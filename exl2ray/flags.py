@@ -1,0 +1,218 @@
+"""The flags of a conversion: every field of ``Recipe`` is one, and the docstring under the field is its help text.
+
+A docstring begins with the flag as the reference spells it: ``-nr: start over`` makes ``-nr`` and ``--no-resume``.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import click
+from click.core import ParameterSource
+
+from exl2ray.config import Recipe
+from exl2ray.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
+# Flags that `measure` lacks: nothing measured depends on them.
+CONVERT_ONLY = (
+    "bits",
+    "head_bits",
+    "compile_full",
+    "dataset_rows",
+    "length",
+    "measurement",
+    "shard_size",
+    "propagate",
+    "objective",
+    "objective_power",
+    "reuse",
+)
+MEASURE_FIELDS = tuple(name for name in RECIPE_FIELDS if name not in CONVERT_ONLY)
+SECTIONS = {  # of the help text
+    "Model and files": (
+        "in_dir",
+        "out_dir",
+        "compile_full",
+        "measurement",
+        "output_measurement",
+        "shard_size",
+        "no_resume",
+        "reuse",
+        "rope_scale",
+        "rope_alpha",
+    ),
+    "Quantisation": ("bits", "head_bits", "propagate", "objective", "objective_power", "damping"),
+    "Calibration": (
+        "cal_dataset",
+        "dataset_rows",
+        "measurement_rows",
+        "length",
+        "measurement_length",
+        "seed",
+        "chat_rows",
+    ),
+    "Where it runs": ("device", "gpus", "ray_address", "executor", "checkpoint_seconds"),
+}
+METAVARS = {
+    "in_dir": "DIR",
+    "out_dir": "DIR",
+    "compile_full": "DIR",
+    "cal_dataset": "FILE",
+    "measurement": "FILE",
+    "output_measurement": "PATH",
+    "ray_address": "ADDRESS",
+}
+# Where a work directory's job.json keeps a setting. The others (-om, --device, ...) are not part of a job.
+STORED_AT = {
+    "in_dir": ("identity", "in_dir"),
+    "rope_scale": ("identity", "rope_scale"),
+    "rope_alpha": ("identity", "rope_alpha"),
+    "measurement_rows": ("measure", "rows"),
+    "measurement_length": ("measure", "length"),
+    "damping": ("measure", "damping"),
+    "measurement": ("measure", "measurement"),
+    "seed": ("measure", "seed"),
+    "chat_rows": ("measure", "chat_rows"),
+    "dataset_rows": ("quantize", "rows"),
+    "length": ("quantize", "length"),
+    "bits": ("quantize", "bits"),
+    "head_bits": ("quantize", "head_bits"),
+    "propagate": ("quantize", "propagate"),
+    "objective": ("quantize", "objective"),
+    "objective_power": ("quantize", "objective_power"),
+    "shard_size": ("output", "shard_size"),
+    "compile_full": ("output", "compile_full"),
+}
+
+
+def dashes(name: str) -> str:
+    """``token_normalize_func`` of the commands: ``--in_dir``, as the reference spells it, means ``--in-dir``."""
+    return name.replace("_", "-")
+
+
+@cache
+def field_docs() -> Mapping[str, tuple[str, str]]:
+    """Field of ``Recipe`` -> (its flag as the docstring names it, help text)."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(Recipe))).body[0]
+    docs = {}
+    if isinstance(body, ast.ClassDef):
+        for field, doc in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+                    flag, _, text = str(doc.value.value).partition(": ")
+                    docs[field.target.id] = (flag, text)
+    return docs
+
+
+def recipe_flags(names: Iterable[str] = RECIPE_FIELDS, required: Iterable[str] = ("out_dir",)) -> Callable[[F], F]:
+    """Decorator: the flags of these fields of ``Recipe``, in this order, with its defaults."""
+    needed = frozenset(required)
+    options = [click.option(*_names(name), **_attributes(name, name in needed)) for name in names]
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _names(name: str) -> tuple[str, ...]:
+    flag, _ = field_docs()[name]
+    long = f"--{dashes(name)}"
+    return (name, flag) if flag.startswith("--") else (name, flag, long)
+
+
+def _attributes(name: str, required: bool) -> dict[str, Any]:
+    field = next(f for f in fields(Recipe) if f.name == name)
+    hint = get_type_hints(Recipe)[name]
+    out: dict[str, Any] = {"help": field_docs()[name][1], "required": required}
+    if field.default is not MISSING:
+        out["default"] = field.default
+    if hint is bool:
+        return {**out, "is_flag": True, "show_default": "/" in field_docs()[name][0]}
+    out["show_default"] = out.get("default") is not None
+    if get_origin(hint) is Literal:
+        return {**out, "type": click.Choice(get_args(hint))}
+    if get_origin(hint) is tuple:
+        return {**out, "type": get_args(hint)[0], "multiple": True}
+    kinds = [k for k in get_args(hint) or (hint,) if k is not type(None)]
+    return {**out, "type": kinds[0], "metavar": METAVARS.get(name)}
+
+
+class SectionedCommand(click.Command):
+    """A command whose help lists the flags of the recipe by topic."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records = {p.name: p.get_help_record(ctx) for p in self.get_params(ctx)}
+        rest = [name for name in records if name not in RECIPE_FIELDS]
+        for title, names in {**SECTIONS, "Other": rest}.items():
+            shown = [record for name in names if (record := records.get(name)) is not None]
+            if shown:
+                with formatter.section(title):
+                    formatter.write_dl(shown)
+
+
+def recipe_from(ctx: click.Context, **overrides: Any) -> Recipe:
+    """The recipe that a command line asks for.
+
+    Without -i this is a resume: what the command line does not give is taken from the job of the work directory.
+    ``overrides`` replace fields. Raises UsageError naming the flag, StoreError for an unusable work directory.
+    """
+    values = {name: ctx.params[name] for name in RECIPE_FIELDS if name in ctx.params}
+    if values["in_dir"] is None:
+        given = {n for n in values if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+        values.update({n: v for n, v in stored_settings(values["out_dir"], given).items() if n not in given})
+    recipe = Recipe(**{**values, **overrides})
+    check_files(recipe)
+    return recipe
+
+
+def stored_settings(root: str, given: Iterable[str] = ()) -> dict[str, Any]:
+    """Fields of ``Recipe`` as the job in ``root`` has them. ``given``: fields that need not be known from it."""
+    from exl2ray.store.workdir import WorkDir
+
+    stored = WorkDir.read_job(root)
+    if stored is None:
+        raise UsageError(
+            f"-i is missing, and {root} holds no job to resume",
+            "-i MODEL -o WORKDIR starts a conversion; a resume needs only -o",
+        )
+    job = stored.job
+    out = {}
+    for name, (section, setting) in STORED_AT.items():
+        value = job[section].get(setting)
+        if value is not None:
+            out[name] = tuple(value) if isinstance(value, list) else value
+    if "in_dir" not in out:
+        raise UsageError(f"-i is missing, and the job in {root} does not say where its model is", "name it with -i")
+    own_data = job["measure"].get("cal_dataset") or job["quantize"].get("cal_dataset")
+    if own_data and "cal_dataset" not in given:
+        if not job["identity"].get("cal_dataset"):
+            raise UsageError(f"the job in {root} uses calibration data of its own", "name the file again with -c")
+        out["cal_dataset"] = job["identity"]["cal_dataset"]
+    return out
+
+
+def check_files(recipe: Recipe) -> None:
+    """UsageError naming the flag for a path that should exist and does not."""
+    if not os.path.isdir(recipe.in_dir):
+        what = "is not a directory" if os.path.exists(recipe.in_dir) else "does not exist"
+        raise UsageError(f"-i {recipe.in_dir}: {what}", "give the folder that holds config.json and *.safetensors")
+    for flag, path, kind in (
+        ("-c", recipe.cal_dataset, "a Parquet file"),
+        ("-m", recipe.measurement, "a measurement.json"),
+    ):
+        if path is not None and not os.path.isfile(path):
+            what = "is a directory" if os.path.isdir(path) else "does not exist"
+            raise UsageError(f"{flag} {path}: {what}", f"give {kind}")

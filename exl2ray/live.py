@@ -1,0 +1,185 @@
+"""The display on a terminal: a bar per running stage at the bottom, everything else scrolls above it.
+
+Wide terminals have the last item and its figures in the row of the bar, narrow ones below it. Names come from files,
+so nothing is ever read as markup, and control characters are escaped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live as RichLive
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from exl2ray.console import (
+    Clock,
+    Pace,
+    clean,
+    duration,
+    is_numeric,
+    job_text,
+    outputs_table,
+    plural,
+    stage_text,
+)
+
+ONE_LINE_WIDTH = 120  # columns from which the last item stands in the row of the bar
+RATE_WIDTH = 64  # columns from which the rate is shown
+LAST_COLUMN_WIDTH = 10  # a table whose other columns leave less is shown as lists
+REFRESH_PER_SECOND = 4
+
+
+@dataclass
+class Stage:
+    """A running stage as shown."""
+
+    name: str
+    pace: Pace
+    key: str = ""
+    detail: str = ""
+    bar: ProgressBar = field(default_factory=ProgressBar)
+
+
+class Live:
+    """Reporter for a terminal. ``animated=False``: only what scrolls."""
+
+    def __init__(self, console: Console | None = None, animated: bool = True, clock: Clock = time.monotonic) -> None:
+        self._console = console or Console(highlight=False, markup=False)
+        self._clock = clock
+        self._workers = 1
+        self._stages: dict[str, Stage] = {}
+        self._live: RichLive | None = None
+        self._animated = animated
+
+    def event(self, name: str, **f: Any) -> None:
+        if name == "start":
+            self._workers = f.get("workers") or 1
+            self._print(job_text(f), "bold")
+        elif name == "stage":
+            self._begin(f)
+        elif name == "item":
+            self._item(f)
+        elif name == "end":
+            self._end(f)
+        elif name == "note":
+            self._print(f["message"], "dim")
+        elif name == "warning":
+            self._print(f"warning: {f['message']}", "yellow")
+        elif name == "table":
+            self._table(f["title"], f["columns"], f["rows"])
+        elif name == "done":
+            self.close()
+            self._table("", *outputs_table(f["outputs"]))
+            self._print(f"done in {duration(f['seconds'])}", "bold green")
+        if self._live is not None:
+            self._live.refresh()
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _begin(self, f: Mapping[str, Any]) -> None:
+        pace = Pace(f["items"], f["done"], self._workers, self._clock())
+        self._stages[f["stage"]] = Stage(clean(f["stage"]), pace)
+        if f["done"]:
+            self._print(f"{f['stage']}: {stage_text(f['items'], f['done'])}", "dim")
+        if self._live is None and self._animated:
+            self._live = RichLive(
+                get_renderable=self._render,
+                console=self._console,
+                refresh_per_second=REFRESH_PER_SECOND,
+                transient=True,
+            )
+            self._live.start()
+
+    def _item(self, f: Mapping[str, Any]) -> None:
+        stage = self._stages.get(f["stage"])
+        if stage is not None:
+            stage.pace.finished(f["done"], self._clock())
+            stage.key, stage.detail = clean(f["key"]), clean(f.get("detail") or "")
+
+    def _end(self, f: Mapping[str, Any]) -> None:
+        stage = self._stages.pop(f["stage"], None)
+        if not self._stages:
+            self.close()
+        count = "" if stage is None or stage.pace.items == 1 else f" {plural(stage.pace.finished_here, 'item')} in"
+        self._print(f"{f['stage']}:{count} {duration(f['seconds'])}", "green")
+
+    def _print(self, text: str, style: str) -> None:
+        self._console.print(Text(clean(text), style=style))
+
+    def _table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if title:
+            self._print(title, "bold")
+        if not rows:
+            return
+        cells = [[clean(str(c)) for c in row] for row in rows]
+        widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+        if self._console.width < sum(widths[:-1]) + LAST_COLUMN_WIDTH:
+            self._records(columns, cells)
+            return
+        right = [is_numeric(column) for column in zip(*cells, strict=True)]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for column, numeric in zip(columns, right, strict=True):
+            table.add_column(Text(clean(column)), justify="right" if numeric else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*[Text(c) for c in row])
+        self._console.print(table)
+
+    def _records(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table for very narrow terminals: a line per cell."""
+        for row in rows:
+            for name, cell in zip(columns, row, strict=True):
+                self._console.print(Text(f"{clean(name)}: {cell}"))
+            self._console.print()
+
+    def _render(self) -> RenderableType:
+        now, width = self._clock(), self._console.width
+        one_line = width >= ONE_LINE_WIDTH
+        lines: list[RenderableType] = []
+        for stage in self._stages.values():
+            lines.append(_row(stage, now, width, one_line))
+            if not one_line and stage.key:
+                lines.append(_last_item(stage))
+        return Group(*lines)
+
+
+def _row(stage: Stage, now: float, width: int, one_line: bool) -> RenderableType:
+    """Name, bar, count, rate, time and, if there is room, the last item: one line."""
+    pace = stage.pace
+    stage.bar.total, stage.bar.completed = max(1, pace.items), pace.done
+    stage.bar.pulse = pace.items <= 1
+    rate, eta = pace.seconds_per_item(), pace.eta_seconds(now)
+    table = Table.grid(padding=(0, 1), expand=True)
+    cells: list[RenderableType] = []
+
+    def add(cell: RenderableType, **column: Any) -> None:
+        table.add_column(no_wrap=True, **column)
+        cells.append(cell)
+
+    add(Text(stage.name, style="bold"), overflow="ellipsis")
+    add(stage.bar, ratio=1, min_width=8)
+    if pace.items > 1:
+        add(Text(f"{pace.done}/{pace.items}", style="cyan"), justify="right")
+        if width >= RATE_WIDTH and rate is not None:
+            add(Text(f"{duration(rate)}/item"), justify="right", min_width=11)
+    time_text = f"{duration(pace.elapsed(now))} so far" if eta is None else f"ETA {duration(eta)}"
+    add(Text(time_text), justify="right", min_width=12)
+    if one_line:
+        add(_last_item(stage), ratio=2, overflow="ellipsis")
+    table.add_row(*cells)
+    return table
+
+
+def _last_item(stage: Stage) -> Text:
+    text = Text(f"  {stage.key}  ", style="dim", no_wrap=True, overflow="ellipsis")
+    text.append(stage.detail, style="not dim")
+    return text

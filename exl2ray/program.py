@@ -1,0 +1,130 @@
+"""The program around the commands: what they share, and how errors become messages and exit codes.
+
+Exit codes are those of ``exl2ray.errors``; 1 is an error nobody foresaw.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from exl2ray.console import clean, json_line, reserved_stdout
+from exl2ray.errors import Exl2RayError, Interrupted, UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
+
+
+@dataclass
+class Invocation:
+    """What the end of the program must know of its beginning. ``command``, ``out_dir``: of a job that can be resumed."""
+
+    json: bool = False
+    debug: bool = False
+    command: str = ""
+    out_dir: str = ""
+
+    def resume_hint(self) -> str:
+        return f"resume with: exl2ray {self.command} -o {shlex.quote(self.out_dir)}" if self.out_dir else ""
+
+
+class Cli(click.Group):
+    """The group of all commands; turns exceptions into messages and exit codes."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
+        argv = list(sys.argv[1:] if args is None else args)
+        own = argv[: argv.index("--")] if "--" in argv else argv
+        run = Invocation(json="--json" in own, debug="--debug" in own)
+        extra.pop("standalone_mode", None)
+        try:
+            code = super().main(argv, prog_name or "exl2ray", standalone_mode=False, obj=run, **extra)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more can be said there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as e:
+            sys.exit(_report(e, run))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception, run: Invocation) -> int:
+    """Shows an error on standard error, as JSON too if asked for; returns the exit code."""
+    if run.debug and not isinstance(error, (click.ClickException, click.Abort)):
+        traceback.print_exception(error)
+    message, hint, code = _explain(error, run)
+    red = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    label = "" if code == Interrupted.exit_code else "error: "
+    print(f"\033[31m{label}\033[0m" if red and label else label, clean(message), sep="", file=sys.stderr, flush=True)
+    if hint:
+        print(clean(f"  hint: {hint}"), file=sys.stderr, flush=True)
+    if run.json:
+        print(json_line({"event": "error", "message": message, "hint": hint, "code": code}), flush=True)
+    return code
+
+
+def _explain(error: Exception, run: Invocation) -> tuple[str, str, int]:
+    """(message, hint, exit code)"""
+    if isinstance(error, (click.Abort, Interrupted)):
+        message = error.message if isinstance(error, Interrupted) else "interrupted"
+        hint = run.resume_hint() or (error.hint if isinstance(error, Interrupted) else "")
+        return message, hint, Interrupted.exit_code
+    if isinstance(error, Exl2RayError):
+        return error.message, error.hint, error.exit_code
+    if isinstance(error, click.UsageError):
+        path = error.ctx.command_path if error.ctx is not None else "exl2ray"
+        return error.format_message(), f"see {path} --help", UsageError.exit_code
+    if isinstance(error, click.ClickException):
+        return error.format_message(), "", error.exit_code
+    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    log = _write_log(error, run)
+    hint = "this is not an error that exl2ray foresaw: please report it"
+    hint += f"; the traceback is in {log}" if log else "; --debug shows the traceback"
+    return f"{message} ({_place(error)})", hint, 1
+
+
+def _place(error: BaseException) -> str:
+    """File and line that raised, the innermost of exl2ray's own if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "exl2ray" in f.filename.split(os.sep)] or list(frames)
+    return f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}" if ours else "unknown place"
+
+
+def _write_log(error: BaseException, run: Invocation) -> str:
+    """Keeps the traceback in the logs of the work directory; its path, or "" where that is not possible."""
+    if not run.out_dir or not os.path.isfile(os.path.join(run.out_dir, "job.json")):
+        return ""
+    path = os.path.join(run.out_dir, "logs", f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as f:
+            f.writelines(traceback.format_exception(error))
+    except OSError:
+        return ""
+    return path
+
+
+def common(function: F) -> F:
+    """Decorator: the flags of every command; ``Cli.main`` looks for them before anything is parsed."""
+    function = click.option("--debug", is_flag=True, expose_value=False, help="show tracebacks of errors")(function)
+    text = "machine-readable: JSON lines on standard output, nothing else there"
+    return click.option("--json", is_flag=True, expose_value=False, help=text)(function)
+
+
+def present(run: Invocation, compute: Callable[[], R], show: Callable[[R], None], to_json: Callable[[R], Any]) -> R:
+    """Computes a result and prints it: as one line of JSON, or by ``show``."""
+    if not run.json:
+        result = compute()
+        show(result)
+        return result
+    with reserved_stdout() as out:
+        result = compute()
+        print(json_line(to_json(result)), file=out)
+    return result

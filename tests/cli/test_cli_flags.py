@@ -1,0 +1,270 @@
+"""Flags of the recipe: spelling, defaults, what a resume takes from the work directory."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+
+import click
+import pytest
+from cli_helpers import stored_job
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exl2ray.cli import cli
+from exl2ray.config import HEAD_BITS, Recipe
+from exl2ray.errors import StoreError, UsageError
+from exl2ray.flags import CONVERT_ONLY, MEASURE_FIELDS, RECIPE_FIELDS, SECTIONS, STORED_AT, field_docs, stored_settings
+from exl2ray.store.workdir import WorkDir
+
+# Short and long flags of the reference converter.
+REFERENCE = {
+    "in_dir": ("-i", "--in_dir"),
+    "out_dir": ("-o", "--out_dir"),
+    "no_resume": ("-nr", "--no_resume"),
+    "compile_full": ("-cf", "--compile_full"),
+    "output_measurement": ("-om", "--output_measurement"),
+    "measurement": ("-m", "--measurement"),
+    "cal_dataset": ("-c", "--cal_dataset"),
+    "length": ("-l", "--length"),
+    "dataset_rows": ("-r", "--dataset_rows"),
+    "measurement_length": ("-ml", "--measurement_length"),
+    "measurement_rows": ("-mr", "--measurement_rows"),
+    "bits": ("-b", "--bits"),
+    "head_bits": ("-hb", "--head_bits"),
+    "shard_size": ("-ss", "--shard_size"),
+    "rope_alpha": ("-ra", "--rope_alpha"),
+    "rope_scale": ("-rs", "--rope_scale"),
+}
+VALUES = {
+    "compile_full": "out",
+    "length": "1024",
+    "dataset_rows": "7",
+    "measurement_length": "512",
+    "measurement_rows": "3",
+    "bits": "3.5",
+    "head_bits": "8",
+    "shard_size": "0",
+    "rope_alpha": "2.5",
+    "rope_scale": "4",
+}
+
+
+def test_every_field_is_a_flag_with_help_and_the_recipes_default():
+    params = {p.name: p for p in cli.commands["convert"].params}
+    for field in fields(Recipe):
+        option = params[field.name]
+        assert isinstance(option, click.Option)
+        assert option.help == field_docs()[field.name][1]
+        assert option.help
+    assert set(field_docs()) == set(RECIPE_FIELDS)
+
+
+def test_defaults_are_those_of_the_recipe(run, fake, job_args):
+    assert run("convert", *job_args).exit_code == 0
+    assert fake.recipes == [Recipe(in_dir=job_args[1], out_dir=job_args[3])]
+
+
+def test_sections_of_the_help_hold_every_field_once():
+    listed = [name for names in SECTIONS.values() for name in names]
+    assert sorted(listed) == sorted(RECIPE_FIELDS)
+    assert set(CONVERT_ONLY) | set(MEASURE_FIELDS) == set(RECIPE_FIELDS)
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("spelling", ["short", "underscores", "dashes", "equals"])
+def test_flags_of_the_reference(run, fake, job_args, name, spelling):
+    short, long = REFERENCE[name]
+    flag = {"short": short, "underscores": long, "dashes": "--" + long[2:].replace("_", "-"), "equals": long}[spelling]
+    value = VALUES[name]
+    given = [f"{flag}={value}"] if spelling == "equals" else [flag, value]
+    result = run("convert", *job_args, *given)
+    assert result.exit_code == 0, result.stderr
+    plain = Recipe(in_dir=job_args[1], out_dir=job_args[3])
+    kind = type(getattr(plain, name)) if getattr(plain, name) is not None else {"compile_full": str}.get(name, float)
+    wanted = (float(value),) if name == "bits" else kind(value)
+    assert fake.recipes == [replace(plain, **{name: wanted})]
+
+
+@pytest.mark.parametrize("flag", ["-nr", "--no_resume", "--no-resume"])
+def test_no_resume(run, fake, job_args, flag):
+    assert run("convert", *job_args, flag).exit_code == 0
+    assert fake.recipes[0].no_resume
+
+
+def test_paths_that_must_exist(run, fake, job_args, tmp_path):
+    (tmp_path / "data.parquet").write_bytes(b"")
+    (tmp_path / "m.json").write_bytes(b"")
+    args = ["--cal_dataset", str(tmp_path / "data.parquet"), "--measurement", str(tmp_path / "m.json")]
+    assert run("convert", *job_args, *args).exit_code == 0
+    assert (fake.recipes[0].cal_dataset, fake.recipes[0].measurement) == (args[1], args[3])
+    for flag, short in (("--cal_dataset", "-c"), ("--measurement", "-m")):
+        result = run("convert", *job_args, flag, str(tmp_path / "nowhere"))
+        assert result.exit_code == 2
+        assert f"{short} {tmp_path / 'nowhere'}: does not exist" in result.stderr
+    result = run("convert", "-i", str(tmp_path / "nowhere"), "-o", "w")
+    assert result.exit_code == 2
+    assert "-i " in result.stderr
+    assert len(fake.recipes) == 1
+
+
+def test_bits_may_be_repeated_and_glued(run, fake, job_args):
+    assert run("convert", *job_args, "-b", "4", "-b3.5", "-cf", "out/{bpw}").exit_code == 0
+    assert fake.recipes[0].bits == (4.0, 3.5)
+    assert fake.recipes[0].output_dir(3.5) == "out/3.5"
+
+
+def test_other_flags(run, fake, job_args):
+    flags = ["--no_chat_rows", "--device", "cpu", "--gpus", "2", "--ray_address", "auto", "--propagate", "reference"]
+    assert run("convert", *job_args, *flags, "-res").exit_code == 0
+    recipe = fake.recipes[0]
+    assert (recipe.chat_rows, recipe.device, recipe.gpus) == (False, "cpu", 2)
+    assert (recipe.ray_address, recipe.propagate) == ("auto", "reference")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["-b", "1"], "-b 1:"),
+        (["-b", "4", "-b", "4"], "given twice"),
+        (["-b", "4", "-b", "3", "-cf", "x"], "{bpw}"),
+        (["-hb", "7"], "-hb 7"),
+        (["-l", "100"], "-l 100"),
+        (["-mrr", "3"], "unexpected extra argument"),
+        (["-b", "four"], "'-b'"),
+        (["--device", "tpu"], "--device"),
+        (["--bit", "3"], "--bit"),
+        (["-om", "m.json", "-cf", "x"], "-om"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_wrong_flags_are_named(run, fake, job_args, args, says):
+    result = run("convert", *job_args, *args)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stdout == ""
+    assert fake.recipes == []
+
+
+def test_measure_writes_into_the_work_directory_or_where_asked(run, fake, job_args, tmp_path):
+    assert run("measure", *job_args).exit_code == 0
+    assert fake.recipes[0].output_measurement == str(tmp_path / "work" / "measurement.json")
+    assert run("measure", *job_args, "-om", "there.json").exit_code == 0
+    assert fake.recipes[1].output_measurement == "there.json"
+    assert run("measure", *job_args, "-b", "4").exit_code == 2
+    result = run("measure", job_args[0], job_args[1], "-o", "s3://bucket/work")
+    assert result.exit_code == 2
+    assert "-om" in result.stderr
+
+
+def make_job(recipe: Recipe, **identity: object) -> None:
+    job = stored_job(recipe, **identity)
+    WorkDir.create_or_resume(recipe.out_dir, job, resume=True, versions={}).close()
+
+
+def test_resume_needs_only_the_work_directory(run, fake, job_args, tmp_path):
+    (tmp_path / "m.json").write_bytes(b"")
+    stored = Recipe(
+        in_dir=job_args[1],
+        out_dir=job_args[3],
+        bits=(3.0, 5.5),
+        head_bits=8,
+        compile_full="out/{bpw}",
+        length=1024,
+        measurement=str(tmp_path / "m.json"),
+        rope_alpha=2.0,
+        propagate="reference",
+        seed=3,
+        chat_rows=False,
+        shard_size=0,
+    )
+    make_job(stored)
+    assert run("convert", "-o", job_args[3]).exit_code == 0
+    assert fake.recipes == [stored]
+    assert run("convert", "-o", job_args[3], "--bits", "4", "--reuse", "--device", "cpu").exit_code == 0
+    assert fake.recipes[1] == replace(stored, bits=(4.0,), reuse=True, device="cpu")
+    # the default, given on the command line, counts as given
+    assert run("convert", "-o", job_args[3], "-hb", "6").exit_code == 0
+    assert fake.recipes[2] == replace(stored, head_bits=6)
+    # with -i the command line stands alone
+    assert run("convert", *job_args).exit_code == 0
+    assert fake.recipes[3] == Recipe(in_dir=job_args[1], out_dir=job_args[3])
+
+
+def test_resume_of_a_measurement(run, fake, job_args):
+    make_job(Recipe(in_dir=job_args[1], out_dir=job_args[3], measurement_length=512, seed=7))
+    assert run("measure", "-o", job_args[3]).exit_code == 0
+    assert (fake.recipes[0].measurement_length, fake.recipes[0].seed) == (512, 7)
+
+
+def test_resume_with_calibration_data_of_its_own(run, fake, job_args, tmp_path):
+    data = tmp_path / "data.parquet"
+    data.write_bytes(b"")
+    stored = Recipe(in_dir=job_args[1], out_dir=job_args[3], cal_dataset=str(data), dataset_rows=9, measurement_rows=2)
+    make_job(stored)
+    result = run("convert", "-o", job_args[3])
+    assert result.exit_code == 2
+    assert "-c" in result.stderr
+    assert run("convert", "-o", job_args[3], "-c", str(data)).exit_code == 0
+    assert fake.recipes == [stored]
+
+
+def test_resume_finds_calibration_data_that_the_job_names(run, fake, job_args, tmp_path):
+    data = tmp_path / "data.parquet"
+    data.write_bytes(b"")
+    stored = Recipe(in_dir=job_args[1], out_dir=job_args[3], cal_dataset=str(data))
+    make_job(stored, cal_dataset=str(data))
+    assert run("convert", "-o", job_args[3]).exit_code == 0
+    assert fake.recipes == [stored]
+
+
+def test_nothing_to_resume(run, fake, job_args, tmp_path):
+    result = run("convert", "-o", str(tmp_path / "new"))
+    assert result.exit_code == 2
+    assert "-i is missing" in result.stderr
+    assert not (tmp_path / "new").exists()
+    assert run("convert").exit_code == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("mine")
+    assert run("convert", "-o", str(tmp_path / "other")).exit_code == StoreError.exit_code
+    make_job(Recipe(in_dir=str(tmp_path / "moved"), out_dir=job_args[3]))
+    result = run("convert", "-o", job_args[3])
+    assert result.exit_code == 2
+    assert str(tmp_path / "moved") in result.stderr
+    assert fake.recipes == []
+
+
+def test_a_job_without_a_place_of_its_model(tmp_path):
+    make_job(Recipe(in_dir="m", out_dir=str(tmp_path)), in_dir=None)
+    with pytest.raises(UsageError, match="-i is missing"):
+        stored_settings(str(tmp_path))
+
+
+def test_every_stored_setting_exists_in_a_job():
+    job = stored_job(Recipe(in_dir="m", out_dir="w"))
+    for name, (section, setting) in STORED_AT.items():
+        assert name in RECIPE_FIELDS
+        assert setting in job[section]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    bits=st.lists(st.floats(2, 9), min_size=1, max_size=3, unique=True),
+    head_bits=st.sampled_from(HEAD_BITS),
+    length=st.integers(1, 20).map(lambda n: 128 * n),
+    rope_scale=st.none() | st.floats(0.1, 8),
+    seed=st.integers(0, 9),
+    chat_rows=st.booleans(),
+    objective=st.sampled_from(["squared", "norm", "product"]),
+    damping=st.floats(0.01, 1),
+)
+def test_a_resumed_job_is_the_stored_one(tmp_path_factory: pytest.TempPathFactory, **chosen):
+    root: Path = tmp_path_factory.mktemp("job")
+    recipe = Recipe(in_dir="m", out_dir=str(root), **{**chosen, "bits": tuple(chosen["bits"])})
+    make_job(recipe)
+    again = Recipe(out_dir=str(root), **stored_settings(str(root)))
+    assert stored_job(again) == stored_job(recipe)
+
+
+def test_fields_without_a_default_are_the_two_directories():
+    assert [f.name for f in fields(Recipe) if f.default is MISSING] == ["in_dir", "out_dir"]
