@@ -218,7 +218,7 @@ def _score(
     for rows in batches(x.shape[0], settings.batch_rows):
         xb = x[rows].to(device)
         n = half.pre(xb)
-        target = y[rows].to(device) if half.add_residual else half.branch(n)
+        target = y[rows].to(device) if half.add_residual else half.post(xb, half.branch(n))
         norm = target.float().flatten(1).norm(dim=1)
         outs = {
             r: {j: half.prepare(r, half.linear(s, n, w)) for j, w in candidates[r].items()}
@@ -273,7 +273,7 @@ def branch_errors(half: Any, x: Tensor, out: Tensor, target: Tensor, norm: Tenso
 
 
 def accuracy_of(error: float) -> float:
-    """1 - error, at least 1e-6; NaN counts as useless. Rounded through float32 as in the reference's files."""
+    """1 - error, at least 1e-6; NaN counts as useless."""
     accuracy = 1.0 - error
     return max(WORST_ACCURACY, accuracy) if accuracy == accuracy else WORST_ACCURACY
 

@@ -49,5 +49,5 @@ def _bytes_per_token(module: Any) -> int:
     if gate_up:
         counts = [len(unique([r[i] for r in mlp_options()])[0]) for i in range(2)]
         widest += sum(c * pad32(x.out_features) for c, x in zip(counts, gate_up, strict=False)) * 2
-    hidden = max(x.in_features for x in module.linears)
+    hidden: int = max(x.in_features for x in module.linears)
     return widest + 16 * hidden + (8 * pad32(module.linears[0].out_features) if module.kind == "head" else 0)

@@ -1,0 +1,233 @@
+"""The batched solver on the CPU kernels, against the plain loop, one problem after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quant_helpers import hessian, reference, weights
+from torch import Tensor
+
+from exl2ray.cuda import solver
+from exl2ray.cuda.solver import Segment, Solution, panels, solve_segments
+from exl2ray.formats.layout import GroupLayout
+from exl2ray.quant import solve
+from exl2ray.quant.gptq import Quantized, quantize_reference, relative_error
+from exl2ray.quant.hessian import prepare, round_to_nearest
+from exl2ray.quant.qparams import attention_options, mlp_options, parse
+from exl2ray.quant.solve import Problem, quantize_linears, solve_options, solve_problems
+
+TEXTS = [
+    "1:2b_32g",
+    "1:3b_64g",
+    "1:4b_128g",
+    "1:8b_128g",
+    "0.05:3b_64g/0.95:2b_64g",
+    "0.1:6b_32g/0.9:5b_32g",
+    "0.05:8b_32g/0.1:4b_128g/0.85:3b_128g",
+    "0.05:6b_32g/0.2:3b_64g/0.75:2b_64g",
+]
+
+
+def same(a: Tensor, b: Tensor) -> float:
+    return float((a == b).double().mean())
+
+
+def ordered(solved: Any) -> list[Any]:
+    """Results by number, in order."""
+    return [solved[i] for i in range(len(solved))]
+
+
+def assert_close(found: Solution, expected: Quantized, h: Tensor, w: Tensor) -> None:
+    """Equal but for the rare integers whose rounding hangs on the order of a sum; the layer's error is the same."""
+    assert same(found.weight, expected.weight) > 0.995
+    assert torch.allclose(found.scale_max.float(), expected.scale_max.float(), rtol=2e-3)
+    ours, plain = relative_error(h, w, found.weight), relative_error(h, w, expected.weight)
+    assert ours == pytest.approx(plain, rel=1e-3)
+    if found.codes is not None and found.scale_codes is not None:
+        assert same(found.codes, expected.codes) > 0.995
+        assert same(found.scale_codes, expected.scale_codes) > 0.998
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_one_problem(text: str) -> None:
+    k, n = 352, 96  # the last group is cut, columns are more than one block of the kernels
+    h, w = hessian(k, 11, tokens=600), weights(k, n, 11)
+    factor, layout = prepare(h), parse(text).layout(k)
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True)[0]
+    assert_close(found, reference(factor, w, layout), h, w)
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_random_layouts(data: st.DataObject) -> None:
+    rows = tuple(data.draw(st.lists(st.sampled_from([32, 64, 96, 128]), min_size=1, max_size=5)))
+    bits = sorted(data.draw(st.lists(st.sampled_from([2, 3, 4, 5, 6, 8]), min_size=len(rows), max_size=len(rows))))
+    seed = data.draw(st.integers(0, 10))
+    layout, k = GroupLayout(tuple(reversed(bits)), rows), sum(rows)
+    h, w = hessian(k, seed, tokens=2 * k), weights(k, 32 * data.draw(st.integers(1, 3)), seed)
+    factor = prepare(h)
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True)[0]
+    expected = reference(factor, w, layout)
+    assert found.codes is not None
+    # A flipped integer changes what follows it: the error decides, not the count.
+    assert same(found.codes, expected.codes) > 0.9
+    assert relative_error(h, w, found.weight) == pytest.approx(relative_error(h, w, expected.weight), rel=0.01)
+
+
+def test_more_rows_than_a_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, w = hessian(320, 2, tokens=600), weights(320, 32, 2)
+    factor, layout = prepare(h), parse("0.1:4b_64g/0.9:3b_64g").layout(320)
+    whole = solve_problems(factor, [w], [Problem(0, layout)])[0]
+    monkeypatch.setattr(solver.panels, "__defaults__", (128,))
+    assert len(list(panels(layout.rows))) == 3
+    assert_close(solve_problems(factor, [w], [Problem(0, layout)])[0], reference(factor, w, layout), h, w)
+    assert same(whole.weight, solve_problems(factor, [w], [Problem(0, layout)])[0].weight) > 0.99
+
+
+@pytest.mark.parametrize("rows", [(32,), (128, 128, 96), (64,) * 20, (128,) * 4 + (32,), (512, 128), (640,)])
+def test_panels_cover_all_groups(rows: tuple[int, ...]) -> None:
+    found = list(panels(rows, 512))
+    assert [g for first, last, _, _ in found for g in range(first, last)] == list(range(len(rows)))
+    assert all(stop - start == sum(rows[first:last]) for first, last, start, stop in found)
+    assert (found[0][2], found[-1][3]) == (0, sum(rows))
+    assert all(stop - start <= 512 or last == first + 1 for first, last, start, stop in found)
+
+
+def test_a_batch_gives_what_its_members_give_alone() -> None:
+    """Several linears of different width, several options, in an order that is not that of the linears."""
+    k = 256
+    factor = prepare(hessian(k, 5, tokens=500))
+    ws = [weights(k, n, seed) for seed, n in enumerate((96, 32, 64))]
+    texts = ["1:4b_64g", "0.1:4b_64g/0.9:3b_64g", "1:2b_64g", "1:4b_128g", "0.05:8b_32g/0.95:4b_128g"]
+    problems = [Problem(i, parse(t).layout(k)) for t in texts for i in (2, 0, 1)]
+    together = solve_problems(factor, ws, problems, keep_codes=True)
+    for problem, found in zip(problems, ordered(together), strict=True):
+        alone = solve_problems(factor, [ws[problem.weight]], [Problem(0, problem.layout)], keep_codes=True)[0]
+        assert found.weight.shape == ws[problem.weight].shape
+        assert torch.equal(found.scale_max, alone.scale_max)
+        assert found.scale_codes is not None
+        assert alone.scale_codes is not None
+        assert torch.equal(found.scale_codes, alone.scale_codes)
+        assert same(found.weight, alone.weight) > 0.995
+
+
+def test_batches_respect_the_budget_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    k, n = 128, 64
+    factor, w = prepare(hessian(k)), weights(k, n)
+    problems = [Problem(0, parse(t).layout(k)) for t in ("1:2b_64g", "1:3b_64g", "1:4b_64g", "1:5b_64g", "1:6b_64g")]
+    sizes: list[int] = []
+
+    def counted(r: Any, perm: Any, ws: Any, segments: Sequence[Segment], *rest: Any) -> list[Solution]:
+        sizes.append(len(segments))
+        return solve_segments(r, perm, ws, segments, *rest)
+
+    free = solve_problems(factor, [w], problems)
+    monkeypatch.setattr(solve, "solve_segments", counted)
+    tight = solve_problems(factor, [w], problems, budget_bytes=2 * 6 * k * n)
+    assert sizes == [2, 2, 1]
+    sizes.clear()
+    tiny = solve_problems(factor, [w], problems, budget_bytes=1)
+    assert sizes == [1] * 5
+    for a, b, c in zip(*map(ordered, (free, tight, tiny)), strict=True):
+        assert same(a.weight, b.weight) > 0.995
+        assert same(a.weight, c.weight) > 0.995
+
+
+def test_results_survive_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`solve_segments` may reuse the buffers of its results: whoever keeps them must hold copies."""
+    returned: list[Tensor] = []
+
+    def reusing(*args: Any) -> list[Solution]:
+        for old in returned:
+            old.fill_(0)
+        solutions = solve_segments(*args)
+        for s in solutions:
+            returned.extend(t for t in (s.weight, s.codes, s.scale_codes, s.scale_max) if t is not None)
+        return solutions
+
+    k = 64
+    factor, w = prepare(hessian(k)), {"a": weights(k, 32, 1), "b": weights(k, 32, 2)}
+    options = {"a": [parse("1:3b_32g"), parse("1:4b_32g")], "b": [parse("1:5b_32g")]}
+    layouts = {"a": parse("1:3b_32g").layout(k), "b": parse("1:4b_32g").layout(k)}
+    expected_options = solve_options(factor, w, options, budget_bytes=1)
+    expected = quantize_linears(factor, w, layouts, budget_bytes=1)
+    monkeypatch.setattr(solve, "solve_segments", reusing)
+    first = solve_options(factor, w, options, budget_bytes=1)
+    second = quantize_linears(factor, w, layouts, budget_bytes=1)
+    solve_options(factor, w, options, budget_bytes=1)
+    for role in w:
+        for a, b in zip(ordered(first[role]), ordered(expected_options[role]), strict=True):
+            assert torch.equal(a, b)
+        for name in ("weight", "codes", "scale_codes", "scale_max"):
+            assert torch.equal(getattr(second[role], name), getattr(expected[role], name))
+
+
+def test_options_come_back_by_role_in_order() -> None:
+    k = 256
+    factor = prepare(hessian(k, 3, tokens=500))
+    rows = attention_options()
+    w = {"q_proj": weights(k, 64, 1), "k_proj": weights(k, 32, 2)}
+    options = {"q_proj": [rows[i][0] for i in (0, 6, 18)], "k_proj": [rows[i][1] for i in (18, 0)]}
+    found = solve_options(factor, w, options)
+    assert {role: len(v) for role, v in found.items()} == {"q_proj": 3, "k_proj": 2}
+    for role, params in options.items():
+        for option, solved in zip(params, ordered(found[role]), strict=True):
+            assert same(solved, reference(factor, w[role], option.layout(k)).weight) > 0.99
+
+
+def test_round_to_nearest_equals_the_plain_loop_to_the_bit() -> None:
+    h, w = hessian(160, 8), weights(160, 64, 8)
+    factor, layout = round_to_nearest(h), parse("0.2:4b_32g/0.8:3b_64g").layout(160)
+    found = quantize_linears(factor, {"w": w}, {"w": layout})["w"]
+    expected = quantize_reference(w, factor.perm, None, layout)
+    assert torch.equal(found.scale_codes, expected.scale_codes)
+    assert torch.equal(found.scale_max, expected.scale_max)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.weight, expected.weight)
+
+
+def test_same_input_same_bytes() -> None:
+    k = 192
+    factor, w = prepare(hessian(k, 9, tokens=400)), weights(k, 96, 9)
+    problems = [Problem(0, row[2].layout(k)) for row in mlp_options()]
+    a, b = (solve_problems(factor, [w], problems) for _ in range(2))
+    assert all(torch.equal(x.weight, y.weight) for x, y in zip(ordered(a), ordered(b), strict=True))
+
+
+def test_half_weights_are_taken_as_they_are() -> None:
+    k = 64
+    factor, w = prepare(hessian(k)), weights(k, 32)
+    layout = parse("1:4b_32g").layout(k)
+    full, half = (solve_problems(factor, [x], [Problem(0, layout)])[0].weight for x in (w, w.half()))
+    assert torch.equal(full, half)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e3])
+def test_very_small_and_large_weights(scale: float) -> None:
+    """Steps that underflow half precision decode to zero; nothing becomes NaN."""
+    h, w = hessian(64), weights(64, 32) * scale
+    factor, layout = prepare(h), parse("1:4b_32g").layout(64)
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True)[0]
+    expected = reference(factor, w, layout)
+    assert bool(torch.isfinite(found.weight).all())
+    assert found.codes is not None
+    assert same(found.codes, expected.codes) > 0.99
+    assert torch.allclose(found.weight.float(), expected.weight.float(), atol=1e-3 * scale + 1e-7)
+
+
+def test_a_zero_column_and_a_zero_layer() -> None:
+    h, w = hessian(64), weights(64, 64)
+    w[:, 5] = 0
+    factor, layout = prepare(h), parse("1:4b_32g").layout(64)
+    zero = torch.zeros(64, 32)
+    solved = solve_problems(factor, [w, zero], [Problem(0, layout), Problem(1, layout)], keep_codes=True)
+    columns, layer = ordered(solved)
+    assert torch.equal(columns.weight[:, 5], torch.zeros(64, dtype=torch.float16))
+    assert columns.codes is not None
+    assert columns.codes[:, 5].tolist() == [8] * 64
+    assert torch.equal(layer.weight, zero.half())

@@ -1,0 +1,50 @@
+"""Complete random models of a size at which a conversion takes seconds: weights, config and tokenizer in one directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+HIDDEN, WIDE, VOCAB, LAYERS = 64, 96, 272, 2
+SIZES: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def byte_tokenizer() -> Tokenizer:
+    """259 tokens: three special ones and one per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+def write_model(directory: Path, family: str = "Llama", seed: int = 0, **config: Any) -> Path:
+    """A model with random weights, saved in float16 by transformers; ``family``: Llama, Mixtral, Cohere, ..."""
+    import transformers
+
+    settings = {**SIZES, **(MIXTRAL if family == "Mixtral" else {}), **config}
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.3 * noise if p.dim() == 1 else noise * (1 if "embed" in name else p.shape[-1] ** -0.5))
+    model.half().save_pretrained(directory)
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
