@@ -152,7 +152,10 @@ def kernels(has_cards: bool, torch_found: Probe, kernel_found: Probe) -> list[Fi
     """Whether Numba compiles and runs a kernel on the GPU."""
     error = str(kernel_found.get("error", ""))
     if not error:
-        return [Finding("Numba CUDA", f"{kernel_found.get('package')}, compiled and ran a kernel")]
+        text = f"{kernel_found.get('package')}, compiled and ran a kernel"
+        if kernel_found.get("built_in"):
+            return [Finding("Numba CUDA", text, "warning", 'that target is deprecated: pip install "exl2ray[cuda]"')]
+        return [Finding("Numba CUDA", text)]
     if not has_cards:
         if not _trap(error):
             return []

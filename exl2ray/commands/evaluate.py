@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exl2ray.console import duration, file_size, human_reporter, is_terminal, show_table
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.compare import evaluate_many
@@ -16,7 +18,6 @@ from exl2ray.evaluate.metrics import Estimate
 from exl2ray.evaluate.result import EvalResult
 from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
 from exl2ray.progress import Reporter, Silent
-from exl2ray.steps import pick_device
 
 
 def evaluate(
@@ -43,7 +44,8 @@ def evaluate(
     reporter = Silent() if quiet or not is_terminal(sys.stdout) else human_reporter()
     try:
         progress = _Progress(reporter)
-        results = evaluate_many(models, reference, ids, pick_device(device), stride, options, progress=progress.show)
+        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        results = evaluate_many(models, reference, ids, chosen, stride, options, progress=progress.show)
         progress.end()
         return list(results)
     finally:

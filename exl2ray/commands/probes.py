@@ -32,9 +32,9 @@ from importlib import metadata
 import numpy as np
 from numba import cuda
 try:
-    package = "numba-cuda " + metadata.version("numba-cuda")
+    package, built_in = "numba-cuda " + metadata.version("numba-cuda"), False
 except metadata.PackageNotFoundError:
-    package = "numba " + metadata.version("numba") + " (its own CUDA target)"
+    package, built_in = "CUDA target of numba " + metadata.version("numba"), True
 @cuda.jit
 def double(x):
     i = cuda.grid(1)
@@ -44,7 +44,7 @@ x = cuda.to_device(np.arange(64, dtype=np.float32))
 double[2, 32](x)
 if not np.array_equal(x.copy_to_host(), 2 * np.arange(64, dtype=np.float32)):
     raise RuntimeError("a kernel gave wrong numbers")
-print(json.dumps({"package": package}))
+print(json.dumps({"package": package, "built_in": built_in}))
 """
 
 

@@ -10,11 +10,11 @@ from exl2ray.console import show_table
 from exl2ray.errors import UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape, QParams, pad32
-from exl2ray.formats.measurement import Measurement, check_against, read_measurement
+from exl2ray.formats.measurement import Measurement, OptionProfile, check_against, read_measurement
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.quant.allocate import check_reachable
-from exl2ray.steps import allocate, slot_weights
+from exl2ray.quant.allocate import Slot, budget, check_reachable
+from exl2ray.quant.allocate import solve as allocate
 
 
 @dataclass(frozen=True)
@@ -84,25 +84,32 @@ def _solution(spec: ModelSpec, measurement: Measurement, bits: float, objective:
     weights = [_weights(module, options[0].params) for module, options in slots]
     tables = [([o.total_bits for o in options], w) for (_, options), w in zip(slots, weights, strict=True)]
     check_reachable(bits, tables)
-    allocation, _ = allocate(spec, measurement, bits, objective, power)
-    choices = []
-    for (module, options), count, index in zip(slots, weights, allocation.choice, strict=True):
-        chosen = options[index]
-        half = "" if module.kind != "parallel" else ".attn" if "q_proj" in chosen.params else ".mlp"
-        choices.append(
-            Choice(
-                key=module.profile_key + half,
-                option=index,
-                options=len(options),
-                bits_per_weight=chosen.total_bits / count,
-                error=1 - chosen.accuracy,
-                params={role: p.desc for role, p in chosen.params.items()},
-                widths={role: _mean_width(p) for role, p in chosen.params.items()},
-            )
-        )
-    achieved = allocation.total_bits / slot_weights(spec)
-    return Solution(
-        bits, achieved, allocation.total_bits, objective, allocation.objective, max(0.0, allocation.gap), tuple(choices)
+    total_weights = sum(weights)
+    candidates = [
+        Slot(module.profile_key, tuple(o.total_bits for o in options), tuple(1 - o.accuracy for o in options))
+        for module, options in slots
+    ]
+    allocation = allocate(candidates, budget(total_weights, bits), objective, power)
+    choices = tuple(
+        _choice(module, options, index, count)
+        for (module, options), index, count in zip(slots, allocation.choice, weights, strict=True)
+    )
+    gap = max(0.0, allocation.gap)
+    achieved = allocation.total_bits / total_weights
+    return Solution(bits, achieved, allocation.total_bits, objective, allocation.objective, gap, choices)
+
+
+def _choice(module: ModuleSpec, options: Sequence[OptionProfile], index: int, weights: int) -> Choice:
+    chosen = options[index]
+    half = "" if module.kind != "parallel" else ".attn" if "q_proj" in chosen.params else ".mlp"
+    return Choice(
+        key=module.profile_key + half,
+        option=index,
+        options=len(options),
+        bits_per_weight=chosen.total_bits / weights,
+        error=1 - chosen.accuracy,
+        params={role: p.desc for role, p in chosen.params.items()},
+        widths={role: _mean_width(p) for role, p in chosen.params.items()},
     )
 
 
