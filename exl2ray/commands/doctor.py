@@ -134,7 +134,7 @@ def gpus(cards: list[str], torch_found: Probe) -> list[Finding]:
     usable = torch_found.get("gpus") or []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if usable:
-        return [*found, Finding("torch CUDA", f"{built}, uses {len(usable)} GPUs: {', '.join(usable)}")]
+        return [*found, Finding("torch CUDA", f"{built}, uses {plural(len(usable), 'GPU')}: {', '.join(usable)}")]
     if not cards:
         return [Finding("GPUs", "none (nvidia-smi shows no NVIDIA driver)", "note", "conversion runs on the CPU, slowly")]
     if not built:
