@@ -31,6 +31,7 @@ THREADS = COLUMNS * LANES
 GRID_POINTS = 97
 QUANT_COLUMNS = 64  # columns per block of `quantize`
 ROWS = 32  # rows per launch of `quantize`: groups are multiples of 32 rows
+STRIP = 8  # rows of it held in registers at a time
 
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23
 _TINY = np.float32(1e-12)
@@ -49,11 +50,21 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 else:
     from numba.cuda import libdevice
 
-    # The builtin min and max keep Python's order of NaNs, which takes two instructions where the hardware has one.
+    from llvmlite import ir
+    from numba import types
+    from numba.cuda.extending import intrinsic
 
-    @cuda.jit(device=True, inline=True)
-    def _rsqrt(x):
-        return libdevice.rsqrtf(x)
+    @intrinsic
+    def _rsqrt(typingctx, x):
+        """rsqrt.approx.ftz.f32: libdevice's form spends three more instructions on subnormals, which _TINY rules out."""
+
+        def codegen(context, builder, signature, args):
+            form = ir.FunctionType(ir.FloatType(), [ir.FloatType()])
+            return builder.call(ir.InlineAsm(form, "rsqrt.approx.ftz.f32 $0, $1;", "=f,f"), args)
+
+        return types.float32(types.float32), codegen
+
+    # The builtin min and max keep Python's order of NaNs, which takes two instructions where the hardware has one.
 
     @cuda.jit(device=True, inline=True)
     def _fmin(a, b):
@@ -212,71 +223,74 @@ def choose(partial, seg_first, seg_top, grid, g, scale_max, seg_m):
         seg_m[seg] = np.float32(np.float16(np.float32(rounded) / np.float32(256.0)))
 
 
-@cuda.jit
-def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, row, dq, codes, keep, error):
-    """ROWS rows of a group: x[a : a+ROWS], act-order rows row .. row+ROWS.
+def _quantize_source():
+    """Source of `quantize`. STRIP rows at a time are held in registers, which cannot be indexed at run time: their part is
+    written out row by row. Unrolling all ROWS would be 1.4 times faster and take half a minute to compile."""
+    strip = range(STRIP)
+    lines = [
+        "def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, row, dq, codes, keep, error):",
+        "    factor = cuda.shared.array((ROWS, ROWS), np.float32)",
+        "    tile = cuda.shared.array((ROWS, QUANT_COLUMNS), np.float32)",
+        "    b = cuda.blockIdx.x",
+        "    j = cuda.threadIdx.x",
+        "    if feedback:",
+        "        for i in range(j, ROWS * ROWS, QUANT_COLUMNS):",
+        "            factor[i // ROWS, i % ROWS] = u[a + i // ROWS, a + i % ROWS]",
+        "    cuda.syncthreads()",
+        "    c = blocks[b, 1] + j",
+        "    if c >= blocks[b, 2]:",
+        "        return",  # no barrier below: every thread works on its own column of the tile
+        "    seg = blocks[b, 0]",
+        "    bits = seg_bits[seg, g]",
+        "    zero = np.float32(1 << (bits - 1))",
+        "    high = np.float32((1 << bits) - 1) - zero",
+        "    code = np.float32(scale_codes[g, c])",
+        "    step = np.float32(np.float16(code * code * seg_m[seg]))",
+        "    for r in range(ROWS):",
+        "        tile[r, j] = x[a + r, c]",
+        "    for s in range(0, ROWS, STRIP):",
+    ]
+    lines += [f"        x{i} = tile[s + {i}, j]" for i in strip]
+    for i in strip:
+        lines += [
+            f"        q = _nearest(x{i}, step, zero, high)",
+            "        d = np.float16(q * step)",
+            f"        dq[perm[row + s + {i}], c] = d",
+            "        if keep:",
+            f"            codes[row + s + {i}, c] = np.uint8(q + zero)",
+            f"        e{i} = np.float32(0.0)",
+            "        if feedback:",
+            f"            e{i} = (x{i} - np.float32(d)) / factor[s + {i}, s + {i}]",
+            f"            error[a + s + {i}, c] = e{i}",
+        ]
+        lines += [f"            x{k} -= factor[s + {i}, s + {k}] * e{i}" for k in range(i + 1, STRIP)]
+    lines += ["        if feedback:", "            for k in range(s + STRIP, ROWS):", "                v = tile[k, j]"]
+    lines += [f"                v -= factor[s + {i}, k] * e{i}" for i in strip]
+    lines += ["                tile[k, j] = v"]
+    return "\n".join(lines)
 
-    Writes rows perm[row ..] of dq (K, C) float16, rows row .. of codes (K, C) uint8 if keep, rows a .. of error (scaled
-    errors e). u (P, P) float32 is the panel's block of U. Launch: one block of QUANT_COLUMNS threads per entry of
-    ``blocks``. Taller groups are cut into such blocks of rows, with a matrix product in between.
-    """
-    tile = cuda.shared.array((ROWS, QUANT_COLUMNS), np.float32)
-    b = cuda.blockIdx.x
-    j = cuda.threadIdx.x
-    c = blocks[b, 1] + j
-    if c >= blocks[b, 2]:
-        return  # no barrier below: every thread works on its own column of the tile
-    seg = blocks[b, 0]
-    bits = seg_bits[seg, g]
-    zero = np.float32(1 << (bits - 1))
-    high = np.float32((1 << bits) - 1) - zero
-    code = np.float32(scale_codes[g, c])
-    step = np.float32(np.float16(code * code * seg_m[seg]))
-    for r in range(ROWS):
-        tile[r, j] = x[a + r, c]
-    for r in range(0, ROWS, 4):
-        e0 = np.float32(0.0)
-        e1 = np.float32(0.0)
-        e2 = np.float32(0.0)
-        e3 = np.float32(0.0)
-        for i in range(4):
-            v = tile[r + i, j]
-            if feedback:
-                if i > 0:
-                    v -= u[a + r, a + r + i] * e0
-                if i > 1:
-                    v -= u[a + r + 1, a + r + i] * e1
-                if i > 2:
-                    v -= u[a + r + 2, a + r + i] * e2
-            q = np.float32(0.0)
-            if step > np.float32(0.0):
-                # The quotient may be huge where the step underflowed: clamp before rounding.
-                q = _fmin(_fmax(v / step, -zero), high)
-                q = (q + _ROUND) - _ROUND
-            elif v > np.float32(0.0):
-                q = high
-            elif v < np.float32(0.0):
-                q = -zero
-            d = np.float16(q * step)
-            dq[perm[row + r + i], c] = d
-            if keep:
-                codes[row + r + i, c] = np.uint8(q + zero)
-            if feedback:
-                e = (v - np.float32(d)) / u[a + r + i, a + r + i]
-                error[a + r + i, c] = e
-                if i == 0:
-                    e0 = e
-                elif i == 1:
-                    e1 = e
-                elif i == 2:
-                    e2 = e
-                else:
-                    e3 = e
-        if feedback:
-            for k in range(r + 4, ROWS):
-                tile[k, j] -= (
-                    u[a + r, a + k] * e0
-                    + u[a + r + 1, a + k] * e1
-                    + u[a + r + 2, a + k] * e2
-                    + u[a + r + 3, a + k] * e3
-                )
+
+@cuda.jit(device=True, inline=True)
+def _nearest(v, step, zero, high):
+    """Nearest integer of v / step within -zero .. high; a step that underflowed to zero gives the end on v's side."""
+    q = np.float32(0.0)
+    if step > np.float32(0.0):
+        # The quotient may be huge where the step is tiny: clamp before rounding.
+        q = _fmin(_fmax(v / step, -zero), high)
+        q = (q + _ROUND) - _ROUND
+    elif v > np.float32(0.0):
+        q = high
+    elif v < np.float32(0.0):
+        q = -zero
+    return q
+
+
+_namespace = dict(globals())
+exec(_quantize_source(), _namespace)
+quantize = cuda.jit(_namespace["quantize"])
+"""ROWS rows of a group: x[a : a+ROWS], act-order rows row .. row+ROWS.
+
+Writes rows perm[row ..] of dq (K, C) float16, rows row .. of codes (K, C) uint8 if keep, rows a .. of error (scaled errors
+e). u (P, P) float32 is the panel's block of U. Launch: one block of QUANT_COLUMNS threads per entry of ``blocks``. Taller
+groups are cut into such blocks of rows, with a matrix product in between.
+"""
