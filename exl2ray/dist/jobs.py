@@ -1,0 +1,243 @@
+"""Ray's Jobs API, with errors that say what to do: submit a command, follow its output, ask, stop.
+
+The dashboard of a cluster's head node serves it (port 8265). Only HTTP is spoken, so the submitting machine needs no
+access to the cluster's other ports, and its Ray may be of another version than the cluster's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from exl2ray.errors import ClusterError
+
+CONNECT_SECONDS = 10.0
+RECONNECT_SECONDS = 300.0  # how long a lost connection is tried again before following ends
+STOP_SECONDS = 60  # what a job gets to end by itself when it is stopped; Ray's default of 3 s is short for a checkpoint
+FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """``status``: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED. ``exit_code``: of the command, once known."""
+
+    id: str
+    status: str
+    message: str
+    command: str
+    started: float | None  # seconds since the epoch
+    ended: float | None
+    exit_code: int | None
+
+    @property
+    def finished(self) -> bool:
+        return self.status in FINISHED
+
+
+class Cluster:
+    """The job server at ``address``, as http://HEAD:8265. Raises ClusterError where it cannot be used."""
+
+    def __init__(self, address: str) -> None:
+        self.address = normalized(address)
+        _reach(self.address)
+        with self._explained("connect"), _no_address_variables():
+            from ray.job_submission import JobSubmissionClient
+
+            # It announces every closed connection.
+            logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+            self._client = JobSubmissionClient(self.address)
+
+    def submit(self, job_id: str, command: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:
+        """Starts a shell command on the head node."""
+        with self._explained("submit"):
+            self._client.submit_job(
+                entrypoint=command, submission_id=job_id, runtime_env=runtime_env, metadata=metadata
+            )
+
+    def state(self, job_id: str) -> JobState:
+        """Raises ClusterError if there is no such job."""
+        with self._explained(f"find {job_id}"):
+            info = self._client.get_job_info(job_id)
+        return JobState(
+            id=job_id,
+            status=str(getattr(info.status, "value", info.status)),
+            message=info.message or "",
+            command=info.entrypoint,
+            started=info.start_time / 1000 if info.start_time else None,
+            ended=info.end_time / 1000 if info.end_time else None,
+            exit_code=info.driver_exit_code,
+        )
+
+    def log(self, job_id: str) -> str:
+        """What the job has printed so far."""
+        with self._explained(f"read the output of {job_id}"):
+            return str(self._client.get_job_logs(job_id))
+
+    def stop(self, job_id: str) -> bool:
+        """Asks a job to end; False if it had ended before."""
+        with self._explained(f"stop {job_id}"):
+            return bool(self._client.stop_job(job_id))
+
+    def delete(self, job_id: str) -> None:
+        """Removes a finished job from the list."""
+        with self._explained(f"delete {job_id}"):
+            self._client.delete_job(job_id)
+
+    def wait(self, job_id: str, timeout_seconds: float) -> JobState:
+        """State of the job when it has finished, or after ``timeout_seconds``."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            state = self.state(job_id)
+            if state.finished or time.monotonic() > deadline:
+                return state
+            time.sleep(0.5)
+
+    def follow(self, job_id: str, write: Callable[[str], None]) -> JobState:
+        """Hands the job's output to ``write`` from its beginning, as it appears, until the job has finished.
+
+        A broken connection is made again, and output that was handed on already is left out.
+        """
+        written = 0
+        last_contact = time.monotonic()
+        while True:
+            before = written
+            try:
+                written = asyncio.run(self._tail(job_id, written, write))
+                state = self.state(job_id)
+                if state.finished:
+                    return state
+                last_contact = time.monotonic()
+            except _Broken as e:
+                written = e.written
+                if written > before:
+                    last_contact = time.monotonic()
+                self._give_up(job_id, last_contact, e.reason)
+            except ClusterError as e:
+                self._give_up(job_id, last_contact, e.message)
+            time.sleep(1.0)
+
+    def _give_up(self, job_id: str, last_contact: float, reason: str) -> None:
+        if time.monotonic() - last_contact > RECONNECT_SECONDS:
+            raise ClusterError(
+                f"lost the connection to {self.address} while following {job_id}: {reason}",
+                f"the job may well be running; follow it again with: {self.command('--logs', job_id)}",
+            )
+
+    async def _tail(self, job_id: str, skip: int, write: Callable[[str], None]) -> int:
+        """Output until the server closes the connection, without its first ``skip`` characters; characters seen in all."""
+        from aiohttp import ClientError  # ray[default] brings it
+
+        seen = 0
+        stream = self._client.tail_job_logs(job_id)
+        while True:
+            try:
+                text = await anext(stream)
+            except StopAsyncIteration:
+                return max(seen, skip)
+            except (ClientError, OSError, RuntimeError, asyncio.TimeoutError) as e:
+                raise _Broken(max(seen, skip), f"{type(e).__name__}: {e}") from e
+            fresh = text[max(0, skip - seen) :]
+            seen += len(text)
+            if fresh:
+                write(fresh)
+
+    def command(self, *arguments: str) -> str:
+        """The command line that does something else with a job of this cluster."""
+        return " ".join(("exl2ray submit --address", self.address, *arguments))
+
+    @contextmanager
+    def _explained(self, action: str) -> Iterator[None]:
+        """ClusterError for what Ray's client raises: RuntimeError with the server's answer, requests' and import errors."""
+        try:
+            yield
+        except ImportError as e:
+            raise _not_installed(e.name or str(e)) from e
+        except (OSError, RuntimeError, ValueError, KeyError) as e:
+            text = str(e).strip()
+            if "ray[default]" in text:
+                raise _not_installed("the job client of Ray") from e
+            raise ClusterError(f"{self.address}: cannot {action}: {_short(text) or type(e).__name__}", _hint(text)) from e
+
+
+class _Broken(Exception):
+    """The connection ended early, after ``written`` characters of output."""
+
+    def __init__(self, written: int, reason: str) -> None:
+        super().__init__(reason)
+        self.written, self.reason = written, reason
+
+
+def normalized(address: str) -> str:
+    """The dashboard's URL without a trailing slash; ``HEAD:8265`` means http. ClusterError for other kinds of address."""
+    if "://" not in address:
+        address = f"http://{address}"
+    scheme, _, rest = address.partition("://")
+    if scheme not in ("http", "https") or not rest.strip("/"):
+        raise ClusterError(
+            f"--address {address}: jobs are submitted to the dashboard of the head node",
+            "give its URL, as http://HEAD:8265",
+        )
+    return address.rstrip("/")
+
+
+def _reach(address: str) -> None:
+    """ClusterError if nothing answers there soon; Ray's own client has no time limit. Answers of any kind will do."""
+    try:
+        with urllib.request.urlopen(f"{address}/api/version", timeout=CONNECT_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        return  # Ray's client says more about it
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "reason", e)
+        if isinstance(reason, ssl.SSLError):
+            return  # Ray's client has certificates of its own
+        text = "no answer" if isinstance(reason, (TimeoutError, socket.timeout)) else str(reason)
+        raise ClusterError(
+            f"{address} cannot be reached: {text}",
+            "is Ray's dashboard running there (ray start --head --dashboard-host=0.0.0.0), and its port open to this "
+            "machine? kubectl port-forward, ssh -L 8265:localhost:8265 or `ray dashboard` make a tunnel",
+        ) from e
+
+
+@contextmanager
+def _no_address_variables() -> Iterator[None]:
+    """Ray's client prefers these variables to the address it is given (ray-project/ray#36064); we mean what we say."""
+    names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _not_installed(what: str) -> ClusterError:
+    return ClusterError(f"{what} is not installed here", "pip install 'exl2ray[cluster]', which brings ray[default]")
+
+
+def _hint(text: str) -> str:
+    """What to do about an answer of the server."""
+    if "does not exist" in text:
+        return "the id is printed on submission; `ray job list` knows the others"
+    if "is running on the cluster" in text or "not compatible" in text:
+        return "exl2ray needs Ray 2.50 or newer on the cluster, and here"
+    if "uthenticat" in text or "status code 401" in text or "status code 403" in text:
+        return "this cluster asks for a token: see RAY_AUTH_TOKEN and RAY_AUTH_MODE in Ray's documentation"
+    if "404" in text or "Expecting value" in text:
+        return "what answers there is not the dashboard of a Ray cluster with ray[default]"
+    return ""
+
+
+def _short(text: str) -> str:
+    """The telling lines of a server's answer: it may hold a whole traceback."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return (lines[0] if len(lines) < 2 else f"{lines[0][:200]} ... {lines[-1]}")[:500] if lines else ""
