@@ -55,10 +55,7 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
             if recipe.output_measurement is not None:
                 return Summary((), job.export_measurement(measurement), time.monotonic() - start)
             plans = [job.allocate(measurement, bits) for bits in recipe.bits]
-            outputs = []
-            for plan in plans:
-                quantised = job.quantize(plan)
-                outputs.append(job.write(plan, quantised))
+            outputs = job.produce(plans)
             seconds = time.monotonic() - start
             reporter.event("done", outputs=[o.__dict__ for o in outputs], seconds=seconds)
             job.judge(outputs)

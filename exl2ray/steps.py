@@ -7,8 +7,10 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +25,12 @@ from exl2ray.calibration.rows import Rows, builtin_rows
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.convert import OutputSummary
-from exl2ray.dist.items import ItemResult, MeasureItem, QuantizeItem, WorkerSetup
-from exl2ray.dist.schedule import run_chain
-from exl2ray.dist.session import Lost, Session, open_session
-from exl2ray.dist.worker import Worker
+from exl2ray.dist.chains import ChainPlan, Chains, Link
+from exl2ray.dist.fan import Fan, Module, Part, window_for
+from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem, QuantizeItem, WorkerSetup
+from exl2ray.dist.schedule import Flow, Limits, Scheduler
+from exl2ray.dist.session import Session, open_session
+from exl2ray.dist.worker import PERPLEXITY, Worker, describe, measure_record
 from exl2ray.errors import CalibrationError, NumericError, StoreError, UsageError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
@@ -51,6 +55,7 @@ from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.model.weights import output_tensors, read_plain
 from exl2ray.progress import Reporter
 from exl2ray.quant.allocate import Allocation, Slot, budget, check_reachable, solve
+from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import MOE_TABLE
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, quant_kind
@@ -84,7 +89,9 @@ class Job:
         self.source = SourceModel(recipe.in_dir)
         self.spec: ModelSpec = load_spec(self.source, recipe.rope_scale, recipe.rope_alpha)
         self.device = pick_device(recipe.device)
+        self.limits = Limits()
         self._session: Session | None = None
+        self._scheduler: Scheduler | None = None
         self._measurement_given: Measurement | None = None
         self._check()
 
@@ -201,11 +208,26 @@ class Job:
                 calibration=CALIBRATION,
                 calibration_sha256=self.calibration_sha256,
                 perplexity_rows=recipe.measurement_rows if given else BUILTIN_PERPLEXITY_ROWS,
+                threads=torch.get_num_threads(),  # sums depend on it, so it does not depend on the number of workers
                 nonce=self.work.nonce_check(),
                 versions=versions(),
             )
-            self._session = open_session(setup, Worker, recipe.executor, recipe.gpus, recipe.ray_address)
+            state_bytes = max(self._state_bytes(name) for name in self.rows)
+            self._session = open_session(
+                setup, Worker, recipe.executor, recipe.gpus, recipe.ray_address, state_bytes
+            )
         return self._session
+
+    @property
+    def scheduler(self) -> Scheduler:
+        if self._scheduler is None:
+            self._scheduler = Scheduler(self.session, self.limits, self._scheduled)
+        return self._scheduler
+
+    def _state_bytes(self, rows: str) -> int:
+        """Bytes of the hidden states of a set of calibration rows between two modules."""
+        width = 4 if self.spec.hyper.state_dtype == "float32" else 2
+        return self.rows[rows].ids.numel() * self.spec.hyper.hidden_size * width
 
     # ---- measure -----------------------------------------------------------------------------------------------
 
@@ -240,18 +262,65 @@ class Job:
             record = self.work.records.find(MEASURE, module.profile_key, keys[module.index])
             if record is not None:
                 profiles[module.index] = _profile(module, record.payload)
-        items = [MeasureItem(m.index, keys[m.index]) for m in self._measured() if m.index not in profiles]
-        if items:
+        todo = [m for m in self._measured() if m.index not in profiles]
+        if todo:
             with self._stage("measure", len(keys), len(profiles)) as progress:
 
-                def done(item: MeasureItem, result: ItemResult) -> None:
-                    profiles[item.index] = _profile(self.spec.modules[item.index], result.payload)
+                def done(module: ModuleSpec, result: ItemResult) -> None:
+                    profiles[module.index] = _profile(module, result.payload)
                     progress(result)
 
-                run_chain(self.session, "measure", items, done, on_lost=self._lost)
+                fan = Fan(
+                    "measure",
+                    [
+                        Module(m.index, m.profile_key, _cost(m), partial(self._measure_parts, m, keys[m.index], done))
+                        for m in todo
+                    ],
+                    self.session,
+                    window_for(self.session, self._state_bytes("measure")),
+                )
+                self.scheduler.run(fan)
+                self.work.event("states", stage="measure", window=fan.window, peak=fan.peak_states)
         measurement = self._assemble(profiles)
         write_measurement_to(self.work, measurement)
         return measurement
+
+    def _measure_parts(
+        self, module: ModuleSpec, inputs_hash: str, done: Callable[[ModuleSpec, ItemResult], None], count: int
+    ) -> list[Part]:
+        """The calls that measure an entered module: one, or one for each of ``count`` ranges of its option table."""
+
+        def found() -> ItemResult | None:
+            record = self.work.records.find(MEASURE, module.profile_key, inputs_hash)
+            return None if record is None else self._found(record)
+
+        if count == 1:
+            return [Part("measure", MeasureItem(module.index, inputs_hash), partial(done, module), found)]
+        results: dict[int, ItemResult] = {}
+
+        def part_done(p: int, result: ItemResult) -> None:
+            results[p] = result
+            if len(results) == count:
+                done(module, self._merge_parts(module, inputs_hash, [results[i] for i in range(count)]))
+
+        items = [MeasureItem(module.index, inputs_hash, (p, count)) for p in range(count)]
+        return [Part("measure", item, partial(part_done, p)) for p, item in enumerate(items)]
+
+    def _merge_parts(self, module: ModuleSpec, inputs_hash: str, results: Sequence[ItemResult]) -> ItemResult:
+        """Joins the parts of a module in order and commits the whole: a lost driver costs one module's parts at most."""
+        tables = zip(*(r.payload["lists"] for r in results), strict=True)
+        lists = [[option for part in table for option in part] for table in tables]
+        notes: list[str] = []
+        profile = profile_of(module, lists, results[0].payload["extra"], notes.append)
+        record = measure_record(profile, inputs_hash, notes, sum(r.seconds for r in results))
+        self.work.records.commit(record)
+        detail = f"{describe(profile)}, in {len(results)} parts"
+        return ItemResult(record.key, record.seconds, detail, record.payload, tuple(notes), results[-1].worker)
+
+    def _found(self, record: Record) -> ItemResult:
+        """The result of an item whose worker was lost after it had committed."""
+        self.work.event("found", key=record.key, kind=record.kind)
+        return ItemResult(record.key, record.seconds, "done before its worker was lost", record.payload, (), record.worker)
 
     def _assemble(self, profiles: Mapping[int, ModuleProfile]) -> Measurement:
         out = []
@@ -310,47 +379,156 @@ class Job:
 
     # ---- quantise ----------------------------------------------------------------------------------------------
 
-    def quantize(self, plan: Plan) -> dict[int, Record]:
-        """Records of all quantised modules of one bitrate, head included."""
+    def produce(self, plans: Sequence[Plan]) -> list[OutputSummary]:
+        """Quantises and writes all bitrates. A bitrate is written as soon as it is complete, while others go on."""
+        with ThreadPoolExecutor(1, "write") as writer:
+            writing: dict[float, Future[OutputSummary]] = {}
+
+            def complete(plan: Plan) -> None:
+                self.reporter.event("stage", stage=_compile_stage(plan), items=1, done=0)
+                writing[plan.bits] = writer.submit(self._write, plan, self._records(plan))
+
+            def tick() -> None:
+                for future in writing.values():
+                    if future.done():
+                        future.result()  # raises what went wrong as soon as it is known
+
+            self.quantize(plans, complete, tick)
+            outputs = []
+            for plan in plans:
+                start = time.monotonic()
+                outputs.append(writing[plan.bits].result())
+                self.reporter.event("end", stage=_compile_stage(plan), seconds=time.monotonic() - start)
+                names = [Path(f).name for f in outputs[-1].files]
+                self.work.event("written", bits=plan.bits, directory=outputs[-1].directory, files=names)
+            return outputs
+
+    def quantize(
+        self, plans: Sequence[Plan], complete: Callable[[Plan], None], tick: Callable[[], None] = lambda: None
+    ) -> None:
+        """Quantises all bitrates; ``complete(plan)`` as soon as the records of one are all there."""
+        todo = {plan.bits: self._missing(plan) for plan in plans}
+        stages: dict[float, _Stage] = {}
+        for plan in plans:
+            if todo[plan.bits]:
+                all_items = [m for m in self.spec.modules if m.linears]
+                stage = self._stage(f"quantize {bpw_name(plan.bits)}", len(all_items), len(all_items) - len(todo[plan.bits]))
+                stages[plan.bits] = stage.__enter__()
+
+        def finish(plan: Plan) -> None:
+            if plan.bits in stages:
+                stages[plan.bits].__exit__(None, None, None)
+            complete(plan)
+
+        if self.recipe.propagate == "reference":
+            flow: Flow | None = self._reference_flow(plans, todo, stages, finish)
+        else:
+            for plan in plans:
+                if not todo[plan.bits]:
+                    finish(plan)
+            chains = [self._chain_plan(p, todo[p.bits], stages[p.bits], finish) for p in plans if todo[p.bits]]
+            flow = Chains(chains, self.session, self.limits) if chains else None
+        if flow is not None:
+            self.scheduler.run(flow, tick)
+
+    def _missing(self, plan: Plan) -> list[ModuleSpec]:
         kind = quant_kind(plan.bits)
         modules = [m for m in self.spec.modules if m.linears]
-        records: dict[int, Record] = {}
-        for module in modules:
-            record = self.work.records.find(kind, module.profile_key, plan.hashes[module.index])
-            if record is not None:
-                records[module.index] = record
-        items = [
-            QuantizeItem(
-                m.index, plan.bits, {x.key: plan.params[x.key] for x in m.linears}, plan.hashes, self.recipe.propagate
-            )
-            for m in modules
-            if m.index not in records
-        ]
-        if items:
-            with self._stage(f"quantize {bpw_name(plan.bits)}", len(modules), len(records)) as progress:
-                run_chain(
-                    self.session, "quantize", items, lambda item, result: progress(result), on_lost=self._lost
+        return [m for m in modules if self.work.records.find(kind, m.profile_key, plan.hashes[m.index]) is None]
+
+    def _found_module(self, plan: Plan, index: int) -> ItemResult | None:
+        key = self.spec.modules[index].profile_key
+        record = self.work.records.find(quant_kind(plan.bits), key, plan.hashes[index])
+        return None if record is None else self._found(record)
+
+    def _chain_plan(
+        self, plan: Plan, todo: Sequence[ModuleSpec], stage: _Stage, finish: Callable[[Plan], None]
+    ) -> ChainPlan:
+        """One bitrate as a chain of modules. Modules after the first missing one are looked up when their turn comes."""
+        links = [Link(m.index, m.profile_key, _cost(m), {x.key: plan.params[x.key] for x in m.linears}) for m in todo]
+        left = {link.index for link in links}
+
+        def done(link: Link, result: ItemResult) -> None:
+            stage(result)
+            left.discard(link.index)
+            if not left:
+                finish(plan)
+
+        return ChainPlan(plan.bits, plan.hashes, links, done, lambda link: self._found_module(plan, link.index))
+
+    def _reference_flow(
+        self,
+        plans: Sequence[Plan],
+        todo: Mapping[float, Sequence[ModuleSpec]],
+        stages: Mapping[float, _Stage],
+        finish: Callable[[Plan], None],
+    ) -> Flow | None:
+        """Modules on reference states, a part per bitrate; at the end the perplexity of each quantised model."""
+        left = {plan.bits: {m.index for m in todo[plan.bits]} for plan in plans}
+
+        def parts(module: ModuleSpec, count: int) -> list[Part]:
+            def done(plan: Plan, result: ItemResult) -> None:
+                stages[plan.bits](result)
+                left[plan.bits].discard(module.index)
+
+            return [
+                Part(
+                    "quantize",
+                    QuantizeItem(
+                        module.index, p.bits, {x.key: p.params[x.key] for x in module.linears}, p.hashes[module.index]
+                    ),
+                    partial(done, p),
+                    partial(self._found_module, p, module.index),
                 )
-            for module in modules:
-                record = self.work.records.find(kind, module.profile_key, plan.hashes[module.index])
-                if record is None:
-                    raise StoreError(
-                        f"{module.profile_key}: the record written a moment ago cannot be read back",
-                        "is the disk healthy? run the same command again",
-                    )
-                records[module.index] = record
-        return records
+                for p in plans
+                if module.index in left[p.bits]
+            ]
+
+        loose = []
+        for plan in plans:
+            if self.work.records.find(quant_kind(plan.bits), PERPLEXITY, plan.hashes[-1]) is None:
+                done = partial(lambda p, result: finish(p), plan)
+                ready = partial(lambda p: not left[p.bits], plan)
+                loose.append(Part("perplexity", PerplexityItem(plan.bits, plan.hashes), done, ready=ready))
+            else:
+                finish(plan)
+        indices = sorted({i for some in left.values() for i in some})
+        modules = [
+            Module(i, self.spec.modules[i].profile_key, _cost(self.spec.modules[i]), partial(parts, self.spec.modules[i]))
+            for i in indices
+        ]
+        if not modules and not loose:
+            return None
+        return Fan("quantize", modules, self.session, window_for(self.session, self._state_bytes("quantize")), loose)
+
+    def _records(self, plan: Plan) -> dict[int, Record]:
+        """Records of all quantised modules of one bitrate, head included; the head's has both perplexities."""
+        kind = quant_kind(plan.bits)
+        out: dict[int, Record] = {}
+        for module in self.spec.modules:
+            if not module.linears:
+                continue
+            record = self.work.records.find(kind, module.profile_key, plan.hashes[module.index])
+            if record is None:
+                raise StoreError(
+                    f"{module.profile_key}: the record written a moment ago cannot be read back",
+                    "is the disk healthy? run the same command again",
+                )
+            out[module.index] = record
+        last = self.spec.modules[-1].index
+        if "perplexity" not in out[last].payload:
+            separate = self.work.records.find(kind, PERPLEXITY, plan.hashes[-1])
+            value = None if separate is None else separate.payload["perplexity"]
+            out[last] = replace(out[last], payload={**out[last].payload, "perplexity": value})
+        return out
 
     # ---- write -------------------------------------------------------------------------------------------------
 
-    def write(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
-        """Shards, and with -cf a complete model directory."""
+    def _write(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
+        """Shards, and with -cf a complete model directory. Reports nothing: it runs beside the scheduler."""
         recipe = self.recipe
         directory = recipe.output_dir(plan.bits)
         target = Path(directory) if directory is not None else self._bare_output(plan)
-        stage = f"compile {bpw_name(plan.bits)}"
-        self.reporter.event("stage", stage=stage, items=1, done=0)
-        start = time.monotonic()
         entries = self._entries(plan, records)
         paths = write_shards(target, entries, recipe.shard_size << 20, ours=_existing_outputs(target))
         if directory is not None:
@@ -360,9 +538,7 @@ class Job:
                 recipe.cal_dataset,
             )  # fmt: skip
             write_config(target, config)
-        self.reporter.event("end", stage=stage, seconds=time.monotonic() - start)
         head = records[self.spec.modules[-1].index].payload
-        self.work.event("written", bits=plan.bits, directory=str(target), files=[p.name for p in paths])
         return OutputSummary(
             plan.bits, plan.achieved_bpw, directory, tuple(str(p) for p in paths),
             sum(p.stat().st_size for p in paths), head["perplexity"], head["reference_perplexity"],
@@ -384,7 +560,9 @@ class Job:
         def tensors(index: int) -> dict[str, Tensor]:
             if index not in loaded:
                 loaded.clear()  # files are mapped; one module's at a time
-                loaded[index] = get_tensors(self.work.store, records[index].files[0].rel)
+                loaded[index] = {}
+                for file in records[index].files:
+                    loaded[index].update(get_tensors(self.work.store, file.rel))
             return loaded[index]
 
         for entry in output_tensors(self.spec):
@@ -440,10 +618,15 @@ class Job:
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
-    def _lost(self, item: Any, lost: Lost) -> None:
-        key = self.spec.modules[item.index].profile_key
-        self.work.event("worker_lost", key=key, reason=lost.reason)
-        self.reporter.event("warning", message=f"a worker was lost at {key} ({lost.reason}); trying again")
+    def _scheduled(self, name: str, **fields: Any) -> None:
+        """What the scheduler tells, for the event log and for people."""
+        self.work.event(name, **fields)
+        if name == "lost":
+            self.reporter.event("warning", message=f"a worker was lost at {fields['key']} ({fields['reason']}); trying again")
+        elif name == "retry":
+            self.reporter.event("warning", message=f"{fields['key']}: {fields['reason']}")
+        elif name == "note":
+            self.reporter.event("note", message=fields["message"])
 
     def _stage(self, name: str, items: int, done: int) -> _Stage:
         return _Stage(self, name, items, done)
@@ -456,18 +639,22 @@ class _Stage:
         self.job, self.name, self.items, self.done = job, name, items, done
 
     def __enter__(self) -> _Stage:
-        self.start = time.monotonic()
+        self.start, self.finished = time.monotonic(), 0
         self.job.reporter.event("stage", stage=self.name, items=self.items, done=self.done)
         self.job.work.event("stage", stage=self.name, items=self.items, done=self.done)
         return self
 
     def __call__(self, result: ItemResult) -> None:
         self.done += 1
-        self.job.work.event("item", stage=self.name, key=result.key, seconds=result.seconds)
-        self.job.reporter.event(
-            "item", stage=self.name, key=result.key, done=self.done, items=self.items, seconds=result.seconds,
-            detail=result.detail,
-        )  # fmt: skip
+        self.finished += 1
+        elapsed = time.monotonic() - self.start
+        fields: dict[str, Any] = {
+            "stage": self.name, "key": result.key, "done": self.done, "items": self.items, "seconds": result.seconds,
+            "worker": result.worker, "workers": self.job.session.size, "queue": self.items - self.done,
+            "eta_seconds": elapsed / self.finished * (self.items - self.done),
+        }  # fmt: skip
+        self.job.work.event("item", **fields)
+        self.job.reporter.event("item", **fields, detail=result.detail)
         for note in result.notes:
             self.job.reporter.event("note", message=f"{result.key}: {note}")
 
@@ -533,6 +720,15 @@ def option_bits(module: ModuleSpec) -> list[tuple[list[int], int]]:
         ]
         out.append((bits, sum(x.in_features * pad32(x.out_features) for x in linears)))
     return out
+
+
+def _cost(module: ModuleSpec) -> float:
+    """Weights of a module's linears: what deadlines and the balance of workers go by."""
+    return float(sum(x.in_features * x.out_features for x in module.linears))
+
+
+def _compile_stage(plan: Plan) -> str:
+    return f"compile {bpw_name(plan.bits)}"
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from exl2ray.formats.layout import QParams
 
+RowSet = Literal["measure", "quantize"]  # the two sets of calibration rows
+
 
 @dataclass(frozen=True)
 class WorkerSetup:
@@ -22,34 +24,81 @@ class WorkerSetup:
     calibration: str  # work directory name of the rows of tokens
     calibration_sha256: str
     perplexity_rows: int  # leading rows of the quantisation set whose perplexity is reported
-    threads: int | None = None  # torch threads on CPU; None: torch's choice
+    threads: int | None = None  # torch threads on CPU, the same whatever the number of workers; None: torch's choice
     nonce: tuple[str, str] | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
+class EnterItem:
+    """Reference forward of module ``index``, kept in the worker for the items on this module that follow.
+
+    The states that come with the call are those at the entry of module ``start`` (an index up to ``index``); without any
+    the worker uses its own, a checkpoint, or the token rows. ``ship``: return the states after the module as well.
+    ``keep_from``: checkpoints that a module from here on may need are kept. ``shrink`` divides batch sizes.
+    """
+
+    rows: RowSet
+    index: int
+    start: int
+    keep_from: int
+    ship: bool
+    shrink: int = 1
+
+
+@dataclass(frozen=True)
 class MeasureItem:
-    """Measure module ``index`` on reference states; ``inputs_hash`` names the record."""
+    """Score part p of P of the options of module ``index``; ``inputs_hash`` names the record of a whole module."""
 
     index: int
     inputs_hash: str
-    kind: Literal["measure"] = "measure"
+    part: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
 class QuantizeItem:
-    """Quantise module ``index`` of one bitrate. ``hashes`` are the inputs hashes of modules 0 .. index.
+    """Quantise module ``index`` of one bitrate on reference states. ``params``: linear key -> option."""
 
-    ``params``: linear key -> option. The states entering the module are the outputs of the modules before it, all of which
-    must have been quantised (their packed tensors are in the work directory).
+    index: int
+    bits: float
+    params: dict[str, QParams]
+    inputs_hash: str
+
+
+@dataclass(frozen=True)
+class PerplexityItem:
+    """Run the perplexity rows through the quantised model of one bitrate. ``hashes``: inputs hashes of all modules."""
+
+    bits: float
+    hashes: tuple[str, ...]
+    shrink: int = 1
+
+
+@dataclass(frozen=True)
+class JoinItem:
+    """Form a group that quantises one bitrate together and bring its states to the entry of module ``index``.
+
+    ``address``: (host, port) of the rendezvous store; None for a group of one.
     """
+
+    bits: float
+    hashes: tuple[str, ...]
+    index: int
+    rank: int
+    size: int
+    address: tuple[str, int] | None
+    shrink: int = 1
+
+
+@dataclass(frozen=True)
+class ChainItem:
+    """Quantise module ``index`` together with the group, on what the quantised modules before it produce."""
 
     index: int
     bits: float
     params: dict[str, QParams]
     hashes: tuple[str, ...]
-    propagate: Literal["quantized", "reference"] = "quantized"
-    kind: Literal["quantize"] = "quantize"
+    shrink: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,3 +110,4 @@ class ItemResult:
     detail: str
     payload: dict[str, Any]
     notes: tuple[str, ...] = ()
+    worker: str = ""  # host:pid

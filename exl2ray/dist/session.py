@@ -1,27 +1,37 @@
 """Workers and how to talk to them: inline in this process, or as Ray actors. The only module that imports ray.
 
 The driver submits calls and waits for outcomes; workers are disposable. Ray's own retries are off (max_restarts=0,
-max_task_retries=0): a lost item comes back as `Lost`, and the schedule decides. See docs/architecture.md for the facts
-about Ray behind these choices.
+max_task_retries=0): a lost item comes back as `Lost`, the session replaces the worker, and the schedule decides what
+becomes of the item. A worker that waits for a GPU (a node that joins late, an autoscaler) is a pending actor; it takes part
+as soon as it runs. See docs/architecture.md for the facts about Ray behind these choices.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import socket
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from exl2ray.dist.faults import DeviceFailed, translate
 from exl2ray.dist.items import WorkerSetup
 from exl2ray.errors import ClusterError, Exl2RayError
+from exl2ray.store.fs import Store
+from exl2ray.store.layout import LOGS
 
-OBJECT_STORE_BYTES = 256 << 20  # items and results are small; states stay in the workers
+OBJECT_STORE_BYTES = 256 << 20  # beside the states that travel
 _MIN_STORE_BYTES = 80 << 20
-ACTOR_START_SECONDS = 300
+START_SECONDS = 600  # until the first worker runs, or until one runs again after all were lost
+GATHER_SECONDS = 5.0  # at the start, for more workers than the first
+GROW_SECONDS = 10.0
+MAX_START_FAILURES = 5  # in a row
 
 
 @dataclass(frozen=True)
@@ -33,26 +43,57 @@ class Lost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """worker: index in the session. value: the call's result, an exception that the item raised, or Lost."""
+    """worker: its number in the session. value: the call's result, an exception that the item raised, or Lost.
+
+    ``second``: where the call returns two values, a handle of the second that later calls take as an argument.
+    """
 
     worker: int
     value: Any
+    second: Any = None
 
 
 class Session(Protocol):
-    size: int
+    notes: list[str]  # what happened to workers, in words; whoever shows them empties the list
 
-    def submit(self, worker: int, method: str, *args: Any) -> None:
-        """Starts a call on an idle worker."""
+    @property
+    def size(self) -> int:
+        """Workers, those that are starting included."""
         ...
 
-    def wait(self, timeout_seconds: float | None = None) -> Outcome | None:
+    def idle(self) -> list[int]:
+        """Workers that run and have no call."""
+        ...
+
+    def starting(self) -> int:
+        """Workers that do not run yet."""
+        ...
+
+    def name(self, worker: int) -> str:
+        """host:pid, where known."""
+        ...
+
+    def submit(self, worker: int, method: str, *args: Any, returns: int = 1) -> None:
+        """Starts a call on an idle worker. With ``returns=2`` the method returns a pair."""
+        ...
+
+    def wait(self, timeout_seconds: float) -> Outcome | None:
         """The next outcome of any worker; None if none came in time."""
         ...
 
-    def renew(self, worker: int) -> None:
-        """Replaces a lost worker by a fresh one."""
+    def kill(self, worker: int) -> None:
+        """Ends a worker whatever it does and starts another in its place; its call has no outcome."""
         ...
+
+    def store_bytes(self) -> int | None:
+        """Size of the store for states between workers; None where there is none."""
+        ...
+
+    def address(self) -> str:
+        """Where workers reach this process."""
+        ...
+
+    def log_place(self) -> str: ...
 
     def close(self) -> None: ...
 
@@ -66,26 +107,66 @@ class InlineSession:
         self._setup, self._make = setup, make
         self._worker = make(setup)
         self._done: list[Outcome] = []
+        self.notes: list[str] = []
 
-    def submit(self, worker: int, method: str, *args: Any) -> None:
+    def idle(self) -> list[int]:
+        return [] if self._done else [0]
+
+    def starting(self) -> int:
+        return 0
+
+    def name(self, worker: int) -> str:
+        return f"{socket.gethostname()}:{os.getpid()}"
+
+    def submit(self, worker: int, method: str, *args: Any, returns: int = 1) -> None:
         try:
             value: Any = getattr(self._worker, method)(*args)
         except Exception as e:
-            value = e
-        self._done.append(Outcome(worker, value))
+            error = translate(e)
+            if isinstance(error, DeviceFailed):
+                raise error from e  # this process has lost its GPU
+            self._done.append(Outcome(worker, error))
+            return
+        self._done.append(Outcome(worker, *value) if returns == 2 else Outcome(worker, value))
 
-    def wait(self, timeout_seconds: float | None = None) -> Outcome | None:
+    def wait(self, timeout_seconds: float) -> Outcome | None:
         return self._done.pop(0) if self._done else None
 
-    def renew(self, worker: int) -> None:
+    def kill(self, worker: int) -> None:
+        self._done.clear()
         self._worker = self._make(self._setup)
+
+    def store_bytes(self) -> int | None:
+        return None
+
+    def address(self) -> str:
+        return "127.0.0.1"
+
+    def log_place(self) -> str:
+        return "this process"
 
     def close(self) -> None:
         self._worker = None
 
 
+@dataclass
+class _Slot:
+    """One worker of a RaySession. ``call``: reference of what it works on, the start included."""
+
+    actor: Any
+    call: Any
+    second: Any = None
+    ready: bool = False
+    name: str = ""
+    began: float = field(default_factory=time.monotonic)
+
+
 class RaySession:
-    """One Ray actor per GPU, or one on CPUs."""
+    """One Ray actor per GPU, or CPU actors.
+
+    workers: how many; None: one per GPU that Ray offers, more as GPUs join, or one on CPUs. claim: resources of an actor
+    in place of one GPU (or one CPU). state_bytes: size of the states between two modules, for the local object store.
+    """
 
     def __init__(
         self,
@@ -93,87 +174,240 @@ class RaySession:
         make: Callable[[WorkerSetup], Any],
         workers: int | None = None,
         address: str | None = None,
-        log_dir: Path | None = None,
+        state_bytes: int = 0,
+        claim: dict[str, Any] | None = None,
     ) -> None:
-        self._ray = start_ray(address, log_dir)
+        self._ray = start_ray(address, state_bytes)
+        self.notes: list[str] = []
+        self._setup, self._make = setup, make
+        self._slots: dict[int, _Slot] = {}
+        self._failures = 0
+        self._alive_at = self._grown_at = time.monotonic()
         try:
-            gpus = int(self._ray.cluster_resources().get("GPU", 0))
-            if setup.device == "cuda" and gpus == 0:
+            if setup.device == "cuda" and self._gpus() == 0 and workers is None:
                 raise ClusterError(
-                    "Ray offers no GPU",
-                    "check nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --device cpu",
+                    "Ray offers no GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --device cpu"
                 )
-            if setup.device == "cuda":
-                self.size = min(workers or gpus, gpus)
-                options = {"num_gpus": 1, "num_cpus": 1}
-            else:
-                self.size = workers or 1
-                cpus = self._ray.cluster_resources().get("CPU", 1)
-                options = {"num_gpus": 0, "num_cpus": max(1, int(cpus) // self.size)}
-                if setup.threads is None:
-                    setup = replace(setup, threads=max(1, (os.cpu_count() or 1) // self.size))
-            self._setup = setup
+            self._grow = setup.device == "cuda" and workers is None
+            count = workers or (self._gpus() if setup.device == "cuda" else 1)
+            options = claim or ({"num_gpus": 1, "num_cpus": 1} if setup.device == "cuda" else {"num_cpus": 1})
             # Ray ships the class by value; wrapping a factory lets tests use workers of their own.
-            self._actor = self._ray.remote(max_restarts=0, max_task_retries=0, **options)(_Host)
-            self._make = make
-            self._actors: list[Any] = [self._actor.remote(make, self._setup) for _ in range(self.size)]
-            self._calls: dict[Any, int] = {}
-            self._await_start(range(self.size))
+            self._actor = self._ray.remote(
+                max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **options
+            )(_Host)
+            for worker in range(count):
+                self._start(worker)
+            self._await_first()
         except BaseException:
-            self._ray.shutdown()
+            self.close()
             raise
 
-    def _await_start(self, workers: Any) -> None:
-        """Waits until the actors are alive, so that set-up errors show at once and with their own type."""
-        refs = [self._actors[w].call.remote("ping") for w in workers]
-        try:
-            self._ray.get(refs, timeout=ACTOR_START_SECONDS)
-        except self._ray.exceptions.GetTimeoutError as e:
-            raise ClusterError(
-                f"workers did not start within {ACTOR_START_SECONDS} s",
-                "Ray may lack free CPUs or GPUs: see `ray status`",
-            ) from e
-        except self._ray.exceptions.RayError as e:
-            raise _cause(e) from e
+    # ---- starting ----------------------------------------------------------------------------------------------
 
-    def submit(self, worker: int, method: str, *args: Any) -> None:
-        self._calls[self._actors[worker].call.remote(method, *args)] = worker
+    def _start(self, worker: int) -> None:
+        actor = self._actor.remote(self._make, self._setup)
+        self._slots[worker] = _Slot(actor, actor.start.remote())
 
-    def wait(self, timeout_seconds: float | None = None) -> Outcome | None:
-        if not self._calls:
+    def _await_first(self) -> None:
+        """Waits for one worker, and a little for more, so that errors of the set-up show at once and as they are."""
+        first: float | None = None
+        while self.starting():
+            if first is not None and time.monotonic() - first > GATHER_SECONDS:
+                return
+            self.wait(0.2)
+            if first is None and self.idle():
+                first = time.monotonic()
+
+    @property
+    def size(self) -> int:
+        return len(self._slots)
+
+    def _gpus(self) -> int:
+        return int(self._ray.cluster_resources().get("GPU", 0))
+
+    # ---- calls -------------------------------------------------------------------------------------------------
+
+    def idle(self) -> list[int]:
+        return [w for w, s in self._slots.items() if s.ready and s.call is None]
+
+    def starting(self) -> int:
+        return sum(not s.ready for s in self._slots.values())
+
+    def name(self, worker: int) -> str:
+        return self._slots[worker].name
+
+    def submit(self, worker: int, method: str, *args: Any, returns: int = 1) -> None:
+        slot = self._slots[worker]
+        refs = slot.actor.call.options(num_returns=returns).remote(method, *args)
+        slot.call, slot.second = refs if returns == 2 else (refs, None)
+
+    def wait(self, timeout_seconds: float) -> Outcome | None:
+        self._look_after()
+        calls = {s.call: w for w, s in self._slots.items() if s.call is not None}
+        if not calls:
+            time.sleep(min(timeout_seconds, 0.05))
             return None
-        ready, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_seconds)
+        ready, _ = self._ray.wait(list(calls), num_returns=1, timeout=timeout_seconds, fetch_local=False)
         if not ready:
             return None
-        worker = self._calls.pop(ready[0])
-        try:
-            return Outcome(worker, self._ray.get(ready[0]))
-        except self._ray.exceptions.RayActorError as e:
-            return Outcome(worker, Lost(str(e).strip().splitlines()[0]))
-        except self._ray.exceptions.RayTaskError as e:
-            return Outcome(worker, _cause(e))
-        except self._ray.exceptions.RayError as e:
-            return Outcome(worker, Lost(f"{type(e).__name__}: {e}"))
+        worker = calls[ready[0]]
+        slot = self._slots[worker]
+        second, slot.call, slot.second = slot.second, None, None
+        value = self._value(ready[0])
+        if not slot.ready:
+            self._end_start(worker, slot, value)
+            return None
+        if isinstance(value, DeviceFailed):
+            value = Lost(value.message)
+        if isinstance(value, Lost):
+            self._replace(worker)
+        return Outcome(worker, value, second)
 
-    def renew(self, worker: int) -> None:
-        self._ray.kill(self._actors[worker], no_restart=True)
-        self._actors[worker] = self._actor.remote(self._make, self._setup)
-        self._await_start([worker])
+    def _value(self, ref: Any) -> Any:
+        """A call's result, the exception that it raised, or Lost."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(ref)
+        except errors.RayActorError as e:
+            return Lost(_line(e))
+        except errors.RayTaskError as e:
+            if isinstance(getattr(e, "cause", None), errors.RayError):
+                return MissingArgument(_line(e))
+            return _cause(e)
+        except (errors.ObjectLostError, errors.OwnerDiedError, errors.ObjectFetchTimedOutError) as e:
+            return MissingArgument(_line(e))
+        except errors.RayError as e:
+            return Lost(f"{type(e).__name__}: {_line(e)}")
+
+    def _end_start(self, worker: int, slot: _Slot, value: Any) -> None:
+        """A worker that runs now; or one that could not start: an error of the set-up, or a process that died."""
+        if isinstance(value, str):
+            slot.ready, slot.name = True, value
+            self._failures, self._alive_at = 0, time.monotonic()
+            return
+        if isinstance(value, Exception):
+            others = any(s.ready for s in self._slots.values())
+            if not others:
+                raise value
+            self.notes.append(f"a worker cannot take part: {value}")
+            self._ray.kill(slot.actor, no_restart=True)
+            del self._slots[worker]
+            self._grow = False
+            return
+        self._failures += 1
+        reason = value.reason if isinstance(value, Lost) else str(value)
+        if self._failures >= MAX_START_FAILURES:
+            raise ClusterError(
+                f"{self._failures} workers in a row died while starting; the last: {reason}",
+                f"see {self.log_place()}; running out of memory is the usual cause",
+            )
+        self._replace(worker)
+
+    def _look_after(self) -> None:
+        """Notices when no worker has been running for too long, and GPUs that joined."""
+        now = time.monotonic()
+        if any(s.ready for s in self._slots.values()):
+            self._alive_at = now
+        elif now - self._alive_at > START_SECONDS:
+            raise ClusterError(
+                f"no worker has been running for {START_SECONDS} s",
+                "Ray may lack free CPUs or GPUs: see `ray status`",
+            )
+        if self._grow and now - self._grown_at > GROW_SECONDS:
+            self._grown_at = now
+            for _ in range(self._gpus() - len(self._slots)):
+                self._start(max(self._slots, default=-1) + 1)
+
+    # ---- endings -----------------------------------------------------------------------------------------------
+
+    def kill(self, worker: int) -> None:
+        self._replace(worker)
+
+    def _replace(self, worker: int) -> None:
+        """Whatever kind of loss was reported: the process must be gone before another takes its place."""
+        slot = self._slots[worker]
+        self._ray.kill(slot.actor, no_restart=True)
+        host, _, pid = slot.name.rpartition(":")
+        if pid.isdigit() and host == socket.gethostname() and self._is_ours(int(pid)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(int(pid), signal.SIGKILL)  # a stopped process does not hear of ray.kill
+        self._start(worker)
+
+    @staticmethod
+    def _is_ours(pid: int) -> bool:
+        try:
+            return b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+    def store_bytes(self) -> int | None:
+        nodes = [n for n in self._ray.nodes() if n.get("Alive")]
+        sizes = [n["Resources"].get("object_store_memory", 0) for n in nodes]
+        return int(min(sizes)) if sizes else None
+
+    def address(self) -> str:
+        return str(self._ray.util.get_node_ip_address())
+
+    def log_place(self) -> str:
+        try:
+            folder = self._ray._private.worker._global_node.get_logs_dir_path()
+        except AttributeError:
+            folder = "/tmp/ray/session_latest/logs"
+        return f"{folder} on the worker's machine and {self._setup.work_root}/{LOGS}"
 
     def close(self) -> None:
-        for actor in self._actors:
-            self._ray.kill(actor, no_restart=True)
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            for slot in self._slots.values():
+                self._ray.kill(slot.actor, no_restart=True)
+        self._slots.clear()
         self._ray.shutdown()
+
+
+class MissingArgument(ClusterError):
+    """States that a call was to take are gone with the machine that had them."""
 
 
 class _Host:
     """The actor: a worker behind one generic method, so that new items need no new actor code."""
 
     def __init__(self, make: Callable[[WorkerSetup], Any], setup: WorkerSetup) -> None:
-        self._worker = make(setup)
+        self._make, self._setup = make, setup
+        self._worker: Any = None
+
+    def start(self) -> str:
+        """Makes the worker, in a call of its own: what it raises arrives as it is. Returns host:pid."""
+        self._worker = self._make(self._setup)
+        return f"{socket.gethostname()}:{os.getpid()}"
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._worker, method)(*args)
+        try:
+            return getattr(self._worker, method)(*args)
+        except Exception as e:
+            error = translate(e)
+            if not isinstance(e, Exl2RayError):
+                _write_log(self._setup.work_root, method, traceback.format_exc())
+            if error is e:
+                raise
+        # Outside of the handler: a traceback would keep the tensors of the frames alive.
+        release = getattr(self._worker, "release", None)
+        if release is not None and not isinstance(error, DeviceFailed):
+            release()
+        raise error
+
+
+def _write_log(root: str, method: str, text: str) -> None:
+    """The traceback of an unexpected error, where everybody can read it."""
+    with contextlib.suppress(Exl2RayError):
+        name = f"{LOGS}/{socket.gethostname()}-{os.getpid()}-{time.strftime('%Y%m%dT%H%M%S')}.log"
+        Store.open(root).put(name, f"{method}\n{text}".encode())
+
+
+def _line(e: BaseException) -> str:
+    """Ray's reasons are pages long: the first lines that say something."""
+    lines = [x.strip() for x in str(e).splitlines() if x.strip()]
+    telling = [x for x in lines if "memory" in x.lower() or "exit" in x.lower() or "node" in x.lower()]
+    chosen = [*lines[:1], *[x for x in telling[:2] if x not in lines[:1]]]
+    return "; ".join(chosen)[:400] or type(e).__name__
 
 
 def _cause(e: Exception) -> Exception:
@@ -192,11 +426,11 @@ def _typed() -> set[type[Exl2RayError]]:
     while todo:
         kind = todo.pop()
         found.add(kind)
-        todo += [k for k in kind.__subclasses__() if k.__module__ == Exl2RayError.__module__]
+        todo += [k for k in kind.__subclasses__() if k.__module__.startswith("exl2ray.")]
     return found
 
 
-def start_ray(address: str | None, log_dir: Path | None) -> Any:
+def start_ray(address: str | None, state_bytes: int = 0) -> Any:
     """Connects to a cluster or starts a private local Ray; returns the ray module.
 
     ``address``, else $RAY_ADDRESS, else "local": a bare ray.init() would silently attach to any Ray on this machine.
@@ -211,7 +445,7 @@ def start_ray(address: str | None, log_dir: Path | None) -> Any:
     if address == "local":
         options.update(
             include_dashboard=False,
-            object_store_memory=_store_bytes(),
+            object_store_memory=_store_bytes(state_bytes),
             num_cpus=max(1, os.cpu_count() or 1),
         )
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -223,20 +457,22 @@ def start_ray(address: str | None, log_dir: Path | None) -> Any:
             "check --ray-address and $RAY_ADDRESS; `exl2ray doctor` looks at this machine",
         ) from e
     finally:
-        for number, handler in handlers.items():
-            if handler is not None:
-                signal.signal(number, handler)
+        with contextlib.suppress(ValueError):  # not in the main thread: nobody touched the handlers
+            for number, handler in handlers.items():
+                if handler is not None:
+                    signal.signal(number, handler)
     return ray
 
 
-def _store_bytes() -> int:
-    """Object store size that fits /dev/shm: too large a store is a hard error of ray.init."""
+def _store_bytes(state_bytes: int) -> int:
+    """Object store for a few sets of states that fits /dev/shm: too large a store is a hard error of ray.init."""
+    wanted = OBJECT_STORE_BYTES + 8 * state_bytes
     try:
         stats = os.statvfs("/dev/shm")
         free = stats.f_bavail * stats.f_frsize
     except OSError:
         return OBJECT_STORE_BYTES
-    return max(_MIN_STORE_BYTES, min(OBJECT_STORE_BYTES, int(free * 0.8)))
+    return max(_MIN_STORE_BYTES, min(wanted, int(free * 0.6)))
 
 
 def open_session(
@@ -245,12 +481,9 @@ def open_session(
     executor: str,
     workers: int | None = None,
     address: str | None = None,
+    state_bytes: int = 0,
 ) -> Session:
     """An inline session or a Ray session with ``workers`` workers (None: one per GPU, or one on CPUs)."""
     if executor == "inline":
         return InlineSession(setup, make)
-    return RaySession(setup, make, workers, address)
-
-
-def now() -> float:
-    return time.monotonic()
+    return RaySession(setup, make, workers, address, state_bytes)

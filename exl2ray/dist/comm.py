@@ -1,0 +1,120 @@
+"""How the members of a group exchange tensors: not at all (a group of one), or through torch.distributed.
+
+NCCL between GPUs, gloo between CPUs and for small Python objects. Members meet at a TCPStore that the driver serves. A call
+that fails because another member is gone raises GroupBroken; nothing here tries again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from exl2ray.dist.faults import GroupBroken
+
+RENDEZVOUS_SECONDS = 120
+STEP_SECONDS = 6 * 3600  # the driver's deadlines are the ones that matter
+
+
+class Comm(Protocol):
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank."""
+        ...
+
+    def send(self, t: Tensor, to: int) -> None: ...
+
+    def receive(self, like: Tensor, source: int) -> Tensor:
+        """Fills ``like`` (contiguous)."""
+        ...
+
+    def broadcast(self, t: Tensor, source: int) -> Tensor:
+        """Fills ``t`` (contiguous) everywhere with the source's values."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Solo:
+    """A group of one."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def send(self, t: Tensor, to: int) -> None:
+        raise GroupBroken(f"a group of one has no member {to}")
+
+    def receive(self, like: Tensor, source: int) -> Tensor:
+        raise GroupBroken(f"a group of one has no member {source}")
+
+    def broadcast(self, t: Tensor, source: int) -> Tensor:
+        return t
+
+    def close(self) -> None:
+        pass
+
+
+class Group:
+    """Several processes. All members must make the same calls in the same order."""
+
+    def __init__(self, address: tuple[str, int], rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size = rank, size
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with _broken_if_it_fails():
+            host, port = address
+            store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
+            torch_dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=STEP_SECONDS)
+            )
+
+    def gather(self, value: Any) -> list[Any]:
+        out: list[Any] = [None] * self.size
+        with _broken_if_it_fails():
+            torch_dist.all_gather_object(out, value)
+        return out
+
+    def send(self, t: Tensor, to: int) -> None:
+        with _broken_if_it_fails():
+            torch_dist.send(t.contiguous(), to)
+
+    def receive(self, like: Tensor, source: int) -> Tensor:
+        with _broken_if_it_fails():
+            torch_dist.recv(like, source)
+        return like
+
+    def broadcast(self, t: Tensor, source: int) -> Tensor:
+        with _broken_if_it_fails():
+            torch_dist.broadcast(t, source)
+        return t
+
+    def close(self) -> None:
+        if torch_dist.is_initialized():
+            with _broken_if_it_fails():
+                torch_dist.destroy_process_group()
+
+
+def serve_rendezvous() -> tuple[Any, int]:
+    """The store at which a group meets, served by this process for as long as it is referenced, and its port."""
+    store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+    return store, int(store.port)
+
+
+@contextmanager
+def _broken_if_it_fails() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as e:  # gloo, NCCL and the store all raise RuntimeErrors
+        text = str(e).strip().splitlines()
+        if "out of memory" in str(e).lower():
+            raise
+        raise GroupBroken(f"a member of the group is gone: {text[0] if text else type(e).__name__}") from e

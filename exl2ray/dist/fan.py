@@ -1,0 +1,226 @@
+"""Work on reference states: modules are independent of each other, but for the states that enter them.
+
+Measurement, and quantisation with ``--propagate reference``. Modules are entered one after another (``enter``: reference
+forward, which yields the states of the next module); once entered, the parts of a module (ranges of its option table, or
+bitrates) are worked on while other workers are ahead already. There is no pass that only computes states: each reference
+forward is one that measuring needs anyway. Modules that are finished already are passed through by whoever enters the next.
+
+States at the entry of a module stay in the object store until it is finished. The window bounds them: a module is entered
+only if it is less than ``window`` modules ahead of the oldest unfinished one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from exl2ray.dist.items import EnterItem, ItemResult, RowSet
+from exl2ray.dist.schedule import Call, Flow
+from exl2ray.dist.session import Session
+
+
+@dataclass
+class Part:
+    """One call on an entered module, or, loose, on none.
+
+    ``found`` looks whether the result is in the work directory after all; ``ready``: whether a loose part can be done.
+    """
+
+    method: str
+    item: Any
+    on_done: Callable[[ItemResult], None]
+    found: Callable[[], ItemResult | None] = lambda: None
+    ready: Callable[[], bool] = lambda: True
+    worker: int | None = None  # who works on it
+    finished: bool = False
+
+
+@dataclass
+class Module:
+    """A module with something to do. ``parts(n)``: its parts, for at least n workers if it can be split."""
+
+    index: int
+    key: str
+    cost: float
+    make_parts: Callable[[int], list[Part]]
+    parts: list[Part] = field(default_factory=list)
+    start: int = 0  # where the states in ``entry`` are
+    entry: Any = None  # reference of the states; None: the worker finds its own
+    entered: bool = False  # some worker got through, so the states after it exist
+    holders: set[int] = field(default_factory=set)  # workers that hold its context
+
+    @property
+    def finished(self) -> bool:
+        return self.entered and all(p.finished for p in self.parts)
+
+
+class Fan(Flow):
+    """``modules``: those with work, in order. ``window``: see above. ``loose``: what else there is to do, some time."""
+
+    def __init__(
+        self, rows: RowSet, modules: Sequence[Module], session: Session, window: int, loose: Sequence[Part] = ()
+    ) -> None:
+        super().__init__()
+        self.rows, self.session, self.window = rows, session, max(2, window)
+        self.modules, self.loose = list(modules), list(loose)
+        self._frontier = 0  # position in ``modules`` of the next one to enter
+        self._entering: dict[int, Module] = {}  # worker -> module
+        self._context: dict[int, Module] = {}  # worker -> module whose context it holds
+        self._advancing: int | None = None  # worker at the frontier
+        self._front: tuple[int, Any] = (0, None)  # states for the frontier: (index, reference)
+        self.peak_states = 0  # most states that were held at a time
+
+    # ---- what to do --------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        return self._frontier >= len(self.modules) and all(m.finished for m in self.modules) and all(
+            p.finished for p in self.loose
+        )
+
+    def dispatch(self, idle: Sequence[int]) -> list[tuple[int, Call]]:
+        calls: list[tuple[int, Call]] = []
+        free = list(idle)
+        for choose in (self._own_part, self._enter_next, self._enter_again, self._loose_part):  # in this order of use
+            for worker in list(free):
+                call = choose(worker)
+                if call is not None:
+                    free.remove(worker)
+                    calls.append((worker, call))
+        self.peak_states = max(self.peak_states, self.states_held())
+        return calls
+
+    def states_held(self) -> int:
+        """States in the object store."""
+        held = {id(m.entry) for m in self.modules if m.entry is not None and not m.finished}
+        return len(held | ({id(self._front[1])} if self._front[1] is not None else set()))
+
+    def _own_part(self, worker: int) -> Call | None:
+        """The next part of the module that this worker holds."""
+        module = self._context.get(worker)
+        if module is None:
+            return None
+        for part in module.parts:
+            if part.worker is None and not part.finished:
+                part.worker = worker
+                return Call(part.method, (part.item,), module.key, module.cost / len(module.parts))
+        return None
+
+    def _enter_next(self, worker: int) -> Call | None:
+        """The frontier, one worker at a time, if the window allows it."""
+        if self._advancing is not None or self._frontier >= len(self.modules):
+            return None
+        module = self.modules[self._frontier]
+        unfinished = [m.index for m in self.modules[: self._frontier] if not m.finished]
+        if unfinished and module.index - unfinished[0] >= self.window:
+            return None
+        previous = self.modules[self._frontier - 1].holders if self._frontier else set()
+        if self._front[1] is None and previous and worker not in previous:
+            return None  # only its holder has the states: it comes back to the frontier by itself
+        self._advancing = worker
+        module.start, module.entry = self._front
+        return self._enter(worker, module, self.session.size > 1 and self._frontier + 1 < len(self.modules))
+
+    def _enter_again(self, worker: int) -> Call | None:
+        """A module whose worker was lost, or with parts that nobody has begun: the oldest first."""
+        for module in self.modules[: self._frontier]:
+            if module.finished or not module.entered:
+                continue
+            free = sum(p.worker is None and not p.finished for p in module.parts)
+            if free > sum(m is module for m in self._entering.values()):
+                return self._enter(worker, module, False)
+        return None
+
+    def _loose_part(self, worker: int) -> Call | None:
+        for part in self.loose:
+            if part.worker is None and not part.finished and part.ready():
+                part.worker = worker
+                self._leave(worker)
+                return Call(part.method, (part.item,), part.method, sum(m.cost for m in self.modules))
+        return None
+
+    def _enter(self, worker: int, module: Module, ship: bool) -> Call:
+        self._leave(worker)
+        self._entering[worker] = module
+        oldest = next((m.index for m in self.modules if not m.finished), module.index)
+        shrink = self.shrink.get(module.key, 1)
+        item = EnterItem(self.rows, module.index, module.start, oldest, ship, shrink)
+        args = (item,) if module.entry is None else (item, module.entry)
+        return Call("enter", args, module.key, module.cost * (1 + module.index - max(module.start, 1)), returns=2)
+
+    # ---- what came of it ---------------------------------------------------------------------------------------
+
+    def finished(self, worker: int, call: Call, result: Any, second: Any) -> None:
+        if call.method == "enter":
+            self._entered(worker, second)
+            return
+        module = self._context.get(worker)
+        part = next(p for p in (module.parts if module else self.loose) if p.worker == worker and not p.finished)
+        self._finish(module, part, result)
+
+    def _entered(self, worker: int, states: Any) -> None:
+        module = self._entering.pop(worker)
+        self._context[worker] = module
+        module.holders.add(worker)
+        if not module.entered:
+            module.entered = True
+            left = len(self.modules) - self._frontier
+            module.parts = module.make_parts(self._split(left))
+            self._frontier += 1
+            self._front = (module.index + 1, states)
+        if self._advancing == worker:
+            self._advancing = None
+
+    def _split(self, left: int) -> int:
+        """Parts of a module when ``left`` modules (this one included) are left: more than one once workers would idle."""
+        workers = self.session.size
+        return 1 if left >= workers else -(-workers // left)
+
+    def _finish(self, module: Module | None, part: Part, result: ItemResult) -> None:
+        part.finished, part.worker = True, None
+        part.on_done(result)
+        if module is not None and module.finished:
+            module.entry = None  # the states may go
+
+    def lost(self, worker: int, call: Call, alive: bool) -> None:
+        if call.method == "enter":
+            self._entering.pop(worker, None)
+            if self._advancing == worker:
+                self._advancing = None
+            self._leave(worker)
+            return
+        module = self._context.get(worker)
+        self._leave(worker)
+        for part in module.parts if module is not None else self.loose:
+            if part.worker == worker and not part.finished:
+                part.worker = None
+                result = part.found()  # it may have been finished before the loss
+                if result is not None:
+                    self._finish(module, part, result)
+
+    def missing(self, worker: int, call: Call) -> None:
+        """The states of a module were lost with a machine: whoever enters it next finds its own."""
+        module = self._entering.get(worker)
+        if module is not None:
+            module.entry = None
+            if not module.entered:
+                self._front = (0, None)
+        self.lost(worker, call, True)
+
+    def _leave(self, worker: int) -> None:
+        module = self._context.pop(worker, None)
+        if module is not None:
+            module.holders.discard(worker)
+
+
+def window_for(session: Session, state_bytes: int) -> int:
+    """Modules that may be entered ahead of the oldest unfinished one: one per worker, as far as the store has room."""
+    wanted = session.size + 2
+    store = session.store_bytes()
+    if store is None or not state_bytes:
+        return wanted
+    return max(2, min(wanted, int(store * 0.7) // state_bytes))
+
+
+__all__ = ["Fan", "Module", "Part", "window_for"]

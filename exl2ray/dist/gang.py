@@ -1,0 +1,357 @@
+"""Quantising one module after another as a group: calibration rows stay where they are, weights move.
+
+The calibration rows are cut into ``SHARES`` ranges, the same whatever the size of the group; a member keeps the states of a
+run of shares. Per module
+
+1. every member runs its rows through the source module and accumulates a Hessian per input and share,
+2. the Hessians of an input are summed on its owner, in the fixed shape of a binary tree over the shares: the sum has the
+   same bits whoever held which share,
+3. owners factorise, quantise, pack and write the linears of their inputs; the packed tensors are broadcast,
+4. everybody runs its rows through the quantised module; the first member commits the record.
+
+A group of one does the same without sending anything, so one worker and eight give the same bytes. After a loss the group
+is formed anew: shares that a survivor holds are sent to their new holders, lost ones start from a checkpoint or from the
+token rows and go forward through packed modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exl2ray.dist.checkpoints import Chain, Checkpoints
+from exl2ray.dist.comm import Comm, Group, Solo
+from exl2ray.dist.items import ChainItem, JoinItem
+from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
+from exl2ray.dist.tree import SHARES, TreeSum, owner_shares, share_rows
+from exl2ray.errors import NumericError
+from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.model.blocks import Block, check_states
+from exl2ray.model.spec import LinearSpec, ModuleSpec
+from exl2ray.quant.hessian import Factor, HessianAccumulator
+from exl2ray.quant.measure import Settings, batches, by_input, factorise, reference_pass, row_errors
+from exl2ray.quant.measure_moe import expert_factor
+from exl2ray.quant.pack import dequantize
+from exl2ray.quant.quantize import quantize_group
+from exl2ray.store.records import FileRef, Record, item_file
+from exl2ray.store.tensors import put_tensors
+
+
+@dataclass
+class Share:
+    """States of one range of rows at the entry of module ``index``.
+
+    x (r, T, hidden): what the quantised modules before produce. other (p, T, hidden): some of the rows whose perplexity is
+    reported, in the source model.
+    """
+
+    index: int
+    x: Tensor
+    other: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"x": self.x, "other": self.other}
+
+
+class Gang:
+    """One member's part in the chain of one bitrate."""
+
+    def __init__(self, runner: Runner, checkpoints: Checkpoints, chain: Chain) -> None:
+        self.run, self.checkpoints, self.chain = runner, checkpoints, chain
+        self.shares: dict[int, Share] = {}
+        self.comm: Comm = Solo()
+        rows = len(runner.rows("quantize"))
+        self.rows = share_rows(rows)
+        self.other_rows = share_rows(min(rows, runner.setup.perplexity_rows))
+
+    # ---- forming -----------------------------------------------------------------------------------------------
+
+    def join(self, item: JoinItem) -> None:
+        """Meets the other members, takes over shares that they hold, brings all of its own to module ``item.index``."""
+        self.comm.close()
+        self.comm = Solo()
+        if item.address is not None:
+            self.comm = Group(item.address, item.rank, item.size, self.run.device)
+        wanted = [s for s in owner_shares(item.rank, item.size) if len(self.rows[s])]
+        self._exchange_shares(item)
+        self.shares = {s: self.shares[s] for s in wanted if s in self.shares}
+        self._restore([s for s in wanted if s not in self.shares], item.index)
+        while behind := [s for s in self.shares.values() if s.index < item.index]:
+            first = min(s.index for s in behind)
+            self._step([s for s in behind if s.index == first], self.run.spec.modules[first], item.shrink)
+
+    def _exchange_shares(self, item: JoinItem) -> None:
+        """Sends shares to the members that now own them, from whoever holds them farthest ahead."""
+        usable = {s: share for s, share in self.shares.items() if share.index <= item.index}
+        self.shares = usable
+        held = self.comm.gather({s: (h.index, h.x.dtype, tuple(h.x.shape), tuple(h.other.shape)) for s, h in usable.items()})
+        for rank in range(self.comm.size):
+            for s in owner_shares(rank, self.comm.size):
+                holders = [(h[s][0], -r) for r, h in enumerate(held) if s in h]
+                best = max(holders, default=(0, 0))
+                if not holders or held[rank].get(s, (0,))[0] == best[0]:
+                    continue
+                source = -best[1]
+                if source == self.comm.rank:
+                    for t in usable[s].tensors().values():
+                        if t.numel():
+                            self.comm.send(t.to(self.run.device), rank)
+                elif rank == self.comm.rank:
+                    index, dtype, *shapes = held[source][s]
+                    received = [torch.empty(shape, dtype=dtype, device=self.run.device) for shape in shapes]
+                    for t in received:
+                        if t.numel():
+                            self.comm.receive(t, source)
+                    self.shares[s] = Share(index, *map(self.run.place, received))
+
+    def _restore(self, shares: Sequence[int], index: int) -> None:
+        """Shares that no member holds: from checkpoints, else from the token rows."""
+        states = None
+        for s in shares:
+            saved = self.checkpoints.load(self.chain, index, s)
+            if saved is not None:
+                x, other = (self.run.place(saved.tensors[name]) for name in ("x", "other"))
+                self.shares[s] = Share(saved.index, x, other)
+                continue
+            states = self.run.embedded("quantize") if states is None else states
+            x, other = (states[r.start : r.stop].clone() for r in (self.rows[s], self.other_rows[s]))
+            self.shares[s] = Share(1, x, other)
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def _step(self, shares: Sequence[Share], module: ModuleSpec, shrink: int) -> None:
+        """Moves shares through a module that is finished: rows of the source, then rows of the quantised model."""
+        block = self.run.load(module)
+        self._advance_other(block, shares, shrink)
+        if module.linears:
+            packed = self.run.packed(self.chain.kind, module, self.chain.hashes[module.index])
+            for key, p in packed.items():
+                block.set_weight(key, dequantize(p, self.run.device))
+        for s in shares:
+            s.x = self.run.advance(block, s.x, self.run.settings(module, s.x, shrink))
+            s.index += 1
+
+    def _advance_other(self, block: Block, shares: Sequence[Share], shrink: int) -> None:
+        for s in shares:
+            if len(s.other):
+                s.other = self.run.advance(block, s.other, self.run.settings(block.module, s.other, shrink))
+
+    # ---- one module --------------------------------------------------------------------------------------------
+
+    def quantize(self, item: ChainItem) -> tuple[dict[str, Any], str]:
+        """Quantises one module with the group: payload of its record, and a few words for the display."""
+        module = self.run.spec.modules[item.index]
+        while behind := [s for s in self.shares.values() if s.index < item.index]:
+            first = min(s.index for s in behind)  # modules without linears in between
+            self._step([s for s in behind if s.index == first], self.run.spec.modules[first], item.shrink)
+        return self._head(item, module) if module.kind == "head" else self._module(item, module)
+
+    def _module(self, item: ChainItem, module: ModuleSpec) -> tuple[dict[str, Any], str]:
+        block = self.run.load(module)
+        trees = {group: TreeSum() for group in by_input(module.linears)}
+        targets: dict[int, Tensor] = {}
+        settings: dict[int, Settings] = {}
+        others = {}
+        for s, share in sorted(self.shares.items()):
+            settings[s] = self.run.settings(module, share.x, item.shrink)
+            targets[s], hessians = reference_pass(block, share.x, settings[s], check_states)
+            for group, tree in trees.items():
+                tree.add(s, hessians.pop(group))
+            if len(share.other):
+                others[s] = self.run.advance(block, share.other, self.run.settings(module, share.other, item.shrink))
+            else:
+                others[s] = share.other
+        files, notes = self._quantize_linears(item, block, trees)
+        errors: list[tuple[int, float]] = []
+        outs: dict[int, Tensor] = {}
+        for s, share in sorted(self.shares.items()):
+            outs[s], error = self._quantized_pass(block, share.x, targets.pop(s), settings[s])
+            errors.append((s, error))
+        total = sum(e for _, e in sorted(x for member in self.comm.gather(errors) for x in member))
+        error = total / sum(len(r) for r in self.rows)
+        payload = {"error": error, "notes": notes, "options": option_names(item.params)}
+        self._commit(item, module, payload, files)
+        self.shares = {s: Share(item.index + 1, out, others[s]) for s, out in outs.items()}
+        if self.checkpoints.due():
+            tensors: dict[int | None, dict[str, Tensor]] = {s: h.tensors() for s, h in self.shares.items()}
+            self.checkpoints.save(self.chain, item.index + 1, tensors, item.index + 1)
+        return payload, f"error {error:.5f}"
+
+    def _quantized_pass(self, block: Block, x: Tensor, target: Tensor, settings: Settings) -> tuple[Tensor, float]:
+        """Output of the quantised block, and the sum over rows of its relative error."""
+        out = torch.empty_like(x)
+        error = 0.0
+        for part in batches(x.shape[0], settings.batch_rows):
+            result = block.forward(x[part].to(self.run.device))
+            check_states(result, f"quantised output of {block.module.profile_key}")
+            reference = target[part].to(self.run.device)
+            error += float(row_errors(result, reference, reference.float().flatten(1).norm(dim=1)))
+            out[part] = result.to(out.dtype)
+        return out, error
+
+    def _quantize_linears(
+        self, item: ChainItem, block: Block, trees: dict[str, TreeSum]
+    ) -> tuple[list[FileRef], list[str]]:
+        """Sums Hessians on their owners; quantises, writes and spreads the linears. All files, all notes, in order."""
+        module = block.module
+        groups = by_input(module.linears)
+        hessians, owners = self._reduce(module, groups, trees)
+        settings = self.run.settings(module, torch.empty(1, self.run.rows("quantize").shape[1], 0), item.shrink)
+        mine: dict[str, tuple[FileRef, list[str]]] = {}
+        packed: dict[str, dict[str, PackedLinear]] = {}
+        for group, linears in groups.items():
+            if owners[group] != self.comm.rank:
+                continue
+            notes: list[str] = []
+            factor = self._factor(block, hessians, group, settings, notes)
+            packed[group] = quantize_group(block, linears, factor, item.params, settings)
+            key = f"{module.profile_key}.{group}" if len(groups) > 1 else module.profile_key
+            rel = item_file(self.chain.kind, "tensors", key, item.hashes[item.index])
+            tensors = {n: t for p in packed[group].values() for n, t in p.tensors().items()}
+            mine[group] = (put_tensors(self.run.store, rel, tensors), notes)
+        done: dict[str, tuple[FileRef, list[str]]] = {}
+        for member in self.comm.gather(mine):
+            done.update(member)
+        if self.comm.size > 1:
+            for group, linears in groups.items():
+                self._spread(block, linears, packed.get(group), owners[group])
+        return [done[g][0] for g in groups], [n for g in groups for n in done[g][1]]
+
+    def _factor(
+        self, block: Block, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]
+    ) -> Factor:
+        if block.module.kind == "moe":
+            return expert_factor(block, hessians, group, settings, notes)
+        where = f"{block.module.profile_key} ({group})" if block.module.kind != "head" else block.module.linears[0].key
+        return factorise(hessians[group], settings, where, notes)
+
+    def _reduce(
+        self, module: ModuleSpec, groups: dict[str, list[LinearSpec]], trees: dict[str, TreeSum]
+    ) -> tuple[dict[str, HessianAccumulator], dict[str, int]]:
+        """Owner of each input, and the sums of the inputs that are ours."""
+        counts = self.comm.gather({g: t.counts() for g, t in trees.items()})
+        tokens = {g: sum(c[1] for member in counts for c in member[g].values()) for g in groups}
+        owners = assign_owners(module, groups, tokens, self.comm.size)
+        out = {}
+        for group, linears in groups.items():
+            k = linears[0].in_features
+            for rank in range(self.comm.size):
+                if rank == owners[group]:
+                    continue
+                for node in sorted(counts[rank][group]):
+                    if rank == self.comm.rank:
+                        self.comm.send(trees[group].take(node).h, owners[group])
+                    elif owners[group] == self.comm.rank:
+                        received = HessianAccumulator(k, self.run.device)
+                        self.comm.receive(received.h, rank)
+                        received.rows, received.tokens = counts[rank][group][node]
+                        trees[group].add_node(node, received)
+            if owners[group] == self.comm.rank:
+                out[group] = trees[group].total()
+        return out, owners
+
+    def _spread(
+        self, block: Block, linears: list[LinearSpec], packed: dict[str, PackedLinear] | None, owner: int
+    ) -> None:
+        """Broadcasts the packed tensors of some linears; members that do not have them decode them into the block."""
+        layout = None
+        if packed is not None:
+            layout = [(n, tuple(t.shape), t.dtype) for p in packed.values() for n, t in p.tensors().items()]
+        described: list[tuple[str, tuple[int, ...], torch.dtype]] = self.comm.gather(layout)[owner]
+        sizes = [torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in described]
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + -(-size // 16) * 16)  # aligned, so that any dtype can be viewed in place
+        flat = torch.zeros(starts[-1], dtype=torch.uint8, device=self.run.device)
+        if packed is not None:
+            everything = [t for p in packed.values() for t in p.tensors().values()]
+            for t, start, size in zip(everything, starts, sizes, strict=False):
+                flat[start : start + size].copy_(t.contiguous().view(-1).view(torch.uint8))
+        self.comm.broadcast(flat, owner)
+        if packed is not None:
+            return
+        found = {
+            name: flat[start : start + size].view(dtype).view(shape)
+            for (name, shape, dtype), start, size in zip(described, starts, sizes, strict=False)
+        }
+        for linear in linears:
+            p = PackedLinear.from_tensors(linear.key, found.get)
+            block.set_weight(linear.key, dequantize(p, self.run.device))
+
+    def _commit(self, item: ChainItem, module: ModuleSpec, payload: dict[str, Any], files: list[FileRef]) -> None:
+        """The first member writes the record; nobody goes on before it is durable."""
+        if self.comm.rank == 0:
+            inputs_hash = item.hashes[item.index]
+            self.run.records.commit(Record(self.chain.kind, module.profile_key, inputs_hash, payload, tuple(files)))
+        self.comm.gather(None)
+
+    # ---- head --------------------------------------------------------------------------------------------------
+
+    def _head(self, item: ChainItem, module: ModuleSpec) -> tuple[dict[str, Any], str]:
+        block = self.run.load(module)
+        linear = module.linears[0]
+        before = [(s, perplexity_sums(block, h.other, self._ids(self.other_rows[s]))) for s, h in self.shares.items()]
+        tree = TreeSum()
+        for s, share in sorted(self.shares.items()):
+            own = HessianAccumulator(linear.in_features, self.run.device)
+            settings = self.run.settings(module, share.x, item.shrink)
+            for part in batches(share.x.shape[0], settings.batch_rows):
+                own.add(share.x[part].to(self.run.device).to(self.run.dtype), part.stop - part.start)
+            tree.add(s, own)
+        files, notes = self._quantize_linears(item, block, {linear.input_group: tree})
+        after = []
+        reported = sum(len(r) for r in self.other_rows)
+        for s, share in self.shares.items():
+            rows = range(self.rows[s].start, min(self.rows[s].stop, reported))
+            after.append((s, perplexity_sums(block, share.x[: len(rows)], self._ids(rows)) if len(rows) else (0.0, 0)))
+        quantised, source = self._perplexity(after), self._perplexity(before)
+        payload = {
+            "perplexity": quantised,
+            "reference_perplexity": source,
+            "notes": notes,
+            "options": option_names(item.params),
+        }
+        self._commit(item, module, payload, files)
+        shown = ["not a number" if v is None else f"{v:.4g}" for v in (quantised, source)]
+        return payload, f"perplexity {shown[0]} (source {shown[1]})"
+
+    def _perplexity(self, sums: list[tuple[int, tuple[float, int]]]) -> float | None:
+        return perplexity_of([v for _, v in sorted(x for member in self.comm.gather(sums) for x in member)])
+
+    def _ids(self, rows: range) -> Tensor:
+        return self.run.rows("quantize")[rows.start : rows.stop]
+
+
+def assign_owners(
+    module: ModuleSpec, groups: dict[str, list[LinearSpec]], tokens: dict[str, int], size: int
+) -> dict[str, int]:
+    """Rank that quantises each input's linears: the most expensive first, each to the least loaded member.
+
+    Cost: a factorisation (K^3 / 3) and the error feedback (K^2 N). An expert that saw fewer tokens than its Hessian has
+    dimensions borrows from all others, so then one member has all of them.
+    """
+    cost = {}
+    for group, linears in groups.items():
+        k, n = linears[0].in_features, sum(x.padded_out for x in linears)
+        cost[group] = k * k * (k / 3 + n)
+    units = [[g] for g in groups]
+    if module.kind == "moe":
+        w13 = [g for g in groups if g.startswith("w13.")]
+        if any(tokens[g] < groups[g][0].in_features for g in w13):
+            units = [w13] + [[g] for g in groups if g not in w13]
+    load = [0.0] * size
+    owners: dict[str, int] = {}
+    for unit in sorted(units, key=lambda u: -sum(cost[g] for g in u)):
+        rank = load.index(min(load))
+        load[rank] += sum(cost[g] for g in unit)
+        owners.update(dict.fromkeys(unit, rank))
+    if len(owners) != len(groups):
+        raise NumericError(f"{module.profile_key}: an input was assigned to nobody")
+    return owners
+
+
+__all__ = ["SHARES", "Gang", "Share", "assign_owners"]

@@ -1,0 +1,138 @@
+"""One model on one device: blocks, forward passes over calibration rows, packed modules read back from their records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exl2ray.dist.items import WorkerSetup
+from exl2ray.errors import NumericError, StoreError
+from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.formats.hf import SourceModel
+from exl2ray.model.arch import load_spec
+from exl2ray.model.blocks import Block, check_states, load_block
+from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
+from exl2ray.quant.measure import Settings, batches
+from exl2ray.quant.memory import settings_for
+from exl2ray.quant.pack import dequantize
+from exl2ray.store.fs import Store
+from exl2ray.store.records import Record, Records
+from exl2ray.store.tensors import get_tensors
+
+
+class Runner:
+    """What all items need. Modules are read when they are used and not kept."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.setup = setup
+        self.device = torch.device(setup.device)
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.store = Store.open(setup.work_root)
+        self.records = Records(self.store)
+        self.source = SourceModel(setup.in_dir)
+        self.spec: ModelSpec = load_spec(self.source, setup.rope_scale, setup.rope_alpha)
+        self._rows: dict[str, Tensor] = {}
+
+    def load(self, module: ModuleSpec) -> Block:
+        return load_block(self.spec, module, self.source, self.device, self.dtype)
+
+    def load_quantized(self, module: ModuleSpec, packed: dict[str, PackedLinear]) -> Block:
+        """The module with the weights that its packed tensors decode to; its source weights are not read."""
+
+        def read(spec: ModelSpec, linear: LinearSpec, source: SourceModel) -> tuple[Tensor, Tensor | None]:
+            p = packed[linear.key]
+            return dequantize(p, self.device), p.bias
+
+        return load_block(self.spec, module, self.source, self.device, self.dtype, read=read)
+
+    def settings(self, module: ModuleSpec, x: Tensor, shrink: int = 1) -> Settings:
+        """Batch sizes for states x (R, T, hidden), from shapes alone; ``shrink`` > 1 after running out of memory."""
+        s = settings_for(module, x.shape[0], x.shape[1], self.device, self.setup.damping)
+        if shrink == 1:
+            return s
+        budget = None if s.budget_bytes is None else s.budget_bytes // shrink
+        return replace(s, batch_rows=max(1, s.batch_rows // shrink), budget_bytes=budget)
+
+    def rows(self, name: str) -> Tensor:
+        """Token ids (R, T) int64 of a set of calibration rows."""
+        if not self._rows:
+            self._rows = {k: t.clone() for k, t in get_tensors(self.store, self.setup.calibration).items()}
+        return self._rows[name]
+
+    def embedded(self, name: str) -> Tensor:
+        """States (R, T, hidden) at the entry of module 1. All rows at once: noise rows need the others' statistics."""
+        return self.place(self.load(self.spec.modules[0]).forward(self.rows(name)))
+
+    def place(self, x: Tensor) -> Tensor:
+        """States live on the device when they take at most a quarter of its memory, else on the host."""
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            return x.to(self.device) if x.numel() * x.element_size() * 4 <= total else x.cpu()
+        return x.clone()
+
+    def advance(self, block: Block, x: Tensor, settings: Settings) -> Tensor:
+        """Output of a block for all rows, where x lives."""
+        out: Tensor | None = None
+        for part in batches(x.shape[0], settings.batch_rows):
+            y = block.forward(x[part].to(self.device))
+            check_states(y, f"output of {block.module.profile_key}")
+            if out is None:
+                out = torch.empty((x.shape[0], *y.shape[1:]), dtype=y.dtype, device=x.device)
+            out[part] = y
+        if out is None:
+            raise NumericError(f"{block.module.profile_key}: no calibration rows")
+        return out
+
+    def record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:
+        """The record of a quantised module; StoreError if it is gone."""
+        record = self.records.find(kind, module.profile_key, inputs_hash)
+        if record is None:
+            raise StoreError(
+                f"{module.profile_key} has no usable record in {kind}",
+                "its files were removed or damaged while the job ran; run the same command again",
+            )
+        return record
+
+    def packed(self, kind: str, module: ModuleSpec, inputs_hash: str) -> dict[str, PackedLinear]:
+        """Packed tensors of a quantised module, from its record."""
+        tensors: dict[str, Tensor] = {}
+        for file in self.record(kind, module, inputs_hash).files:
+            tensors.update(get_tensors(self.store, file.rel))
+        return {x.key: PackedLinear.from_tensors(x.key, tensors.get) for x in module.linears}
+
+
+def perplexity_sums(block: Block, x: Tensor, ids: Tensor) -> tuple[float, int]:
+    """Sum of the negative log-likelihoods of the next token, and their number; x (P, T, hidden) normed, ids (P, T) int64.
+
+    Rows with ids that the head does not know (noise rows) are left out.
+    """
+    linear: LinearSpec = block.module.linears[0]
+    device = block.weights[linear.key].device
+    total, count = 0.0, 0
+    for r in range(len(ids)):
+        row = ids[r]
+        if bool((row < 0).any()) or bool((row >= linear.out_features).any()):
+            continue
+        logits = block.forward(x[r : r + 1].to(device))[0, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, row[1:].to(device), reduction="sum")
+        total, count = total + float(loss), count + len(row) - 1
+    return total, count
+
+
+def perplexity_of(sums: list[tuple[float, int]]) -> float | None:
+    """exp of the mean over all sums, added in order; None (JSON has no NaN) if it is not a finite number."""
+    total, count = 0.0, 0
+    for t, c in sums:
+        total, count = total + t, count + c
+    if not count:
+        return None
+    value = float(torch.tensor(total / count, dtype=torch.float64).exp())
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def option_names(params: dict[str, Any]) -> dict[str, str]:
+    """Linear key -> description of its option, for records."""
+    return {key: q.desc for key, q in params.items()}

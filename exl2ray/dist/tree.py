@@ -1,0 +1,65 @@
+"""Sums of Hessians with the same bits whoever holds which rows.
+
+Floating-point addition is not associative, so the order is fixed: rows are cut into SHARES ranges, and the sums of the
+shares are added pairwise along a binary tree. A member adds up the subtrees inside its run of shares and sends one matrix
+for each; the owner adds what remains. An alternative, adding shares one after another, needs a matrix
+per share on the wire; letting the collective add them is cheapest and gives other bits for every number of members.
+"""
+
+from __future__ import annotations
+
+from exl2ray.errors import NumericError
+from exl2ray.quant.hessian import HessianAccumulator
+
+SHARES = 8  # a power of two; the largest group. Holds log2(SHARES) + 1 partial Hessians at most at a time
+Node = tuple[int, int]  # (level, position): covers shares position * 2^level .. (position + 1) * 2^level - 1
+
+
+def share_rows(rows: int) -> list[range]:
+    """The calibration rows of each share; empty ranges where there are fewer rows than shares."""
+    return [range(s * rows // SHARES, (s + 1) * rows // SHARES) for s in range(SHARES)]
+
+
+def owner_shares(rank: int, size: int) -> range:
+    """The shares that a member of a group keeps."""
+    return range(rank * SHARES // size, (rank + 1) * SHARES // size)
+
+
+class TreeSum:
+    """Adds up Hessians of shares as they come, in any order, along the tree."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[Node, HessianAccumulator] = {}
+
+    def add(self, share: int, h: HessianAccumulator) -> None:
+        self.add_node((0, share), h)
+
+    def add_node(self, node: Node, h: HessianAccumulator) -> None:
+        """``h`` is consumed."""
+        level, position = node
+        sibling = self._nodes.pop((level, position ^ 1), None)
+        if sibling is None:
+            self._nodes[node] = h
+            return
+        left, right = (sibling, h) if position % 2 else (h, sibling)
+        left.h += right.h
+        left.rows += right.rows
+        left.tokens += right.tokens
+        self.add_node((level + 1, position // 2), left)
+
+    def counts(self) -> dict[Node, tuple[int, int]]:
+        """(calibration rows, tokens) of the sums at hand."""
+        return {node: (h.rows, h.tokens) for node, h in self._nodes.items()}
+
+    def take(self, node: Node) -> HessianAccumulator:
+        return self._nodes.pop(node)
+
+    def total(self) -> HessianAccumulator:
+        """The whole sum; shares without rows are no part of it."""
+        while len(self._nodes) > 1:
+            # What is missing has no rows: lift the lowest sum to its parent.
+            node = min(self._nodes)
+            self.add_node((node[0] + 1, node[1] // 2), self._nodes.pop(node))
+        if not self._nodes:
+            raise NumericError("a Hessian without calibration rows")
+        return next(iter(self._nodes.values()))
