@@ -22,6 +22,7 @@ from exl2ray.errors import NumericError
 DAMPING = 0.12  # of the mean of diag(H); the reference's value
 _DAMPING_FLOOR = 1e-5
 _ATTEMPTS = 10
+_BLOCK_ROWS = 2048
 _FLOAT64_ROWS = 8192  # above this K, float32 loses too much of the small pivots (speed-study, precision)
 
 
@@ -93,24 +94,44 @@ def prepare(h: Tensor, damping: float = DAMPING, where: str = "") -> Factor:
         )
     perm = act_order(h)
     step = max(damping * float(diagonal.double().mean()), _DAMPING_FLOOR)
-    # Both axes reversed: a lower factor of the flipped matrix is an upper factor of the matrix itself.
-    flipped = h[perm.flip(0)][:, perm.flip(0)]
     attempts = 0
     for times in range(1, _ATTEMPTS + 1):
         for dtype in (torch.float32, torch.float64):
             if dtype is torch.float32 and h.shape[0] > _FLOAT64_ROWS:
                 continue
             attempts += 1
-            a = flipped.to(dtype, copy=True)
-            a.diagonal().add_(step * times)
-            lower, info = torch.linalg.cholesky_ex(a)
-            if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-                return Factor(perm, lower.flip(0, 1).to(torch.float32), step * times, attempts)
+            r = _upper_factor(h, perm, step * times, dtype)
+            if r is not None:
+                return Factor(perm, r, step * times, attempts)
     raise NumericError(
         f"Hessian of {where or 'a linear layer'} ({h.shape[0]} x {h.shape[0]}) has no Cholesky factor "
         f"even with damping {step * _ATTEMPTS:.3g}",
         "check the calibration data; a higher damping or round-to-nearest for this layer may be needed",
     )
+
+
+def _upper_factor(h: Tensor, perm: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
+    """R (K, K) float32 with H[perm][:, perm] + damping I = R R^T, computed in ``dtype``; None if there is none.
+
+    Both axes reversed: a lower factor of the flipped matrix is an upper factor of the matrix itself. Blocks of rows keep
+    the peak at two matrices of ``dtype`` beside H: at K = 28672 in float64 that is 13 GB.
+    """
+    k = h.shape[0]
+    order = perm.flip(0)
+    a = torch.empty(k, k, dtype=dtype, device=h.device)
+    for start in range(0, k, _BLOCK_ROWS):
+        rows = order[start : start + _BLOCK_ROWS]
+        a[start : start + len(rows)] = h[rows][:, order]
+    a.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(a)
+    del a
+    if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    r = torch.empty(k, k, dtype=torch.float32, device=h.device)
+    for start in range(0, k, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, k)
+        r[start:stop] = lower[k - stop : k - start].flip(0, 1)
+    return r
 
 
 def prepare_reference(h: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:

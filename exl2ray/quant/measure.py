@@ -37,6 +37,7 @@ class Settings:
     damping: float = DAMPING
     batch_rows: int = 4  # calibration rows per forward
     budget_bytes: int | None = None  # working memory of one solver batch
+    offload: bool = False  # keep the candidates of a module in host memory, for GPUs that cannot hold them all
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _candidates(
     for group, linears in by_input((*half.first, half.second)).items():
         if group not in factors:
             where = f"{block.module.profile_key} ({group})"
-            factors[group] = factorise(hessians[group], settings, where, notes)
+            factors[group] = factorise(hessians.pop(group), settings, where, notes)
         weights = {x.role: pad_columns(block.weights[x.key]) for x in linears}
         options = {x.role: columns[x.role][0] for x in linears}
         out.update(solve_wanted(factors[group], weights, options, settings.budget_bytes, wanted))

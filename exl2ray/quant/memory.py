@@ -16,6 +16,11 @@ from exl2ray.quant.qparams import attention_options, mlp_options, unique
 
 CPU_BATCH_TOKENS = 8192
 CPU_SOLVER_BYTES = 2 << 30
+# Shares of a GPU's memory. Besides these a module needs its weights, Hessians and, at factorisation, two K x K matrices.
+CANDIDATE_SHARE = 0.5
+SOLVER_SHARE = 0.25
+ACTIVATION_SHARE = 0.3
+STATES_SHARE = 0.35
 
 
 def device_bytes(device: torch.device) -> int:
@@ -31,10 +36,25 @@ def settings_for(module: Any, rows: int, tokens: int, device: torch.device, damp
     if device.type != "cuda":
         return Settings(damping, max(1, min(rows, CPU_BATCH_TOKENS // tokens)), CPU_SOLVER_BYTES)
     total = device_bytes(device)
-    solver = total // 4
+    candidates = _candidate_bytes(module)
+    offload = candidates > CANDIDATE_SHARE * total
+    solver = int(total * SOLVER_SHARE)
     per_row = max(1, tokens * _bytes_per_token(module))
-    batch = max(1, min(rows, int(total * 0.3) // per_row))
-    return Settings(damping, batch, solver)
+    batch = max(1, min(rows, int(total * ACTIVATION_SHARE) // per_row))
+    return Settings(damping, batch, solver, offload)
+
+
+def states_on_device(state_bytes: int, device: torch.device) -> bool:
+    """Whether hidden states stay on the GPU. A pass holds three sets of them: entry, target and output."""
+    return device.type == "cuda" and 3 * state_bytes <= STATES_SHARE * device_bytes(device)
+
+
+def _candidate_bytes(module: Any) -> int:
+    """Reconstructed weights of all distinct options of a module, in half precision."""
+    attention = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), (14, 14, 15, 14), strict=True))
+    mlp = dict(zip(("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2"), (13, 13, 14, 13, 13, 14), strict=True))
+    counts = {**attention, **mlp}
+    return sum(2 * counts.get(x.role, 1) * x.in_features * pad32(x.out_features) for x in module.linears)
 
 
 def _bytes_per_token(module: Any) -> int:

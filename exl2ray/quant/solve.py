@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ def solve_problems(
     problems: Sequence[Problem],
     keep_codes: bool = False,
     budget_bytes: int | None = None,  # working memory of one batch; None: no limit
+    offload: bool = False,  # move each solution to (pinned) host memory
 ) -> list[Solution]:
     """Solves all problems, those with the same row counts together, in batches that respect ``budget_bytes``.
 
@@ -78,6 +79,12 @@ def _copied(s: Solution) -> Solution:
     )
 
 
+def _offloaded(s: Solution) -> Solution:
+    host = torch.empty(s.weight.shape, dtype=s.weight.dtype, pin_memory=s.weight.is_cuda)
+    host.copy_(s.weight)
+    return replace(s, weight=host)
+
+
 def _batches(
     members: Sequence[int], problems: Sequence[Problem], weights: Sequence[Tensor], budget_bytes: int | None
 ) -> list[list[int]]:
@@ -101,6 +108,7 @@ def solve_options(
     weights: Mapping[str, Tensor],  # role -> (K, N)
     options: Mapping[str, Sequence[QParams]],  # role -> distinct options to try
     budget_bytes: int | None = None,
+    offload: bool = False,
 ) -> dict[str, list[Tensor]]:
     """Reconstructed weights (K, N) float16, natural row order, of every option of every linear sharing one Hessian."""
     solved = solve_wanted(factor, weights, options, budget_bytes)
