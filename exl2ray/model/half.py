@@ -46,7 +46,9 @@ class LinearBank:
     def linear(self, linear: LinearSpec | str, inputs: Tensor, weight: Tensor | None = None) -> Tensor:
         """inputs (..., K) @ weight (K, N) + bias -> (..., N). ``weight`` stands in for the stored one."""
         spec = self.specs[linear] if isinstance(linear, str) else linear
-        w = self.weights[spec.key] if weight is None else self.fitted(spec, weight).to(inputs.device, self.dtype, non_blocking=True)
+        w = self.weights[spec.key]
+        if weight is not None:  # candidates may wait in pinned host memory
+            w = self.fitted(spec, weight).to(inputs.device, self.dtype, non_blocking=True)
         bias = self.biases.get(spec.key)
         if bias is None:
             return torch.matmul(inputs, w)

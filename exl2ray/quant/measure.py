@@ -184,10 +184,12 @@ def _candidates(
     for group, linears in by_input((*half.first, half.second)).items():
         if group not in factors:
             where = f"{block.module.profile_key} ({group})"
-            factors[group] = factorise(hessians.pop(group), settings, where, notes)
+            # a whole table is scored once: its Hessians make room for what comes next
+            accumulator = hessians.pop(group) if part == (0, 1) else hessians[group]
+            factors[group] = factorise(accumulator, settings, where, notes)
         weights = {x.role: pad_columns(block.weights[x.key]) for x in linears}
         options = {x.role: columns[x.role][0] for x in linears}
-        out.update(solve_wanted(factors[group], weights, options, settings.budget_bytes, wanted))
+        out.update(solve_wanted(factors[group], weights, options, settings.budget_bytes, wanted, settings.offload))
     return out
 
 

@@ -42,7 +42,7 @@ def measure_experts(
             factor = expert_factor(block, hessians, group, settings, notes)
             weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
             options = {m.role: columns[m.role][0] for m in members}
-            solved.update(solve_wanted(factor, weights, options, settings.budget_bytes, wanted))
+            solved.update(solve_wanted(factor, weights, options, settings.budget_bytes, wanted, settings.offload))
         candidates.append(solved)
     return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": coverage(block, hessians)}
 

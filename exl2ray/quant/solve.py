@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ def solve_problems(
     problems: Sequence[Problem],
     keep_codes: bool = False,
     budget_bytes: int | None = None,  # working memory of one batch; None: no limit
-    offload: bool = False,  # move each solution to (pinned) host memory
 ) -> list[Solution]:
     """Solves all problems, those with the same row counts together, in batches that respect ``budget_bytes``.
 
@@ -49,6 +48,7 @@ def _solve(
     keep_codes: bool,
     budget_bytes: int | None,
     needed: Collection[int] | None = None,  # batches without any of these are left out
+    offload: bool = False,
 ) -> dict[int, Solution]:
     """Solutions by problem, as `solve_problems`."""
     by_rows: dict[tuple[int, ...], list[int]] = {}
@@ -63,26 +63,26 @@ def _solve(
             solved = solve_segments(factor.r, factor.perm, weights, segments, rows, keep_codes)
             for i, s in zip(batch, solved, strict=True):
                 if needed is None or i in needed:
-                    out[i] = _copied(s)  # the next batch, or the next call, may reuse the buffers
+                    out[i] = _copied(s, offload)  # the next batch, or the next call, may reuse the buffers
     return out
 
 
-def _copied(s: Solution) -> Solution:
+def _copied(s: Solution, offload: bool) -> Solution:
+    """A solution of its own memory; ``offload``: its weight in pinned host memory."""
+
     def copy(t: Tensor) -> Tensor:
         return t.clone(memory_format=torch.contiguous_format)
 
+    def moved(t: Tensor) -> Tensor:
+        host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+        return host.copy_(t)
+
     return Solution(
-        copy(s.weight),
+        moved(s.weight) if offload else copy(s.weight),
         None if s.codes is None else copy(s.codes),
         None if s.scale_codes is None else copy(s.scale_codes),
         copy(s.scale_max),
     )
-
-
-def _offloaded(s: Solution) -> Solution:
-    host = torch.empty(s.weight.shape, dtype=s.weight.dtype, pin_memory=s.weight.is_cuda)
-    host.copy_(s.weight)
-    return replace(s, weight=host)
 
 
 def _batches(
@@ -108,7 +108,6 @@ def solve_options(
     weights: Mapping[str, Tensor],  # role -> (K, N)
     options: Mapping[str, Sequence[QParams]],  # role -> distinct options to try
     budget_bytes: int | None = None,
-    offload: bool = False,
 ) -> dict[str, list[Tensor]]:
     """Reconstructed weights (K, N) float16, natural row order, of every option of every linear sharing one Hessian."""
     solved = solve_wanted(factor, weights, options, budget_bytes)
@@ -121,6 +120,7 @@ def solve_wanted(
     options: Mapping[str, Sequence[QParams]],  # role -> distinct options
     budget_bytes: int | None = None,
     wanted: Mapping[str, Collection[int]] | None = None,  # role -> indices of the options to solve; None: all
+    offload: bool = False,  # put the results into pinned host memory
 ) -> dict[str, dict[int, Tensor]]:
     """As `solve_options`, by index of the option. Batches without a wanted option are left out, the others are solved
     whole: ``wanted`` changes no result.
@@ -133,7 +133,8 @@ def solve_wanted(
             owner.append((role, j))
     needed = None if wanted is None else {n for n, (role, j) in enumerate(owner) if j in wanted[role]}
     out: dict[str, dict[int, Tensor]] = {r: {} for r in roles}
-    for n, solution in _solve(factor, [weights[r] for r in roles], problems, False, budget_bytes, needed).items():
+    solved = _solve(factor, [weights[r] for r in roles], problems, False, budget_bytes, needed, offload)
+    for n, solution in solved.items():
         role, j = owner[n]
         out[role][j] = solution.weight
     return out
