@@ -1,0 +1,48 @@
+"""Every kernel once under the simulator, which runs each GPU thread as a Python thread: the smallest sizes that reach all
+branches. Started by test_simulated.py."""
+
+from __future__ import annotations
+
+import kernel_checks as checks
+import pytest
+from numba import config
+
+from exl2ray.cuda import elementwise
+from exl2ray.formats.layout import GroupLayout
+
+
+def test_the_simulator_is_on() -> None:
+    assert config.ENABLE_CUDASIM
+
+
+def test_solver() -> None:
+    """Two groups of different height and width (the taller is cut into blocks of rows), two segments."""
+    checks.check_feedback("cpu", 96, [32], [GroupLayout((5, 2), (64, 32)), GroupLayout((4, 3), (64, 32))], seed=1)
+
+
+def test_round_to_nearest() -> None:
+    checks.check_rounding("cpu", 32, 32, GroupLayout((3,), (32,)), seed=2)
+
+
+def test_very_small_weights() -> None:
+    checks.check_small_weights("cpu")
+
+
+def test_packing() -> None:
+    checks.check_packing("cpu", GroupLayout((8, 6, 5, 4, 3, 2), (32,) * 6), 32, seed=3)
+
+
+@pytest.mark.parametrize(("rotated", "neox"), [(8, True), (4, True), (8, False)])
+def test_rotate(rotated: int, neox: bool) -> None:
+    checks.check_rotate("cpu", rotated, neox)
+
+
+def test_gated_silu() -> None:
+    checks.check_gated("cpu")
+
+
+def test_residual_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of 32 threads per row: with 64 of 256, the simulator takes minutes."""
+    monkeypatch.setattr(elementwise, "CHUNKS", 2)
+    monkeypatch.setattr(elementwise, "THREADS", 32)
+    checks.check_residual_errors("cpu", tokens=10)

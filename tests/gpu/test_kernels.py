@@ -1,0 +1,173 @@
+"""The kernels on a real GPU: against the plain references on fresh random inputs, and against themselves."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+
+import kernel_checks as checks
+import pytest
+import torch
+
+from exl2ray.formats.layout import GroupLayout
+from exl2ray.quant.gptq import relative_error
+from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare
+from exl2ray.quant.pack import dequantize, pack
+from exl2ray.quant.qparams import attention_options, mlp_options, parse
+from exl2ray.quant.solve import quantize_linears, solve_options
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+@pytest.fixture
+def seed(record_property: Callable[[str, int], None]) -> int:
+    """Fresh for every run; shown when a test fails."""
+    value = secrets.randbelow(1 << 30)
+    record_property("seed", value)
+    print(f"seed {value}")
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs() -> Iterator[None]:
+    from exl2ray.cuda.graphs import CACHE
+
+    CACHE.clear()
+    yield
+    CACHE.clear()
+
+
+ROWS_32 = [GroupLayout((b,) * 8, (32,) * 8) for b in (2, 3, 4, 5, 6, 8)]
+MIXED = [
+    GroupLayout((6, 5, 5), (128, 128, 128)),
+    GroupLayout((8, 4, 3), (128, 128, 128)),
+    GroupLayout((3, 2, 2), (128, 128, 128)),
+]
+
+
+def test_solver_small_groups(seed: int) -> None:
+    checks.check_feedback("cuda", 256, [96, 32], ROWS_32, seed)
+
+
+def test_solver_tall_groups(seed: int) -> None:
+    checks.check_feedback("cuda", 384, [160], MIXED, seed)
+
+
+def test_solver_over_several_panels(seed: int) -> None:
+    checks.check_feedback("cuda", 1184, [64], [parse("0.1:4b_128g/0.9:3b_128g").layout(1184)], seed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_round_to_nearest(bits: int, seed: int) -> None:
+    checks.check_rounding("cuda", 224, 96, GroupLayout((bits, bits), (128, 96)), seed)
+
+
+def test_very_small_weights() -> None:
+    checks.check_small_weights("cuda")
+
+
+def test_the_recorded_graph_gives_the_same_bytes_and_new_inputs_new_results(seed: int) -> None:
+    """The first batch of a shape runs launch by launch, the second is recorded, the third is replayed."""
+    layout = parse("1:4b_64g").layout(256)
+    problems = [checks.problem(256, [64, 32], seed + i) for i in range(3)]
+    factors = [prepare(h) for h, _ in problems]
+    cases = [(0, layout), (1, layout), (1, layout)]
+    rounds = [
+        [checks.solve("cuda", f, ws, cases) for f, (_, ws) in zip(factors, problems, strict=True)] for _ in range(3)
+    ]
+    for other in rounds[1:]:
+        for a, b in zip(rounds[0], other, strict=True):
+            for x, y in zip(a, b, strict=True):
+                assert torch.equal(x.weight, y.weight)
+                assert torch.equal(x.scale_max, y.scale_max)
+                assert x.codes is not None
+                assert y.codes is not None
+                assert torch.equal(x.codes, y.codes)
+    for (h, ws), f, solved in zip(problems, factors, rounds[0], strict=True):
+        checks.check_solution(solved[0], checks.plain(f, ws[0], layout), h, ws[0])
+
+
+def test_results_survive_later_batches_of_the_same_shape(seed: int) -> None:
+    """Experts have equal shapes: what was solved for one must not be overwritten by the next."""
+    options = {"w1": [parse("1:4b_64g"), parse("1:3b_64g")], "w3": [parse("1:5b_64g"), parse("1:2b_64g")]}
+    experts, factors, kept = [], [], []
+    for i in range(6):
+        h, ws = checks.problem(128, [64, 64], seed + i)
+        experts.append({"w1": ws[0], "w3": ws[1]})
+        factors.append(prepare(h))
+    for f, ws_ in zip(factors, experts, strict=True):
+        assert f.r is not None
+        placed = Factor(f.perm.cuda(), f.r.cuda(), f.damping, f.attempts)
+        kept.append(solve_options(placed, {k: w.cuda() for k, w in ws_.items()}, options, budget_bytes=1))
+    for f, ws_, solved in zip(factors, experts, kept, strict=True):
+        for role, params in options.items():
+            for option, found in zip(params, solved[role], strict=True):
+                expected = checks.plain(f, ws_[role], option.layout(128)).weight
+                assert checks.share_equal(found.cpu(), expected) > 0.99
+
+
+@pytest.mark.parametrize("table", ["attention", "mlp"])
+def test_all_options_of_a_table(table: str, seed: int) -> None:
+    """As a measurement runs them: equal to the loop but for rare integers, the layer's error within 0.1 %."""
+    rows = attention_options() if table == "attention" else mlp_options()
+    k = 512
+    h, (w,) = checks.problem(k, [256], seed)
+    factor = prepare(h)
+    assert factor.r is not None
+    placed = Factor(factor.perm.cuda(), factor.r.cuda(), factor.damping, factor.attempts)
+    options = list(dict.fromkeys(row[-1] for row in rows))
+    found = solve_options(placed, {"w": w.cuda()}, {"w": options})["w"]
+    for option, solved in zip(options, found, strict=True):
+        expected = checks.plain(factor, w, option.layout(k)).weight
+        ours, theirs = (relative_error(h, w, x) for x in (solved.cpu(), expected))
+        assert abs(ours / theirs - 1) < 1e-3, option.desc
+
+
+def test_quantise_pack_and_decode(seed: int) -> None:
+    h, ws = checks.problem(256, [96, 64], seed)
+    factor = prepare(h.cuda())
+    layouts = {"a": parse("0.1:4b_64g/0.9:3b_64g").layout(256), "b": parse("1:6b_128g").layout(256)}
+    weights = {"a": ws[0].cuda(), "b": ws[1].cuda()}
+    for key, q in quantize_linears(factor, weights, layouts).items():
+        packed = pack(key, q)
+        assert torch.equal(dequantize(packed, "cuda"), q.weight)
+        assert torch.equal(dequantize(packed, "cpu"), q.weight.cpu())
+
+
+def test_hessian_of_half_inputs(seed: int) -> None:
+    x = torch.randn(4000, 384, generator=torch.Generator().manual_seed(seed)).half()
+    accumulator = HessianAccumulator(384, "cuda")
+    for part in x.split(700):
+        accumulator.add(part.cuda())
+    exact = x.double().T @ x.double() / accumulator.rows
+    assert torch.allclose(accumulator.finish().cpu().double(), exact, rtol=1e-5, atol=1e-5 * float(exact.max()))
+
+
+def test_prepare_on_the_gpu_agrees_with_the_cpu(seed: int) -> None:
+    h, _ = checks.problem(512, [32], seed)
+    cpu, gpu = prepare(h), prepare(h.cuda())
+    assert torch.equal(cpu.perm, gpu.perm.cpu())
+    assert cpu.r is not None
+    assert gpu.r is not None
+    assert torch.allclose(cpu.r, gpu.r.cpu(), rtol=1e-3, atol=1e-5 * float(cpu.r.max()))
+
+
+@pytest.mark.parametrize("n", [32, 160, 1056])
+def test_packing(n: int, seed: int) -> None:
+    layout = GroupLayout((8, 6, 6, 5, 4, 4, 3, 2), (32, 64, 96, 32, 128, 32, 64, 128))
+    checks.check_packing("cuda", layout, n, seed)
+
+
+@pytest.mark.parametrize(("rotated", "neox"), [(8, True), (4, True), (8, False), (4, False)])
+def test_rotate(rotated: int, neox: bool) -> None:
+    checks.check_rotate("cuda", rotated, neox)
+
+
+@pytest.mark.parametrize("columns", [8, 64, 256, 5000])
+def test_gated_silu(columns: int) -> None:
+    checks.check_gated("cuda", columns)
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(5, 32), (40, 96), (300, 1024)])
+def test_residual_errors(tokens: int, hidden: int) -> None:
+    checks.check_residual_errors("cuda", tokens, hidden)

@@ -1,0 +1,100 @@
+"""Who may import whom (docs/architecture.md, "Rooms and arrows"), read from the syntax trees; and what `import` costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "exl2ray"
+# Numerics and files know nothing of what is above them. Everything else (commands, the steps) may use every room but cuda.
+ROOMS = {
+    "formats": set(),
+    "cuda": set(),
+    "store": set(),
+    "calibration": set(),
+    "model": {"cuda", "formats"},
+    "quant": {"cuda", "formats"},
+    "evaluate": {"calibration", "formats", "model", "quant"},
+    "dist": {"calibration", "config", "formats", "model", "quant", "store"},
+}
+EVERYWHERE = {"errors", "__version__"}
+ONLY_IN = {"ray": "dist", "numba": "cuda"}
+EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
+HEAVY = {"torch", "ray", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}
+LIGHT = ["exl2ray", "exl2ray.cli", "exl2ray.config", "exl2ray.errors", "exl2ray.convert", "exl2ray.formats.layout"]
+
+
+def sources() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if "text" not in p.relative_to(PACKAGE).parts)
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import statement, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            module = node.module or ""
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def test_the_check_sees_the_package() -> None:
+    rooms = {room_of(p) for p in sources()}
+    assert ROOMS.keys() <= rooms
+    assert any(name == "numba.cuda" for p in sources() for _, name in imported(p))
+
+
+def test_arrows_between_rooms() -> None:
+    wrong = []
+    for path in sources():
+        room = room_of(path)
+        allowed = ROOMS.get(room)
+        for line, name in imported(path):
+            top, _, rest = name.partition(".")
+            target = rest.split(".")[0]
+            if top != "exl2ray" or target == room or target in EVERYWHERE:
+                continue
+            if (allowed is not None and target not in allowed) or (allowed is None and target == "cuda"):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line}: {room} may not import {name}")
+    assert wrong == []
+
+
+def test_packages_that_belong_to_one_room() -> None:
+    wrong = []
+    for path in sources():
+        for line, name in imported(path):
+            top = name.split(".")[0]
+            if top in ONLY_IN and room_of(path) != ONLY_IN[top]:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line}: {top} is for {ONLY_IN[top]}/ only")
+            outside = top not in EXTERNAL_OF_CUDA | {"exl2ray"} and top not in sys.stdlib_module_names
+            if room_of(path) == "cuda" and outside:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line}: cuda/ may not import {top}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_import_loads_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom exl2ray.cli import main\nsys.argv = ['exl2ray', 'convert', '--help']\n"
+        f"try:\n    main()\nexcept SystemExit:\n    pass\nprint('heavy:', *sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--bits" in done.stdout
+    assert done.stdout.splitlines()[-1] == "heavy:"
