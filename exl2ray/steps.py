@@ -264,6 +264,7 @@ class Job:
                 profiles[module.index] = _profile(module, record.payload)
         todo = [m for m in self._measured() if m.index not in profiles]
         if todo:
+            session = self.session  # its start is no part of the stage
             with self._stage("measure", len(keys), len(profiles)) as progress:
 
                 def done(module: ModuleSpec, result: ItemResult) -> None:
@@ -276,8 +277,8 @@ class Job:
                         Module(m.index, m.profile_key, _cost(m), partial(self._measure_parts, m, keys[m.index], done))
                         for m in todo
                     ],
-                    self.session,
-                    window_for(self.session, self._state_bytes("measure")),
+                    session,
+                    window_for(session, self._state_bytes("measure")),
                 )
                 self.scheduler.run(fan)
                 self.work.event("states", stage="measure", window=fan.window, peak=fan.peak_states)
@@ -409,6 +410,8 @@ class Job:
         """Quantises all bitrates; ``complete(plan)`` as soon as the records of one are all there."""
         todo = {plan.bits: self._missing(plan) for plan in plans}
         stages: dict[float, _Stage] = {}
+        if any(todo.values()):
+            self.scheduler.last_error("")  # starts the workers before the clocks of the stages
         for plan in plans:
             if todo[plan.bits]:
                 all_items = [m for m in self.spec.modules if m.linears]
@@ -530,7 +533,7 @@ class Job:
         directory = recipe.output_dir(plan.bits)
         target = Path(directory) if directory is not None else self._bare_output(plan)
         entries = self._entries(plan, records)
-        paths = write_shards(target, entries, recipe.shard_size << 20, ours=_existing_outputs(target))
+        paths = write_shards(target, entries, recipe.shard_size << 20, ours=[*_existing_outputs(target), CALIBRATION])
         if directory is not None:
             copy_side_files(recipe.in_dir, target)
             config = output_config(

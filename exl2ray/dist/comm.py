@@ -7,7 +7,7 @@ that fails because another member is gone raises GroupBroken; nothing here tries
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -69,7 +69,8 @@ class Group:
 
     def __init__(self, address: tuple[str, int], rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size = rank, size
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        self._cuda = device.type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if self._cuda else "gloo"
         with _broken_if_it_fails():
             host, port = address
             store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
@@ -98,8 +99,14 @@ class Group:
         return t
 
     def close(self) -> None:
+        """Leaves without waiting for the others: some of them may be gone."""
+        if not torch_dist.is_initialized():
+            return
+        with suppress(RuntimeError):
+            if self._cuda:  # destroying an NCCL group waits for its members, aborting does not
+                torch_dist.distributed_c10d._abort_process_group()
         if torch_dist.is_initialized():
-            with _broken_if_it_fails():
+            with suppress(RuntimeError):
                 torch_dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.quant.measure import Settings, batches
-from exl2ray.quant.memory import settings_for
+from exl2ray.quant.memory import settings_for, states_on_device
 from exl2ray.quant.pack import dequantize
 from exl2ray.store.fs import Store
 from exl2ray.store.records import Record, Records
@@ -67,11 +67,10 @@ class Runner:
         return self.place(self.load(self.spec.modules[0]).forward(self.rows(name)))
 
     def place(self, x: Tensor) -> Tensor:
-        """States live on the device when they take at most a quarter of its memory, else on the host."""
-        if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            return x.to(self.device) if x.numel() * x.element_size() * 4 <= total else x.cpu()
-        return x.clone()
+        """A copy of states where they are kept: on the device, or on the host if they take too much of its memory."""
+        if self.device.type == "cpu":
+            return x.clone()
+        return x.to(self.device) if states_on_device(x.numel() * x.element_size(), self.device) else x.cpu()
 
     def advance(self, block: Block, x: Tensor, settings: Settings) -> Tensor:
         """Output of a block for all rows, where x lives."""

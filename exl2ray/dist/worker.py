@@ -87,7 +87,7 @@ class Worker:
     def enter(self, item: EnterItem, entry: Shipped | None = None) -> tuple[ItemResult, Shipped | None]:
         """Reference forward of one module: its result, and the states after it if they are to be shipped."""
         begin = time.monotonic()
-        self.gang = None
+        self._leave_gang()
         x = self._entry(item, entry)
         module = self.runner.spec.modules[item.index]
         block = self.runner.load(module)
@@ -107,7 +107,9 @@ class Worker:
         """Scores options of the entered module. All of them: commits the profile. A part: returns the scored rows."""
         begin = time.monotonic()
         c = self._entered("measure", item.index)
-        lists, extra = score_options(c.block, c.x, _states(c), c.hessians, c.settings, item.part)
+        # A whole module uses its Hessians up as they are factorised; the next part of a split one needs them again.
+        hessians = c.hessians if item.part == (0, 1) else dict(c.hessians)
+        lists, extra = score_options(c.block, c.x, _states(c), hessians, c.settings, item.part)
         if item.part != (0, 1):
             payload = {"lists": lists, "extra": extra}
             return self._result(c.block.module.profile_key, begin, f"part {item.part[0] + 1}/{item.part[1]}", payload)
@@ -130,7 +132,8 @@ class Worker:
         return self._commit(c.block.module.profile_key, item, packed, payload, begin, detail)
 
     def _module(self, c: Context, item: QuantizeItem) -> tuple[list[PackedLinear], dict[str, Any]]:
-        result, _ = quantize_after(c.block, c.x, _states(c), c.hessians, item.params, c.settings, check_states)
+        hessians = dict(c.hessians)  # kept for the next bitrate
+        result, _ = quantize_after(c.block, c.x, _states(c), hessians, item.params, c.settings, check_states)
         return list(result.packed), {"error": result.error, "notes": list(result.notes)}
 
     def _head(self, c: Context, item: QuantizeItem) -> tuple[list[PackedLinear], dict[str, Any]]:
@@ -153,7 +156,8 @@ class Worker:
     def perplexity(self, item: PerplexityItem) -> ItemResult:
         """Perplexity of a quantised model that was not calibrated module after module: one forward of a few rows."""
         begin = time.monotonic()
-        self.context = self.gang = None
+        self.context = None
+        self._leave_gang()
         run, kind = self.runner, quant_kind(item.bits)
         x = run.embedded("quantize")[: self.setup.perplexity_rows].clone()
         block = None
@@ -179,6 +183,7 @@ class Worker:
         self.context = None
         chain = Chain(quant_kind(item.bits), f"quantized:{self.setup.calibration_sha256[:32]}", item.hashes)
         if self.gang is None or self.gang.chain != chain:
+            self._leave_gang()
             self.gang = Gang(self.runner, self.checkpoints, chain)
         self.gang.join(item)
         return self._result("group", begin, f"member {item.rank + 1} of {item.size}", {})
@@ -194,9 +199,15 @@ class Worker:
 
     def release(self) -> None:
         """Forget everything that fills memory, after an error."""
-        self.context = self.gang = None
+        self.context = None
+        self._leave_gang()
         if self.runner.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _leave_gang(self) -> None:
+        if self.gang is not None:
+            self.gang.comm.close()
+            self.gang = None
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
