@@ -1,0 +1,240 @@
+"""The driver's loop on fake workers: losses, poison, memory, deadlines, the window, signals."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+from dist_helpers import FakeSession
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exl2ray.dist.fan import Fan, Module, Part
+from exl2ray.dist.faults import WorkerOutOfMemory
+from exl2ray.dist.items import ItemResult, MeasureItem
+from exl2ray.dist.schedule import Limits, Scheduler
+from exl2ray.dist.session import Lost, MissingArgument
+from exl2ray.errors import ClusterError, NumericError, StoreError
+
+QUICK = Limits(first=5, floor=0.2, rest=0.01, grace=0.05, patience=0.05)
+
+
+class Log:
+    """Modules with one measuring part each, and what was finished."""
+
+    def __init__(self, count: int, session: FakeSession, window: int = 4) -> None:
+        self.done: list[tuple[int, tuple[int, int]]] = []
+        modules = [Module(i, f"module {i}", 1.0, lambda n, i=i: self.parts(i, n)) for i in range(1, count + 1)]
+        self.fan = Fan("measure", modules, session, window)
+
+    def parts(self, index: int, count: int) -> list[Part]:
+        items = [MeasureItem(index, "ab" * 16, (p, count)) for p in range(count)]
+        return [Part("measure", i, lambda result, i=i: self.done.append((i.index, i.part))) for i in items]
+
+    def complete(self, count: int) -> bool:
+        """Every part of every module exactly once."""
+        indices = {i for i, _ in self.done}
+        sizes = {i: {p[1] for j, p in self.done if j == i} for i in indices}
+        wanted = [(i, (p, n)) for i in indices for n in sizes[i] for p in range(n)]
+        return indices == set(range(1, count + 1)) and sorted(self.done) == sorted(wanted)
+
+
+def answer(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+    result = ItemResult(f"module {args[0].index}", 0.01, "", {})
+    return (result, f"states after {args[0].index}") if method == "enter" else result
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(2, 6), st.integers(0, 10**6))
+def test_every_part_is_done_once_whatever_is_lost(count: int, workers: int, window: int, seed: int) -> None:
+    choice = random.Random(seed)
+
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        chance = choice.random()
+        if chance < 0.15:
+            return Lost("killed")
+        if chance < 0.2 and len(args) > 1:
+            return MissingArgument("the node is gone")
+        if chance < 0.25:
+            return StoreError("disk full")
+        return answer(worker, method, args)
+
+    session = FakeSession(workers, behave, seed)
+    log = Log(count, session, window)
+    Scheduler(session, Limits(losses=10**6, rest=1e-6)).run(log.fan)
+    assert log.complete(count)
+    assert log.fan.peak_states <= window + 1
+
+
+def test_states_enter_the_module_that_they_belong_to() -> None:
+    seen: dict[int, Any] = {}
+
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        if method == "enter" and len(args) > 1:
+            seen[args[0].index] = (args[0].start, args[1])
+        return answer(worker, method, args)
+
+    session = FakeSession(3, behave)
+    log = Log(6, session)
+    Scheduler(session).run(log.fan)
+    assert seen == {i: (i, f"states after {i - 1}") for i in range(2, 7)}
+
+
+def test_the_window_holds_back_fast_workers() -> None:
+    entered: list[int] = []
+
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        if method == "enter":
+            entered.append(args[0].index)
+        if method == "measure" and args[0].index == 1 and len(entered) < 3:
+            time.sleep(0.01)
+        return answer(worker, method, args)
+
+    session = FakeSession(2, behave)
+    log = Log(8, session, window=3)
+    slow = {"left": 200}
+    original = session.wait
+
+    def wait(timeout_seconds: float) -> Any:
+        # Whoever measures module 1 takes very long.
+        for worker, (method, args, _) in session.calls.items():
+            if method == "measure" and args[0].index == 1 and slow["left"]:
+                slow["left"] -= 1
+                session.asleep = {worker}
+                break
+        else:
+            session.asleep = set()
+        assert max(entered, default=0) - 1 < 3 or 1 in {i for i, _ in log.done}
+        return original(timeout_seconds)
+
+    session.wait = wait  # type: ignore[method-assign]
+    Scheduler(session).run(log.fan)
+    assert log.complete(8)
+    assert slow["left"] == 0
+
+
+def test_the_last_modules_are_split_between_idle_workers() -> None:
+    session = FakeSession(4, answer)
+    log = Log(5, session)
+    Scheduler(session).run(log.fan)
+    parts = {i: n for i, (_, n) in log.done}
+    assert parts == {1: 1, 2: 1, 3: 2, 4: 2, 5: 4}
+
+
+def test_an_item_that_loses_three_workers_stops_the_job() -> None:
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        return Lost("signal 9") if args[0].index == 2 else answer(worker, method, args)
+
+    session = FakeSession(2, behave)
+    with pytest.raises(ClusterError, match=r"module 2 .* lost 3 workers; the last time: signal 9") as error:
+        Scheduler(session, QUICK).run(Log(3, session).fan)
+    assert "the logs" in error.value.hint
+
+
+def test_a_defect_is_raised_at_once() -> None:
+    calls = []
+
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        calls.append(method)
+        raise NumericError("module 1: NaN")
+
+    session = FakeSession(1, behave)
+    with pytest.raises(NumericError, match="NaN"):
+        Scheduler(session, QUICK).run(Log(3, session).fan)
+    assert calls == ["enter"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_out_of_memory_is_tried_once_more_with_smaller_batches(times: int) -> None:
+    shrinks = []
+
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        if method == "enter" and args[0].index == 2:
+            shrinks.append(args[0].shrink)
+            if len(shrinks) <= times:
+                return WorkerOutOfMemory("the GPU ran out of memory")
+        return answer(worker, method, args)
+
+    session = FakeSession(2, behave)
+    log = Log(3, session)
+    if times == 2:
+        with pytest.raises(WorkerOutOfMemory):
+            Scheduler(session, QUICK).run(log.fan)
+    else:
+        Scheduler(session, QUICK).run(log.fan)
+        assert log.complete(3)
+    assert shrinks == [1, 4]
+
+
+def test_a_full_disk_on_one_machine_leaves_the_work_to_the_others() -> None:
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        return StoreError("disk full") if worker == 0 else answer(worker, method, args)
+
+    session = FakeSession(2, behave)
+    log = Log(4, session)
+    Scheduler(session, QUICK).run(log.fan)
+    assert log.complete(4)
+
+
+def test_a_full_disk_everywhere_is_reported_as_such() -> None:
+    session = FakeSession(2, lambda worker, method, args: StoreError("disk full"))
+    with pytest.raises(StoreError, match="disk full"):
+        Scheduler(session, QUICK).run(Log(2, session).fan)
+
+
+def test_a_hung_worker_is_killed_at_its_deadline() -> None:
+    session = FakeSession(2, answer)
+    log = Log(6, session)
+    events: list[tuple[str, dict[str, Any]]] = []
+    hung: list[int] = []
+    original = session.submit
+
+    def submit(worker: int, method: str, *args: Any, returns: int = 1) -> None:
+        if method == "measure" and args[0].index == 4 and not hung:
+            hung.append(worker)
+            session.asleep.add(worker)
+        original(worker, method, *args, returns=returns)
+
+    session.submit = submit  # type: ignore[method-assign]
+    Scheduler(session, QUICK, lambda name, **fields: events.append((name, fields))).run(log.fan)
+    assert session.killed == hung
+    assert log.complete(6)
+    assert [f["key"] for name, f in events if name == "lost"] == ["module 4"]
+
+
+def test_the_first_interrupt_waits_for_work_in_flight() -> None:
+    session = FakeSession(2, answer)
+    log = Log(50, session)
+    original = session.wait
+    waits: list[int] = []
+
+    def wait(timeout_seconds: float) -> Any:
+        waits.append(len(session.calls))
+        if len(waits) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(timeout_seconds)
+
+    session.wait = wait  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        Scheduler(session, QUICK).run(log.fan)
+    assert not session.calls
+    assert 10 <= len(waits) <= 14
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_second_interrupt_ends_at_once() -> None:
+    session = FakeSession(1, answer)
+    session.asleep = {0}
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start(), again.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Scheduler(session, QUICK).run(Log(3, session).fan)
+    assert 0.4 < time.monotonic() - start < 3
+    assert session.calls
