@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from exl2ray.cuda.device import device_bytes
 from exl2ray.cuda.solver import Batch, Shape
 
-GRAPH_SHARE = 0.25  # of the device's memory
+GRAPH_SHARE = 0.2  # of the device's memory
 
 
 @dataclass
@@ -39,7 +40,7 @@ class GraphCache:
     def room(self, shape: Shape) -> bool:
         limit = self.limit_bytes
         if limit is None:
-            limit = int(torch.cuda.get_device_properties(shape.device).total_memory * GRAPH_SHARE)
+            limit = int(device_bytes(shape.device) * GRAPH_SHARE)
         used = sum(s.nbytes for s in self.recorded if s.device == shape.device)
         return used + shape.nbytes <= limit
 

@@ -48,10 +48,9 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
         return a if a > b else b
 
 else:
-    from numba.cuda import libdevice
-
     from llvmlite import ir
     from numba import types
+    from numba.cuda import libdevice
     from numba.cuda.extending import intrinsic
 
     @intrinsic

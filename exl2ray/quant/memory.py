@@ -10,25 +10,20 @@ from typing import Any
 
 import torch
 
+from exl2ray.cuda.device import device_bytes
 from exl2ray.formats.layout import pad32
 from exl2ray.quant.measure import Settings
 from exl2ray.quant.qparams import attention_options, mlp_options, unique
 
 CPU_BATCH_TOKENS = 8192
 CPU_SOLVER_BYTES = 2 << 30
-# Shares of a GPU's memory. Besides these a module needs its weights, Hessians and, at factorisation, two K x K matrices.
-CANDIDATE_SHARE = 0.5
-SOLVER_SHARE = 0.25
-ACTIVATION_SHARE = 0.3
+# Shares of a GPU's memory: candidates of a module, one solver batch, activations of a forward, hidden states. Besides
+# these a module needs its weights, Hessians and, at factorisation, two K x K matrices; recorded graphs keep their buffers.
+CANDIDATE_SHARE = 0.3
+SOLVER_SHARE = 0.2
+ACTIVATION_SHARE = 0.2
 STATES_SHARE = 0.35
-
-
-def device_bytes(device: torch.device) -> int:
-    """Memory of a GPU in bytes as torch may use it (a per-process fraction counts)."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    total = int(torch.cuda.get_device_properties(index).total_memory)
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(index)
-    return int(total * float(fraction))
+NORM_BYTES_PER_TOKEN = 1 << 17  # the final norm: states in and out in float32, hidden sizes up to 16384
 
 
 def settings_for(module: Any, rows: int, tokens: int, device: torch.device, damping: float) -> Settings:
@@ -69,5 +64,7 @@ def _bytes_per_token(module: Any) -> int:
     if gate_up:
         counts = [len(unique([r[i] for r in mlp_options()])[0]) for i in range(2)]
         widest += sum(c * pad32(x.out_features) for c, x in zip(counts, gate_up, strict=False)) * 2
+    if not module.linears:
+        return NORM_BYTES_PER_TOKEN
     hidden: int = max(x.in_features for x in module.linears)
     return widest + 16 * hidden + (8 * pad32(module.linears[0].out_features) if module.kind == "head" else 0)

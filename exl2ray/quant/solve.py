@@ -13,8 +13,8 @@ from exl2ray.formats.layout import GroupLayout, QParams
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.hessian import Factor
 
-# Bytes that one column of a batch costs per row of K: error float32, result float16 (and integers when kept).
-_BYTES_PER_WEIGHT = 6
+# Bytes that a weight of a batch costs: error float32, result float16 and its copy, a share of the panel buffers.
+_BYTES_PER_WEIGHT = 10
 
 
 @dataclass(frozen=True)

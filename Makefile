@@ -1,0 +1,50 @@
+# make demo   set up, convert the demo model at 3.0 and 4.5 bits per weight, show what it costs
+# make test   everything that runs without a GPU
+# make check  lint, types and the quick tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The CPU build of torch where there is no GPU: the ordinary wheel brings gigabytes of CUDA libraries along.
+# Where pip does not find one, TORCH_PIP can name torch's CPU index: make demo TORCH_PIP='--index-url ...'
+TORCH_CPU := 2.13.0
+TORCH_PIP ?=
+OUT    := demo-out
+
+.PHONY: demo test check lint types quick clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@if ! command -v nvidia-smi >/dev/null 2>&1; then \
+	  echo "no GPU found: installing the CPU build of torch"; \
+	  $(PIP) "torch==$(TORCH_CPU)+cpu" $(TORCH_PIP) -c constraints.txt 2>/dev/null || $(PIP) "torch==$(TORCH_CPU)" -c constraints.txt; \
+	fi
+	@if command -v nvidia-smi >/dev/null 2>&1; then $(PIP) -e ".[cuda]" -c constraints.txt; else $(PIP) -e . -c constraints.txt; fi
+	touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	$(PIP) -e ".[dev,cluster]" -c constraints.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/exl2ray convert -i models/demo -o $(OUT)/work -b 3.0 -b 4.5 -cf "$(OUT)/{bpw}bpw" -l 512 -ml 512 --device cpu
+	$(BIN)/exl2ray eval --model $(OUT)/3.0bpw --model $(OUT)/4.5bpw --reference models/demo \
+	  --tokens models/demo/eval-tokens.npy --length 512 --device cpu
+	@echo; echo "The converted models are in $(OUT)/3.0bpw and $(OUT)/4.5bpw; work files in $(OUT)/work can be deleted."
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+quick: $(VENV)/dev
+	$(BIN)/python -m pytest -m "not slow"
+
+check: lint types quick
+
+clean:
+	rm -rf $(OUT) $(VENV)
