@@ -30,17 +30,19 @@ import torch
 from safetensors.torch import save_file
 
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import pad32
+from exl2ray.formats.layout import GroupLayout, pad32
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import check_states, load_block
 from exl2ray.quant import pack as packing
 from exl2ray.quant.allocate import Slot, budget, solve
+from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.measure import measure_block
 from exl2ray.quant.memory import settings_for
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 from exl2ray.quant.quantize import quantize_block, quantize_head
 from exl2ray.quant.solve import synchronize
 
+CALLS = 10  # of a kernel per timing
 MATRIX_RATE = {"H200": 700e12, "H100": 700e12}  # fp16 FLOP/s reached by cuBLAS on large products
 
 
@@ -200,15 +202,43 @@ class Bench:
         self.add("quantize head", *self.time(work))
 
     def pack(self) -> None:
-        from exl2ray.formats.layout import GroupLayout
-
         k, n = pad32(self.shape.hidden), pad32(self.shape.intermediate)
         for bits in (4, 3):
             layout = GroupLayout((bits,) * (k // 128), (128,) * (k // 128))
             codes = torch.randint(0, 2**bits, (k, n), dtype=torch.uint8, device=self.device)
-            seconds, first = self.time(lambda c=codes, y=layout: packing.pack_rows(c, y))
             moved = codes.numel() * (1 + bits / 8)
-            self.add(f"pack {bits} bit: {moved / seconds / 1e9:.0f} GB/s", seconds, first)
+            seconds, first = self.time(self.replayed(lambda c=codes, y=layout: packing.pack_rows(c, y)))
+            self.add(f"pack {bits} bit: {moved * CALLS / seconds / 1e9:.0f} GB/s", seconds / CALLS, first)
+            packed = packing.pack("x", self.quantised(codes, layout))
+            words = packed.q_weight.to(self.device)
+            tables = packing.unit_tables(layout, self.device)
+            if self.device.type == "cuda":
+                from exl2ray.cuda.packing import dequantize_cuda
+
+                steps = torch.full((len(layout.rows), n), 0.01, dtype=torch.float16, device=self.device)
+                perm = torch.randperm(k, device=self.device)
+                seconds, first = self.time(self.replayed(lambda: dequantize_cuda(words, steps, perm, *tables)))
+                moved = codes.numel() * (2 + bits / 8)
+                self.add(f"dequantise {bits} bit: {moved * CALLS / seconds / 1e9:.0f} GB/s", seconds / CALLS, first)
+
+    def quantised(self, codes: torch.Tensor, layout: GroupLayout) -> Quantized:
+        groups, n = len(layout.rows), codes.shape[1]
+        scales = torch.full((groups, n), 8, dtype=torch.uint8, device=self.device)
+        perm = torch.arange(codes.shape[0], device=self.device)
+        top = torch.full((groups,), 0.01, dtype=torch.float16, device=self.device)
+        return Quantized(layout, perm, codes, scales, top, codes.half())
+
+    def replayed(self, work: Callable[[], object]) -> Callable[[], object]:
+        """CALLS runs of ``work``; on a GPU as one CUDA graph, so that launches from Python do not count."""
+        if self.device.type != "cuda":
+            return lambda: [work() for _ in range(CALLS)]
+        work()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                work()
+        return graph.replay
 
     def solve(self) -> None:
         import random
