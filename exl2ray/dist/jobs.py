@@ -45,10 +45,16 @@ class JobState:
 
 
 class Cluster:
-    """The job server at ``address``, as http://HEAD:8265. Raises ClusterError where it cannot be used."""
+    """The job server at ``address``, as http://HEAD:8265. Raises ClusterError where it cannot be used.
 
-    def __init__(self, address: str) -> None:
+    ``client``: a connection that is there already, of Ray's JobSubmissionClient or like it.
+    """
+
+    def __init__(self, address: str, client: Any = None) -> None:
         self.address = normalized(address)
+        self._client = client
+        if client is not None:
+            return
         _reach(self.address)
         with self._explained("connect"), _no_address_variables():
             from ray.job_submission import JobSubmissionClient
@@ -158,12 +164,16 @@ class Cluster:
     @contextmanager
     def _explained(self, action: str) -> Iterator[None]:
         """ClusterError for what Ray's client raises: RuntimeError with the server's answer, requests' and import errors."""
+        from ray.exceptions import RayError
+
         try:
             yield
         except ImportError as e:
             raise _not_installed(e.name or str(e)) from e
-        except (OSError, RuntimeError, ValueError, KeyError) as e:
+        except (OSError, RuntimeError, ValueError, KeyError, RayError) as e:
             text = str(e).strip()
+            if isinstance(e, RayError):  # refused; what follows the first line is general advice
+                text = text.partition("\n")[0]
             if "ray[default]" in text:
                 raise _not_installed("the job client of Ray") from e
             raise ClusterError(f"{self.address}: cannot {action}: {_short(text) or type(e).__name__}", _hint(text)) from e
@@ -231,8 +241,11 @@ def _hint(text: str) -> str:
     if "is running on the cluster" in text or "not compatible" in text:
         return "exl2ray needs Ray 2.50 or newer on the cluster, and here"
     if "uthenticat" in text or "status code 401" in text or "status code 403" in text:
-        return "this cluster asks for a token: see RAY_AUTH_TOKEN and RAY_AUTH_MODE in Ray's documentation"
-    if "404" in text or "Expecting value" in text:
+        return (
+            "this cluster asks for its token: export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN=... or a copy of its head node's "
+            "~/.ray/auth_token here"
+        )
+    if "404" in text or "Expecting value" in text or "ray_version" in text:
         return "what answers there is not the dashboard of a Ray cluster with ray[default]"
     return ""
 
@@ -240,4 +253,4 @@ def _hint(text: str) -> str:
 def _short(text: str) -> str:
     """The telling lines of a server's answer: it may hold a whole traceback."""
     lines = [line for line in text.splitlines() if line.strip()]
-    return (lines[0] if len(lines) < 2 else f"{lines[0][:200]} ... {lines[-1]}")[:500] if lines else ""
+    return (lines[0] if len(lines) < 2 else f"{lines[0][:200]} ... {lines[-1]}")[:400] if lines else ""
