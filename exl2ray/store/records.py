@@ -130,8 +130,9 @@ class Records:
                 raise StoreError(f"{name} has {size} bytes; the record of {record.key} says {ref.size}")
         rel = _record_file(record.kind, record.key, record.inputs_hash)
         body = asdict(record)
-        text = canonical_json({"record": body, "sha256": hash_inputs(record=body)})
-        self.store.put(rel, text)
+        # Keys as they are, not sorted: what is made of a record that was read again must not differ from what was first.
+        text = json.dumps({"record": body, "sha256": hash_inputs(record=body)}, separators=(",", ":"), allow_nan=False)
+        self.store.put(rel, text.encode())
         return rel
 
     def find(self, kind: str, key: str, inputs_hash: str) -> Record | None:

@@ -1,0 +1,92 @@
+"""Running small conversions and looking at what they left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exl2ray.config import Recipe
+from exl2ray.convert import Summary, convert
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import LinearShape
+from exl2ray.formats.tensorfile import TensorFile
+from exl2ray.formats.verify import verify_directory
+from exl2ray.model.arch import load_spec
+from exl2ray.progress import Silent
+
+QUANTISED = (".q_weight", ".q_scale", ".q_scale_max", ".q_groups", ".q_invperm", ".bias")
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """An undisturbed conversion at 4 and 5 bpw; its directories must not be changed."""
+
+    model: Path
+    work: Path
+    outputs: dict[float, Path]
+    summary: Summary
+    reporter: Silent
+
+
+def recipe(model: Path, out: Path, **changes: Any) -> Recipe:
+    """Rows of 128 tokens, 4 bpw, on the CPU and in this process."""
+    settings: dict[str, Any] = {
+        "bits": (4.0,), "length": 128, "measurement_length": 128, "executor": "inline", "device": "cpu",
+    }  # fmt: skip
+    return Recipe(in_dir=str(model), out_dir=str(out), **{**settings, **changes})
+
+
+def run(model: Path, out: Path, **changes: Any) -> tuple[Summary, Silent]:
+    reporter = Silent()
+    return convert(recipe(model, out, **changes), reporter), reporter
+
+
+def stages(reporter: Silent) -> list[str]:
+    return [fields["stage"] for name, fields in reporter.events if name == "stage"]
+
+
+def items(reporter: Silent) -> list[str]:
+    """Keys of the modules that were computed, each with its stage."""
+    return [f"{fields['stage']}: {fields['key']}" for name, fields in reporter.events if name == "item"]
+
+
+def messages(reporter: Silent, kind: str) -> list[str]:
+    return [fields["message"] for name, fields in reporter.events if name == kind]
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below a directory."""
+    return {
+        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
+
+
+def shapes(model: Path) -> dict[str, LinearShape]:
+    """Shape of every linear of the output."""
+    spec = load_spec(SourceModel(model))
+    return {x.key: LinearShape(x.in_features, x.out_features, x.has_bias) for x in spec.linears}
+
+
+def assert_sound(model: Path, output: Path) -> None:
+    assert verify_directory(output, shapes(model)) == []
+
+
+def quantised_bytes(output: Path, keys: set[str]) -> int:
+    """Bytes of the tensors of quantised linears in the shards of a directory."""
+    total = 0
+    for shard in output.glob("*.safetensors"):
+        for name, info in TensorFile(shard).tensors.items():
+            if name.endswith(QUANTISED) and name.rsplit(".", 1)[0] in keys:
+                total += info.nbytes
+    return total
+
+
+def logged(work: Path, name: str) -> list[dict[str, Any]]:
+    """Fields of all events of a name in the work directory's log."""
+    lines = (work / "events.jsonl").read_text().splitlines()
+    return [e["fields"] for e in map(json.loads, lines) if e["name"] == name]
