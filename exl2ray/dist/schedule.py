@@ -110,6 +110,7 @@ class Scheduler:
         self._resting: dict[int, float] = {}
         self._tired: Counter[int] = Counter()
         self._stopping = False
+        self._stalls = 0
 
     @property
     def busy(self) -> int:
@@ -139,11 +140,12 @@ class Scheduler:
         calls = flow.dispatch(idle) if idle else []
         for worker, call in calls:
             self._running[worker] = _Running(call, now + self._allowed(call))
-            self.event("started", method=call.method, key=call.key, worker=self.session.name(worker))
+            bits = getattr(call.args[0], "bits", None) if call.args else None
+            self.event("started", method=call.method, key=call.key, bits=bits, worker=self.session.name(worker))
             self.session.submit(worker, call.method, *call.args, returns=call.returns)
         waiting = self.session.starting() or len(idle) < len(self.session.idle())
         if not self._running and not waiting and idle and not calls and not flow.done and not flow.overdue():
-            self._stalls = getattr(self, "_stalls", 0) + 1
+            self._stalls += 1
             time.sleep(0.05)
             if self._stalls > 20 * max(self.limits.patience, self.limits.grace) + 200:
                 raise ClusterError("nothing is running and nothing can be started", "this is a defect: please report it")

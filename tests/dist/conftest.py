@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
 import dist_helpers
 from tiny_models import write_model
 
@@ -67,6 +65,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(setup: Any, make: Any, executor: str, workers: Any = None, address: Any = None, size: int = 0) -> Any:
         if executor == "inline":
             return InlineSession(setup, make)
-        return RaySession(setup, make, workers, address, size, claim={"num_gpus": 1, "num_cpus": 0})
+        claim = {"num_gpus": 1, "num_cpus": 0} if address else {"num_cpus": 0.5}  # a Ray of its own has no fake GPUs
+        return RaySession(setup, make, workers, address, size, claim=claim)
 
     monkeypatch.setattr(exl2ray.steps, "open_session", opened)

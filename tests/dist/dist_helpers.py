@@ -96,24 +96,35 @@ class FakeSession:
         self.calls.clear()
 
 
+def faults(work: Path, *lines: str) -> None:
+    """What is to go wrong: see FaultyWorker."""
+    folder = Path(f"{work}.faults")
+    folder.mkdir()
+    for number, line in enumerate(lines):
+        (folder / f"{line} {number}").touch()
+
+
+def left(work: Path) -> list[str]:
+    """Faults that have not happened."""
+    return sorted(p.name for p in Path(f"{work}.faults").iterdir())
+
+
 class FaultyWorker(Worker):
-    """Does what ``<work>.fault`` says, once per line of it: "<method> <module index> <what>".
+    """Goes wrong as the files in ``<work>.faults`` say, once for each: "<method> <module index> <what> <number>".
 
     what: kill (SIGKILL), stop (SIGSTOP), memory (MemoryError), gpu (torch.OutOfMemoryError), cuda (a CUDA error), full (disk
     full), value (ValueError), commit (SIGKILL after the item was committed), broken (GroupBroken).
     """
 
     def _fault(self, method: str, index: int, when: str) -> None:
-        path = Path(f"{self.setup.work_root}.fault")
-        try:
-            lines = path.read_text().splitlines()
-        except FileNotFoundError:
-            return
-        for line in lines:
-            name, at, what = line.split()
-            if (name, int(at)) == (method, index) and (what == "commit") == (when == "after"):
-                lines.remove(line)
-                path.write_text("\n".join(lines))
+        folder = Path(f"{self.setup.work_root}.faults")
+        for path in sorted(folder.glob(f"{method} {index} *")):
+            what = path.name.split()[2]
+            if (what == "commit") == (when == "after"):
+                try:
+                    path.unlink()  # only one worker succeeds
+                except FileNotFoundError:
+                    continue
                 self._go_wrong(what)
 
     def _go_wrong(self, what: str) -> None:

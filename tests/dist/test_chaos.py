@@ -1,0 +1,128 @@
+"""Chaos: workers of a full conversion are killed at random every few seconds. Slow.
+
+Two bitrates, three workers, at least twenty kills with SIGKILL from outside, at seeded random times. The result has the
+bytes of a quiet run, and nothing that had been committed is computed again: after the event that an item is finished there
+is no call on it any more.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import dist_helpers
+import pytest
+from dist_helpers import digests, recipe
+
+import exl2ray.steps
+from exl2ray.convert import convert
+from exl2ray.dist.schedule import Limits
+from exl2ray.dist.worker import Worker
+from exl2ray.progress import Silent
+from exl2ray.store.events import read_events
+from exl2ray.store.fs import Store
+
+KILLS = 20
+BITS = (4.0, 5.0)
+# Kills from outside are nobody's fault, and with so many of them some item is hit three times.
+PATIENT = Limits(losses=10**6, grace=2.0, patience=3.0, rest=0.1)
+
+
+class SlowWorker(Worker):
+    """Long enough in every item to be killed there, before the work and after the commit."""
+
+    def measure(self, item: Any) -> Any:
+        return self._slowly(Worker.measure, item)
+
+    def chain(self, item: Any) -> Any:
+        return self._slowly(Worker.chain, item)
+
+    def enter(self, item: Any, entry: Any = None) -> Any:
+        return self._slowly(Worker.enter, item, entry)
+
+    def _slowly(self, method: Any, *args: Any) -> Any:
+        while Path(f"{self.setup.work_root}.chaos").exists():  # until there were enough kills
+            time.sleep(0.7)
+            if random.random() < 0.4:
+                break
+        result = method(self, *args)
+        time.sleep(0.2)
+        return result
+
+
+class Killer(threading.Thread):
+    """Kills a random worker of ours every second or two, until it has killed enough."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.work, self.random, self.killed = work, random.Random(seed), 0
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        while self.killed < KILLS and not self.stopped.wait(self.random.uniform(0.8, 2.2)):
+            pids = self.pids()
+            if pids:
+                os.kill(self.random.choice(pids), signal.SIGKILL)
+                self.killed += 1
+        Path(f"{self.work}.chaos").unlink(missing_ok=True)
+
+    def pids(self) -> list[int]:
+        """Workers that have been given something to do and run."""
+        found = set()
+        for event in read_events(Store.open(str(self.work)))[0]:
+            if event["name"] == "started":
+                found.add(int(event["fields"]["worker"].rpartition(":")[2]))
+        return sorted(p for p in found if b"ray::" in _command(p))
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1])
+def test_chaos(seed: int, model: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet, work = tmp_path / "quiet", tmp_path / "work"
+    convert(recipe(model, quiet, bits=BITS), Silent())
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(__import__(__name__))
+    ray.cloudpickle.register_pickle_by_value(dist_helpers)
+    monkeypatch.setattr(exl2ray.steps, "Worker", SlowWorker)
+    monkeypatch.setattr(exl2ray.steps, "Limits", lambda: PATIENT)
+    Path(f"{work}.chaos").touch()
+    killer = Killer(work, seed)
+    killer.start()
+    start = time.monotonic()
+    try:
+        convert(recipe(model, work, bits=BITS, gpus=3, ray_address=cluster.address), Silent())
+    finally:
+        killer.stopped.set()
+        killer.join()
+    print(f"{killer.killed} kills in {time.monotonic() - start:.0f} s")
+    assert killer.killed >= KILLS
+    assert digests(work) == digests(quiet)
+    assert computed_again(work) == []
+
+
+def computed_again(work: Path) -> list[str]:
+    """Items with a call that computes them after the event that they are finished."""
+    out, done = [], set()
+    for event in read_events(Store.open(str(work)))[0]:
+        f = event["fields"]
+        if event["name"] == "item":
+            done.add((f["stage"], f["key"]))
+        elif event["name"] == "started" and f["method"] in ("measure", "chain"):
+            stage = "measure" if f["bits"] is None else f"quantize {f['bits']}"
+            if (stage, f["key"]) in done:
+                out.append(f"{stage}: {f['key']}")
+    assert len(done) == 4 + 5 * len(BITS)
+    return out

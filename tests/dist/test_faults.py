@@ -1,0 +1,324 @@
+"""One fault at a time in a conversion on three fake GPUs: the model has the bytes of a quiet run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dist_helpers import FaultyWorker, digests, faults, left, recipe
+
+import exl2ray.steps
+from exl2ray.convert import convert
+from exl2ray.dist.schedule import Limits
+from exl2ray.errors import ClusterError, Exl2RayError, StoreError
+from exl2ray.progress import Silent
+from exl2ray.store.events import read_events
+from exl2ray.store.fs import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = Limits(grace=3.0, patience=6.0, rest=0.1)
+
+
+@pytest.fixture(autouse=True)
+def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exl2ray.steps, "Worker", FaultyWorker)
+    monkeypatch.setattr(exl2ray.steps, "Limits", lambda: QUICK)
+
+
+@pytest.fixture(scope="module")
+def quiet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    out = {}
+    for propagate in ("quantized", "reference"):
+        work = tmp_path_factory.mktemp("quiet") / "work"
+        convert(recipe(model, work, propagate=propagate), Silent())
+        out[propagate] = digests(work)
+    return out
+
+
+def events(work: Path, name: str) -> list[dict[str, Any]]:
+    return [e["fields"] for e in read_events(Store.open(str(work)))[0] if e["name"] == name]
+
+
+def test_killed_in_every_kind_of_item(
+    model: Path, tmp_path: Path, cluster: Any, quiet: dict[str, dict[str, str]]
+) -> None:
+    work = tmp_path / "work"
+    faults(
+        work, "enter 1 kill", "measure 2 kill", "measure 3 commit", "join 1 kill", "chain 2 kill", "chain 4 commit",
+        "chain 6 kill",
+    )  # fmt: skip
+    reporter = Silent()
+    convert(recipe(model, work, gpus=2, ray_address=cluster.address), reporter)
+    assert digests(work) == quiet["quantized"]
+    assert not left(work)
+    assert len(events(work, "lost")) == 7
+    assert {f["key"] for f in events(work, "found")} >= {"model.layers.1.self_attn"}
+    assert any("worker was lost" in f["message"] for name, f in reporter.events if name == "warning")
+
+
+def test_memory_and_devices(model: Path, tmp_path: Path, cluster: Any, quiet: dict[str, dict[str, str]]) -> None:
+    """Out of host memory, out of GPU memory, a CUDA error, a full disk on one machine, a group that breaks for nothing.
+
+    Smaller batches change the order of sums, so here the model need not have the same bytes; it must be complete.
+    """
+    work = tmp_path / "work"
+    faults(
+        work, "measure 2 memory", "enter 3 gpu", "measure 4 cuda", "measure 1 full", "chain 1 cuda", "chain 2 gpu",
+        "chain 3 full", "chain 4 broken",
+    )  # fmt: skip
+    convert(recipe(model, work, gpus=2, ray_address=cluster.address), Silent())
+    assert not left(work)
+    assert digests(work).keys() == quiet["quantized"].keys()
+    retried = {f["key"] for f in events(work, "retry")}
+    assert retried == {"model.layers.0.mlp", "model.layers.1.self_attn"}
+    assert "cuda" in json.dumps(events(work, "lost")).lower()
+
+
+def test_reference_states_and_lost_workers(
+    model: Path, tmp_path: Path, cluster: Any, quiet: dict[str, dict[str, str]]
+) -> None:
+    work = tmp_path / "work"
+    faults(work, "quantize 1 kill", "enter 2 commit", "quantize 3 commit", "quantize 6 kill")
+    convert(recipe(model, work, gpus=2, ray_address=cluster.address, propagate="reference"), Silent())
+    assert not left(work)
+    assert digests(work) == quiet["reference"]
+
+
+@pytest.mark.parametrize("method", ["measure", "chain"])
+def test_a_stopped_worker_is_replaced(
+    method: str,
+    model: Path,
+    tmp_path: Path,
+    cluster: Any,
+    quiet: dict[str, dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGSTOP: Ray never reports it. The deadline, from what other modules took, does."""
+    limits = Limits(grace=3.0, patience=6.0, floor=8.0, factor=3.0)
+    monkeypatch.setattr(exl2ray.steps, "Limits", lambda: limits)
+    work = tmp_path / "work"
+    faults(work, f"{method} 4 stop")
+    convert(recipe(model, work, gpus=2, ray_address=cluster.address), Silent())
+    assert digests(work) == quiet["quantized"]
+    assert "no answer" in events(work, "lost")[0]["reason"]
+
+
+def test_poison(model: Path, tmp_path: Path, cluster: Any) -> None:
+    work = tmp_path / "work"
+    faults(work, *["measure 2 kill"] * 5)
+    with pytest.raises(ClusterError, match=r"model\.layers\.0\.mlp .* lost 3 workers") as error:
+        convert(recipe(model, work, gpus=2, ray_address=cluster.address), Silent())
+    assert "logs" in error.value.hint
+    assert len(left(work)) == 2
+
+
+def test_a_defect_is_not_tried_again(model: Path, tmp_path: Path, cluster: Any) -> None:
+    work = tmp_path / "work"
+    faults(work, *["measure 2 value"] * 3)
+    with pytest.raises(ValueError, match="a defect"):
+        convert(recipe(model, work, gpus=2, ray_address=cluster.address), Silent())
+    assert len(left(work)) == 2
+    logs = list((work / "logs").glob("*.log"))
+    assert "ValueError: a defect" in logs[0].read_text()
+
+
+def test_a_node_with_other_versions_or_files_is_refused(
+    model: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere(FaultyWorker):
+        def __init__(self, setup: Any) -> None:
+            import dataclasses
+
+            super().__init__(dataclasses.replace(setup, versions={**setup.versions, "torch": "1.0"}))
+
+    monkeypatch.setattr(exl2ray.steps, "Worker", Elsewhere)
+    with pytest.raises(StoreError, match="versions differ"):
+        convert(recipe(model, tmp_path / "work", gpus=2, ray_address=cluster.address), Silent())
+
+
+def test_nodes_come_and_go(model: Path, tmp_path: Path, quiet: dict[str, dict[str, str]]) -> None:
+    """Two workers wanted, one GPU there: a node joins late and takes part; then it is lost with all it held."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20},
+    )
+    work = tmp_path / "work"
+    node: list[Any] = []
+
+    class ComeAndGo(Silent):
+        def event(self, name: str, **fields: Any) -> None:
+            super().event(name, **fields)
+            if name == "item" and fields["stage"] == "measure" and fields["done"] == 1 and not node:
+                node.append(cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100 << 20))
+                time.sleep(12)  # the pending worker starts there
+            if name == "item" and fields["stage"] == "quantize 4.0" and fields["done"] == 2:
+                cluster.remove_node(node[0], allow_graceful=False)
+
+    try:
+        reporter = ComeAndGo()
+        convert(recipe(model, work, gpus=2, ray_address=cluster.address, bits=(4.0,)), reporter)
+        assert digests(work) == quiet["quantized"]
+        assert len({f["worker"] for f in events(work, "started")}) == 2
+        assert events(work, "lost")
+    finally:
+        cluster.shutdown()
+
+
+DRIVER = """
+import sys
+sys.path[:0] = {paths!r}
+import ray.cloudpickle, torch
+import dist_helpers, exl2ray.steps
+from exl2ray.dist.session import RaySession
+torch.set_num_threads(1)
+exl2ray.steps.open_session = lambda setup, make, executor, workers=None, address=None, size=0: RaySession(
+    setup, make, workers, address, size, claim={{"num_cpus": 1}})
+from exl2ray.convert import convert
+from exl2ray.progress import Silent
+
+class Tell(Silent):
+    def event(self, name, **fields):
+        print(name, fields.get("stage", ""), fields.get("done", ""), flush=True)
+
+convert(dist_helpers.recipe({model!r}, {work!r}, gpus=2, ray_address={address!r}), Tell())
+"""
+
+
+def driver(model: Path, work: Path, address: str | None, **environment: str) -> subprocess.Popen[str]:
+    """A conversion in a process of its own."""
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "dist")]
+    code = DRIVER.format(paths=paths, model=str(model), work=str(work), address=address)
+    env = {**os.environ, "PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> str:
+    """Reads the driver's output up to a line with ``text``."""
+    seen = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    pytest.fail(f"the driver ended before {text!r}:\n{seen[-3000:]}")
+
+
+def test_a_killed_driver_resumes_and_a_second_is_refused(
+    model: Path, tmp_path: Path, quiet: dict[str, dict[str, str]]
+) -> None:
+    work = tmp_path / "work"
+    first = driver(model, work, None)
+    wait_for(first, "item measure 2")
+    with pytest.raises(StoreError, match="in use by"):
+        convert(recipe(model, work), Silent())
+    first.send_signal(signal.SIGKILL)
+    first.wait(30)
+    done = {f["key"] for f in events(work, "item")}
+    before = len(events(work, "started"))
+    second = driver(model, work, None)
+    wait_for(second, "item quantize 4.0 3")
+    second.send_signal(signal.SIGINT)  # waits for what is in flight
+    output, _ = second.communicate(timeout=60)
+    assert "resume with: exl2ray convert -o" in output
+    convert(recipe(model, work), Silent())
+    assert digests(work) == quiet["quantized"]
+    again = [f["key"] for f in events(work, "started")[before:] if f["method"] == "measure"]
+    assert not done & set(again)
+
+
+def test_a_lost_head_ends_the_driver_and_nothing_else(
+    model: Path, tmp_path: Path, quiet: dict[str, dict[str, str]]
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 << 20},
+    )
+    work = tmp_path / "work"
+    try:
+        process = driver(
+            model, work, cluster.address,
+            RAY_gcs_rpc_server_reconnect_timeout_s="3", RAY_gcs_server_request_timeout_seconds="3",
+        )  # fmt: skip
+        wait_for(process, "item measure 2")
+        cluster.head_node.kill_gcs_server(check_alive=False)
+        cluster.remove_node(cluster.head_node, allow_graceful=False)
+        timer = threading.Timer(90, process.kill)
+        timer.start()
+        process.communicate()
+        assert timer.is_alive(), "the driver did not notice that its cluster is gone"
+        timer.cancel()
+        assert process.returncode != 0
+    finally:
+        cluster.shutdown()
+    _convert_when_unlocked(model, work)
+    assert digests(work) == quiet["quantized"]
+
+
+def _convert_when_unlocked(model: Path, work: Path) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return void(convert(recipe(model, work), Silent()))
+        except Exl2RayError as e:
+            if "in use" not in str(e) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def void(value: object) -> None:
+    return None
+
+
+def test_the_object_store_holds_no_more_than_the_window(
+    model: Path, tmp_path: Path, cluster: Any
+) -> None:
+    """Peak use of plasma while measuring, against what the window allows: each set of states is half a megabyte here."""
+    from ray._private.internal_api import memory_summary
+
+    peak, stop = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            try:
+                text = memory_summary(cluster.address, stats_only=True)
+            except Exception:
+                continue
+            for line in text.splitlines():
+                if line.startswith("Plasma memory usage"):
+                    peak[0] = max(peak[0], float(line.split()[3]))
+
+    thread = threading.Thread(target=watch)
+    work = tmp_path / "work"
+    reporter = Silent()
+    length = 256
+    settings = recipe(
+        model, work, gpus=2, ray_address=cluster.address, measurement_length=length,
+        output_measurement=str(tmp_path / "m.json"), compile_full=None,
+    )  # fmt: skip
+    thread.start()
+    try:
+        convert(settings, reporter)
+    finally:
+        stop.set()
+        thread.join()
+    states = events(work, "states")[0]
+    from safetensors.torch import load_file
+
+    rows = load_file(work / "calibration.safetensors")["measure"].shape[0]
+    state_mb = rows * length * 64 * 2 / 2**20
+    assert states["peak"] <= states["window"] + 1
+    assert 0 < peak[0] <= (states["window"] + 1) * state_mb * 1.1 + 1

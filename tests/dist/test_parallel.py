@@ -1,0 +1,153 @@
+"""Many workers give the same bytes as one, with either way of propagation, several bitrates, experts, and any resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dist_helpers import BITS, digests, recipe
+
+from exl2ray.convert import convert
+from exl2ray.progress import Silent
+from exl2ray.store.events import read_events
+from exl2ray.store.fs import Store
+
+
+@pytest.fixture(scope="module")
+def quiet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Digests of undisturbed conversions by one worker in this process."""
+    out = {}
+    for propagate in ("quantized", "reference"):
+        work = tmp_path_factory.mktemp("quiet") / "work"
+        convert(recipe(model, work, propagate=propagate), Silent())
+        out[propagate] = digests(work)
+    return out
+
+
+def started(work: Path) -> list[tuple[str, str]]:
+    """(method, key) of all calls that were made."""
+    events, _ = read_events(Store.open(str(work)))
+    return [(e["fields"]["method"], e["fields"]["key"]) for e in events if e["name"] == "started"]
+
+
+@pytest.mark.parametrize(("workers", "propagate"), [(1, "quantized"), (2, "quantized"), (3, "quantized"), (2, "reference")])
+def test_the_number_of_workers_changes_no_byte(
+    workers: int, propagate: str, model: Path, tmp_path: Path, cluster: Any, quiet: dict[str, dict[str, str]]
+) -> None:
+    work = tmp_path / "work"
+    reporter = Silent()
+    convert(recipe(model, work, gpus=workers, ray_address=cluster.address, propagate=propagate), reporter)
+    assert digests(work) == quiet[propagate]
+    items = [f for name, f in reporter.events if name == "item"]
+    assert len({f["worker"] for f in items if f["stage"] == "measure"}) == min(workers, 4)
+    assert {f["workers"] for f in items} == {workers}
+    assert items[0]["queue"] == 3
+    assert items[0]["eta_seconds"] > 0
+
+
+def test_several_bitrates_share_the_workers(model: Path, tmp_path: Path, cluster: Any) -> None:
+    bits = (4.0, 5.0, 6.0)
+    one, many = tmp_path / "one", tmp_path / "many"
+    convert(recipe(model, one, bits=bits), Silent())
+    convert(recipe(model, many, bits=bits, gpus=2, ray_address=cluster.address), Silent())
+    assert digests(one) == digests(many)
+    workers = [set[str](), set[str]()]
+    events, _ = read_events(Store.open(str(many)))
+    for e in events:
+        if e["name"] == "started" and e["fields"]["method"] == "chain":
+            workers[0].add(e["fields"]["worker"])
+    assert len(workers[0]) == 2
+
+
+def test_experts_in_a_group(moe_model: Path, tmp_path: Path, cluster: Any) -> None:
+    """Starved experts borrow Hessians, so all inputs of w1 and w3 must meet on one member."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    convert(recipe(moe_model, one), Silent())
+    convert(recipe(moe_model, two, gpus=2, ray_address=cluster.address), Silent())
+    assert digests(one) == digests(two)
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "reference"])
+def test_resume_with_another_number_of_workers(
+    propagate: str, model: Path, tmp_path: Path, cluster: Any, quiet: dict[str, dict[str, str]]
+) -> None:
+    """One worker up to the middle of the quantisation, two from there, states saved after every module."""
+    work = tmp_path / "work"
+    settings = recipe(model, work, propagate=propagate, checkpoint_seconds=0.0)
+
+    class StopInTheMiddle(Silent):
+        def event(self, name: str, **fields: Any) -> None:
+            super().event(name, **fields)
+            if name == "item" and fields["stage"].startswith("quantize") and fields["done"] == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(Exception, match="work directory"):
+        convert(settings, StopInTheMiddle())
+    before = started(work)
+    convert(dataclasses.replace(settings, gpus=2, executor="ray", ray_address=cluster.address), Silent())
+    assert digests(work) == quiet[propagate]
+    done = {"model.layers.0.self_attn", "model.layers.0.mlp"}
+    after = started(work)[len(before) :]
+    assert not [c for c in after if c[0] in ("measure", "chain", "quantize") and c[1] in done]
+    assert [c for c in after if c[0] in ("chain", "quantize")]
+
+
+def test_parts_of_a_module_are_the_whole(model: Path, tmp_path: Path) -> None:
+    """Any split of the option tables gives the same numbers."""
+    from exl2ray.dist.items import EnterItem, MeasureItem
+    from exl2ray.steps import Job
+
+    with Job(recipe(model, tmp_path / "work"), Silent()) as job:
+        worker = job.session._worker  # type: ignore[attr-defined]
+
+        def table(index: int, parts: int) -> list[Any]:
+            worker.enter(EnterItem("measure", index, 0, 1, False))
+            pieces = [worker.measure(MeasureItem(index, "ab" * 16, (p, parts))) for p in range(parts)]
+            return [o for piece in pieces for o in piece.payload["lists"][0]]
+
+        for index, rows in ((1, 19), (2, 17)):
+            whole = worker_whole(worker, index)
+            for parts in (2, 3, 5):
+                found = [o.to_json() for o in table(index, parts)]
+                assert len(found) == rows
+                assert json.dumps(found) == json.dumps(whole)
+
+
+def worker_whole(worker: Any, index: int) -> Any:
+    from exl2ray.dist.items import EnterItem, MeasureItem
+
+    worker.enter(EnterItem("measure", index, 0, 1, False))
+    return worker.measure(MeasureItem(index, "cd" * 16)).payload["profile"]["value"]
+
+
+def test_work_directory_in_a_bucket(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any) -> None:
+    """Records, states and shards in s3://, workers of a Ray session: the model is the one of a local work directory."""
+    boto3 = pytest.importorskip("boto3")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        url = f"http://{host}:{port}"
+        for name, value in {
+            "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_EC2_METADATA_DISABLED": "true", "AWS_REGION": "us-east-1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="work")
+        local = tmp_path / "local"
+        convert(recipe(model, local), Silent())
+        out = tmp_path / "out"
+        settings = recipe(model, "s3://work/job", gpus=2, compile_full=str(out), checkpoint_seconds=0.0)
+        convert(settings, Silent())  # a Ray of its own: workers inherit AWS_* from the driver
+        produced = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+        expected = {p.name: p.read_bytes() for p in Path(f"{local}-out/{BITS[0]}").iterdir() if p.is_file()}
+        assert produced == expected
+        store = Store.open("s3://work/job")
+        assert store.get("measurement.json") == (local / "measurement.json").read_bytes()
+        assert [n for n in store.list("quant/4.0/states") if n.endswith(".safetensors")]
+    finally:
+        server.stop()
