@@ -25,7 +25,7 @@ def usable(*tensors: Tensor) -> bool:
     return all(t.is_cuda and t.dtype == torch.float16 and t.is_contiguous() for t in tensors)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def _rotate(x, cos, sin, length, heads, dim, rotated, neox, out):
     """One block per token; x, out flat (tokens * heads * dim,) halves, cos, sin (length, rotated / 2) float32."""
     token = cuda.blockIdx.x
@@ -88,7 +88,7 @@ def _silu_product(gate, up):
     return np.float16(min(max(y, -_MAX), _MAX))
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def _gated_silu(gate, up, out):
     """Four elements a thread, all loaded before the first is used: halves alone keep too few bytes in flight."""
     i = cuda.blockIdx.x * 4 * THREADS + cuda.threadIdx.x
@@ -120,7 +120,7 @@ def _square(x, branch, target):
     return d * d
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def _residual_errors(x, branch, target, partial):
     """partial (R, CHUNKS) float32: sums of (half(x + branch) - target)^2; x, branch, target (R, n) halves."""
     sums = cuda.shared.array(THREADS, np.float32)

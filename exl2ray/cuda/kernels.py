@@ -74,7 +74,7 @@ else:
         return libdevice.fmaxf(a, b)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def column_tops(x, a, n, blocks, col_top, block_top):
     """col_top (C,) and block_top (B,) float32: largest |x| in rows a .. a+n. Launch: B blocks of 256 threads."""
     part = cuda.shared.array((LANES, COLUMNS), np.float32)
@@ -109,7 +109,7 @@ def _term(t, p, inverse, low, high):
     return square * square * _rsqrt(d)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_top, scale_codes, seg_top, partial):
     """Scale codes (G, C) uint8 row g, seg_top (S,) and partial (B, 104) float32. Launch: B blocks of 256 threads."""
     part = cuda.shared.array((PADDED, COLUMNS), np.float32)
@@ -197,7 +197,7 @@ def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_to
         partial[b, t] = total
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def choose(partial, seg_first, seg_top, grid, g, scale_max, seg_m):
     """scale_max (G, S) float16 row g; seg_m (S,) float32 = fp16(scale_max / 256). Launch: S blocks of 416 threads."""
     part = cuda.shared.array((4, PADDED), np.float32)
@@ -222,53 +222,6 @@ def choose(partial, seg_first, seg_top, grid, g, scale_max, seg_m):
         seg_m[seg] = np.float32(np.float16(np.float32(rounded) / np.float32(256.0)))
 
 
-def _quantize_source():
-    """Source of `quantize`. STRIP rows at a time are held in registers, which cannot be indexed at run time: their part is
-    written out row by row. Unrolling all ROWS would be 1.4 times faster and take half a minute to compile."""
-    strip = range(STRIP)
-    lines = [
-        "def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, row, dq, codes, keep, error):",
-        "    factor = cuda.shared.array((ROWS, ROWS), np.float32)",
-        "    tile = cuda.shared.array((ROWS, QUANT_COLUMNS), np.float32)",
-        "    b = cuda.blockIdx.x",
-        "    j = cuda.threadIdx.x",
-        "    if feedback:",
-        "        for i in range(j, ROWS * ROWS, QUANT_COLUMNS):",
-        "            factor[i // ROWS, i % ROWS] = u[a + i // ROWS, a + i % ROWS]",
-        "    cuda.syncthreads()",
-        "    c = blocks[b, 1] + j",
-        "    if c >= blocks[b, 2]:",
-        "        return",  # no barrier below: every thread works on its own column of the tile
-        "    seg = blocks[b, 0]",
-        "    bits = seg_bits[seg, g]",
-        "    zero = np.float32(1 << (bits - 1))",
-        "    high = np.float32((1 << bits) - 1) - zero",
-        "    code = np.float32(scale_codes[g, c])",
-        "    step = np.float32(np.float16(code * code * seg_m[seg]))",
-        "    for r in range(ROWS):",
-        "        tile[r, j] = x[a + r, c]",
-        "    for s in range(0, ROWS, STRIP):",
-    ]
-    lines += [f"        x{i} = tile[s + {i}, j]" for i in strip]
-    for i in strip:
-        lines += [
-            f"        q = _nearest(x{i}, step, zero, high)",
-            "        d = np.float16(q * step)",
-            f"        dq[perm[row + s + {i}], c] = d",
-            "        if keep:",
-            f"            codes[row + s + {i}, c] = np.uint8(q + zero)",
-            f"        e{i} = np.float32(0.0)",
-            "        if feedback:",
-            f"            e{i} = (x{i} - np.float32(d)) / factor[s + {i}, s + {i}]",
-            f"            error[a + s + {i}, c] = e{i}",
-        ]
-        lines += [f"            x{k} -= factor[s + {i}, s + {k}] * e{i}" for k in range(i + 1, STRIP)]
-    lines += ["        if feedback:", "            for k in range(s + STRIP, ROWS):", "                v = tile[k, j]"]
-    lines += [f"                v -= factor[s + {i}, k] * e{i}" for i in strip]
-    lines += ["                tile[k, j] = v"]
-    return "\n".join(lines)
-
-
 @cuda.jit(device=True, inline=True)
 def _nearest(v, step, zero, high):
     """Nearest integer of v / step within -zero .. high; a step that underflowed to zero gives the end on v's side."""
@@ -284,12 +237,154 @@ def _nearest(v, step, zero, high):
     return q
 
 
-_namespace = dict(globals())
-exec(_quantize_source(), _namespace)
-quantize = cuda.jit(_namespace["quantize"])
-"""ROWS rows of a group: x[a : a+ROWS], act-order rows row .. row+ROWS.
+@cuda.jit(cache=True)
+def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, row, dq, codes, keep, error):
+    """ROWS rows of a group: x[a : a+ROWS], act-order rows row .. row+ROWS.
 
-Writes rows perm[row ..] of dq (K, C) float16, rows row .. of codes (K, C) uint8 if keep, rows a .. of error (scaled errors
-e). u (P, P) float32 is the panel's block of U. Launch: one block of QUANT_COLUMNS threads per entry of ``blocks``. Taller
-groups are cut into such blocks of rows, with a matrix product in between.
-"""
+    Writes rows perm[row ..] of dq (K, C) float16, rows row .. of codes (K, C) uint8 if keep, rows a .. of error (scaled
+    errors e). u (P, P) float32 is the panel's block of U. Launch: one block of QUANT_COLUMNS threads per entry of
+    ``blocks``. Taller groups are cut into such blocks of rows, with a matrix product in between.
+
+    Written out for STRIP = 8 rows held in registers, which cannot be indexed at run time; unrolling all ROWS would be
+    1.4 times faster and take half a minute to compile.
+    """
+    factor = cuda.shared.array((ROWS, ROWS), np.float32)
+    tile = cuda.shared.array((ROWS, QUANT_COLUMNS), np.float32)
+    b = cuda.blockIdx.x
+    j = cuda.threadIdx.x
+    if feedback:
+        for i in range(j, ROWS * ROWS, QUANT_COLUMNS):
+            factor[i // ROWS, i % ROWS] = u[a + i // ROWS, a + i % ROWS]
+    cuda.syncthreads()
+    c = blocks[b, 1] + j
+    if c >= blocks[b, 2]:
+        return
+    seg = blocks[b, 0]
+    bits = seg_bits[seg, g]
+    zero = np.float32(1 << (bits - 1))
+    high = np.float32((1 << bits) - 1) - zero
+    code = np.float32(scale_codes[g, c])
+    step = np.float32(np.float16(code * code * seg_m[seg]))
+    for r in range(ROWS):
+        tile[r, j] = x[a + r, c]
+    for s in range(0, ROWS, STRIP):
+        x0 = tile[s + 0, j]
+        x1 = tile[s + 1, j]
+        x2 = tile[s + 2, j]
+        x3 = tile[s + 3, j]
+        x4 = tile[s + 4, j]
+        x5 = tile[s + 5, j]
+        x6 = tile[s + 6, j]
+        x7 = tile[s + 7, j]
+        q = _nearest(x0, step, zero, high)
+        d = np.float16(q * step)
+        dq[perm[row + s + 0], c] = d
+        if keep:
+            codes[row + s + 0, c] = np.uint8(q + zero)
+        e0 = np.float32(0.0)
+        if feedback:
+            e0 = (x0 - np.float32(d)) / factor[s + 0, s + 0]
+            error[a + s + 0, c] = e0
+            x1 -= factor[s + 0, s + 1] * e0
+            x2 -= factor[s + 0, s + 2] * e0
+            x3 -= factor[s + 0, s + 3] * e0
+            x4 -= factor[s + 0, s + 4] * e0
+            x5 -= factor[s + 0, s + 5] * e0
+            x6 -= factor[s + 0, s + 6] * e0
+            x7 -= factor[s + 0, s + 7] * e0
+        q = _nearest(x1, step, zero, high)
+        d = np.float16(q * step)
+        dq[perm[row + s + 1], c] = d
+        if keep:
+            codes[row + s + 1, c] = np.uint8(q + zero)
+        e1 = np.float32(0.0)
+        if feedback:
+            e1 = (x1 - np.float32(d)) / factor[s + 1, s + 1]
+            error[a + s + 1, c] = e1
+            x2 -= factor[s + 1, s + 2] * e1
+            x3 -= factor[s + 1, s + 3] * e1
+            x4 -= factor[s + 1, s + 4] * e1
+            x5 -= factor[s + 1, s + 5] * e1
+            x6 -= factor[s + 1, s + 6] * e1
+            x7 -= factor[s + 1, s + 7] * e1
+        q = _nearest(x2, step, zero, high)
+        d = np.float16(q * step)
+        dq[perm[row + s + 2], c] = d
+        if keep:
+            codes[row + s + 2, c] = np.uint8(q + zero)
+        e2 = np.float32(0.0)
+        if feedback:
+            e2 = (x2 - np.float32(d)) / factor[s + 2, s + 2]
+            error[a + s + 2, c] = e2
+            x3 -= factor[s + 2, s + 3] * e2
+            x4 -= factor[s + 2, s + 4] * e2
+            x5 -= factor[s + 2, s + 5] * e2
+            x6 -= factor[s + 2, s + 6] * e2
+            x7 -= factor[s + 2, s + 7] * e2
+        q = _nearest(x3, step, zero, high)
+        d = np.float16(q * step)
+        dq[perm[row + s + 3], c] = d
+        if keep:
+            codes[row + s + 3, c] = np.uint8(q + zero)
+        e3 = np.float32(0.0)
+        if feedback:
+            e3 = (x3 - np.float32(d)) / factor[s + 3, s + 3]
+            error[a + s + 3, c] = e3
+            x4 -= factor[s + 3, s + 4] * e3
+            x5 -= factor[s + 3, s + 5] * e3
+            x6 -= factor[s + 3, s + 6] * e3
+            x7 -= factor[s + 3, s + 7] * e3
+        q = _nearest(x4, step, zero, high)
+        d = np.float16(q * step)
+        dq[perm[row + s + 4], c] = d
+        if keep:
+            codes[row + s + 4, c] = np.uint8(q + zero)
+        e4 = np.float32(0.0)
+        if feedback:
+            e4 = (x4 - np.float32(d)) / factor[s + 4, s + 4]
+            error[a + s + 4, c] = e4
+            x5 -= factor[s + 4, s + 5] * e4
+            x6 -= factor[s + 4, s + 6] * e4
+            x7 -= factor[s + 4, s + 7] * e4
+        q = _nearest(x5, step, zero, high)
+        d = np.float16(q * step)
+        dq[perm[row + s + 5], c] = d
+        if keep:
+            codes[row + s + 5, c] = np.uint8(q + zero)
+        e5 = np.float32(0.0)
+        if feedback:
+            e5 = (x5 - np.float32(d)) / factor[s + 5, s + 5]
+            error[a + s + 5, c] = e5
+            x6 -= factor[s + 5, s + 6] * e5
+            x7 -= factor[s + 5, s + 7] * e5
+        q = _nearest(x6, step, zero, high)
+        d = np.float16(q * step)
+        dq[perm[row + s + 6], c] = d
+        if keep:
+            codes[row + s + 6, c] = np.uint8(q + zero)
+        e6 = np.float32(0.0)
+        if feedback:
+            e6 = (x6 - np.float32(d)) / factor[s + 6, s + 6]
+            error[a + s + 6, c] = e6
+            x7 -= factor[s + 6, s + 7] * e6
+        q = _nearest(x7, step, zero, high)
+        d = np.float16(q * step)
+        dq[perm[row + s + 7], c] = d
+        if keep:
+            codes[row + s + 7, c] = np.uint8(q + zero)
+        e7 = np.float32(0.0)
+        if feedback:
+            e7 = (x7 - np.float32(d)) / factor[s + 7, s + 7]
+            error[a + s + 7, c] = e7
+        if feedback:
+            for k in range(s + STRIP, ROWS):
+                v = tile[k, j]
+                v -= factor[s + 0, k] * e0
+                v -= factor[s + 1, k] * e1
+                v -= factor[s + 2, k] * e2
+                v -= factor[s + 3, k] * e3
+                v -= factor[s + 4, k] * e4
+                v -= factor[s + 5, k] * e5
+                v -= factor[s + 6, k] * e6
+                v -= factor[s + 7, k] * e7
+                tile[k, j] = v

@@ -15,7 +15,7 @@ from exl2ray.cuda.gpu import stream_of, wrap
 THREADS = 128
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def _pack(quads, bits, words, out):
     """quads (K, N / 4) int32, the codes of four columns per element -> out (Q, N) int32; bits, words (K / 32,) int32.
 
@@ -59,7 +59,7 @@ def _pack(quads, bits, words, out):
             a3 = np.uint32(v3 >> rest)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def _dequantize(words_in, steps, perm, bits, words, groups, out):
     """words_in (Q, N) int32, steps (G, N) float16, perm (K,) int64 -> out (K, N) float16, natural rows."""
     c = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x

@@ -12,9 +12,11 @@ from exl2ray.dist.items import WorkerSetup
 from exl2ray.errors import NumericError, StoreError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.readahead import ReadAhead
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
+from exl2ray.model.weights import whole_tensors
 from exl2ray.quant.measure import Settings, batches
 from exl2ray.quant.memory import settings_for, states_on_device
 from exl2ray.quant.pack import dequantize
@@ -33,11 +35,17 @@ class Runner:
         self.store = Store.open(setup.work_root)
         self.records = Records(self.store)
         self.source = SourceModel(setup.in_dir)
+        self.ahead = ReadAhead(self.source)
         self.spec: ModelSpec = load_spec(self.source, setup.rope_scale, setup.rope_alpha)
         self._rows: dict[str, Tensor] = {}
 
     def load(self, module: ModuleSpec) -> Block:
-        return load_block(self.spec, module, self.source, self.device, self.dtype)
+        """The module with its source weights. The next module's are read in the background meanwhile: most items follow
+        the order of the model."""
+        block = load_block(self.spec, module, self.ahead, self.device, self.dtype)
+        following = self.spec.modules[module.index + 1 : module.index + 2]
+        self.ahead.fetch([name for m in following for name in whole_tensors(m)])
+        return block
 
     def load_quantized(self, module: ModuleSpec, packed: dict[str, PackedLinear]) -> Block:
         """The module with the weights that its packed tensors decode to; its source weights are not read."""

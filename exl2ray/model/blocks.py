@@ -9,12 +9,14 @@ noise rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exl2ray.errors import CalibrationError, NumericError
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.readahead import ReadAhead
 from exl2ray.model.attention import AttentionHalf
 from exl2ray.model.half import Capture, Half, LinearBank
 from exl2ray.model.mlp import MlpHalf
@@ -28,7 +30,7 @@ __all__ = ["Block", "Half", "Routing", "check_states", "load_block"]
 MAX_INFINITE_SHARE = 0.005  # of the elements; more infinities than this are an error
 NOISE_SEED = 0
 
-LinearReader = Callable[[ModelSpec, LinearSpec, SourceModel], tuple[Tensor, Tensor | None]]
+LinearReader = Callable[[ModelSpec, LinearSpec, Any], tuple[Tensor, Tensor | None]]
 
 
 class Block:
@@ -190,7 +192,7 @@ class HeadBlock(Block):
 def load_block(
     spec: ModelSpec,
     module: ModuleSpec,
-    source: SourceModel,
+    source: SourceModel | ReadAhead,
     device: torch.device | str,
     dtype: torch.dtype,
     state_dtype: torch.dtype | None = None,

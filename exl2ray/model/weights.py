@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.readahead import ReadAhead
 from exl2ray.model.arch import shape_fits
 from exl2ray.model.spec import CopiedTensor, LinearSpec, ModelSpec, ModuleSpec, PlainTensor, Stored
 
@@ -37,7 +38,9 @@ class OutputEntry:
     copied: CopiedTensor | None = None
 
 
-def read_linear(spec: ModelSpec, linear: LinearSpec, source: SourceModel) -> tuple[Tensor, Tensor | None]:
+def read_linear(
+    spec: ModelSpec, linear: LinearSpec, source: SourceModel | ReadAhead
+) -> tuple[Tensor, Tensor | None]:
     """Weight (K, N) and bias (N,) or None, on the CPU in the source's dtype; the weight may be a transposed view.
 
     A normalised head (5.16) is divided in float32 and returned in float32. Raises SourceError naming the tensor:
@@ -66,7 +69,13 @@ def stacked(plain: PlainTensor, tensor: Tensor) -> Tensor:
     return tensor.expand(plain.repeat, -1) if plain.repeat else tensor
 
 
-def read_stored(stored: Stored, source: SourceModel) -> Tensor:
+def whole_tensors(module: ModuleSpec) -> list[str]:
+    """Names of the source tensors that reading a module takes whole, in order, for fetching them in advance."""
+    stored = [x.weight for x in module.linears] + [p.stored for p in module.plain]
+    return list(dict.fromkeys(s.name for s in stored if not s.ranges))
+
+
+def read_stored(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
     """The described part of a source tensor, checked, in the source's dtype; SourceError as ``read_linear``."""
     name = stored.name
     if name not in source:
@@ -87,7 +96,7 @@ def read_stored(stored: Stored, source: SourceModel) -> Tensor:
     return tensor.t() if stored.transpose else tensor
 
 
-def _cut(stored: Stored, source: SourceModel) -> Tensor:
+def _cut(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
     if not stored.ranges:
         return source.load(stored.name)
     if stored.axis == 0 and len(stored.ranges) == 1:

@@ -152,16 +152,26 @@ def reference_pass(
     return y, hessians
 
 
-def factorise(accumulator: HessianAccumulator, settings: Settings, where: str, notes: list[str]) -> Factor:
-    """Factor of a Hessian; falls back to round-to-nearest, with a note, where no damping helps."""
-    h = accumulator.finish()
+def keeps_order(module: Any, group: str) -> bool:
+    """Whether the linear on this input must stay in natural order: down_proj of an MLP with biases (exl2-format section 9).
+
+    Loaders put the columns of up and gate into the order of down's rows, but leave their biases as they are.
+    """
+    return group == "down" and any(x.has_bias for x in module.linears if x.role in ("gate_proj", "up_proj"))
+
+
+def factorise(
+    accumulator: HessianAccumulator, settings: Settings, where: str, notes: list[str], natural: bool = False
+) -> Factor:
+    """Factor of a Hessian; falls back to round-to-nearest, with a note, where no damping helps. ``natural``: no act-order."""
+    h, rows = (accumulator.h, accumulator.rows) if accumulator.tokens else (accumulator.finish(), 1)
     try:
-        factor = prepare(h, settings.damping, where)
+        factor = prepare(h, settings.damping, where, rows)
     except NumericError as e:
         if not bool(torch.isfinite(h).all()):
             raise
         notes.append(f"{e.message}: rounded to nearest without error feedback")
-        return round_to_nearest(h)
+        return round_to_nearest(h, natural)
     if factor.note:
         notes.append(f"{where}: {factor.note}")
     return factor
@@ -186,7 +196,7 @@ def _candidates(
             where = f"{block.module.profile_key} ({group})"
             # a whole table is scored once: its Hessians make room for what comes next
             accumulator = hessians.pop(group) if part == (0, 1) else hessians[group]
-            factors[group] = factorise(accumulator, settings, where, notes)
+            factors[group] = factorise(accumulator, settings, where, notes, keeps_order(block.module, group))
         weights = {x.role: pad_columns(block.weights[x.key]) for x in linears}
         options = {x.role: columns[x.role][0] for x in linears}
         out.update(solve_wanted(factors[group], weights, options, settings.budget_bytes, wanted, settings.offload))

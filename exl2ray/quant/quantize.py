@@ -18,7 +18,7 @@ from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
 from exl2ray.quant.hessian import Factor, HessianAccumulator, round_to_nearest
-from exl2ray.quant.measure import Settings, batches, by_input, factorise, reference_pass, row_errors
+from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, row_errors
 from exl2ray.quant.measure_moe import expert_factor
 from exl2ray.quant.pack import dequantize, pack, pad_columns
 from exl2ray.quant.solve import quantize_linears
@@ -65,7 +65,8 @@ def quantize_after(
         if block.module.kind == "moe":
             factor = expert_factor(block, hessians, group, settings, notes)
         else:
-            factor = factorise(hessians[group], settings, f"{block.module.profile_key} ({group})", notes)
+            where = f"{block.module.profile_key} ({group})"
+            factor = factorise(hessians[group], settings, where, notes, keeps_order(block.module, group))
         packed.update(quantize_group(block, linears, factor, params, settings))
     # A plain tensor per row batch: rows are independent, and the error needs both outputs of a row.
     out = torch.empty_like(x)

@@ -1,0 +1,50 @@
+"""Reading the tensors that will be needed next while the device is busy with the present ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from exl2ray.errors import Exl2RayError
+from exl2ray.formats.hf import SourceModel
+
+
+class ReadAhead:
+    """A SourceModel that can fetch tensors in a background thread; `load` hands them out once and forgets them.
+
+    Holds the tensors of the last `fetch` only: at most one module beside the one in use.
+    """
+
+    def __init__(self, source: SourceModel) -> None:
+        self.source = source
+        self.path: Path = source.path
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._fetched: dict[str, Future[torch.Tensor]] = {}
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Starts reading whole tensors; what an earlier call fetched and nobody took is dropped."""
+        for future in self._fetched.values():
+            future.cancel()
+        self._fetched = {name: self._pool.submit(self.source.load, name) for name in names if name in self.source}
+
+    def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """As `SourceModel.load`; errors of the background read are raised by reading again."""
+        future = self._fetched.pop(name, None) if rows is None else None
+        if future is None or future.cancelled():
+            return self.source.load(name, rows)
+        try:
+            return future.result()
+        except (Exl2RayError, OSError):
+            return self.source.load(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self.source.dtype(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.source
