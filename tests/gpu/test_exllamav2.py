@@ -7,6 +7,7 @@ switched off. TINY_MODEL may name another model than the shared one.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def exllamav2_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
 def test_exllamav2_agrees_with_our_forward(converted: Path) -> None:
     from exl2ray.evaluate.forward import run_model
 
-    vocab = 4096
+    vocab = json.loads((converted / "config.json").read_text())["vocab_size"]
     ids = torch.randint(3, vocab, (4, 256), generator=torch.Generator().manual_seed(0))
     theirs = exllamav2_logits(converted, ids)[..., :vocab]
     ours = run_model(converted, ids, "cuda").logits(slice(0, 4), slice(0, 256)).float().cpu()[..., :vocab]
