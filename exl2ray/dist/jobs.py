@@ -22,6 +22,7 @@ from typing import Any
 from exl2ray.errors import ClusterError
 
 CONNECT_SECONDS = 10.0
+START_SECONDS = 120.0  # the dashboard answers before the head node can run jobs
 RECONNECT_SECONDS = 300.0  # how long a lost connection is tried again before following ends
 STOP_SECONDS = 60  # what a job gets to end by itself when it is stopped; Ray's default of 3 s is short for a checkpoint
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -64,11 +65,19 @@ class Cluster:
             self._client = JobSubmissionClient(self.address)
 
     def submit(self, job_id: str, command: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:
-        """Starts a shell command on the head node."""
-        with self._explained("submit"):
-            self._client.submit_job(
-                entrypoint=command, submission_id=job_id, runtime_env=runtime_env, metadata=metadata
-            )
+        """Starts a shell command on the head node; waits a while for a cluster that has only just started."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                with self._explained("submit"):
+                    self._client.submit_job(
+                        entrypoint=command, submission_id=job_id, runtime_env=runtime_env, metadata=metadata
+                    )
+                return
+            except ClusterError as e:
+                if "No available agent" not in e.message or time.monotonic() > deadline:
+                    raise
+            time.sleep(2.0)
 
     def state(self, job_id: str) -> JobState:
         """Raises ClusterError if there is no such job."""
@@ -242,8 +251,8 @@ def _hint(text: str) -> str:
         return "exl2ray needs Ray 2.50 or newer on the cluster, and here"
     if "uthenticat" in text or "status code 401" in text or "status code 403" in text:
         return (
-            "this cluster asks for its token: export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN=... or a copy of its head node's "
-            "~/.ray/auth_token here"
+            "this cluster asks for its token: export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN=... or have a copy of the "
+            "~/.ray/auth_token of its head node here"
         )
     if "404" in text or "Expecting value" in text or "ray_version" in text:
         return "what answers there is not the dashboard of a Ray cluster with ray[default]"

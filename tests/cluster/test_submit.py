@@ -1,0 +1,421 @@
+"""Submitting without a cluster: what is refused before anything is sent, errors of the job server, following, stopping."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shlex
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_helpers import FakeClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exl2ray.cli import cli
+from exl2ray.dist import jobs, submit
+from exl2ray.dist.jobs import Cluster
+from exl2ray.dist.preflight import Problem, Report, Request, SharedPath
+from exl2ray.errors import ClusterError, Interrupted, UsageError
+
+JOB = "exl2ray-0123456789ab"
+ADDRESS = "http://127.0.0.1:8265"
+
+
+def cluster(client: FakeClient) -> Cluster:
+    return Cluster(ADDRESS, client)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
+
+
+def program(*words: str) -> int:
+    """Exit code of ``exl2ray submit`` with these words."""
+    with pytest.raises(SystemExit) as e:
+        cli.main(["submit", *words])
+    return int(e.value.code or 0)
+
+
+# ---- what is refused here -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["-i", "model", "-o", "/s/w"], "-i model: a relative path is another place on the cluster"),
+        (["-i", "/s/m", "-o", "work"], "-o work: a relative path"),
+        (["-i", "/s/m", "-o", "/s/w", "-cf", "out"], "-cf out: a relative path"),
+        (["-i", "/s/m", "-o", "/s/w", "-c", "data.parquet"], "-c data.parquet: a relative path"),
+        (["-i", "/s/m", "-o", "/s/w", "-m", "m.json"], "-m m.json: a relative path"),
+        (["-i", "/s/m", "-o", "file://w"], "-o file://w: a relative path"),
+        (["-i", "s3://bucket/m", "-o", "/s/w"], "-i s3://bucket/m: only -o may be in an object store"),
+        (["-i", "/s/m", "-o", "s3://bucket/w", "-cf", "gs://bucket/out"], "-cf gs://bucket/out: only -o may be"),
+        (["-i", "/s/m", "-o", "/s/w", "--ray-address", "h:6379"], "--ray-address has no place"),
+        (["-i", "/s/m", "-o", "/s/w", "-b", "99"], "-b 99: bits per weight lie between"),
+        (["-i", "/s/m", "-o", "/s/w", "--nonsense"], "No such option"),
+        (["-i", "/s/m"], "Missing option '-o'"),
+    ],
+)
+def test_refused_before_anything_is_sent(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("--address", "http://127.0.0.1:1", "--", "convert", *words) == UsageError.exit_code
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ([], "submit does one thing at a time"),
+        (["--status", "a", "--stop", "b"], "submit does one thing at a time"),
+        (["--status", "a", "--", "convert", "-o", "/w"], "submit does one thing at a time"),
+        (["--", "solve", "-i", "/m", "-m", "/m.json"], "solve cannot be submitted"),
+        (["--", "nonsense"], "nonsense cannot be submitted"),
+        (["--working-dir", "/nowhere", "--", "convert", "-i", "/s/m", "-o", "/s/w"], "/nowhere: is not a checkout"),
+    ],
+)
+def test_wrong_use(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("--address", "http://127.0.0.1:1", *words) == UsageError.exit_code
+    assert part in capsys.readouterr().err
+
+
+def test_address_is_needed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert program("--", "convert", "-i", "/s/m", "-o", "/s/w") == UsageError.exit_code
+    assert "--address is missing" in capsys.readouterr().err
+
+
+def test_paths_of_a_command() -> None:
+    paths = submit.shared_paths(
+        {"in_dir": "/s/m", "out_dir": "s3://b/w", "compile_full": "/s/out/{bpw}", "cal_dataset": "/s/c.parquet", "seed": 0}
+    )
+    assert [(p.flag, p.path, p.role, p.workers) for p in paths] == [
+        ("-i", "/s/m", "model", True),
+        ("-o", "s3://b/w", "output", True),
+        ("-cf", "/s/out/bpw", "output", False),
+        ("-c", "/s/c.parquet", "file", False),
+    ]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=12), max_size=5))
+def test_arguments_survive_the_job_s_shell(arguments: list[str]) -> None:
+    words = shlex.split(submit.entrypoint(["convert", *arguments]))
+    assert words == ["python", "-m", "exl2ray.cli", "convert", *arguments]
+
+
+def test_a_shipped_checkout() -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    env = submit.runtime_env(root)
+    assert env["working_dir"] == root
+    assert ".git" in env["excludes"]
+    assert "working_dir" not in submit.runtime_env(None)
+    assert int(env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > 3  # Ray's default, too short for a commit
+
+
+# ---- job servers that cannot be used --------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(code: int, body: str) -> Iterator[str]:
+    """URL of an HTTP server that always answers the same."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{running.server_port}"
+    finally:
+        running.shutdown()
+        thread.join()
+        running.server_close()
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "hint"),
+    [
+        (401, "Unauthorized: Missing authentication token", "RAY_AUTH_MODE=token"),
+        (403, "Forbidden: Invalid authentication token", "RAY_AUTH_MODE=token"),
+        (200, json.dumps({"ray_version": "1.8.0", "version": "1", "ray_commit": ""}), "Ray 2.50 or newer"),
+        (200, "<html>some other program</html>", "not the dashboard of a Ray cluster"),
+        (200, "{}", "not the dashboard of a Ray cluster"),
+        (404, "not here", "not the dashboard of a Ray cluster"),
+    ],
+)
+def test_answers_that_are_no_job_server(code: int, body: str, hint: str) -> None:
+    with server(code, body) as url, pytest.raises(ClusterError) as e:
+        Cluster(url)
+    assert url in e.value.message
+    assert hint in e.value.hint
+    assert "\n" not in e.value.message
+
+
+def test_nobody_there() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        with pytest.raises(ClusterError, match="cannot be reached") as e:
+            Cluster(f"127.0.0.1:{port}")
+    assert "dashboard" in e.value.hint
+
+
+def test_a_host_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "CONNECT_SECONDS", 0.2)
+    with socket.socket() as s:  # accepts connections, says nothing
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        with pytest.raises(ClusterError, match="cannot be reached"):
+            Cluster(f"http://127.0.0.1:{s.getsockname()[1]}")
+
+
+def test_job_client_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray.dashboard.modules.job.sdk as sdk
+
+    monkeypatch.setattr(sdk, "requests", None)
+    with server(200, json.dumps({"ray_version": "2.60.0"})) as url, pytest.raises(ClusterError) as e:
+        Cluster(url)
+    assert "exl2ray[cluster]" in e.value.hint
+
+
+def test_address_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client would rather listen to $RAY_ADDRESS."""
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    with server(200, json.dumps({"ray_version": "2.60.0"})) as url:
+        assert Cluster(f"{url}/").address == url
+    assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "ftp://head", "http://"])
+def test_other_kinds_of_address(address: str) -> None:
+    with pytest.raises(ClusterError, match="dashboard of the head node"):
+        Cluster(address)
+
+
+# ---- following and stopping -----------------------------------------------------------------------------------------
+
+LOG = "".join(f"[measure] {i}/40  model.layers.{i}  \N{GREEK SMALL LETTER MU}\n" for i in range(40))
+
+
+def test_follow_to_the_end() -> None:
+    seen: list[str] = []
+    state = submit.follow_job(cluster(FakeClient(LOG)), JOB, seen.append)
+    assert "".join(seen) == LOG
+    assert (state.status, submit.exit_code(state)) == ("SUCCEEDED", 0)
+
+
+@pytest.mark.usefixtures("no_pauses")
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, len(LOG)), max_size=4), st.integers(1, 50))
+def test_broken_connections_neither_lose_nor_repeat_output(breaks: list[int], chunk: int) -> None:
+    client = FakeClient(LOG)
+    client.chunk = chunk
+    client.breaks = [(at, RuntimeError("WebSocket connection closed")) for at in breaks]
+    seen: list[str] = []
+    cluster(client).follow(JOB, seen.append)
+    assert "".join(seen) == LOG
+    assert client.connections == len(breaks) + 1
+
+
+def test_give_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(jobs.time, "sleep", lambda s: clock.__setitem__(0, clock[0] + 10 * s))
+    client = FakeClient(LOG)
+    client.breaks = [(10, ConnectionResetError("gone"))] * 1000
+    with pytest.raises(ClusterError, match="lost the connection") as e:
+        cluster(client).follow(JOB, lambda text: None)
+    assert f"exl2ray submit --address {ADDRESS} --logs {JOB}" in e.value.hint
+    assert 10 < client.connections < 100
+
+
+def test_a_closed_pipe_is_not_a_broken_connection() -> None:
+    def write(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        cluster(FakeClient(LOG)).follow(JOB, write)
+
+
+def test_interrupting_leaves_the_job_alone() -> None:
+    client = FakeClient(LOG, status="RUNNING")
+
+    def write(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as e:
+        submit.follow_job(cluster(client), JOB, write)
+    assert JOB in e.value.message
+    assert f"--logs {JOB}" in e.value.hint
+    assert f"--stop {JOB}" in e.value.hint
+    assert client.stopped == []
+
+
+def test_unknown_job() -> None:
+    with pytest.raises(ClusterError, match="does not exist") as e:
+        submit.follow_job(cluster(FakeClient()), "other", print)
+    assert "ray job list" in e.value.hint
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"), [("SUCCEEDED", 0, 0), ("FAILED", 7, 7), ("FAILED", None, 9), ("STOPPED", None, 130)]
+)
+def test_exit_code_is_the_job_s(status: str, code: int | None, expected: int) -> None:
+    assert submit.exit_code(cluster(FakeClient(status=status, exit_code=code)).state(JOB)) == expected
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_cluster_that_has_only_just_started() -> None:
+    client = FakeClient()
+    client.refusals = ["No available agent to submit job, please try again later."] * 3
+    job_id = submit.submit_job(cluster(client), ["convert", "-o", "/s/w"], {})
+    assert [job["submission_id"] for job in client.submitted] == [job_id]
+    client.refusals = ["something else", "something else"]
+    with pytest.raises(ClusterError, match="something else"):
+        submit.submit_job(cluster(client), ["convert", "-o", "/s/w"], {})
+    assert client.refusals == ["something else"]
+
+
+def test_stop() -> None:
+    client = FakeClient(status="RUNNING", exit_code=None)
+    assert submit.stop_job(cluster(client), JOB).status == "STOPPED"
+    assert client.stopped == [JOB]
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_cluster(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    """The cluster behind every address."""
+    client = FakeClient('INFO Runtime env is setting up.\n{"event": "start", "bits": [4.0]}\n{"event": broken\nplain text\n')
+    monkeypatch.setattr("exl2ray.commands.submit.Cluster", lambda address: Cluster(address, client))
+    return client
+
+
+def test_submit_shows_where_the_job_is(one_cluster: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("--address", ADDRESS, "--no-check", "--", "convert", "-i", "/s/m", "-o", "/s/w") == 0
+    shown = capsys.readouterr()
+    assert shown.out == one_cluster.text
+    (job,) = one_cluster.submitted
+    for flag in ("--status", "--logs", "--stop"):
+        assert f"exl2ray submit --address {ADDRESS} {flag} {job['submission_id']}" in shown.err
+    assert f"{job['submission_id']} succeeded" in shown.err
+    assert job["entrypoint"] == "python -m exl2ray.cli convert -i /s/m -o /s/w"
+
+
+def test_json_is_nothing_but_events(one_cluster: FakeClient, capfd: pytest.CaptureFixture[str]) -> None:
+    one_cluster.exit_code, one_cluster.status = 3, "FAILED"
+    words = ["--json", "--address", ADDRESS, "--no-check", "--", "convert", "-i", "/s/m", "-o", "/s/w"]
+    assert program(*words) == 3
+    events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [e["event"] for e in events] == ["submitted", "start", "job"]
+    assert events[-1]["exit_code"] == 3
+    assert one_cluster.submitted[0]["entrypoint"].endswith(" --json")  # the job speaks JSON, too
+
+
+def test_status_and_output_of_a_job(one_cluster: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("--address", ADDRESS, "--status", JOB) == 0
+    shown = capsys.readouterr().out
+    for part in (JOB, "SUCCEEDED", "exl2ray convert -o /w", "2.5 s"):
+        assert part in shown
+    assert program("--address", ADDRESS, "--logs", JOB, "--no-wait") == 0
+    assert capsys.readouterr().out == one_cluster.text
+    assert one_cluster.connections == 0
+    assert program("--address", ADDRESS, "--logs", JOB) == 0
+    assert capsys.readouterr().out == one_cluster.text
+
+
+# ---- looking at the cluster first -----------------------------------------------------------------------------------
+
+
+def check(client: FakeClient, paths: list[SharedPath], say: Callable[[str], None] = print) -> Report:
+    return submit.check_cluster(cluster(client), paths, {}, say)
+
+
+def report(**fields: Any) -> str:
+    versions = {"exl2ray": submit.__version__, "ray": "2.60.0"}
+    line = Report(**{"nodes": 2, "gpus": 16, "versions": versions, **fields}).to_line()
+    return f"INFO Runtime env is setting up.\nRunning entrypoint\n{line}\n"
+
+
+def test_a_good_report(tmp_path: Path) -> None:
+    client = FakeClient(report())
+    said: list[str] = []
+    paths = [SharedPath("-o", str(tmp_path / "new" / "work"), "output", True)]
+    check(client, paths, said.append)
+    (job,) = client.submitted
+    request = Request.from_json(shlex.split(job["entrypoint"])[-1])
+    assert request.paths == tuple(paths)
+    assert request.witness is not None
+    assert os.path.dirname(request.witness) == str(tmp_path)
+    assert not os.path.exists(request.witness)  # gone when the check is over
+    assert client.deleted == [job["submission_id"]]
+    assert said == [f"cluster: 2 nodes, 16 GPUs, exl2ray {submit.__version__}, Ray 2.60.0"]
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/work", "/no-such-directory-here/work"])
+def test_no_witness_where_this_machine_sees_nothing(path: str) -> None:
+    client = FakeClient(report())
+    check(client, [SharedPath("-o", path, "output", True)])
+    assert Request.from_json(shlex.split(client.submitted[0]["entrypoint"])[-1]).witness is None
+
+
+def test_problems_stop_it(tmp_path: Path) -> None:
+    found = (Problem(f"-i {tmp_path}: does not exist on the head node", "share it"), Problem("-o /w: not writable"))
+    client = FakeClient(report(problems=found))
+    with pytest.raises(ClusterError, match="not writable") as e:
+        check(client, [SharedPath("-i", str(tmp_path), "model", True)])
+    assert "exists on this machine only" in e.value.hint
+    with pytest.raises(ClusterError) as e:
+        check(client, [SharedPath("-i", "/elsewhere", "model", True)])
+    assert e.value.hint == "share it"
+
+
+def test_differences_are_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    said: list[str] = []
+    log = report(notes=("/s is another directory",), versions={"exl2ray": "9.9"}, models={str(tmp_path): "other"})
+    check(FakeClient(log), [SharedPath("-i", str(tmp_path), "model", True)], said.append)
+    assert said[:3] == [
+        "warning: /s is another directory",
+        f"warning: exl2ray is 9.9 on the cluster and {submit.__version__} here",
+        f"warning: -i {tmp_path} holds other files on the cluster than here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "message", "hint"),
+    [
+        ("ModuleNotFoundError: No module named 'exl2ray'\n", "FAILED", "No module named 'exl2ray'", "--working-dir"),
+        ("/bin/sh: 1: python: not found\n", "FAILED", "python: not found", "install exl2ray"),
+        ("Segmentation fault\n", "FAILED", "Segmentation fault", "--logs exl2ray-check-"),
+        ("", "PENDING", "did not run a small job", "--no-check"),
+    ],
+)
+@pytest.mark.usefixtures("no_pauses")
+def test_no_report(log: str, status: str, message: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "CHECK_SECONDS", 0.0)
+    client = FakeClient(log, status=status)
+    with pytest.raises(ClusterError, match=message) as e:
+        check(client, [])
+    assert hint in e.value.hint
+    assert client.deleted == []  # its log stays readable
+    assert bool(client.stopped) == (status == "PENDING")
+
