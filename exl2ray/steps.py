@@ -51,6 +51,7 @@ from exl2ray.formats.shards import (
     write_shards,
 )
 from exl2ray.model.arch import load_spec
+from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.model.weights import output_tensors, read_plain
 from exl2ray.progress import Reporter
@@ -537,8 +538,8 @@ class Job:
         if directory is not None:
             copy_side_files(recipe.in_dir, target)
             config = output_config(
-                self.source.config, plan.bits, recipe.head_bits, len(self.rows["quantize"].ids), recipe.length,
-                recipe.cal_dataset,
+                loader_config(self.spec.arch, self.source.config), plan.bits, recipe.head_bits,
+                len(self.rows["quantize"].ids), recipe.length, recipe.cal_dataset,
             )  # fmt: skip
             write_config(target, config)
         head = records[self.spec.modules[-1].index].payload

@@ -33,7 +33,7 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec
 from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.measure import Settings, batches, by_input, factorise, reference_pass, row_errors
+from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, row_errors
 from exl2ray.quant.measure_moe import expert_factor
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.quantize import quantize_group
@@ -227,7 +227,7 @@ class Gang:
         if block.module.kind == "moe":
             return expert_factor(block, hessians, group, settings, notes)
         where = f"{block.module.profile_key} ({group})" if block.module.kind != "head" else block.module.linears[0].key
-        return factorise(hessians[group], settings, where, notes)
+        return factorise(hessians[group], settings, where, notes, keeps_order(block.module, group))
 
     def _reduce(
         self, module: ModuleSpec, groups: dict[str, list[LinearSpec]], trees: dict[str, TreeSum]

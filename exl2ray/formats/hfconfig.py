@@ -72,7 +72,7 @@ TOP_LEVEL_KEYS = (
     "use_qk_norm",
 )
 MROPE_ARCHITECTURES = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-PATTERN_ARCHITECTURES = ("Cohere2ForCausalLM", "Gemma3ForConditionalGeneration")
+PATTERN_ARCHITECTURES = ("Cohere2ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
 
 
 def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ import torch
 
 from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.formats.files import atomic_file, fsync_directory, write_error
-from exl2ray.formats.hfconfig import legacy_config
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
 
 REFERENCE_VERSION = "0.3.2"  # level of the format that is written; some tools read it from config.json
@@ -201,13 +200,13 @@ def refuse_same_directory(source: str | Path, target: str | Path) -> None:
 def output_config(
     config: Mapping[str, Any], bits: float, head_bits: int, rows: int, length: int, dataset: str | None
 ) -> dict[str, Any]:
-    """Content of the output's config.json: the source's, in the spelling loaders read, with ``quantization_config``.
+    """Content of the output's config.json: ``config`` with ``quantization_config``.
 
-    ``bits`` and ``head_bits`` are the requested ones, ``rows`` the calibration rows really used, ``length`` the
+    ``config`` is the source's in the spelling that loaders read: the result of ``model.hyper.loader_config``. ``bits``
+    and ``head_bits`` are the requested ones, ``rows`` the calibration rows really used, ``length`` the
     requested row length, ``dataset`` the calibration file (directories are dropped) or None for the built-in set.
-    Raises SourceError if the config contradicts itself (see ``legacy_config``).
     """
-    out = legacy_config(config)
+    out = dict(config)
     out["quantization_config"] = {
         "quant_method": "exl2",
         "version": REFERENCE_VERSION,

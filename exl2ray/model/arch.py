@@ -187,6 +187,10 @@ def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...]) -> tuple[str, .
         }
         if applies.get(topic, True):
             out.append(text)
+    if arch.loads_as:
+        out.append(
+            f"written as {arch.loads_as} (names and config.json), because the loader runs {arch.name} as another model"
+        )
     if hyper.rope_kind == "yarn":
         out.append(
             "yarn: the loader computes the correction range from the configured context length and ignores "

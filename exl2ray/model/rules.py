@@ -85,6 +85,7 @@ class Arch:
     """One model family. See the field comments; sections are those of architectures.md."""
 
     name: str  # the string in config.json: architectures
+    loads_as: str = ""  # that string in the output, where the loader has another one for the same model; empty: ``name``
     output: Names = field(default_factory=Names)  # names in the quantised model, before ``prefix``
     source: Names = field(default_factory=Names)  # names in the checkpoint, before a source layout
     prefix: str = ""  # text prefix of the output names

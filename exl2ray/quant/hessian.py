@@ -85,7 +85,7 @@ def natural_order(h: Tensor) -> Tensor:
     return torch.arange(h.shape[0], device=h.device)
 
 
-def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1) -> Factor:
+def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1, natural: bool = False) -> Factor:
     """Act-order and factor of H (K, K) float32, or of h / rows for a sum over calibration rows (spares a K x K copy).
 
     ``natural`` keeps the natural order instead of the act-order. Damping ``max(damping * mean(diag H), 1e-5)`` is added to the diagonal; on failure the same factorisation is tried in

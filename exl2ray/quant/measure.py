@@ -166,7 +166,7 @@ def factorise(
     """Factor of a Hessian; falls back to round-to-nearest, with a note, where no damping helps. ``natural``: no act-order."""
     h, rows = (accumulator.h, accumulator.rows) if accumulator.tokens else (accumulator.finish(), 1)
     try:
-        factor = prepare(h, settings.damping, where, rows)
+        factor = prepare(h, settings.damping, where, rows, natural)
     except NumericError as e:
         if not bool(torch.isfinite(h).all()):
             raise

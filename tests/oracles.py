@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_models import byte_tokenizer
 from torch import Tensor
 
 torch.set_num_threads(1)
@@ -224,6 +225,8 @@ GPT = {
     "n_head": 3,
     "n_positions": 128,
     "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "attn_implementation": "eager",
 }
 DBRX = {
@@ -256,6 +259,16 @@ PIXTRAL = {
 }
 MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 30000.0}
 QWEN2_VL = {"text_config": {**NO_DIM, "rope_parameters": MROPE}, "attn_implementation": "eager"}
+GEMMA3_TEXT = {
+    **TEXT,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
 QWEN2_VISION = {"depth": 1, "num_heads": 2, "patch_size": 14}
 
 ORACLES: dict[str, Callable[[Path], Oracle]] = {
@@ -270,18 +283,12 @@ ORACLES: dict[str, Callable[[Path], Oracle]] = {
     "Gemma3ForConditionalGeneration": direct(
         "Gemma3Config",
         "Gemma3ForConditionalGeneration",
-        text_config={
-            **TEXT,
-            "query_pre_attn_scalar": 24,
-            "sliding_window": 5,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            },
-        },
+        text_config=GEMMA3_TEXT,
         vision_config=VISION,
         attn_implementation="eager",
+    ),
+    "Gemma3ForCausalLM": direct(
+        "Gemma3TextConfig", "Gemma3ForCausalLM", **GEMMA3_TEXT, attn_implementation="eager"
     ),
     "Phi3ForCausalLM": direct("Phi3Config", "Phi3ForCausalLM", **NO_DIM),
     "CohereForCausalLM": direct("CohereConfig", "CohereForCausalLM", **NO_DIM, logit_scale=0.3),
@@ -354,3 +361,12 @@ ORACLES: dict[str, Callable[[Path], Oracle]] = {
         gemmoe_rules,
     ),
 }
+
+
+def complete_model(name: str, path: Path) -> Oracle:
+    """The random model of a family with a tokenizer: a directory that can be converted."""
+    oracle = ORACLES[name](path)
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    if "vision_config" in json.loads((path / "config.json").read_text()):
+        (path / "preprocessor_config.json").write_text("{}")
+    return oracle
