@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal
 
 from exl2ray.dist.comm import serve_rendezvous
@@ -72,6 +73,7 @@ class Chains(Flow):
         self.session, self.limits = session, limits
         self._todo = [p for p in plans if p.links]
         self._gangs: list[_Gang] = []
+        self._attempts = count(-1, -1)  # negative: never those of calls that stand alone
 
     @property
     def done(self) -> bool:
@@ -87,8 +89,8 @@ class Chains(Flow):
         for rank, gang in enumerate(self._gangs):
             if gang.phase != "idle":
                 continue
-            count = len(self._gangs)
-            target = min(SHARES, size // count + (rank < size % count))
+            gangs = len(self._gangs)
+            target = min(SHARES, size // gangs + (rank < size % gangs))
             calls += self._next(gang, max(1, target), free, set(idle))
         return calls
 
@@ -116,17 +118,12 @@ class Chains(Flow):
         link, size = gang.link, len(gang.members)
         cost = sum(x.cost for x in gang.plan.links[: gang.position + 1]) * max(1, link.index)
         shrink = self.shrink.get(link.key, 1)
+        attempt = next(self._attempts)
+        items = [JoinItem(gang.plan.bits, gang.plan.hashes, link.index, r, size, address, shrink) for r in range(size)]
         return [
-            (
-                worker,
-                Call(
-                    "join",
-                    (JoinItem(gang.plan.bits, gang.plan.hashes, link.index, rank, size, address, shrink),),
-                    link.key, cost,
-                ),
-            )
-            for rank, worker in enumerate(gang.members)
-        ]  # fmt: skip
+            (worker, Call("join", (item,), link.key, cost, attempt=attempt))
+            for worker, item in zip(gang.members, items, strict=True)
+        ]
 
     def _run(self, gang: _Gang) -> list[tuple[int, Call]]:
         gang.waiting, gang.first = set(gang.members), None
@@ -135,7 +132,8 @@ class Chains(Flow):
         item = ChainItem(
             link.index, gang.plan.bits, link.params, gang.plan.hashes, self.shrink.get(link.key, 1)
         )
-        return [(w, Call("chain", (item,), link.key, link.cost / len(gang.members))) for w in gang.members]
+        cost, attempt = link.cost / len(gang.members), next(self._attempts)
+        return [(w, Call("chain", (item,), link.key, cost, attempt=attempt)) for w in gang.members]
 
     # ---- what came of it ---------------------------------------------------------------------------------------
 

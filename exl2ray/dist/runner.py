@@ -74,11 +74,13 @@ class Runner:
         """States (R, T, hidden) at the entry of module 1. All rows at once: noise rows need the others' statistics."""
         return self.place(self.load(self.spec.modules[0]).forward(self.rows(name)))
 
+    def home(self, nbytes: int) -> torch.device:
+        """Where states of this size are kept: on the device, or on the host if they take too much of its memory."""
+        return self.device if states_on_device(nbytes, self.device) else torch.device("cpu")
+
     def place(self, x: Tensor) -> Tensor:
-        """A copy of states where they are kept: on the device, or on the host if they take too much of its memory."""
-        if self.device.type == "cpu":
-            return x.clone()
-        return x.to(self.device) if states_on_device(x.numel() * x.element_size(), self.device) else x.cpu()
+        """States where they are kept; on a CPU a copy."""
+        return x.clone() if self.device.type == "cpu" else x.to(self.home(x.numel() * x.element_size()))
 
     def advance(self, block: Block, x: Tensor, settings: Settings) -> Tensor:
         """Output of a block for all rows, where x lives."""

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -53,6 +54,7 @@ class Call:
     key: str
     cost: float = 1.0
     returns: int = 1
+    attempt: int = field(default_factory=count().__next__)  # calls of one group on one item share theirs
 
 
 class Flow(ABC):
@@ -105,6 +107,7 @@ class Scheduler:
         self.session, self.limits, self.event = session, limits or Limits(), event
         self._running: dict[int, _Running] = {}
         self._losses: Counter[str] = Counter()
+        self._counted: set[int] = set()  # attempts that have been counted as a loss
         self._last_error: dict[str, str] = {}
         self._rates: dict[str, float] = {}  # method -> slowest seconds per cost
         self._resting: dict[int, float] = {}
@@ -192,14 +195,16 @@ class Scheduler:
             flow.finished(worker, call, value, second)
 
     def _count(self, call: Call, worker: int, reason: str, error: Exl2RayError | None) -> None:
-        self._losses[call.key] += 1
+        if call.attempt not in self._counted:  # a group that goes down with its machine is one loss
+            self._counted.add(call.attempt)
+            self._losses[call.key] += 1
         self._last_error[call.key] = reason
         self.event("lost", key=call.key, method=call.method, reason=reason, times=self._losses[call.key])
         if self._losses[call.key] >= self.limits.losses:
             if error is not None:
                 raise error
             raise ClusterError(
-                f"{call.key} ({call.method}) lost {self.limits.losses} workers; the last time: {reason}",
+                f"{call.key} ({call.method}) lost its workers {self.limits.losses} times; the last time: {reason}",
                 f"see {self.session.log_place()}; running out of memory is the usual cause",
             )
 

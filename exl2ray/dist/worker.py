@@ -220,7 +220,7 @@ class Worker:
         if held is not None and held.rows == item.rows and held.y is not None and item.start <= held.index + 1 <= item.index:
             index, x = held.index + 1, held.y
         elif entry is not None:
-            index, x = item.start, run.place(from_shipped(entry, torch.device("cpu")))
+            index, x = item.start, from_shipped(entry, run.home(entry.array.nbytes))
         else:
             saved = self.checkpoints.load(self._chain(item.rows), item.index)
             index, x = (1, run.embedded(item.rows)) if saved is None else (saved.index, run.place(saved.tensors["x"]))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dist_helpers
 import pytest
 import torch
-
-import dist_helpers
 from tiny_models import write_model
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

