@@ -248,7 +248,8 @@ class Gang:
                     elif owners[group] == self.comm.rank:
                         received = HessianAccumulator(k, self.run.device)
                         self.comm.receive(received.h, rank)
-                        received.rows, received.tokens = counts[rank][group][node]
+                        for name, value in zip(("rows", "tokens", "routed"), counts[rank][group][node], strict=False):
+                            setattr(received, name, value)
                         trees[group].add_node(node, received)
             if owners[group] == self.comm.rank:
                 out[group] = trees[group].total()
