@@ -46,17 +46,15 @@ class SlowWorker(Worker):
         return self._slowly(Worker.enter, item, entry)
 
     def _slowly(self, method: Any, *args: Any) -> Any:
-        while Path(f"{self.setup.work_root}.chaos").exists():  # until there were enough kills
-            time.sleep(0.7)
-            if random.random() < 0.4:
-                break
+        chaos = Path(f"{self.setup.work_root}.chaos").exists()  # until there were enough kills
+        time.sleep(0.5 if chaos else 0.0)
         result = method(self, *args)
-        time.sleep(0.2)
+        time.sleep(0.3 if chaos else 0.0)
         return result
 
 
 class Killer(threading.Thread):
-    """Kills a random worker of ours every second or two, until it has killed enough."""
+    """Kills a random worker of ours now and then, until it has killed enough; twice per finished item at most."""
 
     def __init__(self, work: Path, seed: int) -> None:
         super().__init__(daemon=True)
@@ -64,9 +62,10 @@ class Killer(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        while self.killed < KILLS and not self.stopped.wait(self.random.uniform(0.8, 2.2)):
+        while self.killed < KILLS and not self.stopped.wait(self.random.uniform(0.3, 1.2)):
+            done = [e for e in read_events(Store.open(str(self.work)))[0] if e["name"] == "item"]
             pids = self.pids()
-            if pids:
+            if pids and self.killed < 2 * (len(done) + 1):
                 os.kill(self.random.choice(pids), signal.SIGKILL)
                 self.killed += 1
         Path(f"{self.work}.chaos").unlink(missing_ok=True)
