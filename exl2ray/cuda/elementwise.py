@@ -80,12 +80,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, neox: bool) -> Tensor:
 
 
 @cuda.jit(device=True, inline=True)
+def _clamped(y):
+    """y within +-65504. Comparisons, because min and max turn a NaN into a number."""
+    if y > _MAX:
+        return _MAX
+    if y < -_MAX:
+        return -_MAX
+    return y
+
+
+@cuda.jit(device=True, inline=True)
 def _silu_product(gate, up):
     g = np.float32(gate)
     # the activation is rounded to half before the product, as the plain form does
     a = np.float32(np.float16(g / (np.float32(1.0) + math.exp(-g))))
-    y = a * np.float32(up)
-    return np.float16(min(max(y, -_MAX), _MAX))
+    return np.float16(_clamped(a * np.float32(up)))
 
 
 @cuda.jit(cache=True)
@@ -115,8 +124,8 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
 
 @cuda.jit(device=True, inline=True)
 def _square(x, branch, target):
-    y = np.float32(x) + np.float32(branch)
-    d = np.float32(np.float16(min(max(y, -_MAX), _MAX))) - np.float32(target)
+    y = _clamped(np.float32(x) + np.float32(branch))
+    d = np.float32(np.float16(y)) - np.float32(target)
     return d * d
 
 

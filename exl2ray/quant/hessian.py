@@ -33,16 +33,19 @@ class HessianAccumulator:
         self.h = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.rows = 0
         self.tokens = 0
+        self.routed = 0  # of these, tokens that the router sent here; all of them but with --moe-all-experts
 
-    def add(self, x: Tensor, rows: int = 1) -> None:
+    def add(self, x: Tensor, rows: int = 1, routed: int | None = None) -> None:
         """Adds inputs ``x`` (..., K), any float dtype, that stem from ``rows`` calibration rows.
 
+        routed: tokens that the input would hold if every expert saw only its own; None: all of ``x``.
         Half inputs on a GPU go through the tensor cores with a float32 result: products of halves are exact there, so
         only the order of summation differs from a float32 product. Float32 inputs are multiplied in float32.
         """
         x = x.reshape(-1, x.shape[-1])
         self.rows += rows
         self.tokens += x.shape[0]
+        self.routed += x.shape[0] if routed is None else routed
         if x.shape[0] == 0:
             return
         if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
@@ -88,8 +91,9 @@ def natural_order(h: Tensor) -> Tensor:
 def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1, natural: bool = False) -> Factor:
     """Act-order and factor of H (K, K) float32, or of h / rows for a sum over calibration rows (spares a K x K copy).
 
-    ``natural`` keeps the natural order instead of the act-order. Damping ``max(damping * mean(diag H), 1e-5)`` is added to the diagonal; on failure the same factorisation is tried in
-    float64, then with 2, 3, ... times the damping. Raises NumericError if H is not finite or every attempt fails.
+    Damping ``max(damping * mean(diag H), 1e-5)`` is added to the diagonal; on failure the same factorisation is tried in
+    float64, then with 2, 3, ... times the damping. ``natural`` keeps the natural order instead of the act-order. Raises
+    NumericError if H is not finite or every attempt fails.
     """
     diagonal = h.diagonal() / rows
     if not bool(torch.isfinite(diagonal).all()):
