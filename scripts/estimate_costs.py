@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""What the items of a conversion would take on one H200, from FLOP counts and rates: for `simulate.py`, until measured.
+
+    python scripts/estimate_costs.py > scripts/costs.json
+
+Counts are exact for the reference's option tables (19 for attention, 17 for an MLP, 13 to 15 distinct ones per linear). Rates
+are those that large products reach on an H200, times ``REACHED``: what is lost between the products. Fields: `schedules.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+REACHED = 0.7
+FORWARD = 700e12 * REACHED  # FLOP/s of fp16 products
+HESSIAN = 767e12 * REACHED  # fp16 inputs, float32 sums
+TRAILING = 80e12  # wide GPTQ updates: below the 100 of TF32
+FACTOR = 30e12  # Cholesky of large matrices
+GRID = 2e12  # evaluations of the scale search per second
+GRID_EVALUATIONS = 97  # per weight and option
+ROW_SECONDS = 15e-6  # per row of a single solve, which launches and not FLOPs hold up
+LOAD_GB_S = 4.0  # source weights, from a page cache or a fast file system
+
+MEASURE_ROWS, QUANTIZE_ROWS, REPORTED_ROWS, LENGTH = 16, 100, 19, 2048
+OPTIONS = {"attention": 19, "mlp": 17, "moe": 17}
+DISTINCT = {"q": 14, "k": 14, "v": 15, "o": 14, "gate": 13, "up": 13, "down": 14}
+CACHED = 0.85  # of the scoring FLOPs remain when projections of equal options are kept
+BITS = 4.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    hidden: int
+    wide: int
+    kv: int  # features of k and v
+    experts: int = 1
+    used: int = 1  # experts per token
+
+
+SHAPES = {
+    "7B": Shape(32, 4096, 11008, 4096),
+    "70B": Shape(80, 8192, 28672, 1024),
+    "405B": Shape(126, 16384, 53248, 1024),
+    "Mixtral 8x7B": Shape(32, 4096, 14336, 1024, experts=8, used=2),
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """Linears that share an input: ``linears``: role -> output features; ``part``: of the tokens that reach it; ``copies``:
+    how many there are (experts).
+    """
+
+    features: int
+    linears: dict[str, int]
+    part: float = 1.0
+    copies: int = 1
+
+    def forward(self, tokens: float) -> float:
+        return 2 * tokens * self.part * self.copies * self.features * sum(self.linears.values())
+
+    def hessian(self, tokens: float) -> float:
+        return 2 * tokens * self.part * self.copies * self.features**2
+
+    def factor_s(self) -> float:
+        return self.features**3 / 3 / FACTOR + 0.0015
+
+    def solve_s(self) -> float:
+        """One option of every linear of one copy."""
+        trailing = self.features**2 * sum(self.linears.values()) / TRAILING
+        grid = self.features * sum(self.linears.values()) * GRID_EVALUATIONS / GRID
+        return self.factor_s() + trailing + grid + ROW_SECONDS * self.features
+
+    def candidates_s(self) -> float:
+        """All distinct options of every linear of all copies."""
+        columns = sum(DISTINCT[role] * n for role, n in self.linears.items())
+        return self.copies * (self.features**2 * columns / TRAILING + self.features * columns * GRID_EVALUATIONS / GRID)
+
+
+def modules(s: Shape) -> dict[str, tuple[float, list[Input]]]:
+    """kind -> (FLOP of attention's core per token, inputs)."""
+    attention = [Input(s.hidden, {"q": s.hidden, "k": s.kv, "v": s.kv}), Input(s.hidden, {"o": s.hidden})]
+    part = s.used / s.experts
+    mlp = [
+        Input(s.hidden, {"gate": s.wide, "up": s.wide}, part, s.experts),
+        Input(s.wide, {"down": s.hidden}, part, s.experts),
+    ]
+    return {"attention": (2.0 * LENGTH * s.hidden, attention), "moe" if s.experts > 1 else "mlp": (0.0, mlp)}
+
+
+def costs(s: Shape) -> dict[str, Any]:
+    out = {}
+    for kind, (core, inputs) in modules(s).items():
+        weights = sum(i.copies * i.features * sum(i.linears.values()) for i in inputs)
+
+        def forward(rows: float, core: float = core, inputs: list[Input] = inputs) -> float:
+            tokens = rows * LENGTH
+            return (sum(i.forward(tokens) for i in inputs) + core * tokens) / FORWARD
+
+        def hessians(rows: float, inputs: list[Input] = inputs) -> float:
+            return sum(i.hessian(rows * LENGTH) for i in inputs) / HESSIAN
+
+        factors = sum(i.copies * i.factor_s() for i in inputs)
+        scoring = OPTIONS[kind] * CACHED * forward(MEASURE_ROWS)
+        named = {
+            f"{'+'.join(i.linears)}{f'.{c}' if i.copies > 1 else ''}": i for i in inputs for c in range(i.copies)
+        }  # fmt: skip
+        out[kind] = {
+            "load_s": weights * 2 / 1e9 / LOAD_GB_S,
+            "sweep_s": forward(MEASURE_ROWS),
+            "hessian_s": hessians(MEASURE_ROWS),
+            "measure_s": factors + sum(i.candidates_s() for i in inputs) + scoring,
+            "repeat_s": factors,
+            "forward_s": forward(QUANTIZE_ROWS),
+            "forward_hessian_s": hessians(QUANTIZE_ROWS),
+            "reported_s": forward(REPORTED_ROWS),
+            "check_s": forward(QUANTIZE_ROWS),
+            "solve_s": {name: i.solve_s() for name, i in named.items()},
+            "hessian_gb": {name: i.features**2 * 4 / 1e9 for name, i in named.items()},
+            "packed_gb": {name: i.features * sum(i.linears.values()) * BITS / 8 / 1e9 for name, i in named.items()},
+        }
+    return {
+        "layers": s.layers,
+        "measure_state_gb": MEASURE_ROWS * LENGTH * s.hidden * 2 / 1e9,
+        "quantize_state_gb": QUANTIZE_ROWS * LENGTH * s.hidden * 2 / 1e9,
+        "quantize_rows": QUANTIZE_ROWS,
+        "modules": out,
+    }
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def estimate() -> dict[str, Any]:
+    return {
+        "source": "estimated from FLOP counts and rates of one H200 by scripts/estimate_costs.py; nothing here was measured",
+        "transfer_gb_s": 8.0,
+        "nccl_gb_s": 150.0,
+        "message_s": 0.003,
+        "driver_s": 0.003,
+        "store_gb": 100.0,
+        "models": {name: rounded(costs(shape)) for name, shape in SHAPES.items()},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(estimate(), indent=1))

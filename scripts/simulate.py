@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""How conversions scale over 1 to 64 GPUs, simulated from what the items of a conversion cost on one.
+
+    python scripts/simulate.py                    the table
+    python scripts/simulate.py --write-docs       the same, into docs/scaling.md
+    python scripts/simulate.py --costs MINE.json  other costs; `schedules.py` says what the fields mean
+
+Passes: "measure", quantisation on "reference" states, quantisation on "quantized" states of one bitrate. "swept" stands for
+the same with sweeps of their own, which are not built: see `schedules.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from schedules import Costs, Result, fan, gang
+
+ROOT = Path(__file__).resolve().parents[1]
+COSTS, DOCS = ROOT / "scripts" / "costs.json", ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- table of scripts/simulate.py -->\n", "<!-- end of table -->\n"
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+PASSES = ("measure", "measure, swept", "reference", "reference, swept", "quantized")
+ENOUGH = 0.95  # of the best speed-up
+
+
+class Simulation:
+    """Results by model, pass and number of GPUs, each computed once."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self.result = cache(self._result)
+
+    def _result(self, model: str, kind: str, gpus: int) -> Result:
+        name, _, how = kind.partition(", ")
+        if name == "quantized":
+            return gang(self.costs, self.costs.models[model], gpus)
+        return fan(self.costs, self.costs.models[model], gpus, name == "measure", how == "swept")
+
+    def speed_up(self, model: str, kind: str, gpus: int) -> float:
+        return self.result(model, kind, 1).seconds / self.result(model, kind, gpus).seconds
+
+    def enough(self, model: str, kind: str) -> int:
+        """The smallest number of GPUs with nearly the best speed-up: of 1 to 16 and some above."""
+        ups = {n: self.speed_up(model, kind, n) for n in (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)}
+        return next(n for n, up in ups.items() if up >= ENOUGH * max(ups.values()))
+
+    def limit(self, model: str, kind: str) -> str:
+        """What more GPUs do not shorten."""
+        r = self.result(model, kind, max(GPUS))
+        total = sum(r.front.values())
+        if kind != "quantized" and total < 0.8 * r.seconds:
+            return "fewer modules than GPUs"
+        largest = sorted(r.front.items(), key=lambda p: -p[1])[:3]
+        shares = ", ".join(f"{name} {100 * s / total:.0f} %" for name, s in largest)
+        return f"{'each module' if kind == 'quantized' else 'one module after another'}: {shares}"
+
+    def table(self, gpus: Sequence[int] = GPUS) -> str:
+        """Markdown: seconds on one GPU, speed-up on several, how many are enough, and why."""
+        head = " | ".join(map(str, gpus[1:]))
+        lines = [f"Costs: {self.costs.source}.", "", f"| model | pass | 1 GPU | {head} | enough | what limits it |"]
+        lines.append("|---|---|" + "---:|" * (len(gpus) + 1) + "---|")
+        for model in self.costs.models:
+            for kind in PASSES:
+                ups = " | ".join(f"{self.speed_up(model, kind, n):.1f}x" for n in gpus[1:])
+                cells = [model, kind, f"{self.result(model, kind, 1).seconds:.0f} s", ups]
+                cells += [str(self.enough(model, kind)), self.limit(model, kind)]
+                lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+
+def with_table(page: str, content: str) -> str:
+    """The page with its table replaced."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + content + END + after
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--costs", type=Path, default=COSTS)
+    parser.add_argument("--write-docs", action="store_true", help=f"put the table into {DOCS.relative_to(ROOT)}")
+    args = parser.parse_args()
+    content = Simulation(Costs.load(args.costs)).table()
+    if args.write_docs:
+        DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8"), content), encoding="utf-8")
+    else:
+        print(content, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The simulation of scaling: bounds that every schedule obeys, and that docs/scaling.md shows what the scripts say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import estimate_costs
+import pytest
+import simulate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from schedules import Costs, ModelCosts, ModuleCosts, fan, gang, serial_s
+
+KINDS = ("measure", "reference", "quantized")
+
+
+@pytest.fixture(scope="module")
+def simulation() -> simulate.Simulation:
+    return simulate.Simulation(Costs.load(simulate.COSTS))
+
+
+def seconds_(low: float = 0.0, high: float = 10.0) -> st.SearchStrategy[float]:
+    return st.floats(low, high)
+
+
+@st.composite
+def module_costs(draw: st.DrawFn) -> ModuleCosts:
+    inputs = [f"input{i}" for i in range(draw(st.integers(1, 3)))]
+    measure = draw(seconds_())
+    return ModuleCosts(
+        load_s=draw(seconds_(0, 2)), sweep_s=draw(seconds_()), hessian_s=draw(seconds_()), measure_s=measure,
+        repeat_s=draw(st.floats(0, 0.5)) * measure, forward_s=draw(seconds_()), forward_hessian_s=draw(seconds_()),
+        reported_s=draw(seconds_()), check_s=draw(seconds_()), solve_s={i: draw(seconds_()) for i in inputs},
+        hessian_gb={i: draw(seconds_()) for i in inputs}, packed_gb={i: draw(seconds_()) for i in inputs},
+    )  # fmt: skip
+
+
+@st.composite
+def all_costs(draw: st.DrawFn) -> Costs:
+    kinds = {f"kind{i}": draw(module_costs()) for i in range(draw(st.integers(1, 2)))}
+    model = ModelCosts(draw(st.integers(1, 12)), draw(seconds_(0.1)), draw(seconds_(0.1)), draw(st.integers(1, 20)), kinds)
+    rates = draw(seconds_(1, 100)), draw(seconds_(1, 100))
+    return Costs("random", *rates, draw(st.floats(0, 0.1)), draw(st.floats(0, 0.1)), draw(seconds_(0.1, 500)), {"m": model})
+
+
+def run(costs: Costs, kind: str, workers: int, swept: bool = False) -> float:
+    model = costs.models["m"]
+    result = gang(costs, model, workers) if kind == "quantized" else fan(costs, model, workers, kind == "measure", swept)
+    return result.seconds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(all_costs())
+def test_one_gpu_takes_the_sum_of_all_items(kind: str, costs: Costs) -> None:
+    assert run(costs, kind, 1) == pytest.approx(serial_s(costs, costs.models["m"], kind))
+    assert run(costs, kind, 1, swept=True) == run(costs, kind, 1)
+
+
+@pytest.mark.parametrize("swept", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(all_costs(), st.integers(1, 64))
+def test_bounds(kind: str, swept: bool, costs: Costs, workers: int) -> None:
+    """N workers are at most N times as fast, and no faster than what must happen one after another."""
+    model = costs.models["m"]
+    took = run(costs, kind, workers, swept)
+    assert took * workers >= serial_s(costs, model, kind) * (1 - 1e-9)
+    if kind != "quantized":
+        result = fan(costs, model, workers, kind == "measure", swept)
+        assert result.seconds >= sum(result.front.values()) * (1 - 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(all_costs())
+def test_larger_groups_are_never_slower_where_sending_is_free(costs: Costs) -> None:
+    free = replace(costs, nccl_gb_s=float("inf"), message_s=0.0)
+    times = [run(free, "quantized", n) for n in range(1, 65)]
+    for fewer, more in pairwise(times):
+        assert more <= fewer * (1 + 1e-9)
+    assert times[7:] == [times[7]] * 57  # a group has eight members at most
+
+
+def test_speed_up_grows_with_the_gpus(simulation: simulate.Simulation) -> None:
+    """From two on: the first further GPU brings loading and shipping that one did not have. Powers of two, because a group of
+    six has as many rows on its largest member as one of four. 2 % for the end of a pass, where one worker more may meet the
+    last modules at a worse moment.
+    """
+    for model in simulation.costs.models:
+        for kind in simulate.PASSES:
+            ups = [simulation.speed_up(model, kind, n) for n in simulate.GPUS[1:]]
+            for fewer, more in pairwise(ups):
+                assert more >= fewer * 0.98, (model, kind, ups)
+            assert simulation.speed_up(model, kind, 1) == 1.0
+
+
+def test_enough_is_enough(simulation: simulate.Simulation) -> None:
+    for model in simulation.costs.models:
+        n = simulation.enough(model, "measure")
+        assert simulation.speed_up(model, "measure", n) >= simulate.ENOUGH * simulation.speed_up(model, "measure", 64)
+        assert simulation.speed_up(model, "measure", n - 1) < simulate.ENOUGH * simulation.speed_up(model, "measure", 64)
+
+
+def test_faster_links_help(simulation: simulate.Simulation) -> None:
+    model = simulation.costs.models["70B"]
+    quick = replace(simulation.costs, transfer_gb_s=1e6)
+    for measuring in (True, False):
+        assert fan(quick, model, 8, measuring).seconds < 0.95 * fan(simulation.costs, model, 8, measuring).seconds
+    wide = replace(simulation.costs, nccl_gb_s=1e6)
+    assert gang(wide, model, 8).seconds < 0.95 * gang(simulation.costs, model, 8).seconds
+
+
+def test_window_bounds_what_is_under_way(simulation: simulate.Simulation) -> None:
+    """A store with room for two states only: the sweep waits for the measurement."""
+    small = replace(simulation.costs, store_gb=1.5)
+    model = simulation.costs.models["70B"]
+    assert fan(small, model, 8, True).seconds > 1.2 * fan(simulation.costs, model, 8, True).seconds
+
+
+def test_models_of_the_table(simulation: simulate.Simulation) -> None:
+    assert list(simulation.costs.models) == ["7B", "70B", "405B", "Mixtral 8x7B"]
+
+
+def test_estimates_are_current(simulation: simulate.Simulation) -> None:
+    """While costs.json says that it is estimated, it holds what the estimate gives."""
+    value = json.loads(simulate.COSTS.read_text(encoding="utf-8"))
+    if value["source"].startswith("estimated"):
+        assert value == json.loads(json.dumps(estimate_costs.estimate()))
+
+
+def test_docs_are_current(simulation: simulate.Simulation) -> None:
+    page = simulate.DOCS.read_text(encoding="utf-8")
+    assert simulate.with_table(page, simulation.table()) == page, "run: python scripts/simulate.py --write-docs"
