@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exl2ray.cuda.device import device_bytes
 from exl2ray.errors import NumericError
 
 DAMPING = 0.12  # of the mean of diag(H); the reference's value
 _DAMPING_FLOOR = 1e-5
 _ATTEMPTS = 10
 _BLOCK_ROWS = 2048
+_FACTOR_SHARE = 0.3  # of a GPU's memory, for the two matrices of a factorisation
 _FLOAT64_ROWS = 8192  # above this K, float32 loses too much of the small pivots (speed-study, precision)
 
 
@@ -105,9 +107,7 @@ def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1,
     step = max(damping * float(diagonal.double().mean()), _DAMPING_FLOOR)
     attempts = 0
     for times in range(1, _ATTEMPTS + 1):
-        for dtype in (torch.float32, torch.float64):
-            if dtype is torch.float32 and h.shape[0] > _FLOAT64_ROWS:
-                continue
+        for dtype in _precisions(h):
             attempts += 1
             r = _upper_factor(h, rows, perm, step * times, dtype)
             if r is not None:
@@ -119,11 +119,23 @@ def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1,
     )
 
 
+def _precisions(h: Tensor) -> tuple[torch.dtype, ...]:
+    """Precisions to factorise in, in order: float64 at once for large K, unless a GPU lacks the memory for it.
+
+    cuSOLVER works on a copy, so a factorisation takes two matrices beside H and R. At K = 28672 that is 13 GB in float64:
+    too much for a 24 GB card that holds the module as well, where float32 has to do.
+    """
+    k = h.shape[0]
+    if h.is_cuda and 2 * k * k * 8 > _FACTOR_SHARE * device_bytes(h.device):
+        return (torch.float32,)
+    return (torch.float64,) if k > _FLOAT64_ROWS else (torch.float32, torch.float64)
+
+
 def _upper_factor(h: Tensor, rows: int, perm: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
     """R (K, K) float32 with H[perm][:, perm] + damping I = R R^T, H = h / rows, computed in ``dtype``; None if there is none.
 
     Both axes reversed: a lower factor of the flipped matrix is an upper factor of the matrix itself. Blocks of rows keep
-    the peak at one matrix of ``dtype`` beside H and R: at K = 28672 in float64 that is 6.6 GB.
+    the peak at two matrices of ``dtype`` beside H (the factorisation makes a copy of its own on GPUs).
     """
     k = h.shape[0]
     order = perm.flip(0)
