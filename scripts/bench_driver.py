@@ -107,7 +107,7 @@ def overhead(model: Path) -> tuple[float, float]:
     work = Path(tempfile.mkdtemp())
     try:
         convert(
-            Recipe(str(model), str(work / "work"), compile_full=str(work / "out"), length=2048, measurement_length=2048,
+            Recipe(str(model), str(work / "work"), compile_full=str(work / "out"), length=128, measurement_length=128,
                    device="cpu", gpus=1, ray_address="local"),
             Silent(),
         )  # fmt: skip
