@@ -60,8 +60,7 @@ class Cluster:
         with self._explained("connect"), _no_address_variables():
             from ray.job_submission import JobSubmissionClient
 
-            # It announces every closed connection.
-            logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+            logging.getLogger("ray").setLevel(logging.WARNING)  # it announces uploads and closed connections
             self._client = JobSubmissionClient(self.address)
 
     def submit(self, job_id: str, command: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:

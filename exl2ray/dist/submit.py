@@ -25,7 +25,7 @@ COMMANDS = ("convert", "measure")
 CHECK_SECONDS = 300.0  # for the job that looks at paths; most of it is starting Python on every node
 CHECK_PROGRAM = "from exl2ray.dist.preflight import main; main()"
 # Left out of a shipped checkout; .gitignore is respected besides. Ray refuses uploads above 500 MiB.
-NOT_SHIPPED = [".git", "tests", "docs", ".venv"]
+NOT_SHIPPED = ["/.git", "/tests", "/docs", "/models", "/.venv"]
 
 Say = Callable[[str], None]
 

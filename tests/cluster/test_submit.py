@@ -8,6 +8,7 @@ import os
 import shlex
 import socket
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,11 +111,19 @@ def test_arguments_survive_the_job_s_shell(arguments: list[str]) -> None:
     assert words == ["python", "-m", "exl2ray.cli", "convert", *arguments]
 
 
-def test_a_shipped_checkout() -> None:
-    root = str(Path(__file__).resolve().parents[2])
-    env = submit.runtime_env(root)
-    assert env["working_dir"] == root
-    assert ".git" in env["excludes"]
+def test_a_shipped_checkout(tmp_path: Path) -> None:
+    """What Ray packs of a checkout: the package, with a folder of its own that is called like one that stays behind."""
+    from ray._private.runtime_env.packaging import create_package
+
+    root = tmp_path / "checkout"
+    for name in ("exl2ray/__init__.py", "exl2ray/tests/data", "pyproject.toml", "tests/test_x.py", "docs/x.md", ".git/HEAD"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("content")
+    env = submit.runtime_env(str(root))
+    create_package(env["working_dir"], tmp_path / "packed.zip", include_gitignore=True, excludes=env["excludes"])
+    with zipfile.ZipFile(tmp_path / "packed.zip") as packed:
+        files = {n for n in packed.namelist() if not n.endswith("/")}
+    assert files == {"exl2ray/__init__.py", "exl2ray/tests/data", "pyproject.toml"}
     assert "working_dir" not in submit.runtime_env(None)
     assert int(env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > 3  # Ray's default, too short for a commit
 
