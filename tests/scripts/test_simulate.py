@@ -11,7 +11,9 @@ import pytest
 import simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedules import Costs, ModelCosts, ModuleCosts, fan, gang, serial_s
+from schedules import SHARES, Costs, ModelCosts, ModuleCosts, fan, gang, serial_s
+
+from exl2ray.dist import tree
 
 KINDS = ("measure", "reference", "quantized")
 
@@ -117,6 +119,10 @@ def test_window_bounds_what_is_under_way(simulation: simulate.Simulation) -> Non
     small = replace(simulation.costs, store_gb=1.5)
     model = simulation.costs.models["70B"]
     assert fan(small, model, 8, True).seconds > 1.2 * fan(simulation.costs, model, 8, True).seconds
+
+
+def test_largest_group_is_the_real_one() -> None:
+    assert SHARES == tree.SHARES
 
 
 def test_models_of_the_table(simulation: simulate.Simulation) -> None:
