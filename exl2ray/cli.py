@@ -198,6 +198,16 @@ def calibration(run: Invocation, /, **settings: Any) -> None:
     present(run, lambda: command.rows_of(recipe), command.show, command.rows_json)
 
 
+@cli.command()
+@common
+@click.pass_obj
+def architectures(run: Invocation) -> None:
+    """The model families that can be converted, and their quirks."""
+    from exl2ray.commands import architectures as command
+
+    present(run, command.families, command.show, lambda found: {"architectures": found})
+
+
 # ---- jobs and machines ----------------------------------------------------------------------------------------------
 
 

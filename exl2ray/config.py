@@ -67,6 +67,8 @@ class Recipe:
     """--objective-power: exponent for --objective norm."""
     damping: float = 0.12
     """--damping: added to the Hessian's diagonal, as a share of its mean."""
+    moe_all_experts: bool = False
+    """--moe-all-experts: collect the Hessians of every expert from all tokens; the forward pass stays as routed."""
     chat_rows: bool = True
     """--chat-rows/--no-chat-rows: render part of the built-in rows with the model's chat template."""
     reuse: bool = False
@@ -120,7 +122,12 @@ class Recipe:
 
     def job(self, identity: dict[str, Any], calibration: str | None) -> dict[str, dict[str, Any]]:
         """The sections of job.json. ``identity``: fingerprint of the source; ``calibration``: hash of the data of -c."""
-        data = {"cal_dataset": calibration, "seed": self.seed, "chat_rows": self.chat_rows}
+        data = {
+            "cal_dataset": calibration,
+            "seed": self.seed,
+            "chat_rows": self.chat_rows,
+            "moe_all_experts": self.moe_all_experts,
+        }
         return {
             "identity": {**identity, "rope_scale": self.rope_scale, "rope_alpha": self.rope_alpha},
             "measure": {
@@ -153,11 +160,13 @@ JOB_FLAGS = {
     "measure.length": "-ml",
     "measure.seed": "--seed",
     "measure.chat_rows": "--chat-rows",
+    "measure.moe_all_experts": "--moe-all-experts",
     "measure.damping": "--damping",
     "measure.measurement": "-m",
     "quantize.cal_dataset": "-c",
     "quantize.rows": "-r",
     "quantize.length": "-l",
+    "quantize.moe_all_experts": "--moe-all-experts",
     "quantize.bits": "-b",
     "quantize.head_bits": "-hb",
     "quantize.propagate": "--propagate",

@@ -60,6 +60,7 @@ SECTIONS = {  # of the help text
         "measurement_length",
         "seed",
         "chat_rows",
+        "moe_all_experts",
     ),
     "Where it runs": ("device", "gpus", "ray_address", "executor", "checkpoint_seconds"),
 }
@@ -83,6 +84,7 @@ STORED_AT = {
     "measurement": ("measure", "measurement"),
     "seed": ("measure", "seed"),
     "chat_rows": ("measure", "chat_rows"),
+    "moe_all_experts": ("measure", "moe_all_experts"),
     "dataset_rows": ("quantize", "rows"),
     "length": ("quantize", "length"),
     "bits": ("quantize", "bits"),

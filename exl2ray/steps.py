@@ -57,7 +57,7 @@ from exl2ray.model.weights import output_tensors, read_plain
 from exl2ray.progress import Reporter
 from exl2ray.quant.allocate import Allocation, Slot, budget, check_reachable, solve
 from exl2ray.quant.measure import profile_of
-from exl2ray.quant.measure_moe import MOE_TABLE
+from exl2ray.quant.measure_moe import MOE_TABLE, starved_experts
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, quant_kind
 from exl2ray.store.records import Record, hash_inputs
@@ -205,6 +205,7 @@ class Job:
                 rope_scale=recipe.rope_scale,
                 rope_alpha=recipe.rope_alpha,
                 damping=recipe.damping,
+                moe_all_experts=recipe.moe_all_experts,
                 checkpoint_seconds=recipe.checkpoint_seconds,
                 calibration=CALIBRATION,
                 calibration_sha256=self.calibration_sha256,
@@ -255,7 +256,7 @@ class Job:
         identity, settings = self.job["identity"], self.job["measure"]
         common = hash_inputs(
             fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
-            damping=settings["damping"], rows=self.calibration_sha256,
+            damping=settings["damping"], rows=self.calibration_sha256, **self._all_experts(),
         )  # fmt: skip
         keys = {m.index: hash_inputs(common=common, module=m.profile_key) for m in self._measured()}
         profiles: dict[int, ModuleProfile] = {}
@@ -371,6 +372,7 @@ class Job:
         value = hash_inputs(
             fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
             damping=self.recipe.damping, rows=self.calibration_sha256, propagate=settings["propagate"],
+            **self._all_experts(),
         )  # fmt: skip
         out = []
         for module in self.spec.modules:
@@ -622,6 +624,11 @@ class Job:
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
+    def _all_experts(self) -> dict[str, bool]:
+        """What --moe-all-experts adds to the hashes of results; nothing for a model without experts."""
+        used = self.recipe.moe_all_experts and self.spec.arch.moe
+        return {"moe_all_experts": True} if used else {}
+
     def _scheduled(self, name: str, **fields: Any) -> None:
         """What the scheduler tells, for the event log and for people."""
         self.work.event(name, **fields)
@@ -661,6 +668,9 @@ class _Stage:
         self.job.reporter.event("item", **fields, detail=result.detail)
         for note in result.notes:
             self.job.reporter.event("note", message=f"{result.key}: {note}")
+        starved = starved_experts(_coverage(result.payload))
+        if starved:
+            self.job.reporter.event("warning", message=f"{result.key}: {starved}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -766,6 +776,13 @@ def write_measurement_to(work: WorkDir, measurement: Measurement) -> None:
 def _profile(module: ModuleSpec, payload: Mapping[str, Any]) -> ModuleProfile:
     value = payload["profile"]
     return ModuleProfile.from_json(module.profile_key, value["value"], value["extra"])
+
+
+def _coverage(payload: Mapping[str, Any]) -> Sequence[Mapping[str, float]]:
+    """Tokens per expert of a measured or quantised module; empty for a dense one."""
+    extra = payload["profile"]["extra"] if "profile" in payload else payload
+    experts: Sequence[Mapping[str, float]] = extra.get("experts", ())
+    return experts
 
 
 def _file_hash(path: str | None) -> str | None:

@@ -69,9 +69,14 @@ class Oracle:
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random weights of unit gain; norm weights around their neutral value, biases not zero."""
+    """Random weights of unit gain; norm weights around their neutral value, biases not zero.
+
+    Embeddings that are also the head, or that the model scales up, have columns of unit length: otherwise every token would
+    predict itself with certainty, and nothing in between could be seen.
+    """
     generator = torch.Generator().manual_seed(seed)
     offset = type(model).__name__.startswith("Gemma")
+    short = type(model).__name__.startswith(("Gemma", "GPT"))
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
@@ -79,7 +84,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
                 neutral = 0.0 if name.endswith("bias") or offset else 1.0
                 p.copy_(neutral + 0.3 * noise)
             elif "embed" in name or "wte" in name or "wpe" in name:
-                p.copy_(noise)
+                p.copy_(noise * p.shape[-1] ** -0.5 if short and "wpe" not in name else noise)
             else:
                 p.copy_(noise * p.shape[-1] ** -0.5)
 
@@ -199,14 +204,14 @@ def normalize_head(model: Any) -> None:
 
 
 def gemmoe_tensors(tensors: Tensors) -> Tensors:
-    """Gemma's rules around Mixtral's experts: norm weights stored minus one, no head."""
-    return {k: v - 1 if "norm" in k else v for k, v in tensors.items() if not k.startswith("lm_head")}
+    """Gemma's rules around Mixtral's experts: norm weights stored minus one, no head, short embeddings (`randomize`)."""
+    out = {k: v - 1 if "norm" in k else v for k, v in tensors.items() if not k.startswith("lm_head")}
+    return {k: v * HIDDEN**-0.5 if "embed" in k else v for k, v in out.items()}
 
 
 def gemmoe_rules(model: Any) -> None:
     embedding = model.model.embed_tokens.weight
-    model.lm_head.weight.copy_(embedding)
-    embedding.mul_(HIDDEN**0.5)
+    model.lm_head.weight.copy_(embedding * HIDDEN**-0.5)
 
 
 MIXTRAL = {**SIZES, "intermediate_size": EXPERT_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2}

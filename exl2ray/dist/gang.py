@@ -34,7 +34,7 @@ from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec
 from exl2ray.quant.hessian import Factor, HessianAccumulator
 from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, row_errors
-from exl2ray.quant.measure_moe import expert_factor
+from exl2ray.quant.measure_moe import describe_coverage, expert_factor, shares_of
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.quantize import quantize_group
 from exl2ray.store.records import FileRef, Record, item_file
@@ -165,6 +165,7 @@ class Gang:
                 others[s] = self.run.advance(block, share.other, self.run.settings(module, share.other, item.shrink))
             else:
                 others[s] = share.other
+        experts = self._coverage(module, trees)
         files, notes = self._quantize_linears(item, block, trees)
         errors: list[tuple[int, float]] = []
         outs: dict[int, Tensor] = {}
@@ -173,7 +174,10 @@ class Gang:
             errors.append((s, error))
         total = sum(e for _, e in sorted(x for member in self.comm.gather(errors) for x in member))
         error = total / sum(len(r) for r in self.rows)
-        payload = {"error": error, "notes": notes, "options": option_names(item.params)}
+        payload: dict[str, Any] = {"error": error, "notes": notes, "options": option_names(item.params)}
+        if experts:
+            payload["experts"] = experts
+            notes.insert(0, describe_coverage(experts))
         self._commit(item, module, payload, files)
         self.shares = {s: Share(item.index + 1, out, others[s]) for s, out in outs.items()}
         if self.checkpoints.due():
@@ -220,6 +224,14 @@ class Gang:
             for group, linears in groups.items():
                 self._spread(block, linears, packed.get(group), owners[group])
         return [done[g][0] for g in groups], [n for g in groups for n in done[g][1]]
+
+    def _coverage(self, module: ModuleSpec, trees: dict[str, TreeSum]) -> list[dict[str, float]]:
+        """Tokens routed to each expert, over all members; empty for a dense module."""
+        if module.kind != "moe":
+            return []
+        groups = [x.input_group for x in module.linears if x.role == "w2"]
+        mine = [sum(c[2] for c in trees[g].counts().values()) for g in groups]
+        return shares_of([sum(column) for column in zip(*self.comm.gather(mine), strict=True)])
 
     def _factor(
         self, block: Block, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]

@@ -24,6 +24,7 @@ class WorkerSetup:
     calibration: str  # work directory name of the rows of tokens
     calibration_sha256: str
     perplexity_rows: int  # leading rows of the quantisation set whose perplexity is reported
+    moe_all_experts: bool = False  # Hessians of experts from all tokens
     threads: int | None = None  # torch threads on CPU, the same whatever the number of workers; None: torch's choice
     nonce: tuple[str, str] | None = None
     versions: dict[str, str] = field(default_factory=dict)

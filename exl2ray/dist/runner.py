@@ -59,10 +59,12 @@ class Runner:
     def settings(self, module: ModuleSpec, x: Tensor, shrink: int = 1) -> Settings:
         """Batch sizes for states x (R, T, hidden), from shapes alone; ``shrink`` > 1 after running out of memory."""
         s = settings_for(module, x.shape[0], x.shape[1], self.device, self.setup.damping)
+        s = replace(s, all_experts=self.setup.moe_all_experts)
         if shrink == 1:
             return s
         budget = None if s.budget_bytes is None else s.budget_bytes // shrink
-        return replace(s, batch_rows=max(1, s.batch_rows // shrink), budget_bytes=budget)
+        tokens = None if s.expert_tokens is None else max(1, s.expert_tokens // shrink)
+        return replace(s, batch_rows=max(1, s.batch_rows // shrink), budget_bytes=budget, expert_tokens=tokens)
 
     def rows(self, name: str) -> Tensor:
         """Token ids (R, T) int64 of a set of calibration rows."""

@@ -134,7 +134,10 @@ class Worker:
     def _module(self, c: Context, item: QuantizeItem) -> tuple[list[PackedLinear], dict[str, Any]]:
         hessians = dict(c.hessians)  # kept for the next bitrate
         result, _ = quantize_after(c.block, c.x, _states(c), hessians, item.params, c.settings, check_states)
-        return list(result.packed), {"error": result.error, "notes": list(result.notes)}
+        payload: dict[str, Any] = {"error": result.error, "notes": list(result.notes)}
+        if result.experts:
+            payload["experts"] = [dict(e) for e in result.experts]
+        return list(result.packed), payload
 
     def _head(self, c: Context, item: QuantizeItem) -> tuple[list[PackedLinear], dict[str, Any]]:
         ids = self.runner.rows("quantize")[: self.setup.perplexity_rows]

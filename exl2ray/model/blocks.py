@@ -8,7 +8,7 @@ noise rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -153,6 +153,13 @@ class MoeBlock(Block):
     ) -> Tensor:
         """h (tokens, hidden) -> (tokens, hidden). weights: candidates by linear key, in place of the stored ones."""
         return self.experts.forward(h, routing, weights, capture)
+
+    def inputs_of_all_experts(self, x: Tensor) -> Iterator[tuple[str, Tensor, int]]:
+        """What the linears of every expert would see if all tokens went to it: (input group, (tokens, K), tokens routed)."""
+        h = self.pre(x).flatten(0, -2)
+        for expert, count in zip(self.experts.experts, self.route(h).counts, strict=True):
+            yield expert.gate.input_group, h, count
+            yield expert.down.input_group, self.experts.mid(expert, h), count
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual addition; the residual multiplier does not apply to experts (5.15)."""

@@ -132,9 +132,9 @@ def resolve_hyper(
 def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` such that ExLlamaV2 reads the model that ``resolve_hyper`` describes.
 
-    The architecture by the loader's name for it, the old spellings (``legacy_config``), and every default of the family that the config leaves out, because the
-    loader has other defaults or none (architectures sections 4 and 6.4). Meant for the output's config.json. Raises
-    SourceError.
+    The architecture by the loader's name for it, the old spellings (``legacy_config``), and every default of the family
+    that the config leaves out, because the loader has other defaults or none (architectures sections 4 and 6.4). Meant
+    for the output's config.json. Raises SourceError.
     """
     out = legacy_config(config)
     if arch.loads_as:

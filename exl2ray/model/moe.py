@@ -103,13 +103,21 @@ class ExpertBank:
             total += outputs[routing.place[:, choice]] * routing.weights[:, choice : choice + 1]
         return total.to(h.dtype)
 
+    def mid(self, expert: Expert, x: Tensor) -> Tensor:
+        """Input of an expert's down linear, (n, hidden) -> (n, width), with the stored weights."""
+        return self.mix(self.bank.linear(expert.gate, x), self.bank.linear(expert.up, x))
+
+    def mix(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Outputs of gate and up, (n, width) each -> input of down."""
+        return gated(self.activation, gate, up)
+
     def _expert(
         self, index: int, expert: Expert, x: Tensor, weights: Mapping[str, Tensor], capture: Capture | None
     ) -> Tensor:
         """x: the tokens routed to one expert, (n, hidden) -> (n, hidden)."""
         gate = self.bank.linear(expert.gate, x, weights.get(expert.gate.key))
         up = self.bank.linear(expert.up, x, weights.get(expert.up.key))
-        m = gated(self.activation, gate, up)
+        m = self.mix(gate, up)
         if capture is not None:
             capture(expert.gate.input_group, x)
             capture(expert.down.input_group, m)

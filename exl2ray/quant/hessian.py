@@ -25,7 +25,7 @@ _DAMPING_FLOOR = 1e-5
 _ATTEMPTS = 10
 _BLOCK_ROWS = 2048
 _FACTOR_SHARE = 0.3  # of a GPU's memory, for the two matrices of a factorisation
-_FLOAT64_ROWS = 8192  # above this K, float32 loses too much of the small pivots (speed-study, precision)
+FLOAT64_ROWS = 8192  # above this K, float32 loses too much of the small pivots (speed-study, precision)
 
 
 class HessianAccumulator:
@@ -128,7 +128,7 @@ def _precisions(h: Tensor) -> tuple[torch.dtype, ...]:
     k = h.shape[0]
     if h.is_cuda and 2 * k * k * 8 > _FACTOR_SHARE * device_bytes(h.device):
         return (torch.float32,)
-    return (torch.float64,) if k > _FLOAT64_ROWS else (torch.float32, torch.float64)
+    return (torch.float64,) if k > FLOAT64_ROWS else (torch.float32, torch.float64)
 
 
 def _upper_factor(h: Tensor, rows: int, perm: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:

@@ -32,12 +32,14 @@ FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run the numerics of one module. Results depend on ``damping`` alone, up to rounding."""
+    """How to run the numerics of one module. Results depend on ``damping`` and ``all_experts`` alone, up to rounding."""
 
     damping: float = DAMPING
     batch_rows: int = 4  # calibration rows per forward
     budget_bytes: int | None = None  # working memory of one solver batch
     offload: bool = False  # keep the candidates of a module in host memory, for GPUs that cannot hold them all
+    expert_tokens: int | None = None  # tokens of one expert that are scored at once; None: all
+    all_experts: bool = False  # Hessians of every expert from all tokens; the forward pass stays as routed
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,12 @@ def reference_pass(
         def capture(group: str, inputs: Tensor, rows: int = xb.shape[0]) -> None:
             hessians[group].add(inputs, rows)
 
-        out = block.forward(xb, capture)
+        if block.module.kind == "moe" and settings.all_experts:
+            out = block.forward(xb)
+            for group, inputs, routed in block.inputs_of_all_experts(xb):
+                hessians[group].add(inputs, xb.shape[0], routed)
+        else:
+            out = block.forward(xb, capture)
         check(out, f"output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
         y[part] = out.to(y.dtype)
     return y, hessians

@@ -1,11 +1,13 @@
 """Measuring a mixture-of-experts block: one choice per role for all experts of the layer (converter-algorithm section 15).
 
 Better than the reference: the Hessian of w1 and w3 of an expert comes from the tokens routed to it, as that of w2 does.
-An expert that saw fewer tokens than its Hessian has dimensions borrows: see `expert_factor`.
+An expert that saw fewer tokens than its Hessian has dimensions borrows: see `expert_factor`. Experts are solved and scored
+one after another: where memory is short, the candidates of one wait in host memory while the next is solved.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from exl2ray.quant.qparams import mlp_options
 from exl2ray.quant.solve import solve_wanted
 
 MOE_TABLE = Table(("w1", "w3", "w2"), mlp_options())
+STARVED_SHARE = 0.1  # of a fair share of the tokens; an expert below is warned of
 
 
 def measure_experts(
@@ -44,7 +47,9 @@ def measure_experts(
             options = {m.role: columns[m.role][0] for m in members}
             solved.update(solve_wanted(factor, weights, options, settings.budget_bytes, wanted, settings.offload))
         candidates.append(solved)
-    return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": coverage(block, hessians)}
+    report = coverage(block, hessians)
+    notes.insert(0, describe_coverage(report))
+    return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": report}
 
 
 def expert_factor(
@@ -64,7 +69,9 @@ def expert_factor(
         if tokens:
             mixed = HessianAccumulator(dimensions, own.h.device)
             share = (dimensions - own.tokens) / tokens
-            mixed.h = own.h + share * torch.stack([a.h for a in others]).sum(0)
+            for a in others:
+                mixed.h += a.h
+            mixed.h.mul_(share).add_(own.h)
             mixed.rows, mixed.tokens = max(own.rows, 1), dimensions
             notes.append(f"{group}: {own.tokens} tokens for {dimensions} dimensions, completed from all experts")
             return factorise(mixed, settings, where, notes)
@@ -75,9 +82,37 @@ def expert_factor(
 
 def coverage(block: Any, hessians: dict[str, HessianAccumulator]) -> list[dict[str, float]]:
     """Per expert: calibration tokens routed to it, and their share of all routed tokens."""
-    counts = [hessians[f"w2.{e}"].tokens for e in range(len(block.experts.experts))]
+    return shares_of([hessians[f"w2.{e}"].routed for e in range(len(block.experts.experts))])
+
+
+def shares_of(counts: Sequence[int]) -> list[dict[str, float]]:
+    """The coverage report of a layer: tokens of each expert, and their share of all."""
     total = max(1, sum(counts))
     return [{"tokens": c, "share": c / total} for c in counts]
+
+
+def describe_coverage(experts: Sequence[Mapping[str, float]]) -> str:
+    """One line: the range of tokens per expert, and how that compares with a fair share."""
+    tokens = [int(e["tokens"]) for e in experts]
+    low, high = min(tokens), max(tokens)
+    fair = sum(tokens) / len(tokens)
+    return (
+        f"{len(tokens)} experts: {low} tokens (expert {tokens.index(low)}) to {high} (expert {tokens.index(high)}), "
+        f"fair share {fair:.0f}"
+    )
+
+
+def starved_experts(experts: Sequence[Mapping[str, float]]) -> str:
+    """Text of the warning if experts got less than a tenth of a fair share of the tokens, else empty."""
+    limit = STARVED_SHARE / max(1, len(experts))
+    few = [(i, int(e["tokens"])) for i, e in enumerate(experts) if e["share"] < limit]
+    if not few:
+        return ""
+    shown = ", ".join(f"{i} ({tokens} tokens)" for i, tokens in few[:5]) + (", ..." if len(few) > 5 else "")
+    return (
+        f"{len(few)} of {len(experts)} experts got less than {STARVED_SHARE:.0%} of a fair share of calibration tokens: "
+        f"{shown}; more rows or other text may reach them, --moe-all-experts calibrates them on all tokens"
+    )
 
 
 def _score_experts(
@@ -88,9 +123,7 @@ def _score_experts(
     settings: Settings,
     rows: range,
 ) -> list[OptionProfile]:
-    columns = MOE_TABLE.columns()
-    index = {role: columns[role][1] for role in MOE_TABLE.roles}
-    keys = [{m.role: m.key for m in (e.gate, e.up, e.down)} for e in block.experts.experts]
+    """Accuracy of some rows of the table. Each expert's outputs are added to the sums of all rows before the next one's."""
     device = next(iter(block.weights.values())).device
     errors = torch.zeros(len(MOE_TABLE.rows), dtype=torch.float64, device=device)
     for part in batches(x.shape[0], settings.batch_rows):
@@ -98,14 +131,16 @@ def _score_experts(
         norm = target.float().flatten(1).norm(dim=1)
         h = block.pre(xb).flatten(0, -2)
         routing = block.route(h)
+        sums = {i: torch.zeros(h.shape, dtype=torch.float32, device=device) for i in rows}
+        start = 0
+        for index, count in enumerate(routing.counts):
+            size = settings.expert_tokens or max(count, 1)
+            for first in range(start, start + count, size):
+                slots = routing.order[first : min(first + size, start + count)]
+                _add_expert(block, index, h, routing, slots, candidates[index], sums)
+            start += count
         for i in rows:
-            weights = {
-                names[role]: solved[role][index[role][i]]
-                for names, solved in zip(keys, candidates, strict=True)
-                for role in MOE_TABLE.roles
-            }
-            result = block.post(xb, block.forward_experts(h, routing, weights))
-            errors[i] += row_errors(result, target, norm)
+            errors[i] += row_errors(block.post(xb, sums.pop(i).to(h.dtype)), target, norm)
     mean = (errors / x.shape[0]).tolist()
     out = []
     for i in rows:
@@ -115,3 +150,37 @@ def _score_experts(
         )
         out.append(OptionProfile(accuracy_of(mean[i]), bits, params))
     return out
+
+
+def _add_expert(
+    block: Any,
+    index: int,
+    h: Tensor,  # (tokens, hidden) normed
+    routing: Any,
+    slots: Tensor,  # (n,) entries of the routing that belong to the expert
+    solved: dict[str, dict[int, Tensor]],
+    sums: dict[int, Tensor],  # table row -> (tokens, hidden) float32
+) -> None:
+    """Adds one expert's weighted outputs for every table row; what rows share is computed once.
+
+    A token comes to an expert once, so the additions do not collide and their order is that of the experts.
+    """
+    expert, per_token = block.experts.experts[index], routing.experts.shape[1]
+    tokens = slots // per_token
+    weights = routing.weights.flatten()[slots, None]
+    inputs = h[tokens]
+    columns = MOE_TABLE.columns()
+    chosen = {role: columns[role][1] for role in MOE_TABLE.roles}
+    outs = {
+        m.role: {j: block.bank.linear(m, inputs, w) for j, w in solved[m.role].items()} for m in (expert.gate, expert.up)
+    }
+    combinations: dict[tuple[int, int], dict[int, list[int]]] = {}
+    for i in sums:
+        downs = combinations.setdefault((chosen["w1"][i], chosen["w3"][i]), {})
+        downs.setdefault(chosen["w2"][i], []).append(i)
+    for (gate, up), downs in combinations.items():
+        mid = block.experts.mix(outs["w1"][gate], outs["w3"][up])
+        for down, users in downs.items():
+            out = block.bank.linear(expert.down, mid, solved["w2"][down]).float() * weights
+            for i in users:
+                sums[i].index_add_(0, tokens, out)

@@ -12,8 +12,10 @@ import torch
 
 from exl2ray.cuda.device import device_bytes
 from exl2ray.formats.layout import pad32
+from exl2ray.quant.hessian import FLOAT64_ROWS
 from exl2ray.quant.measure import Settings
 from exl2ray.quant.qparams import attention_options, mlp_options, unique
+from exl2ray.quant.solve import BYTES_PER_WEIGHT
 
 CPU_BATCH_TOKENS = 8192
 CPU_SOLVER_BYTES = 2 << 30
@@ -23,6 +25,11 @@ CANDIDATE_SHARE = 0.3
 SOLVER_SHARE = 0.2
 ACTIVATION_SHARE = 0.2
 STATES_SHARE = 0.35
+EXPERT_SHARE = 0.1  # scoring of one expert's tokens
+OPTION_COUNTS = {  # distinct options in the tables, by role
+    **dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), (14, 14, 15, 14), strict=True)),
+    **dict(zip(("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2"), (13, 13, 14, 13, 13, 14), strict=True)),
+}
 NORM_BYTES_PER_TOKEN = 1 << 17  # the final norm: states in and out in float32, hidden sizes up to 16384
 
 
@@ -30,13 +37,17 @@ def settings_for(module: Any, rows: int, tokens: int, device: torch.device, damp
     """Batch sizes for one module; ``rows`` calibration rows of ``tokens`` tokens."""
     if device.type != "cuda":
         return Settings(damping, max(1, min(rows, CPU_BATCH_TOKENS // tokens)), CPU_SOLVER_BYTES)
-    total = device_bytes(device)
+    return settings_within(module, rows, tokens, device_bytes(device), damping)
+
+
+def settings_within(module: Any, rows: int, tokens: int, total: int, damping: float) -> Settings:
+    """`settings_for` on a GPU of ``total`` bytes."""
     candidates = _candidate_bytes(module)
     offload = candidates > CANDIDATE_SHARE * total
     solver = int(total * SOLVER_SHARE)
     per_row = max(1, tokens * _bytes_per_token(module))
     batch = max(1, min(rows, int(total * ACTIVATION_SHARE) // per_row))
-    return Settings(damping, batch, solver, offload)
+    return Settings(damping, batch, solver, offload, _expert_tokens(module, total))
 
 
 def states_on_device(state_bytes: int, device: torch.device) -> bool:
@@ -44,12 +55,54 @@ def states_on_device(state_bytes: int, device: torch.device) -> bool:
     return device.type == "cuda" and 3 * state_bytes <= STATES_SHARE * device_bytes(device)
 
 
+def peak_bytes(module: Any, settings: Settings, tokens: int, states_bytes: int) -> dict[str, int]:
+    """Estimate of the most GPU memory that each stage of measuring a module takes, in bytes; on GPUs, from shapes.
+
+    states_bytes: of one set of hidden states if they are kept on the GPU, else 0. Stages: "reference" (forward and Hessians
+    of all inputs), "solve" (one input's factor and one solver batch, beside all Hessians and, unless they are offloaded, all
+    candidates), "score" (one batch of rows, beside the candidates). The Hessians of experts stay until the end: one that saw
+    few tokens borrows from all of them.
+    """
+    weights = sum(2 * x.in_features * x.out_features for x in module.linears)
+    inputs = {x.input_group: x.in_features for x in module.linears}
+    hessians = sum(4 * k * k for k in inputs.values())
+    resident = weights + hessians + 2 * states_bytes
+    candidates = 0 if settings.offload else _candidate_bytes(module)
+    activations = settings.batch_rows * tokens * _bytes_per_token(module)
+    largest = max(inputs.values(), default=0)
+    factor = (8 if largest > FLOAT64_ROWS else 4) * largest * largest + 4 * largest * largest
+    one_batch = min(settings.budget_bytes or 0, max((_solver_bytes(module, group) for group in inputs), default=0))
+    expert = (settings.expert_tokens or 0) * _expert_bytes_per_token(module)
+    one_candidate = max((2 * x.in_features * pad32(x.out_features) for x in module.linears), default=0)
+    return {
+        "reference": resident + activations,
+        "solve": resident + candidates + max(factor, 4 * largest * largest + one_batch),
+        "score": resident + candidates + activations + expert + (one_candidate if settings.offload else 0),
+    }
+
+
+def _solver_bytes(module: Any, group: str) -> int:
+    """Working memory of the options of the linears on one input, solved in one batch."""
+    members = [x for x in module.linears if x.input_group == group]
+    return sum(BYTES_PER_WEIGHT * OPTION_COUNTS.get(x.role, 1) * x.in_features * pad32(x.out_features) for x in members)
+
+
+def _expert_tokens(module: Any, total: int) -> int | None:
+    """Tokens of one expert that are scored at once; None for a dense module."""
+    per_token = _expert_bytes_per_token(module)
+    return max(256, int(total * EXPERT_SHARE) // per_token) if per_token else None
+
+
+def _expert_bytes_per_token(module: Any) -> int:
+    """What scoring one token of one expert keeps: outputs of all options of w1 and w3, an input of w2 and its outputs."""
+    width = max((x.in_features for x in module.linears if x.role == "w2"), default=0)
+    hidden = max((x.in_features for x in module.linears if x.role == "w1"), default=0)
+    return 2 * width * (OPTION_COUNTS["w1"] + OPTION_COUNTS["w3"] + 2) + 12 * hidden if width else 0
+
+
 def _candidate_bytes(module: Any) -> int:
     """Reconstructed weights of all distinct options of a module, in half precision."""
-    attention = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), (14, 14, 15, 14), strict=True))
-    mlp = dict(zip(("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2"), (13, 13, 14, 13, 13, 14), strict=True))
-    counts = {**attention, **mlp}
-    return sum(2 * counts.get(x.role, 1) * x.in_features * pad32(x.out_features) for x in module.linears)
+    return sum(2 * OPTION_COUNTS.get(x.role, 1) * x.in_features * pad32(x.out_features) for x in module.linears)
 
 
 def _bytes_per_token(module: Any) -> int:
@@ -64,6 +117,8 @@ def _bytes_per_token(module: Any) -> int:
     if gate_up:
         counts = [len(unique([r[i] for r in mlp_options()])[0]) for i in range(2)]
         widest += sum(c * pad32(x.out_features) for c, x in zip(counts, gate_up, strict=False)) * 2
+    if "w1" in roles:  # sums of every table row in float32; inputs, outputs and weighted outputs of the chosen experts
+        widest += (4 * len(mlp_options()) + 16) * max(x.in_features for x in module.linears if x.role == "w1")
     if not module.linears:
         return NORM_BYTES_PER_TOKEN
     hidden: int = max(x.in_features for x in module.linears)

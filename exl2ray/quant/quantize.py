@@ -19,18 +19,22 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
 from exl2ray.quant.hessian import Factor, HessianAccumulator, round_to_nearest
 from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, row_errors
-from exl2ray.quant.measure_moe import expert_factor
+from exl2ray.quant.measure_moe import coverage, describe_coverage, expert_factor
 from exl2ray.quant.pack import dequantize, pack, pad_columns
 from exl2ray.quant.solve import quantize_linears
 
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """packed: in the module's order. error: mean relative Frobenius error against the local target."""
+    """packed: in the module's order. error: mean relative Frobenius error against the local target.
+
+    experts: the coverage of a mixture of experts, see `measure_moe.coverage`; empty for a dense module.
+    """
 
     packed: tuple[PackedLinear, ...]
     error: float
     notes: tuple[str, ...] = field(default=())
+    experts: tuple[Mapping[str, float], ...] = field(default=())
 
 
 def quantize_block(
@@ -59,7 +63,8 @@ def quantize_after(
     check: Callable[[Tensor, str], int],
 ) -> tuple[QuantizedModule, Tensor]:
     """Second half of `quantize_block`, after `reference_pass`: the packed module and the states after it."""
-    notes: list[str] = []
+    experts = coverage(block, hessians) if block.module.kind == "moe" else []
+    notes = [describe_coverage(experts)] if experts else []
     packed: dict[str, PackedLinear] = {}
     for group, linears in by_input(block.module.linears).items():
         if block.module.kind == "moe":
@@ -79,7 +84,7 @@ def quantize_after(
         error += float(row_errors(result, reference, reference.float().flatten(1).norm(dim=1)))
         out[part] = result.to(out.dtype)
     ordered = tuple(packed[linear.key] for linear in block.module.linears)
-    return QuantizedModule(ordered, error / x.shape[0], tuple(notes)), out
+    return QuantizedModule(ordered, error / x.shape[0], tuple(notes), tuple(experts)), out
 
 
 def quantize_group(

@@ -14,7 +14,7 @@ from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.hessian import Factor
 
 # Bytes that a weight of a batch costs: error float32, result float16 and its copy, a share of the panel buffers.
-_BYTES_PER_WEIGHT = 10
+BYTES_PER_WEIGHT = 10
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _batches(
     used = 0
     for i in members:
         k, n = weights[problems[i].weight].shape
-        size = k * n * _BYTES_PER_WEIGHT
+        size = k * n * BYTES_PER_WEIGHT
         if not batches or used + size > budget_bytes:
             batches.append([])
             used = 0
