@@ -59,6 +59,7 @@ from exl2ray.quant.allocate import Allocation, Slot, budget, check_reachable, so
 from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import MOE_TABLE, starved_experts
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.store.faults import translated
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, quant_kind
 from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.tensors import get_tensors, put_tensors
@@ -235,7 +236,7 @@ class Job:
 
     @property
     def measurement_path(self) -> str:
-        return self.work.store.full_name(MEASUREMENT)
+        return self.recipe.measurement or self.work.store.full_name(MEASUREMENT)
 
     def _measured(self) -> list[ModuleSpec]:
         return [m for m in self.spec.modules if m.quantized]
@@ -340,6 +341,8 @@ class Job:
         path = Path(self.recipe.output_measurement or "")
         if path.suffix != ".json":
             path = path / MEASUREMENT
+        with translated("create", str(path.parent)):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_measurement(path, measurement)
         self.reporter.event("note", message=f"measurement written to {path}")
         return str(path)

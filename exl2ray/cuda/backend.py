@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -69,6 +70,11 @@ def shrink_grid(padded: int = GRID_POINTS) -> np.ndarray:
 
 class CpuGroups:
     def __init__(self, ws: Workspace) -> None:
+        # Numba's threads come from the OpenMP library that torch uses too, and starting them sets torch's number of
+        # threads, on which the sums of the forward passes depend.
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        torch.set_num_threads(threads)
         self.ws = ws
         self.blocks, first = blocks_of(ws.bounds, cpu.BLOCK)
         self.first = first[:-1]

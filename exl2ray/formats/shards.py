@@ -24,7 +24,7 @@ from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
 
 REFERENCE_VERSION = "0.3.2"  # level of the format that is written; some tools read it from config.json
 OUTPUT_NAME = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors")
-LEFTOVER_NAME = re.compile(rf"\.{OUTPUT_NAME.pattern}\.[0-9a-f]{{8}}\.tmp")  # of a killed run, see atomic_file
+LEFTOVER_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # of a killed run, see atomic_file
 # Weights in other formats, and indexes of the source's shards. The reference leaves out *.safetensors and *.bin only.
 NOT_SIDE_FILES = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)|consolidated\..*|.*\.(safetensors|bin)\.index\.json",

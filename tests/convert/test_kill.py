@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
-from convert_helpers import Quiet, contents, logged
+from convert_helpers import MEASURED, QUANTISED, Quiet, calibration_file, contents, logged
 
 from exl2ray.store.fs import TEMP_PREFIX
 
@@ -29,7 +29,7 @@ def command(model: Path, root: Path) -> list[str]:
     return [
         "exl2ray", "convert", "--json", "-i", str(model), "-o", str(root / "work"), "-cf", str(root / "out-{bpw}"),
         "-b", "4", "-b", "5", "-l", "128", "-ml", "128", "--device", "cpu", "--executor", "inline",
-        "--checkpoint-seconds", "0",
+        "--checkpoint-seconds", "0", "-c", calibration_file(), "-mr", str(MEASURED), "-r", str(QUANTISED),
     ]  # fmt: skip
 
 

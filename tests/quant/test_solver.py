@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,7 +131,7 @@ def test_batches_respect_the_budget_and_change_nothing(monkeypatch: pytest.Monke
 
     free = solve_problems(factor, [w], problems)
     monkeypatch.setattr(solve, "solve_segments", counted)
-    tight = solve_problems(factor, [w], problems, budget_bytes=2 * 6 * k * n)
+    tight = solve_problems(factor, [w], problems, budget_bytes=2 * solve.BYTES_PER_WEIGHT * k * n)
     assert sizes == [2, 2, 1]
     sizes.clear()
     tiny = solve_problems(factor, [w], problems, budget_bytes=1)
@@ -231,3 +234,16 @@ def test_a_zero_column_and_a_zero_layer() -> None:
     assert columns.codes is not None
     assert columns.codes[:, 5].tolist() == [8] * 64
     assert torch.equal(layer.weight, zero.half())
+
+
+def test_number_of_threads_stays_what_it_was() -> None:
+    """In a fresh process: Numba starts its threads once. Forward passes sum in an order that depends on their number."""
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from exl2ray.cuda.solver import Segment, solve_segments\n"
+        "solve_segments(torch.eye(32), torch.arange(32), [torch.randn(32, 64)], [Segment(0, (4,))], (32,))\n"
+        "import numba; print(torch.get_num_threads(), numba.get_num_threads(), numba.config.NUMBA_NUM_THREADS)"
+    )
+    env = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1", "2"]
