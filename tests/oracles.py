@@ -1,12 +1,14 @@
 """Tiny random models of every family, built with transformers, and their states block by block.
 
 Sizes are all different (hidden 96, heads * head_dim 128, MLP 160 or 64, vocabulary 259) and norms and biases random, so
-that a swapped dimension, a missing bias or a missing weight offset cannot hide.
+that a swapped dimension, a missing bias or a missing weight offset cannot hide. ORACLE_SCALE in the environment multiplies
+the widths, for runtimes whose kernels want larger ones.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,9 @@ from torch import Tensor
 
 torch.set_num_threads(1)
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDE, EXPERT_WIDE, VOCAB, LAYERS = 96, 4, 2, 32, 160, 64, 259, 2
+SCALE = int(os.environ.get("ORACLE_SCALE", "1"))
+HIDDEN, HEAD_DIM, WIDE, EXPERT_WIDE = (SCALE * n for n in (96, 32, 160, 64))
+HEADS, KV_HEADS, VOCAB, LAYERS = 4, 2, 259, 2
 LENGTH = 13  # tokens of a test row
 SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -262,7 +266,7 @@ PIXTRAL = {
     "tie_word_embeddings": False,
     "attn_implementation": "eager",
 }
-MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 30000.0}
+MROPE = {"rope_type": "default", "mrope_section": [2 * SCALE, 3 * SCALE, 3 * SCALE], "rope_theta": 30000.0}
 QWEN2_VL = {"text_config": {**NO_DIM, "rope_parameters": MROPE}, "attn_implementation": "eager"}
 GEMMA3_TEXT = {
     **TEXT,

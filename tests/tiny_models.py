@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -32,6 +34,14 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
+
+
+def write_text(path: Path) -> Path:
+    """A small calibration file: random printable characters, so that rows of bytes reach most of the tokens."""
+    g = torch.Generator().manual_seed(0)
+    rows = ["".join(chr(32 + i) for i in torch.randint(0, 95, (256,), generator=g).tolist()) for _ in range(16)]
+    pq.write_table(pa.table({"text": rows}), path)
+    return path
 
 
 def write_model(directory: Path, family: str = "Llama", seed: int = 0, **config: Any) -> Path:

@@ -15,13 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from convert_helpers import assert_sound, messages, run
 from oracles import VOCAB, complete_model
 from safetensors.torch import load_file
+from tiny_models import write_text
 
 from exl2ray.convert import Summary
 from exl2ray.errors import JobMismatchError
@@ -55,12 +54,7 @@ class Converted:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small calibration file: random letters, so that every row reaches most of the byte tokens."""
-    g = torch.Generator().manual_seed(0)
-    rows = ["".join(chr(32 + i) for i in torch.randint(0, 95, (256,), generator=g).tolist()) for _ in range(16)]
-    path = tmp_path_factory.mktemp("calibration") / "rows.parquet"
-    pq.write_table(pa.table({"text": rows}), path)
-    return path
+    return write_text(tmp_path_factory.mktemp("calibration") / "rows.parquet")
 
 
 @pytest.fixture(scope="module")
