@@ -153,6 +153,8 @@ class Recipe:
 
 JOB_FLAGS = {
     "identity.fingerprint": "-i",
+    "identity.architecture": "-i",
+    "identity.in_dir": "-i",
     "identity.rope_scale": "-rs",
     "identity.rope_alpha": "-ra",
     "measure.cal_dataset": "-c",
@@ -166,6 +168,8 @@ JOB_FLAGS = {
     "quantize.cal_dataset": "-c",
     "quantize.rows": "-r",
     "quantize.length": "-l",
+    "quantize.seed": "--seed",
+    "quantize.chat_rows": "--chat-rows",
     "quantize.moe_all_experts": "--moe-all-experts",
     "quantize.bits": "-b",
     "quantize.head_bits": "-hb",

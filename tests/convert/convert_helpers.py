@@ -55,7 +55,7 @@ def recipe(model: Path, out: Path, **changes: Any) -> Recipe:
         "bits": (4.0,), "length": 128, "measurement_length": 128, "executor": "inline", "device": "cpu",
         "cal_dataset": calibration_file(), "measurement_rows": MEASURED, "dataset_rows": QUANTISED,
     }  # fmt: skip
-    return Recipe(in_dir=str(model), out_dir=str(out), **{**settings, **changes})
+    return Recipe(**{"in_dir": str(model), "out_dir": str(out), **settings, **changes})
 
 
 def run(model: Path, out: Path, **changes: Any) -> tuple[Summary, Silent]:
