@@ -65,6 +65,7 @@ from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.tensors import get_tensors, put_tensors
 from exl2ray.store.workdir import WorkDir
 
+CALIBRATION_KEY = "calibration"  # record of the rows of tokens; every job has one
 HIGH_PERPLEXITY, BROKEN_PERPLEXITY, BROKEN_RATIO = 30.0, 1000.0, 10.0
 BUILTIN_PERPLEXITY_ROWS = 19  # rows of the built-in measurement set, as the reference reports it
 
@@ -90,7 +91,7 @@ class Job:
         self.recipe, self.reporter, self.dry = recipe, reporter, dry
         self.source = SourceModel(recipe.in_dir)
         self.spec: ModelSpec = load_spec(self.source, recipe.rope_scale, recipe.rope_alpha)
-        self.device = pick_device(recipe.device)
+        self.device = pick_device(recipe)
         self.limits = Limits()
         self._session: Session | None = None
         self._scheduler: Scheduler | None = None
@@ -162,7 +163,7 @@ class Job:
             self.reporter.event(
                 "start", model=recipe.in_dir, architecture=self.spec.arch.name, modules=len(self.spec.modules),
                 bits=list(recipe.bits), device=str(self.device), workers=recipe.gpus or 0,
-                resumed=bool(self.work.records.scan(MEASURE)),
+                resumed=any(key != CALIBRATION_KEY for key, _ in self.work.records.scan(MEASURE)),
             )  # fmt: skip
         except BaseException:
             self.work.close()
@@ -188,10 +189,10 @@ class Job:
         self.calibration_sha256 = hash_inputs(
             **{name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
         )
-        found = self.work.records.find(MEASURE, "calibration", self.calibration_sha256)
+        found = self.work.records.find(MEASURE, CALIBRATION_KEY, self.calibration_sha256)
         if found is None:
             file = put_tensors(self.work.store, CALIBRATION, tensors)
-            self.work.records.commit(Record(MEASURE, "calibration", self.calibration_sha256, {}, (file,)))
+            self.work.records.commit(Record(MEASURE, CALIBRATION_KEY, self.calibration_sha256, {}, (file,)))
 
     @property
     def session(self) -> Session:
@@ -748,12 +749,19 @@ def _compile_stage(plan: Plan) -> str:
     return f"compile {bpw_name(plan.bits)}"
 
 
-def pick_device(wanted: str) -> torch.device:
-    """cuda if there is a usable GPU, else cpu; UsageError if a GPU was asked for and there is none."""
-    if wanted == "cpu":
+def pick_device(recipe: Recipe) -> torch.device:
+    """Where the workers compute: cuda if there is a usable GPU, else cpu; UsageError if a GPU was asked for in vain.
+
+    A driver on a cluster's head node often has no GPU of its own: there ``--device cuda`` is taken at its word, and the
+    session says so if the cluster has none.
+    """
+    if recipe.device == "cpu":
         return torch.device("cpu")
+    remote = recipe.executor == "ray" and bool(recipe.ray_address or os.environ.get("RAY_ADDRESS"))
     available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
+    if recipe.device == "cuda" and remote:
+        return torch.device("cuda")
+    if recipe.device == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no GPU", "`exl2ray doctor` says why; --device cpu works everywhere")
     return torch.device("cuda" if available else "cpu")
 
