@@ -35,7 +35,6 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import check_states, load_block
 from exl2ray.quant import pack as packing
 from exl2ray.quant.allocate import Slot, budget, solve
-from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.measure import measure_block
 from exl2ray.quant.memory import settings_for
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
@@ -87,7 +86,7 @@ def make_model(folder: Path, shape: ShapeSpec, layers: int = 1, vocab: int = 320
     tensors["model.embed_tokens.weight"] = w(vocab, h)
     for i in range(layers):
         p = f"model.layers.{i}."
-        tensors |= {p + "input_layernorm.weight": torch.ones(h).half(), p + "post_attention_layernorm.weight": torch.ones(h).half()}
+        tensors |= {p + n + ".weight": torch.ones(h).half() for n in ("input_layernorm", "post_attention_layernorm")}
         tensors |= {p + "self_attn.q_proj.weight": w(h, h), p + "self_attn.k_proj.weight": w(kv, h)}
         tensors |= {p + "self_attn.v_proj.weight": w(kv, h), p + "self_attn.o_proj.weight": w(h, h)}
         if shape.experts:
@@ -209,24 +208,20 @@ class Bench:
             moved = codes.numel() * (1 + bits / 8)
             seconds, first = self.time(self.replayed(lambda c=codes, y=layout: packing.pack_rows(c, y)))
             self.add(f"pack {bits} bit: {moved * CALLS / seconds / 1e9:.0f} GB/s", seconds / CALLS, first)
-            packed = packing.pack("x", self.quantised(codes, layout))
-            words = packed.q_weight.to(self.device)
-            tables = packing.unit_tables(layout, self.device)
             if self.device.type == "cuda":
-                from exl2ray.cuda.packing import dequantize_cuda
+                self.dequantise(codes, layout)
 
-                steps = torch.full((len(layout.rows), n), 0.01, dtype=torch.float16, device=self.device)
-                perm = torch.randperm(k, device=self.device)
-                seconds, first = self.time(self.replayed(lambda: dequantize_cuda(words, steps, perm, *tables)))
-                moved = codes.numel() * (2 + bits / 8)
-                self.add(f"dequantise {bits} bit: {moved * CALLS / seconds / 1e9:.0f} GB/s", seconds / CALLS, first)
+    def dequantise(self, codes: torch.Tensor, layout: GroupLayout) -> None:
+        from exl2ray.cuda.packing import dequantize_cuda
 
-    def quantised(self, codes: torch.Tensor, layout: GroupLayout) -> Quantized:
-        groups, n = len(layout.rows), codes.shape[1]
-        scales = torch.full((groups, n), 8, dtype=torch.uint8, device=self.device)
-        perm = torch.arange(codes.shape[0], device=self.device)
-        top = torch.full((groups,), 0.01, dtype=torch.float16, device=self.device)
-        return Quantized(layout, perm, codes, scales, top, codes.half())
+        k, n = codes.shape
+        words = packing.pack_rows(codes, layout)
+        tables = packing.unit_tables(layout, self.device)
+        steps = torch.full((len(layout.rows), n), 0.01, dtype=torch.float16, device=self.device)
+        perm = torch.randperm(k, device=self.device)
+        seconds, first = self.time(self.replayed(lambda: dequantize_cuda(words, steps, perm, *tables)))
+        moved = k * n * (2 + layout.bits[0] / 8)
+        self.add(f"dequantise {layout.bits[0]} bit: {moved * CALLS / seconds / 1e9:.0f} GB/s", seconds / CALLS, first)
 
     def replayed(self, work: Callable[[], object]) -> Callable[[], object]:
         """CALLS runs of ``work``; on a GPU as one CUDA graph, so that launches from Python do not count."""

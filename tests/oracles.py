@@ -80,7 +80,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     offset = type(model).__name__.startswith("Gemma")
-    short = type(model).__name__.startswith(("Gemma", "GPT"))
+    short = type(model).__name__.startswith(("Gemma", "GPT", "Granite"))
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
