@@ -2,7 +2,8 @@
 
 The models are random (tests/oracles.py), so the perplexity is about that of guessing. What shows a wrong tensor is the KL
 divergence from the source, as a share of that of the source from guessing: 4 bpw cost up to 0.13 of it on these models;
-swapping k and v, gate and up or two layers cost 0.22 or more where tried. Subtler errors of the forward pass are found in tests/model.
+swapping k and v, gate and up or two layers cost 0.22 or more where tried. Subtler errors of
+the forward pass are found in tests/model.
 """
 
 from __future__ import annotations
