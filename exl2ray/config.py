@@ -147,7 +147,11 @@ class Recipe:
                 "objective": self.objective,
                 "objective_power": self.objective_power,
             },
-            "output": {"shard_size": self.shard_size, "compile_full": self.compile_full},
+            "output": {
+                "shard_size": self.shard_size,
+                "compile_full": self.compile_full,
+                "measure_only": self.output_measurement is not None,
+            },
         }
 
 
@@ -178,6 +182,8 @@ JOB_FLAGS = {
     "quantize.objective_power": "--objective-power",
     "output.shard_size": "-ss",
     "output.compile_full": "-cf",
+    "output.measure_only": "-om",
+    "identity.cal_dataset": "-c",
 }
 
 

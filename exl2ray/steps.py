@@ -146,15 +146,19 @@ class Job:
     def __enter__(self) -> Job:
         recipe = self.recipe
         identity = {"fingerprint": self.source.fingerprint(), "architecture": self.spec.arch.name,
-                    "in_dir": str(Path(recipe.in_dir).resolve())}  # fmt: skip
+                    "in_dir": str(Path(recipe.in_dir).resolve()),
+                    "cal_dataset": recipe.cal_dataset and str(Path(recipe.cal_dataset).resolve())}  # fmt: skip
         self.job = recipe.job(identity, _file_hash(recipe.cal_dataset))
         if recipe.measurement is not None:
             self.job["measure"]["measurement"] = str(Path(recipe.measurement).resolve())
         if self.dry:
             return self
+        stored = WorkDir.read_job(recipe.out_dir)
+        # After `measure`, the bitrate of the conversion is still open: naming it is no change of anything.
+        measured = stored is not None and bool(stored.job["output"].get("measure_only"))
         self.work = WorkDir.create_or_resume(
             recipe.out_dir, self.job, resume=not recipe.no_resume, versions=versions(),
-            allow_changed=("quantize", "output") if recipe.reuse else (), flags=JOB_FLAGS,
+            allow_changed=("quantize", "output") if recipe.reuse or measured else (), flags=JOB_FLAGS,
         )  # fmt: skip
         try:
             for note in self.work.notes:

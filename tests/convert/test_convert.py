@@ -258,6 +258,18 @@ def test_measuring_only_and_reusing_the_file(quiet: Quiet, tmp_path: Path) -> No
     assert contents(tmp_path / "out") == contents(quiet.outputs[4.0])
 
 
+def test_a_conversion_goes_on_where_measuring_stopped(quiet: Quiet, tmp_path: Path) -> None:
+    """`measure -o W`, then `convert -o W -b 5.0 -cf OUT`: no setting was decided before, so none has changed."""
+    work = tmp_path / "work"
+    convert(recipe(quiet.model, work, output_measurement=str(work / "measurement.json")), Silent())
+    reporter = Silent()
+    convert(recipe(quiet.model, work, bits=(5.0,), compile_full=str(tmp_path / "out")), reporter)
+    assert "measure" not in [f.get("stage") for name, f in reporter.events if name == "stage"]
+    assert (tmp_path / "out" / "output.safetensors").read_bytes() == (quiet.outputs[5.0] / "output.safetensors").read_bytes()
+    with pytest.raises(JobMismatchError, match="-b"):
+        convert(recipe(quiet.model, work, bits=(4.0,), compile_full=str(tmp_path / "out")), Silent())
+
+
 def test_measurement_into_a_directory(quiet: Quiet, tmp_path: Path) -> None:
     (tmp_path / "measured").mkdir()
     run(quiet.model, tmp_path / "work", output_measurement=str(tmp_path / "measured"))
