@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from exl2ray.errors import UsageError
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8)
 MIN_BITS, MAX_BITS = 2.0, 9.0  # outside of this no option table reaches; the exact range depends on the model
 LENGTH_STEP = 128
+CHOICES = {"--device": "device", "--executor": "executor", "--propagate": "propagate", "--objective": "objective"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,14 @@ class Recipe:
                 f"-cf {self.compile_full}: {len(self.bits)} bitrates would write into one directory",
                 "put {bpw} into the path, as in -cf out/{bpw}",
             )
+        for flag, name in CHOICES.items():
+            known = get_args(get_type_hints(Recipe)[name])
+            if getattr(self, name) not in known:
+                raise UsageError(f"{flag} {getattr(self, name)}: one of {', '.join(known)} is needed")
+        if not (math.isfinite(self.objective_power) and self.objective_power > 0):
+            raise UsageError(f"--objective-power {self.objective_power:g}: must be a positive number")
+        if not (math.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
+            raise UsageError(f"--checkpoint-seconds {self.checkpoint_seconds:g}: must be 0 or a positive number")
         if not 0 < self.damping < 10:
             raise UsageError(f"--damping {self.damping:g}: must lie between 0 and 10")
         if self.gpus is not None and self.gpus < 1:

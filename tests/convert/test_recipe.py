@@ -35,6 +35,13 @@ def recipe(**changes: Any) -> Recipe:
         ({"damping": 0.0}, "--damping 0: "),
         ({"gpus": 0}, "--gpus 0: "),
         ({"shard_size": -1}, "-ss -1: "),
+        ({"device": "tpu"}, "--device tpu: one of auto, cuda, cpu"),
+        ({"executor": "inlin"}, "--executor inlin: "),
+        ({"propagate": "fp16"}, "--propagate fp16: "),
+        ({"objective": "cubed"}, "--objective cubed: "),
+        ({"objective_power": float("nan")}, "--objective-power nan: "),
+        ({"objective_power": 0.0}, "--objective-power 0: "),
+        ({"checkpoint_seconds": -1.0}, "--checkpoint-seconds -1: "),
     ],
 )
 def test_contradictions(changes: dict[str, Any], message: str) -> None:

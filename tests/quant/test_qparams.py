@@ -10,6 +10,7 @@ import pytest
 
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import QParams
+from exl2ray.quant.memory import OPTION_COUNTS
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse, unique
 
 
@@ -73,6 +74,13 @@ def test_unique_settings(spec: dict[str, Any], table: str) -> None:
         distinct, index = unique([row[j] for row in rows])
         assert [option.desc for option in distinct] == expected["unique"][role]
         assert index == [row[j] for row in expected["map"]]
+
+
+def test_counts_of_the_memory_estimate_are_those_of_the_tables() -> None:
+    tables = {("q_proj", "k_proj", "v_proj", "o_proj"): attention_options()}
+    tables |= {roles: mlp_options() for roles in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))}
+    counts = {role: len({row[j] for row in rows}) for roles, rows in tables.items() for j, role in enumerate(roles)}
+    assert counts == OPTION_COUNTS
 
 
 @pytest.mark.parametrize("text", ["", "4b_128g", "1:4b", "1:xb_128g", "0.5:4b_128g/0.5"])
