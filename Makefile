@@ -1,5 +1,6 @@
 # make demo   set up, convert the demo model at 3.0 and 4.5 bits per weight, show what it costs
 # make test   everything that runs without a GPU
+# make test-cluster   faults, chaos and submission on Ray clusters of several nodes: minutes of killed processes
 # make check  lint, types and the quick tests
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ TORCH_CPU := 2.13.0
 TORCH_PIP ?=
 OUT    := demo-out
 
-.PHONY: demo test check lint types quick clean
+.PHONY: demo test test-cluster check lint types quick clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +34,10 @@ demo: $(VENV)/installed
 	@echo; echo "The converted models are in $(OUT)/3.0bpw and $(OUT)/4.5bpw; work files in $(OUT)/work can be deleted."
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not cluster"
+
+test-cluster: $(VENV)/dev
+	$(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -42,7 +46,7 @@ types: $(VENV)/dev
 	$(BIN)/mypy
 
 quick: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster"
 
 check: lint types quick
 

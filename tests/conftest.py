@@ -16,3 +16,14 @@ def shared_dir() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip(f"reference data not found at {SHARED}")
     return SHARED
+
+
+# Whole Ray clusters of several nodes on one machine, with processes killed and stopped at random: minutes each, and
+# sensitive to how busy the machine is. `make test-cluster` runs them, `make test` everything else.
+CLUSTER_FILES = {"test_chaos.py", "test_faults.py", "test_parallel.py", "test_submit_cluster.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in CLUSTER_FILES:
+            item.add_marker(pytest.mark.cluster)

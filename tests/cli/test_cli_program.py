@@ -183,6 +183,8 @@ convert.convert = slow
 sys.argv = ["exl2ray", "convert", "-i", {str(tmp_path / "model")!r}, "-o", {str(tmp_path / "work")!r}, "--json"]
 cli.main()
 """
+    # A shell's background job starts with SIGINT ignored, and children inherit that.
+    program = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{program}"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert b"running" in child.stdout.readline()
