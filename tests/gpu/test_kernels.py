@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import statistics
 from collections.abc import Callable, Iterator
 
 import kernel_checks as checks
 import pytest
 import torch
 
+from exl2ray.cuda import solver
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quant.gptq import relative_error
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare
@@ -45,16 +48,25 @@ MIXED = [
 ]
 
 
-def test_solver_small_groups(seed: int) -> None:
-    checks.check_feedback("cuda", 256, [96, 32], ROWS_32, seed)
+TALL = [(4,) * 2 + (3,) * 8, (5,) * 10, (8,) + (6,) * 9]
+SHAPES = {
+    "small groups": (256, [96, 32], ROWS_32),
+    "tall groups": (384, [160, 96], MIXED),
+    "several panels": (1184, [64, 96, 32], [GroupLayout(bits, (128,) * 9 + (32,)) for bits in TALL]),
+}
 
 
-def test_solver_tall_groups(seed: int) -> None:
-    checks.check_feedback("cuda", 384, [160], MIXED, seed)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_solver_in_float32(shape: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic of the plain loop, in another order."""
+    monkeypatch.setattr(solver, "trailing_precision", contextlib.nullcontext)
+    checks.check_feedback("cuda", *SHAPES[shape], seed)
 
 
-def test_solver_over_several_panels(seed: int) -> None:
-    checks.check_feedback("cuda", 1184, [64], [parse("0.1:4b_128g/0.9:3b_128g").layout(1184)], seed)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_solver_as_it_runs(shape: str, seed: int) -> None:
+    """Trailing products in TF32."""
+    checks.check_feedback("cuda", *SHAPES[shape], seed, share=0.97)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -83,8 +95,8 @@ def test_the_recorded_graph_gives_the_same_bytes_and_new_inputs_new_results(seed
                 assert x.codes is not None
                 assert y.codes is not None
                 assert torch.equal(x.codes, y.codes)
-    for (h, ws), f, solved in zip(problems, factors, rounds[0], strict=True):
-        checks.check_solution(solved[0], checks.plain(f, ws[0], layout), h, ws[0])
+    found = zip(problems, factors, rounds[0], strict=True)
+    checks.check_solutions([(s[0], checks.plain(f, ws[0], layout), h, ws[0]) for (h, ws), f, s in found], share=0.97)
 
 
 def test_results_survive_later_batches_of_the_same_shape(seed: int) -> None:
@@ -103,12 +115,12 @@ def test_results_survive_later_batches_of_the_same_shape(seed: int) -> None:
         for role, params in options.items():
             for option, found in zip(params, solved[role], strict=True):
                 expected = checks.plain(f, ws_[role], option.layout(128)).weight
-                assert checks.share_equal(found.cpu(), expected) > 0.99
+                assert checks.share_equal(found.cpu(), expected) > 0.6  # what an overwritten result is far from
 
 
 @pytest.mark.parametrize("table", ["attention", "mlp"])
 def test_all_options_of_a_table(table: str, seed: int) -> None:
-    """As a measurement runs them: equal to the loop but for rare integers, the layer's error within 0.1 %."""
+    """As a measurement runs them: the layer's error is that of the plain loop, as a rule within 0.1 %."""
     rows = attention_options() if table == "attention" else mlp_options()
     k = 512
     h, (w,) = checks.problem(k, [256], seed)
@@ -117,10 +129,13 @@ def test_all_options_of_a_table(table: str, seed: int) -> None:
     placed = Factor(factor.perm.cuda(), factor.r.cuda(), factor.damping, factor.attempts)
     options = list(dict.fromkeys(row[-1] for row in rows))
     found = solve_options(placed, {"w": w.cuda()}, {"w": options})["w"]
+    ratios = {}
     for option, solved in zip(options, found, strict=True):
         expected = checks.plain(factor, w, option.layout(k)).weight
         ours, theirs = (relative_error(h, w, x) for x in (solved.cpu(), expected))
-        assert abs(ours / theirs - 1) < 1e-3, option.desc
+        ratios[option.desc] = abs(ours / theirs - 1)
+    assert statistics.median(ratios.values()) < 1e-3, ratios
+    assert max(ratios.values()) < 0.01, ratios
 
 
 def test_quantise_pack_and_decode(seed: int) -> None:
