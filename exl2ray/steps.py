@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +42,7 @@ from exl2ray.formats.measurement import (
     write_measurement,
 )
 from exl2ray.formats.shards import (
+    OUTPUT_NAME,
     TensorEntry,
     copy_side_files,
     output_config,
@@ -108,6 +108,8 @@ class Job:
             if directory is not None:
                 refuse_same_directory(recipe.in_dir, directory)
                 _check_output(Path(directory))
+        if "://" in recipe.out_dir and recipe.compile_full is None and recipe.output_measurement is None:
+            raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
         if "://" not in recipe.out_dir:
             refuse_same_directory(recipe.in_dir, recipe.out_dir)
         tables = [slot for module in spec.modules for slot in option_bits(module)]
@@ -190,9 +192,9 @@ class Job:
     def _store_rows(self) -> None:
         """Rows of tokens in the work directory, for the workers; their hash is part of every result's identity."""
         tensors = {name: rows.ids for name, rows in self.rows.items()}
-        self.calibration_sha256 = hash_inputs(
-            **{name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
-        )
+        hashes = {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+        self.measure_rows_sha256 = hashes["measure"]
+        self.calibration_sha256 = hash_inputs(**hashes)
         found = self.work.records.find(MEASURE, CALIBRATION_KEY, self.calibration_sha256)
         if found is None:
             file = put_tensors(self.work.store, CALIBRATION, tensors)
@@ -262,7 +264,7 @@ class Job:
         identity, settings = self.job["identity"], self.job["measure"]
         common = hash_inputs(
             fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
-            damping=settings["damping"], rows=self.calibration_sha256, **self._all_experts(),
+            damping=settings["damping"], rows=self.measure_rows_sha256, **self._all_experts(),
         )  # fmt: skip
         keys = {m.index: hash_inputs(common=common, module=m.profile_key) for m in self._measured()}
         profiles: dict[int, ModuleProfile] = {}
@@ -821,6 +823,12 @@ def _check_output(directory: Path) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise StoreError(f"{directory}: {existing} is not a directory that can be written", "choose another -cf")
+    foreign = sorted(p.name for p in directory.glob("*.safetensors") if not OUTPUT_NAME.fullmatch(p.name))
+    if foreign:
+        raise StoreError(
+            f"{directory}: holds {foreign[0]}, which loaders would read as part of the model",
+            "choose an empty output directory (-cf), or move that file away",
+        )
 
 
 def _existing_outputs(directory: Path) -> list[str]:
@@ -831,12 +839,5 @@ def _existing_outputs(directory: Path) -> list[str]:
 def _show(value: float | None) -> str:
     return "not a number" if value is None else f"{value:.4g}"
 
-
-def free_bytes(path: str) -> int:
-    """Free bytes of the file system that holds ``path`` or its nearest existing parent."""
-    p = Path(path)
-    while not p.exists() and p.parent != p:
-        p = p.parent
-    return shutil.disk_usage(p).free
 
 

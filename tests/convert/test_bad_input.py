@@ -238,7 +238,6 @@ def test_output_directory_with_other_weights(quiet: Quiet, tmp_path: Path) -> No
     assert contents(tmp_path / "out").keys() == {"adapter.safetensors"}
 
 
-@pytest.mark.xfail(strict=True, reason="found only when the shards are written, after all the work")
 def test_output_directory_with_other_weights_is_refused_at_the_start(quiet: Quiet, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter.safetensors").write_bytes(b"x")
@@ -247,7 +246,6 @@ def test_output_directory_with_other_weights_is_refused_at_the_start(quiet: Quie
     assert not (tmp_path / "work" / "quant").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="found only when the shards are written, after all the work")
 def test_a_bucket_without_cf_is_refused_at_the_start(model: Path) -> None:
     """Shards are streamed into local files."""
     with pytest.raises(UsageError, match="-cf is needed"):

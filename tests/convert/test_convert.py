@@ -374,7 +374,6 @@ def test_reuse_keeps_the_measurement(quiet: Quiet, finished: Path) -> None:
     assert_sound(quiet.model, finished / "out")
 
 
-@pytest.mark.xfail(strict=True, reason="the inputs hash of the measurement covers the rows of the quantisation pass too")
 def test_reuse_with_longer_quantisation_rows_keeps_the_measurement(quiet: Quiet, finished: Path) -> None:
     reporter = again(quiet, finished, reuse=True, length=256)
     assert not any(i.startswith("measure") for i in items(reporter))
