@@ -13,8 +13,8 @@
 #
 # A conversion on the nodes of a SLURM allocation: a Ray cluster for the length of the job, the driver on its first node.
 #
-#   sbatch cluster/slurm.sh convert -i /shared/models/M -o /shared/work/M -cf /shared/out/M-{bpw} -b 4.0
-#   sbatch --nodes=4 --time=2:00:00 cluster/slurm.sh measure -i /shared/models/M -o /shared/work/M
+#   sbatch cluster/slurm.sh convert -i /shared/models/M -o /shared/jobs/M -cf /shared/out/M-{bpw} -b 4.0
+#   sbatch --nodes=4 --time=2:00:00 cluster/slurm.sh measure -i /shared/models/M -o /shared/jobs/M
 #
 # All paths must be on a file system that every node mounts. Flags of sbatch on the command line win over those above.
 # After preemption or a lost node SLURM starts the script again (--requeue), and the conversion goes on where it was;

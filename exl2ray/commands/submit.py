@@ -36,7 +36,7 @@ def submit(
     if sum(x is not None for x in (status, logs, stop)) + bool(command) != 1:
         raise UsageError(
             "submit does one thing at a time: a command after --, or --status, --logs or --stop with a job's id",
-            "as in: exl2ray submit --address http://HEAD:8265 -- convert -i /shared/model -o /shared/work",
+            "as in: exl2ray submit --address http://HEAD:8265 -- convert -i /shared/model -o /shared/jobs",
         )
     if address is None:
         raise UsageError("--address is missing", "give the URL of the head node's dashboard, as http://HEAD:8265")

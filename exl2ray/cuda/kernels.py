@@ -245,8 +245,8 @@ def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, r
     errors e). u (P, P) float32 is the panel's block of U. Launch: one block of QUANT_COLUMNS threads per entry of
     ``blocks``. Taller groups are cut into such blocks of rows, with a matrix product in between.
 
-    Written out for STRIP = 8 rows held in registers, which cannot be indexed at run time; unrolling all ROWS would be
-    1.4 times faster and take half a minute to compile.
+    Written out for STRIP = 8 rows held in registers, which cannot be indexed at run time; unrolling all ROWS
+    takes half a minute to compile and gains 1 % of a layer's measurement (docs/log.md).
     """
     factor = cuda.shared.array((ROWS, ROWS), np.float32)
     tile = cuda.shared.array((ROWS, QUANT_COLUMNS), np.float32)

@@ -8,6 +8,7 @@ noise rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ NOISE_SEED = 0
 LinearReader = Callable[[ModelSpec, LinearSpec, Any], tuple[Tensor, Tensor | None]]
 
 
-class Block:
+class Block(ABC):
     """One module with its weights. weights[key] (K, N) and biases[key] (N,) are in compute dtype."""
 
     def __init__(self, spec: ModelSpec, module: ModuleSpec, bank: LinearBank, state_dtype: torch.dtype) -> None:
@@ -55,9 +56,9 @@ class Block:
         """Replace a linear's weight by (K, N) or the padded (K, N32); it is moved and cast as needed."""
         self.bank.set_weight(key, weight)
 
+    @abstractmethod
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
         """States before the module -> states after it. capture(input_group, inputs (tokens, K)) is called per group."""
-        raise NotImplementedError
 
 
 class EmbeddingBlock(Block):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "slurm.sh"
-COMMAND = ["convert", "-i", "/shared/models/a model", "-o", "/shared/work", "-cf", "/shared/out/M-{bpw}", "-b", "4.0"]
+COMMAND = ["convert", "-i", "/shared/models/a model", "-o", "/shared/jobs", "-cf", "/shared/out/M-{bpw}", "-b", "4.0"]
 
 SCONTROL = """#!/usr/bin/env bash
 [[ "$*" == "show hostnames gpu[07-08]" ]] || exit 9
