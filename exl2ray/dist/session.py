@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import time
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 
 from exl2ray.dist.faults import DeviceFailed, translate
 from exl2ray.dist.items import WorkerSetup
+from exl2ray.dist.network import use_interface_of
 from exl2ray.errors import ClusterError, Exl2RayError
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import LOGS
@@ -376,6 +378,9 @@ class _Host:
 
     def start(self) -> str:
         """Makes the worker, in a call of its own: what it raises arrives as it is. Returns host:pid."""
+        import ray
+
+        use_interface_of(str(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
         self._worker = self._make(self._setup)
         return f"{socket.gethostname()}:{os.getpid()}"
 
@@ -435,6 +440,10 @@ def start_ray(address: str | None, state_bytes: int = 0) -> Any:
 
     ``address``, else $RAY_ADDRESS, else "local": a bare ray.init() would silently attach to any Ray on this machine.
     Raises ClusterError. Signal handlers are put back afterwards, because ray.init replaces them.
+
+    A private Ray has a token of its own. Left to itself, Ray (from 2.59 on) would write one to ~/.ray/auth_token, and a
+    `ray start` later on this machine would find it and refuse nodes that do not have it. The token stays for the life of
+    the process, since Ray reads it once.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -442,7 +451,12 @@ def start_ray(address: str | None, state_bytes: int = 0) -> Any:
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "local":
+    hint = "check --ray-address and $RAY_ADDRESS; `exl2ray doctor` looks at this machine"
+    if address != "local":
+        hint += "; a cluster with token authentication needs RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"
+    else:
+        if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options.update(
             include_dashboard=False,
             object_store_memory=_store_bytes(state_bytes),
@@ -451,11 +465,9 @@ def start_ray(address: str | None, state_bytes: int = 0) -> Any:
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(**options)
-    except (SystemExit, ConnectionError, RuntimeError, ValueError, OSError) as e:
-        raise ClusterError(
-            f"cannot start or reach Ray at {address!r}: {type(e).__name__}: {str(e).strip()[:300]}",
-            "check --ray-address and $RAY_ADDRESS; `exl2ray doctor` looks at this machine",
-        ) from e
+    except (SystemExit, ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as e:
+        reason = f"{type(e).__name__}: {str(e).strip()[:300]}"
+        raise ClusterError(f"cannot start or reach Ray at {address!r}: {reason}", hint) from e
     finally:
         with contextlib.suppress(ValueError):  # not in the main thread: nobody touched the handlers
             for number, handler in handlers.items():
