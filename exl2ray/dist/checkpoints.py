@@ -80,10 +80,10 @@ class Checkpoints:
         return None
 
     def _of(self, chain: Chain) -> list[Record]:
-        """Checkpoints whose states are those of this chain."""
+        """Checkpoints whose states are those of this chain. Not hashed: they are large, and few of them are read."""
         out = []
-        for (key, inputs_hash), r in self._records.scan(chain.kind).items():
-            if key.startswith(STATES) and r.payload.get("chain") == chain.name:
+        for (_, inputs_hash), r in self._records.scan(chain.kind, STATES).items():
+            if r.payload.get("chain") == chain.name:
                 if inputs_hash == self._hash(chain, int(r.payload["index"])):
                     out.append(r)
         return out

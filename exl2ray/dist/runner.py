@@ -98,8 +98,8 @@ class Runner:
         return out
 
     def record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:
-        """The record of a quantised module; StoreError if it is gone."""
-        record = self.records.find(kind, module.profile_key, inputs_hash)
+        """The record of a quantised module; StoreError if it is gone. Its files are hashed by whoever reads them."""
+        record = self.records.find(kind, module.profile_key, inputs_hash, deep=False)
         if record is None:
             raise StoreError(
                 f"{module.profile_key} has no usable record in {kind}",
@@ -111,7 +111,7 @@ class Runner:
         """Packed tensors of a quantised module, from its record."""
         tensors: dict[str, Tensor] = {}
         for file in self.record(kind, module, inputs_hash).files:
-            tensors.update(get_tensors(self.store, file.rel))
+            tensors.update(get_tensors(self.store, file.rel, expect=file))
         return {x.key: PackedLinear.from_tensors(x.key, tensors.get) for x in module.linears}
 
 

@@ -108,8 +108,9 @@ def item_file(kind: str, folder: str, key: str, inputs_hash: str) -> str:
 class Records:
     """The records of one work directory. Used by the driver and, with their own Store, by the workers.
 
-    ``deep`` tells whether a record's files are hashed before the record is believed, or only their sizes compared.
-    Default: hashed on local file systems; sizes only on object stores, which check uploads themselves.
+    ``find`` hashes a record's files before it believes the record; on object stores, which check uploads themselves, only
+    if ``deep`` is given. ``scan`` compares sizes: whoever goes on to read a file of a scanned record gives its reference to
+    ``get_tensors``, which hashes what it reads.
     ``notes`` collects, in words, the records that were passed over and why.
     """
 
@@ -135,10 +136,10 @@ class Records:
         self.store.put(rel, text.encode())
         return rel
 
-    def find(self, kind: str, key: str, inputs_hash: str) -> Record | None:
+    def find(self, kind: str, key: str, inputs_hash: str, deep: bool | None = None) -> Record | None:
         """The item's record, or None if it has none that can be used (``notes`` says why, if there was one).
 
-        Raises StoreError naming the file if the record itself is corrupted.
+        ``deep`` in place of the default for this call. Raises StoreError naming the file if the record itself is corrupted.
         """
         rel = _record_file(kind, key, inputs_hash)
         try:
@@ -148,18 +149,23 @@ class Records:
         if (record.kind, record.key, record.inputs_hash) != (kind, key, inputs_hash):
             self._note(f"{self.store.full_name(rel)} is of {record.key} with inputs {record.inputs_hash}: not used")
             return None
-        return record if self._usable(rel, record) else None
+        return record if self._usable(rel, record, self.deep if deep is None else deep) else None
 
-    def scan(self, kind: str) -> dict[tuple[str, str], Record]:
-        """All usable records of a kind, of any settings: (key, inputs hash) -> Record. Errors and notes as ``find``."""
-        names = [n for n in self.store.list(f"{kind}/records") if n.endswith(".json")]
+    def scan(self, kind: str, prefix: str = "", deep: bool = False) -> dict[tuple[str, str], Record]:
+        """All usable records of a kind, of any settings: (key, inputs hash) -> Record. Errors and notes as ``find``.
+
+        ``prefix``: only keys that begin so (plain characters, as in "states-"). ``deep``: hash their files too.
+        Records that somebody removes meanwhile are left out.
+        """
+        start = f"{kind}/records/{prefix}"
+        names = [n for n in self.store.list(f"{kind}/records") if n.startswith(start) and n.endswith(".json")]
         if self.store.is_local:
-            records = [self._read(n) for n in names]
+            records = [self._read_if_there(n) for n in names]
         else:
             with ThreadPoolExecutor(_READERS) as pool:
-                records = list(pool.map(self._read, names))
-        found = zip(names, records, strict=True)
-        return {(r.key, r.inputs_hash): r for name, r in found if self._usable(name, r)}
+                records = list(pool.map(self._read_if_there, names))
+        found = [(name, r) for name, r in zip(names, records, strict=True) if r is not None]
+        return {(r.key, r.inputs_hash): r for name, r in found if self._usable(name, r, deep)}
 
     def remove(self, record: Record) -> None:
         """Delete a record, then its files: what a newer one has made useless (old checkpoints of hidden states)."""
@@ -167,9 +173,9 @@ class Records:
         for ref in record.files:
             self.store.delete(ref.rel)
 
-    def _usable(self, rel: str, record: Record) -> bool:
+    def _usable(self, rel: str, record: Record, deep: bool) -> bool:
         for ref in record.files:
-            problem = file_problem(self.store, ref, self.deep)
+            problem = file_problem(self.store, ref, deep)
             if problem:
                 self._note(f"{self.store.full_name(rel)} is not used: {problem}; the item will be computed again")
                 return False
@@ -178,6 +184,12 @@ class Records:
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    def _read_if_there(self, rel: str) -> Record | None:
+        try:
+            return self._read(rel)
+        except MissingFileError:
+            return None
 
     def _read(self, rel: str) -> Record:
         name = self.store.full_name(rel)

@@ -109,6 +109,27 @@ def test_commit_find_scan(store: Store) -> None:
     assert a.worker.rpartition(":")[2].isdigit()
 
 
+def test_scans_of_a_prefix_read_nothing_else_and_hash_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(str(tmp_path))
+    for key in ("states-3", "states-12-0", "model.layers.0.mlp", "state"):
+        commit_item(store, key)
+    read: list[str] = []
+    get = store.get
+    monkeypatch.setattr(store, "get", lambda rel: read.append(rel) or get(rel))
+    monkeypatch.setattr(store, "sha256", lambda rel: pytest.fail(f"{rel} was hashed"))
+    assert {key for key, _ in Records(store).scan("measure", "states-")} == {"states-3", "states-12-0"}
+    assert len(read) == 2
+
+
+def test_a_record_removed_while_others_scan_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(str(tmp_path))
+    kept, gone = commit_item(store, "states-3"), commit_item(store, "states-2")
+    names = store.list("measure/records")
+    Records(store).remove(gone)
+    monkeypatch.setattr(store, "list", lambda prefix="": names)
+    assert list(Records(store).scan("measure").values()) == [kept]
+
+
 def test_committing_again_replaces_the_record(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     record = commit_item(store, "lm_head")
@@ -148,7 +169,9 @@ def test_damaged_files_make_the_record_absent_and_are_reported(tmp_path: Path, d
         path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     records = Records(store)
     assert records.find("measure", "lm_head", HASH) is None
-    assert records.scan("measure") == {("model.norm", HASH): good}
+    assert records.scan("measure", deep=True) == {("model.norm", HASH): good}
+    seen = {key for key, _ in records.scan("measure")}  # sizes only
+    assert seen == ({"model.norm", "lm_head"} if damage == "flipped" else {"model.norm"})
     assert len(records.notes) == 1
     assert ref.rel in records.notes[0]
     assert "computed again" in records.notes[0]

@@ -72,7 +72,7 @@ def contents(root: str) -> dict[str, object]:
 def check_whole(root: str, acknowledged: set[str]) -> None:
     store = Store.open(root)
     records = Records(store, deep=True)
-    keys = {key for key, _ in records.scan("measure")}
+    keys = {key for key, _ in records.scan("measure", deep=True)}
     assert records.notes == []
     assert acknowledged <= keys
     assert not any(TEMP_PREFIX in n for n in store.list())
