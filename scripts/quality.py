@@ -1,0 +1,404 @@
+#!/usr/bin/env python3
+"""Compare settings of `exl2ray convert` end to end: convert models with each variant, evaluate all, print one table.
+
+    python scripts/quality.py --model demo=models/demo --variant reference: --variant "low damping:--damping 0.03" \\
+        --bits 3.0 4.0 --work /tmp/quality
+
+* A variant is NAME:"options", any that `exl2ray convert` takes; others are compared with the first one.
+* Every model is converted with each variant, at each bitrate, with each draw of each calibration set. A draw is another
+  selection of rows: draw d of the built-in set has seed d, draw d of a file its data rows in another order (0: as they are).
+* Evaluation tokens: --tokens FILE, or --tokens MODEL=FILE, or eval-tokens.npy in the model's directory.
+* A bitrate below what the first variant can reach is raised to that in steps of 0.01.
+* With --match-bytes the other variants are asked for the bitrate at which their files are as large as the first one's: of
+  all bitrates the allocation is solved, only the closest is quantised. Without, sizes that differ by more than 0.1 % are
+  marked.
+* Finished results are kept in --json; a second run goes on. They hold for one state of the sources of the package.
+
+Conversions run in this process (or --jobs of them) without Ray. Variants share a measurement if their measurement settings
+are the same; nothing quantised is shared. `quality_table.py` prints the table of any number of such result files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+if not hasattr(np, "row_stack"):  # numba-cuda 0.30 imports it; numpy 2.5 dropped it
+    np.row_stack = np.vstack
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import click  # noqa: E402
+import quality_table  # noqa: E402
+import torch  # noqa: E402
+from click.core import ParameterSource  # noqa: E402
+from quality_calibration import Calibration, Experiment  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from exl2ray.cli import convert as convert_command  # noqa: E402
+from exl2ray.config import Recipe  # noqa: E402
+from exl2ray.errors import BudgetError, Exl2RayError, UsageError  # noqa: E402
+from exl2ray.evaluate.forward import ModelOutput, RunOptions, open_model, run_model  # noqa: E402
+from exl2ray.evaluate.metrics import score  # noqa: E402
+from exl2ray.evaluate.sizes import model_size  # noqa: E402
+from exl2ray.evaluate.tokens import load_tokens  # noqa: E402
+from exl2ray.flags import recipe_from  # noqa: E402
+from exl2ray.formats.hf import SourceModel  # noqa: E402
+from exl2ray.progress import Silent  # noqa: E402
+from exl2ray.steps import Plan  # noqa: E402
+
+# Set by this script, so no part of a variant.
+OURS = ("in_dir", "out_dir", "bits", "compile_full", "cal_dataset", "output_measurement", "measurement", "no_resume")
+# Fields of a recipe that say where and how something runs, not what comes out.
+PLACES = ("in_dir", "out_dir", "bits", "compile_full", "cal_dataset", "no_resume", "reuse", "executor", "gpus",
+          "ray_address", "checkpoint_seconds", "device")  # fmt: skip
+NOT_NUMERICS = {"commands", "report", "cli.py", "console.py", "live.py", "program.py", "flags.py"}  # of the package
+BIT_STEP, BIT_STEPS = 0.01, 60  # to raise a bitrate that is out of reach
+MATCH_STEPS, MATCHED = 14, 1e-4  # solutions of the allocation at most; relative difference that ends the search
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    options: str
+
+    def recipe(self, model: Path, work: Path, bits: float, device: str, rows: dict[str, Any]) -> Recipe:
+        """The recipe that `exl2ray convert` would run with these options; UsageError for one that is not a variant's."""
+        given = ["-i", str(model), "-o", str(work), "-b", repr(bits), "--device", device, "--executor", "inline"]
+        try:
+            own = convert_command.make_context("convert", ["-o", "-", *shlex.split(self.options)])
+            set_by = {n for n in own.params if own.get_parameter_source(n) is ParameterSource.COMMANDLINE} - {"out_dir"}
+            for name in sorted(set_by & set(OURS)):
+                raise UsageError(f"--variant {self.name}: {name} is set by this script", "leave it out")
+            ctx = convert_command.make_context("convert", [*given, *shlex.split(self.options)])
+        except (click.ClickException, ValueError) as e:
+            raise UsageError(f"--variant {self.name}: {e}") from e
+        return recipe_from(ctx, compile_full=str(work / "out"), reuse=True, **rows)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One conversion to be judged."""
+
+    model: str
+    calibration: Calibration
+    draw: int
+    bits: float  # as named in the table
+    variant: Variant
+
+
+class Model:
+    """A source model with its evaluation rows; runs it once, when first compared with."""
+
+    def __init__(self, name: str, path: Path, tokens: Path, args: argparse.Namespace) -> None:
+        self.name, self.path, self.device = name, path, args.device
+        flat = np.load(tokens, mmap_mode="r").ndim == 1
+        self.ids: Tensor = load_tokens(tokens, length=args.length if flat else None)[: args.rows]
+        self.options = RunOptions(dtype=getattr(torch, args.dtype))
+        self.tokens_sha256 = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return SourceModel(self.path).fingerprint()
+
+    @cached_property
+    def expected(self) -> ModelOutput:
+        """States in front of the head; logits are made from them slice by slice."""
+        return run_model(self.path, self.ids, self.device, self.options)
+
+    def judge(self, directory: Path) -> dict[str, Any]:
+        """Figures of a converted model, means of each row of tokens, and its sizes."""
+        start = time.perf_counter()
+        scores = score(run_model(directory, self.ids, self.device, self.options), self.expected, self.ids)
+        named = {"nll": scores.nll, "source_nll": scores.reference_nll, "kl": scores.kl, "top1": scores.top1}
+        figures = {k: [float(f"{x:.9g}") for x in v.mean(dim=1).tolist()] for k, v in named.items() if v is not None}
+        size = model_size(open_model(directory))
+        seconds = time.perf_counter() - start
+        return {"rows": figures, "file_bytes": size.file_bytes, "linears_bpw": size.linears_bpw,
+                "head_bpw": size.head_bpw, "evaluate_seconds": round(seconds, 3)}  # fmt: skip
+
+
+class Study:
+    """All conversions of one command line, with the results that exist."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.work, self.results = Path(args.work), Path(args.json or Path(args.work) / "results.jsonl")
+        self.source = source_hash()
+        tokens = dict(t.split("=", 1) for t in args.tokens if "=" in t)
+        common = next((t for t in args.tokens if "=" not in t), None)
+        self.models = {
+            name: Model(name, Path(path), Path(tokens.get(name) or common or Path(path) / "eval-tokens.npy"), args)
+            for name, path in (named(m, "=") for m in args.model)
+        }
+        self.calibrations = [Calibration.parse(c) for c in args.calibration or ["builtin"]]
+        self.variants = [Variant(*named(v, ":")) for v in args.variant]
+        rows = {"dataset_rows": args.cal_rows, "measurement_rows": args.measure_rows,
+                "length": args.cal_length, "measurement_length": args.cal_length}  # fmt: skip
+        self.rows = {name: value for name, value in rows.items() if value}
+        for variant in self.variants:
+            for model in self.models.values():
+                self.recipe(Case(model.name, self.calibrations[0], 0, args.bits[0], variant))
+
+    def groups(self) -> list[list[Case]]:
+        """Cases that follow each other in one process: those of a model, a calibration set and a draw."""
+        a = self.args
+        return [
+            [Case(m, c, d, bits, v) for bits in a.bits for v in self.variants]
+            for m in self.models for c in self.calibrations for d in range(a.draws)
+        ]  # fmt: skip
+
+    def recipe(self, case: Case, bits: float | None = None) -> Recipe:
+        path = self.models[case.model].path
+        recipe = case.variant.recipe(path, self.work / "jobs", bits or case.bits, self.args.device, self.rows)
+        return case.calibration.recipe(recipe, case.draw, self.work)
+
+    def key(self, case: Case, target: int | None) -> str:
+        """What a result depends on, the sources of the package aside."""
+        settings = {k: v for k, v in asdict(self.recipe(case)).items() if k not in PLACES}
+        model = self.models[case.model]
+        return digest([settings, case.bits, case.draw, case.calibration.identity, model.fingerprint,
+                       model.tokens_sha256, self.args.device, self.args.dtype, target])  # fmt: skip
+
+    def run(self, cases: Sequence[Case]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Does what is not done yet of a group, in order: the results of all, and the messages of what failed."""
+        results, failed = [], []
+        done = {(r["key"], r["source"] if not self.args.any_source else ""): r for r in quality_table.load([self.results])}
+        first_bytes: dict[float, int] = {}
+        for case in cases:
+            is_first = case.variant == self.variants[0]
+            target = first_bytes.get(case.bits) if self.args.match_bytes and not is_first else None
+            key = self.key(case, target)
+            result = done.get((key, self.source if not self.args.any_source else ""))
+            if result is None:
+                try:
+                    result = {**self.convert(case, target), "key": key, "source": self.source}
+                except Exception as e:  # one variant that fails must not cost the others their time on the machine
+                    if not isinstance(e, Exl2RayError):
+                        traceback.print_exc()
+                    failed.append(f"{case.model}, {case.calibration.name}, draw {case.draw}, {case.bits:g} bpw, "
+                                  f"{case.variant.name}: {type(e).__name__}: {e}")  # fmt: skip
+                    say(f"FAILED {failed[-1]}")
+                    continue
+                append(self.results, json.dumps(result))
+                say(quality_table.line(result))
+            if is_first:
+                first_bytes[case.bits] = result["file_bytes"]
+            results.append(result)
+        return results, failed
+
+    def convert(self, case: Case, target: int | None) -> dict[str, Any]:
+        """Converts and evaluates; the result without its key."""
+        start, reporter = time.perf_counter(), Silent()
+        recipe = self.place(case)
+        out, quantised = Path(recipe.compile_full or ""), Path(recipe.out_dir) / "quant"
+        for folder in (out, quantised):
+            shutil.rmtree(folder, ignore_errors=True)
+        with self.opened(recipe, case, reporter) as job:
+            measurement = job.measure()
+            plan = job.allocate(measurement, job.recipe.bits[0])
+            if target is not None:
+                plan = matched(job, measurement, plan, target - self.plain_bytes(case))
+            (output,) = job.produce([plan])
+        stages = [(f["stage"], f["seconds"]) for name, f in reporter.events if name == "end"]
+        figures = self.models[case.model].judge(out)
+        self.plain[case.model] = figures["file_bytes"] - plan.predicted_bytes
+        for folder in (quantised,) if self.args.keep else (out, quantised):
+            shutil.rmtree(folder)
+        return {
+            "model": case.model, "calibration": case.calibration.name, "draw": case.draw, "bits": case.bits,
+            "variant": case.variant.name, "options": case.variant.options, "asked_bits": plan.bits,
+            "matched_bytes": target, "achieved_bpw": output.achieved_bpw, **figures,
+            "calibration_perplexity": output.calibration_perplexity,
+            "measure_seconds": round(sum(s for name, s in stages if name == "measure"), 3),
+            "quantize_seconds": round(sum(s for name, s in stages if name.startswith("quantize")), 3),
+            "seconds": round(time.perf_counter() - start, 3), "machine": machine(self.args.device),
+            "warnings": [f["message"] for name, f in reporter.events if name == "warning"],
+        }  # fmt: skip
+
+    def place(self, case: Case) -> Recipe:
+        """The recipe with a work directory that all cases with the same measurement share."""
+        recipe = self.recipe(case)
+        measure = recipe.job({}, None)["measure"]
+        name = digest([self.source, self.models[case.model].fingerprint, measure, case.calibration.identity, case.draw])
+        folder = self.work / "jobs" / f"{case.model}-{name[:12]}"
+        return replace(recipe, out_dir=str(folder), compile_full=str(self.out(case, folder)))
+
+    def out(self, case: Case, folder: Path) -> Path:
+        if not self.args.keep:
+            return folder.with_name(folder.name + "-out")
+        names = (case.model, case.calibration.name, f"draw{case.draw}", f"{case.bits:g}", case.variant.name)
+        return self.work / "out" / "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in n) for n in names)
+
+    @cached_property
+    def plain(self) -> dict[str, int]:
+        """Model -> bytes of its files beside the quantised tensors, from the last conversion."""
+        return {}
+
+    def plain_bytes(self, case: Case) -> int:
+        """As ``plain``; before the first conversion of this process from the first variant's result."""
+        if case.model not in self.plain:
+            first = replace(case, variant=self.variants[0])
+            with self.opened(self.place(first), first, Silent()) as job:
+                plan = job.allocate(job.measure(), job.recipe.bits[0])
+            result = next(r for r in quality_table.load([self.results]) if r["key"] == self.key(first, None))
+            self.plain[case.model] = int(result["file_bytes"]) - plan.predicted_bytes
+        return self.plain[case.model]
+
+    def opened(self, recipe: Recipe, case: Case, reporter: Silent) -> Experiment:
+        """The job; its bitrate is raised to what the option tables reach."""
+        for step in range(BIT_STEPS):
+            raised = replace(recipe, bits=(round(recipe.bits[0] + step * BIT_STEP, 6),))
+            try:
+                return Experiment(raised, case.calibration, reporter)
+            except BudgetError:
+                if step == BIT_STEPS - 1 or recipe.bits[0] > 4:
+                    raise
+        raise AssertionError
+
+
+def matched(job: Experiment, measurement: Any, plan: Plan, target: int) -> Plan:
+    """The plan whose quantised tensors come closest to ``target`` bytes, by bisection on the bitrate."""
+    best, low, high = plan, 0.0, 0.0
+    bits = plan.bits
+    for _ in range(MATCH_STEPS):
+        if abs(best.predicted_bytes - target) <= MATCHED * target:
+            break
+        if plan.predicted_bytes > target:
+            high = bits
+        else:
+            low = bits
+        bits = (low + high) / 2 if low and high else bits * (target / plan.predicted_bytes)
+        try:
+            plan = job.allocate(measurement, bits)
+        except BudgetError:
+            low = bits
+            if not high:
+                break
+            continue
+        if abs(plan.predicted_bytes - target) < abs(best.predicted_bytes - target):
+            best = plan
+    return best
+
+
+def source_hash() -> str:
+    """SHA-256 of what decides about results: the package's numerics and its calibration text."""
+    total = hashlib.sha256()
+    package = ROOT / "exl2ray"
+    for path in sorted(package.rglob("*")):
+        parts = path.relative_to(package).parts
+        text = parts[:2] == ("calibration", "text")
+        if path.is_file() and "__pycache__" not in parts and parts[0] not in NOT_NUMERICS and (text or path.suffix == ".py"):
+            total.update("/".join(parts).encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def named(text: str, separator: str) -> tuple[str, str]:
+    name, found, value = text.partition(separator)
+    if not found or not name:
+        raise UsageError(f"{text!r}: expected NAME{separator}VALUE")
+    return name, value
+
+
+def append(path: Path, line: str) -> None:
+    """One write at the end of the file: several processes may share it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as f:
+        f.write(line.encode() + b"\n")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {os.cpu_count()} cores"
+    return f"{name}, torch {torch.__version__}"
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", action="append", required=True, metavar="NAME=DIR", help="source model; repeatable")
+    add("--tokens", action="append", default=[], metavar="[MODEL=]FILE", help=".npy of token ids, (n,) or (rows, length)")
+    add("--calibration", action="append", metavar="SET",
+        help="builtin (default), random, builtin-without:KIND or a Parquet file; repeatable")  # fmt: skip
+    add("--variant", action="append", required=True, metavar='NAME:"OPTIONS"', help="repeatable; the first is compared with")
+    add("--bits", type=float, nargs="+", default=[2.5, 3.0, 4.0])
+    add("--draws", type=int, default=2, help="calibration draws (2)")
+    add("--match-bytes", action="store_true", help="choose bitrates so that files are as large as the first variant's")
+    add("--work", required=True, metavar="DIR", help="work directories, and results.jsonl unless --json is given")
+    add("--json", metavar="FILE", help="results, one per line; appended to")
+    add("--any-source", action="store_true", help="take results of other states of the sources, too")
+    add("--keep", action="store_true", help="keep the converted models, in DIR/out")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="of the evaluation's activations")
+    add("--rows", type=int, help="evaluation rows at most")
+    add("--length", type=int, default=1024, help="tokens of an evaluation row, from an array without rows (1024)")
+    add("--cal-rows", type=int, help="-r of every variant, for Parquet files")
+    add("--measure-rows", type=int, help="-mr of every variant, for Parquet files")
+    add("--cal-length", type=int, help="-l and -ml of every variant")
+    add("--jobs", type=int, default=1, help="processes that share the device (1)")
+    add("--threads", type=int, help="torch threads of each process")
+    add("--log", metavar="FILE", help="append the table to this page, as in docs/log.md")
+    add("--title", default="Quality of variants", help="heading in the log")
+    return parser.parse_args(arguments)
+
+
+def run_group(args: argparse.Namespace, index: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """``Study.run`` of group ``index`` in a process of its own."""
+    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // args.jobs))
+    study = Study(args)
+    return study.run(study.groups()[index])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_args(arguments)
+    start = time.perf_counter()
+    try:
+        study = Study(args)
+        groups = study.groups()
+    except Exl2RayError as e:
+        say(f"error: {e}")
+        return e.exit_code
+    if args.jobs == 1:
+        torch.set_num_threads(args.threads or os.cpu_count() or 1)
+        done = [study.run(group) for group in groups]
+    else:
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            done = list(pool.map(run_group, [args] * len(groups), range(len(groups))))
+    results, failed = [r for some, _ in done for r in some], [message for _, some in done for message in some]
+    text = quality_table.render(results, [v.name for v in study.variants])
+    print(text)
+    for message in failed:
+        say(f"failed: {message}")
+    say(f"{time.perf_counter() - start:.0f} s in all, {len(results)} results")
+    if args.log:
+        command = shlex.join(["python", "scripts/quality.py", *(sys.argv[1:] if arguments is None else arguments)])
+        quality_table.append_log(Path(args.log), args.title, machine(args.device), command, text)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
