@@ -56,8 +56,8 @@ class Recipe:
     """--gpus: number of GPUs to use; all that Ray offers if absent."""
     ray_address: str | None = None
     """--ray-address: attach to this Ray cluster; else $RAY_ADDRESS, else a private local one."""
-    executor: Literal["ray", "inline"] = "ray"
-    """--executor: ray, or inline to run in this process (debugging)."""
+    executor: Literal["auto", "ray", "inline"] = "auto"
+    """--executor: ray, inline (in this process, one device), or auto: ray for a cluster or several GPUs, else inline."""
     propagate: Literal["quantized", "reference"] = "quantized"
     """--propagate: calibrate each module on what the quantised modules before it produce, or on reference states."""
     seed: int = 0

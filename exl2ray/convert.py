@@ -16,10 +16,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from exl2ray.config import Recipe
+from exl2ray.dist.faults import DeviceFailed
 from exl2ray.errors import Interrupted
 from exl2ray.progress import Reporter
 
@@ -45,10 +46,24 @@ class Summary:
 
 
 def convert(recipe: Recipe, reporter: Reporter) -> Summary:
-    """Runs or resumes a conversion. Raises Exl2RayError; KeyboardInterrupt becomes Interrupted with a hint to resume."""
+    """Runs or resumes a conversion. Raises Exl2RayError; KeyboardInterrupt becomes Interrupted with a hint to resume.
+
+    A CUDA error costs a process its GPU. Under ``--executor auto`` the conversion then goes on in worker processes, from
+    what is in the work directory.
+    """
+    start = time.monotonic()
+    try:
+        return _convert(recipe, reporter, start)
+    except DeviceFailed as e:
+        if recipe.executor != "auto":
+            raise
+        reporter.event("warning", message=f"{e.message}; going on in another process")
+        return _convert(replace(recipe, executor="ray", no_resume=False), reporter, start)
+
+
+def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
     from exl2ray.steps import Job
 
-    start = time.monotonic()
     try:
         with _terminable(), Job(recipe, reporter) as job:
             measurement = job.measure()

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from exl2ray import __version__
 from exl2ray.calibration.parquet import parquet_rows
 from exl2ray.calibration.rows import Rows, builtin_rows
 from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.checks import check_output, file_hash, pick_device, pick_executor, versions
 from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.convert import OutputSummary
 from exl2ray.dist.chains import ChainPlan, Chains, Link
@@ -30,8 +25,7 @@ from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem, Quantize
 from exl2ray.dist.schedule import Flow, Limits, Scheduler
 from exl2ray.dist.session import Session, open_session
 from exl2ray.dist.worker import PERPLEXITY, Worker, describe, measure_record
-from exl2ray.errors import CalibrationError, NumericError, StoreError, UsageError
-from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.errors import NumericError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape, QParams, pad32
 from exl2ray.formats.measurement import (
@@ -42,43 +36,26 @@ from exl2ray.formats.measurement import (
     write_measurement,
 )
 from exl2ray.formats.shards import (
-    OUTPUT_NAME,
-    TensorEntry,
-    copy_side_files,
-    output_config,
     refuse_same_directory,
-    write_config,
-    write_shards,
 )
 from exl2ray.model.arch import load_spec
-from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.model.weights import output_tensors, read_plain
+from exl2ray.planning import Plan, allocate, module_cost, option_bits, slot_weights
 from exl2ray.progress import Reporter
-from exl2ray.quant.allocate import Allocation, Slot, budget, check_reachable, solve
+from exl2ray.quant.allocate import check_reachable
 from exl2ray.quant.measure import profile_of
-from exl2ray.quant.measure_moe import MOE_TABLE, starved_experts
-from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.quant.measure_moe import starved_experts
+from exl2ray.quant.qparams import head_option
 from exl2ray.store.faults import translated
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, quant_kind
 from exl2ray.store.records import Record, hash_inputs
-from exl2ray.store.tensors import get_tensors, put_tensors
+from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir
+from exl2ray.writing import OutputWriter
 
 CALIBRATION_KEY = "calibration"  # record of the rows of tokens; every job has one
 HIGH_PERPLEXITY, BROKEN_PERPLEXITY, BROKEN_RATIO = 30.0, 1000.0, 10.0
 BUILTIN_PERPLEXITY_ROWS = 19  # rows of the built-in measurement set, as the reference reports it
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one bitrate quantises each linear with. ``hashes[i]`` identifies module i and all choices before it."""
-
-    bits: float
-    params: Mapping[str, QParams]  # linear key -> option
-    hashes: tuple[str, ...]
-    achieved_bpw: float
-    predicted_bytes: int  # of all quantised tensors, head included
 
 
 class Job:
@@ -107,7 +84,7 @@ class Job:
             directory = recipe.output_dir(bits)
             if directory is not None:
                 refuse_same_directory(recipe.in_dir, directory)
-                _check_output(Path(directory))
+                check_output(Path(directory))
         if "://" in recipe.out_dir and recipe.compile_full is None and recipe.output_measurement is None:
             raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
         if "://" not in recipe.out_dir:
@@ -150,7 +127,7 @@ class Job:
         identity = {"fingerprint": self.source.fingerprint(), "architecture": self.spec.arch.name,
                     "in_dir": str(Path(recipe.in_dir).resolve()),
                     "cal_dataset": recipe.cal_dataset and str(Path(recipe.cal_dataset).resolve())}  # fmt: skip
-        self.job = recipe.job(identity, _file_hash(recipe.cal_dataset))
+        self.job = recipe.job(identity, file_hash(recipe.cal_dataset))
         if recipe.measurement is not None:
             self.job["measure"]["measurement"] = str(Path(recipe.measurement).resolve())
         if self.dry:
@@ -224,7 +201,7 @@ class Job:
             )
             state_bytes = max(self._state_bytes(name) for name in self.rows)
             self._session = open_session(
-                setup, Worker, recipe.executor, recipe.gpus, recipe.ray_address, state_bytes
+                setup, Worker, pick_executor(recipe, self.device), recipe.gpus, recipe.ray_address, state_bytes
             )
         return self._session
 
@@ -284,7 +261,7 @@ class Job:
                 fan = Fan(
                     "measure",
                     [
-                        Module(m.index, m.profile_key, _cost(m), partial(self._measure_parts, m, keys[m.index], done))
+                        Module(m.index, m.profile_key, module_cost(m), partial(self._measure_parts, m, keys[m.index], done))
                         for m in todo
                     ],
                     session,
@@ -395,12 +372,13 @@ class Job:
 
     def produce(self, plans: Sequence[Plan]) -> list[OutputSummary]:
         """Quantises and writes all bitrates. A bitrate is written as soon as it is complete, while others go on."""
-        with ThreadPoolExecutor(1, "write") as writer:
+        writer = OutputWriter(self.recipe, self.spec, self.source, self.work, len(self.rows["quantize"].ids))
+        with ThreadPoolExecutor(1, "write") as pool:
             writing: dict[float, Future[OutputSummary]] = {}
 
             def complete(plan: Plan) -> None:
                 self.reporter.event("stage", stage=_compile_stage(plan), items=1, done=0)
-                writing[plan.bits] = writer.submit(self._write, plan, self._records(plan))
+                writing[plan.bits] = pool.submit(writer.write, plan, writer.records(plan))
 
             def tick() -> None:
                 for future in writing.values():
@@ -461,7 +439,7 @@ class Job:
         self, plan: Plan, todo: Sequence[ModuleSpec], stage: _Stage, finish: Callable[[Plan], None]
     ) -> ChainPlan:
         """One bitrate as a chain of modules. Modules after the first missing one are looked up when their turn comes."""
-        links = [Link(m.index, m.profile_key, _cost(m), {x.key: plan.params[x.key] for x in m.linears}) for m in todo]
+        links = [Link(m.index, m.profile_key, module_cost(m), {x.key: plan.params[x.key] for x in m.linears}) for m in todo]
         left = {link.index for link in links}
 
         def done(link: Link, result: ItemResult) -> None:
@@ -510,107 +488,14 @@ class Job:
                 finish(plan)
         indices = sorted({i for some in left.values() for i in some})
         modules = [
-            Module(i, self.spec.modules[i].profile_key, _cost(self.spec.modules[i]), partial(parts, self.spec.modules[i]))
-            for i in indices
+            Module(m.index, m.profile_key, module_cost(m), partial(parts, m))
+            for m in (self.spec.modules[i] for i in indices)
         ]
         if not modules and not loose:
             return None
         return Fan("quantize", modules, self.session, window_for(self.session, self._state_bytes("quantize")), loose)
 
-    def _records(self, plan: Plan) -> dict[int, Record]:
-        """Records of all quantised modules of one bitrate, head included; the head's has both perplexities."""
-        kind = quant_kind(plan.bits)
-        out: dict[int, Record] = {}
-        for module in self.spec.modules:
-            if not module.linears:
-                continue
-            record = self.work.records.find(kind, module.profile_key, plan.hashes[module.index])
-            if record is None:
-                raise StoreError(
-                    f"{module.profile_key}: the record written a moment ago cannot be read back",
-                    "is the disk healthy? run the same command again",
-                )
-            out[module.index] = record
-        last = self.spec.modules[-1].index
-        if "perplexity" not in out[last].payload:
-            separate = self.work.records.find(kind, PERPLEXITY, plan.hashes[-1])
-            value = None if separate is None else separate.payload["perplexity"]
-            out[last] = replace(out[last], payload={**out[last].payload, "perplexity": value})
-        return out
-
-    # ---- write -------------------------------------------------------------------------------------------------
-
-    def _write(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
-        """Shards, and with -cf a complete model directory. Reports nothing: it runs beside the scheduler."""
-        recipe = self.recipe
-        directory = recipe.output_dir(plan.bits)
-        target = Path(directory) if directory is not None else self._bare_output(plan)
-        entries = self._entries(plan, records)
-        paths = write_shards(target, entries, recipe.shard_size << 20, ours=[*_existing_outputs(target), CALIBRATION])
-        if directory is not None:
-            copy_side_files(recipe.in_dir, target)
-            config = output_config(
-                loader_config(self.spec.arch, self.source.config), plan.bits, recipe.head_bits,
-                len(self.rows["quantize"].ids), recipe.length, recipe.cal_dataset,
-            )  # fmt: skip
-            write_config(target, config)
-        head = records[self.spec.modules[-1].index].payload
-        return OutputSummary(
-            plan.bits, plan.achieved_bpw, directory, tuple(str(p) for p in paths),
-            sum(p.stat().st_size for p in paths), head["perplexity"], head["reference_perplexity"],
-        )  # fmt: skip
-
-    def _bare_output(self, plan: Plan) -> Path:
-        """Where the shards go without -cf: the work directory, one folder per bitrate if there are several."""
-        if not self.work.store.is_local:
-            raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
-        root = Path(self.work.store.root)
-        return root if len(self.recipe.bits) == 1 else root / "quant" / bpw_name(plan.bits) / "output"
-
-    def _entries(self, plan: Plan, records: Mapping[int, Record]) -> list[TensorEntry]:
-        """Every tensor of the output in order, read when its turn comes; checks sizes against the plan."""
-        out: list[TensorEntry] = []
-        loaded: dict[int, dict[str, Tensor]] = {}
-        quantised_bytes = 0
-
-        def tensors(index: int) -> dict[str, Tensor]:
-            if index not in loaded:
-                loaded.clear()  # files are mapped; one module's at a time
-                loaded[index] = {}
-                for file in records[index].files:
-                    loaded[index].update(get_tensors(self.work.store, file.rel))
-            return loaded[index]
-
-        for entry in output_tensors(self.spec):
-            if entry.linear is not None and entry.module is not None:
-                index = entry.module.index
-                packed = PackedLinear.from_tensors(entry.linear.key, tensors(index).get)
-                for name, t in packed.tensors().items():
-                    quantised_bytes += t.numel() * t.element_size()
-                    out.append(
-                        TensorEntry(
-                            name, _DTYPE_NAMES[t.dtype], tuple(t.shape), lambda i=index, n=name: tensors(i)[n]  # type: ignore[misc]
-                        )
-                    )
-            elif entry.plain is not None:
-                plain = entry.plain
-                shape = tuple(read_plain(self.spec, plain, self.source).shape)
-                out.append(
-                    TensorEntry(entry.name, "F16", shape, lambda p=plain: read_plain(self.spec, p, self.source))  # type: ignore[misc]
-                )
-            elif entry.copied is not None:
-                name = entry.copied.source_name
-                out.append(
-                    TensorEntry(
-                        entry.name, self.source.dtype(name), self.source.shape(name), lambda n=name: self.source.load(n)  # type: ignore[misc]
-                    )
-                )
-        if quantised_bytes != plan.predicted_bytes:
-            raise NumericError(
-                f"the quantised tensors take {quantised_bytes} bytes, the allocation predicted {plan.predicted_bytes}",
-                "this is a defect of exl2ray: please report it",
-            )
-        return out
+    # ---- judge -------------------------------------------------------------------------------------------------
 
     def judge(self, outputs: list[OutputSummary]) -> None:
         """Warns of, or refuses, a model whose perplexity on calibration rows shows that something went wrong.
@@ -689,98 +574,8 @@ class _Stage:
             self.job.reporter.event("end", stage=self.name, seconds=time.monotonic() - self.start)
 
 
-_DTYPE_NAMES = {torch.int32: "I32", torch.int16: "I16", torch.float16: "F16"}
-
-
-def allocate(
-    spec: ModelSpec, measurement: Measurement, bits: float, objective: str = "squared", power: float = 2.0
-) -> tuple[Allocation, dict[str, QParams]]:
-    """Solves for one bitrate: the allocation, and the option of every decoder linear by key."""
-    slots: list[Slot] = []
-    owners: list[tuple[ModuleSpec, tuple[Any, ...]]] = []
-    for module in spec.modules:
-        if not module.quantized:
-            continue
-        for options in measurement[module.profile_key].slots():
-            slots.append(
-                Slot(module.profile_key, tuple(o.total_bits for o in options), tuple(1 - o.accuracy for o in options))
-            )
-            owners.append((module, options))
-    allocation = solve(slots, budget(slot_weights(spec), bits), objective, power)
-    params: dict[str, QParams] = {}
-    for (module, options), choice in zip(owners, allocation.choice, strict=True):
-        chosen = options[choice].params
-        params.update({x.key: chosen[x.role] for x in module.linears if x.role in chosen})
-    return allocation, params
-
-
-def slot_weights(spec: ModelSpec) -> int:
-    """Weights that a bitrate counts: all linears of the decoder layers, padded, without head and embedding."""
-    return sum(x.in_features * pad32(x.out_features) for m in spec.modules if m.quantized for x in m.linears)
-
-
-def option_bits(module: ModuleSpec) -> list[tuple[list[int], int]]:
-    """(total bits of each option, weights) of every slot of a module, from the option tables alone."""
-    if not module.quantized:
-        return []
-    tables: list[tuple[tuple[str, ...], tuple[tuple[QParams, ...], ...]]] = []
-    roles = {x.role for x in module.linears}
-    if "q_proj" in roles:
-        tables.append((("q_proj", "k_proj", "v_proj", "o_proj"), attention_options()))
-    if "up_proj" in roles:
-        gated = "gate_proj" in roles
-        tables.append(((("gate_proj",) if gated else ()) + ("up_proj", "down_proj"), mlp_options(gated)))
-    if "w1" in roles:
-        tables.append((MOE_TABLE.roles, MOE_TABLE.rows))
-    out = []
-    for names, rows in tables:
-        linears = [x for x in module.linears if x.role in names]
-        bits = [
-            sum(
-                dict(zip(names, row, strict=True))[x.role].total_bits(x.in_features, pad32(x.out_features), x.has_bias)
-                for x in linears
-            )
-            for row in rows
-        ]
-        out.append((bits, sum(x.in_features * pad32(x.out_features) for x in linears)))
-    return out
-
-
-def _cost(module: ModuleSpec) -> float:
-    """Weights of a module's linears: what deadlines and the balance of workers go by."""
-    return float(sum(x.in_features * x.out_features for x in module.linears))
-
-
 def _compile_stage(plan: Plan) -> str:
     return f"compile {bpw_name(plan.bits)}"
-
-
-def pick_device(recipe: Recipe) -> torch.device:
-    """Where the workers compute: cuda if there is a usable GPU, else cpu; UsageError if a GPU was asked for in vain.
-
-    A driver on a cluster's head node often has no GPU of its own: there ``--device cuda`` is taken at its word, and the
-    session says so if the cluster has none.
-    """
-    if recipe.device == "cpu":
-        return torch.device("cpu")
-    remote = recipe.executor == "ray" and bool(recipe.ray_address or os.environ.get("RAY_ADDRESS"))
-    available = torch.cuda.is_available()
-    if recipe.device == "cuda" and remote:
-        return torch.device("cuda")
-    if recipe.device == "cuda" and not available:
-        raise UsageError("--device cuda: torch sees no GPU", "`exl2ray doctor` says why; --device cpu works everywhere")
-    return torch.device("cuda" if available else "cpu")
-
-
-def versions() -> dict[str, str]:
-    """Versions that matter to results, for job.json and the workers' check."""
-    out = {"exl2ray": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "numba", "ray"):
-        try:
-            out[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return out
 
 
 def write_measurement_to(work: WorkDir, measurement: Measurement) -> None:
@@ -800,40 +595,6 @@ def _coverage(payload: Mapping[str, Any]) -> Sequence[Mapping[str, float]]:
     extra = payload["profile"]["extra"] if "profile" in payload else payload
     experts: Sequence[Mapping[str, float]] = extra.get("experts", ())
     return experts
-
-
-def _file_hash(path: str | None) -> str | None:
-    """SHA-256 of a file; None for None. CalibrationError if it cannot be read."""
-    if path is None:
-        return None
-    digest = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
-    except OSError as e:
-        raise CalibrationError(f"-c {path}: cannot be read: {e.strerror}", "give a Parquet file with text") from e
-    return digest.hexdigest()
-
-
-def _check_output(directory: Path) -> None:
-    """Refuses an output directory that holds another model, or that cannot be written."""
-    existing = directory
-    while not existing.exists() and existing.parent != existing:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise StoreError(f"{directory}: {existing} is not a directory that can be written", "choose another -cf")
-    foreign = sorted(p.name for p in directory.glob("*.safetensors") if not OUTPUT_NAME.fullmatch(p.name))
-    if foreign:
-        raise StoreError(
-            f"{directory}: holds {foreign[0]}, which loaders would read as part of the model",
-            "choose an empty output directory (-cf), or move that file away",
-        )
-
-
-def _existing_outputs(directory: Path) -> list[str]:
-    """Shards of an earlier run in this directory: they may be replaced."""
-    return [p.name for p in directory.glob("output*.safetensors")] if directory.is_dir() else []
 
 
 def _show(value: float | None) -> str:

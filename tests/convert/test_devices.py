@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from convert_helpers import Quiet, contents, items, messages, run
 
+from exl2ray.checks import pick_device, pick_executor
 from exl2ray.config import Recipe
+from exl2ray.dist.faults import DeviceFailed
+from exl2ray.dist.session import InlineSession
 from exl2ray.errors import UsageError
-from exl2ray.steps import pick_device
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +37,61 @@ def test_a_head_node_without_gpu_drives_gpu_workers(monkeypatch: pytest.MonkeyPa
 
 def test_auto_takes_what_torch_sees() -> None:
     assert pick_device(Recipe("m", "w")).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "expected"),
+    [
+        ({}, 0, "inline"),
+        ({}, 1, "inline"),
+        ({}, 2, "ray"),
+        ({"gpus": 1}, 2, "inline"),
+        ({"gpus": 2}, 0, "ray"),
+        ({"ray_address": "head:6379"}, 1, "ray"),
+        ({"executor": "ray"}, 1, "ray"),
+        ({"executor": "inline"}, 2, "inline"),
+    ],
+)
+def test_one_device_needs_no_ray(
+    settings: dict[str, Any], gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert pick_executor(Recipe("m", "w", **settings), torch.device("cuda" if gpus else "cpu")) == expected
+
+
+def test_after_a_cuda_error_the_conversion_goes_on_elsewhere(
+    quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process has lost its GPU: what is in the work directory is kept, the rest is done by workers."""
+    started: list[str] = []
+    submit = InlineSession.submit
+
+    def opened(setup: Any, make: Any, executor: str, *args: Any) -> InlineSession:
+        started.append(executor)
+        return InlineSession(setup, make)
+
+    def failing(self: InlineSession, worker: int, method: str, *args: Any, returns: int = 1) -> None:
+        if len(started) == 1 and method == "chain":
+            raise DeviceFailed("CUDA error: an illegal memory access was encountered")
+        submit(self, worker, method, *args, returns=returns)
+
+    monkeypatch.setattr("exl2ray.steps.open_session", opened)
+    monkeypatch.setattr(InlineSession, "submit", failing)
+    settings = {"bits": (4.0, 5.0), "compile_full": str(tmp_path / "out-{bpw}")}
+    _, reporter = run(quiet.model, tmp_path / "work", executor="auto", **settings)
+    assert started == ["inline", "ray"]
+    assert any("going on in another process" in m for m in messages(reporter, "warning"))
+    assert sorted(items(reporter)) == sorted(items(quiet.reporter)), "nothing twice"
+    for bits, output in quiet.outputs.items():
+        assert contents(tmp_path / f"out-{bits}") == contents(output)
+
+
+def test_a_cuda_error_ends_a_run_that_was_asked_to_stay_in_this_process(
+    quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: InlineSession, worker: int, method: str, *args: Any, returns: int = 1) -> None:
+        raise DeviceFailed("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(InlineSession, "submit", failing)
+    with pytest.raises(DeviceFailed):
+        run(quiet.model, tmp_path / "work")

@@ -1,0 +1,86 @@
+"""What is looked at before a conversion starts: devices, outputs, versions, files given by the user."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from exl2ray import __version__
+from exl2ray.config import Recipe
+from exl2ray.errors import CalibrationError, StoreError, UsageError
+from exl2ray.formats.shards import OUTPUT_NAME
+
+
+def pick_device(recipe: Recipe) -> torch.device:
+    """Where the workers compute: cuda if there is a usable GPU, else cpu; UsageError if a GPU was asked for in vain.
+
+    A driver on a cluster's head node often has no GPU of its own: there ``--device cuda`` is taken at its word, and the
+    session says so if the cluster has none.
+    """
+    if recipe.device == "cpu":
+        return torch.device("cpu")
+    remote = recipe.executor != "inline" and bool(recipe.ray_address or os.environ.get("RAY_ADDRESS"))
+    available = torch.cuda.is_available()
+    if recipe.device == "cuda" and remote:
+        return torch.device("cuda")
+    if recipe.device == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no GPU", "`exl2ray doctor` says why; --device cpu works everywhere")
+    return torch.device("cuda" if available else "cpu")
+
+
+def pick_executor(recipe: Recipe, device: torch.device) -> Literal["ray", "inline"]:
+    """Ray where there are workers to share the work out to: a cluster, or more than one GPU. One device runs in this process,
+    which spares the start of Ray (10 to 15 s) and a second copy of everything.
+    """
+    if recipe.executor != "auto":
+        return recipe.executor
+    if recipe.ray_address or os.environ.get("RAY_ADDRESS") or (recipe.gpus or 1) > 1:
+        return "ray"
+    several = device.type == "cuda" and recipe.gpus is None and torch.cuda.device_count() > 1
+    return "ray" if several else "inline"
+
+
+def versions() -> dict[str, str]:
+    """Versions that matter to results, for job.json and the workers' check."""
+    out = {"exl2ray": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "numba", "ray"):
+        try:
+            out[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def file_hash(path: str | None) -> str | None:
+    """SHA-256 of a file; None for None. CalibrationError if it cannot be read."""
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+    except OSError as e:
+        raise CalibrationError(f"-c {path}: cannot be read: {e.strerror}", "give a Parquet file with text") from e
+    return digest.hexdigest()
+
+
+def check_output(directory: Path) -> None:
+    """Refuses an output directory that holds another model, or that cannot be written."""
+    existing = directory
+    while not existing.exists() and existing.parent != existing:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise StoreError(f"{directory}: {existing} is not a directory that can be written", "choose another -cf")
+    foreign = sorted(p.name for p in directory.glob("*.safetensors") if not OUTPUT_NAME.fullmatch(p.name))
+    if foreign:
+        raise StoreError(
+            f"{directory}: holds {foreign[0]}, which loaders would read as part of the model",
+            "choose an empty output directory (-cf), or move that file away",
+        )

@@ -1,0 +1,84 @@
+"""From a measurement to what each linear is quantised with: the plan of one bitrate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exl2ray.formats.layout import QParams, pad32
+from exl2ray.formats.measurement import Measurement
+from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.quant.allocate import Allocation, Slot, budget, solve
+from exl2ray.quant.measure_moe import MOE_TABLE
+from exl2ray.quant.qparams import attention_options, mlp_options
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one bitrate quantises each linear with. ``hashes[i]`` identifies module i and all choices before it."""
+
+    bits: float
+    params: Mapping[str, QParams]  # linear key -> option
+    hashes: tuple[str, ...]
+    achieved_bpw: float
+    predicted_bytes: int  # of all quantised tensors, head included
+
+
+def allocate(
+    spec: ModelSpec, measurement: Measurement, bits: float, objective: str = "squared", power: float = 2.0
+) -> tuple[Allocation, dict[str, QParams]]:
+    """Solves for one bitrate: the allocation, and the option of every decoder linear by key."""
+    slots: list[Slot] = []
+    owners: list[tuple[ModuleSpec, tuple[Any, ...]]] = []
+    for module in spec.modules:
+        if not module.quantized:
+            continue
+        for options in measurement[module.profile_key].slots():
+            slots.append(
+                Slot(module.profile_key, tuple(o.total_bits for o in options), tuple(1 - o.accuracy for o in options))
+            )
+            owners.append((module, options))
+    allocation = solve(slots, budget(slot_weights(spec), bits), objective, power)
+    params: dict[str, QParams] = {}
+    for (module, options), choice in zip(owners, allocation.choice, strict=True):
+        chosen = options[choice].params
+        params.update({x.key: chosen[x.role] for x in module.linears if x.role in chosen})
+    return allocation, params
+
+
+def slot_weights(spec: ModelSpec) -> int:
+    """Weights that a bitrate counts: all linears of the decoder layers, padded, without head and embedding."""
+    return sum(x.in_features * pad32(x.out_features) for m in spec.modules if m.quantized for x in m.linears)
+
+
+def option_bits(module: ModuleSpec) -> list[tuple[list[int], int]]:
+    """(total bits of each option, weights) of every slot of a module, from the option tables alone."""
+    if not module.quantized:
+        return []
+    tables: list[tuple[tuple[str, ...], tuple[tuple[QParams, ...], ...]]] = []
+    roles = {x.role for x in module.linears}
+    if "q_proj" in roles:
+        tables.append((("q_proj", "k_proj", "v_proj", "o_proj"), attention_options()))
+    if "up_proj" in roles:
+        gated = "gate_proj" in roles
+        tables.append(((("gate_proj",) if gated else ()) + ("up_proj", "down_proj"), mlp_options(gated)))
+    if "w1" in roles:
+        tables.append((MOE_TABLE.roles, MOE_TABLE.rows))
+    out = []
+    for names, rows in tables:
+        linears = [x for x in module.linears if x.role in names]
+        bits = [
+            sum(
+                dict(zip(names, row, strict=True))[x.role].total_bits(x.in_features, pad32(x.out_features), x.has_bias)
+                for x in linears
+            )
+            for row in rows
+        ]
+        out.append((bits, sum(x.in_features * pad32(x.out_features) for x in linears)))
+    return out
+
+
+def module_cost(module: ModuleSpec) -> float:
+    """Weights of a module's linears: what deadlines and the balance of workers go by."""
+    return float(sum(x.in_features * x.out_features for x in module.linears))
