@@ -17,6 +17,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
 from exl2ray.progress import Reporter
+from exl2ray.store.pace import Pace
 
 Clock = Callable[[], float]
 
@@ -73,50 +74,10 @@ class Plain:
         parts = [f"[{f['stage']}] {f['done']}/{f['items']}", f["key"], duration(f["seconds"]), f.get("detail") or ""]
         if pace is not None:
             now = self._clock()
-            pace.finished(f["done"], now)
+            pace.finished(f["done"], now, f.get("worker", ""), f["seconds"], f.get("workers", 0))
             eta = pace.eta_seconds(now)
             parts.append("" if eta is None or f["done"] >= f["items"] else f"ETA {duration(eta)}")
         return "  ".join(p for p in parts if p)
-
-
-class Pace:
-    """How fast the items of a stage come, by the wall clock, from those finished in this run.
-
-    Nothing is claimed before two items, or one per worker if that is more. The first quarter is left out later on: it
-    pays for compiling kernels and filling caches. ``now`` is in seconds of any monotonic clock.
-    """
-
-    def __init__(self, items: int, done: int, workers: int, now: float) -> None:
-        self.items, self.done = items, done
-        self._workers = max(1, workers)
-        self._times = [now]  # start, then the end of each item
-
-    def finished(self, done: int, now: float) -> None:
-        """``done`` items are finished by now."""
-        self._times += [now] * max(0, done - self.done)
-        self.done = max(self.done, done)
-
-    @property
-    def finished_here(self) -> int:
-        """Items finished in this run."""
-        return len(self._times) - 1
-
-    def elapsed(self, now: float) -> float:
-        return now - self._times[0]
-
-    def seconds_per_item(self) -> float | None:
-        count = self.finished_here
-        if count < max(2, self._workers):
-            return None
-        skipped = count // 4 // self._workers * self._workers  # whole rounds: workers tend to finish together
-        return (self._times[-1] - self._times[skipped]) / (count - skipped)
-
-    def eta_seconds(self, now: float) -> float | None:
-        """Seconds until the stage is complete, never less than 0; None while that is unknown."""
-        rate = self.seconds_per_item()
-        if rate is None:
-            return None
-        return max(0.0, rate * (self.items - self.done) - (now - self._times[-1]))
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The display on a terminal: a bar per running stage at the bottom, everything else scrolls above it.
 
-Wide terminals have the last item and its figures in the row of the bar, narrow ones below it. Names come from files,
-so nothing is ever read as markup, and control characters are escaped.
+Wide terminals have the last item and its figures in the row of the bar, narrow ones below it. Where several workers are at
+work, each has a line with what it has finished and how fast. Names come from files, so nothing is ever read as markup, and
+control characters are escaped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from rich.text import Text
 
 from exl2ray.console import (
     Clock,
-    Pace,
     clean,
     duration,
     is_numeric,
@@ -29,10 +29,13 @@ from exl2ray.console import (
     plural,
     stage_text,
 )
+from exl2ray.store.pace import Pace
 
 ONE_LINE_WIDTH = 120  # columns from which the last item stands in the row of the bar
+QUEUE_WIDTH = 76  # columns from which the number of items left is shown
 RATE_WIDTH = 64  # columns from which the rate is shown
 LAST_COLUMN_WIDTH = 10  # a table whose other columns leave less is shown as lists
+WORKER_LINES = 8  # of a stage; the rest is counted
 REFRESH_PER_SECOND = 4
 
 
@@ -103,7 +106,8 @@ class Live:
     def _item(self, f: Mapping[str, Any]) -> None:
         stage = self._stages.get(f["stage"])
         if stage is not None:
-            stage.pace.finished(f["done"], self._clock())
+            worker, workers = f.get("worker", ""), f.get("workers", 0)
+            stage.pace.finished(f["done"], self._clock(), worker, f["seconds"], workers)
             stage.key, stage.detail = clean(f["key"]), clean(f.get("detail") or "")
 
     def _end(self, f: Mapping[str, Any]) -> None:
@@ -149,6 +153,7 @@ class Live:
             lines.append(_row(stage, now, width, one_line))
             if not one_line and stage.key:
                 lines.append(_last_item(stage))
+            lines += _worker_lines(stage.pace)
         return Group(*lines)
 
 
@@ -169,6 +174,8 @@ def _row(stage: Stage, now: float, width: int, one_line: bool) -> RenderableType
     add(stage.bar, ratio=1, min_width=8)
     if pace.items > 1:
         add(Text(f"{pace.done}/{pace.items}", style="cyan"), justify="right")
+        if width >= QUEUE_WIDTH and pace.left:
+            add(Text(f"{pace.left} to go"), justify="right", min_width=9)
         if width >= RATE_WIDTH and rate is not None:
             add(Text(f"{duration(rate)}/item"), justify="right", min_width=11)
     time_text = f"{duration(pace.elapsed(now))} so far" if eta is None else f"ETA {duration(eta)}"
@@ -183,3 +190,17 @@ def _last_item(stage: Stage) -> Text:
     text = Text(f"  {stage.key}  ", style="dim", no_wrap=True, overflow="ellipsis")
     text.append(stage.detail, style="not dim")
     return text
+
+
+def _worker_lines(pace: Pace) -> list[RenderableType]:
+    """A line per worker or group; none for a worker that is alone."""
+    workers = pace.workers()
+    if len(workers) < 2 and not any(" + " in w.name for w in workers):
+        return []
+    lines: list[RenderableType] = []
+    for w in workers[:WORKER_LINES]:
+        text = f"    {clean(w.name)}  {plural(w.items, 'item')}, {duration(w.seconds_per_item)} each"
+        lines.append(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
+    if len(workers) > WORKER_LINES:
+        lines.append(Text(f"    and {len(workers) - WORKER_LINES} more workers", style="dim", no_wrap=True))
+    return lines

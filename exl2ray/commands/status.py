@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from exl2ray.config import JOB_FLAGS
-from exl2ray.console import clean, duration, show_table
+from exl2ray.console import clean, duration, plural, show_table
+from exl2ray.store.passes import PassStatus
 from exl2ray.store.status import WorkStatus, read_status
 
 
@@ -19,13 +20,37 @@ def show(s: WorkStatus) -> None:
     if s.job is not None:
         rows = [[label, value] for label, value in _settings(s.job.job)]
         show_table(f"\njob of {s.job.created}", ["setting", "value"], rows)
-    have = [("calibration", s.has_calibration), ("measurement", s.has_measurement), ("plan", s.has_plan)]
+    have = [("calibration", s.has_calibration), ("measurement", s.has_measurement)]
     print("\n" + ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in have))
-    show_table("finished items", ["pass", "items"], [[kind, n] for kind, n in s.records.items()])
     events = [[e["time"], e["name"], _fields(e["fields"])] for e in s.last_events]
     show_table("\nlast events", ["time", "event", "about"], events)
+    print()
+    show_table("", ["pass", "state", "modules", "each", "in this run", "left"], [_row(p) for p in s.passes])
+    workers = [
+        [clean(w.name), p.name, str(w.items), _seconds(w.seconds_per_item), clean(w.doing)]
+        for p in s.passes
+        for w in p.workers
+        if p.state != "finished" or s.state != "running"
+    ]
+    show_table("\nworkers", ["worker", "pass", "modules", "each", "doing"], workers)
     for problem in s.problems:
         print(clean(f"problem: {problem}"))
+
+
+def _row(p: PassStatus) -> list[str]:
+    """One pass; what is left of a stopped one is what going on would take."""
+    count = str(p.done) if p.items is None else f"{p.done}/{p.items}"
+    left = ""
+    if p.queue:
+        left = plural(p.queue, "module") + ("" if p.eta_seconds is None else f", {duration(p.eta_seconds)}")
+    name = p.name
+    if name.startswith("compile"):
+        count = ""
+    return [name, p.state, count, _seconds(p.seconds_per_item), _seconds(p.seconds), left]
+
+
+def _seconds(value: float | None) -> str:
+    return "" if not value else duration(value)
 
 
 def _settings(job: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal
 
@@ -141,7 +141,7 @@ class Chains(Flow):
         gang = self._of(worker)
         gang.waiting.discard(worker)
         if gang.phase == "running" and worker == gang.members[0]:
-            gang.first = result
+            gang.first = replace(result, worker=" + ".join(self.session.name(w) for w in gang.members))
         if gang.waiting:
             return
         if gang.phase == "breaking":

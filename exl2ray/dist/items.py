@@ -111,4 +111,4 @@ class ItemResult:
     detail: str
     payload: dict[str, Any]
     notes: tuple[str, ...] = ()
-    worker: str = ""  # host:pid
+    worker: str = ""  # host:pid; of a group "host:pid + host:pid"

@@ -41,12 +41,11 @@ from exl2ray.model.blocks import Block, check_states
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.measure import Settings, profile_of, reference_pass, score_options
 from exl2ray.quant.quantize import quantize_after, quantize_head
-from exl2ray.store.layout import MEASURE, quant_kind
+from exl2ray.store.layout import MEASURE, REFERENCE_KIND, quant_kind
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.store.records import Record, item_file
 from exl2ray.store.tensors import put_tensors
 
-REFERENCE = "quant/reference"  # kind of the checkpoints of the source model's states on the quantisation rows
 PERPLEXITY = "perplexity"  # key of a record
 
 
@@ -238,7 +237,7 @@ class Worker:
         return self.context
 
     def _chain(self, rows: RowSet) -> Chain:
-        return Chain(MEASURE if rows == "measure" else REFERENCE, f"reference:{self.setup.calibration_sha256[:32]}")
+        return Chain(MEASURE if rows == "measure" else REFERENCE_KIND, f"reference:{self.setup.calibration_sha256[:32]}")
 
     def _result(
         self, key: str, begin: float, detail: str, payload: dict[str, Any], notes: tuple[str, ...] = ()

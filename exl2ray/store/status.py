@@ -12,8 +12,9 @@ from exl2ray.store.events import read_events
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store
 from exl2ray.store.job import JOB_FILE, StoredJob, decode_job
-from exl2ray.store.layout import CALIBRATION, MEASUREMENT, PLAN
+from exl2ray.store.layout import CALIBRATION, MEASUREMENT, NOT_MODULES, PLAN, REFERENCE_KIND
 from exl2ray.store.lock import LOCK_FILE, LockTiming, heartbeat_age, is_stale, read_holder
+from exl2ray.store.passes import PassStatus, passes
 
 _LAST_EVENTS = 20
 
@@ -22,9 +23,10 @@ _LAST_EVENTS = 20
 class WorkStatus:
     """``state``: "running" (a driver holds a live lock), "crashed" (a dead driver's lock), "stopped" (no lock).
 
-    ``records`` counts finished items (distinct keys) per kind ("measure", "quant/4.0"). ``holder`` describes the driver
-    in words. ``heartbeat_age_seconds`` compares the storage's time stamp with this machine's clock. ``problems`` lists
-    what is damaged; reading a status never raises for damage inside the directory, and never writes.
+    ``passes``: how far each pass of the job is, what its workers do, and what is left. ``records`` counts finished modules
+    (distinct keys) per kind ("measure", "quant/4.0"). ``holder`` describes the driver in words. ``heartbeat_age_seconds``
+    compares the storage's time stamp with this machine's clock. ``problems`` lists what is damaged; reading a status never
+    raises for damage inside the directory, and never writes.
     """
 
     root: str
@@ -32,6 +34,7 @@ class WorkStatus:
     job: StoredJob | None
     holder: str
     heartbeat_age_seconds: float | None
+    passes: tuple[PassStatus, ...]
     records: dict[str, int]
     has_calibration: bool
     has_measurement: bool
@@ -58,13 +61,15 @@ def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
     state = "stopped"
     if store.exists(LOCK_FILE):
         state = "crashed" if is_stale(store, holder, timing or LockTiming(), time.time) else "running"
+    records = _count_records(store)
     return WorkStatus(
         root=store.root,
         state=state,
         job=job,
         holder=str(holder or ""),
         heartbeat_age_seconds=heartbeat_age(store, time.time),
-        records=_count_records(store),
+        passes=tuple(passes(events, _wanted(job), _by_pass(records), state == "running", time.time())),
+        records=records,
         has_calibration=store.exists(CALIBRATION),
         has_measurement=store.exists(MEASUREMENT),
         has_plan=store.exists(PLAN),
@@ -73,10 +78,27 @@ def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
     )
 
 
+def _wanted(stored: StoredJob | None) -> list[str]:
+    """Names of the passes that the job consists of, in order."""
+    job = stored.job if stored is not None else {}
+    measure, quantize, output = (job.get(section, {}) for section in ("measure", "quantize", "output"))
+    names = [] if measure.get("measurement") else ["measure"]
+    if not output.get("measure_only"):
+        bits = [float(b) for b in quantize.get("bits") or ()]
+        names += [f"{step} {b}" for step in ("quantize", "compile") for b in bits]
+    return names
+
+
+def _by_pass(records: dict[str, int]) -> dict[str, int]:
+    return {kind.replace("quant/", "quantize ", 1): count for kind, count in records.items()}
+
+
 def _count_records(store: Store) -> dict[str, int]:
+    """Distinct modules by kind; not the records of calibration rows, saved states and perplexities."""
     items = set()
     for name in store.list("measure") + store.list("quant"):
         kind, _, file = name.rpartition("/records/")
-        if kind and file.endswith(".json"):
-            items.add((kind, file.removesuffix(".json").rpartition(".")[0]))
+        key = file.removesuffix(".json").rpartition(".")[0]
+        if kind and file.endswith(".json") and not NOT_MODULES.fullmatch(key) and kind != REFERENCE_KIND:
+            items.add((kind, key))
     return dict(sorted(Counter(kind for kind, _ in items).items()))

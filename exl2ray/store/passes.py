@@ -1,0 +1,152 @@
+"""How far the passes of a job are, told from its event log: for running and for dead jobs, on any machine.
+
+Events that are read (the driver writes them; ``fields`` of each):
+
+| name | fields | meaning |
+|---|---|---|
+| opened | changed | a driver began, perhaps with other settings |
+| stage | stage, items, done | it began a pass, or went on with one |
+| item | stage, key, done, items, seconds, worker, workers | an item is finished |
+| started | method, key, bits, worker | a worker was given something to do |
+| written | bits | the shards of a bitrate are complete |
+
+Events of other versions may lack fields or have others: what cannot be used is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from exl2ray.store.pace import Pace
+
+_MEASURE = "measure"  # name of the pass; others are "quantize 4.0" and "compile 4.0"
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """``items``: finished in the pass by this run of the driver. ``doing``: what it was last given, "" if that is done."""
+
+    name: str
+    items: int
+    seconds_per_item: float | None
+    doing: str
+
+
+@dataclass(frozen=True)
+class PassStatus:
+    """``state``: "waiting", "running", "stopped" (begun, and no driver is at it), "finished".
+
+    ``items`` is None while it is not known. ``eta_seconds`` is what is left: from now if the pass runs, else as of the
+    last sign of it, were it to go on. ``seconds`` is the time spent in the last run that worked on it.
+    """
+
+    name: str
+    state: str
+    done: int
+    items: int | None
+    queue: int | None
+    seconds: float | None = None
+    seconds_per_item: float | None = None
+    eta_seconds: float | None = None
+    workers: tuple[WorkerStatus, ...] = ()
+
+
+@dataclass
+class _Pass:
+    pace: Pace
+    run: int  # which opening of the directory
+    began: float
+    last: float
+    doing: dict[str, tuple[str, str]] = field(default_factory=dict)  # worker -> method, key
+
+
+def passes(
+    events: Iterable[Mapping[str, Any]], wanted: Sequence[str], records: Mapping[str, int], running: bool, now: float
+) -> list[PassStatus]:
+    """Status of the passes ``wanted`` (in order) and of all others in the log.
+
+    ``records``: finished modules by pass, where the log says nothing. ``now``: seconds since 1970.
+    """
+    found: dict[str, _Pass] = {}
+    run = 0
+    for event in events:
+        when, name, f = _seconds(event.get("time")), event.get("name"), event.get("fields")
+        if when is None or not isinstance(f, Mapping):
+            continue
+        if name == "opened":
+            run += 1
+            if f.get("changed"):  # the measurement stays, everything after it begins anew
+                found = {k: p for k, p in found.items() if k == _MEASURE}
+        elif name == "stage" and _counts(f):
+            found[str(f["stage"])] = _Pass(Pace(f["items"], f["done"], 1, when), run, when, when)
+        elif name == "item" and _counts(f) and str(f["stage"]) in found:
+            _item(found[str(f["stage"])], f, when)
+        elif name == "started" and isinstance(f.get("worker"), str):
+            p = found.get(_MEASURE if f.get("bits") is None else f"quantize {f['bits']}")
+            if p is not None and p.run == run and p.pace.left:
+                p.doing[f["worker"]] = (str(f.get("method")), str(f.get("key")))
+        elif name == "written":
+            found[f"compile {f.get('bits')}"] = _Pass(Pace(1, 1, 1, when), run, when, when)
+    names = [*wanted, *(n for n in found if n not in wanted)]
+    return [_status(n, found.get(n), records.get(n, 0), running, run, now) for n in names]
+
+
+def _item(p: _Pass, f: Mapping[str, Any], when: float) -> None:
+    worker, seconds, workers = f.get("worker"), f.get("seconds"), f.get("workers")
+    p.pace.finished(
+        f["done"], when,
+        worker if isinstance(worker, str) else "",
+        float(seconds) if isinstance(seconds, (int, float)) else 0.0,
+        workers if isinstance(workers, int) else 0,
+    )  # fmt: skip
+    p.last = when
+    key = str(f.get("key"))
+    p.doing = {w: d for w, d in p.doing.items() if d[1] != key}
+
+
+def _status(name: str, p: _Pass | None, records: int, running: bool, run: int, now: float) -> PassStatus:
+    if p is None:
+        return PassStatus(name, "stopped" if records else "waiting", records, None, None)
+    pace = p.pace
+    state = "finished" if not pace.left else "running" if running and p.run == run else "stopped"
+    until = max(now, p.last) if state == "running" else p.last
+    return PassStatus(
+        name=name,
+        state=state,
+        done=pace.done,
+        items=pace.items,
+        queue=pace.left,
+        seconds=until - p.began,
+        seconds_per_item=pace.seconds_per_item(),
+        eta_seconds=pace.eta_seconds(until) if pace.left else None,
+        workers=_workers(p, state),
+    )
+
+
+def _workers(p: _Pass, state: str) -> tuple[WorkerStatus, ...]:
+    """Those that finished something, and in a running pass those that were given something."""
+    done = {w.name: w for w in p.pace.workers()}
+    members = {member for name in done for member in name.split(" + ")}
+    names = [*done, *(w for w in sorted(p.doing) if state == "running" and w not in members)]
+    out = []
+    for name in names:
+        method, key = next((p.doing[m] for m in name.split(" + ") if m in p.doing), ("", ""))
+        doing = f"{method} {key}" if key and state == "running" else ""
+        w = done.get(name)
+        out.append(WorkerStatus(name, w.items if w else 0, w.seconds_per_item if w else None, doing))
+    return tuple(out)
+
+
+def _counts(f: Mapping[str, Any]) -> bool:
+    return all(isinstance(f.get(k), int) for k in ("items", "done")) and "stage" in f
+
+
+def _seconds(text: Any) -> float | None:
+    """Time of an event in seconds since 1970; None if it is none."""
+    try:
+        return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
