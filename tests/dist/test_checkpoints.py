@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import exl2ray.dist.checkpoints as checkpoints_module
 from exl2ray.dist.checkpoints import Chain, Checkpoints
 from exl2ray.store.local import LocalStore
-from exl2ray.store.records import Records
+from exl2ray.store.records import FileRef, Records
+from exl2ray.store.tensors import put_tensors
 
 CHAIN = Chain("measure", "reference:" + "ab" * 16)
 
@@ -73,6 +75,31 @@ def test_states_that_no_module_needs_any_more_are_removed(tmp_path: Path) -> Non
     checkpoints.save(CHAIN, 11, {None: states(11.0)}, keep_from=11)
     assert [loaded(checkpoints, i) for i in (9, 11)] == [None, 11]
     assert len(store.list("measure/states")) == len(store.list("measure/records")) == 1
+
+
+@pytest.mark.parametrize("save_seconds", [0.0, 0.5, 30.0])
+def test_saving_takes_a_twentieth_of_the_time_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_seconds: float
+) -> None:
+    """Whatever the disk: asked after every module of two seconds, for an hour, on a clock of our own."""
+    now, saving = 0.0, 0.0
+    monkeypatch.setattr(checkpoints_module.time, "monotonic", lambda: now)
+
+    def put(store: LocalStore, rel: str, tensors: dict[str, torch.Tensor]) -> FileRef:
+        nonlocal now, saving
+        now, saving = now + save_seconds, saving + save_seconds
+        return put_tensors(store, rel, tensors)
+
+    monkeypatch.setattr(checkpoints_module, "put_tensors", put)
+    checkpoints = Checkpoints(Records(LocalStore(str(tmp_path))), 10.0)
+    saves = 0
+    while now < 3600:
+        now += 2.0
+        if checkpoints.due():
+            saves += 1
+            checkpoints.save(CHAIN, saves, {None: states(0.0)}, keep_from=saves)
+    assert saving <= 0.05 * now + save_seconds
+    assert saves == pytest.approx(min(3600 / (12 + save_seconds), 0.05 * 3600 / save_seconds if save_seconds else 1e9), rel=0.25)
 
 
 def test_states_of_other_rows_or_choices_are_not_used(tmp_path: Path) -> None:
