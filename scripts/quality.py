@@ -61,8 +61,8 @@ from exl2ray.evaluate.sizes import model_size  # noqa: E402
 from exl2ray.evaluate.tokens import load_tokens  # noqa: E402
 from exl2ray.flags import recipe_from  # noqa: E402
 from exl2ray.formats.hf import SourceModel  # noqa: E402
+from exl2ray.planning import Plan  # noqa: E402
 from exl2ray.progress import Silent  # noqa: E402
-from exl2ray.steps import Plan  # noqa: E402
 
 # Set by this script, so no part of a variant.
 OURS = ("in_dir", "out_dir", "bits", "compile_full", "cal_dataset", "output_measurement", "measurement", "no_resume")

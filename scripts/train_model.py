@@ -1,0 +1,315 @@
+#!/usr/bin/env python3
+"""Train a model of 25 to 60 M parameters for `quality.py`, on text found on this machine. No network is needed.
+
+    python3 scripts/train_model.py --out /tmp/m34 --minutes 5                              # one H100
+    python3 scripts/train_model.py --out /tmp/toy --device cpu --minutes 0.3 --hidden 64 --intermediate 192 --layers 2 \\
+        --heads 2 --vocab 1024 --megabytes 4 --batch-tokens 2048 --eval-rows 4             # a trial
+
+Text: Python's standard library and installed packages (sources, stubs, documentation), manual pages, /usr/share/doc, the
+built-in calibration text. Files are de-duplicated by content (white space aside) and split by the hash of the end of their
+path, so that copies of a module in two packages fall on the same side: 2 % to evaluate, 2 % to calibrate on, the rest to
+train on. The weights kept are those with the lowest loss on some of the evaluation rows.
+
+Writes to --out: model.safetensors (float16), config.json, tokenizer files, eval-tokens.npy (rows of 1024),
+calibration.parquet and training.json. Needs torch, transformers, tokenizers, safetensors and pyarrow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import math
+import random
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from train_demo import BOS, CHAT_TEMPLATE, EOS, UNK, as_text, held_out_loss, loss_of  # noqa: E402
+
+from exl2ray.calibration.text import builtin_documents  # noqa: E402
+
+POSITIONS = 2048
+LENGTHS = (512, 1024, POSITIONS)  # of training rows, in turn: RoPE must have seen every distance that conversion uses
+EVAL_LENGTH = 1024
+PER_MILLE = {"eval": 20, "calibration": 20}  # of the files; the rest is for training
+SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
+SMALLEST, LARGEST = 400, 400_000  # characters of a file
+DIGITS, LINE = 0.15, 200  # share of digits and mean line length above which a file is a table of data
+TOKENIZER_CHARACTERS = 30_000_000
+DOCUMENT_TOKENS = 4096  # of one file in the evaluation rows at most
+SELECTION_ROWS = 16  # evaluation rows that choose the weights
+
+
+@dataclass(frozen=True)
+class File:
+    """``origin``: the package or folder it belongs to. ``side``: eval, calibration or train."""
+
+    origin: str
+    side: str
+    text: str
+
+
+def roots() -> list[tuple[Path, bool]]:
+    """(folder, whether files of any name are text) to look for text in."""
+    paths = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    paths |= {Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))}
+    paths |= set(Path("/usr/lib").glob("python3*")) | set(Path("/usr/local/lib").glob("python3*"))
+    out = [(p.resolve(), False) for p in sorted(paths) if p.is_dir()]
+    return out + [(Path(p), True) for p in ("/usr/share/doc", "/usr/share/man") if Path(p).is_dir()]
+
+
+def candidates() -> Iterator[tuple[str, Path]]:
+    """(origin, path) of files that may be text; a file under two roots comes once."""
+    seen: set[Path] = set()
+    for root, any_name in roots():
+        for path in sorted(root.rglob("*")):
+            usual = path.suffix in SUFFIXES
+            if path in seen or not (usual or any_name) or path.is_symlink() or not path.is_file():
+                continue
+            seen.add(path)
+            parts = path.relative_to(root).parts
+            # The standard library's folder holds that of the packages, which count one by one.
+            inner = next((i for i, p in enumerate(parts) if p in ("site-packages", "dist-packages")), -1)
+            yield parts[min(inner + 1, len(parts) - 1)], path
+
+
+def read(path: Path) -> str | None:
+    """The text of a file, None if it cannot be read or is not text worth learning."""
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (OSError, UnicodeDecodeError, EOFError):
+        return None
+    if not SMALLEST <= len(text) <= LARGEST or "\0" in text:
+        return None
+    digits = sum(c.isdigit() for c in text[:20_000]) / min(len(text), 20_000)
+    return None if digits > DIGITS or len(text) / (text.count("\n") + 1) > LINE else text
+
+
+def side_of(path: Path) -> str:
+    """Which part of the split a file belongs to, by the last two parts of its path."""
+    value = int.from_bytes(hashlib.sha256("/".join(path.parts[-2:]).encode()).digest()[:4], "big") % 1000
+    for side, share in PER_MILLE.items():
+        if value < share:
+            return side
+        value -= share
+    return "train"
+
+
+def collect(megabytes: float, package_megabytes: float, seed: int) -> list[File]:
+    """Files in random order, at most so many characters in all and of one package; none twice."""
+    found = list(candidates())
+    random.Random(seed).shuffle(found)
+    built_in = [(f"calibration/{d.kind}", Path(d.kind) / d.name, as_text(d).text) for d in builtin_documents()]
+    sizes: Counter[str] = Counter()
+    hashes: set[bytes] = set()
+    out: list[File] = []
+
+    def add(origin: str, path: Path, text: str) -> None:
+        content = hashlib.sha256(" ".join(text.split()).encode()).digest()
+        if content not in hashes and sizes[origin] + len(text) <= package_megabytes * 1e6:
+            hashes.add(content)
+            sizes[origin] += len(text)
+            out.append(File(origin, side_of(path), text))
+
+    for origin, path, text in built_in:
+        add(origin, path, text)
+    with ThreadPoolExecutor(16) as pool:
+        for first in range(0, len(found), 512):
+            part = found[first : first + 512]
+            for (origin, path), text in zip(part, pool.map(read, [p for _, p in part]), strict=True):
+                if text is not None:
+                    add(origin, path, text)
+            if sum(sizes.values()) > megabytes * 1e6:
+                break
+    random.Random(seed).shuffle(out)
+    return out
+
+
+def train_tokenizer(texts: Sequence[str], vocab: int) -> Tokenizer:
+    """Byte-level BPE with ``vocab`` tokens, from the first TOKENIZER_CHARACTERS characters."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[UNK, BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    chosen, characters = [], 0
+    for text in texts:
+        if characters >= TOKENIZER_CHARACTERS:
+            break
+        chosen.append(text)
+        characters += len(text)
+    tokenizer.train_from_iterator(chosen, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], most: int | None = None) -> np.ndarray:
+    """Ids (n,) uint16 of all texts one after the other, each cut to ``most`` tokens and between BOS and EOS."""
+    parts = []
+    for first in range(0, len(texts), 1000):  # a batch at a time: encodings are much larger than their ids
+        for e in tokenizer.encode_batch(list(texts[first : first + 1000]), add_special_tokens=False):
+            parts.append(np.array([1, *e.ids[:most], 2], dtype=np.uint16))
+    return np.concatenate(parts)
+
+
+def build(args: argparse.Namespace) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads, head_dim=args.hidden // args.heads,
+        max_position_embeddings=POSITIONS, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    ))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Losses in nats per token: of the last training steps before the best report, and of SELECTION_ROWS rows there."""
+
+    steps: int
+    tokens_seen: int
+    best_step: int
+    train_loss: float
+    held_out_loss: float
+    seconds: float
+
+
+def train(model: LlamaForCausalLM, stream: Tensor, eval_rows: Tensor, args: argparse.Namespace) -> Trained:
+    """AdamW, 3 % warm-up, cosine decay to a fiftieth, over --minutes. Leaves the best weights in ``model``.
+
+    stream: (n,) int32 ids; eval_rows: (R, EVAL_LENGTH) int64; both on the model's device.
+    """
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    norms = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=stream.is_cuda)
+    forward = torch.compile(model) if args.compile else model
+    offsets = torch.Generator().manual_seed(args.seed)
+    best, weights, losses = Trained(0, 0, 0, math.nan, math.inf, 0.0), {}, []
+    start, step, seen, reports, done = time.perf_counter(), 0, 0, 0, 0.0
+    model.train()
+    while done < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (done + 1e-3) / 0.03) * (0.51 + 0.49 * math.cos(math.pi * done))
+        length = LENGTHS[step % len(LENGTHS)]
+        first = torch.randint(0, len(stream) - length, (max(1, args.batch_tokens // length),), generator=offsets)
+        rows = stream[first[:, None].to(stream.device) + torch.arange(length, device=stream.device)].long()
+        loss = loss_of(forward, rows)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+        step, seen = step + 1, seen + rows.numel()
+        if step % 10 == 0 and stream.is_cuda:
+            torch.cuda.synchronize()  # else the clock runs ahead of the work
+        elapsed = time.perf_counter() - start
+        done = elapsed / (60 * args.minutes)
+        if done * args.reports >= reports + 1 or done >= 1:
+            reports += 1
+            mean, held = float(torch.stack(losses).mean()), held_out_loss(model, eval_rows)
+            losses.clear()
+            if not math.isfinite(mean) or not math.isfinite(held):
+                raise SystemExit(f"step {step}: training loss {mean}, held-out loss {held}; lower --lr")
+            mark = ""
+            if held < best.held_out_loss:
+                best, mark = Trained(step, seen, step, mean, held, elapsed), " *"
+                weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            print(f"step {step:5d}  {elapsed:5.0f} s  epoch {seen / len(stream):5.2f}  {seen / elapsed / 1e3:.0f}k tokens/s  "
+                  f"train {mean:.4f}  held out {held:.4f}{mark}", flush=True)  # fmt: skip
+    model.load_state_dict(weights)
+    model.eval()
+    return Trained(step, seen, best.best_step, best.train_loss, best.held_out_loss, time.perf_counter() - start)
+
+
+def save(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    """Float16 weights, config and tokenizer files."""
+    model.half().save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    # Loaders that do not know the spelling of transformers 5 read these two.
+    config |= {"rope_theta": 10000.0, "torch_dtype": "float16"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(str(out / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": UNK,
+        "model_max_length": POSITIONS, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True)
+    add("--minutes", type=float, default=5.0, help="of the training loop; text and tokenizer come before it")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in (("hidden", 512), ("intermediate", 1408), ("layers", 8), ("heads", 8), ("vocab", 8192)):
+        add(f"--{name}", type=int, default=value, help=f"({value})")
+    add("--kv-heads", type=int, help="as many as --heads if absent")
+    add("--megabytes", type=float, default=250.0, help="million characters of text at most (250)")
+    add("--package-megabytes", type=float, default=25.0, help="of one package (25)")
+    add("--batch-tokens", type=int, default=65536, help="tokens of a step (65536)")
+    add("--lr", type=float, default=2e-3)
+    add("--weight-decay", type=float, default=0.1)
+    add("--eval-rows", type=int, default=64, help="rows of 1024 tokens (64)")
+    add("--reports", type=int, default=20, help="reports of both losses (20)")
+    add("--compile", action="store_true", help="torch.compile; takes a minute or so of --minutes to start")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_args(arguments)
+    start = time.perf_counter()
+    torch.manual_seed(args.seed)
+    files = collect(args.megabytes, args.package_megabytes, args.seed)
+    texts = {side: [f.text for f in files if f.side == side] for side in ("train", *PER_MILLE)}
+    characters = {side: sum(map(len, some)) for side, some in texts.items()}
+    print(f"{len(files)} files; characters: {characters}; {time.perf_counter() - start:.0f} s", flush=True)
+    tokenizer = train_tokenizer(texts["train"], args.vocab)
+    ids, eval_ids = encode(tokenizer, texts["train"]), encode(tokenizer, texts["eval"], DOCUMENT_TOKENS)
+    if len(eval_ids) < args.eval_rows * EVAL_LENGTH:
+        raise SystemExit(f"only {len(eval_ids)} held-out tokens; {args.eval_rows} rows of {EVAL_LENGTH} are needed")
+    eval_array = eval_ids[: args.eval_rows * EVAL_LENGTH].reshape(-1, EVAL_LENGTH)
+    stream = torch.from_numpy(ids.astype(np.int32)).to(args.device)
+    eval_rows = torch.from_numpy(eval_array.astype(np.int64)).to(args.device)
+    print(f"{len(stream)} training tokens, {len(eval_ids)} held out; {time.perf_counter() - start:.0f} s", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    np.save(args.out / "eval-tokens.npy", eval_array)
+    pq.write_table(pa.table({"text": texts["calibration"]}), args.out / "calibration.parquet")
+
+    model = build(args).to(args.device)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count} parameters on {args.device}", flush=True)
+    trained = train(model, stream, eval_rows[:SELECTION_ROWS], args)
+    save(args.out, model, tokenizer)
+    final = held_out_loss(LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device), eval_rows)
+    print(f"held-out loss of the saved weights, all rows: {final:.4f}, perplexity {math.exp(final):.2f}; "
+          f"training loss {trained.train_loss:.4f}; {time.perf_counter() - start:.0f} s in all")  # fmt: skip
+    record = {**asdict(trained), "parameters": count, "training_tokens": len(stream), "files": len(files),
+              "characters": characters, "eval_loss": final,
+              "settings": {k: v for k, v in vars(args).items() if k != "out"}}  # fmt: skip
+    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
