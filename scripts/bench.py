@@ -36,7 +36,7 @@ from exl2ray.model.blocks import check_states, load_block
 from exl2ray.quant import pack as packing
 from exl2ray.quant.allocate import Slot, budget, solve
 from exl2ray.quant.measure import measure_block
-from exl2ray.quant.memory import settings_for
+from exl2ray.quant.memory import settings_for, states_fit
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 from exl2ray.quant.quantize import quantize_block, quantize_head
 from exl2ray.quant.solve import synchronize
@@ -100,7 +100,8 @@ def make_model(folder: Path, shape: ShapeSpec, layers: int = 1, vocab: int = 320
 
 
 class Bench:
-    def __init__(self, name: str, device: torch.device, repeat: int) -> None:
+    def __init__(self, name: str, device: torch.device, repeat: int, frugal: bool = False) -> None:
+        self.frugal = frugal  # source weights wait on the host, as they do in a conversion
         self.name, self.shape, self.device, self.repeat = name, SHAPES[name], device, repeat
         self.folder = tempfile.TemporaryDirectory()
         make_model(Path(self.folder.name), self.shape)
@@ -111,9 +112,12 @@ class Bench:
 
     def states(self, rows: int, tokens: int) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(1)
-        x = torch.empty(rows, tokens, self.shape.hidden, dtype=torch.float16, device=self.device)
+        """Random states, where a conversion would keep them."""
+        nbytes = 2 * rows * tokens * self.shape.hidden
+        on_device = self.device.type == "cpu" or states_fit(self.spec.modules, nbytes, tokens, self.device)
+        x = torch.empty(rows, tokens, self.shape.hidden, dtype=torch.float16, device=self.device if on_device else "cpu")
         for r in range(rows):
-            x[r] = torch.randn(tokens, self.shape.hidden, generator=generator, device=self.device)
+            x[r] = torch.randn(tokens, self.shape.hidden, generator=generator, device=self.device).half()
         return x
 
     def time(self, work: Callable[[], object]) -> tuple[float, float]:
@@ -170,11 +174,11 @@ class Bench:
             chosen = dict(zip(roles, table, strict=True))
             settings = settings_for(module, rows, tokens, self.device, 0.12)
             source = load_block(self.spec, module, self.source, self.device, self.dtype)
-            originals = dict(source.weights)
+            originals = {key: w.cpu() if self.frugal else w for key, w in source.weights.items()}
 
             def work(b=source, m=module, o=originals, c=chosen, s=settings) -> None:
                 for key, weight in o.items():
-                    b.weights[key] = weight
+                    b.weights[key] = weight.to(self.device)
                 quantize_block(b, x, {y.key: c[y.role] for y in m.linears}, s, check_states)
 
             seconds, first = self.time(work)
@@ -274,7 +278,7 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(args.vram_gb * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     rows: list[dict[str, object]] = []
     for name in args.shape.split(","):
-        bench = Bench(name, device, args.repeat)
+        bench = Bench(name, device, args.repeat, args.vram_gb is not None)
         for work in args.passes.split(","):
             if work == "measure":
                 bench.measure(args.measure_rows, args.tokens)

@@ -4,14 +4,17 @@ A Numba launch costs about 100 us from Python with the arguments of these kernel
 cost about a microsecond each. Layers of a model have equal shapes, so the recording pays from the second layer on.
 
 Policy: the first batch of a shape runs launch by launch (kernels must be compiled before a capture); the second is
-recorded if its buffers fit into what is left of `GRAPH_SHARE` of the device's memory, since they stay allocated. Nothing is
-ever evicted: a shape that does not fit goes on launch by launch, with the same results.
+recorded if its buffers fit into what is left of `GRAPH_SHARE` of the device's memory, since they stay allocated. A shape
+that does not fit goes on launch by launch, with the same results. Where memory runs out all the same, `with_room` drops the
+recordings and tries once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from exl2ray.cuda.device import device_bytes
 from exl2ray.cuda.solver import Batch, Shape
 
 GRAPH_SHARE = 0.2  # of the device's memory
+T = TypeVar("T")
 
 
 @dataclass
@@ -53,10 +57,33 @@ class GraphCache:
 CACHE = GraphCache()
 
 
+def with_room(work: Callable[[], T], cache: GraphCache = CACHE) -> T:
+    """``work()``; if the GPU runs out of memory, once more without recorded batches, whose buffers are then free.
+
+    Nothing is recorded from then on. Recorded or launched one by one, a batch has the same results.
+    """
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        if not cache.recorded:
+            raise
+    cache.clear()
+    cache.enabled = False
+    gc.collect()
+    torch.cuda.empty_cache()
+    return work()
+
+
 def run_batch(
     shape: Shape, r: Tensor | None, perm: Tensor, weights: Sequence[Tensor], bits: Tensor, cache: GraphCache = CACHE
 ) -> Batch:
     """Loads a problem into a batch of its shape and runs it; the results are in the batch's workspace."""
+    return with_room(lambda: _run_batch(shape, r, perm, weights, bits, cache), cache)
+
+
+def _run_batch(
+    shape: Shape, r: Tensor | None, perm: Tensor, weights: Sequence[Tensor], bits: Tensor, cache: GraphCache
+) -> Batch:
     found = cache.recorded.get(shape)
     if found is None and cache.enabled and shape in cache.seen and cache.room(shape):
         found = cache.recorded[shape] = _record(shape, r, perm, weights, bits)

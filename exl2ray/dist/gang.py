@@ -17,6 +17,7 @@ token rows and go forward through packed modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +153,7 @@ class Gang:
 
     def _module(self, item: ChainItem, module: ModuleSpec) -> tuple[dict[str, Any], str]:
         block = self.run.load(module)
-        trees = {group: TreeSum() for group in by_input(module.linears)}
+        trees = {group: TreeSum(self.run.sums_on_host(module)) for group in by_input(module.linears)}
         targets: dict[int, Tensor] = {}
         settings: dict[int, Settings] = {}
         others = {}
@@ -166,7 +167,7 @@ class Gang:
             else:
                 others[s] = share.other
         experts = self._coverage(module, trees)
-        files, notes = self._quantize_linears(item, block, trees)
+        writing, notes = self._quantize_linears(item, block, trees)
         errors: list[tuple[int, float]] = []
         outs: dict[int, Tensor] = {}
         for s, share in sorted(self.shares.items()):
@@ -178,7 +179,7 @@ class Gang:
         if experts:
             payload["experts"] = experts
             notes.insert(0, describe_coverage(experts))
-        self._commit(item, module, payload, files)
+        self._commit(item, module, payload, writing)
         self.shares = {s: Share(item.index + 1, out, others[s]) for s, out in outs.items()}
         if self.checkpoints.due():
             tensors: dict[int | None, dict[str, Tensor]] = {s: h.tensors() for s, h in self.shares.items()}
@@ -199,13 +200,17 @@ class Gang:
 
     def _quantize_linears(
         self, item: ChainItem, block: Block, trees: dict[str, TreeSum]
-    ) -> tuple[list[FileRef], list[str]]:
-        """Sums Hessians on their owners; quantises, writes and spreads the linears. All files, all notes, in order."""
+    ) -> tuple[dict[str, Future[FileRef]], list[str]]:
+        """Sums Hessians on their owners; quantises and spreads the linears, and starts to write them.
+
+        Returns the files of this member by input, as they will be, and all members' notes in order.
+        """
         module = block.module
         groups = by_input(module.linears)
         hessians, owners = self._reduce(module, groups, trees)
         settings = self.run.settings(module, torch.empty(1, self.run.rows("quantize").shape[1], 0), item.shrink)
-        mine: dict[str, tuple[FileRef, list[str]]] = {}
+        mine: dict[str, list[str]] = {}
+        writing: dict[str, Future[FileRef]] = {}
         packed: dict[str, dict[str, PackedLinear]] = {}
         for group, linears in groups.items():
             if owners[group] != self.comm.rank:
@@ -216,14 +221,15 @@ class Gang:
             key = f"{module.profile_key}.{group}" if len(groups) > 1 else module.profile_key
             rel = item_file(self.chain.kind, "tensors", key, item.hashes[item.index])
             tensors = {n: t for p in packed[group].values() for n, t in p.tensors().items()}
-            mine[group] = (put_tensors(self.run.store, rel, tensors), notes)
-        done: dict[str, tuple[FileRef, list[str]]] = {}
+            writing[group] = self.run.writer.submit(put_tensors, self.run.store, rel, tensors)
+            mine[group] = notes
+        done: dict[str, list[str]] = {}
         for member in self.comm.gather(mine):
             done.update(member)
         if self.comm.size > 1:
             for group, linears in groups.items():
                 self._spread(block, linears, packed.get(group), owners[group])
-        return [done[g][0] for g in groups], [n for g in groups for n in done[g][1]]
+        return writing, [n for g in groups for n in done[g]]
 
     def _coverage(self, module: ModuleSpec, trees: dict[str, TreeSum]) -> list[dict[str, float]]:
         """Tokens routed to each expert, over all members; empty for a dense module."""
@@ -237,9 +243,17 @@ class Gang:
         self, block: Block, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]
     ) -> Factor:
         if block.module.kind == "moe":
-            return expert_factor(block, hessians, group, settings, notes)
+            for name, own in hessians.items():  # an expert may borrow from all w1/w3, which are small
+                if name == group or name.startswith("w13."):
+                    own.h = own.h.to(self.run.device)
+            factor = expert_factor(block, hessians, group, settings, notes)
+            if not group.startswith("w13."):
+                del hessians[group]
+            return factor
+        own = hessians.pop(group)
+        own.h = own.h.to(self.run.device)
         where = f"{block.module.profile_key} ({group})" if block.module.kind != "head" else block.module.linears[0].key
-        return factorise(hessians[group], settings, where, notes, keeps_order(block.module, group))
+        return factorise(own, settings, where, notes, keeps_order(block.module, group))
 
     def _reduce(
         self, module: ModuleSpec, groups: dict[str, list[LinearSpec]], trees: dict[str, TreeSum]
@@ -256,7 +270,7 @@ class Gang:
                     continue
                 for node in sorted(counts[rank][group]):
                     if rank == self.comm.rank:
-                        self.comm.send(trees[group].take(node).h, owners[group])
+                        self.comm.send(trees[group].take(node).h.to(self.run.device), owners[group])
                     elif owners[group] == self.comm.rank:
                         received = HessianAccumulator(k, self.run.device)
                         self.comm.receive(received.h, rank)
@@ -295,11 +309,18 @@ class Gang:
             p = PackedLinear.from_tensors(linear.key, found.get)
             block.set_weight(linear.key, dequantize(p, self.run.device))
 
-    def _commit(self, item: ChainItem, module: ModuleSpec, payload: dict[str, Any], files: list[FileRef]) -> None:
-        """The first member writes the record; nobody goes on before it is durable."""
+    def _commit(
+        self, item: ChainItem, module: ModuleSpec, payload: dict[str, Any], writing: dict[str, Future[FileRef]]
+    ) -> None:
+        """Waits until all files are written; the first member writes the record. Nobody goes on before it is durable."""
+        mine = {group: future.result() for group, future in writing.items()}
+        files: dict[str, FileRef] = {}
+        for member in self.comm.gather(mine):
+            files.update(member)
         if self.comm.rank == 0:
             inputs_hash = item.hashes[item.index]
-            self.run.records.commit(Record(self.chain.kind, module.profile_key, inputs_hash, payload, tuple(files)))
+            ordered = tuple(files[group] for group in by_input(module.linears))
+            self.run.records.commit(Record(self.chain.kind, module.profile_key, inputs_hash, payload, ordered))
         self.comm.gather(None)
 
     # ---- head --------------------------------------------------------------------------------------------------
@@ -315,7 +336,7 @@ class Gang:
             for part in batches(share.x.shape[0], settings.batch_rows):
                 own.add(share.x[part].to(self.run.device).to(self.run.dtype), part.stop - part.start)
             tree.add(s, own)
-        files, notes = self._quantize_linears(item, block, {linear.input_group: tree})
+        writing, notes = self._quantize_linears(item, block, {linear.input_group: tree})
         after = []
         reported = sum(len(r) for r in self.other_rows)
         for s, share in self.shares.items():
@@ -328,7 +349,7 @@ class Gang:
             "notes": notes,
             "options": option_names(item.params),
         }
-        self._commit(item, module, payload, files)
+        self._commit(item, module, payload, writing)
         shown = ["not a number" if v is None else f"{v:.4g}" for v in (quantised, source)]
         return payload, f"perplexity {shown[0]} (source {shown[1]})"
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from exl2ray.cuda.device import device_bytes
 from exl2ray.dist.items import WorkerSetup
 from exl2ray.errors import NumericError, StoreError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.readahead import ReadAhead
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
-from exl2ray.model.weights import whole_tensors
+from exl2ray.model.weights import read_ahead, whole_tensors
 from exl2ray.quant.measure import Settings, batches
-from exl2ray.quant.memory import settings_for, states_on_device
+from exl2ray.quant.memory import settings_for, states_fit, sums_on_host
 from exl2ray.quant.pack import dequantize
 from exl2ray.store.fs import Store
 from exl2ray.store.records import Record, Records
@@ -35,9 +36,12 @@ class Runner:
         self.store = Store.open(setup.work_root)
         self.records = Records(self.store)
         self.source = SourceModel(setup.in_dir)
-        self.ahead = ReadAhead(self.source)
+        self.ahead = read_ahead(self.source, pin=self.device.type == "cuda")
         self.spec: ModelSpec = load_spec(self.source, setup.rope_scale, setup.rope_alpha)
         self._rows: dict[str, Tensor] = {}
+        self._homes: dict[int, torch.device] = {}
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # files, while the GPU goes on
+        self.crowded = False  # the GPU ran out of memory once: states stay on the host from then on
 
     def load(self, module: ModuleSpec) -> Block:
         """The module with its source weights. The next module's are read in the background meanwhile: most items follow
@@ -62,9 +66,13 @@ class Runner:
         s = replace(s, all_experts=self.setup.moe_all_experts)
         if shrink == 1:
             return s
+        if not self.crowded:
+            self.crowded = True
+            self._homes.clear()
         budget = None if s.budget_bytes is None else s.budget_bytes // shrink
         tokens = None if s.expert_tokens is None else max(1, s.expert_tokens // shrink)
-        return replace(s, batch_rows=max(1, s.batch_rows // shrink), budget_bytes=budget, expert_tokens=tokens)
+        rows = max(1, s.batch_rows // shrink)
+        return replace(s, batch_rows=rows, budget_bytes=budget, expert_tokens=tokens, offload=self.device.type == "cuda")
 
     def rows(self, name: str) -> Tensor:
         """Token ids (R, T) int64 of a set of calibration rows."""
@@ -77,8 +85,20 @@ class Runner:
         return self.place(self.load(self.spec.modules[0]).forward(self.rows(name)))
 
     def home(self, nbytes: int) -> torch.device:
-        """Where states of this size are kept: on the device, or on the host if they take too much of its memory."""
-        return self.device if states_on_device(nbytes, self.device) else torch.device("cpu")
+        """Where states of this size are kept: on the device if every module has room beside them, else on the host."""
+        if nbytes not in self._homes:
+            fits = states_fit(self.spec.modules, nbytes, self._longest, self.device) and not self.crowded
+            self._homes[nbytes] = self.device if fits else torch.device("cpu")
+        return self._homes[nbytes]
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest calibration row."""
+        return max(self.rows(name).shape[1] for name in ("measure", "quantize"))
+
+    def sums_on_host(self, module: ModuleSpec) -> bool:
+        """Whether partial sums of a module's Hessians have to leave the GPU."""
+        return self.device.type == "cuda" and sums_on_host(module, device_bytes(self.device))
 
     def place(self, x: Tensor) -> Tensor:
         """States where they are kept; on a CPU a copy."""

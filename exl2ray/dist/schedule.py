@@ -30,6 +30,7 @@ from exl2ray.dist.session import Lost, MissingArgument, Session
 from exl2ray.errors import ClusterError, Exl2RayError, StoreError
 
 POLL_SECONDS = 0.5
+MAX_SHRINK = 64  # of the batches of an item that ran out of memory; then a single row does not fit
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,11 @@ class Scheduler:
             self._last_error[call.key] = value.message
             flow.broken(worker, call)
         elif isinstance(value, WorkerOutOfMemory):
-            if flow.shrink.get(call.key, 1) > 1:
+            tried = flow.shrink.get(call.key, 1)
+            if tried >= MAX_SHRINK:
                 raise value
-            flow.shrink[call.key] = 4
-            self.event("retry", key=call.key, reason=f"{value.message}; once more with smaller batches")
+            flow.shrink[call.key] = 4 * tried
+            self.event("retry", key=call.key, reason=f"{value.message}; once more with batches {4 * tried} times smaller")
             flow.lost(worker, call, True)
         elif isinstance(value, StoreError):
             self._count(call, worker, value.message, value)

@@ -8,6 +8,9 @@ per share on the wire; letting the collective add them is cheapest and gives oth
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from exl2ray.errors import NumericError
 from exl2ray.quant.hessian import HessianAccumulator
 
@@ -26,10 +29,14 @@ def owner_shares(rank: int, size: int) -> range:
 
 
 class TreeSum:
-    """Adds up Hessians of shares as they come, in any order, along the tree."""
+    """Adds up Hessians of shares as they come, in any order, along the tree.
 
-    def __init__(self) -> None:
+    ``on_host``: sums that wait for their sibling do so in pinned host memory, for GPUs that cannot hold several.
+    """
+
+    def __init__(self, on_host: bool = False) -> None:
         self._nodes: dict[Node, HessianAccumulator] = {}
+        self._on_host = on_host
 
     def add(self, share: int, h: HessianAccumulator) -> None:
         self.add_node((0, share), h)
@@ -39,8 +46,11 @@ class TreeSum:
         level, position = node
         sibling = self._nodes.pop((level, position ^ 1), None)
         if sibling is None:
+            if self._on_host and h.h.is_cuda:
+                h.h = to_pinned(h.h)
             self._nodes[node] = h
             return
+        sibling.h = sibling.h.to(h.h.device)
         left, right = (sibling, h) if position % 2 else (h, sibling)
         left.h += right.h
         left.rows += right.rows
@@ -64,3 +74,8 @@ class TreeSum:
         if not self._nodes:
             raise NumericError("a Hessian without calibration rows")
         return next(iter(self._nodes.values()))
+
+
+def to_pinned(t: Tensor) -> Tensor:
+    """A copy of a GPU tensor in pinned host memory: several times quicker to fetch back than pageable memory."""
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,10 +16,15 @@ class ReadAhead:
     """A SourceModel that can fetch tensors in a background thread; `load` hands them out once and forgets them.
 
     Holds the tensors of the last `fetch` only: at most one module beside the one in use.
+    ``prepare(name, tensor)`` runs in the background too, and its result is handed out: checks, a copy to pinned memory.
+    What it raises comes up again when the tensor is read the plain way.
     """
 
-    def __init__(self, source: SourceModel) -> None:
-        self.source = source
+    def __init__(
+        self, source: SourceModel, prepare: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        self.source, self._prepare = source, prepare
+        self._prepared: set[str] = set()
         self.path: Path = source.path
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._fetched: dict[str, Future[torch.Tensor]] = {}
@@ -28,17 +33,29 @@ class ReadAhead:
         """Starts reading whole tensors; what an earlier call fetched and nobody took is dropped."""
         for future in self._fetched.values():
             future.cancel()
-        self._fetched = {name: self._pool.submit(self.source.load, name) for name in names if name in self.source}
+        self._fetched = {name: self._pool.submit(self._read, name) for name in names if name in self.source}
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self.source.load(name)
+        return tensor if self._prepare is None else self._prepare(name, tensor)
+
+    def prepared(self, name: str) -> bool:
+        """Whether the tensor of this name that `load` gave last went through ``prepare``."""
+        return name in self._prepared
 
     def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """As `SourceModel.load`; errors of the background read are raised by reading again."""
+        self._prepared.discard(name)
         future = self._fetched.pop(name, None) if rows is None else None
         if future is None or future.cancelled():
             return self.source.load(name, rows)
         try:
-            return future.result()
-        except (Exl2RayError, OSError):
+            tensor = future.result()
+        except (Exl2RayError, OSError, RuntimeError):
             return self.source.load(name)
+        if self._prepare is not None:
+            self._prepared.add(name)
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.source.shape(name)

@@ -92,8 +92,20 @@ def read_stored(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
             f"{source.path}: tensor {name} has dtype {source.dtype(name)}; float16, bfloat16 or float32 is needed",
             "the model is quantised already? Start from the original weights",
         )
-    check_weights(tensor, f"{source.path}: tensor {name}")
+    if not (isinstance(source, ReadAhead) and source.prepared(name)):
+        check_weights(tensor, f"{source.path}: tensor {name}")
     return tensor.t() if stored.transpose else tensor
+
+
+def read_ahead(source: SourceModel, pin: bool) -> ReadAhead:
+    """A reader whose background thread also checks weights and, for a GPU, puts them into pinned memory."""
+
+    def prepare(name: str, tensor: Tensor) -> Tensor:
+        if tensor.dtype in FLOAT_DTYPES:
+            check_weights(tensor, f"{source.path}: tensor {name}")
+        return tensor.pin_memory() if pin else tensor
+
+    return ReadAhead(source, prepare)
 
 
 def _cut(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:

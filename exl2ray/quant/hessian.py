@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.cuda.device import device_bytes
+from exl2ray.cuda.graphs import with_room
 from exl2ray.errors import NumericError
 
 DAMPING = 0.12  # of the mean of diag(H); the reference's value
@@ -109,7 +110,7 @@ def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1,
     for times in range(1, _ATTEMPTS + 1):
         for dtype in _precisions(h):
             attempts += 1
-            r = _upper_factor(h, rows, perm, step * times, dtype)
+            r = with_room(lambda d=step * times, t=dtype: _upper_factor(h, rows, perm, d, t))  # type: ignore[misc]
             if r is not None:
                 return Factor(perm, r, step * times, attempts)
     raise NumericError(

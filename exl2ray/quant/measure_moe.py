@@ -39,15 +39,17 @@ def measure_experts(
     rows = part_range(part, len(MOE_TABLE.rows))
     wanted = {role: {index[i] for i in rows} for role, (_, index) in columns.items()}
     candidates: list[dict[str, dict[int, Tensor]]] = []
+    report = coverage(block, hessians)
     for index, expert in enumerate(block.experts.experts):
         solved: dict[str, dict[int, Tensor]] = {}
         for group, members in ((f"w13.{index}", (expert.gate, expert.up)), (f"w2.{index}", (expert.down,))):
             factor = expert_factor(block, hessians, group, settings, notes)
+            if part == (0, 1) and not group.startswith("w13."):
+                del hessians[group]  # a whole table is scored once: what nobody borrows from makes room
             weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
             options = {m.role: columns[m.role][0] for m in members}
             solved.update(solve_wanted(factor, weights, options, settings.budget_bytes, wanted, settings.offload))
         candidates.append(solved)
-    report = coverage(block, hessians)
     notes.insert(0, describe_coverage(report))
     return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": report}
 

@@ -6,25 +6,30 @@ device batch alike and give the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from exl2ray.cuda.device import device_bytes
+from exl2ray.cuda.graphs import GRAPH_SHARE
 from exl2ray.formats.layout import pad32
-from exl2ray.quant.hessian import FLOAT64_ROWS
+from exl2ray.quant.hessian import DAMPING, FLOAT64_ROWS
 from exl2ray.quant.measure import Settings
 from exl2ray.quant.qparams import attention_options, mlp_options, unique
 from exl2ray.quant.solve import BYTES_PER_WEIGHT
 
 CPU_BATCH_TOKENS = 8192
 CPU_SOLVER_BYTES = 2 << 30
-# Shares of a GPU's memory: candidates of a module, one solver batch, activations of a forward, hidden states. Besides
-# these a module needs its weights, Hessians and, at factorisation, two K x K matrices; recorded graphs keep their buffers.
+# Shares of a GPU's memory: candidates of a module, one solver batch, activations of a forward. Besides these a module needs
+# its weights, Hessians and, at factorisation, two K x K matrices; recorded graphs keep their buffers.
 CANDIDATE_SHARE = 0.3
 SOLVER_SHARE = 0.2
 ACTIVATION_SHARE = 0.2
-STATES_SHARE = 0.35
+ROOM_SHARE = 0.95  # what modules, states and recorded graphs may take together; the rest is fragmentation
+STATE_SETS = 3
+PARTIAL_SUMS = 3  # of Hessians that wait for their sibling in the tree of shares
+SUMS_SHARE = 0.15
 EXPERT_SHARE = 0.1  # scoring of one expert's tokens
 OPTION_COUNTS = {  # distinct options in the tables, by role
     **dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), (14, 14, 15, 14), strict=True)),
@@ -50,23 +55,47 @@ def settings_within(module: Any, rows: int, tokens: int, total: int, damping: fl
     return Settings(damping, batch, solver, offload, _expert_tokens(module, total))
 
 
-def states_on_device(state_bytes: int, device: torch.device) -> bool:
-    """Whether hidden states stay on the GPU. A pass holds three sets of them: entry, target and output."""
-    return device.type == "cuda" and 3 * state_bytes <= STATES_SHARE * device_bytes(device)
+def states_fit(modules: Sequence[Any], state_bytes: int, tokens: int, device: torch.device) -> bool:
+    """Whether hidden states of ``state_bytes`` stay on the GPU: if the largest module has room beside them."""
+    return device.type == "cuda" and states_fit_within(modules, state_bytes, tokens, device_bytes(device))
+
+
+def states_fit_within(modules: Sequence[Any], state_bytes: int, tokens: int, total: int) -> bool:
+    """`states_fit` on a GPU of ``total`` bytes. A pass holds three sets of states: entry, target and output."""
+    worst = 0
+    for module in modules:
+        settings = settings_within(module, max(1, state_bytes // (2 * tokens * _hidden(module))), tokens, total, DAMPING)
+        partial = 0 if sums_on_host(module, total) else PARTIAL_SUMS * _hessian_bytes(module)
+        worst = max(worst, partial + max(peak_bytes(module, settings, tokens, 0).values()))
+    return worst + STATE_SETS * state_bytes <= (ROOM_SHARE - GRAPH_SHARE) * total
+
+
+def sums_on_host(module: Any, total: int) -> bool:
+    """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.dist.tree`), on ``total`` bytes."""
+    return PARTIAL_SUMS * _hessian_bytes(module) > SUMS_SHARE * total
+
+
+def _hessian_bytes(module: Any) -> int:
+    inputs = {x.input_group: x.in_features for x in module.linears}
+    return sum(4 * k * k for k in inputs.values())
+
+
+def _hidden(module: Any) -> int:
+    return min((x.in_features for x in module.linears), default=1)
 
 
 def peak_bytes(module: Any, settings: Settings, tokens: int, states_bytes: int) -> dict[str, int]:
     """Estimate of the most GPU memory that each stage of measuring a module takes, in bytes; on GPUs, from shapes.
 
-    states_bytes: of one set of hidden states if they are kept on the GPU, else 0. Stages: "reference" (forward and Hessians
+    states_bytes: of one set of hidden states if they are kept on the GPU, else 0; two of them count, entry and output.
+    Stages: "reference" (forward and Hessians
     of all inputs), "solve" (one input's factor and one solver batch, beside all Hessians and, unless they are offloaded, all
     candidates), "score" (one batch of rows, beside the candidates). The Hessians of experts stay until the end: one that saw
     few tokens borrows from all of them.
     """
     weights = sum(2 * x.in_features * x.out_features for x in module.linears)
     inputs = {x.input_group: x.in_features for x in module.linears}
-    hessians = sum(4 * k * k for k in inputs.values())
-    resident = weights + hessians + 2 * states_bytes
+    resident = weights + _hessian_bytes(module) + 2 * states_bytes
     candidates = 0 if settings.offload else _candidate_bytes(module)
     activations = settings.batch_rows * tokens * _bytes_per_token(module)
     largest = max(inputs.values(), default=0)

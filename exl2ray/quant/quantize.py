@@ -62,16 +62,21 @@ def quantize_after(
     settings: Settings,
     check: Callable[[Tensor, str], int],
 ) -> tuple[QuantizedModule, Tensor]:
-    """Second half of `quantize_block`, after `reference_pass`: the packed module and the states after it."""
+    """Second half of `quantize_block`, after `reference_pass`: the packed module and the states after it.
+
+    Takes Hessians out of ``hessians`` as it uses them, to make room.
+    """
     experts = coverage(block, hessians) if block.module.kind == "moe" else []
     notes = [describe_coverage(experts)] if experts else []
     packed: dict[str, PackedLinear] = {}
     for group, linears in by_input(block.module.linears).items():
         if block.module.kind == "moe":
             factor = expert_factor(block, hessians, group, settings, notes)
+            if not group.startswith("w13."):  # those of w1 and w3 may be borrowed from
+                del hessians[group]
         else:
             where = f"{block.module.profile_key} ({group})"
-            factor = factorise(hessians[group], settings, where, notes, keeps_order(block.module, group))
+            factor = factorise(hessians.pop(group), settings, where, notes, keeps_order(block.module, group))
         packed.update(quantize_group(block, linears, factor, params, settings))
     # A plain tensor per row batch: rows are independent, and the error needs both outputs of a row.
     out = torch.empty_like(x)

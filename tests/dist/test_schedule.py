@@ -149,9 +149,9 @@ def test_a_defect_is_raised_at_once() -> None:
     assert calls == ["enter"]
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_out_of_memory_is_tried_once_more_with_smaller_batches(times: int) -> None:
-    shrinks = []
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_out_of_memory_is_tried_again_with_ever_smaller_batches(times: int) -> None:
+    shrinks: list[int] = []
 
     def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
         if method == "enter" and args[0].index == 2:
@@ -162,13 +162,13 @@ def test_out_of_memory_is_tried_once_more_with_smaller_batches(times: int) -> No
 
     session = FakeSession(2, behave)
     log = Log(3, session)
-    if times == 2:
+    if times == 4:
         with pytest.raises(WorkerOutOfMemory):
             Scheduler(session, QUICK).run(log.fan)
     else:
         Scheduler(session, QUICK).run(log.fan)
         assert log.complete(3)
-    assert shrinks == [1, 4]
+    assert shrinks == [1, 4, 16, 64][: times + 1]
 
 
 def test_a_full_disk_on_one_machine_leaves_the_work_to_the_others() -> None:

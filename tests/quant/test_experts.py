@@ -16,7 +16,7 @@ from exl2ray.model.spec import LinearSpec, ModuleSpec, Stored
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.measure import Settings, reference_pass, score_options
 from exl2ray.quant.measure_moe import STARVED_SHARE, coverage, describe_coverage, shares_of, starved_experts
-from exl2ray.quant.memory import STATES_SHARE, peak_bytes, settings_within
+from exl2ray.quant.memory import peak_bytes, settings_within, states_fit_within
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.quantize import quantize_block
 
@@ -101,7 +101,7 @@ def test_expert_layers_fit_20_gb(rows: int, experts: int, hidden: int, width: in
     module, total = expert_layer(experts, hidden, width), 20 * GB
     settings = settings_within(module, rows, 2048, total, 0.12)
     states_bytes = rows * 2048 * hidden * 2
-    resident = states_bytes if 3 * states_bytes <= STATES_SHARE * total else 0
+    resident = states_bytes if states_fit_within([module], states_bytes, 2048, total) else 0
     peak = peak_bytes(module, settings, 2048, resident)
     assert set(peak) == {"reference", "solve", "score"}
     assert max(peak.values()) < total
