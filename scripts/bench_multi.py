@@ -89,7 +89,8 @@ def runs(model: Path, args: argparse.Namespace, gpus: int) -> dict[str, Any]:
             shutil.rmtree(old, ignore_errors=True)
         recipe = Recipe(
             in_dir=str(model), out_dir=str(work), bits=(args.bits,), length=args.length, measurement_length=args.length,
-            device=args.device, gpus=gpus, executor="ray", propagate=propagate, measurement=measurement, checkpoint_seconds=1e6,
+            device=args.device, gpus=gpus, executor="ray", propagate=propagate, measurement=measurement,
+            checkpoint_seconds=1e6,
             output_measurement=None if propagate in wanted else str(args.work / "m.json"),
             compile_full=str(work) + "-out" if propagate in wanted else None,
         )  # fmt: skip
