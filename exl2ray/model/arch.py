@@ -51,11 +51,17 @@ def find_arch(config: Mapping[str, Any]) -> Arch:
     return arch
 
 
-def load_spec(source: SourceModel, rope_scale: float | None = None, rope_alpha: float | None = None) -> ModelSpec:
+def load_spec(
+    source: SourceModel,
+    rope_scale: float | None = None,
+    rope_alpha: float | None = None,
+    misfits: list[SourceError] | None = None,
+) -> ModelSpec:
     """Describe the model in ``source``.
 
     rope_scale: linear RoPE factor, rope_alpha: NTK alpha; both replace what the config says and hold for calibration
-    only (the loader is told again by its user).
+    only (the loader is told again by its user). misfits: if given, gets an error for every tensor that is missing or has
+    the wrong shape, and the description is returned all the same; else the first few of them are raised as one.
 
     An EXL2 directory is described as well: its unquantised tensors are read as usual, its linears are those of
     ``Exl2Model`` (see ``load_block``), and a normalised head is not normalised again.
@@ -70,7 +76,11 @@ def load_spec(source: SourceModel, rope_scale: float | None = None, rope_alpha: 
     builder = ModuleBuilder(_as_converted(arch, source) if converted else _as_stored(arch, source), hyper, source)
     modules = builder.modules()
     copied = _copied(arch, source)
-    _check_source(modules, source, with_linears=not converted)
+    found = _misfits(modules, source, with_linears=not converted)
+    if misfits is None:
+        _raise_any(source, found)
+    else:
+        misfits += [SourceError(f"{source.path}: {text}", hint) for text, hint in found.items()]
     used = {s.name for m in modules for s in _stored(m)} | {c.source_name for c in copied}
     unused = () if converted else tuple(n for n in source.names() if n not in used)
     return ModelSpec(arch, hyper, modules, copied, builder.tied, _warnings(arch, hyper, unused), unused)
@@ -141,30 +151,33 @@ def _stored(module: ModuleSpec) -> list[Stored]:
     return linears + [p.stored for p in module.plain]
 
 
-def _check_source(modules: tuple[ModuleSpec, ...], source: SourceModel, with_linears: bool) -> None:
-    """Every tensor is there with its shape, and every linear has a size that the format can hold."""
-    problems = []
+def _misfits(modules: tuple[ModuleSpec, ...], source: SourceModel, with_linears: bool) -> dict[str, str]:
+    """What is wrong -> hint: tensors missing or of another shape; without any, linears of sizes that EXL2 cannot hold."""
+    found: dict[str, str] = {}  # a dict, since a fused tensor is part of several linears
+    hint = "the weights do not fit config.json, or are incomplete"
     for module in modules:
         for s in _stored(module) if with_linears else [p.stored for p in module.plain]:
             if s.name not in source:
-                problems.append(f"{s.name} is missing")
+                found[f"{s.name} is missing"] = hint
             elif not shape_fits(source.shape(s.name), s.shape):
-                problems.append(f"{s.name} has shape {source.shape(s.name)}, expected {s.shape}")
-    _raise_any(source, problems, "the weights do not fit config.json, or are incomplete")
+                found[f"{s.name} has shape {source.shape(s.name)}, expected {s.shape}"] = hint
+    if found:
+        return found
+    hint = f"EXL2 needs multiples of 32, and at most {MAX_IN_FEATURES} input features"
     for module in modules:
         for x in module.linears:
             if x.in_features % 32 or x.in_features > MAX_IN_FEATURES:
-                problems.append(f"{x.key} has {x.in_features} input features")
+                found[f"{x.key} has {x.in_features} input features"] = hint
             if x.out_features % 32 and module.kind != "head":
-                problems.append(f"{x.key} has {x.out_features} output features")
-    _raise_any(source, problems, f"EXL2 needs multiples of 32, and at most {MAX_IN_FEATURES} input features")
+                found[f"{x.key} has {x.out_features} output features"] = hint
+    return found
 
 
-def _raise_any(source: SourceModel, problems: list[str], hint: str) -> None:
-    if problems:
-        problems = list(dict.fromkeys(problems))  # a fused tensor is part of several linears
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise SourceError(f"{source.path}: {'; '.join(problems[:5])}{more}", hint)
+def _raise_any(source: SourceModel, found: Mapping[str, str]) -> None:
+    if found:
+        texts = list(found)
+        more = f"; and {len(texts) - 5} more" if len(texts) > 5 else ""
+        raise SourceError(f"{source.path}: {'; '.join(texts[:5])}{more}", found[texts[0]])
 
 
 def shape_fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
