@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from exl2ray.calibration.rows import Rows
-from exl2ray.calibration.show import describe_rows
+from exl2ray.calibration.show import describe_rows, preview
 from exl2ray.calibration.tokenizer import ModelTokenizer
 
 
@@ -21,3 +22,20 @@ def test_summary(tokenizer: ModelTokenizer) -> None:
     assert uniform.distinct == 128
     assert (noise.distinct, noise.first_words) == (0, "")
     assert view.distinct == len({*text.tolist(), *range(128)})
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("two  words\n\nand more", "two words and"),
+        ("x" * 44, "x" * 44),
+        ("x" * 45, "x" * 41 + "..."),
+        ("a" * 40 + " bcdef", "a" * 40 + "..."),  # no space before the dots
+        ("\u6a4b" * 23, "\u6a4b" * 20 + "..."),  # a Han character is two columns wide
+        ("e\u0301" * 44, "e\u0301" * 44),  # a combining accent none
+        ("\u6a4b\ufffd\ufffd", "\u6a4b"),
+        ("", ""),
+    ],
+)
+def test_preview_fits_the_table(text: str, line: str) -> None:
+    assert preview(text, words=3, columns=44) == line

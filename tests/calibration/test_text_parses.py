@@ -12,6 +12,7 @@ import csv
 import email
 import email.policy
 import json
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -95,6 +96,14 @@ def parse_html(text: str) -> None:
         raise ValueError(f"never closed: {parser.open}")
 
 
+def parse_conversation(text: str) -> None:
+    """JSON; Python and JSON code blocks inside the messages are read too."""
+    fence = re.compile(r"^```(python|json)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    for message in json.loads(text)["messages"]:
+        for language, block in fence.findall(message["content"]):
+            (parse_python if language == "python" else json.loads)(block)
+
+
 PARSERS: dict[str, Callable[[str], object]] = {
     ".csv": parse_csv,
     ".eml": parse_mail,
@@ -109,6 +118,7 @@ PARSERS: dict[str, Callable[[str], object]] = {
     ".yaml": parse_yaml,
     ".yml": parse_yaml,
 }
+CONVERSATIONS = sorted(p.name for p in (TEXT / "chat").iterdir())
 FILES = sorted(p.relative_to(TEXT).as_posix() for p in TEXT.rglob("*") if p.suffix in PARSERS)
 
 
@@ -116,6 +126,18 @@ FILES = sorted(p.relative_to(TEXT).as_posix() for p in TEXT.rglob("*") if p.suff
 def test_document_parses(name: str) -> None:
     path = TEXT / name
     PARSERS[path.suffix](path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_code_in_conversations_parses(name: str) -> None:
+    parse_conversation((TEXT / "chat" / name).read_text(encoding="utf-8"))
+
+
+def test_broken_code_in_a_conversation_is_noticed() -> None:
+    for block in ("```python\nx = (\n```", '```json\n{"a": }\n```'):
+        text = json.dumps({"messages": [{"role": "user", "content": f"Look:\n\n{block}\n"}]})
+        with pytest.raises((SyntaxError, ValueError)):
+            parse_conversation(text)
 
 
 def test_the_set_has_documents_of_each_format() -> None:
