@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from exl2ray.formats.layout import QParams, pad32
@@ -52,12 +54,12 @@ def slot_weights(spec: ModelSpec) -> int:
     return sum(x.in_features * pad32(x.out_features) for m in spec.modules if m.quantized for x in m.linears)
 
 
-def option_bits(module: ModuleSpec) -> list[tuple[list[int], int]]:
-    """(total bits of each option, weights) of every slot of a module, from the option tables alone."""
-    if not module.quantized:
-        return []
-    tables: list[tuple[tuple[str, ...], tuple[tuple[QParams, ...], ...]]] = []
-    roles = {x.role for x in module.linears}
+Tables = list[tuple[tuple[str, ...], tuple[tuple[QParams, ...], ...]]]  # (roles, rows with an option for each role)
+
+
+def option_tables(roles: Set[str]) -> Tables:
+    """The option tables of a module whose linears have these roles; two for a parallel block, none for the head."""
+    tables: Tables = []
     if "q_proj" in roles:
         tables.append((("q_proj", "k_proj", "v_proj", "o_proj"), attention_options()))
     if "up_proj" in roles:
@@ -65,18 +67,27 @@ def option_bits(module: ModuleSpec) -> list[tuple[list[int], int]]:
         tables.append(((("gate_proj",) if gated else ()) + ("up_proj", "down_proj"), mlp_options(gated)))
     if "w1" in roles:
         tables.append((MOE_TABLE.roles, MOE_TABLE.rows))
+    return tables
+
+
+def option_bits(module: ModuleSpec) -> list[tuple[list[int], int]]:
+    """(total bits of each option, weights) of every slot of a module, from the option tables alone."""
+    if not module.quantized:
+        return []
     out = []
-    for names, rows in tables:
-        linears = [x for x in module.linears if x.role in names]
-        bits = [
-            sum(
-                dict(zip(names, row, strict=True))[x.role].total_bits(x.in_features, pad32(x.out_features), x.has_bias)
-                for x in linears
-            )
-            for row in rows
-        ]
-        out.append((bits, sum(x.in_features * pad32(x.out_features) for x in linears)))
+    for names, rows in option_tables({x.role for x in module.linears}):
+        # Experts are many and alike: each size is looked at once.
+        counts = Counter((x.role, x.in_features, pad32(x.out_features), x.has_bias) for x in module.linears)
+        members = [(*size, count) for size, count in counts.items() if size[0] in names]
+        bits = [sum(c * total_bits(row[names.index(r)], k, n, bias) for r, k, n, bias, c in members) for row in rows]
+        out.append((bits, sum(c * k * n for _, k, n, _, c in members)))
     return out
+
+
+@cache
+def total_bits(params: QParams, in_features: int, out_features: int, has_bias: bool) -> int:
+    """`QParams.total_bits`, remembered: a model has few sizes and many linears."""
+    return params.total_bits(in_features, out_features, has_bias)
 
 
 def module_cost(module: ModuleSpec) -> float:
