@@ -75,6 +75,12 @@ def sums_on_host(module: Any, total: int) -> bool:
     return PARTIAL_SUMS * _hessian_bytes(module) > SUMS_SHARE * total
 
 
+def recorded_bytes(modules: Sequence[Any], total: int) -> int:
+    """At most what recorded solver batches of these modules keep on a GPU of ``total`` bytes, until memory runs out."""
+    groups = {(m.kind, x.input_group): _solver_bytes(m, x.input_group) for m in modules for x in m.linears}
+    return min(sum(groups.values()), int(GRAPH_SHARE * total))
+
+
 def _hessian_bytes(module: Any) -> int:
     inputs = {x.input_group: x.in_features for x in module.linears}
     return sum(4 * k * k for k in inputs.values())
