@@ -168,6 +168,12 @@ def _write_tensor(f: BinaryIO, entry: TensorEntry, path: Path) -> None:
     f.write(flat.view(torch.uint8).numpy().data)
 
 
+def side_files(source: str | Path) -> list[str]:
+    """Names of the files that `copy_side_files` copies, sorted."""
+    files = (p for p in Path(source).iterdir() if p.is_file() and not NOT_SIDE_FILES.fullmatch(p.name))
+    return sorted(p.name for p in files if p.name != "config.json")
+
+
 def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     """Copy what belongs to a model besides weights and config.json; returns the names.
 
@@ -181,10 +187,9 @@ def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     refuse_same_directory(source, target)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        files = sorted(p for p in source.iterdir() if p.is_file() and not NOT_SIDE_FILES.fullmatch(p.name))
+        names = side_files(source)
     except OSError as e:
         raise write_error(target, e) from e
-    names = [p.name for p in files if p.name != "config.json"]
     for name in names:
         with atomic_file(target / name) as out, (source / name).open("rb") as f:
             shutil.copyfileobj(f, out)
