@@ -12,6 +12,7 @@ recordings and tries once more.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -23,6 +24,7 @@ from exl2ray.cuda.device import device_bytes
 from exl2ray.cuda.solver import Batch, Shape
 
 GRAPH_SHARE = 0.2  # of the device's memory
+CAPTURING = threading.Lock()  # held during a capture, and by whoever allocates pinned memory in another thread
 T = TypeVar("T")
 
 
@@ -104,6 +106,7 @@ def _record(shape: Shape, r: Tensor | None, perm: Tensor, weights: Sequence[Tens
         batch.load(r, perm, weights, bits)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(shape.device)
-        with torch.cuda.graph(graph):
+        # Other threads may allocate pinned memory meanwhile: that would spoil a capture in the default mode.
+        with CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             batch.run()
     return _Recorded(batch, graph)

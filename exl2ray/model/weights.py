@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from exl2ray.cuda.graphs import CAPTURING
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.readahead import ReadAhead
@@ -103,7 +104,10 @@ def read_ahead(source: SourceModel, pin: bool) -> ReadAhead:
     def prepare(name: str, tensor: Tensor) -> Tensor:
         if tensor.dtype in FLOAT_DTYPES:
             check_weights(tensor, f"{source.path}: tensor {name}")
-        return tensor.pin_memory() if pin else tensor
+        if not pin:
+            return tensor
+        with CAPTURING:
+            return tensor.pin_memory()
 
     return ReadAhead(source, prepare)
 
