@@ -16,6 +16,8 @@ from exl2ray.config import Recipe
 from exl2ray.errors import CalibrationError, StoreError, UsageError
 from exl2ray.formats.shards import OUTPUT_NAME
 
+NCCL_SEGMENT_BYTES = 9_637_888  # of shared memory: what NCCL's own message asks for when a segment cannot be made
+
 
 def pick_device(recipe: Recipe) -> torch.device:
     """Where the workers compute: cuda if there is a usable GPU, else cpu; UsageError if a GPU was asked for in vain.
@@ -84,3 +86,16 @@ def check_output(directory: Path) -> None:
             f"{directory}: holds {foreign[0]}, which loaders would read as part of the model",
             "choose an empty output directory (-cf), or move that file away",
         )
+
+
+def check_shared_memory(gpus: int) -> None:
+    """StoreError if /dev/shm has too little room for NCCL between this many GPUs of one machine."""
+    hint = "in Docker: docker run --shm-size=1g; in Kubernetes: an emptyDir with medium Memory on /dev/shm"
+    what = f"{gpus} GPUs that work on one model exchange Hessians and weights through it"
+    try:
+        stats = os.statvfs("/dev/shm")
+    except OSError as e:
+        raise StoreError(f"/dev/shm: {e.strerror}; {what}", hint) from e
+    free, wanted = stats.f_bavail * stats.f_frsize, 2 * gpus * NCCL_SEGMENT_BYTES
+    if free < wanted:
+        raise StoreError(f"/dev/shm: {free / 1e6:.0f} MB are free of the {wanted / 1e6:.0f} MB needed; {what}", hint)

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from exl2ray.calibration.parquet import parquet_rows
-from exl2ray.calibration.rows import Rows, builtin_rows
-from exl2ray.calibration.tokenizer import load_tokenizer
-from exl2ray.checks import check_output, file_hash, pick_device, pick_executor, versions
+from exl2ray.checks import file_hash, pick_executor, versions
 from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.convert import OutputSummary
 from exl2ray.dist.chains import ChainPlan, Chains, Link
@@ -25,24 +22,17 @@ from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem, Quantize
 from exl2ray.dist.schedule import Flow, Limits, Scheduler
 from exl2ray.dist.session import Session, open_session
 from exl2ray.dist.worker import PERPLEXITY, Worker, describe, measure_record
-from exl2ray.errors import NumericError, UsageError
-from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import LinearShape, QParams, pad32
+from exl2ray.errors import NumericError
+from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import (
     Measurement,
     ModuleProfile,
-    check_against,
-    read_measurement,
     write_measurement,
 )
-from exl2ray.formats.shards import (
-    refuse_same_directory,
-)
-from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.planning import Plan, allocate, module_cost, option_bits, slot_weights
+from exl2ray.plan.problems import examine, row_sizes
+from exl2ray.planning import Plan, allocate, module_cost, slot_weights
 from exl2ray.progress import Reporter
-from exl2ray.quant.allocate import check_reachable
 from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.quant.qparams import head_option
@@ -55,7 +45,6 @@ from exl2ray.writing import OutputWriter
 
 CALIBRATION_KEY = "calibration"  # record of the rows of tokens; every job has one
 HIGH_PERPLEXITY, BROKEN_PERPLEXITY, BROKEN_RATIO = 30.0, 1000.0, 10.0
-BUILTIN_PERPLEXITY_ROWS = 19  # rows of the built-in measurement set, as the reference reports it
 
 
 class Job:
@@ -66,61 +55,22 @@ class Job:
 
     def __init__(self, recipe: Recipe, reporter: Reporter, dry: bool = False) -> None:
         self.recipe, self.reporter, self.dry = recipe, reporter, dry
-        self.source = SourceModel(recipe.in_dir)
-        self.spec: ModelSpec = load_spec(self.source, recipe.rope_scale, recipe.rope_alpha)
-        self.device = pick_device(recipe)
+        found = examine(recipe)
+        found.raise_any()
+        if found.source is None or found.spec is None or found.device is None:
+            raise AssertionError("checks without a problem leave nothing out")
+        self.source, self.device, self.rows = found.source, found.device, found.rows
+        self.spec: ModelSpec = found.spec
+        self._measurement_given = found.measurement
         self.limits = Limits()
         self._session: Session | None = None
         self._scheduler: Scheduler | None = None
-        self._measurement_given: Measurement | None = None
-        self._check()
-
-    # ---- opening -----------------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        """Everything that would stop the run and can be known now; raises before any heavy work."""
-        recipe, spec = self.recipe, self.spec
-        for bits in recipe.bits:
-            directory = recipe.output_dir(bits)
-            if directory is not None:
-                refuse_same_directory(recipe.in_dir, directory)
-                check_output(Path(directory))
-        if "://" in recipe.out_dir and recipe.compile_full is None and recipe.output_measurement is None:
-            raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
-        if "://" not in recipe.out_dir:
-            refuse_same_directory(recipe.in_dir, recipe.out_dir)
-        tables = [slot for module in spec.modules for slot in option_bits(module)]
-        for bits in recipe.bits:
-            check_reachable(bits, tables)
-        if recipe.measurement is not None:
-            self._measurement_given = read_measurement(recipe.measurement)
-            check_against(self._measurement_given, *self._expected())
-        self.tokenizer = load_tokenizer(recipe.in_dir, self.source.config, spec.hyper.vocab_size)
-        self.rows = self._make_rows()
-        for warning in spec.warnings:
+        for warning in self.spec.warnings:
             self.reporter.event("warning", message=warning)
         for note in sorted({n for rows in self.rows.values() for n in rows.notes}):
             self.reporter.event("note", message=note)
 
-    def _make_rows(self) -> dict[str, Rows]:
-        recipe, hyper = self.recipe, self.spec.hyper
-        lengths = {"measure": recipe.measurement_length, "quantize": recipe.length}
-        out: dict[str, Rows] = {}
-        for name, length in lengths.items():
-            if recipe.cal_dataset is None:
-                out[name] = builtin_rows(
-                    self.tokenizer, "measure" if name == "measure" else "quantize", length, recipe.seed,
-                    hyper.vocab_size, noise=self.spec.arch.noise_rows is not None, chat_rows=recipe.chat_rows,
-                    max_positions=hyper.max_seq_len,
-                )  # fmt: skip
-            else:
-                flags = ("-mr", "-ml") if name == "measure" else ("-r", "-l")
-                rows = recipe.measurement_rows if name == "measure" else recipe.dataset_rows
-                out[name] = parquet_rows(
-                    recipe.cal_dataset, self.tokenizer, rows, length, *flags, hyper.vocab_size,
-                    max_positions=hyper.max_seq_len,
-                )  # fmt: skip
-        return out
+    # ---- opening -----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Job:
         recipe = self.recipe
@@ -182,7 +132,6 @@ class Job:
         """The workers; started on first use, so that a finished job starts none."""
         if self._session is None:
             recipe = self.recipe
-            given = recipe.cal_dataset is not None
             setup = WorkerSetup(
                 in_dir=str(Path(recipe.in_dir).resolve()),
                 work_root=self.work.store.root,
@@ -194,7 +143,7 @@ class Job:
                 checkpoint_seconds=recipe.checkpoint_seconds,
                 calibration=CALIBRATION,
                 calibration_sha256=self.calibration_sha256,
-                perplexity_rows=recipe.measurement_rows if given else BUILTIN_PERPLEXITY_ROWS,
+                perplexity_rows=row_sizes(recipe, self.rows).reported,
                 threads=torch.get_num_threads(),  # sums depend on it, so it does not depend on the number of workers
                 nonce=self.work.nonce_check(),
                 versions=versions(),
@@ -224,15 +173,6 @@ class Job:
 
     def _measured(self) -> list[ModuleSpec]:
         return [m for m in self.spec.modules if m.quantized]
-
-    def _expected(self) -> tuple[list[str], dict[str, dict[str, list[LinearShape]]]]:
-        """What a measurement of this model must hold: entries, and the linears of each role."""
-        shapes: dict[str, dict[str, list[LinearShape]]] = {}
-        for module in self._measured():
-            roles = shapes.setdefault(module.profile_key, {})
-            for x in module.linears:
-                roles.setdefault(x.role, []).append(LinearShape(x.in_features, x.out_features, x.has_bias))
-        return [m.profile_key for m in self.spec.modules if m.kind != "embedding"], shapes
 
     def measure(self) -> Measurement:
         """Profiles of all modules, measured or (with -m) read from a file."""

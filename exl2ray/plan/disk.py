@@ -1,0 +1,109 @@
+"""Room on disks: what a conversion still has to write into the work directory and the output, and what is free there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exl2ray.config import Recipe, bpw_name
+from exl2ray.errors import StoreError
+from exl2ray.formats.shards import OUTPUT_NAME, side_files
+from exl2ray.model.spec import ModelSpec
+from exl2ray.plan.memory import RowSizes, state_bytes
+from exl2ray.plan.sizes import OutputSize
+from exl2ray.store.layout import quant_kind
+
+FILE_BYTES = 4096  # of a record, and of the header of a file of packed tensors: more than most take
+STATE_COPIES = 2  # a checkpoint is written before the one before it goes
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """What is still to be written to one place. least_bytes: what is certain; bytes: with checkpoints of hidden states.
+
+    free_bytes: None where that cannot be known (object stores). device: which file system it is.
+    """
+
+    what: str
+    path: str
+    least_bytes: int
+    bytes: int
+    free_bytes: int | None
+    device: int | None
+
+
+def disk_needs(recipe: Recipe, spec: ModelSpec, sizes: Sequence[OutputSize], rows: RowSizes) -> list[DiskNeed]:
+    """Needs of the work directory and of each output, less what an earlier run left there to be used or replaced."""
+    modules = sum(m.quantized for m in spec.modules)
+    tokens = rows.measure[0] * rows.measure[1] + rows.quantize[0] * rows.quantize[1]
+    least = most = 8 * tokens
+    if recipe.measurement is None:
+        most += modules * FILE_BYTES + STATE_COPIES * state_bytes(spec, rows.measure)
+    outputs = []
+    for size in () if recipe.output_measurement is not None else sizes:
+        done = _bytes_in(Path(recipe.out_dir) / quant_kind(size.bits) / "tensors")
+        least += max(0, size.packed_low_bytes - done)
+        states = state_bytes(spec, rows.quantize) + state_bytes(spec, (rows.reported, rows.quantize[1]))
+        most += max(0, size.packed_high_bytes - done) + len(spec.linears) * FILE_BYTES + STATE_COPIES * states
+        directory = recipe.output_dir(size.bits)
+        if directory is not None:
+            outputs.append(_need(f"output {bpw_name(size.bits)}", directory, *_output(recipe, directory, size)))
+        elif recipe.out_dir:
+            here = _existing_output(Path(recipe.out_dir))
+            least, most = least + max(0, size.low_bytes - here), most + max(0, size.high_bytes - here)
+    work = [_need("work directory", recipe.out_dir, least, max(least, most))] if recipe.out_dir else []
+    return work + outputs
+
+
+def check_disks(needs: Sequence[DiskNeed]) -> list[StoreError]:
+    """An error for every file system that cannot hold what is certain to be written to it."""
+    errors = []
+    for device in dict.fromkeys(n.device for n in needs if n.device is not None):
+        here = [n for n in needs if n.device == device]
+        needed, free = sum(n.least_bytes for n in here), here[0].free_bytes or 0
+        if needed > free:
+            places = " and ".join(f"{n.path} ({n.what}, {n.least_bytes / 1e9:.2f} GB)" for n in here)
+            errors.append(
+                StoreError(
+                    f"too little disk space: {places} {'need' if len(here) == 1 else 'together need'} "
+                    f"{needed / 1e9:.2f} GB or more, {free / 1e9:.2f} GB are free",
+                    "free space, or put the work directory (-o) or the output (-cf) on another disk",
+                )
+            )
+    return errors
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that exists."""
+    path = path.absolute()
+    while not path.exists() and path.parent != path:
+        path = path.parent
+    return path
+
+
+def _need(what: str, path: str, least: int, most: int) -> DiskNeed:
+    if "://" in path:
+        return DiskNeed(what, path, least, most, None, None)
+    place = existing_parent(Path(path))
+    try:
+        stats = os.statvfs(place)
+        return DiskNeed(what, path, least, most, stats.f_bavail * stats.f_frsize, place.stat().st_dev)
+    except OSError:
+        return DiskNeed(what, path, least, most, None, None)
+
+
+def _output(recipe: Recipe, directory: str, size: OutputSize) -> tuple[int, int]:
+    """(least, most) bytes to write into an output directory. An earlier output there is replaced."""
+    here = _existing_output(Path(directory))
+    files = sum((Path(recipe.in_dir) / name).stat().st_size for name in side_files(recipe.in_dir))
+    return max(0, size.low_bytes + files - here), max(0, size.high_bytes + files - here)
+
+
+def _existing_output(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.glob("output*.safetensors") if OUTPUT_NAME.fullmatch(p.name))
+
+
+def _bytes_in(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.glob("*.safetensors"))

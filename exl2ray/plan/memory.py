@@ -1,0 +1,192 @@
+"""Memory of one worker in each pass, from shapes. What a GPU holds at a time depends on its size: see `exl2ray.quant.memory`.
+
+These are estimates of peaks, made to be a little high: allocators round up, and not every buffer lives to the end of its
+stage. A GPU that is too small for a batch is not the end: after running out of memory a module is tried with smaller ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import pad32
+from exl2ray.formats.tensorfile import DTYPES
+from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.quant.measure import Settings
+from exl2ray.quant.memory import (
+    CPU_BATCH_TOKENS,
+    CPU_SOLVER_BYTES,
+    PARTIAL_SUMS,
+    STATE_SETS,
+    peak_bytes,
+    recorded_bytes,
+    settings_within,
+    states_fit_within,
+    sums_on_host,
+)
+
+GPU_BASE_BYTES = 3 << 30  # main memory of a worker before it loads anything: Python, torch, the CUDA libraries
+CPU_BASE_BYTES = 700 << 20
+# A linear that is being quantised for good, per weight: error float32, sorted copy float32, result twice in half precision,
+# integers twice; then its decoded packing is compared with the result in float32.
+SOLVED_BYTES = 14
+COMPARED_BYTES = 19
+LOGIT_BYTES = 12  # per logit of one calibration row: half precision, float32, its softmax
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """Calibration rows of the two passes: (rows, tokens), and how many rows have their perplexity reported."""
+
+    measure: tuple[int, int]
+    quantize: tuple[int, int]
+    reported: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that one worker takes in a pass. gpu_bytes: None on CPUs. module: the one that takes it."""
+
+    stage: str  # "measure", "quantize" or "head"
+    module: str
+    gpu_bytes: int | None
+    ram_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def peaks(spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu_bytes: int | None, damping: float) -> list[Peak]:
+    """Peaks of measuring, quantising and of the head, on a GPU of ``gpu_bytes`` or (None) on CPUs.
+
+    On a GPU that has the room, recorded solver batches of earlier modules count too.
+    """
+    modules = _distinct(m for m in spec.modules if m.quantized)
+    head = spec.modules[-1]
+    found = [
+        _worst(modules, lambda m: _measure(spec, source, m, rows.measure, gpu_bytes, damping)),
+        _worst(modules, lambda m: _quantize(spec, source, m, rows, gpu_bytes, damping)),
+        replace(_quantize(spec, source, head, rows, gpu_bytes, damping), stage="head"),
+    ]
+    if gpu_bytes is None:
+        return found
+    recorded = recorded_bytes(modules, gpu_bytes)
+    return [replace(p, gpu_bytes=_beside(p.gpu_bytes or 0, recorded, gpu_bytes)) for p in found]
+
+
+def _beside(needed: int, recorded: int, total: int) -> int:
+    """Recordings are dropped when memory runs out, so together they never take more than there is."""
+    return max(needed, min(needed + recorded, total))
+
+
+def state_bytes(spec: ModelSpec, rows: tuple[int, int]) -> int:
+    """Hidden states of a set of rows between two modules."""
+    return prod(rows) * spec.hyper.hidden_size * DTYPES["F32" if spec.hyper.state_dtype == "float32" else "F16"].itemsize
+
+
+def _distinct(modules: Iterable[ModuleSpec]) -> list[ModuleSpec]:
+    """One module of every shape."""
+    found: dict[object, ModuleSpec] = {}
+    for m in modules:
+        found.setdefault((m.kind, tuple((x.role, x.in_features, x.out_features) for x in m.linears)), m)
+    return list(found.values())
+
+
+def _worst(modules: Sequence[ModuleSpec], peak: Callable[[ModuleSpec], Peak]) -> Peak:
+    """The largest of each figure; module and notes are those of the largest on the GPU."""
+    found = [peak(m) for m in modules]
+    most = max(found, key=lambda p: (p.gpu_bytes or 0, p.ram_bytes))
+    notes = dict.fromkeys(n for p in found for n in p.notes)
+    return replace(most, ram_bytes=max(p.ram_bytes for p in found), notes=tuple(notes))
+
+
+def _measure(
+    spec: ModelSpec, source: SourceModel, module: ModuleSpec, rows: tuple[int, int], gpu: int | None, damping: float
+) -> Peak:
+    states = state_bytes(spec, rows)
+    if gpu is None:
+        settings = _cpu_settings(rows, damping)
+        most = max(peak_bytes(module, settings, rows[1], states).values()) + _cpu_extra(module, settings, rows[1])
+        return Peak("measure", module.profile_key, None, CPU_BASE_BYTES + most + states + _source_bytes(source, module))
+    settings = settings_within(module, *rows, gpu, damping)
+    fits = states_fit_within(spec.modules, states, rows[1], gpu)
+    most = max(peak_bytes(module, settings, rows[1], states if fits else 0).values())
+    notes, ram = _kept_on_host(spec, fits, states)
+    if settings.offload:
+        notes.append("candidate weights in main memory")
+        ram += _candidate_bytes(module)
+    return Peak("measure", module.profile_key, most, ram + 2 * _source_bytes(source, module), tuple(notes))
+
+
+def _quantize(
+    spec: ModelSpec, source: SourceModel, module: ModuleSpec, rows: RowSizes, gpu: int | None, damping: float
+) -> Peak:
+    """A module (or the head) as one worker quantises it on what the quantised modules before it produce."""
+    r, tokens = rows.quantize
+    states = state_bytes(spec, rows.quantize)
+    others = 2 * state_bytes(spec, (min(r, rows.reported), tokens))  # of the source model, before and after the module
+    settings = _cpu_settings(rows.quantize, damping) if gpu is None else settings_within(module, r, tokens, gpu, damping)
+    hessians = _hessian_bytes(module)
+    partial = PARTIAL_SUMS * hessians
+    forward = peak_bytes(module, settings, tokens, 0)["reference"]
+    if module.kind == "head":
+        forward = max(forward, forward - hessians + LOGIT_BYTES * tokens * module.linears[0].out_features)
+    solve = _weight_bytes(module) + hessians + max(_solving(module, g) for g in {x.input_group for x in module.linears})
+    if gpu is None:
+        most = max(forward + partial, solve) + STATE_SETS * states + others
+        ram = CPU_BASE_BYTES + most + _cpu_extra(module, settings, tokens) + _source_bytes(source, module)
+        return Peak("quantize", module.profile_key, None, ram)
+    fits = states_fit_within(spec.modules, states, tokens, gpu)
+    notes, ram = _kept_on_host(spec, fits, states + others // STATE_SETS)
+    if sums_on_host(module, gpu):
+        notes.append("sums of Hessians in main memory")
+        ram += partial
+        partial = 0
+    most = max(forward + partial, solve) + (STATE_SETS * states + others if fits else 0)
+    return Peak("quantize", module.profile_key, most, ram + 2 * _source_bytes(source, module), tuple(notes))
+
+
+def _kept_on_host(spec: ModelSpec, fits: bool, states: int) -> tuple[list[str], int]:
+    """(notes, main memory) of a GPU worker."""
+    if fits:
+        return [], GPU_BASE_BYTES
+    return ["hidden states in main memory"], GPU_BASE_BYTES + STATE_SETS * states
+
+
+def _cpu_settings(rows: tuple[int, int], damping: float) -> Settings:
+    return Settings(damping, max(1, min(rows[0], CPU_BATCH_TOKENS // rows[1])), CPU_SOLVER_BYTES)
+
+
+def _cpu_extra(module: ModuleSpec, settings: Settings, tokens: int) -> int:
+    """CPUs compute in float32: weights and activations take twice what `peak_bytes` counts."""
+    reference = peak_bytes(module, settings, tokens, 0)["reference"]
+    return reference - _hessian_bytes(module)
+
+
+def _solving(module: ModuleSpec, group: str) -> int:
+    """Factorisation and solution of the linears on one input, then the check of the largest of them."""
+    linears = [x for x in module.linears if x.input_group == group]
+    k = linears[0].in_features
+    weights = [k * pad32(x.out_features) for x in linears]
+    return max(12 * k * k, 4 * k * k + SOLVED_BYTES * sum(weights), COMPARED_BYTES * max(weights) + 5 * sum(weights))
+
+
+def _weight_bytes(module: ModuleSpec) -> int:
+    return sum(2 * x.in_features * x.out_features for x in module.linears)
+
+
+def _hessian_bytes(module: ModuleSpec) -> int:
+    return sum(4 * k * k for k in {x.input_group: x.in_features for x in module.linears}.values())
+
+
+def _candidate_bytes(module: ModuleSpec) -> int:
+    """As measuring keeps them: all distinct options of all linears, in half precision."""
+    without_activations = peak_bytes(module, Settings(budget_bytes=0), 0, 0)
+    return without_activations["score"] - without_activations["reference"]
+
+
+def _source_bytes(source: SourceModel, module: ModuleSpec) -> int:
+    """A module's tensors as stored; those of the next one are read meanwhile."""
+    names = {x.weight.name for x in module.linears}
+    used = 4 * sum(x.in_features * x.out_features for x in module.linears)  # of a fused tensor perhaps only a part
+    return min(used, sum(source.nbytes(name) for name in names if name in source))

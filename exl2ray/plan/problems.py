@@ -1,0 +1,285 @@
+"""Everything that would stop a conversion and can be known before it starts: `plan` lists it all, `convert` refuses to start.
+
+Each check stands alone, so that one problem does not hide the next; only what cannot be looked at without the failed one is
+left out (no tokenizer, no calibration rows).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from exl2ray.calibration.parquet import parquet_rows
+from exl2ray.calibration.rows import ROW_SETS, Rows, builtin_rows
+from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
+from exl2ray.checks import check_output, check_shared_memory, pick_device, pick_executor
+from exl2ray.config import Recipe
+from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
+from exl2ray.formats.hf import SourceModel, weight_files
+from exl2ray.formats.hfconfig import read_config
+from exl2ray.formats.layout import LinearShape
+from exl2ray.formats.measurement import Measurement, check_against, read_measurement
+from exl2ray.formats.shards import refuse_same_directory
+from exl2ray.formats.tensorfile import TensorFile
+from exl2ray.model.arch import load_spec
+from exl2ray.model.spec import ModelSpec
+from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs, existing_parent
+from exl2ray.plan.memory import RowSizes
+from exl2ray.plan.scan import scan_values, stored_names
+from exl2ray.plan.sizes import OutputSize, size_range
+from exl2ray.planning import option_bits
+from exl2ray.quant.allocate import check_reachable
+from exl2ray.store.workdir import WorkDir
+
+T = TypeVar("T")
+BUILTIN_PERPLEXITY_ROWS = 19  # rows of the built-in measurement set, as the reference reports it
+BUILTIN_ROWS = tuple(sum(getattr(s, plan) for s in ROW_SETS) for plan in ("measure", "quantize"))
+MANY = ("tensors", "values")  # topics whose problems come in numbers: a checkpoint without a layer lacks a dozen
+SHOWN_TENSORS = 5  # in the message of an error; `plan` lists more
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that would stop a conversion. ``topic``: what to look at, e.g. "tensors", "disk"."""
+
+    topic: str
+    error: Exl2RayError  # as a conversion raises it
+
+
+@dataclass
+class Examination:
+    """What the checks found. Without problems everything is there; with some, what they leave to be known."""
+
+    device: torch.device | None = None
+    source: SourceModel | None = None
+    spec: ModelSpec | None = None
+    measurement: Measurement | None = None  # of -m
+    tokenizer: ModelTokenizer | None = None
+    rows: dict[str, Rows] = field(default_factory=dict)  # "measure", "quantize"
+    disks: list[DiskNeed] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def attempt(self, topic: str, check: Callable[[], T]) -> T | None:
+        """The result of a check, or None and a problem more."""
+        try:
+            return check()
+        except Exl2RayError as e:
+            self.add(topic, [e])
+            return None
+
+    def add(self, topic: str, errors: Sequence[Exl2RayError]) -> None:
+        """Notes problems; the same one found twice is one (a file that both passes read)."""
+        known = {p.error.message for p in self.problems}
+        self.problems += [Problem(topic, e) for e in errors if e.message not in known]
+
+    def has(self, *topics: str) -> bool:
+        return any(p.topic in topics for p in self.problems)
+
+    def raise_any(self) -> None:
+        """Raises the problem, or all of them as one error of the first one's kind. Of many tensors some are named."""
+        errors: list[Exl2RayError] = []
+        for topic, group in groupby(self.problems, key=lambda p: p.topic):
+            some = [p.error for p in group]
+            errors += [_joined(some, f"{self.source.path}: ")] if topic in MANY and self.source is not None else some
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            texts = [f"{i}. {e.message}" + (f"\n   {e.hint}" if e.hint else "") for i, e in enumerate(errors, 1)]
+            count = f"{len(errors)} problems would stop this conversion:\n"
+            raise type(errors[0])(count + "\n".join(texts), "`exl2ray plan` with the same flags lists them again")
+
+
+def _joined(errors: Sequence[Exl2RayError], prefix: str) -> Exl2RayError:
+    texts = [e.message if i == 0 else e.message.removeprefix(prefix) for i, e in enumerate(errors[:SHOWN_TENSORS])]
+    more = f"; and {len(errors) - SHOWN_TENSORS} more" if len(errors) > SHOWN_TENSORS else ""
+    return type(errors[0])("; ".join(texts) + more, errors[0].hint)
+
+
+def examine(recipe: Recipe) -> Examination:
+    """All checks, in seconds; raises nothing that is a problem of model, data, flags or disks."""
+    found = Examination()
+    _examine_source(found, recipe)
+    device = found.device = found.attempt("device", lambda: pick_device(recipe))
+    _examine_directories(found, recipe)
+    spec, source = found.spec, found.source
+    if spec is not None and recipe.output_measurement is None:
+        tables = [slot for module in spec.modules for slot in option_bits(module)]
+        for bits in recipe.bits:
+            found.attempt("bitrate", lambda b=bits: check_reachable(b, tables))  # type: ignore[misc]
+    if recipe.measurement is not None:
+        found.measurement = found.attempt("measurement", lambda: _measurement(recipe.measurement or "", spec))
+    _examine_calibration(found, recipe)
+    if source is not None:
+        names = source.names() if spec is None else stored_names(spec)
+        found.add("values", scan_values(source, names, recipe.seed))
+    if not found.has("tensors", "bitrate"):  # without these, sizes are not known
+        _examine_disks(found, recipe)
+    if device is not None:
+        found.attempt("shared memory", lambda: _check_shared_memory(recipe, device))
+    return found
+
+
+def row_sizes(recipe: Recipe, rows: dict[str, Rows]) -> RowSizes:
+    """Sizes of the calibration rows; where there are none, as the recipe asks for them."""
+    given = recipe.cal_dataset is not None
+    sizes = {
+        "measure": (recipe.measurement_rows if given else BUILTIN_ROWS[0], recipe.measurement_length),
+        "quantize": (recipe.dataset_rows if given else BUILTIN_ROWS[1], recipe.length),
+        **{name: (r.ids.shape[0], r.ids.shape[1]) for name, r in rows.items()},
+    }
+    return RowSizes(sizes["measure"], sizes["quantize"], recipe.measurement_rows if given else BUILTIN_PERPLEXITY_ROWS)
+
+
+def size_ranges(recipe: Recipe, spec: ModelSpec, source: SourceModel) -> list[OutputSize]:
+    return [size_range(spec, source, b, recipe.head_bits, recipe.shard_size << 20) for b in recipe.bits]
+
+
+# ---- the model --------------------------------------------------------------------------------------------------------
+
+
+def _examine_source(found: Examination, recipe: Recipe) -> None:
+    try:
+        source = found.source = SourceModel(recipe.in_dir)
+    except SourceError as e:
+        found.add("source", _broken_files(Path(recipe.in_dir)) or [e])
+        return
+    misfits: list[SourceError] = []
+    found.spec = found.attempt(
+        "architecture", lambda: load_spec(source, recipe.rope_scale, recipe.rope_alpha, misfits)
+    )
+    found.add("tensors", misfits)
+
+
+def _broken_files(directory: Path) -> list[Exl2RayError]:
+    """Every file of a model directory that cannot be read; nothing if each of them can."""
+    errors: list[Exl2RayError] = []
+    if not directory.is_dir():
+        return errors
+    checks: list[Callable[[], Any]] = [lambda: read_config(directory / "config.json")]
+    try:
+        checks += [lambda f=f: TensorFile(f) for f in weight_files(directory)]  # type: ignore[misc]
+    except SourceError as e:
+        errors.append(e)
+    for check in checks:
+        try:
+            check()
+        except SourceError as e:
+            errors.append(e)
+    return errors
+
+
+def _vocabulary(found: Examination) -> int | None:
+    """Rows of the model's embedding, also for an architecture that is not known."""
+    if found.spec is not None:
+        return found.spec.hyper.vocab_size
+    config = found.source.config if found.source is not None else {}
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, dict) else {}):
+        if type(level.get("vocab_size")) is int:
+            return int(level["vocab_size"])
+    return None
+
+
+def expected_measurement(spec: ModelSpec) -> tuple[list[str], dict[str, dict[str, list[LinearShape]]]]:
+    """What a measurement of this model must hold: entries, and the linears of each role."""
+    shapes: dict[str, dict[str, list[LinearShape]]] = {}
+    for module in spec.modules:
+        if module.quantized:
+            roles = shapes.setdefault(module.profile_key, {})
+            for x in module.linears:
+                roles.setdefault(x.role, []).append(LinearShape(x.in_features, x.out_features, x.has_bias))
+    return [m.profile_key for m in spec.modules if m.kind != "embedding"], shapes
+
+
+def _measurement(path: str, spec: ModelSpec | None) -> Measurement:
+    measurement = read_measurement(path)
+    if spec is not None:
+        check_against(measurement, *expected_measurement(spec))
+    return measurement
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _examine_calibration(found: Examination, recipe: Recipe) -> None:
+    vocabulary = _vocabulary(found)
+    if found.source is None or vocabulary is None:
+        return
+    config = found.source.config
+    tokenizer = found.attempt("tokenizer", lambda: load_tokenizer(recipe.in_dir, config, vocabulary))
+    found.tokenizer = tokenizer
+    if tokenizer is None:
+        return
+    for name in ("measure", "quantize"):
+        rows = found.attempt("calibration", lambda n=name: _rows(found, recipe, tokenizer, vocabulary, n))  # type: ignore[misc]
+        if rows is not None:
+            found.rows[name] = rows
+
+
+def _rows(found: Examination, recipe: Recipe, tokenizer: ModelTokenizer, vocabulary: int, name: str) -> Rows:
+    measuring, spec = name == "measure", found.spec
+    length = recipe.measurement_length if measuring else recipe.length
+    longest = spec.hyper.max_seq_len if spec is not None else None
+    if recipe.cal_dataset is None:
+        noise = spec is not None and spec.arch.noise_rows is not None
+        return builtin_rows(
+            tokenizer, "measure" if measuring else "quantize", length, recipe.seed, vocabulary, noise=noise,
+            chat_rows=recipe.chat_rows, max_positions=longest,
+        )  # fmt: skip
+    flags = ("-mr", "-ml") if measuring else ("-r", "-l")
+    count = recipe.measurement_rows if measuring else recipe.dataset_rows
+    return parquet_rows(recipe.cal_dataset, tokenizer, count, length, *flags, vocabulary, max_positions=longest)
+
+
+# ---- directories and machine ------------------------------------------------------------------------------------------
+
+
+def _examine_directories(found: Examination, recipe: Recipe) -> None:
+    for bits in recipe.bits:
+        directory = recipe.output_dir(bits)
+        if directory is not None:
+            found.attempt("output", lambda d=directory: _check_target(recipe, d))  # type: ignore[misc]
+    found.attempt("work directory", lambda: _check_work(recipe))
+
+
+def _check_target(recipe: Recipe, directory: str) -> None:
+    refuse_same_directory(recipe.in_dir, directory)
+    check_output(Path(directory))
+
+
+def _check_work(recipe: Recipe) -> None:
+    """A directory of ours, or one that can be made. What an existing job says is looked at when it is opened."""
+    if "://" in recipe.out_dir:
+        if recipe.compile_full is None and recipe.output_measurement is None:
+            raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
+        return
+    if not recipe.out_dir:  # `plan` without -o
+        return
+    refuse_same_directory(recipe.in_dir, recipe.out_dir)
+    place = existing_parent(Path(recipe.out_dir))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise StoreError(f"{recipe.out_dir}: {place} is not a directory that can be written", "choose another -o")
+    if not recipe.no_resume:
+        WorkDir.read_job(recipe.out_dir)
+
+
+def _examine_disks(found: Examination, recipe: Recipe) -> None:
+    spec, source = found.spec, found.source
+    if spec is None or source is None:
+        return
+    found.disks = disk_needs(recipe, spec, size_ranges(recipe, spec, source), row_sizes(recipe, found.rows))
+    found.add("disk", check_disks(found.disks))
+
+
+def _check_shared_memory(recipe: Recipe, device: torch.device) -> None:
+    """Several GPUs of one machine talk through /dev/shm; a cluster's machines are looked at by their own workers."""
+    local = not (recipe.ray_address or os.environ.get("RAY_ADDRESS"))
+    gpus = recipe.gpus or (torch.cuda.device_count() if device.type == "cuda" else 0)
+    if local and device.type == "cuda" and gpus > 1 and pick_executor(recipe, device) == "ray":
+        check_shared_memory(gpus)

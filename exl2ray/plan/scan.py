@@ -1,0 +1,104 @@
+"""A look at the values of the weights: a seeded sample of every tensor, in seconds also for hundreds of gigabytes.
+
+A conversion checks every value when it reads a tensor; the sample finds a broken checkpoint before hours of work, if what is
+broken is more than a few values.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from exl2ray.errors import SourceError
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.tensorfile import DTYPES, TensorInfo
+from exl2ray.model.spec import ModelSpec
+from exl2ray.model.weights import FLOAT_DTYPES, check_weights
+
+PIECE_BYTES = 4096
+MOST_PIECES = 16  # of a tensor
+READS = 16384  # of all tensors, on a model with very many
+_THREADS = 8
+
+
+def stored_names(spec: ModelSpec) -> list[str]:
+    """Tensors of the source that a conversion reads and checks, each once."""
+    linears = [s for x in spec.linears for s in (x.weight, x.bias) if s is not None]
+    plain = [p.stored for m in spec.modules for p in m.plain]
+    return list(dict.fromkeys(s.name for s in linears + plain))
+
+
+def scan_values(source: SourceModel, names: Sequence[str], seed: int = 0) -> list[SourceError]:
+    """What `exl2ray.model.weights.check_weights` says of samples: NaN, infinity, values beyond float16, other dtypes.
+
+    ``names`` that the source lacks are left out. Tensors up to MOST_PIECES pieces of PIECE_BYTES are read whole. The same
+    seed looks at the same places.
+    """
+    infos = [source.info(name) for name in names if name in source]
+    pieces = max(1, min(MOST_PIECES, READS // max(1, len(infos))))
+    with ThreadPoolExecutor(_THREADS) as pool:  # waiting for the disk or the network is what takes time
+        found = pool.map(lambda part: _scan(source, part, pieces, seed), _by_file(infos))
+    return [e for errors in found for e in errors]
+
+
+def _by_file(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
+    out: dict[Any, list[TensorInfo]] = {}
+    for info in infos:
+        out.setdefault(info.file, []).append(info)
+    return [sorted(part, key=lambda i: i.begin) for part in out.values()]
+
+
+def _scan(source: SourceModel, infos: Sequence[TensorInfo], pieces: int, seed: int) -> list[SourceError]:
+    """Tensors of one file."""
+    errors = []
+    try:
+        handle = os.open(infos[0].file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        return [SourceError(f"{infos[0].file}: cannot be read: {e.strerror or e}")]
+    try:
+        for info in infos:
+            try:
+                _check(source, info, handle, pieces, seed)
+            except SourceError as e:
+                errors.append(e)
+    finally:
+        os.close(handle)
+    return errors
+
+
+def _check(source: SourceModel, info: TensorInfo, handle: int, pieces: int, seed: int) -> None:
+    where = f"{source.path}: tensor {info.name}"
+    dtype = DTYPES[info.dtype]
+    if dtype not in FLOAT_DTYPES:
+        raise SourceError(
+            f"{where} has dtype {info.dtype}; float16, bfloat16 or float32 is needed",
+            "the model is quantised already? Start from the original weights",
+        )
+    starts, size = _places(info, dtype.itemsize, pieces, seed)
+    raw = bytearray()
+    for start in starts:
+        try:
+            piece = os.pread(handle, size, info.begin + start)
+        except OSError as e:
+            raise SourceError(f"{where}: cannot be read: {e.strerror or e}") from e
+        if len(piece) != size:
+            raise SourceError(f"{where}: {info.file} ends early; it was longer when opened")
+        raw += piece
+    if len(raw) < info.nbytes:
+        where += f" ({len(raw) // dtype.itemsize} of its {info.nbytes // dtype.itemsize} values looked at)"
+    check_weights(torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype), where)
+
+
+def _places(info: TensorInfo, item_bytes: int, pieces: int, seed: int) -> tuple[list[int], int]:
+    """(byte offsets in the tensor, bytes of each piece): one piece at random in each of equal parts of the tensor."""
+    if info.nbytes <= pieces * PIECE_BYTES:
+        return [0], info.nbytes
+    rng = random.Random(f"{seed}/{info.name}")
+    part = info.nbytes // pieces
+    starts = [i * part + rng.randrange(part - PIECE_BYTES + 1) // item_bytes * item_bytes for i in range(pieces)]
+    return [s // item_bytes * item_bytes for s in starts], PIECE_BYTES

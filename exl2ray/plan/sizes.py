@@ -1,0 +1,179 @@
+"""Bytes of the output, from headers alone: every tensor with the name, dtype and shape that `exl2ray.writing` gives it.
+
+With the options of all linears the result is exact, file by file. Before a measurement only the option tables are known:
+then the size lies between two bounds that hold as long as a larger option of a module is a better one, since the allocation
+leaves no bits unused that would buy anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import QParams, pad32
+from exl2ray.formats.shards import TensorEntry, header_bytes, plan_shards
+from exl2ray.model.spec import LinearSpec, ModelSpec, PlainTensor
+from exl2ray.model.weights import output_tensors
+from exl2ray.planning import option_bits, option_tables, slot_weights, total_bits
+from exl2ray.quant.allocate import budget
+from exl2ray.quant.qparams import head_option
+
+FILE_OVERHEAD = 8 + 2 + 7  # of a further shard: header length, braces, padding to a multiple of 8
+
+
+@dataclass(frozen=True)
+class OutputSize:
+    """Bytes of output*.safetensors at one bitrate; equal bounds if ``exact``.
+
+    packed: bytes of the quantised linears, head included (what the work directory holds too). achieved_bpw, files: bits per
+    weight of the decoder and the sizes of the files, where the options are known.
+    """
+
+    bits: float
+    low_bytes: int
+    high_bytes: int
+    packed_low_bytes: int
+    packed_high_bytes: int
+    achieved_bpw: float | None = None
+    files: tuple[int, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        return bool(self.files)
+
+
+def exact_size(
+    spec: ModelSpec, source: SourceModel, bits: float, params: Mapping[str, QParams], limit_bytes: int
+) -> OutputSize:
+    """Size with the option of every linear, head included. params: key -> option. limit_bytes: of a shard, 0 for one file."""
+    entries = output_entries(spec, source, {x.key: _extent(x, (params[x.key],)) for x in spec.linears})
+    plan = plan_shards([e.nbytes for e in entries], limit_bytes)
+    files = tuple(_file_bytes([entries[i] for i in indices]) for indices in plan)
+    decoder = [x for m in spec.modules if m.quantized for x in m.linears]
+    packed = sum(_bits(x, params[x.key]) for x in spec.linears) // 8
+    achieved = sum(_bits(x, params[x.key]) for x in decoder) / slot_weights(spec)
+    return OutputSize(bits, sum(files), sum(files), packed, packed, achieved, files)
+
+
+def size_range(spec: ModelSpec, source: SourceModel, bits: float, head_bits: int, limit_bytes: int) -> OutputSize:
+    """Bounds of the size at a reachable bitrate, from the option tables."""
+    head = spec.modules[-1].linears[0]
+    fixed = _bits(head, head_option(head_bits)) // 8
+    low_bits, high_bits = allocated_range(spec, bits)
+    packed = (low_bits // 8 + fixed, high_bits // 8 + fixed)
+    options = _options(spec, head_bits)
+    small, large = (
+        output_entries(spec, source, {x.key: _extent(x, options[x.role], choice) for x in spec.linears})
+        for choice in (min, max)
+    )
+    rest = sum(e.nbytes for e in output_entries(spec, source, {}))
+    sizes = [p + rest for p in packed]
+    single = limit_bytes <= 0 or sum(e.nbytes for e in large) <= limit_bytes
+    low_header = len(header_bytes(small)) if single else _least_headers(small)
+    shards = 1 if single else 2 * -(-sizes[1] // limit_bytes) + len(large) * (max(e.nbytes for e in large) > limit_bytes)
+    high_header = len(header_bytes(large)) + (shards - 1) * FILE_OVERHEAD
+    return OutputSize(bits, sizes[0] + low_header, sizes[1] + high_header, *packed)
+
+
+def allocated_range(spec: ModelSpec, bits: float) -> tuple[int, int]:
+    """(least, most) bits of all decoder linears that an allocation at ``bits`` can have."""
+    slots = [sorted(b) for module in spec.modules for b, _ in option_bits(module)]
+    floor, ceiling = sum(s[0] for s in slots), sum(s[-1] for s in slots)
+    high = min(budget(slot_weights(spec), bits), ceiling)
+    if high == ceiling:
+        return high, high
+    # What is left does not buy the next larger option of any module, so it is less than the largest of all steps.
+    step = max(b - a for s in slots for a, b in pairwise(s))
+    return max(floor, high - step), high
+
+
+def output_entries(
+    spec: ModelSpec, source: SourceModel, extents: Mapping[str, tuple[int, int]]
+) -> list[TensorEntry]:
+    """Every tensor of the output in order. ``extents``: linear key -> (rows of q_weight, groups); others are left out."""
+    out = []
+    for entry in output_tensors(spec):
+        if entry.linear is not None and entry.linear.key in extents:
+            out += linear_entries(entry.linear, *extents[entry.linear.key])
+        elif entry.plain is not None:
+            out.append(_entry(entry.name, "F16", plain_shape(entry.plain, source)))
+        elif entry.copied is not None:
+            name = entry.copied.source_name
+            out.append(_entry(entry.name, source.dtype(name), source.shape(name)))
+    return out
+
+
+def linear_entries(linear: LinearSpec, packed_rows: int, groups: int) -> list[TensorEntry]:
+    """Tensors of one quantised linear, in the order of `exl2ray.formats.exl2.PackedLinear.tensors`."""
+    n = pad32(linear.out_features)
+    shapes: list[tuple[str, str, tuple[int, ...]]] = [
+        ("q_weight", "I32", (packed_rows, n)),
+        ("q_scale", "I32", (groups, n // 8)),
+        ("q_scale_max", "F16", (groups,)),
+        ("q_groups", "I16", (2 * groups,)),
+        ("q_invperm", "I32", (linear.in_features,)),
+    ]
+    if linear.has_bias:
+        shapes.append(("bias", "F16", (n,)))
+    return [_entry(f"{linear.key}.{name}", dtype, shape) for name, dtype, shape in shapes]
+
+
+def plain_shape(plain: PlainTensor, source: SourceModel) -> tuple[int, ...]:
+    """Shape of what `exl2ray.model.weights.read_plain` returns, without reading it."""
+    stored = plain.stored
+    shape = list(source.shape(stored.name))
+    if stored.ranges:
+        shape[stored.axis] = sum(stop - start for start, stop in stored.ranges)
+    if stored.transpose:
+        shape.reverse()
+    return (plain.repeat, *shape) if plain.repeat else tuple(shape)
+
+
+def _options(spec: ModelSpec, head_bits: int) -> dict[str, tuple[QParams, ...]]:
+    """Role -> the options that its linears may get."""
+    out: dict[str, tuple[QParams, ...]] = {"lm_head": (head_option(head_bits),)}
+    for roles, rows in option_tables({x.role for x in spec.linears}):
+        out.update({role: tuple(dict.fromkeys(column)) for role, column in zip(roles, zip(*rows, strict=True), strict=True)})
+    return out
+
+
+def _extent(
+    linear: LinearSpec, options: tuple[QParams, ...], choose: Callable[[Iterable[int]], int] = max
+) -> tuple[int, int]:
+    """(rows of q_weight, groups): the least or the most that any of the options has, each for itself."""
+    extents = [_option_extent(q, linear.in_features) for q in options]
+    return choose(rows for rows, _ in extents), choose(groups for _, groups in extents)
+
+
+@cache
+def _option_extent(params: QParams, in_features: int) -> tuple[int, int]:
+    layout = params.layout(in_features)
+    return layout.packed_rows, len(layout.bits)
+
+
+def _bits(linear: LinearSpec, params: QParams) -> int:
+    return total_bits(params, linear.in_features, pad32(linear.out_features), linear.has_bias)
+
+
+def _file_bytes(entries: Sequence[TensorEntry]) -> int:
+    return len(header_bytes(entries)) + sum(e.nbytes for e in entries)
+
+
+def _least_headers(entries: Sequence[TensorEntry]) -> int:
+    """A lower bound of the headers of all shards, wherever these begin."""
+    items = {e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [0, e.nbytes]} for e in entries}
+    return 8 + len(json.dumps(items, separators=(",", ":")))
+
+
+def _entry(name: str, dtype: str, shape: tuple[int, ...]) -> TensorEntry:
+    return TensorEntry(name, dtype, shape, _unread)
+
+
+def _unread() -> torch.Tensor:
+    raise AssertionError("a planned tensor has no content")
