@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.device import device_bytes
 from exl2ray.dist.items import WorkerSetup
 from exl2ray.errors import NumericError, StoreError
 from exl2ray.formats.exl2 import PackedLinear
@@ -98,7 +97,7 @@ class Runner:
 
     def sums_on_host(self, module: ModuleSpec) -> bool:
         """Whether partial sums of a module's Hessians have to leave the GPU."""
-        return self.device.type == "cuda" and sums_on_host(module, device_bytes(self.device))
+        return sums_on_host(module, self.device)
 
     def place(self, x: Tensor) -> Tensor:
         """States where they are kept; on a CPU a copy."""

@@ -65,13 +65,18 @@ def states_fit_within(modules: Sequence[Any], state_bytes: int, tokens: int, tot
     worst = 0
     for module in modules:
         settings = settings_within(module, max(1, state_bytes // (2 * tokens * _hidden(module))), tokens, total, DAMPING)
-        partial = 0 if sums_on_host(module, total) else PARTIAL_SUMS * _hessian_bytes(module)
+        partial = 0 if sums_on_host_within(module, total) else PARTIAL_SUMS * _hessian_bytes(module)
         worst = max(worst, partial + max(peak_bytes(module, settings, tokens, 0).values()))
     return worst + STATE_SETS * state_bytes <= (ROOM_SHARE - GRAPH_SHARE) * total
 
 
-def sums_on_host(module: Any, total: int) -> bool:
-    """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.dist.tree`), on ``total`` bytes."""
+def sums_on_host(module: Any, device: torch.device) -> bool:
+    """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.dist.tree`)."""
+    return device.type == "cuda" and sums_on_host_within(module, device_bytes(device))
+
+
+def sums_on_host_within(module: Any, total: int) -> bool:
+    """`sums_on_host` on a GPU of ``total`` bytes."""
     return PARTIAL_SUMS * _hessian_bytes(module) > SUMS_SHARE * total
 
 
