@@ -24,7 +24,7 @@ from exl2ray.quant.memory import (
     recorded_bytes,
     settings_within,
     states_fit_within,
-    sums_on_host,
+    sums_on_host_within,
 )
 
 GPU_BASE_BYTES = 3 << 30  # main memory of a worker before it loads anything: Python, torch, the CUDA libraries
@@ -138,7 +138,7 @@ def _quantize(
         return Peak("quantize", module.profile_key, None, ram)
     fits = states_fit_within(spec.modules, states, tokens, gpu)
     notes, ram = _kept_on_host(spec, fits, states + others // STATE_SETS)
-    if sums_on_host(module, gpu):
+    if sums_on_host_within(module, gpu):
         notes.append("sums of Hessians in main memory")
         ram += partial
         partial = 0
