@@ -11,7 +11,8 @@ from exl2ray.errors import UsageError
 HEAD_BITS = (2, 3, 4, 5, 6, 8)
 MIN_BITS, MAX_BITS = 2.0, 9.0  # outside of this no option table reaches; the exact range depends on the model
 LENGTH_STEP = 128
-CHOICES = {"--device": "device", "--executor": "executor", "--propagate": "propagate", "--objective": "objective"}
+CHOICES = {"--device": "device", "--executor": "executor", "--propagate": "propagate", "--objective": "objective",
+           "--evaluate": "evaluate"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ class Recipe:
     """--chat-rows/--no-chat-rows: render part of the built-in rows with the model's chat template."""
     reuse: bool = False
     """--reuse: accept changed -b, -hb or output settings in an existing work directory and keep the measurement."""
+    evaluate: Literal["auto", "always", "never"] = "auto"
+    """--evaluate: perplexity and KL divergence of finished models on held-out text: with several -b, always, or never."""
+    eval_text: str | None = None
+    """--eval-text: text file, or .npy array of token ids, to evaluate on; a built-in text if absent."""
     checkpoint_seconds: float = 120.0
     """--checkpoint-seconds: least time between saved hidden states."""
 

@@ -162,7 +162,15 @@ def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
         where = out.get("directory") or os.path.dirname((out.get("files") or [""])[0])
         figures = [perplexity(out.get("calibration_perplexity")), perplexity(out.get("reference_perplexity"))]
         rows.append([f"{out['bits']:g}", f"{out['achieved_bpw']:.4f}", file_size(out["file_bytes"]), *figures, where])
+    if any(out.get("kl") is not None for out in outputs):
+        columns[-1:-1] = ["held-out perplexity", "KL", "top-1"]
+        for row, out in zip(rows, outputs, strict=True):
+            row[-1:-1] = [_figure(out, "heldout_perplexity", ".4g"), _figure(out, "kl", ".4f"), _figure(out, "top1", ".1%")]
     return columns, rows
+
+
+def _figure(out: Mapping[str, Any], name: str, form: str) -> str:
+    return "-" if out.get(name) is None else format(out[name], form)
 
 
 def perplexity(value: float | None) -> str:

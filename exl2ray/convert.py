@@ -36,6 +36,9 @@ class OutputSummary:
     file_bytes: int
     calibration_perplexity: float | None  # None: not a finite number
     reference_perplexity: float | None  # of the source model, on the same rows
+    heldout_perplexity: float | None = None  # on held-out text, with the next two, where it was evaluated
+    kl: float | None = None  # mean KL(source || model), nats per token
+    top1: float | None = None  # share of positions where the most probable token is the source's
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
 
 
 def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
+    from exl2ray import ladder
     from exl2ray.steps import Job
 
     try:
@@ -71,10 +75,13 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
                 return Summary((), job.export_measurement(measurement), time.monotonic() - start)
             plans = [job.allocate(measurement, bits) for bits in recipe.bits]
             outputs = job.produce(plans)
-            seconds = time.monotonic() - start
-            reporter.event("done", outputs=[o.__dict__ for o in outputs], seconds=seconds)
-            job.judge(outputs)
-            return Summary(tuple(outputs), job.measurement_path, seconds)
+        with _terminable():  # the workers are gone, their GPUs free
+            if ladder.wanted(recipe):
+                outputs = ladder.evaluate_outputs(recipe, outputs, job.device.type, reporter)
+        seconds = time.monotonic() - start
+        reporter.event("done", outputs=[o.__dict__ for o in outputs], seconds=seconds)
+        job.judge(outputs)
+        return Summary(tuple(outputs), job.measurement_path, seconds)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; everything finished so far is in the work directory", _resume_hint(recipe)) from e
 

@@ -62,6 +62,7 @@ SECTIONS = {  # of the help text
         "chat_rows",
         "moe_all_experts",
     ),
+    "Afterwards": ("evaluate", "eval_text"),
     "Where it runs": ("device", "gpus", "ray_address", "executor", "checkpoint_seconds"),
 }
 METAVARS = {
@@ -69,6 +70,7 @@ METAVARS = {
     "out_dir": "DIR",
     "compile_full": "DIR",
     "cal_dataset": "FILE",
+    "eval_text": "FILE",
     "measurement": "FILE",
     "output_measurement": "PATH",
     "ray_address": "ADDRESS",

@@ -1,0 +1,82 @@
+"""Several bitrates in one job: one table, one plot, figures that `eval` would give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from convert_helpers import Quiet, messages, run
+
+from exl2ray.calibration.text import builtin_documents
+from exl2ray.console import outputs_table
+from exl2ray.errors import CalibrationError
+from exl2ray.evaluate.compare import evaluate
+from exl2ray.evaluate.heldout import heldout_rows, heldout_text
+from exl2ray.evaluate.tokens import find_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(3, 200, (3, 64)))
+    return path
+
+
+def test_a_ladder_is_evaluated(quiet: Quiet, tokens: Path, tmp_path: Path) -> None:
+    settings = {"bits": (4.0, 5.0), "compile_full": str(tmp_path / "out-{bpw}"), "eval_text": str(tokens)}
+    summary, reporter = run(quiet.model, tmp_path / "work", evaluate="auto", **settings)
+    low, high = summary.outputs
+    assert low.kl is not None
+    assert high.kl is not None
+    assert low.kl > high.kl > 0
+    alone = evaluate(low.directory or "", quiet.model, _rows(tokens), "cpu")
+    assert alone.kl is not None
+    assert low.kl == pytest.approx(alone.kl.value, rel=1e-6)
+    assert low.heldout_perplexity == pytest.approx(alone.perplexity.value, rel=1e-6)
+    stored = json.loads((tmp_path / "work" / "evaluation.json").read_text())["results"]
+    assert [r["kl"]["value"] for r in stored] == [low.kl, high.kl]
+    assert (tmp_path / "work" / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    columns, rows = outputs_table([o.__dict__ for o in summary.outputs])
+    assert columns[-4:] == ["held-out perplexity", "KL", "top-1", "where"]
+    assert rows[0][-3] == f"{low.kl:.4f}"
+    assert any("ladder.png" in m for m in messages(reporter, "note"))
+
+
+def test_what_goes_wrong_afterwards_does_not_spoil_the_conversion(quiet: Quiet, tmp_path: Path) -> None:
+    bad = tmp_path / "ids.npy"
+    np.save(bad, np.full((2, 8), 10**6))
+    settings = {"compile_full": str(tmp_path / "out"), "eval_text": str(bad), "evaluate": "always"}
+    summary, reporter = run(quiet.model, tmp_path / "work", **settings)
+    assert summary.outputs[0].kl is None
+    assert Path(summary.outputs[0].files[0]).is_file()
+    assert any("could not be evaluated" in m for m in messages(reporter, "warning"))
+
+
+def test_one_bitrate_is_not_evaluated_unless_asked(quiet: Quiet, tmp_path: Path) -> None:
+    _, reporter = run(quiet.model, tmp_path / "work", evaluate="auto", compile_full=str(tmp_path / "out"))
+    assert "evaluate" not in [f["stage"] for name, f in reporter.events if name == "stage"]
+
+
+def test_the_held_out_text_is_no_calibration_text() -> None:
+    text = heldout_text()
+    assert len(text.encode()) > 40_000
+    known = "\n".join(d.text for d in builtin_documents())
+    lines = [line for line in text.splitlines() if len(line) > 60]
+    assert not [line for line in lines if line in known]
+
+
+def test_rows_of_held_out_text(quiet: Quiet) -> None:
+    tokenizer = find_tokenizer([quiet.model])
+    rows = heldout_rows(tokenizer, 512)
+    assert rows.shape[0] >= 10
+    assert rows.shape[1] == 512
+    with pytest.raises(CalibrationError, match="a row takes"):
+        heldout_rows(tokenizer, 10**7)
+
+
+def _rows(path: Path):  # type: ignore[no-untyped-def]
+    import torch
+
+    return torch.from_numpy(np.load(path))
