@@ -19,11 +19,15 @@ def shared_dir() -> Path:
 
 
 # Whole Ray clusters of several nodes on one machine, with processes killed and stopped at random: minutes each, and
-# sensitive to how busy the machine is. `make test-cluster` runs them, `make test` everything else.
+# sensitive to how busy the machine is: every worker that was killed is replaced by a process that imports torch, 5 s on an
+# idle machine and half a minute on one with five times as much to do as it has cores. `make test-cluster` runs them,
+# `make test` everything else.
 CLUSTER_FILES = {"test_chaos.py", "test_faults.py", "test_parallel.py", "test_submit_cluster.py"}
+CLUSTER_SECONDS = 1200  # the driver's own deadlines, which these tests are about, are shorter
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in CLUSTER_FILES:
             item.add_marker(pytest.mark.cluster)
+            item.add_marker(pytest.mark.timeout(CLUSTER_SECONDS))

@@ -447,6 +447,8 @@ def start_ray(address: str | None, state_bytes: int = 0) -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A paragraph on standard output for every worker that dies: the scheduler says it in a line.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"

@@ -1,4 +1,4 @@
-"""A Ray of one's own leaves nothing behind in the home directory."""
+"""A Ray of one's own leaves nothing behind in the home directory, and does not write between our lines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
-import os
+import os, time
 from exl2ray.dist.session import start_ray
+
+class Mortal:
+    def die(self):
+        os.kill(os.getpid(), 9)
+
 for answer in (7, 8):  # the second time with the token that Ray remembers
     ray = start_ray(None)
     assert ray.get(ray.remote(lambda: answer).remote()) == answer
+    if answer == 8:
+        try:
+            ray.get(ray.remote(Mortal).remote().die.remote())
+        except ray.exceptions.RayActorError:
+            time.sleep(3)  # until the raylet would have reported it
     ray.shutdown()
 print(len(os.environ["RAY_AUTH_TOKEN"]))
 """
@@ -28,4 +38,5 @@ def test_a_private_ray_has_a_token_of_its_own(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "64"
+    assert "raylet" not in done.stderr
     assert list(tmp_path.iterdir()) == []
