@@ -15,7 +15,7 @@ from exl2ray import __version__
 from exl2ray.config import Recipe
 from exl2ray.console import JsonLines, human_reporter, reserved_stdout
 from exl2ray.errors import FormatError, UsageError
-from exl2ray.flags import MEASURE_FIELDS, SectionedCommand, dashes, recipe_flags, recipe_from
+from exl2ray.flags import MEASURE_FIELDS, PLAN_FIELDS, SectionedCommand, dashes, recipe_flags, recipe_from
 from exl2ray.program import Cli, Invocation, common, present
 
 
@@ -93,6 +93,32 @@ def _convert(recipe: Recipe, reporter: Any, dry_run: bool) -> None:
             reporter.event("done", outputs=[], measurement=summary.measurement, seconds=summary.seconds)
     finally:
         reporter.close()
+
+
+@cli.command(cls=SectionedCommand)
+@recipe_flags(PLAN_FIELDS, required=("in_dir",))
+@click.option("--fit", metavar="SIZE", help="largest bitrate for a card of this memory: 24GB (10^9 bytes) or 24GiB (2^30)")
+@click.option("--context", type=int, metavar="TOKENS", help="with --fit: tokens in the cache; else the model's, or 32768")
+@click.option("--cache", type=click.Choice(("fp16", "q8", "q6", "q4")), default="fp16", help="with --fit: type of the cache")
+@click.option("--gpu-memory", metavar="SIZE", multiple=True, help="plan for GPUs of this size, instead of this machine; repeatable")
+@click.option("--probe", is_flag=True, help="time the largest layer and the head on this machine, with the model's weights")
+@common
+@click.pass_context
+def plan(ctx: click.Context, /, **flags: Any) -> int:
+    """What a conversion will make, need and take, and all that would stop it.
+
+    Takes the flags of convert and reads config and tensor headers: output size at each bitrate, memory of each pass, disk,
+    time, problems. Exit status 1 if there are any.
+    """
+    from exl2ray.commands import plan as command
+    from exl2ray.plan.compose import Wishes
+
+    wishes = Wishes(**{name: flags.pop(name) for name in ("fit", "context", "cache", "gpu_memory", "probe")})
+    recipe = Recipe(**{**flags, "out_dir": flags["out_dir"] or ""})
+    given = ctx.get_parameter_source("bits") is click.core.ParameterSource.COMMANDLINE
+    run = ctx.find_object(Invocation) or Invocation()
+    report = present(run, lambda: command.plan(recipe, wishes, given), command.show, command.plan_json)
+    return 1 if report.problems else 0
 
 
 @cli.command()

@@ -38,6 +38,9 @@ CONVERT_ONLY = (
     "reuse",
 )
 MEASURE_FIELDS = tuple(name for name in RECIPE_FIELDS if name not in CONVERT_ONLY)
+PLAN_FIELDS = tuple(
+    name for name in RECIPE_FIELDS if name not in ("output_measurement", "no_resume", "reuse", "checkpoint_seconds")
+)
 SECTIONS = {  # of the help text
     "Model and files": (
         "in_dir",

@@ -1,0 +1,223 @@
+"""The whole plan: what a conversion will make, need and take, and everything that would stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+
+from exl2ray.config import Recipe, bpw_name
+from exl2ray.errors import BudgetError, Exl2RayError, UsageError
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.shards import side_files
+from exl2ray.host import usable_memory_bytes
+from exl2ray.model.spec import ModelSpec
+from exl2ray.plan.disk import DiskNeed
+from exl2ray.plan.fit import Fit, best_fit, check_fit, parse_size
+from exl2ray.plan.memory import Peak, peaks
+from exl2ray.plan.probe import ProbeResult, probe
+from exl2ray.plan.problems import Examination, examine, row_sizes
+from exl2ray.plan.sizes import OutputSize, exact_size, size_range
+from exl2ray.plan.times import LOGGED, Timed, Times, estimate, logged_for
+from exl2ray.planning import allocate, option_bits
+from exl2ray.quant.allocate import reachable_range
+from exl2ray.quant.qparams import head_option
+
+GIB = 1 << 30
+USUAL_GPUS = (24 * GIB, 80 * GIB)  # planned for where this machine has none
+LONGEST_DEFAULT_CONTEXT = 32768
+PROBED = "a layer and the head timed on this machine just now, files included; the other modules by counted work"
+TIMED = "layers timed on one {gpu} (docs/log.md), other shapes by counted work; files and start as in logged conversions"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What `plan` is asked beside the flags of a conversion. ``gpu_memory``: sizes of GPUs to plan for."""
+
+    fit: str | None = None
+    context: int | None = None
+    cache: str = "fp16"
+    gpu_memory: tuple[str, ...] = ()
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Peaks of the passes on one kind of device. total_bytes: of the GPU, None for CPUs."""
+
+    device: str
+    total_bytes: int | None
+    peaks: tuple[Peak, ...]
+
+
+@dataclass
+class Report:
+    """The answer. What problems leave unknown is None or empty."""
+
+    model: str
+    architecture: str | None = None
+    layers: int | None = None
+    weights: int | None = None  # numbers in all tensors of the source
+    source_bytes: int | None = None
+    source_files: int | None = None
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    reachable_bpw: tuple[float, float] | None = None
+    sizes: list[OutputSize] = field(default_factory=list)
+    other_bytes: int | None = None  # tokenizer and other files that are copied
+    memory: list[DeviceMemory] = field(default_factory=list)
+    main_memory_bytes: int = 0
+    disks: list[DiskNeed] = field(default_factory=list)
+    times: list[Times] = field(default_factory=list)
+    probe: ProbeResult | None = None
+    fit: Fit | None = None
+    warnings: list[str] = field(default_factory=list)
+    problems: list[tuple[str, Exl2RayError]] = field(default_factory=list)
+
+
+def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str], None]) -> Report:
+    """Examines model, data and machine. Raises UsageError for flags that make no sense; problems are in the report.
+
+    bits_given: whether the user named bitrates; if not, --fit chooses the one to plan for. ``say`` hears of the probe.
+    """
+    gpu_sizes = [parse_size(text, "--gpu-memory") for text in wishes.gpu_memory]
+    memory = parse_size(wishes.fit, "--fit") if wishes.fit is not None else None
+    if wishes.context is not None and memory is None:
+        raise UsageError("--context is a setting of --fit", "name the memory of the card with --fit 24GB")
+    found = examine(recipe)
+    report = Report(recipe.in_dir, problems=[(p.topic, p.error) for p in found.problems])
+    _describe(report, found, recipe)
+    if found.spec is None or found.source is None or found.has("tensors"):
+        return report
+    planner = _Planner(report, recipe, found, found.spec, found.source)
+    bits = planner.bitrates(memory, wishes, bits_given)
+    report.sizes = [planner.size(b) for b in bits]
+    report.other_bytes = sum((Path(recipe.in_dir) / name).stat().st_size for name in side_files(recipe.in_dir))
+    report.disks = found.disks
+    planner.memory(gpu_sizes)
+    if wishes.probe and not found.problems:
+        planner.probe(say)
+    planner.times(bits)
+    return report
+
+
+def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
+    """Model and rows, as far as they could be read."""
+    source, spec = found.source, found.spec
+    if source is not None:
+        names = source.names()
+        report.architecture, report.source_files = source.architecture, len(source.files)
+        report.weights = sum(prod(source.shape(n)) for n in names)
+        report.source_bytes = sum(source.nbytes(n) for n in names)
+    if spec is not None:
+        report.layers = spec.hyper.num_layers
+        report.warnings += spec.warnings
+    report.rows = {name: (r.ids.shape[0], r.ids.shape[1]) for name, r in found.rows.items()}
+    report.warnings += sorted({n for rows in found.rows.values() for n in rows.notes})
+    for need in found.disks:
+        if need.free_bytes is not None and need.least_bytes <= need.free_bytes < need.bytes:
+            free, most = need.free_bytes / 1e9, need.bytes / 1e9
+            report.warnings.append(f"{need.path}: {free:.2f} GB free; with saved hidden states it may need {most:.2f} GB")
+
+
+class _Planner:
+    """Fills a report, once model and config are known to fit."""
+
+    def __init__(
+        self, report: Report, recipe: Recipe, found: Examination, spec: ModelSpec, source: SourceModel
+    ) -> None:
+        self.report, self.recipe, self.found, self.spec, self.source = report, recipe, found, spec, source
+        self.rows = row_sizes(recipe, found.rows)
+        self.shard_bytes = recipe.shard_size << 20
+
+    def bitrates(self, memory: int | None, wishes: Wishes, bits_given: bool) -> list[float]:
+        """Those asked for that can be reached, and the one that --fit finds."""
+        slots = [slot for m in self.spec.modules for slot in option_bits(m)]
+        low, high = self.report.reachable_bpw = reachable_range(slots)
+        bits = [b for b in self.recipe.bits if low <= b <= high] if bits_given or memory is None else []
+        if memory is None:
+            return bits
+        longest = self.spec.hyper.max_seq_len
+        context = wishes.context or min(longest, LONGEST_DEFAULT_CONTEXT)
+        fit = best_fit(self.spec, self.source, memory, context, wishes.cache, self.recipe.head_bits, self.shard_bytes)
+        self.report.fit = fit
+        if context > longest:
+            self.report.warnings.append(f"--context {context} is longer than the {longest} positions of the model")
+        try:
+            check_fit(fit, low)
+        except BudgetError as e:
+            self.report.problems.append(("fit", e))
+        return sorted({*bits, *([] if fit.bits is None else [fit.bits])})
+
+    def size(self, bits: float) -> OutputSize:
+        """Exact with a measurement, else between bounds."""
+        recipe, spec, measurement = self.recipe, self.spec, self.found.measurement
+        if measurement is None:
+            return size_range(spec, self.source, bits, recipe.head_bits, self.shard_bytes)
+        _, params = allocate(spec, measurement, bits, recipe.objective, recipe.objective_power)
+        params[spec.modules[-1].linears[0].key] = head_option(recipe.head_bits)
+        return exact_size(spec, self.source, bits, params, self.shard_bytes)
+
+    def memory(self, gpu_sizes: Sequence[int]) -> None:
+        devices: list[tuple[str, int | None]] = [(_gpu_name(size), size) for size in gpu_sizes]
+        if not devices and self.recipe.device != "cpu":
+            devices += this_machines_gpus() or [(_gpu_name(size), size) for size in USUAL_GPUS]
+        if self.found.device is not None and self.found.device.type == "cpu":
+            devices.append(("CPU", None))
+        self.report.main_memory_bytes = usable_memory_bytes()
+        for name, total in devices:
+            device = DeviceMemory(name, total, tuple(peaks(self.spec, self.source, self.rows, total, self.recipe.damping)))
+            self.report.memory.append(device)
+            self.report.warnings += _too_much(device, self.report.main_memory_bytes)
+
+    def probe(self, say: Callable[[str], None]) -> None:
+        try:
+            self.report.probe = probe(self.recipe, self.found, say)
+        except torch.OutOfMemoryError as e:
+            first = str(e).splitlines()[0]
+            self.report.warnings.append(f"the probe ran out of GPU memory ({first}); a conversion would use smaller batches")
+        except Exl2RayError as e:
+            self.report.problems.append(("probe", e))
+
+    def times(self, bits: Sequence[float]) -> None:
+        names = [] if self.recipe.output_measurement is not None else [bpw_name(b) for b in bits]
+        measure = self.recipe.measurement is None
+
+        def add(device: str, basis: str, timed: Sequence[Timed], whole: bool) -> None:
+            self.report.times.append(estimate(self.spec, self.rows, names, measure, timed, device, basis, whole))
+
+        if self.report.probe is not None:
+            device = self.found.device
+            name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else "CPU"
+            add(name, PROBED, self.report.probe.timed, True)
+            return
+        here = [g for g in (logged_for(name) for name, _ in this_machines_gpus()) if g is not None]
+        for gpu in dict.fromkeys(here or LOGGED):
+            add(gpu, TIMED.format(gpu=gpu), LOGGED[gpu], False)
+
+
+def _gpu_name(size: int) -> str:
+    return f"GPU of {size / GIB:.4g} GiB"
+
+
+def _too_much(device: DeviceMemory, main_memory: int) -> list[str]:
+    """Warnings where a device may not have what a pass takes."""
+    out = []
+    for p in device.peaks:
+        if device.total_bytes is not None and p.gpu_bytes is not None and p.gpu_bytes > device.total_bytes:
+            need = f"{device.device}: {p.stage} of {p.module} may need {p.gpu_bytes / 1e9:.1f} GB"
+            out.append(f"{need}; a module that runs out of memory is tried once more with smaller batches")
+    most = max(p.ram_bytes for p in device.peaks)
+    if device.total_bytes is None and most > main_memory:
+        out.append(f"main memory: a CPU worker may need {most / 1e9:.1f} GB, there are {main_memory / 1e9:.1f} GB")
+    return out
+
+
+def this_machines_gpus() -> list[tuple[str, int | None]]:
+    """(name, bytes) of each kind of GPU that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return list(dict.fromkeys((str(p.name), int(p.total_memory)) for p in found))

@@ -1,0 +1,179 @@
+"""The worst layer and the head, for real: a worker with the model's weights, random states, files in a scratch directory.
+
+What fails here would fail hours into a conversion: memory of the largest module, kernels, the factorisation of the largest
+Hessians, writing. What it takes is the basis of a better estimate of the time.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from exl2ray.checks import versions
+from exl2ray.config import Recipe
+from exl2ray.dist.arrays import Shipped, to_shipped
+from exl2ray.dist.items import EnterItem, MeasureItem, QuantizeItem, RowSet, WorkerSetup
+from exl2ray.dist.worker import Worker
+from exl2ray.errors import NumericError, StoreError
+from exl2ray.formats.layout import QParams
+from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.plan.disk import existing_parent
+from exl2ray.plan.problems import Examination
+from exl2ray.plan.times import Timed, kind_of
+from exl2ray.plan.work import finishing, measuring, quantizing, seconds, shape_of
+from exl2ray.planning import option_bits, option_tables
+from exl2ray.quant.qparams import head_option
+from exl2ray.store.fs import Store
+from exl2ray.store.layout import CALIBRATION
+from exl2ray.store.tensors import put_tensors
+
+GPU_RUNS = 3  # the first compiles kernels, the second records, the third is what all further layers take
+CPU_SECONDS = 20.0  # of one timed run on CPUs, by taking fewer rows
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One module in one pass. first_seconds: with compilation and recording. gpu_bytes: most that torch had reserved."""
+
+    timed: Timed
+    module: str
+    first_seconds: float
+    gpu_bytes: int | None
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    items: tuple[Probed, ...]
+    ram_bytes: int  # most that this process had in main memory
+
+    @property
+    def timed(self) -> list[Timed]:
+        return [p.timed for p in self.items]
+
+
+def probe(recipe: Recipe, found: Examination, say: Callable[[str], None]) -> ProbeResult:
+    """Runs the layer with the most work, then the head, on this machine's device. ``say`` hears what is going on.
+
+    Raises StoreError, SourceError or NumericError as a conversion would, torch.OutOfMemoryError as it is.
+    """
+    if found.spec is None or found.source is None or found.device is None:
+        raise NumericError("nothing can be probed before the problems above are solved")
+    place = Path(tempfile.gettempdir()) if "://" in recipe.out_dir else existing_parent(Path(recipe.out_dir or "."))
+    try:
+        scratch = tempfile.mkdtemp(prefix="exl2ray-probe-", dir=place)
+    except OSError as e:
+        raise StoreError(f"{place}: cannot be written: {e.strerror or e}", "name a work directory with -o") from e
+    try:
+        run = _Run(recipe, found.spec, found.device, scratch, found)
+        items = []
+        for module in worst_layer(found.spec):
+            items += [run.timed(module, "measure", say), run.timed(module, "quantize", say)]
+        items.append(run.timed(found.spec.modules[-1], "quantize", say))
+        run.worker.release()
+        return ProbeResult(tuple(items), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def worst_layer(spec: ModelSpec) -> list[ModuleSpec]:
+    """The modules of the layer that takes most work; the first of equal ones."""
+    layers: dict[int, list[ModuleSpec]] = {}
+    for m in spec.modules:
+        if m.quantized and m.layer is not None:
+            layers.setdefault(m.layer, []).append(m)
+    return max(layers.values(), key=lambda ms: sum(seconds(measuring(shape_of(m, spec.hyper), 16, 2048)) for m in ms))
+
+
+def options_near(module: ModuleSpec, bits: float, head_bits: int) -> dict[str, QParams]:
+    """Linear key -> option of the table rows whose size is nearest to a bitrate; the head's own option."""
+    if module.kind == "head":
+        return {x.key: head_option(head_bits) for x in module.linears}
+    out: dict[str, QParams] = {}
+    tables = option_tables({x.role for x in module.linears})
+    for (roles, rows), (sizes, weights) in zip(tables, option_bits(module), strict=True):
+        row = rows[min(range(len(rows)), key=lambda i: abs(sizes[i] - bits * weights))]
+        out.update({x.key: row[roles.index(x.role)] for x in module.linears if x.role in roles})
+    return out
+
+
+class _Run:
+    def __init__(
+        self, recipe: Recipe, spec: ModelSpec, device: torch.device, scratch: str, found: Examination
+    ) -> None:
+        self.recipe, self.spec, self.device = recipe, spec, device
+        self.rows = {name: r.ids for name, r in found.rows.items()}
+        store = Store.open(scratch)
+        file = put_tensors(store, CALIBRATION, self.rows)
+        self.worker = Worker(
+            WorkerSetup(
+                in_dir=recipe.in_dir, work_root=store.root, device=device.type, rope_scale=recipe.rope_scale,
+                rope_alpha=recipe.rope_alpha, damping=recipe.damping, checkpoint_seconds=1e9, calibration=CALIBRATION,
+                calibration_sha256=file.sha256, perplexity_rows=1, moe_all_experts=recipe.moe_all_experts,
+                threads=torch.get_num_threads(), versions=versions(),
+            )
+        )  # fmt: skip
+        self.runs = 0
+
+    def timed(self, module: ModuleSpec, stage: RowSet, say: Callable[[str], None]) -> Probed:
+        """Seconds of a module once everything is warm; on CPUs with as few rows as keep it short."""
+        rows, tokens = self.rows[stage].shape
+        gpu = self.device.type == "cuda"
+        count = rows if gpu else 1
+        say(f"probe: {stage} {module.profile_key}, {rows} rows of {tokens} tokens")
+        first = last = self._once(module, stage, count)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            for _ in range(GPU_RUNS - 1):
+                last = self._once(module, stage, count)
+        else:
+            count = self._affordable(module, stage, rows, first)
+            last = self._once(module, stage, count)
+        peak = torch.cuda.max_memory_reserved(self.device) if gpu else None
+        shape = shape_of(module, self.spec.hyper)
+        return Probed(Timed(stage, kind_of(module), shape, count, tokens, last), module.profile_key, first, peak)
+
+    def _affordable(self, module: ModuleSpec, stage: RowSet, rows: int, one: float) -> int:
+        """Rows for a run of about CPU_SECONDS, from what one row took."""
+        shape, tokens = shape_of(module, self.spec.hyper), self.rows[stage].shape[1]
+
+        def counted(count: int) -> float:
+            if module.kind == "head":
+                return seconds(finishing(shape, count, tokens, 0))
+            work = measuring(shape, count, tokens) if stage == "measure" else quantizing(shape, count, tokens, 0)
+            return seconds(work)
+
+        rate = one / counted(1)
+        return max([1, *(c for c in range(1, rows + 1) if rate * counted(c) <= CPU_SECONDS)])
+
+    def _once(self, module: ModuleSpec, stage: RowSet, count: int) -> float:
+        """Enters the module with random states and does its item, files included."""
+        states = self._states(count, self.rows[stage].shape[1])
+        self.worker.release()
+        self.runs += 1
+        begin = time.perf_counter()
+        self.worker.enter(EnterItem(stage, module.index, module.index, 0, ship=False), states)
+        if stage == "measure":
+            self.worker.measure(MeasureItem(module.index, f"{self.runs:064x}"))
+        else:
+            params = options_near(module, self.recipe.bits[0], self.recipe.head_bits)
+            self.worker.quantize(QuantizeItem(module.index, self.recipe.bits[0], params, f"{self.runs:064x}"))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - begin
+
+    def _states(self, rows: int, tokens: int) -> Shipped:
+        """Random states. One row is drawn, the others are the same with other features: drawing gigabytes takes longer."""
+        hyper = self.spec.hyper
+        row = torch.randn(tokens, hyper.hidden_size, generator=torch.Generator().manual_seed(SEED))
+        x = torch.empty(rows, tokens, hyper.hidden_size, dtype=getattr(torch, hyper.state_dtype))
+        for r in range(rows):
+            x[r] = row.roll(r, dims=1)
+        return to_shipped(x)
