@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -74,25 +75,34 @@ def measure(ctx: click.Context, /, output_measurement: str | None, out_dir: str,
 def _run_job(ctx: click.Context, recipe: Recipe, dry_run: bool) -> None:
     run = ctx.find_object(Invocation) or Invocation()
     run.command, run.out_dir = ctx.command.name or "convert", recipe.out_dir
+    _reported(run, lambda reporter: _convert(recipe, reporter, dry_run))
+
+
+def _reported(run: Invocation, work: Callable[[Any], None]) -> None:
+    """Runs ``work`` with what shows its events: lines of JSON with --json, else for people."""
     if run.json:
         with reserved_stdout() as out:
-            _convert(recipe, JsonLines(out), dry_run)
+            _closing(JsonLines(out), work)
     else:
-        _convert(recipe, human_reporter(), dry_run)
+        _closing(human_reporter(), work)
+
+
+def _closing(reporter: Any, work: Callable[[Any], None]) -> None:
+    try:
+        work(reporter)
+    finally:
+        reporter.close()
 
 
 def _convert(recipe: Recipe, reporter: Any, dry_run: bool) -> None:
     from exl2ray import convert as conversion
 
-    try:
-        if dry_run:
-            conversion.dry_run(recipe, reporter)
-            return
-        summary = conversion.convert(recipe, reporter)
-        if recipe.output_measurement is not None:
-            reporter.event("done", outputs=[], measurement=summary.measurement, seconds=summary.seconds)
-    finally:
-        reporter.close()
+    if dry_run:
+        conversion.dry_run(recipe, reporter)
+        return
+    summary = conversion.convert(recipe, reporter)
+    if recipe.output_measurement is not None:
+        reporter.event("done", outputs=[], measurement=summary.measurement, seconds=summary.seconds)
 
 
 @cli.command(cls=SectionedCommand)
@@ -140,6 +150,39 @@ def solve(
         return command.solve(in_dir, measurement, bits, objective, objective_power)
 
     present(run, compute, command.show, lambda solutions: {"solutions": solutions})
+
+
+@cli.command()
+@click.option("-o", "--out-dir", metavar="DIR", required=True, help="work directory of a finished conversion")
+@click.option("--set", "overrides", metavar="PATTERN=BITS", multiple=True, required=True, help="as of convert; repeatable")
+@click.option("-b", "--bits", type=float, multiple=True, help="only these of its bitrates")
+@click.option("-cf", "--compile-full", metavar="DIR", help="write here; over the conversion's own output if absent")
+@recipe_flags(("device", "gpus", "ray_address", "executor"), required=())
+@common
+@click.pass_obj
+def patch(
+    run: Invocation, /, out_dir: str, overrides: tuple[str, ...], bits: tuple[float, ...], compile_full: str | None,
+    **place: Any,
+) -> None:  # fmt: skip
+    """Change single linears of a finished conversion.
+
+    Quantises again only what --set changes, on what the model produces as it is, and writes the model anew.
+    """
+    from exl2ray import convert as conversion
+    from exl2ray.flags import stored_settings
+
+    settings = {**stored_settings(out_dir), **place, "out_dir": out_dir, "evaluate": "never"}
+    unknown = [b for b in bits if b not in settings["bits"]]
+    if unknown:
+        have = ", ".join(f"{b:g}" for b in settings["bits"])
+        raise UsageError(f"-b {unknown[0]:g}: the conversion in {out_dir} has {have}")
+    stored = Recipe(**settings)
+
+    def work(reporter: Any) -> None:
+        conversion.patch(stored, overrides, reporter, bits or stored.bits, compile_full)
+
+    run.command, run.out_dir = "patch", out_dir
+    _reported(run, work)
 
 
 # ---- looking at models ----------------------------------------------------------------------------------------------
@@ -249,6 +292,23 @@ def status(run: Invocation, work_dir: str) -> None:
     from exl2ray.commands import status as command
 
     present(run, lambda: command.status(work_dir), command.show, lambda s: s)
+
+
+@cli.command()
+@click.argument("work_dir", metavar="WORKDIR")
+@click.option("-o", "--output", metavar="FILE", help="the page; report.html in the work directory if absent")
+@click.option("--eval", "evaluations", metavar="FILE", multiple=True, help="what eval --json printed; repeatable")
+@common
+@click.pass_obj
+def report(run: Invocation, work_dir: str, output: str | None, evaluations: tuple[str, ...]) -> None:
+    """A work directory as one HTML page with plots.
+
+    Errors over bits, chosen bits, errors of the quantised modules, perplexity and KL, expert coverage, time per stage and
+    worker, settings and notes. The page needs nothing else, and may be written while the job runs.
+    """
+    from exl2ray.commands import report as command
+
+    present(run, lambda: command.report(work_dir, output, evaluations), command.show, command.report_json)
 
 
 @cli.command()

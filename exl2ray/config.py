@@ -59,6 +59,8 @@ class Recipe:
     """--ray-address: attach to this Ray cluster; else $RAY_ADDRESS, else a private local one."""
     executor: Literal["auto", "ray", "inline"] = "auto"
     """--executor: ray, inline (in this process, one device), or auto: ray for a cluster or several GPUs, else inline."""
+    overrides: tuple[str, ...] = ()
+    """--set: PATTERN=BITS or PATTERN=OPTION for linears whose names match; may be given several times."""
     propagate: Literal["quantized", "reference"] = "quantized"
     """--propagate: calibrate each module on what the quantised modules before it produce, or on reference states."""
     seed: int = 0
@@ -160,6 +162,7 @@ class Recipe:
                 "propagate": self.propagate,
                 "objective": self.objective,
                 "objective_power": self.objective_power,
+                **({"overrides": list(self.overrides)} if self.overrides else {}),
             },
             "output": {
                 "shard_size": self.shard_size,
@@ -194,6 +197,7 @@ JOB_FLAGS = {
     "quantize.propagate": "--propagate",
     "quantize.objective": "--objective",
     "quantize.objective_power": "--objective-power",
+    "quantize.overrides": "--set",
     "output.shard_size": "-ss",
     "output.compile_full": "-cf",
     "output.measure_only": "-om",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -84,6 +84,37 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
         return Summary(tuple(outputs), job.measurement_path, seconds)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; everything finished so far is in the work directory", _resume_hint(recipe)) from e
+
+
+def patch(
+    recipe: Recipe,
+    overrides: Sequence[str],
+    reporter: Reporter,
+    bits: Sequence[float] | None = None,
+    compile_full: str | None = None,
+) -> Summary:
+    """Quantises again only what ``overrides`` (texts of --set) change in the finished conversion of ``recipe``.
+
+    All other choices stay, so the model grows or shrinks by what was asked for. bits: bitrates to patch; None: all.
+    compile_full: where to write; None: over the output of the recipe. Raises UsageError if a bitrate is not finished, or an
+    override matches nothing.
+    """
+    from exl2ray.overrides import parse_overrides
+    from exl2ray.steps import Job
+
+    start = time.monotonic()
+    try:
+        with _terminable(), Job(recipe, reporter) as job:
+            wanted = parse_overrides(overrides, job.spec)
+            measurement = job.measure()
+            plans = [job.patch(job.allocate(measurement, b), wanted) for b in bits or recipe.bits]
+            outputs = job.produce(plans, overrides, compile_full)
+        seconds = time.monotonic() - start
+        reporter.event("done", outputs=[o.__dict__ for o in outputs], seconds=seconds)
+        job.judge(outputs)
+        return Summary(tuple(outputs), job.measurement_path, seconds)
+    except KeyboardInterrupt as e:
+        raise Interrupted("stopped; finished modules are in the work directory", "run the same command again") from e
 
 
 def dry_run(recipe: Recipe, reporter: Reporter) -> None:

@@ -54,7 +54,7 @@ SECTIONS = {  # of the help text
         "rope_scale",
         "rope_alpha",
     ),
-    "Quantisation": ("bits", "head_bits", "propagate", "objective", "objective_power", "damping"),
+    "Quantisation": ("bits", "head_bits", "overrides", "propagate", "objective", "objective_power", "damping"),
     "Calibration": (
         "cal_dataset",
         "dataset_rows",
@@ -74,6 +74,7 @@ METAVARS = {
     "compile_full": "DIR",
     "cal_dataset": "FILE",
     "eval_text": "FILE",
+    "overrides": "PATTERN=BITS",
     "measurement": "FILE",
     "output_measurement": "PATH",
     "ray_address": "ADDRESS",
@@ -97,6 +98,7 @@ STORED_AT = {
     "propagate": ("quantize", "propagate"),
     "objective": ("quantize", "objective"),
     "objective_power": ("quantize", "objective_power"),
+    "overrides": ("quantize", "overrides"),
     "shard_size": ("output", "shard_size"),
     "compile_full": ("output", "compile_full"),
 }
@@ -152,7 +154,7 @@ def _attributes(name: str, required: bool) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         return {**out, "type": click.Choice(get_args(hint))}
     if get_origin(hint) is tuple:
-        return {**out, "type": get_args(hint)[0], "multiple": True}
+        return {**out, "type": get_args(hint)[0], "multiple": True, "metavar": METAVARS.get(name)}
     kinds = [k for k in get_args(hint) or (hint,) if k is not type(None)]
     return {**out, "type": kinds[0], "metavar": METAVARS.get(name)}
 

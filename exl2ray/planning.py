@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.overrides import Override, overridden
 from exl2ray.quant.allocate import Allocation, Slot, budget, solve
 from exl2ray.quant.measure_moe import MOE_TABLE
 from exl2ray.quant.qparams import attention_options, mlp_options
@@ -28,25 +28,43 @@ class Plan:
 
 
 def allocate(
-    spec: ModelSpec, measurement: Measurement, bits: float, objective: str = "squared", power: float = 2.0
+    spec: ModelSpec,
+    measurement: Measurement,
+    bits: float,
+    objective: str = "squared",
+    power: float = 2.0,
+    overrides: Sequence[Override] = (),
 ) -> tuple[Allocation, dict[str, QParams]]:
-    """Solves for one bitrate: the allocation, and the option of every decoder linear by key."""
+    """Solves for one bitrate: the allocation, and the option of every decoder linear by key.
+
+    ``overrides`` change what a row of an option table stands for: linears that they concern get what the user wants. The
+    row's error stays as measured, which is too high where an override widened a linear.
+    """
     slots: list[Slot] = []
-    owners: list[tuple[ModuleSpec, tuple[Any, ...]]] = []
+    owners: list[list[dict[str, QParams]]] = []
     for module in spec.modules:
         if not module.quantized:
             continue
         for options in measurement[module.profile_key].slots():
-            slots.append(
-                Slot(module.profile_key, tuple(o.total_bits for o in options), tuple(1 - o.accuracy for o in options))
-            )
-            owners.append((module, options))
+            rows = [
+                {x.key: overridden(overrides, x, o.params[x.role]) for x in module.linears if x.role in o.params}
+                for o in options
+            ]
+            costs = [o.total_bits if not overrides else _row_bits(module, row) for o, row in zip(options, rows, strict=True)]
+            slots.append(Slot(module.profile_key, tuple(costs), tuple(1 - o.accuracy for o in options)))
+            owners.append(rows)
     allocation = solve(slots, budget(slot_weights(spec), bits), objective, power)
     params: dict[str, QParams] = {}
-    for (module, options), choice in zip(owners, allocation.choice, strict=True):
-        chosen = options[choice].params
-        params.update({x.key: chosen[x.role] for x in module.linears if x.role in chosen})
+    for rows, choice in zip(owners, allocation.choice, strict=True):
+        params.update(rows[choice])
     return allocation, params
+
+
+def _row_bits(module: ModuleSpec, params: Mapping[str, QParams]) -> int:
+    """Bits that linears of a module take with these options."""
+    return sum(
+        params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in module.linears if x.key in params
+    )
 
 
 def slot_weights(spec: ModelSpec) -> int:

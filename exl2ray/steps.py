@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem, Quantize
 from exl2ray.dist.schedule import Flow, Limits, Scheduler
 from exl2ray.dist.session import Session, open_session
 from exl2ray.dist.worker import PERPLEXITY, Worker, describe, measure_record
-from exl2ray.errors import NumericError
+from exl2ray.errors import NumericError, UsageError
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import (
     Measurement,
@@ -30,6 +31,7 @@ from exl2ray.formats.measurement import (
     write_measurement,
 )
 from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.overrides import Override, overridden, parse_overrides
 from exl2ray.plan.problems import examine, row_sizes
 from exl2ray.planning import Plan, allocate, module_cost, slot_weights
 from exl2ray.progress import Reporter
@@ -275,10 +277,13 @@ class Job:
 
     def allocate(self, measurement: Measurement, bits: float) -> Plan:
         """Option of every linear at one bitrate."""
-        allocation, chosen = allocate(self.spec, measurement, bits, self.recipe.objective, self.recipe.objective_power)
+        overrides = parse_overrides(self.recipe.overrides, self.spec)
+        allocation, chosen = allocate(
+            self.spec, measurement, bits, self.recipe.objective, self.recipe.objective_power, overrides
+        )
         params = dict(chosen)
         head = self.spec.modules[-1].linears[0]
-        params[head.key] = head_option(self.recipe.head_bits)
+        params[head.key] = overridden(overrides, head, head_option(self.recipe.head_bits))
         hashes = self._plan_hashes(params)
         weights = slot_weights(self.spec)
         achieved = allocation.total_bits / weights
@@ -292,6 +297,40 @@ class Job:
             f"within {max(0.0, allocation.gap) * 100:.4f} % of the optimum",
         )
         return Plan(bits, params, hashes, achieved, predicted // 8)
+
+    def patch(self, plan: Plan, overrides: Sequence[Override]) -> Plan:
+        """``plan`` with ``overrides`` on top, and nothing else changed: no other linear pays for them.
+
+        Modules with another option get hashes of their own, so that only they are quantised again, on what the model
+        produces as it is; the head too, for the perplexity that comes with it. Raises UsageError for an unfinished model.
+        """
+        missing = self._missing(plan)
+        if missing:
+            raise UsageError(
+                f"{plan.bits:g} bpw: {len(missing)} modules are not quantised yet, {missing[0].profile_key} first",
+                f"finish the conversion before patching it: exl2ray convert -o {self.recipe.out_dir}",
+            )
+        params = {x.key: overridden(overrides, x, plan.params[x.key]) for x in self.spec.linears}
+        if params == plan.params:
+            self.reporter.event("note", message=f"{plan.bits:g} bpw: every linear is as --set asks already")
+            return plan
+        hashes, before = [], ""
+        for module in self.spec.modules:
+            chosen = {x.key: params[x.key].desc for x in module.linears}
+            value = plan.hashes[module.index]
+            changed = [x.key for x in module.linears if params[x.key] != plan.params[x.key]]
+            if changed or (module.kind == "head" and before):
+                before = value = hash_inputs(patched=value, before=before, options=chosen)
+                for key in changed:
+                    message = f"{plan.bits:g} bpw: {key} from {plan.params[key].desc} to {params[key].desc}"
+                    self.reporter.event("note", message=message)
+            hashes.append(value)
+        weights, total = slot_weights(self.spec), 0
+        for x in self.spec.linears:
+            total += params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias)
+        head = self.spec.modules[-1].linears[0]
+        head_bits = params[head.key].total_bits(head.in_features, pad32(head.out_features), head.has_bias)
+        return Plan(plan.bits, params, tuple(hashes), (total - head_bits) / weights, total // 8)
 
     def _plan_hashes(self, params: Mapping[str, QParams]) -> tuple[str, ...]:
         """Per module the hash of all that its quantised form depends on: a chain, since states come from before."""
@@ -310,9 +349,18 @@ class Job:
 
     # ---- quantise ----------------------------------------------------------------------------------------------
 
-    def produce(self, plans: Sequence[Plan]) -> list[OutputSummary]:
-        """Quantises and writes all bitrates. A bitrate is written as soon as it is complete, while others go on."""
-        writer = OutputWriter(self.recipe, self.spec, self.source, self.work, len(self.rows["quantize"].ids))
+    def produce(
+        self, plans: Sequence[Plan], patches: Sequence[str] = (), compile_full: str | None = None
+    ) -> list[OutputSummary]:
+        """Quantises and writes all bitrates. A bitrate is written as soon as it is complete, while others go on.
+
+        ``patches``: texts of --set that were applied to the plans, for config.json. ``compile_full``: in place of -cf.
+        """
+        chosen = (*self.recipe.overrides, *patches)
+        recipe = self.recipe
+        if compile_full is not None:
+            recipe = replace(recipe, compile_full=compile_full, bits=tuple(p.bits for p in plans))
+        writer = OutputWriter(recipe, self.spec, self.source, self.work, len(self.rows["quantize"].ids), chosen)
         with ThreadPoolExecutor(1, "write") as pool:
             writing: dict[float, Future[OutputSummary]] = {}
 

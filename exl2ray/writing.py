@@ -30,13 +30,14 @@ _DTYPE_NAMES = {torch.int32: "I32", torch.int16: "I16", torch.float16: "F16"}
 
 @dataclass(frozen=True)
 class OutputWriter:
-    """Writes the files of a bitrate. ``calibration_rows``: of the quantisation pass, for config.json."""
+    """Writes the files of a bitrate. ``calibration_rows`` of the quantisation pass and texts of --set: for config.json."""
 
     recipe: Recipe
     spec: ModelSpec
     source: SourceModel
     work: WorkDir
     calibration_rows: int
+    overrides: tuple[str, ...] = ()
 
     def records(self, plan: Plan) -> dict[int, Record]:
         """Records of all quantised modules of one bitrate, head included; the head's has both perplexities."""
@@ -72,6 +73,8 @@ class OutputWriter:
                 loader_config(self.spec.arch, self.source.config), plan.bits, recipe.head_bits,
                 self.calibration_rows, recipe.length, recipe.cal_dataset,
             )  # fmt: skip
+            if self.overrides:  # loaders ignore what they do not know
+                config["quantization_config"]["overrides"] = list(self.overrides)
             write_config(target, config)
         head = records[self.spec.modules[-1].index].payload
         return OutputSummary(

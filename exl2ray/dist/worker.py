@@ -43,7 +43,7 @@ from exl2ray.quant.measure import Settings, profile_of, reference_pass, score_op
 from exl2ray.quant.quantize import quantize_after, quantize_head
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND, quant_kind
 from exl2ray.store.nonce import verify_nonce
-from exl2ray.store.records import Record, item_file
+from exl2ray.store.records import Record, hash_inputs, item_file
 from exl2ray.store.tensors import put_tensors
 
 PERPLEXITY = "perplexity"  # key of a record
@@ -183,7 +183,9 @@ class Worker:
         """Forms a group (of one, perhaps) for the chain of one bitrate."""
         begin = time.monotonic()
         self.context = None
-        chain = Chain(quant_kind(item.bits), f"quantized:{self.setup.calibration_sha256[:32]}", item.hashes)
+        # A patched model shares hashes of modules with the model before the patch, but not the states between them.
+        plan = hash_inputs(hashes=list(item.hashes))[:16]
+        chain = Chain(quant_kind(item.bits), f"quantized:{self.setup.calibration_sha256[:32]}:{plan}", item.hashes)
         if self.gang is None or self.gang.chain != chain:
             self._leave_gang()
             self.gang = Gang(self.runner, self.checkpoints, chain)

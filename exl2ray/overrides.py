@@ -1,0 +1,92 @@
+"""``--set``: what the user wants for single linears, whatever the allocation would choose.
+
+``PATTERN=BITS`` keeps every matching linear at BITS or wider in all its groups; ``PATTERN=OPTION`` gives it exactly this
+option, written as in `exl2ray.quant.qparams`. The pattern is a glob over linear keys, like ``model.layers.*.v_proj``, or a
+regular expression after ``re:``. Of several that match a linear the last one counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from exl2ray.errors import UsageError
+from exl2ray.formats.layout import QParams, pad32
+from exl2ray.model.spec import LinearSpec, ModelSpec
+from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+_COLUMNS = {
+    **{role: (attention_options, i) for i, role in enumerate(("q_proj", "k_proj", "v_proj", "o_proj"))},
+    **{role: (mlp_options, i) for i, role in enumerate(("gate_proj", "up_proj", "down_proj"))},
+    **{role: (mlp_options, i) for i, role in enumerate(("w1", "w3", "w2"))},
+}
+
+
+@dataclass(frozen=True)
+class Override:
+    """One ``--set``. Exactly one of ``minimum`` (bits) and ``option`` is given."""
+
+    text: str
+    pattern: str
+    minimum: int | None = None
+    option: QParams | None = None
+
+    def matches(self, key: str) -> bool:
+        if self.pattern.startswith("re:"):
+            return re.fullmatch(self.pattern[3:], key) is not None
+        return fnmatchcase(key, self.pattern)
+
+
+def parse_override(text: str) -> Override:
+    """``PATTERN=BITS`` or ``PATTERN=OPTION``; UsageError for anything else."""
+    pattern, equals, value = text.rpartition("=")
+    if not equals or not pattern or not value:
+        raise UsageError(f"--set {text}: PATTERN=BITS or PATTERN=OPTION is needed", "as in --set 'model.layers.*.v_proj=6'")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as e:
+            raise UsageError(f"--set {text}: {e}", "a regular expression follows re:") from e
+    if value.isdigit():
+        if int(value) not in WIDTHS:
+            raise UsageError(f"--set {text}: bits are {', '.join(map(str, WIDTHS))}")
+        return Override(text, pattern, minimum=int(value))
+    option = parse(value)
+    if any(b not in WIDTHS for b in option.bits) or min(option.props) <= 0 or abs(sum(option.props) - 1) > 1e-6:
+        raise UsageError(f"--set {text}: widths are {', '.join(map(str, WIDTHS))} and shares add up to 1")
+    if list(option.bits) != sorted(option.bits, reverse=True) or any(s % 32 or s <= 0 for s in option.group_sizes):
+        raise UsageError(f"--set {text}: widths fall from part to part, and group sizes are multiples of 32")
+    return Override(text, pattern, option=option)
+
+
+def parse_overrides(texts: Iterable[str], spec: ModelSpec) -> tuple[Override, ...]:
+    """All of them; UsageError for one that matches no linear of the model."""
+    found = tuple(parse_override(text) for text in texts)
+    keys = [x.key for x in spec.linears]
+    for override in found:
+        if not any(override.matches(key) for key in keys):
+            raise UsageError(f"--set {override.text}: matches none of {len(keys)} linears", f"they look like {keys[0]}")
+    return found
+
+
+def overridden(overrides: Sequence[Override], linear: LinearSpec, option: QParams) -> QParams:
+    """The option of a linear where the allocation chose ``option``: itself, if no override forbids it."""
+    for override in reversed(overrides):
+        if override.matches(linear.key):
+            if override.option is not None:
+                return override.option
+            wide = override.minimum or 0
+            return option if min(option.bits) >= wide else smallest_option(linear, wide)
+    return option
+
+
+def smallest_option(linear: LinearSpec, bits: int) -> QParams:
+    """The option of the linear's table column that takes the least space with every group at ``bits`` or wider."""
+    if linear.role not in _COLUMNS:
+        return head_option(min(b for b in WIDTHS if b >= bits and min(head_option(b).bits) >= bits))
+    table, column = _COLUMNS[linear.role]
+    fitting = [row[column] for row in table() if min(row[column].bits) >= bits]
+    return min(fitting, key=lambda q: q.total_bits(linear.in_features, pad32(linear.out_features), linear.has_bias))
