@@ -123,13 +123,13 @@ class Bench:
     def time(self, work: Callable[[], object]) -> tuple[float, float]:
         """(fastest, first) seconds."""
         seconds = []
-        for _ in range(self.repeat + 2):  # the first compiles, the second records graphs
+        for _ in range(self.repeat + 2 if self.repeat else 1):  # the first compiles, the second records graphs
             synchronize(self.device)
             start = time.perf_counter()
             work()
             synchronize(self.device)
             seconds.append(time.perf_counter() - start)
-        return min(seconds[2:]), seconds[0]
+        return min(seconds[2:] or seconds), seconds[0]
 
     def add(self, work: str, seconds: float, first: float, reference: float | None = None, flop: float = 0.0) -> None:
         rate = next((r for n, r in MATRIX_RATE.items() if n in device_name(self.device)), None)
@@ -137,7 +137,7 @@ class Bench:
             "shape": self.name, "work": work, "seconds": round(seconds, 4), "first": round(first, 2),
             "reference": reference, "ratio": round(reference / seconds, 1) if reference else None,
             "floor": round(flop / rate, 3) if flop and rate else None,
-            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if self.device.type == "cuda" else None,
+            "peak_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1) if self.device.type == "cuda" else None,
         })  # fmt: skip
         print(self.rows[-1], file=sys.stderr, flush=True)
         if self.device.type == "cuda":
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--measure-rows", type=int, default=19)
     parser.add_argument("--quantize-rows", type=int, default=115)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=2, help="timed runs after two of warm-up; 0: one cold run, for memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vram-gb", type=float, help="limit torch to this much GPU memory")
     parser.add_argument("--json", action="store_true")
