@@ -72,15 +72,20 @@ def parse_overrides(texts: Iterable[str], spec: ModelSpec) -> tuple[Override, ..
     return found
 
 
+def counting(overrides: Sequence[Override], linear: LinearSpec) -> Override | None:
+    """The override that counts for a linear, if any."""
+    return next((o for o in reversed(overrides) if o.matches(linear.key)), None)
+
+
 def overridden(overrides: Sequence[Override], linear: LinearSpec, option: QParams) -> QParams:
     """The option of a linear where the allocation chose ``option``: itself, if no override forbids it."""
-    for override in reversed(overrides):
-        if override.matches(linear.key):
-            if override.option is not None:
-                return override.option
-            wide = override.minimum or 0
-            return option if min(option.bits) >= wide else smallest_option(linear, wide)
-    return option
+    override = counting(overrides, linear)
+    if override is None:
+        return option
+    if override.option is not None:
+        return override.option
+    wide = override.minimum or 0
+    return option if min(option.bits) >= wide else smallest_option(linear, wide)
 
 
 def smallest_option(linear: LinearSpec, bits: int) -> QParams:

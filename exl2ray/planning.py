@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement
-from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.overrides import Override, overridden
+from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
+from exl2ray.overrides import Override, counting, overridden
 from exl2ray.quant.allocate import Allocation, Slot, budget, solve
 from exl2ray.quant.measure_moe import MOE_TABLE
 from exl2ray.quant.qparams import attention_options, mlp_options
@@ -88,18 +87,32 @@ def option_tables(roles: Set[str]) -> Tables:
     return tables
 
 
-def option_bits(module: ModuleSpec) -> list[tuple[list[int], int]]:
-    """(total bits of each option, weights) of every slot of a module, from the option tables alone."""
+def option_bits(module: ModuleSpec, overrides: Sequence[Override] = ()) -> list[tuple[list[int], int]]:
+    """(total bits of each option, weights) of every slot of a module, from the option tables and what the user wants."""
     if not module.quantized:
         return []
     out = []
     for names, rows in option_tables({x.role for x in module.linears}):
-        # Experts are many and alike: each size is looked at once.
-        counts = Counter((x.role, x.in_features, pad32(x.out_features), x.has_bias) for x in module.linears)
-        members = [(*size, count) for size, count in counts.items() if size[0] in names]
-        bits = [sum(c * total_bits(row[names.index(r)], k, n, bias) for r, k, n, bias, c in members) for row in rows]
-        out.append((bits, sum(c * k * n for _, k, n, _, c in members)))
+        alike = _alike([x for x in module.linears if x.role in names], overrides)
+
+        def cost(row: tuple[QParams, ...], xs: list[LinearSpec], names: tuple[str, ...] = names) -> int:
+            return len(xs) * _bits(xs[0], overridden(overrides, xs[0], row[names.index(xs[0].role)]))
+
+        bits = [sum(cost(row, xs) for xs in alike) for row in rows]
+        out.append((bits, sum(len(xs) * xs[0].in_features * pad32(xs[0].out_features) for xs in alike)))
     return out
+
+
+def _alike(linears: Sequence[LinearSpec], overrides: Sequence[Override]) -> list[list[LinearSpec]]:
+    """Linears of one role, size and override together: experts are many, and each kind is looked at once."""
+    out: dict[tuple[object, ...], list[LinearSpec]] = {}
+    for x in linears:
+        out.setdefault((x.role, x.in_features, x.out_features, x.has_bias, counting(overrides, x)), []).append(x)
+    return list(out.values())
+
+
+def _bits(linear: LinearSpec, params: QParams) -> int:
+    return total_bits(params, linear.in_features, pad32(linear.out_features), linear.has_bias)
 
 
 @cache

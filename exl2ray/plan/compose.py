@@ -15,6 +15,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import side_files
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
+from exl2ray.overrides import overridden
 from exl2ray.plan.disk import DiskNeed
 from exl2ray.plan.fit import Fit, best_fit, check_fit, parse_size
 from exl2ray.plan.memory import Peak, peaks
@@ -99,7 +100,7 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     planner.memory(gpu_sizes)
     if wishes.probe and not found.problems:
         planner.probe(say)
-    planner.times(bits)
+    planner.times([b for b in bits if b in recipe.bits or not bits_given])
     return report
 
 
@@ -134,14 +135,16 @@ class _Planner:
 
     def bitrates(self, memory: int | None, wishes: Wishes, bits_given: bool) -> list[float]:
         """Those asked for that can be reached, and the one that --fit finds."""
-        slots = [slot for m in self.spec.modules for slot in option_bits(m)]
+        wanted = self.found.overrides
+        slots = [slot for m in self.spec.modules for slot in option_bits(m, wanted)]
         low, high = self.report.reachable_bpw = reachable_range(slots)
         bits = [b for b in self.recipe.bits if low <= b <= high] if bits_given or memory is None else []
         if memory is None:
             return bits
         longest = self.spec.hyper.max_seq_len
         context = wishes.context or min(longest, LONGEST_DEFAULT_CONTEXT)
-        fit = best_fit(self.spec, self.source, memory, context, wishes.cache, self.recipe.head_bits, self.shard_bytes)
+        head_bits, limit = self.recipe.head_bits, self.shard_bytes
+        fit = best_fit(self.spec, self.source, memory, context, wishes.cache, head_bits, limit, wanted)
         self.report.fit = fit
         if context > longest:
             self.report.warnings.append(f"--context {context} is longer than the {longest} positions of the model")
@@ -153,11 +156,12 @@ class _Planner:
 
     def size(self, bits: float) -> OutputSize:
         """Exact with a measurement, else between bounds."""
-        recipe, spec, measurement = self.recipe, self.spec, self.found.measurement
+        recipe, spec, measurement, wanted = self.recipe, self.spec, self.found.measurement, self.found.overrides
         if measurement is None:
-            return size_range(spec, self.source, bits, recipe.head_bits, self.shard_bytes)
-        _, params = allocate(spec, measurement, bits, recipe.objective, recipe.objective_power)
-        params[spec.modules[-1].linears[0].key] = head_option(recipe.head_bits)
+            return size_range(spec, self.source, bits, recipe.head_bits, self.shard_bytes, wanted)
+        _, params = allocate(spec, measurement, bits, recipe.objective, recipe.objective_power, wanted)
+        head = spec.modules[-1].linears[0]
+        params[head.key] = overridden(wanted, head, head_option(recipe.head_bits))
         return exact_size(spec, self.source, bits, params, self.shard_bytes)
 
     def memory(self, gpu_sizes: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ measurement: CUDA context and allocator, one decoded copy of the largest linear,
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exl2ray.errors import BudgetError, UsageError
@@ -15,6 +16,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import pad32
 from exl2ray.model.hyper import Hyper
 from exl2ray.model.spec import ModelSpec
+from exl2ray.overrides import Override
 from exl2ray.plan.sizes import allocated_range, output_entries, size_range
 from exl2ray.planning import option_bits, slot_weights
 from exl2ray.quant.allocate import reachable_range
@@ -56,14 +58,21 @@ def parse_size(text: str, flag: str) -> int:
 
 
 def best_fit(
-    spec: ModelSpec, source: SourceModel, memory_bytes: int, context: int, cache: str, head_bits: int, limit_bytes: int
+    spec: ModelSpec,
+    source: SourceModel,
+    memory_bytes: int,
+    context: int,
+    cache: str,
+    head_bits: int,
+    limit_bytes: int,
+    overrides: Sequence[Override] = (),
 ) -> Fit:
     """The largest multiple of STEP bits per weight that fits for certain, whatever the allocation makes of it."""
     if cache not in CACHE_BITS:
         raise UsageError(f"--cache {cache}: one of {', '.join(CACHE_BITS)} is needed")
     if context < 1:
         raise UsageError(f"--context {context}: at least one token is needed")
-    tables = [slot for module in spec.modules for slot in option_bits(module)]
+    tables = [slot for module in spec.modules for slot in option_bits(module, overrides)]
     low, high = reachable_range(tables)
     host = sum(e.nbytes for e in output_entries(spec, source, {}) if e.name in _embeddings(spec))
     cache_bytes, windowed = (cache_size(spec.hyper, context, cache, w) for w in (False, True))
@@ -71,9 +80,9 @@ def best_fit(
     free = memory_bytes - cache_bytes - allowance
 
     def on_gpu(bits: float) -> int:
-        return size_range(spec, source, bits, head_bits, limit_bytes).high_bytes - host
+        return size_range(spec, source, bits, head_bits, limit_bytes, overrides).high_bytes - host
 
-    fixed = on_gpu(high) - allocated_range(spec, high)[1] // 8  # a header with as many digits as there can be
+    fixed = on_gpu(high) - allocated_range(spec, high, overrides)[1] // 8  # a header with as many digits as there can be
     affordable = (free - fixed) * 8 / slot_weights(spec)
     bits = min(int(affordable / STEP + 1e-9), int(high / STEP + 1e-9)) * STEP
     best = round(bits, 2) if bits >= low else None

@@ -128,9 +128,7 @@ def _quantize(
     settings = _cpu_settings(rows.quantize, damping) if gpu is None else settings_within(module, r, tokens, gpu, damping)
     hessians = _hessian_bytes(module)
     partial = PARTIAL_SUMS * hessians
-    forward = peak_bytes(module, settings, tokens, 0)["reference"]
-    if module.kind == "head":
-        forward = max(forward, forward - hessians + LOGIT_BYTES * tokens * module.linears[0].out_features)
+    forward = _forward_bytes(module, settings, tokens)
     solve = _weight_bytes(module) + hessians + max(_solving(module, g) for g in {x.input_group for x in module.linears})
     if gpu is None:
         most = max(forward + partial, solve) + STATE_SETS * states + others
@@ -157,10 +155,18 @@ def _cpu_settings(rows: tuple[int, int], damping: float) -> Settings:
     return Settings(damping, max(1, min(rows[0], CPU_BATCH_TOKENS // rows[1])), CPU_SOLVER_BYTES)
 
 
+def _forward_bytes(module: ModuleSpec, settings: Settings, tokens: int) -> int:
+    """Weights, one set of Hessians, activations; of the head the logits of one row at a time."""
+    if module.kind == "head":
+        return _weight_bytes(module) + _hessian_bytes(module) + LOGIT_BYTES * tokens * module.linears[0].out_features
+    return peak_bytes(module, settings, tokens, 0)["reference"]
+
+
 def _cpu_extra(module: ModuleSpec, settings: Settings, tokens: int) -> int:
-    """CPUs compute in float32: weights and activations take twice what `peak_bytes` counts."""
-    reference = peak_bytes(module, settings, tokens, 0)["reference"]
-    return reference - _hessian_bytes(module)
+    """CPUs compute in float32: weights and activations take twice what is counted for GPUs. Logits are float32 anyway."""
+    if module.kind == "head":
+        return _weight_bytes(module)
+    return _forward_bytes(module, settings, tokens) - _hessian_bytes(module)
 
 
 def _solving(module: ModuleSpec, group: str) -> int:

@@ -29,6 +29,7 @@ from exl2ray.formats.shards import refuse_same_directory
 from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
+from exl2ray.overrides import Override, parse_overrides
 from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs, existing_parent
 from exl2ray.plan.memory import RowSizes
 from exl2ray.plan.scan import scan_values, stored_names
@@ -59,6 +60,7 @@ class Examination:
     device: torch.device | None = None
     source: SourceModel | None = None
     spec: ModelSpec | None = None
+    overrides: tuple[Override, ...] = ()  # of --set
     measurement: Measurement | None = None  # of -m
     tokenizer: ModelTokenizer | None = None
     rows: dict[str, Rows] = field(default_factory=dict)  # "measure", "quantize"
@@ -109,7 +111,8 @@ def examine(recipe: Recipe) -> Examination:
     _examine_directories(found, recipe)
     spec, source = found.spec, found.source
     if spec is not None and recipe.output_measurement is None:
-        tables = [slot for module in spec.modules for slot in option_bits(module)]
+        found.overrides = found.attempt("--set", lambda: parse_overrides(recipe.overrides, spec)) or ()
+        tables = [slot for module in spec.modules for slot in option_bits(module, found.overrides)]
         for bits in recipe.bits:
             found.attempt("bitrate", lambda b=bits: check_reachable(b, tables))  # type: ignore[misc]
     if recipe.measurement is not None:
@@ -136,8 +139,11 @@ def row_sizes(recipe: Recipe, rows: dict[str, Rows]) -> RowSizes:
     return RowSizes(sizes["measure"], sizes["quantize"], recipe.measurement_rows if given else BUILTIN_PERPLEXITY_ROWS)
 
 
-def size_ranges(recipe: Recipe, spec: ModelSpec, source: SourceModel) -> list[OutputSize]:
-    return [size_range(spec, source, b, recipe.head_bits, recipe.shard_size << 20) for b in recipe.bits]
+def size_ranges(
+    recipe: Recipe, spec: ModelSpec, source: SourceModel, overrides: Sequence[Override]
+) -> list[OutputSize]:
+    limit = recipe.shard_size << 20
+    return [size_range(spec, source, b, recipe.head_bits, limit, overrides) for b in recipe.bits]
 
 
 # ---- the model --------------------------------------------------------------------------------------------------------
@@ -273,7 +279,8 @@ def _examine_disks(found: Examination, recipe: Recipe) -> None:
     spec, source = found.spec, found.source
     if spec is None or source is None:
         return
-    found.disks = disk_needs(recipe, spec, size_ranges(recipe, spec, source), row_sizes(recipe, found.rows))
+    sizes = size_ranges(recipe, spec, source, found.overrides)
+    found.disks = disk_needs(recipe, spec, sizes, row_sizes(recipe, found.rows))
     found.add("disk", check_disks(found.disks))
 
 

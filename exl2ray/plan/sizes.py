@@ -20,6 +20,7 @@ from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.shards import TensorEntry, header_bytes, plan_shards
 from exl2ray.model.spec import LinearSpec, ModelSpec, PlainTensor
 from exl2ray.model.weights import output_tensors
+from exl2ray.overrides import Override, overridden
 from exl2ray.planning import option_bits, option_tables, slot_weights, total_bits
 from exl2ray.quant.allocate import budget
 from exl2ray.quant.qparams import head_option
@@ -61,15 +62,22 @@ def exact_size(
     return OutputSize(bits, sum(files), sum(files), packed, packed, achieved, files)
 
 
-def size_range(spec: ModelSpec, source: SourceModel, bits: float, head_bits: int, limit_bytes: int) -> OutputSize:
-    """Bounds of the size at a reachable bitrate, from the option tables."""
+def size_range(
+    spec: ModelSpec,
+    source: SourceModel,
+    bits: float,
+    head_bits: int,
+    limit_bytes: int,
+    overrides: Sequence[Override] = (),
+) -> OutputSize:
+    """Bounds of the size at a reachable bitrate, from the option tables and what the user wants of single linears."""
     head = spec.modules[-1].linears[0]
-    fixed = _bits(head, head_option(head_bits)) // 8
-    low_bits, high_bits = allocated_range(spec, bits)
+    fixed = _bits(head, overridden(overrides, head, head_option(head_bits))) // 8
+    low_bits, high_bits = allocated_range(spec, bits, overrides)
     packed = (low_bits // 8 + fixed, high_bits // 8 + fixed)
-    options = _options(spec, head_bits)
+    options = _options(spec, head_bits, overrides)
     small, large = (
-        output_entries(spec, source, {x.key: _extent(x, options[x.role], choice) for x in spec.linears})
+        output_entries(spec, source, {x.key: _extent(x, options[x.key], choice) for x in spec.linears})
         for choice in (min, max)
     )
     rest = sum(e.nbytes for e in output_entries(spec, source, {}))
@@ -81,9 +89,9 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, head_bits: int
     return OutputSize(bits, sizes[0] + low_header, sizes[1] + high_header, *packed)
 
 
-def allocated_range(spec: ModelSpec, bits: float) -> tuple[int, int]:
+def allocated_range(spec: ModelSpec, bits: float, overrides: Sequence[Override] = ()) -> tuple[int, int]:
     """(least, most) bits of all decoder linears that an allocation at ``bits`` can have."""
-    slots = [sorted(b) for module in spec.modules for b, _ in option_bits(module)]
+    slots = [sorted(b) for module in spec.modules for b, _ in option_bits(module, overrides)]
     floor, ceiling = sum(s[0] for s in slots), sum(s[-1] for s in slots)
     high = min(budget(slot_weights(spec), bits), ceiling)
     if high == ceiling:
@@ -135,12 +143,14 @@ def plain_shape(plain: PlainTensor, source: SourceModel) -> tuple[int, ...]:
     return (plain.repeat, *shape) if plain.repeat else tuple(shape)
 
 
-def _options(spec: ModelSpec, head_bits: int) -> dict[str, tuple[QParams, ...]]:
-    """Role -> the options that its linears may get."""
-    out: dict[str, tuple[QParams, ...]] = {"lm_head": (head_option(head_bits),)}
+def _options(spec: ModelSpec, head_bits: int, overrides: Sequence[Override]) -> dict[str, tuple[QParams, ...]]:
+    """Linear key -> the options that it may get."""
+    columns: dict[str, tuple[QParams, ...]] = {"lm_head": (head_option(head_bits),)}
     for roles, rows in option_tables({x.role for x in spec.linears}):
-        out.update({role: tuple(dict.fromkeys(column)) for role, column in zip(roles, zip(*rows, strict=True), strict=True)})
-    return out
+        columns.update(zip(roles, (tuple(dict.fromkeys(c)) for c in zip(*rows, strict=True)), strict=True))
+    if not overrides:
+        return {x.key: columns[x.role] for x in spec.linears}
+    return {x.key: tuple(dict.fromkeys(overridden(overrides, x, q) for q in columns[x.role])) for x in spec.linears}
 
 
 def _extent(
