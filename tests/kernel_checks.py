@@ -35,6 +35,7 @@ def solve(
     ws: Sequence[Tensor],
     layouts: Sequence[tuple[int, GroupLayout]],  # (index of the weight, layout), all with the same rows
     keep_codes: bool = True,
+    refine: bool = False,
 ) -> list[Solution]:
     """`solve_segments` through the CUDA kernels, results copied to the CPU."""
     segments = [Segment(i, layout.bits) for i, layout in layouts]
@@ -43,9 +44,9 @@ def solve(
     if device == "cpu":
         from exl2ray.cuda.gpu import CudaGroups
 
-        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, CudaGroups)
+        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, CudaGroups, refine)
     else:
-        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes)
+        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, refine=refine)
 
     def copy(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.cpu().clone()
@@ -55,8 +56,8 @@ def solve(
     ]
 
 
-def plain(factor: Factor, w: Tensor, layout: GroupLayout) -> Quantized:
-    return quantize_reference(w, factor.perm, feedback_factor(factor), layout)
+def plain(factor: Factor, w: Tensor, layout: GroupLayout, refine: bool = False) -> Quantized:
+    return quantize_reference(w, factor.perm, feedback_factor(factor), layout, refine)
 
 
 def share_equal(a: Tensor | None, b: Tensor) -> float:
@@ -108,6 +109,22 @@ def check_feedback(
         [(found, plain(factor, ws[i], layout), h, ws[i]) for (i, layout), found in zip(cases, solved, strict=True)],
         share,
     )
+
+
+def check_refinement(device: str, k: int, n: int, layouts: Sequence[GroupLayout], seed: int, share: float = 0.999) -> None:
+    """Refined scale codes, all layouts in one batch. Their choice hangs on sums of squares: it may differ now and then."""
+    h, (w,) = problem(k, [n], seed)
+    factor = prepare(h)
+    solved = solve(device, factor, [w], [(0, layout) for layout in layouts], refine=True)
+    shares, ratios = [], []
+    for layout, found in zip(layouts, solved, strict=True):
+        check_consistent(found, factor.perm, layout)
+        expected = plain(factor, w, layout, refine=True)
+        shares.append(share_equal(found.scale_codes, expected.scale_codes))
+        ratios.append(relative_error(h, w, found.weight) / relative_error(h, w, expected.weight))
+    assert statistics.median(shares) >= share, shares
+    assert min(shares) > 0.5, shares
+    assert all(abs(r - 1) < 0.03 for r in ratios), ratios
 
 
 def check_rounding(device: str, k: int, n: int, layout: GroupLayout, seed: int) -> None:

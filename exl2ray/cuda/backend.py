@@ -14,6 +14,11 @@ from torch import Tensor
 from exl2ray.cuda import cpu
 
 GRID_POINTS = 97
+# Refinement of scale codes (`exl2ray.quant.scales.refine`): least width whose codes are refined (with two bits the loss of a
+# layer misleads), most rows of a group (what a kernel holds), weight of the error along the weights, changes of a code that
+# are tried, in order.
+REFINED_BITS, REFINED_ROWS, SHRINKAGE = 3, 128, 1.0
+OFFSETS = (0, -1, 1, -2, 2, -3, 3)
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Workspace:
     bounds: tuple[tuple[int, int], ...]  # column range of each segment
     bits: Tensor  # (S, G) int32
     feedback: bool
+    refine: bool = False  # scale codes by the loss after feedback inside the group; needs feedback
 
 
 class GroupBackend(Protocol):
@@ -79,6 +85,7 @@ class CpuGroups:
         self.blocks, first = blocks_of(ws.bounds, cpu.BLOCK)
         self.first = first[:-1]
         self.grid = shrink_grid()
+        self.offsets = np.array(OFFSETS, dtype=np.int32)
 
     def step(self, g: int, a: int, n: int, row: int) -> None:
         ws = self.ws
@@ -99,6 +106,10 @@ class CpuGroups:
         rounded = torch.empty(x.shape, dtype=torch.float32)
         codes = torch.empty(x.shape, dtype=torch.uint8) if ws.codes is None else ws.codes[row : row + n]
         u = ws.u[a : a + n, a : a + n].contiguous().numpy()
+        if ws.refine and ws.feedback and n <= REFINED_ROWS:
+            cpu.refine_codes(
+                x, u, self.blocks, bits, seg_m, scale_codes, self.offsets, REFINED_BITS, np.float32(SHRINKAGE)
+            )
         cpu.quantize(
             x, u, ws.feedback, self.blocks, bits, seg_m, scale_codes,
             rounded.numpy(), codes.numpy(), ws.error[a : a + n].numpy(),

@@ -12,6 +12,7 @@ import numpy as np
 
 _MAGIC = np.float32(0.75)  # ulp of [0.5, 1) is 2^-24, the spacing of subnormal halves
 _SMALLEST_NORMAL = np.float32(2.0**-14)
+_TINY = np.float32(1e-30)
 BLOCK = 64  # columns per block
 
 
@@ -77,6 +78,68 @@ def grid_errors(x, blocks, seg_top, seg_bits, grid, scale_codes, partial):
                     d = abs(q * s - v)
                     total += d * d * d * np.sqrt(d)
             partial[b, i] = total
+
+
+@numba.njit(cache=True, parallel=True)
+def refine_codes(x, u, blocks, seg_bits, seg_m, scale_codes, offsets, least_bits, shrinkage):
+    """scale_codes (C,) uint8 in place: of the codes at ``offsets`` (T,) int32 from them, those with the smallest loss.
+
+    Plain form: `exl2ray.quant.scales.refine`. x (n, C) float32 and u (n, n) float32 as for `quantize`, both kept.
+    """
+    n = x.shape[0]
+    for b in numba.prange(blocks.shape[0]):
+        seg = blocks[b, 0]
+        c0 = blocks[b, 1]
+        width = blocks[b, 2] - c0
+        bits = seg_bits[seg]
+        if bits < least_bits:
+            continue
+        zero = np.float32(1 << (bits - 1))
+        high = np.float32((1 << bits) - 1) - zero
+        best = np.full(BLOCK, np.float32(np.inf))
+        chosen = np.empty(BLOCK, np.uint8)
+        step = np.empty(BLOCK, np.float32)
+        error = np.empty(BLOCK, np.float32)
+        work = np.empty((n, BLOCK), np.float32)
+        for j in range(width):
+            chosen[j] = scale_codes[c0 + j]
+        for t in range(offsets.shape[0]):
+            loss = np.zeros(BLOCK, np.float32)
+            along = np.zeros(BLOCK, np.float32)
+            size = np.zeros(BLOCK, np.float32)
+            for j in range(width):
+                code = np.float32(scale_codes[c0 + j]) + np.float32(offsets[t])
+                step[j] = _half(code * code * seg_m[seg])
+            for r in range(n):
+                for j in range(width):
+                    work[r, j] = x[r, c0 + j]
+            for r in range(n):
+                for j in range(width):
+                    s = step[j]
+                    v = work[r, j]
+                    q = np.float32(0.0)
+                    if s > 0:
+                        q = min(max(np.rint(v / s), -zero), high)
+                    elif v != 0:
+                        q = high if v > 0 else -zero
+                    e = (v - _half(q * s)) / u[r, r]
+                    g = v / u[r, r]
+                    error[j] = e
+                    loss[j] += e * e
+                    along[j] += e * g
+                    size[j] += g * g
+                for k in range(r + 1, n):
+                    f = u[r, k]
+                    for j in range(width):
+                        work[k, j] -= f * error[j]
+            for j in range(width):
+                code = np.int32(scale_codes[c0 + j]) + offsets[t]
+                cost = loss[j] + shrinkage * along[j] * along[j] / max(size[j], _TINY)
+                if code >= 1 and code <= 16 and cost < best[j]:
+                    best[j] = cost
+                    chosen[j] = np.uint8(code)
+        for j in range(width):
+            scale_codes[c0 + j] = chosen[j]
 
 
 @numba.njit(cache=True, parallel=True)

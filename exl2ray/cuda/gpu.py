@@ -14,7 +14,7 @@ from numba import cuda
 from torch import Tensor
 
 from exl2ray.cuda import kernels
-from exl2ray.cuda.backend import Workspace, blocks_of, shrink_grid
+from exl2ray.cuda.backend import OFFSETS, REFINED_BITS, REFINED_ROWS, SHRINKAGE, Workspace, blocks_of, shrink_grid
 
 
 def wrap(t: Tensor) -> Any:
@@ -52,6 +52,10 @@ class CudaGroups:
         self.scale_codes, self.scale_max = wrap(ws.scale_codes), wrap(ws.scale_max)
         self.codes = wrap(ws.codes if ws.codes is not None else ws.scale_codes)
         self.keep = ws.codes is not None
+        self.refine = ws.refine and ws.feedback
+        if self.refine:
+            self.offsets = upload(np.array(OFFSETS, dtype=np.int32))
+            self.cost = buffer(len(OFFSETS), ws.x.shape[1])
 
     def step(self, g: int, a: int, n: int, row: int) -> None:
         ws, stream = self.ws, stream_of(self.ws.x)
@@ -65,6 +69,14 @@ class CudaGroups:
         kernels.choose[self.segments, 4 * kernels.PADDED, stream](
             self.partial, self.first, self.seg_top, self.grid, g, self.scale_max, self.seg_m
         )
+        if self.refine and n <= REFINED_ROWS:
+            kernels.trial[(self.quant_blocks, len(OFFSETS)), kernels.QUANT_COLUMNS, stream](
+                self.x, a, n, self.u, self.quant, self.bits, g, self.seg_m, self.scale_codes,
+                self.offsets, REFINED_BITS, np.float32(SHRINKAGE), self.cost,
+            )  # fmt: skip
+            kernels.pick[self.quant_blocks, kernels.QUANT_COLUMNS, stream](
+                self.cost, self.quant, self.bits, g, self.scale_codes, self.offsets, REFINED_BITS
+            )
         for r in range(0, n, kernels.ROWS):
             kernels.quantize[self.quant_blocks, kernels.QUANT_COLUMNS, stream](
                 self.x, a + r, self.u, ws.feedback, self.quant, self.bits, g, self.seg_m,

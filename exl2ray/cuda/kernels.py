@@ -5,6 +5,8 @@ Launches per group of n rows (a multiple of 32), each over every segment of the 
     column_tops   largest |x| of each column, and per block
     grid_errors   M of the segment, scale codes, and per block the summed |error|^3.5 at the 97 shrink factors
     choose        per segment: first smallest sum -> scale_max
+    trial         with refinement: per column and scale code near the one found, the loss after feedback inside the group
+    pick          with refinement: per column the code with the smallest loss
     quantize      per 32 rows: integers, reconstruction in the loader's half chain, error feedback among these rows
 
 Sums run in a fixed order and no atomics are used: the same input gives the same bytes. `x` is the panel buffer; the group
@@ -23,18 +25,21 @@ import os
 import numpy as np
 from numba import cuda
 
+from exl2ray.cuda.backend import REFINED_ROWS
+
 COLUMNS = 32  # columns per block of the search kernels
 LANES = 8  # threads per column there
 POINTS = 13  # grid points per thread: 8 x 13 >= 97
 PADDED = LANES * POINTS  # 104: length of a padded grid
 THREADS = COLUMNS * LANES
 GRID_POINTS = 97
-QUANT_COLUMNS = 64  # columns per block of `quantize`
+QUANT_COLUMNS = 64  # columns per block of `trial`, `pick` and `quantize`
 ROWS = 32  # rows per launch of `quantize`: groups are multiples of 32 rows
 STRIP = 8  # rows of it held in registers at a time
 
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23
 _TINY = np.float32(1e-12)
+_SMALL = np.float32(1e-30)
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 
@@ -235,6 +240,95 @@ def _nearest(v, step, zero, high):
     elif v < np.float32(0.0):
         q = -zero
     return q
+
+
+@cuda.jit(cache=True)
+def trial(x, a, n, u, blocks, seg_bits, g, seg_m, scale_codes, offsets, least_bits, shrinkage, cost):
+    """cost (T, C) float32 of the codes at ``offsets`` (T,) int32 from those of row g, infinite for codes outside 1..16.
+
+    Keeps x and u. Launch: (entries of ``blocks``, T) blocks of QUANT_COLUMNS threads; at most REFINED_ROWS rows.
+    A column's rows stay in shared memory; each error replaces its weight there.
+    """
+    factor = cuda.shared.array((STRIP, REFINED_ROWS), np.float32)
+    tile = cuda.shared.array((REFINED_ROWS, QUANT_COLUMNS), np.float32)
+    b = cuda.blockIdx.x
+    t = cuda.blockIdx.y
+    j = cuda.threadIdx.x
+    seg = blocks[b, 0]
+    bits = seg_bits[seg, g]
+    if bits < least_bits:
+        return
+    c = blocks[b, 1] + j
+    zero = np.float32(1 << (bits - 1))
+    high = np.float32((1 << bits) - 1) - zero
+    code = np.float32(0.0)
+    if c < blocks[b, 2]:
+        code = np.float32(scale_codes[g, c]) + np.float32(offsets[t])
+    used = code >= np.float32(1.0) and code <= np.float32(16.0)
+    step = np.float32(np.float16(code * code * seg_m[seg]))
+    if used:
+        for r in range(n):
+            tile[r, j] = x[a + r, c]
+    loss = np.float32(0.0)
+    along = np.float32(0.0)
+    size = np.float32(0.0)
+    for s in range(0, n, STRIP):
+        cuda.syncthreads()
+        for k in range(s + j, n, QUANT_COLUMNS):
+            for i in range(STRIP):
+                factor[i, k] = u[a + s + i, a + k]
+        cuda.syncthreads()
+        if used:
+            for i in range(STRIP):
+                v = tile[s + i, j]
+                d = np.float32(np.float16(_nearest(v, step, zero, high) * step))
+                pivot = factor[i, s + i]
+                e = (v - d) / pivot
+                w = v / pivot
+                loss += e * e
+                along += e * w
+                size += w * w
+                tile[s + i, j] = e
+                for k in range(i + 1, STRIP):
+                    tile[s + k, j] -= factor[i, s + k] * e
+            e0 = tile[s + 0, j]
+            e1 = tile[s + 1, j]
+            e2 = tile[s + 2, j]
+            e3 = tile[s + 3, j]
+            e4 = tile[s + 4, j]
+            e5 = tile[s + 5, j]
+            e6 = tile[s + 6, j]
+            e7 = tile[s + 7, j]
+            for k in range(s + STRIP, n):
+                v = tile[k, j]
+                v -= factor[0, k] * e0
+                v -= factor[1, k] * e1
+                v -= factor[2, k] * e2
+                v -= factor[3, k] * e3
+                v -= factor[4, k] * e4
+                v -= factor[5, k] * e5
+                v -= factor[6, k] * e6
+                v -= factor[7, k] * e7
+                tile[k, j] = v
+    if used:
+        cost[t, c] = loss + shrinkage * along * along / _fmax(size, _SMALL)
+    elif c < blocks[b, 2]:
+        cost[t, c] = np.float32(math.inf)
+
+
+@cuda.jit(cache=True)
+def pick(cost, blocks, seg_bits, g, scale_codes, offsets, least_bits):
+    """Scale codes row g: changed by the offset with the first smallest cost. Launch: as `trial`, one block per entry."""
+    b = cuda.blockIdx.x
+    c = blocks[b, 1] + cuda.threadIdx.x
+    if c < blocks[b, 2] and seg_bits[blocks[b, 0], g] >= least_bits:
+        best = np.float32(math.inf)
+        change = np.int32(0)
+        for t in range(cost.shape[0]):
+            if cost[t, c] < best:  # false for NaN
+                best = cost[t, c]
+                change = offsets[t]
+        scale_codes[g, c] = np.uint8(np.int32(scale_codes[g, c]) + change)
 
 
 @cuda.jit(cache=True)

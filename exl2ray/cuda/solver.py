@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.backend import GroupBackend, Workspace, group_backend
+from exl2ray.cuda.backend import OFFSETS, GroupBackend, Workspace, group_backend
 
 PANEL = 512  # rows per outer panel: bounds the traffic of E to K / PANEL reads
 
@@ -60,6 +60,7 @@ class Shape:
     feedback: bool
     keep_codes: bool
     device: torch.device
+    refine: bool = False
 
     @property
     def columns(self) -> int:
@@ -79,7 +80,8 @@ class Shape:
     def nbytes(self) -> int:
         """Device memory of a batch of this shape."""
         k, c = self.in_features, self.columns
-        return k * c * (2 + (4 if self.feedback else 0) + (1 if self.keep_codes else 0)) + 4 * k * (k + sum(self.widths))
+        per_weight = 2 + (4 if self.feedback else 0) + (1 if self.keep_codes else 0)
+        return k * c * per_weight + 4 * k * (k + sum(self.widths)) + (4 * len(OFFSETS) * c if self.refine else 0)
 
 
 def solve_segments(
@@ -90,6 +92,7 @@ def solve_segments(
     rows: tuple[int, ...],  # row count of each group
     keep_codes: bool = False,  # also return integers and scale codes (to pack the result)
     backend: Callable[[Workspace], GroupBackend] = group_backend,
+    refine: bool = False,  # scale codes by the loss after feedback inside their group (`exl2ray.quant.scales.refine`)
 ) -> list[Solution]:
     """Quantises every segment. Deterministic on one kind of device; segments come back in the given order.
 
@@ -99,7 +102,7 @@ def solve_segments(
     used = sorted({s.weight for s in segments})
     shape = Shape(
         perm.numel(), rows, tuple(weights[i].shape[1] for i in used),
-        tuple(sum(s.weight == i for s in segments) for i in used), r is not None, keep_codes, perm.device,
+        tuple(sum(s.weight == i for s in segments) for i in used), r is not None, keep_codes, perm.device, refine,
     )  # fmt: skip
     bits = torch.tensor([segments[i].bits for i in order], dtype=torch.int32)
     if perm.is_cuda and backend is group_backend:
@@ -148,7 +151,7 @@ class Batch:
             scale_codes=empty(len(shape.rows), columns, dtype=torch.uint8),
             scale_max=empty(len(shape.rows), len(shape.bounds), dtype=torch.float16),
             bounds=shape.bounds, bits=empty(len(shape.bounds), len(shape.rows), dtype=torch.int32),
-            feedback=shape.feedback,
+            feedback=shape.feedback, refine=shape.refine,
         )  # fmt: skip
         self.groups = backend(self.ws)
 

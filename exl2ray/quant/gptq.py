@@ -34,6 +34,7 @@ def quantize_reference(
     perm: Tensor,  # (K,) int64, act-order
     u: Tensor | None,  # (K, K) float32 upper, H^-1 = U^T U in act-order; None: no feedback
     layout: GroupLayout,
+    refine: bool = False,  # scale codes by `scales.refine`
 ) -> Quantized:
     """Plain GPTQ. Returns integers, scales and the reconstructed weight."""
     work = w[perm].clone()
@@ -45,6 +46,8 @@ def quantize_reference(
         stop = start + rows
         zero = 2 ** (bits - 1)
         group_codes, scale_max = scales.search(work[start:stop], bits)
+        if refine and u is not None:
+            group_codes = scales.refine(work[start:stop], u[start:stop, start:stop], bits, group_codes, scale_max)
         all_codes.append(group_codes)
         all_max.append(scale_max)
         step = scales.step_sizes(group_codes, scale_max)

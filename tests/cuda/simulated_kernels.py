@@ -20,6 +20,11 @@ def test_solver() -> None:
     checks.check_feedback("cpu", 96, [32], [GroupLayout((5, 2), (64, 32)), GroupLayout((4, 3), (64, 32))], seed=1)
 
 
+def test_refinement() -> None:
+    """A group that is refined before one that is not; of two segments of one batch the second has more to refine."""
+    checks.check_refinement("cpu", 64, 32, [GroupLayout((4, 2), (32, 32)), GroupLayout((5, 3), (32, 32))], seed=7, share=0.95)
+
+
 def test_round_to_nearest() -> None:
     checks.check_rounding("cpu", 32, 32, GroupLayout((3,), (32,)), seed=2)
 

@@ -69,6 +69,21 @@ def test_solver_as_it_runs(shape: str, seed: int) -> None:
     checks.check_feedback("cuda", *SHAPES[shape], seed, share=0.97)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_refined_scale_codes(shape: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "trailing_precision", contextlib.nullcontext)
+    k, widths, layouts = SHAPES[shape]
+    checks.check_refinement("cuda", k, widths[0], layouts, seed, share=0.97)
+
+
+def test_refinement_recorded_as_a_graph_gives_the_same_bytes(seed: int) -> None:
+    layout = parse("0.1:4b_64g/0.9:3b_64g").layout(256)
+    h, ws = checks.problem(256, [64], seed)
+    rounds = [checks.solve("cuda", prepare(h), ws, [(0, layout)], refine=True)[0] for _ in range(3)]
+    assert all(torch.equal(rounds[0].weight, r.weight) for r in rounds[1:])
+    assert not torch.equal(rounds[0].weight, checks.solve("cuda", prepare(h), ws, [(0, layout)])[0].weight)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_round_to_nearest(bits: int, seed: int) -> None:
     checks.check_rounding("cuda", 224, 96, GroupLayout((bits, bits), (128, 96)), seed)

@@ -16,10 +16,11 @@ from quant_helpers import hessian, reference, weights
 from torch import Tensor
 
 from exl2ray.cuda import solver
+from exl2ray.cuda.backend import REFINED_BITS
 from exl2ray.cuda.solver import Segment, Solution, panels, solve_segments
 from exl2ray.formats.layout import GroupLayout
-from exl2ray.quant import solve
-from exl2ray.quant.gptq import Quantized, quantize_reference, relative_error
+from exl2ray.quant import scales, solve
+from exl2ray.quant.gptq import Quantized, feedback_factor, quantize_reference, relative_error
 from exl2ray.quant.hessian import prepare, round_to_nearest
 from exl2ray.quant.qparams import attention_options, mlp_options, parse
 from exl2ray.quant.solve import Problem, quantize_linears, solve_options, solve_problems
@@ -125,9 +126,9 @@ def test_batches_respect_the_budget_and_change_nothing(monkeypatch: pytest.Monke
     problems = [Problem(0, parse(t).layout(k)) for t in ("1:2b_64g", "1:3b_64g", "1:4b_64g", "1:5b_64g", "1:6b_64g")]
     sizes: list[int] = []
 
-    def counted(r: Any, perm: Any, ws: Any, segments: Sequence[Segment], *rest: Any) -> list[Solution]:
+    def counted(r: Any, perm: Any, ws: Any, segments: Sequence[Segment], *rest: Any, **more: Any) -> list[Solution]:
         sizes.append(len(segments))
-        return solve_segments(r, perm, ws, segments, *rest)
+        return solve_segments(r, perm, ws, segments, *rest, **more)
 
     free = solve_problems(factor, [w], problems)
     monkeypatch.setattr(solve, "solve_segments", counted)
@@ -145,10 +146,10 @@ def test_results_survive_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None
     """`solve_segments` may reuse the buffers of its results: whoever keeps them must hold copies."""
     returned: list[Tensor] = []
 
-    def reusing(*args: Any) -> list[Solution]:
+    def reusing(*args: Any, **more: Any) -> list[Solution]:
         for old in returned:
             old.fill_(0)
-        solutions = solve_segments(*args)
+        solutions = solve_segments(*args, **more)
         for s in solutions:
             returned.extend(t for t in (s.weight, s.codes, s.scale_codes, s.scale_max) if t is not None)
         return solutions
@@ -247,3 +248,85 @@ def test_number_of_threads_stays_what_it_was() -> None:
     env = {**os.environ, "NUMBA_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "1", "2"]
+
+
+# ---- refinement of scale codes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_refined_codes_are_those_of_the_plain_loop(text: str) -> None:
+    k, n = 352, 96
+    h, w = hessian(k, 11, tokens=600), weights(k, n, 11)
+    factor, layout = prepare(h), parse(text).layout(k)
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, refine=True)[0]
+    expected = quantize_reference(w, factor.perm, feedback_factor(factor), layout, refine=True)
+    assert found.codes is not None
+    assert found.scale_codes is not None
+    assert same(found.scale_codes, expected.scale_codes) > 0.97
+    assert relative_error(h, w, found.weight) == pytest.approx(relative_error(h, w, expected.weight), rel=5e-3)
+    unrefined = reference(factor, w, layout)
+    if min(layout.bits) >= REFINED_BITS:
+        assert same(expected.scale_codes, unrefined.scale_codes) < 0.9
+        assert relative_error(h, w, found.weight) < relative_error(h, w, unrefined.weight)
+    elif max(layout.bits) < REFINED_BITS:
+        assert torch.equal(expected.codes, unrefined.codes)
+
+
+def test_first_group_is_refined_to_the_bit() -> None:
+    """One group sees no sum over other groups: all its codes agree with the plain form."""
+    k = 64
+    factor, w = prepare(hessian(k, 3)), weights(k, 256, 3)
+    layout = parse("1:4b_64g").layout(k)
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, refine=True)[0]
+    u = feedback_factor(factor)
+    assert u is not None
+    codes, scale_max = scales.search(w[factor.perm], 4)
+    assert found.scale_codes is not None
+    assert same(found.scale_codes[0], scales.refine(w[factor.perm], u, 4, codes, scale_max)) > 0.99
+
+
+def test_refinement_minimises_its_cost() -> None:
+    """Brute force over the tried codes of one column, with the loss written out as tr(E^T H E) of the group."""
+    k, bits = 32, 4
+    h = hessian(k, 6)
+    factor, w = prepare(h), weights(k, 3, 6)
+    u = feedback_factor(factor)
+    assert u is not None
+    x = w[factor.perm]
+    codes, scale_max = scales.search(x, bits)
+    damped = torch.linalg.inv(u.double()) @ torch.linalg.inv(u.double()).T
+    refined = scales.refine(x, u, bits, codes, scale_max)
+    for c in range(3):
+        costs = {}
+        for code in range(max(1, int(codes[c]) - 3), min(16, int(codes[c]) + 3) + 1):
+            step = scales.step_sizes(torch.tensor([code]), scale_max).double()
+            work, error = x[:, c].double().clone(), torch.zeros(k, dtype=torch.float64)
+            along = size = 0.0
+            for i in range(k):
+                q = torch.clamp(torch.round(work[i] / step), -8, 7) * step
+                e, gain = (work[i] - q) / u[i, i], work[i] / u[i, i]
+                along, size = along + float(e * gain), size + float(gain * gain)
+                error[i] = x[i, c] - q
+                work[i + 1 :] -= u[i, i + 1 :] * e
+            costs[code] = float(error @ damped @ error) + scales.SHRINKAGE * along**2 / size
+        assert costs[int(refined[c])] == pytest.approx(min(costs.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-6, 1e3])
+def test_refinement_of_very_small_and_large_weights(scale: float) -> None:
+    h, w = hessian(64), weights(64, 32) * scale
+    factor, layout = prepare(h), parse("1:4b_32g").layout(64)
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, refine=True)[0]
+    assert bool(torch.isfinite(found.weight).all())
+    assert found.scale_codes is not None
+    assert 1 <= int(found.scale_codes.min()) <= int(found.scale_codes.max()) <= 16
+
+
+def test_refinement_same_input_same_bytes_and_nothing_without_feedback() -> None:
+    k = 192
+    h, w = hessian(k, 9, tokens=400), weights(k, 96, 9)
+    problems = [Problem(0, row[2].layout(k)) for row in mlp_options()[4:8]]
+    a, b = (solve_problems(prepare(h), [w], problems, refine=True) for _ in range(2))
+    assert all(torch.equal(x.weight, y.weight) for x, y in zip(a, b, strict=True))
+    c, d = (solve_problems(round_to_nearest(h), [w], problems, refine=r) for r in (True, False))
+    assert all(torch.equal(x.weight, y.weight) for x, y in zip(c, d, strict=True))
