@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dist_helpers import BITS, digests, recipe
+from gcs_server import GcsServer
 
 from exl2ray.convert import convert
 from exl2ray.progress import Silent
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
+from exl2ray.store.status import read_status
 
 
 @pytest.fixture(scope="module")
@@ -123,31 +126,47 @@ def worker_whole(worker: Any, index: int) -> Any:
     return worker.measure(MeasureItem(index, "cd" * 16)).payload["profile"]["value"]
 
 
-def test_work_directory_in_a_bucket(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any) -> None:
-    """Records, states and shards in s3://, workers of a Ray session: the model is the one of a local work directory."""
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket on moto's server."""
     boto3 = pytest.importorskip("boto3")
     server_module = pytest.importorskip("moto.server")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    try:
-        host, port = server.get_host_and_port()
-        url = f"http://{host}:{port}"
-        for name, value in {
-            "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_EC2_METADATA_DISABLED": "true", "AWS_REGION": "us-east-1",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="work")
-        local = tmp_path / "local"
-        convert(recipe(model, local), Silent())
-        out = tmp_path / "out"
-        settings = recipe(model, "s3://work/job", gpus=2, compile_full=str(out), checkpoint_seconds=0.0)
-        convert(settings, Silent())  # a Ray of its own: workers inherit AWS_* from the driver
-        produced = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-        expected = {p.name: p.read_bytes() for p in Path(f"{local}-out/{BITS[0]}").iterdir() if p.is_file()}
-        assert produced == expected
-        store = Store.open("s3://work/job")
-        assert store.get("measurement.json") == (local / "measurement.json").read_bytes()
-        assert [n for n in store.list("quant/4.0/states") if n.endswith(".safetensors")]
-    finally:
-        server.stop()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    for name, value in {
+        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_EC2_METADATA_DISABLED": "true", "AWS_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="work")
+    yield "s3://work"
+    server.stop()
+
+
+@pytest.fixture
+def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket on a server of ours."""
+    server = GcsServer()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
+    yield "gs://work"
+    server.close()
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_work_directory_in_a_bucket(kind: str, model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Records and states in s3:// or gs://, workers of a Ray session: the model is the one of a local work directory."""
+    root = f"{request.getfixturevalue(kind)}/job"
+    local = tmp_path / "local"
+    convert(recipe(model, local), Silent())
+    out = tmp_path / "out"
+    settings = recipe(model, root, gpus=2, compile_full=str(out), checkpoint_seconds=0.0)
+    convert(settings, Silent())  # a Ray of its own: workers inherit the environment of the driver
+    produced = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    expected = {p.name: p.read_bytes() for p in Path(f"{local}-out/{BITS[0]}").iterdir() if p.is_file()}
+    assert produced == expected
+    store = Store.open(root)
+    assert store.get("measurement.json") == (local / "measurement.json").read_bytes()
+    assert [n for n in store.list("quant/4.0/states") if n.endswith(".safetensors")]
+    assert [p.state for p in read_status(root).passes] == ["finished"] * 3

@@ -1,13 +1,13 @@
-"""Stores to test against: a temporary directory, moto's S3 server, and a GCS emulator where one is running."""
+"""Stores to test against: a temporary directory, moto's S3 server, and a GCS server of ours."""
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from gcs_server import GcsServer
 from store_helpers import JOB
 
 from exl2ray.store.fs import Store
@@ -43,16 +43,27 @@ def s3_root(s3_bucket: str) -> str:
     return f"{s3_bucket}/{secrets.token_hex(6)}"
 
 
+@pytest.fixture(scope="session")
+def gs_bucket() -> Iterator[str]:
+    """URL of a bucket on a server of ours; STORAGE_EMULATOR_HOST points to it for the rest of the session."""
+    server = GcsServer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", server.address)
+        yield "gs://exl2ray-tests"
+    server.close()
+
+
+@pytest.fixture
+def gs_root(gs_bucket: str) -> str:
+    return f"{gs_bucket}/{secrets.token_hex(6)}"
+
+
 @pytest.fixture(params=["local", "s3", "gs"])
 def root(request: pytest.FixtureRequest, tmp_path: Any) -> str:
-    """An empty place of each kind. gs:// runs where STORAGE_EMULATOR_HOST and EXL2RAY_TEST_GS_BUCKET name one."""
+    """An empty place of each kind."""
     if request.param == "local":
         return str(tmp_path / "work")
-    if request.param == "s3":
-        return str(request.getfixturevalue("s3_root"))
-    if not (os.environ.get("STORAGE_EMULATOR_HOST") and os.environ.get("EXL2RAY_TEST_GS_BUCKET")):
-        pytest.skip("no GCS emulator: set STORAGE_EMULATOR_HOST and EXL2RAY_TEST_GS_BUCKET")
-    return f"gs://{os.environ['EXL2RAY_TEST_GS_BUCKET']}/{secrets.token_hex(6)}"
+    return str(request.getfixturevalue(f"{request.param}_root"))
 
 
 @pytest.fixture

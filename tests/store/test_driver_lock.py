@@ -117,8 +117,9 @@ def test_other_machine_counts_by_its_heartbeat(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_other_machine_on_an_object_store(s3_root: str) -> None:
-    store = Store.open(s3_root)
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_other_machine_on_an_object_store(kind: str, request: pytest.FixtureRequest) -> None:
+    store = Store.open(str(request.getfixturevalue(f"{kind}_root")))
     store.put(LOCK_FILE, Holder(ELSEWHERE, time.time(), "t").to_bytes())
     with pytest.raises(StoreError, match="node-7"):
         DriverLock(store, LockTiming(settle=0.05)).acquire()

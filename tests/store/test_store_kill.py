@@ -99,10 +99,12 @@ def test_killed_drivers_lose_nothing_and_end_with_the_same_bytes(tmp_path: Path)
     assert left == []
 
 
-@pytest.mark.parametrize("item_bytes", [1000, 11 << 20])  # one PUT; a multipart upload
-def test_killed_driver_on_s3(s3_root: str, item_bytes: int) -> None:
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+@pytest.mark.parametrize("item_bytes", [1000, 11 << 20])  # one PUT; an upload in parts
+def test_killed_driver_on_an_object_store(kind: str, item_bytes: int, request: pytest.FixtureRequest) -> None:
+    root = str(request.getfixturevalue(f"{kind}_root"))
     acknowledged: set[str] = set()
     for acks in (1, 2):
-        acknowledged |= set(run_and_kill(s3_root, 100, item_bytes, acks, 0.03))
-        check_whole(s3_root, acknowledged)
+        acknowledged |= set(run_and_kill(root, 100, item_bytes, acks, 0.03))
+        check_whole(root, acknowledged)
     assert len(acknowledged) >= 3
