@@ -68,7 +68,7 @@ from exl2ray.progress import Silent  # noqa: E402
 OURS = ("in_dir", "out_dir", "bits", "compile_full", "cal_dataset", "output_measurement", "measurement", "no_resume")
 # Fields of a recipe that say where and how something runs, not what comes out.
 PLACES = ("in_dir", "out_dir", "bits", "compile_full", "cal_dataset", "no_resume", "reuse", "executor", "gpus",
-          "ray_address", "checkpoint_seconds", "device")  # fmt: skip
+          "ray_address", "checkpoint_seconds", "device", "evaluate", "eval_text")  # fmt: skip
 NOT_NUMERICS = {"commands", "report", "cli.py", "console.py", "live.py", "program.py", "flags.py"}  # of the package
 BIT_STEP, BIT_STEPS = 0.01, 60  # to raise a bitrate that is out of reach
 MATCH_STEPS, MATCHED = 14, 1e-4  # solutions of the allocation at most; relative difference that ends the search
@@ -142,6 +142,8 @@ class Study:
         self.args = args
         self.work, self.results = Path(args.work), Path(args.json or Path(args.work) / "results.jsonl")
         self.source = source_hash()
+        self.plain: dict[str, int] = {}  # model -> bytes of its files beside the quantised tensors
+        self.steps_up: dict[tuple[str, float, Variant], int] = {}  # how far a bitrate had to be raised
         tokens = dict(t.split("=", 1) for t in args.tokens if "=" in t)
         common = next((t for t in args.tokens if "=" not in t), None)
         self.models = {
@@ -236,8 +238,9 @@ class Study:
     def place(self, case: Case) -> Recipe:
         """The recipe with a work directory that all cases with the same measurement share."""
         recipe = self.recipe(case)
-        measure = recipe.job({}, None)["measure"]
-        name = digest([self.source, self.models[case.model].fingerprint, measure, case.calibration.identity, case.draw])
+        job = recipe.job({}, None)
+        settings = [job["identity"], job["measure"], case.calibration.identity, case.draw]
+        name = digest([self.source, self.models[case.model].fingerprint, *settings])
         folder = self.work / "jobs" / f"{case.model}-{name[:12]}"
         return replace(recipe, out_dir=str(folder), compile_full=str(self.out(case, folder)))
 
@@ -247,13 +250,8 @@ class Study:
         names = (case.model, case.calibration.name, f"draw{case.draw}", f"{case.bits:g}", case.variant.name)
         return self.work / "out" / "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in n) for n in names)
 
-    @cached_property
-    def plain(self) -> dict[str, int]:
-        """Model -> bytes of its files beside the quantised tensors, from the last conversion."""
-        return {}
-
     def plain_bytes(self, case: Case) -> int:
-        """As ``plain``; before the first conversion of this process from the first variant's result."""
+        """Of ``plain``; before the first conversion of this process from the first variant's result."""
         if case.model not in self.plain:
             first = replace(case, variant=self.variants[0])
             with self.opened(self.place(first), first, Silent()) as job:
@@ -264,13 +262,17 @@ class Study:
 
     def opened(self, recipe: Recipe, case: Case, reporter: Silent) -> Experiment:
         """The job; its bitrate is raised to what the option tables reach."""
-        for step in range(BIT_STEPS):
+        known = (case.model, case.bits, case.variant)
+        for step in range(self.steps_up.get(known, 0), BIT_STEPS):
             raised = replace(recipe, bits=(round(recipe.bits[0] + step * BIT_STEP, 6),))
             try:
-                return Experiment(raised, case.calibration, reporter)
+                job = Experiment(raised, case.calibration, reporter)
             except BudgetError:
                 if step == BIT_STEPS - 1 or recipe.bits[0] > 4:
                     raise
+                continue
+            self.steps_up[known] = step
+            return job
         raise AssertionError
 
 

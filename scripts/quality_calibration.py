@@ -12,6 +12,7 @@ import torch
 
 from exl2ray.calibration.pieces import uniform_rows
 from exl2ray.calibration.rows import ROW_SETS, Rows
+from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.config import Recipe
 from exl2ray.errors import UsageError
 from exl2ray.progress import Reporter
@@ -66,6 +67,8 @@ class Calibration:
 
     def change(self, name: str, rows: Rows, vocab_size: int, seed: int) -> Rows:
         """The rows of a pass (``name``: measure, quantize) as this set has them, made of the built-in ones."""
+        if self.name != "random" and not self.without:
+            return rows
         count, length = rows.ids.shape
         if self.name == "random":
             ids = torch.from_numpy(uniform_rows(count, length, vocab_size, random.Random(f"{seed}/{name}")))
@@ -78,9 +81,7 @@ class Experiment(Job):
     """A conversion with rows that no option of the command line gives."""
 
     def __init__(self, recipe: Recipe, calibration: Calibration, reporter: Reporter) -> None:
-        self._calibration = calibration
         super().__init__(recipe, reporter)
-
-    def _make_rows(self) -> dict[str, Rows]:
-        size, seed = self.tokenizer.vocab_size, self.recipe.seed
-        return {name: self._calibration.change(name, rows, size, seed) for name, rows in super()._make_rows().items()}
+        hyper = self.spec.hyper
+        size = load_tokenizer(recipe.in_dir, self.source.config, hyper.vocab_size).vocab_size
+        self.rows = {name: calibration.change(name, rows, size, recipe.seed) for name, rows in self.rows.items()}

@@ -15,11 +15,14 @@ import pytest
 import quality
 import quality_table
 import torch
-from quality_calibration import Calibration
+from quality_calibration import Calibration, Experiment
 
-from exl2ray.calibration.rows import Rows
+from exl2ray.calibration.rows import ROW_SETS, Rows
 from exl2ray.config import Recipe
 from exl2ray.errors import Exl2RayError, UsageError
+from exl2ray.progress import Silent
+from exl2ray.store.layout import CALIBRATION
+from exl2ray.store.tensors import get_tensors
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 BITS = 3.0
@@ -173,6 +176,23 @@ def test_random_and_without() -> None:
     assert left.kinds == ("web", "multilingual", "shuffled")
     assert torch.equal(left.ids, rows.ids[[0, 3, 4]])
     assert Calibration.parse("builtin-without:multilingual").change("measure", rows, 50, 0).kinds == kinds[:3]
+
+
+@pytest.mark.parametrize("name", ["random", "builtin-without:web"])
+def test_workers_get_the_changed_rows(name: str, tmp_path: Path) -> None:
+    recipe = Recipe(str(DEMO), str(tmp_path / "w"), length=128, measurement_length=128, executor="inline", device="cpu")
+    with Experiment(recipe, Calibration.parse(name), Silent()) as job:
+        stored = get_tensors(job.work.store, CALIBRATION)
+    with Experiment(replace(recipe, out_dir=str(tmp_path / "b")), Calibration.parse("builtin"), Silent()) as job:
+        built_in = get_tensors(job.work.store, CALIBRATION)
+    for plan, rows in stored.items():
+        if name == "random":
+            assert rows.shape == built_in[plan].shape
+            assert 1900 < int(rows.max()) < 2048  # of 2048 words
+            assert (rows == built_in[plan]).float().mean() < 0.01
+        else:
+            web = getattr(ROW_SETS[0], plan)
+            assert torch.equal(rows, built_in[plan][web:])
 
 
 @pytest.mark.parametrize("text", ["builtin-without:nothing", "missing.parquet"])
