@@ -162,6 +162,11 @@ class Job:
             self._scheduler = Scheduler(self.session, self.limits, self._scheduled)
         return self._scheduler
 
+    @property
+    def _ships(self) -> bool:
+        """Whether reference states travel between workers: a GPU computes them again in less time than that takes."""
+        return self.device.type != "cuda"
+
     def _state_bytes(self, rows: str) -> int:
         """Bytes of the hidden states of a set of calibration rows between two modules."""
         width = 4 if self.spec.hyper.state_dtype == "float32" else 2
@@ -208,6 +213,7 @@ class Job:
                     ],
                     session,
                     window_for(session, self._state_bytes("measure")),
+                    ship=self._ships,
                 )
                 self.scheduler.run(fan)
                 self.work.event("states", stage="measure", window=fan.window, peak=fan.peak_states)
@@ -481,7 +487,8 @@ class Job:
         ]
         if not modules and not loose:
             return None
-        return Fan("quantize", modules, self.session, window_for(self.session, self._state_bytes("quantize")), loose)
+        window = window_for(self.session, self._state_bytes("quantize"))
+        return Fan("quantize", modules, self.session, window, loose, self._ships)
 
     # ---- judge -------------------------------------------------------------------------------------------------
 

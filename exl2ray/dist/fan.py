@@ -5,8 +5,10 @@ forward, which yields the states of the next module); once entered, the parts of
 bitrates) are worked on while other workers are ahead already. There is no pass that only computes states: each reference
 forward is one that measuring needs anyway. Modules that are finished already are passed through by whoever enters the next.
 
-States at the entry of a module stay in the object store until it is finished. The window bounds them: a module is entered
-only if it is less than ``window`` modules ahead of the oldest unfinished one.
+With ``ship`` the states after a module travel to whoever enters the next one. States at the entry of a module stay in the
+object store until it is finished. The window bounds them: a module is entered only if it is less than ``window`` modules
+ahead of the oldest unfinished one. Without ``ship`` nothing travels: every worker takes the next module that nobody has, and
+goes there by itself, through the modules between. That is the quicker way on GPUs (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -56,12 +58,19 @@ class Module:
 
 
 class Fan(Flow):
-    """``modules``: those with work, in order. ``window``: see above. ``loose``: what else there is to do, some time."""
+    """``modules``: those with work, in order. ``window``, ``ship``: see above. ``loose``: what else there is to do."""
 
     def __init__(
-        self, rows: RowSet, modules: Sequence[Module], session: Session, window: int, loose: Sequence[Part] = ()
+        self,
+        rows: RowSet,
+        modules: Sequence[Module],
+        session: Session,
+        window: int,
+        loose: Sequence[Part] = (),
+        ship: bool = True,
     ) -> None:
         super().__init__()
+        self.ship = ship
         self.rows, self.session, self.window = rows, session, max(2, window)
         self.modules, self.loose = list(modules), list(loose)
         self._frontier = 0  # position in ``modules`` of the next one to enter
@@ -75,9 +84,7 @@ class Fan(Flow):
 
     @property
     def done(self) -> bool:
-        return self._frontier >= len(self.modules) and all(m.finished for m in self.modules) and all(
-            p.finished for p in self.loose
-        )
+        return all(m.finished for m in self.modules) and all(p.finished for p in self.loose)
 
     def dispatch(self, idle: Sequence[int]) -> list[tuple[int, Call]]:
         calls: list[tuple[int, Call]] = []
@@ -108,7 +115,12 @@ class Fan(Flow):
         return None
 
     def _enter_next(self, worker: int) -> Call | None:
-        """The frontier, one worker at a time, if the window allows it."""
+        """The frontier, one worker at a time, if the window allows it; without shipping, the first that nobody has."""
+        if not self.ship:
+            taken = {id(m) for m in self._entering.values()}
+            free = (m for m in self.modules if not m.entered and id(m) not in taken)
+            module = next(free, None)
+            return None if module is None else self._enter(worker, module, False)
         if self._advancing is not None or self._frontier >= len(self.modules):
             return None
         module = self.modules[self._frontier]
@@ -124,7 +136,7 @@ class Fan(Flow):
 
     def _enter_again(self, worker: int) -> Call | None:
         """A module whose worker was lost, or with parts that nobody has begun: the oldest first."""
-        for module in self.modules[: self._frontier]:
+        for module in self.modules:
             if module.finished or not module.entered:
                 continue
             free = sum(p.worker is None and not p.finished for p in module.parts)
@@ -164,11 +176,12 @@ class Fan(Flow):
         self._context[worker] = module
         module.holders.add(worker)
         if not module.entered:
+            left = sum(not m.entered for m in self.modules)
             module.entered = True
-            left = len(self.modules) - self._frontier
             module.parts = module.make_parts(self._split(left))
             self._frontier += 1
-            self._front = (module.index + 1, states)
+            if self.ship:
+                self._front = (module.index + 1, states)
         if self._advancing == worker:
             self._advancing = None
 

@@ -301,6 +301,7 @@ class Gang:
         self.comm.broadcast(flat, owner)
         if packed is not None:
             return
+        flat = flat.cpu()  # where packed tensors live; decoding takes them to the device again
         found = {
             name: flat[start : start + size].view(dtype).view(shape)
             for (name, shape, dtype), start, size in zip(described, starts, sizes, strict=False)

@@ -43,10 +43,10 @@ class Runner:
         self.crowded = False  # the GPU ran out of memory once: states stay on the host from then on
 
     def load(self, module: ModuleSpec) -> Block:
-        """The module with its source weights. The next module's are read in the background meanwhile: most items follow
-        the order of the model."""
+        """The module with its source weights. Those of the next two are read in the background meanwhile: most items
+        follow the order of the model, and pass through a module or more on the way to their own."""
         block = load_block(self.spec, module, self.ahead, self.device, self.dtype)
-        following = self.spec.modules[module.index + 1 : module.index + 2]
+        following = self.spec.modules[module.index + 1 : module.index + 3]
         self.ahead.fetch([name for m in following for name in whole_tensors(m)])
         return block
 

@@ -15,7 +15,7 @@ from exl2ray.formats.hf import SourceModel
 class ReadAhead:
     """A SourceModel that can fetch tensors in a background thread; `load` hands them out once and forgets them.
 
-    Holds the tensors of the last `fetch` only: at most one module beside the one in use.
+    Holds the tensors of the last `fetch` only: at most two modules beside the one in use.
     ``prepare(name, tensor)`` runs in the background too, and its result is handed out: checks, a copy to pinned memory.
     What it raises comes up again when the tensor is read the plain way.
     """
@@ -30,10 +30,14 @@ class ReadAhead:
         self._fetched: dict[str, Future[torch.Tensor]] = {}
 
     def fetch(self, names: Sequence[str]) -> None:
-        """Starts reading whole tensors; what an earlier call fetched and nobody took is dropped."""
-        for future in self._fetched.values():
-            future.cancel()
-        self._fetched = {name: self._pool.submit(self._read, name) for name in names if name in self.source}
+        """Starts reading whole tensors, in this order; what an earlier call fetched and is not among them is dropped."""
+        kept = {name: future for name, future in self._fetched.items() if name in names}
+        for name, future in self._fetched.items():
+            if name not in kept:
+                future.cancel()
+        self._fetched = {
+            name: kept[name] if name in kept else self._pool.submit(self._read, name) for name in names if name in self.source
+        }
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self.source.load(name)

@@ -14,6 +14,7 @@ from gcs_server import GcsServer
 
 from exl2ray.convert import convert
 from exl2ray.progress import Silent
+from exl2ray.steps import Job
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
 from exl2ray.store.status import read_status
@@ -49,6 +50,24 @@ def test_the_number_of_workers_changes_no_byte(
     assert {f["workers"] for f in items} == {workers}
     assert items[0]["queue"] == 3
     assert items[0]["eta_seconds"] > 0
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "reference"])
+def test_workers_that_find_their_own_states_change_no_byte(
+    propagate: str,
+    model: Path,
+    tmp_path: Path,
+    cluster: Any,
+    quiet: dict[str, dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on GPUs: nothing is shipped, every worker goes through the modules between its own."""
+    monkeypatch.setattr(Job, "_ships", False)
+    work = tmp_path / "work"
+    convert(recipe(model, work, gpus=2, ray_address=cluster.address, propagate=propagate), Silent())
+    assert digests(work) == quiet[propagate]
+    events, _ = read_events(Store.open(str(work)))
+    assert [e["fields"]["peak"] for e in events if e["name"] == "states"] == [0]
 
 
 def test_several_bitrates_share_the_workers(model: Path, tmp_path: Path, cluster: Any) -> None:
@@ -101,7 +120,6 @@ def test_resume_with_another_number_of_workers(
 def test_parts_of_a_module_are_the_whole(model: Path, tmp_path: Path) -> None:
     """Any split of the option tables gives the same numbers."""
     from exl2ray.dist.items import EnterItem, MeasureItem
-    from exl2ray.steps import Job
 
     with Job(recipe(model, tmp_path / "work"), Silent()) as job:
         worker = job.session._worker  # type: ignore[attr-defined]

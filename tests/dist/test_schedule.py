@@ -27,10 +27,10 @@ QUICK = Limits(first=5, floor=0.2, rest=0.01, grace=0.05, patience=0.05)
 class Log:
     """Modules with one measuring part each, and what was finished."""
 
-    def __init__(self, count: int, session: FakeSession, window: int = 4) -> None:
+    def __init__(self, count: int, session: FakeSession, window: int = 4, ship: bool = True) -> None:
         self.done: list[tuple[int, tuple[int, int]]] = []
         modules = [Module(i, f"module {i}", 1.0, lambda n, i=i: self.parts(i, n)) for i in range(1, count + 1)]
-        self.fan = Fan("measure", modules, session, window)
+        self.fan = Fan("measure", modules, session, window, ship=ship)
 
     def parts(self, index: int, count: int) -> list[Part]:
         items = [MeasureItem(index, "ab" * 16, (p, count)) for p in range(count)]
@@ -50,8 +50,8 @@ def answer(worker: int, method: str, args: tuple[Any, ...]) -> Any:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(2, 6), st.integers(0, 10**6))
-def test_every_part_is_done_once_whatever_is_lost(count: int, workers: int, window: int, seed: int) -> None:
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(2, 6), st.integers(0, 10**6), st.booleans())
+def test_every_part_is_done_once_whatever_is_lost(count: int, workers: int, window: int, seed: int, ship: bool) -> None:
     choice = random.Random(seed)
 
     def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
@@ -65,10 +65,30 @@ def test_every_part_is_done_once_whatever_is_lost(count: int, workers: int, wind
         return answer(worker, method, args)
 
     session = FakeSession(workers, behave, seed)
-    log = Log(count, session, window)
+    log = Log(count, session, window, ship)
     Scheduler(session, Limits(losses=10**6, rest=1e-6)).run(log.fan)
     assert log.complete(count)
-    assert log.fan.peak_states <= window + 1
+    assert log.fan.peak_states <= (window + 1 if ship else 0)
+
+
+def test_without_shipping_nobody_waits_for_states() -> None:
+    """Workers take modules in turn, at once, and the states of none of them travel."""
+    asked: list[tuple[int, bool, int]] = []
+
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        if method == "enter":
+            asked.append((args[0].index, args[0].ship, len(args)))
+        return answer(worker, method, args)
+
+    session = FakeSession(3, behave)
+    log = Log(7, session, ship=False)
+    assert {worker for worker, _ in log.fan.dispatch([0, 1, 2])} == {0, 1, 2}
+    session = FakeSession(3, behave)
+    log = Log(7, session, ship=False)
+    Scheduler(session).run(log.fan)
+    assert log.complete(7)
+    assert {index for index, _, _ in asked} == set(range(1, 8))
+    assert all(not ship and count == 1 for _, ship, count in asked)
 
 
 def test_states_enter_the_module_that_they_belong_to() -> None:
