@@ -9,6 +9,9 @@ A job is a mapping of four sections, each a mapping of settings to JSON values:
 | quantize | bitrates, head bits, calibration data of the quantisation | quantised modules, output |
 | output | shard size, output directories | output |
 
+``PLACES`` are settings that say where something lies, not what it is (its content has a fingerprint of its own): a model
+that was moved is the same model. They are kept up to date and never compared.
+
 The file is written once and checked by a hash, so a damaged or edited one is noticed. Its first key marks the directory
 as ours: without it nothing is ever deleted.
 """
@@ -26,6 +29,7 @@ from exl2ray.store.records import canonical_json, hash_inputs
 
 JOB_FILE = "job.json"
 SECTIONS = ("identity", "measure", "quantize", "output")  # each depends on those before it
+PLACES = {"identity": frozenset({"in_dir", "cal_dataset"})}  # by section
 FORMAT = 1  # of the work directory; a newer one is refused
 _MARKER = "exl2ray work directory"
 _MISSING = "(not set)"
@@ -72,7 +76,11 @@ def section_hash(job: Mapping[str, Mapping[str, Any]], section: str) -> str:
     plain = normalise(job)
     if section not in SECTIONS:
         raise StoreError(f"a job has no section {section!r}; its sections are {', '.join(SECTIONS)}")
-    return hash_inputs(**{s: plain[s] for s in SECTIONS[: SECTIONS.index(section) + 1]})
+    return hash_inputs(**{s: _without_places(plain, s) for s in SECTIONS[: SECTIONS.index(section) + 1]})
+
+
+def _without_places(job: Job, section: str) -> dict[str, Any]:
+    return {name: value for name, value in job[section].items() if name not in PLACES.get(section, ())}
 
 
 def encode_job(stored: StoredJob) -> bytes:
@@ -109,12 +117,13 @@ def decode_job(data: bytes, name: str) -> StoredJob:
 
 
 def compare_jobs(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[Change]:
-    """Settings that differ, in order of sections and names."""
+    """Settings that differ, places aside, in order of sections and names."""
     before, after = normalise(old), normalise(new)
     changes = []
     for section in SECTIONS:
-        for name in sorted(before[section].keys() | after[section].keys()):
-            a, b = (side[section].get(name, _MISSING) for side in (before, after))
+        old_settings, new_settings = (_without_places(side, section) for side in (before, after))
+        for name in sorted(old_settings.keys() | new_settings.keys()):
+            a, b = (settings.get(name, _MISSING) for settings in (old_settings, new_settings))
             if canonical_json(a) != canonical_json(b):
                 changes.append(Change(section, name, a, b))
     return changes

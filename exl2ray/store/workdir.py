@@ -67,11 +67,12 @@ class WorkDir:
     ) -> WorkDir:
         """Open ``root`` for ``job`` (sections as in ``job.py``).
 
-        A new or empty directory gets a job.json. An existing work directory goes on if its settings are the same;
-        otherwise JobMismatchError lists the changes (``flags``: "section.name" -> flag, for the message), unless all of
-        them are in sections ``allow_changed`` (of "quantize", "output"): then the old settings are kept as
-        job-<n>.json, the plan is dropped and the new settings hold. ``resume=False`` first deletes what exl2ray made
-        there, and nothing else. StoreError for a directory of somebody else, a damaged job.json, a second driver.
+        A new or empty directory gets a job.json. An existing work directory goes on if its settings are the same (places of
+        the model and the data may be others: the new ones are kept); otherwise JobMismatchError lists the changes
+        (``flags``: "section.name" -> flag, for the message), unless all of them are in sections ``allow_changed`` (of
+        "quantize", "output"): then the old settings are kept as job-<n>.json, the plan is dropped and the new settings hold.
+        ``resume=False`` first deletes what exl2ray made there, and nothing else. StoreError for a directory of somebody
+        else, a damaged job.json, a second driver.
         """
         wanted = normalise(job)
         if not REUSABLE.issuperset(allow_changed):
@@ -192,16 +193,21 @@ def _continue(
     stored = decode_job(data, store.full_name(JOB_FILE))
     changes = compare_jobs(stored.job, wanted)
     if not changes:
-        return stored, []
+        return (stored if stored.job == wanted else _replace(store, stored, wanted)), []
     sections = {c.section for c in changes}
     if not sections <= set(allow_changed):
         raise mismatch(store.root, changes, flags, store.exists(MEASUREMENT))
     if "quantize" in sections:
         store.delete(PLAN)
     _archive(store, data)
+    return _replace(store, stored, wanted), [f"{c.section}.{c.name}" for c in changes]
+
+
+def _replace(store: Store, stored: StoredJob, wanted: Job) -> StoredJob:
+    """Other settings, or other places of the same things, for the same job."""
     replaced = StoredJob(wanted, stored.versions, stored.created)
     store.put(JOB_FILE, encode_job(replaced))
-    return replaced, [f"{c.section}.{c.name}" for c in changes]
+    return replaced
 
 
 def _archive(store: Store, data: bytes) -> None:

@@ -325,7 +325,6 @@ def test_work_directory_of_another_model(quiet: Quiet, work: Path, tmp_path: Pat
     assert contents(work) == before
 
 
-@pytest.mark.xfail(strict=True, raises=JobMismatchError, reason="the path of the model is part of the job's identity")
 def test_the_same_model_may_be_moved(quiet: Quiet, work: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(quiet.model, tmp_path / "moved")
     assert items(resume(quiet, work, moved)) == []

@@ -48,6 +48,22 @@ def changed(job: Job, section: str, **values: Any) -> Job:
     return other
 
 
+def test_a_moved_model_is_the_same_job(root: str, job: Job) -> None:
+    """Its fingerprint is the same; the new place is kept, for a resume with the work directory alone."""
+    here, there = (changed(job, "identity", in_dir=d, cal_dataset=f"{d}/data") for d in ("/old", "/new"))
+    assert compare_jobs(here, there) == []
+    assert section_hash(here, "output") == section_hash(there, "output")
+    open_work(root, here).close()
+    created = WorkDir.read_job(root).created
+    with open_work(root, there) as work:
+        assert work.job == there
+        assert not work.store.exists("job-1.json")
+    stored = WorkDir.read_job(root)
+    assert (stored.job, stored.created) == (there, created)
+    with pytest.raises(JobMismatchError, match="fingerprint"):
+        open_work(root, changed(there, "identity", fingerprint="other"))
+
+
 def test_new_directory_then_resume(root: str, job: Job) -> None:
     assert WorkDir.read_job(root) is None
     with open_work(root, job) as work:
