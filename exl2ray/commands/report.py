@@ -1,0 +1,67 @@
+"""``exl2ray report``: one HTML page about a work directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exl2ray.console import clean, file_size
+from exl2ray.errors import StoreError
+from exl2ray.formats.files import atomic_file
+from exl2ray.report.compose import report_page
+from exl2ray.report.facts import read_facts
+from exl2ray.report.page import render
+from exl2ray.store.fs import Store
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Written:
+    """path: of the page. sections: what it has. problems: what was left out of it, in words."""
+
+    path: str
+    nbytes: int
+    sections: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def report(work_dir: str, output: str | None, evaluations: Sequence[str]) -> Written:
+    """Writes the report to ``output``, else to report.html in the work directory.
+
+    Raises StoreError if there is no work directory or the page cannot be written, FormatError for an unusable evaluation.
+    """
+    facts = read_facts(work_dir, evaluations)
+    page = report_page(facts)
+    data = render(page).encode()
+    if output is None:
+        store = Store.open(work_dir)
+        store.put(REPORT, data)
+        path = store.full_name(REPORT)
+    else:
+        target = Path(output)
+        if target.is_dir():
+            target = target / REPORT
+        if not target.parent.is_dir():
+            raise StoreError(f"{target}: there is no directory {target.parent}", "create it, or choose another -o")
+        with atomic_file(target) as f:
+            f.write(data)
+        path = str(target)
+    return Written(path, len(data), tuple(s.name for s in page.sections), facts.problems)
+
+
+def show(written: Written) -> None:
+    for problem in written.problems:
+        print(clean(f"left out: {problem}"))
+    print(clean(f"{written.path}: {file_size(written.nbytes)}, {', '.join(written.sections)}"))
+
+
+def report_json(written: Written) -> dict[str, Any]:
+    return {
+        "report": written.path,
+        "bytes": written.nbytes,
+        "sections": written.sections,
+        "problems": written.problems,
+    }

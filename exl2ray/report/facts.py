@@ -1,0 +1,207 @@
+"""Everything a report says about one work directory, read once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from exl2ray.formats.measurement import ModuleProfile
+from exl2ray.report.allocation import Allocation, allocation_of, linear_shapes
+from exl2ray.report.chains import Chain, read_chain, recorded_bitrates
+from exl2ray.report.curves import (
+    Curve,
+    chosen_options,
+    curves_of,
+    measured_experts,
+    measured_notes,
+    read_profiles,
+    with_weights,
+)
+from exl2ray.report.evaluations import Evaluation, read_evaluations
+from exl2ray.report.timeline import Timeline, read_timeline
+from exl2ray.report.values import mapping, number, texts
+from exl2ray.store.events import read_events
+from exl2ray.store.fs import Store
+from exl2ray.store.job import StoredJob
+from exl2ray.store.status import read_status
+
+MAX_BITRATES = 16  # of one page
+
+
+@dataclass(frozen=True)
+class Bitrate:
+    """One target. achieved_bpw, gap (to the proven optimum, a share): of the last allocation, None if there was none.
+
+    modules: to quantise, 0 if not known. directory: of the written model, "" if none. planned_errors: module -> measured
+    error of the option that was chosen for it.
+    """
+
+    chain: Chain
+    achieved_bpw: float | None
+    gap: float | None
+    modules: int
+    directory: str
+    allocation: Allocation
+    planned_errors: Mapping[str, float]
+
+    @property
+    def bits(self) -> float:
+        return self.chain.bits
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something worth knowing that happened ``count`` times, at ``places`` (the first few)."""
+
+    text: str
+    places: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    root: str
+    state: str  # "running", "crashed", "stopped"
+    job: StoredJob | None
+    complete_measurement: bool
+    curves: tuple[Curve, ...]
+    bitrates: tuple[Bitrate, ...]
+    experts: Mapping[str, Mapping[int, tuple[int, ...]]]  # pass -> layer -> calibration tokens per expert
+    evaluations: tuple[Evaluation, ...]
+    timeline: Timeline | None
+    notes: tuple[Note, ...]
+    problems: tuple[str, ...]
+
+
+def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
+    """Reads the work directory at ``root``, whatever it holds so far; writes nothing.
+
+    Raises StoreError if there is no work directory, FormatError for an unusable file of ``evaluation_files``. Whatever is
+    damaged inside the directory is left out and named in ``problems``.
+    """
+    status = read_status(root)
+    store = Store.open(root)
+    problems = list(status.problems)
+    events, _ = read_events(store)
+    job = status.job.job if status.job is not None else {}
+    given = job.get("measure", {}).get("measurement")
+    profiles, complete = read_profiles(store, given if isinstance(given, str) else None, problems)
+    curves = curves_of(profiles)
+    log = _Log(events)
+    rates = sorted({*recorded_bitrates(store), *log.allocated})
+    if len(rates) > MAX_BITRATES:
+        problems.append(f"there are {len(rates)} bitrates; shown are the lowest {MAX_BITRATES}")
+    chains, planned = [], {}
+    for bits in rates[:MAX_BITRATES]:
+        planned[bits] = chosen_options(curves, log.choice(bits)) if complete else {}
+        chains.append(read_chain(store, bits, problems))
+    shapes = linear_shapes(store, chains, problems)
+    linears = {m.key: tuple(m.options) for chain in chains for m in chain.modules}
+    return Facts(
+        root=status.root,
+        state=status.state,
+        job=status.job,
+        complete_measurement=complete,
+        curves=tuple(with_weights(curves, linears, shapes)),
+        bitrates=tuple(_bitrate(c, log, curves, planned[c.bits], shapes) for c in chains),
+        experts=_experts(profiles, chains),
+        evaluations=tuple(read_evaluations(store, evaluation_files, problems)),
+        timeline=read_timeline(events),
+        notes=tuple(group_notes([*log.notes, *measured_notes(profiles), *_chain_notes(chains)])),
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+class _Log:
+    """What the events say besides times: the last allocation and the written directory of each bitrate, and notes."""
+
+    def __init__(self, events: Iterable[Mapping[str, Any]]) -> None:
+        self.allocated: dict[float, Mapping[str, Any]] = {}
+        self.directory: dict[float, str] = {}
+        self.items: dict[str, int] = {}  # stage -> items
+        self.notes: list[tuple[str, str]] = []  # (place, text)
+        for event in events:
+            self._take(str(event["name"]), mapping(event["fields"]))
+
+    def _take(self, name: str, f: Mapping[str, Any]) -> None:
+        bits, key = number(f.get("bits")), str(f.get("key", ""))
+        if name == "allocated" and bits is not None:
+            self.allocated[bits] = f
+        elif name == "written" and bits is not None:
+            self.directory[bits] = str(f.get("directory") or "")
+        elif name == "stage":
+            self.items[str(f.get("stage"))] = int(number(f.get("items")) or 0)
+        elif name == "lost":
+            self.notes.append((key, f"a worker was lost: {f.get('reason')}"))
+        elif name == "retry":
+            self.notes.append((key, f"tried again: {f.get('reason')}"))
+        elif name == "note":
+            self.notes.append(("", str(f.get("message"))))
+        elif name == "opened":
+            self.notes += [("", text) for text in texts(f.get("notes"))]
+
+    def choice(self, bits: float) -> list[int]:
+        found = self.allocated.get(bits, {}).get("choice")
+        return [i for i in found if type(i) is int] if isinstance(found, list) else []
+
+
+def _bitrate(
+    chain: Chain,
+    log: _Log,
+    curves: Sequence[Curve],
+    planned: Mapping[str, Mapping[str, str]],
+    shapes: Mapping[str, Any],
+) -> Bitrate:
+    """A module that is not quantised yet appears in the allocation with what is planned for it."""
+    event = log.allocated.get(chain.bits, {})
+    done = {m.key for m in chain.modules}
+    ahead = {f"{key}.{role}": text for key, roles in planned.items() if key not in done for role, text in roles.items()}
+    errors: dict[str, float] = {}
+    for c, i in zip(curves, log.choice(chain.bits) if planned else (), strict=False):
+        if not c.key.endswith(".parallel_decoder"):  # two halves were measured, one error is known afterwards
+            errors[c.key] = c.errors[i]
+    return Bitrate(
+        chain=chain,
+        achieved_bpw=number(event.get("bpw")),
+        gap=number(event.get("gap")),
+        modules=log.items.get(f"quantize {chain.bits!r}", 0),
+        directory=log.directory.get(chain.bits, ""),
+        allocation=allocation_of(chain.bits, {**chain.options, **ahead}, shapes),
+        planned_errors=errors,
+    )
+
+
+def _experts(
+    profiles: Sequence[ModuleProfile], chains: Iterable[Chain]
+) -> dict[str, dict[int, tuple[int, ...]]]:
+    """Coverage by pass. All bitrates are calibrated on the same rows; routing differs little, so one of them is shown."""
+    out = {"measurement": measured_experts(profiles)}
+    for chain in chains:
+        found = {m.layer: m.experts for m in chain.modules if m.experts and m.layer is not None}
+        if len(found) >= len(next((v for k, v in out.items() if k != "measurement"), {})) and found:
+            out = {"measurement": out["measurement"], f"quantisation at {chain.bits:g} bpw": found}
+    return {name: counts for name, counts in out.items() if counts}
+
+
+def _chain_notes(chains: Iterable[Chain]) -> list[tuple[str, str]]:
+    out = []
+    for chain in chains:
+        out += [(f"{m.key} ({chain.bits:g} bpw)", note) for m in chain.modules for note in m.notes]
+        if chain.superseded:
+            text = f"{chain.superseded} records of other settings, or from before a patch, are left out: the newest count"
+            out.append((f"{chain.bits:g} bpw", text))
+    return out
+
+
+def group_notes(notes: Iterable[tuple[str, str]]) -> list[Note]:
+    """Notes that differ in numbers only become one, with the text of the first: a model may have thousands of experts."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for place, text in notes:
+        groups.setdefault(re.sub(r"\d+", "#", text), []).append((place, text))
+    out = []
+    for group in groups.values():
+        places = tuple(dict.fromkeys(place for place, _ in group if place))
+        out.append(Note(group[0][1], places, len(group)))
+    return out
