@@ -32,8 +32,7 @@ def show(report: Report) -> None:
         _show_fit(report.fit)
     if report.memory:
         _show_memory(report)
-    if report.disks:
-        _show_disks(report)
+    _show_disks(report)
     if report.times:
         _show_times(report)
     _show_problems(report)
@@ -73,7 +72,8 @@ def _show_model(report: Report) -> None:
     if report.layers is not None:
         parts.append(plural(report.layers, "layer"))
     if report.weights is not None and report.source_bytes is not None:
-        parts.append(f"{report.weights / 1e9:.3g} billion weights")
+        unit, count = ("billion", 1e9) if report.weights >= 1e9 else ("million", 1e6)
+        parts.append(f"{report.weights / count:.3g} {unit} weights")
         parts.append(f"{file_size(report.source_bytes)} in {plural(report.source_files or 0, 'file')}")
     _say(f"{report.model}: {', '.join(parts)}")
     if report.rows:
@@ -136,6 +136,10 @@ def _show_memory(report: Report) -> None:
 
 
 def _show_disks(report: Report) -> None:
+    if not any(need.what == "work directory" for need in report.disks):
+        _say("the work directory is not named (-o): its disk was not looked at")
+    if not report.disks:
+        return
     rows = []
     for need in report.disks:
         free = "not known" if need.free_bytes is None else file_size(need.free_bytes)
@@ -185,7 +189,7 @@ def _show_problems(report: Report) -> None:
         _heading("no problem found: `exl2ray convert` with the same flags can start")
         return
     count = len(report.problems)
-    _heading(f"{plural(count, 'problem')} would stop a conversion")
+    _heading(plural(count, "problem"))
     shown: dict[str, int] = {}
     for number, (topic, error) in enumerate(report.problems, 1):
         shown[topic] = shown.get(topic, 0) + 1

@@ -142,7 +142,7 @@ class _Planner:
         if memory is None:
             return bits
         longest = self.spec.hyper.max_seq_len
-        context = wishes.context or min(longest, LONGEST_DEFAULT_CONTEXT)
+        context = min(longest, LONGEST_DEFAULT_CONTEXT) if wishes.context is None else wishes.context
         head_bits, limit = self.recipe.head_bits, self.shard_bytes
         fit = best_fit(self.spec, self.source, memory, context, wishes.cache, head_bits, limit, wanted)
         self.report.fit = fit

@@ -267,7 +267,8 @@ def _check_work(recipe: Recipe) -> None:
         return
     if not recipe.out_dir:  # `plan` without -o
         return
-    refuse_same_directory(recipe.in_dir, recipe.out_dir)
+    if Path(recipe.in_dir).resolve() == Path(recipe.out_dir).resolve():
+        raise UsageError(f"{recipe.out_dir}: the work directory (-o) is the source model (-i)", "choose another directory")
     place = existing_parent(Path(recipe.out_dir))
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise StoreError(f"{recipe.out_dir}: {place} is not a directory that can be written", "choose another -o")

@@ -1,0 +1,73 @@
+"""Peaks of the passes: what must fit fits, what is put into main memory counts there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from header_models import LLAMA, MIXTRAL_8X7B, write_header_model
+
+from exl2ray.formats.hf import SourceModel
+from exl2ray.model.arch import load_spec
+from exl2ray.model.spec import ModelSpec
+from exl2ray.plan.memory import GPU_BASE_BYTES, Peak, RowSizes, peaks, state_bytes
+
+GIB = 1 << 30
+ROWS = RowSizes((19, 2048), (115, 2048), 19)
+LLAMA_7B = {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 2, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "vocab_size": 32000}  # fmt: skip
+
+
+def peaks_of(directory: Path, gpu: int | None) -> dict[str, Peak]:
+    source = SourceModel(directory)
+    return {p.stage: p for p in peaks(load_spec(source), source, ROWS, gpu, 0.12)}
+
+
+@pytest.fixture(scope="module")
+def llama_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_header_model(tmp_path_factory.mktemp("headers") / "7b", LLAMA_7B, 1)
+
+
+def spec_of(directory: Path) -> ModelSpec:
+    return load_spec(SourceModel(directory))
+
+
+def test_a_7b_model_on_8_gb(llama_7b: Path) -> None:
+    """docs/log.md: limited to 7.98 GiB it converted with 8.0 GB reserved and 11.8 GB of main memory."""
+    found = peaks_of(llama_7b, int(7.98 * GIB))
+    for p in found.values():
+        assert p.gpu_bytes is not None
+        assert p.gpu_bytes <= 7.98 * GIB
+    assert 9e9 < max(p.ram_bytes for p in found.values()) < 15e9
+    assert "candidate weights in main memory" in found["measure"].notes
+    assert "hidden states in main memory" in found["quantize"].notes
+
+
+def test_what_leaves_the_gpu_counts_in_main_memory(llama_7b: Path) -> None:
+    large, small = peaks_of(llama_7b, 141 * GIB), peaks_of(llama_7b, 8 * GIB)
+    assert large["measure"].notes == large["quantize"].notes == ()
+    states = state_bytes(spec_of(llama_7b), ROWS.quantize)
+    assert states == 115 * 2048 * 4096 * 2
+    assert small["quantize"].ram_bytes - large["quantize"].ram_bytes >= 3 * states
+    mlp = 2 * (13 + 13 + 14) * 4096 * 11008
+    assert small["measure"].ram_bytes - large["measure"].ram_bytes >= mlp
+    assert large["measure"].ram_bytes < GPU_BASE_BYTES + GIB
+
+
+def test_cpus_keep_everything_in_main_memory(llama_7b: Path) -> None:
+    for p in peaks_of(llama_7b, None).values():
+        assert p.gpu_bytes is None
+        assert p.ram_bytes > state_bytes(spec_of(llama_7b), ROWS.quantize)
+
+
+def test_experts_need_more_than_a_dense_layer(llama_7b: Path, tmp_path: Path) -> None:
+    experts = peaks_of(write_header_model(tmp_path / "moe", {**MIXTRAL_8X7B, "num_hidden_layers": 2}, 1), 80 * GIB)
+    dense = peaks_of(llama_7b, 80 * GIB)
+    assert (experts["measure"].gpu_bytes or 0) > (dense["measure"].gpu_bytes or 0)
+    assert experts["measure"].module == "model.layers.0.block_sparse_moe"
+
+
+def test_the_worst_module_is_named(llama_7b: Path) -> None:
+    found = peaks_of(llama_7b, 24 * GIB)
+    assert found["measure"].module == "model.layers.0.mlp"
+    assert found["head"].module == "lm_head.linear"

@@ -1,0 +1,212 @@
+"""Every problem is listed, not only the first; `convert` refuses with the same list before it touches anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from header_models import LLAMA_8B, tensors_of, write_header_model
+from safetensors.torch import load_file, save_file
+
+from exl2ray.config import Recipe
+from exl2ray.convert import convert
+from exl2ray.errors import Exl2RayError, SourceError, StoreError, UnknownArchitectureError, UsageError
+from exl2ray.plan.problems import Examination, examine
+from exl2ray.progress import Silent
+
+Tensors = dict[str, torch.Tensor]
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy that the test may damage."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def recipe(model: Path, tmp_path: Path, **changes: Any) -> Recipe:
+    settings: dict[str, Any] = {
+        "bits": (4.0,), "length": 128, "measurement_length": 128, "executor": "inline", "device": "cpu",
+        "compile_full": str(tmp_path / "out-{bpw}"),
+    }  # fmt: skip
+    return Recipe(**{"in_dir": str(model), "out_dir": str(tmp_path / "work"), **settings, **changes})
+
+
+def topics(found: Examination) -> list[str]:
+    return [p.topic for p in found.problems]
+
+
+def edit_tensors(model: Path, change: Callable[[Tensors], None]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_sound_job_has_none_and_everything_is_known(tiny: Path, tmp_path: Path) -> None:
+    found = examine(recipe(tiny, tmp_path))
+    assert found.problems == []
+    found.raise_any()
+    assert found.spec is not None
+    assert found.tokenizer is not None
+    assert {name: tuple(r.ids.shape) for name, r in found.rows.items()} == {"measure": (19, 128), "quantize": (115, 128)}
+    assert [need.what for need in found.disks] == ["work directory", "output 4.0"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_is_wrong_at_once(model: Path, text: Path, tmp_path: Path) -> None:
+    """Seven problems of different kinds, in one go, and nothing written."""
+
+    def damage(tensors: Tensors) -> None:
+        tensors["model.norm.weight"][3] = float("nan")
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+        tensors["model.embed_tokens.weight"][5, 5] = 1e6
+
+    edit_tensors(model, damage)
+    (tmp_path / "out-9.0").mkdir()
+    (tmp_path / "out-9.0" / "adapter.safetensors").write_bytes(b"x")
+    (tmp_path / "work").write_text("a file")
+    (tmp_path / "m.json").write_text("{}")
+    job = recipe(
+        model, tmp_path, bits=(2.0, 9.0), cal_dataset=str(text), dataset_rows=10_000, measurement=str(tmp_path / "m.json"),
+        overrides=("nothing.*=6",),
+    )  # fmt: skip
+    before = {p.name for p in tmp_path.iterdir()}
+    found = examine(job)
+    assert topics(found) == [
+        "output", "work directory", "--set", "bitrate", "bitrate", "measurement", "calibration", "values", "values",
+    ]  # fmt: skip
+    with pytest.raises(StoreError) as caught:
+        convert(job, Silent())
+    for part in ("8 problems would stop", "adapter.safetensors", "work is not a directory", "-b 2:", "-b 9:", "m.json",
+                 "-r 10000", "--set", "model.norm.weight", "embed_tokens"):  # fmt: skip
+        assert part in caught.value.message, part
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def test_one_problem_is_raised_as_it_is(model: Path, tmp_path: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    found = examine(recipe(model, tmp_path))
+    assert topics(found) == ["tokenizer"]
+    with pytest.raises(SourceError) as caught:
+        found.raise_any()
+    assert caught.value is found.problems[0].error
+
+
+def test_an_unknown_architecture_hides_no_other_problem(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["GPTNeoXForCausalLM"]}))
+    edit_tensors(model, lambda t: t[DOWN].fill_(float("inf")))
+    (model / "tokenizer_config.json").write_text("[]")
+    found = examine(recipe(model, tmp_path))
+    assert topics(found) == ["architecture", "tokenizer", "values"]
+    with pytest.raises(UnknownArchitectureError, match="3 problems"):
+        found.raise_any()
+
+
+def test_all_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    tensors = tensors_of({**LLAMA_8B, "num_hidden_layers": 3})
+    for name in [n for n in tensors if ".layers.1." in n]:
+        del tensors[name]
+    tensors["model.layers.2.mlp.up_proj.weight"] = (4096, 4096)
+    model = write_header_model(tmp_path / "model", {**LLAMA_8B, "num_hidden_layers": 3}, 2, tensors)
+    found = examine(recipe(model, tmp_path))
+    assert topics(found) == ["tensors"] * 10
+    assert "up_proj.weight has shape (4096, 4096), expected (14336, 4096)" in found.problems[-1].error.message
+    with pytest.raises(SourceError, match="and 5 more") as caught:
+        found.raise_any()
+    assert caught.value.message.count(str(model)) == 1
+
+
+def test_all_broken_files_are_named(model: Path, tmp_path: Path) -> None:
+    (model / "config.json").write_text("{")
+    (model / "model.safetensors").write_bytes(b"version https://git-lfs")
+    (model / "more.safetensors").write_bytes(b"")
+    found = examine(recipe(model, tmp_path))
+    assert topics(found) == ["source"] * 3
+    names = [p.error.message.split(":")[0].rsplit("/", 1)[1] for p in found.problems]
+    assert names == ["config.json", "model.safetensors", "more.safetensors"]
+
+
+def test_a_problem_of_both_passes_is_told_once(tiny: Path, tmp_path: Path) -> None:
+    found = examine(recipe(tiny, tmp_path, cal_dataset=str(tmp_path / "none.parquet")))
+    assert topics(found) == ["calibration"]
+    found = examine(recipe(tiny, tmp_path, length=512, measurement_length=384))
+    assert topics(found) == ["calibration"] * 2, "two different rows that are too long"
+
+
+def test_the_model_is_not_written_over(tiny: Path, tmp_path: Path) -> None:
+    found = examine(recipe(tiny, tmp_path, out_dir=str(tiny), compile_full=str(tiny)))
+    assert topics(found) == ["output", "work directory"]
+    assert all(isinstance(p.error, UsageError) for p in found.problems)
+
+
+class Disk:
+    """os.statvfs with chosen room."""
+
+    def __init__(self, free: int, shm: int | None = None) -> None:
+        self.free, self.shm, self.real = free, shm, os.statvfs
+
+    def __call__(self, path: Any) -> Any:
+        real = self.real("/")
+        free = self.shm if str(path) == "/dev/shm" and self.shm is not None else self.free
+        fields = list(real)
+        fields[4] = free // real.f_frsize  # f_bavail
+        return os.statvfs_result(fields)
+
+
+def test_too_little_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = recipe(tiny, tmp_path, bits=(4.0, 5.0))
+    needs = examine(job).disks
+    least = sum(n.least_bytes for n in needs)
+    assert {n.device for n in needs} == {tmp_path.stat().st_dev}
+    monkeypatch.setattr(os, "statvfs", Disk(least - 4096))
+    found = examine(job)
+    assert topics(found) == ["disk"], "one for the file system that all three share"
+    message = found.problems[0].error.message
+    assert all(name in message for name in ("work directory", "output 4.0", "output 5.0", "together need"))
+    monkeypatch.setattr(os, "statvfs", Disk(least + 4096))
+    assert examine(job).problems == []
+
+
+def test_what_is_there_already_needs_no_room(tiny: Path, text: Path, tmp_path: Path) -> None:
+    job = recipe(tiny, tmp_path, cal_dataset=str(text), dataset_rows=3, measurement_rows=2)
+    before = examine(job).disks
+    convert(job, Silent())
+    after = examine(job).disks
+    assert [n.what for n in after] == [n.what for n in before]
+    assert before[1].least_bytes > 50_000
+    assert after[1].bytes < 0.2 * before[1].bytes
+    assert after[0].least_bytes < before[0].least_bytes - 40_000
+
+
+def test_shared_memory_matters_between_gpus(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "statvfs", Disk(1 << 40, 64 << 20))
+    several = {"device": "cuda", "executor": "auto"}
+    found = examine(recipe(tiny, tmp_path, **several))
+    assert topics(found) == ["shared memory"]
+    assert "8 GPUs" in found.problems[0].error.message
+    assert "--shm-size" in found.problems[0].error.hint
+    for harmless in ({"gpus": 1}, {"gpus": 2}, {"ray_address": "head:6379"}, {"executor": "inline"}, {"device": "cpu"}):
+        assert examine(recipe(tiny, tmp_path, **{**several, **harmless})).problems == [], harmless
+
+
+def test_measuring_alone_needs_no_bitrate(tiny: Path, tmp_path: Path) -> None:
+    job = recipe(tiny, tmp_path, compile_full=None, output_measurement=str(tmp_path / "m.json"), bits=(2.0,))
+    assert examine(job).problems == []
+
+
+def test_an_error_of_many_keeps_kind_and_hint(tmp_path: Path, model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(Exl2RayError) as caught:
+        convert(recipe(model, tmp_path, bits=(2.0,)), Silent())
+    assert caught.value.exit_code == 5, "of the first problem"
+    assert "exl2ray plan" in caught.value.hint
