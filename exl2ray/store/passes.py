@@ -15,7 +15,7 @@ Events of other versions may lack fields or have others: what cannot be used is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -64,11 +64,17 @@ class _Pass:
 
 
 def passes(
-    events: Iterable[Mapping[str, Any]], wanted: Sequence[str], records: Mapping[str, int], running: bool, now: float
+    events: Iterable[Mapping[str, Any]],
+    wanted: Sequence[str],
+    records: Mapping[str, int],
+    running: bool,
+    now: float,
+    complete: Collection[str] = (),
 ) -> list[PassStatus]:
     """Status of the passes ``wanted`` (in order) and of all others in the log.
 
-    ``records``: finished modules by pass, where the log says nothing. ``now``: seconds since 1970.
+    ``records``: finished modules by pass, where the log says nothing; ``complete``: passes whose result is there.
+    ``now``: seconds since 1970.
     """
     found: dict[str, _Pass] = {}
     run = 0
@@ -90,8 +96,12 @@ def passes(
                 p.doing[f["worker"]] = (str(f.get("method")), str(f.get("key")))
         elif name == "written":
             found[f"compile {f.get('bits')}"] = _Pass(Pace(1, 1, 1, when), run, when, when)
+    complete = {*complete, *(n.replace("compile", "quantize") for n in found if n.startswith("compile"))}
     names = [*wanted, *(n for n in found if n not in wanted)]
-    return [_status(n, found.get(n), records.get(n, 0), running, run, now) for n in names]
+    return [
+        _status(n, found[n], running and found[n].run == run, now) if n in found else _unseen(n, records, n in complete)
+        for n in names
+    ]
 
 
 def _item(p: _Pass, f: Mapping[str, Any], when: float) -> None:
@@ -107,11 +117,15 @@ def _item(p: _Pass, f: Mapping[str, Any], when: float) -> None:
     p.doing = {w: d for w, d in p.doing.items() if d[1] != key}
 
 
-def _status(name: str, p: _Pass | None, records: int, running: bool, run: int, now: float) -> PassStatus:
-    if p is None:
-        return PassStatus(name, "stopped" if records else "waiting", records, None, None)
+def _unseen(name: str, records: Mapping[str, int], complete: bool) -> PassStatus:
+    """A pass that the log does not tell of: nothing is done yet, or all was done before the settings changed."""
+    count = records.get(name, 0)
+    return PassStatus(name, "finished" if complete else "stopped" if count else "waiting", count, None, None)
+
+
+def _status(name: str, p: _Pass, running: bool, now: float) -> PassStatus:
     pace = p.pace
-    state = "finished" if not pace.left else "running" if running and p.run == run else "stopped"
+    state = "finished" if not pace.left else "running" if running else "stopped"
     until = max(now, p.last) if state == "running" else p.last
     return PassStatus(
         name=name,

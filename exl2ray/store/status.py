@@ -62,16 +62,20 @@ def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
     if store.exists(LOCK_FILE):
         state = "crashed" if is_stale(store, holder, timing or LockTiming(), time.time) else "running"
     records = _count_records(store)
+    has_measurement = store.exists(MEASUREMENT)
+    found = passes(
+        events, _wanted(job), _by_pass(records), state == "running", time.time(), {"measure"} if has_measurement else ()
+    )
     return WorkStatus(
         root=store.root,
         state=state,
         job=job,
         holder=str(holder or ""),
         heartbeat_age_seconds=heartbeat_age(store, time.time),
-        passes=tuple(passes(events, _wanted(job), _by_pass(records), state == "running", time.time())),
+        passes=tuple(found),
         records=records,
         has_calibration=store.exists(CALIBRATION),
-        has_measurement=store.exists(MEASUREMENT),
+        has_measurement=has_measurement,
         has_plan=store.exists(PLAN),
         last_events=tuple(events[-_LAST_EVENTS:]),
         problems=tuple(problems),

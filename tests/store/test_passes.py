@@ -102,8 +102,16 @@ def test_other_settings_leave_the_measurement() -> None:
 
 
 def test_records_count_where_the_log_is_gone() -> None:
-    found = {p.name: p for p in passes([], WANTED, {"measure": 5}, False, START)}
-    assert (found["measure"].state, found["measure"].done, found["measure"].items) == ("stopped", 5, None)
+    for complete, state in (((), "stopped"), (("measure",), "finished")):
+        found = {p.name: p for p in passes([], WANTED, {"measure": 5}, False, START, complete)}
+        assert (found["measure"].state, found["measure"].done, found["measure"].items) == (state, 5, None)
+
+
+def test_a_bitrate_that_was_complete_before_others_were_added() -> None:
+    """Its modules are not announced again, its files are."""
+    story = Story().opened("quantize.bits").tell("written", bits=4.0)
+    found = {p.name: p for p in passes(story.events, WANTED, {"quantize 4.0": 13}, False, START)}
+    assert [(found[n].state, found[n].done) for n in WANTED[1:]] == [("finished", 13), ("finished", 1)]
 
 
 JSON = st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda x: st.lists(x, max_size=2), max_leaves=3)
