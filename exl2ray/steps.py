@@ -35,6 +35,7 @@ from exl2ray.overrides import Override, overridden, parse_overrides
 from exl2ray.plan.problems import examine, row_sizes
 from exl2ray.planning import Plan, allocate, module_cost, slot_weights
 from exl2ray.progress import Reporter
+from exl2ray.quant.losses import merged
 from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.quant.qparams import head_option
@@ -45,6 +46,7 @@ from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir
 from exl2ray.writing import OutputWriter
 
+PROFILE = 2  # what a measured module's record holds; earlier ones, without losses, are not used
 CALIBRATION_KEY = "calibration"  # record of the rows of tokens; every job has one
 HIGH_PERPLEXITY, BROKEN_PERPLEXITY, BROKEN_RATIO = 30.0, 1000.0, 10.0
 
@@ -188,7 +190,7 @@ class Job:
         identity, settings = self.job["identity"], self.job["measure"]
         common = hash_inputs(
             fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
-            damping=settings["damping"], rows=self.measure_rows_sha256, **self._all_experts(),
+            damping=settings["damping"], rows=self.measure_rows_sha256, profile=PROFILE, **self._all_experts(),
         )  # fmt: skip
         keys = {m.index: hash_inputs(common=common, module=m.profile_key) for m in self._measured()}
         profiles: dict[int, ModuleProfile] = {}
@@ -247,7 +249,7 @@ class Job:
         tables = zip(*(r.payload["lists"] for r in results), strict=True)
         lists = [[option for part in table for option in part] for table in tables]
         notes: list[str] = []
-        profile = profile_of(module, lists, results[0].payload["extra"], notes.append)
+        profile = profile_of(module, lists, merged([r.payload["extra"] for r in results]), notes.append)
         record = measure_record(profile, inputs_hash, notes, sum(r.seconds for r in results))
         self.work.records.commit(record)
         detail = f"{describe(profile)}, in {len(results)} parts"

@@ -52,8 +52,12 @@ def solve(
         return None if t is None else t.cpu().clone()
 
     return [
-        Solution(s.weight.cpu().clone(), copy(s.codes), copy(s.scale_codes), s.scale_max.cpu().clone()) for s in solved
-    ]
+        Solution(
+            s.weight.cpu().clone(), copy(s.codes), copy(s.scale_codes), s.scale_max.cpu().clone(),
+            s.losses.cpu().clone(), s.energies.cpu().clone(),
+        )
+        for s in solved
+    ]  # fmt: skip
 
 
 def plain(factor: Factor, w: Tensor, layout: GroupLayout, refine: bool = False) -> Quantized:

@@ -29,6 +29,7 @@ from torch import Tensor
 from exl2ray.cuda.backend import OFFSETS, GroupBackend, Workspace, group_backend
 
 PANEL = 512  # rows per outer panel: bounds the traffic of E to K / PANEL reads
+CHUNK = 32  # rows whose losses are reported together; group sizes are multiples of it
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Solution:
     codes: Tensor | None  # (K, N) uint8, act-order
     scale_codes: Tensor | None  # (G, N) uint8, 1..16
     scale_max: Tensor  # (G,) float16
+    losses: Tensor  # (K / 32,) float32, act-order: sums of e^2; in all tr(E^T (H + damping I) E). Zeros without feedback
+    energies: Tensor  # (K / 32,) float32, act-order: sums of E^2
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def solve_segments(
             None if ws.codes is None else ws.codes[:, c0:c1],
             ws.scale_codes[:, c0:c1] if keep_codes else None,
             ws.scale_max[:, position],
+            batch.losses[:, position],
+            batch.energies[:, position],
         )
     return [s for s in out if s is not None]
 
@@ -153,6 +158,9 @@ class Batch:
             bounds=shape.bounds, bits=empty(len(shape.bounds), len(shape.rows), dtype=torch.int32),
             feedback=shape.feedback, refine=shape.refine,
         )  # fmt: skip
+        # per 32 rows and segment; e = R^T E, so the sum of all e^2 is tr(E^T R R^T E)
+        self.losses = torch.zeros(k // CHUNK, len(shape.bounds), device=shape.device)
+        self.energies = torch.zeros_like(self.losses)
         self.groups = backend(self.ws)
 
     def load(self, r: Tensor | None, perm: Tensor, weights: Sequence[Tensor], bits: Tensor) -> None:
@@ -170,7 +178,7 @@ class Batch:
 
     def run(self) -> None:
         """Quantises what was loaded; the results are in ``ws``."""
-        ws, r, errors, k = self.ws, self.r, self.errors, self.shape.in_features
+        ws, r, errors = self.ws, self.r, self.errors
         for first, last, start, stop in panels(self.shape.rows):
             height = stop - start
             self._fill(ws.x, start, stop)
@@ -189,9 +197,22 @@ class Batch:
                     with trailing_precision():
                         ws.x[b:height].addmm_(ws.u[a:b, b:height].T, ws.error[a:b], alpha=-1)
                 a = b
-            if errors is not None and stop < k:
-                self._fill(errors[start:stop], start, stop)
-                errors[start:stop] -= ws.dq[ws.perm[start:stop]]
+            rounding = ws.x[:height] if errors is None else errors[start:stop]
+            self._fill(rounding, start, stop)
+            rounding -= ws.dq[ws.perm[start:stop]]
+            self._sum_squares(self.energies, rounding, start)
+            if errors is not None:
+                self._sum_squares(self.losses, ws.error[:height], start)
+
+    def _sum_squares(self, out: Tensor, rows: Tensor, start: int) -> None:
+        """Sums of squares of ``rows`` (P, C), per 32 rows and segment, into the rows of ``out`` from row ``start`` on."""
+        column = segment = 0
+        for n, times in zip(self.shape.widths, self.shape.repeats, strict=True):
+            part = rows[:, column : column + times * n].unflatten(1, (times, n)).unflatten(0, (-1, CHUNK))
+            norms = torch.linalg.vector_norm(part, dim=(1, 3))
+            out[start // CHUNK : (start + len(rows)) // CHUNK, segment : segment + times] = norms.square_()
+            column += times * n
+            segment += times
 
     def _fill(self, out: Tensor, start: int, stop: int) -> None:
         """Writes rows start .. stop of W into the first rows of ``out`` (P, C), once per segment of each linear."""

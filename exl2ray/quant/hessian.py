@@ -76,6 +76,7 @@ class Factor:
     @property
     def note(self) -> str:
         """Text for the report if the factorisation needed help, else empty."""
+    mean_diagonal: float = 0.0  # of H, before damping
         if self.r is None:
             return "round to nearest (no error feedback)"
         return f"damping raised to {self.damping:.3g} after {self.attempts} attempts" if self.attempts > 1 else ""
@@ -105,14 +106,15 @@ def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1,
             "the calibration states hold NaN or infinity; look at the module before this one",
         )
     perm = natural_order(h) if natural else act_order(h)
-    step = max(damping * float(diagonal.double().mean()), _DAMPING_FLOOR)
+    mean = float(diagonal.double().mean())
+    step = max(damping * mean, _DAMPING_FLOOR)
     attempts = 0
     for times in range(1, _ATTEMPTS + 1):
         for dtype in _precisions(h):
             attempts += 1
             r = with_room(lambda d=step * times, t=dtype: _upper_factor(h, rows, perm, d, t))  # type: ignore[misc]
             if r is not None:
-                return Factor(perm, r, step * times, attempts)
+                return Factor(perm, r, step * times, attempts, mean)
     raise NumericError(
         f"Hessian of {where or 'a linear layer'} ({h.shape[0]} x {h.shape[0]}) has no Cholesky factor "
         f"even with damping {step * _ATTEMPTS:.3g}",
@@ -165,6 +167,6 @@ def prepare_reference(h: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tens
     return perm, torch.linalg.cholesky(inverse, upper=True)
 
 
-def round_to_nearest(h: Tensor, natural: bool = False) -> Factor:
+def round_to_nearest(h: Tensor, natural: bool = False, rows: int = 1) -> Factor:
     """Act-order of H (or the natural order) without feedback: the fallback for a layer whose Hessian cannot be factorised."""
-    return Factor(natural_order(h) if natural else act_order(h), None, 0.0, 0)
+    return Factor(natural_order(h) if natural else act_order(h), None, 0.0, 0, float(h.diagonal().double().mean()) / rows)

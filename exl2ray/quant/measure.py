@@ -21,6 +21,7 @@ from exl2ray.errors import NumericError
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import ModuleProfile, OptionProfile
 from exl2ray.quant.hessian import DAMPING, Factor, HessianAccumulator, prepare, round_to_nearest
+from exl2ray.quant.losses import LossTable
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import attention_options, mlp_options, unique
 from exl2ray.quant.solve import solve_wanted
@@ -94,17 +95,19 @@ def score_options(
 
         lists, extra = measure_experts(block, x, y, hessians, settings, notes, part)
     else:
-        lists, extra = [], {}
+        lists = []
         factors: dict[str, Factor] = {}
         for half in block.halves:
-            candidates = _candidates(block, half, hessians, factors, settings, notes, part)
+            candidates = _candidates(block, half, hessians, factors, settings, notes, part, losses, x.shape[1])
             lists.append(_score(block, half, x, y, candidates, settings, part))
     return lists, {**extra, "notes": notes} if notes else extra
 
 
+        losses = LossTable()
 def profile_of(
     module: Any, lists: Sequence[Sequence[OptionProfile]], extra: dict[str, Any], report: Callable[[str], None] = print
 ) -> ModuleProfile:
+        extra = losses.extra()
     """The profile of a module from its complete scored tables. Raises NumericError if no option is of any use."""
     where = module.profile_key
     for note in extra.get("notes", ()):
@@ -178,7 +181,7 @@ def factorise(
         if not bool(torch.isfinite(h).all()):
             raise
         notes.append(f"{e.message}: rounded to nearest without error feedback")
-        return round_to_nearest(h, natural)
+        return round_to_nearest(h, natural, rows)
     if factor.note:
         notes.append(f"{where}: {factor.note}")
     return factor
@@ -198,6 +201,8 @@ def _candidates(
     columns = table.columns()
     wanted = {role: {index[i] for i in part_range(part, len(table.rows))} for role, (_, index) in columns.items()}
     out: dict[str, dict[int, Tensor]] = {}
+    losses: LossTable,
+    tokens: int,  # of a calibration row
     for group, linears in by_input((*half.first, half.second)).items():
         if group not in factors:
             where = f"{block.module.profile_key} ({group})"
@@ -206,7 +211,10 @@ def _candidates(
             factors[group] = factorise(accumulator, settings, where, notes, keeps_order(block.module, group))
         weights = {x.role: pad_columns(block.weights[x.key]) for x in linears}
         options = {x.role: columns[x.role][0] for x in linears}
-        out.update(solve_wanted(factors[group], weights, options, settings.budget_bytes, wanted, settings.offload))
+        solved = solve_wanted(factors[group], weights, options, settings.budget_bytes, wanted, settings.offload)
+        for role, found in solved.items():
+            losses.add(role, options[role], found, factors[group], 1 / tokens)
+            out[role] = {j: s.weight for j, s in found.items()}
     return out
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quant.hessian import Factor, HessianAccumulator
+from exl2ray.quant.losses import LossTable
 from exl2ray.quant.measure import Settings, Table, accuracy_of, batches, factorise, part_range, row_errors
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import mlp_options
@@ -40,18 +41,22 @@ def measure_experts(
     wanted = {role: {index[i] for i in rows} for role, (_, index) in columns.items()}
     candidates: list[dict[str, dict[int, Tensor]]] = []
     report = coverage(block, hessians)
+    losses, shares = LossTable(), token_shares(block, hessians, x.shape[0] * x.shape[1])
     for index, expert in enumerate(block.experts.experts):
-        solved: dict[str, dict[int, Tensor]] = {}
+        kept: dict[str, dict[int, Tensor]] = {}
         for group, members in ((f"w13.{index}", (expert.gate, expert.up)), (f"w2.{index}", (expert.down,))):
             factor = expert_factor(block, hessians, group, settings, notes)
             if part == (0, 1) and not group.startswith("w13."):
                 del hessians[group]  # a whole table is scored once: what nobody borrows from makes room
             weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
             options = {m.role: columns[m.role][0] for m in members}
-            solved.update(solve_wanted(factor, weights, options, settings.budget_bytes, wanted, settings.offload))
-        candidates.append(solved)
+            solved = solve_wanted(factor, weights, options, settings.budget_bytes, wanted, settings.offload)
+            for role, found in solved.items():
+                losses.add(role, options[role], found, factor, shares[group])
+                kept[role] = {j: s.weight for j, s in found.items()}
+        candidates.append(kept)
     notes.insert(0, describe_coverage(report))
-    return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": report}
+    return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": report, **losses.extra()}
 
 
 def expert_factor(
@@ -80,6 +85,24 @@ def expert_factor(
     if own.tokens == 0:
         notes.append(f"{group}: no calibration token reached this expert, rounded without feedback")
     return factorise(own, settings, where, notes)
+
+
+def token_shares(block: Any, hessians: dict[str, HessianAccumulator], tokens: int) -> dict[str, float]:
+    """Input group -> what turns tr(E^T H E) of an expert, H as `expert_factor` has it, into its part of the error per token.
+
+    An expert counts with the tokens routed to it, at least a tenth of a fair share: calibration text is not all there is.
+    """
+    experts = range(len(block.experts.experts))
+    fair = sum(hessians[f"w2.{e}"].routed for e in experts) / len(experts)
+    out = {}
+    for e in experts:
+        for group in (f"w13.{e}", f"w2.{e}"):
+            own = hessians[group]
+            borrows = group.startswith("w13.") and own.tokens < own.h.shape[0]
+            seen = own.h.shape[0] if borrows else own.tokens  # tokens in the Hessian of the factor
+            counted = max(float(own.routed), STARVED_SHARE * fair)
+            out[group] = counted / tokens * (max(1, own.rows) / seen if seen else 1.0)
+    return out
 
 
 def coverage(block: Any, hessians: dict[str, HessianAccumulator]) -> list[dict[str, float]]:

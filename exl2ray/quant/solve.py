@@ -84,6 +84,8 @@ def _copied(s: Solution, offload: bool) -> Solution:
         None if s.codes is None else copy(s.codes),
         None if s.scale_codes is None else copy(s.scale_codes),
         copy(s.scale_max),
+        copy(s.losses),
+        copy(s.energies),
     )
 
 
@@ -113,7 +115,7 @@ def solve_options(
 ) -> dict[str, list[Tensor]]:
     """Reconstructed weights (K, N) float16, natural row order, of every option of every linear sharing one Hessian."""
     solved = solve_wanted(factor, weights, options, budget_bytes)
-    return {role: [solved[role][j] for j in range(len(options[role]))] for role in weights}
+    return {role: [solved[role][j].weight for j in range(len(options[role]))] for role in weights}
 
 
 def solve_wanted(
@@ -123,9 +125,9 @@ def solve_wanted(
     budget_bytes: int | None = None,
     wanted: Mapping[str, Collection[int]] | None = None,  # role -> indices of the options to solve; None: all
     offload: bool = False,  # put the results into pinned host memory
-) -> dict[str, dict[int, Tensor]]:
-    """As `solve_options`, by index of the option. Batches without a wanted option are left out, the others are solved
-    whole: ``wanted`` changes no result.
+) -> dict[str, dict[int, Solution]]:
+    """As `solve_options`, by index of the option and with losses. Batches without a wanted option are left out, the others
+    are solved whole: ``wanted`` changes no result.
     """
     roles = list(weights)
     problems, owner = [], []
@@ -134,11 +136,11 @@ def solve_wanted(
             problems.append(Problem(i, option.layout(weights[role].shape[0])))
             owner.append((role, j))
     needed = None if wanted is None else {n for n, (role, j) in enumerate(owner) if j in wanted[role]}
-    out: dict[str, dict[int, Tensor]] = {r: {} for r in roles}
+    out: dict[str, dict[int, Solution]] = {r: {} for r in roles}
     solved = _solve(factor, [weights[r] for r in roles], problems, False, budget_bytes, needed, offload)
     for n, solution in solved.items():
         role, j = owner[n]
-        out[role][j] = solution.weight
+        out[role][j] = solution
     return out
 
 

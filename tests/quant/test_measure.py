@@ -13,6 +13,7 @@ import torch
 from quant_helpers import load, states
 from torch import Tensor
 
+from exl2ray.cuda.solver import Solution
 from exl2ray.errors import NumericError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import ModuleProfile, OptionProfile, read_measurement
@@ -232,10 +233,11 @@ def test_a_candidate_that_yields_nan_counts_as_useless(
     spec, block = load(tiny("Llama"), 2)
     solve_wanted = measure.solve_wanted
 
-    def broken(*args: Any) -> dict[str, dict[int, Tensor]]:
+    def broken(*args: Any) -> dict[str, dict[int, Solution]]:
         solved = solve_wanted(*args)
         if "down_proj" in solved:
-            solved["down_proj"][0].fill_(float("nan"))
+            for t in (solved["down_proj"][0].weight, solved["down_proj"][0].losses, solved["down_proj"][0].energies):
+                t.fill_(float("nan"))
         return solved
 
     monkeypatch.setattr(measure, "solve_wanted", broken)
@@ -244,6 +246,8 @@ def test_a_candidate_that_yields_nan_counts_as_useless(
     rows = [row["down_proj"] for row in MLP]
     for option, row in zip(profile.options, rows, strict=True):
         assert (option.accuracy == 1e-6) == (row == rows[0])
+    losses = profile.extra["linears"]["down_proj"]["losses"]
+    assert {desc for desc, loss in losses.items() if loss > 1e20} == {rows[0].desc}
 
 
 def test_row_errors() -> None:

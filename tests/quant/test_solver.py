@@ -151,7 +151,8 @@ def test_results_survive_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None
             old.fill_(0)
         solutions = solve_segments(*args, **more)
         for s in solutions:
-            returned.extend(t for t in (s.weight, s.codes, s.scale_codes, s.scale_max) if t is not None)
+            found = (s.weight, s.codes, s.scale_codes, s.scale_max, s.losses, s.energies)
+            returned.extend(t for t in found if t is not None)
         return solutions
 
     k = 64
