@@ -194,15 +194,17 @@ def patch(
 @click.option("--tokens", metavar="FILE", help=".npy array of token ids, (n,) or (rows, length)")
 @click.option("--text", metavar="FILE", help="UTF-8 text, encoded with the model's tokenizer")
 @click.option("--rows", type=int, help="rows of tokens; all there are if absent")
-@click.option("--length", type=int, help="tokens of a row; 2048 if absent, or as the array has it")
+@click.option("--length", type=int, help="tokens of a row; 2048 if absent, 512 of the built-in text, or as the array has it")
 @click.option("--stride", type=int, help="rows are overlapping windows that start this many tokens apart")
+@click.option("--positions", metavar="FILE", help="write the figures of every single prediction to this .npz file")
 @recipe_flags(("device", "rope_scale", "rope_alpha"), required=())
 @common
 @click.pass_obj
 def evaluate(run: Invocation, /, models: tuple[str, ...], **settings: Any) -> None:
     """Perplexity and KL divergence of model directories.
 
-    With --reference also the agreement of the most probable tokens.
+    On a small built-in text unless --tokens or --text is given. With --reference also the agreement of the most probable
+    tokens.
     """
     from exl2ray.commands import evaluate as command
 

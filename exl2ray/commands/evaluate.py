@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from exl2ray.console import duration, file_size, human_reporter, is_terminal, show_table
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.compare import evaluate_many
 from exl2ray.evaluate.forward import RunOptions
+from exl2ray.evaluate.heldout import DEFAULT_LENGTH, heldout_rows
 from exl2ray.evaluate.metrics import Estimate
 from exl2ray.evaluate.result import EvalResult
 from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
+from exl2ray.formats.files import atomic_file
 from exl2ray.progress import Reporter, Silent
 
 
@@ -31,25 +35,62 @@ def evaluate(
     device: str,
     rope_scale: float | None,
     rope_alpha: float | None,
+    positions: str | None,
     quiet: bool,
 ) -> list[EvalResult]:
-    """Results of ``models`` in order. Raises UsageError unless exactly one of ``tokens`` and ``text`` is given."""
-    if (tokens is None) == (text is None):
-        raise UsageError("eval needs either --tokens F.npy or --text F", "give one of them")
+    """Results of ``models`` in order, on the built-in held-out text unless ``tokens`` or ``text`` is given.
+
+    ``positions``: a .npz file for the figures of every prediction, see `write_positions`. Raises UsageError if both texts are
+    given or this file cannot be written.
+    """
+    if positions is not None and (not positions.endswith(".npz") or not Path(positions).parent.is_dir()):
+        raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
+    if tokens is not None and text is not None:
+        raise UsageError("--tokens and --text are two sources of tokens", "give one, or none for the built-in text")
     tokenizer = None
-    if text is not None:
+    if tokens is None:
         tokenizer = find_tokenizer([*models, *([reference] if reference is not None else [])])
-    ids = load_tokens(tokens or text or "", tokenizer, rows, length, stride)
+    if tokens is None and text is None and tokenizer is not None:
+        ids = _builtin(heldout_rows(tokenizer, length or DEFAULT_LENGTH), rows, stride)
+    else:
+        ids = load_tokens(tokens or text or "", tokenizer, rows, length, stride)
     options = RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha)
     reporter = Silent() if quiet or not is_terminal(sys.stdout) else human_reporter()
     try:
         progress = _Progress(reporter)
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        results = evaluate_many(models, reference, ids, chosen, stride, options, progress=progress.show)
+        keep = positions is not None
+        results = evaluate_many(models, reference, ids, chosen, stride, options, keep, progress=progress.show)
         progress.end()
+        if positions is not None:
+            write_positions(Path(positions), results)
         return list(results)
     finally:
         reporter.close()
+
+
+def write_positions(path: Path, results: Sequence[EvalResult]) -> None:
+    """One float64 array (rows, length - 1) per figure and model, named ``<number>/nll``, ``/kl``, ``/top1``, ``/top5``.
+
+    Numbers follow the order of the models, whose folders are in ``models``. Entry (r, t) is about token t + 1 of row r.
+    """
+    arrays = {"models": np.array([str(r.model) for r in results])}
+    for i, r in enumerate(results):
+        if r.positions is None:
+            continue
+        figures = {"nll": r.positions.nll, "kl": r.positions.kl, "top1": r.positions.top1, "top5": r.positions.top5}
+        arrays |= {f"{i}/{name}": t.numpy() for name, t in figures.items() if t is not None}
+    with atomic_file(path) as f:
+        np.savez(f, **arrays)  # type: ignore[arg-type]  # the stub takes keywords for options
+
+
+def _builtin(ids: Tensor, rows: int | None, stride: int | None) -> Tensor:
+    """The first rows of the held-out text. Raises UsageError for a stride, or for more rows than there are."""
+    if stride is not None:
+        raise UsageError(f"--stride {stride}: the built-in text is read row by row", "give a text of your own with --text")
+    if rows is not None and not 0 < rows <= len(ids):
+        raise UsageError(f"--rows {rows}: the built-in text has {len(ids)} rows of {ids.shape[1]} tokens")
+    return ids[:rows]
 
 
 class _Progress:
@@ -84,12 +125,13 @@ def show(results: Sequence[EvalResult]) -> None:
             _figure(r.perplexity, 4),
             _figure(r.kl, 5),
             _figure(r.top1, 4),
+            "-" if r.top5 is None else f"{r.top5.value:.4f}",
             duration(r.seconds),
         ]
         for r in results
     ]
     first = results[0]
-    show_table("", ["model", "bpw", "size", "perplexity", "KL (nats)", "top-1 agreement", "time"], rows)
+    show_table("", ["model", "bpw", "size", "perplexity", "KL (nats)", "top-1", "top-5", "time"], rows)
     print(f"{first.predictions} predictions in {first.rows} rows of {first.length} tokens; +- standard error over rows")
     if first.reference is not None and first.reference_perplexity is not None:
         print(f"reference {first.reference}: perplexity {_figure(first.reference_perplexity, 4)}")

@@ -268,12 +268,27 @@ def test_eval_of_a_text(run, model, tmp_path):
     assert "63 predictions" in result.stdout
 
 
-def test_eval_needs_one_source_of_tokens(run, model):
-    assert run("eval", "--model", model).exit_code == 2
+def test_eval_takes_one_source_of_tokens(run, model):
     result = run("eval", "--model", model, "--tokens", "a.npy", "--text", "b.txt")
     assert result.exit_code == 2
-    assert "--tokens" in result.stderr
+    assert "two sources" in result.stderr
     assert run("eval", "--tokens", "a.npy").exit_code == 2
+
+
+def test_eval_of_the_built_in_text(run, model, tmp_path):
+    out = tmp_path / "p.npz"
+    args = ("eval", "--model", model, "--rows", "2", "--length", "64", "--device", "cpu", "--json")
+    result = run(*args, "--reference", model, "--positions", str(out))
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout.splitlines()[-1])["results"]
+    assert (found["rows"], found["length"]) == (2, 64)
+    arrays = np.load(out)
+    assert arrays["0/nll"].shape == (2, 63)
+    assert arrays["0/nll"].mean() == pytest.approx(found["nll"]["value"])
+    assert float(arrays["0/kl"].max()) < 1e-6
+    assert run(*args, "--stride", "8").exit_code == 2
+    assert run("eval", "--model", model, "--rows", "999999").exit_code == 2
+    assert run("eval", "--model", model, "--positions", "x.txt").exit_code == 2
 
 
 def test_calibration_shows_both_passes(run, model, shared_dir):

@@ -1,0 +1,72 @@
+"""The pages: commands that they show run on the demo model, and messages that they explain exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = re.compile(r"<!-- run -->\n```bash\n(.*?)```", re.S)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "cluster").glob("*.md")])
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands of the blocks that are marked to be run, in order."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in RUN.findall(text) for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", ["docs/tutorial.md"])
+def test_the_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
+    """In an empty folder, the demo model in place of the user's; short rows, so that it takes a minute and not an hour."""
+    (tmp_path / "Llama-2-7b").symlink_to(ROOT / "models" / "demo", target_is_directory=True)
+    found = commands(ROOT / page)
+    assert len(found) >= 8
+    for command in found:
+        assert command[0] == "exl2ray"
+        arguments = command[1:]
+        if arguments[0] == "convert" and "-i" in arguments:
+            arguments += ["-l", "256", "-ml", "256"]
+        if arguments[0] in ("convert", "eval", "patch"):
+            arguments += ["--device", "cpu"]
+        if arguments[0] == "eval":
+            arguments += ["--length", "128"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+        line = [sys.executable, "-m", "exl2ray.cli", *arguments]
+        result = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        allowed = (0, 1) if arguments[0] in ("doctor", "plan") else (0,)  # these two report on the machine they run on
+        assert result.returncode in allowed, f"{command}: {result.stdout}\n{result.stderr}"
+    assert (tmp_path / "work" / "report.html").is_file()
+
+
+def test_messages_that_are_explained_exist() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(shown) >= 12
+    sources = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "exl2ray").rglob("*.py"))
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # adjacent string literals
+    assert [text for text in shown if text not in sources] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_names_every_command() -> None:
+    from exl2ray.cli import cli
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in cli.commands if f"exl2ray {name}" not in text] == []
