@@ -279,6 +279,31 @@ def architectures(run: Invocation) -> None:
     present(run, command.families, command.show, lambda found: {"architectures": found})
 
 
+@cli.command()
+@click.argument("directories", metavar="DIR...", nargs=-1, required=True)
+@click.option("--repo", metavar="OWNER/NAME", required=True, help="the repository on the Hub")
+@click.option("--branch", metavar="NAME", help="{bpw} stands for the bitrate; absent: main, for several DIR {bpw}bpw")
+@click.option("--create", is_flag=True, help="make the repository if there is none")
+@click.option("--private", is_flag=True, help="make it private; refuse one that is public")
+@click.option("--message", metavar="TEXT", help="of the commit")
+@click.option("--base-model", metavar="OWNER/NAME", help="the source model on the Hub, for cards that do not name it")
+@click.option("--eval", "evaluations", metavar="FILE", multiple=True, help="output of eval --json, or a job's evaluation.json")
+@click.option("--include", metavar="PATTERN", multiple=True, help="names of files to take although no model has them")
+@click.option("--token-file", metavar="FILE", help="holds the access token; HF_TOKEN or the stored login if absent")
+@click.option("--dry-run", is_flag=True, help="check the directories and list what would go where; needs no network")
+@common
+@click.pass_obj
+def publish(run: Invocation, /, **settings: Any) -> None:
+    """Upload EXL2 directories to the Hugging Face Hub.
+
+    Directories are verified first, and only files that belong to a model are taken. Several directories go into a branch
+    each, and the card on main lists the branches. After a broken connection the same command sends what is missing.
+    """
+    from exl2ray.commands import publish as command
+
+    present(run, lambda: command.publish(**settings), command.show, command.published_json)
+
+
 # ---- jobs and machines ----------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ class's code; library code only raises.
 | 7 | StoreError | the work directory: locked, corrupted, of another job, not writable, disk full |
 | 8 | FormatError | an EXL2 directory, tensor or measurement file breaks a rule of the format |
 | 9 | ClusterError | Ray or its workers: cannot start, item failed repeatedly |
+| 10 | HubError | publishing: the Hub cannot be reached, or refuses |
 | 130 | Interrupted | stopped by the user; the work directory can be resumed |
 """
 
@@ -76,6 +77,10 @@ class FormatError(Exl2RayError):
 
 class ClusterError(Exl2RayError):
     exit_code = 9
+
+
+class HubError(Exl2RayError):
+    exit_code = 10
 
 
 class Interrupted(Exl2RayError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,8 +34,8 @@ def evaluate_outputs(
 ) -> list[OutputSummary]:
     """``outputs`` with perplexity, KL divergence and top-1 agreement on held-out text.
 
-    Keeps the figures as evaluation.json in the work directory, and a plot where that is a local folder. ``device`` is where
-    the conversion computed. The models are finished and stay so: what goes wrong here becomes a warning.
+    Keeps the figures on the cards and as evaluation.json in the work directory, and a plot where that is a local folder.
+    ``device`` is where the conversion computed. The models are finished and stay so: what goes wrong here becomes a warning.
     """
     try:
         return _evaluated(recipe, outputs, device, reporter)
@@ -54,6 +55,8 @@ def _evaluated(
     from exl2ray.evaluate.forward import RunOptions
     from exl2ray.evaluate.heldout import heldout_rows
     from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
+    from exl2ray.publish.card import add_evaluation
+    from exl2ray.publish.figures import parse_evaluation
     from exl2ray.report.evaluations import EVALUATION
     from exl2ray.store.fs import Store
 
@@ -79,6 +82,9 @@ def _evaluated(
     reporter.event("end", stage=STAGE, seconds=time.monotonic() - start)
     data = json.dumps({"results": [r.to_json() for r in results]}, indent=1).encode()
     Store.open(recipe.out_dir).put(EVALUATION, data)
+    for result in results:
+        if math.isfinite(result.perplexity.value):  # a broken model is for Job.judge, not for its card
+            add_evaluation(result.model, parse_evaluation(result.to_json(), str(result.model)))
     by_model = {str(r.model): r for r in results}
     out = []
     for o in outputs:

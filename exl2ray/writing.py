@@ -20,6 +20,7 @@ from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import output_tensors, read_plain
 from exl2ray.planning import Plan
+from exl2ray.publish.card import converted, write_card
 from exl2ray.store.layout import CALIBRATION, quant_kind
 from exl2ray.store.records import Record
 from exl2ray.store.tensors import get_tensors
@@ -67,8 +68,13 @@ class OutputWriter:
         target = Path(directory) if directory is not None else self._bare_output(plan)
         entries = self._entries(plan, records)
         paths = write_shards(target, entries, recipe.shard_size << 20, ours=[*_existing_outputs(target), CALIBRATION])
+        head = records[self.spec.modules[-1].index].payload
+        perplexities = head["perplexity"], head["reference_perplexity"]
         if directory is not None:
             copy_side_files(recipe.in_dir, target)
+            name, rows, patches = self.spec.arch.name, self.calibration_rows, self.overrides[len(recipe.overrides) :]
+            info = converted(recipe, plan.bits, plan.achieved_bpw, name, rows, paths, *perplexities, patches)
+            write_card(target, info)
             config = output_config(
                 loader_config(self.spec.arch, self.source.config), plan.bits, recipe.head_bits,
                 self.calibration_rows, recipe.length, recipe.cal_dataset,
@@ -76,10 +82,9 @@ class OutputWriter:
             if self.overrides:  # loaders ignore what they do not know
                 config["quantization_config"]["overrides"] = list(self.overrides)
             write_config(target, config)
-        head = records[self.spec.modules[-1].index].payload
         return OutputSummary(
             plan.bits, plan.achieved_bpw, directory, tuple(str(p) for p in paths),
-            sum(p.stat().st_size for p in paths), head["perplexity"], head["reference_perplexity"],
+            sum(p.stat().st_size for p in paths), *perplexities,
         )  # fmt: skip
 
     def _bare_output(self, plan: Plan) -> Path:

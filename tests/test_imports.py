@@ -20,11 +20,12 @@ ROOMS = {
     "model": {"cuda", "formats"},
     "quant": {"cuda", "formats"},
     "evaluate": {"calibration", "formats", "model", "quant"},
+    "publish": {"config", "console", "flags", "formats"},
     "report": {"config", "console", "formats", "store"},
     "dist": {"calibration", "config", "formats", "model", "quant", "store"},
 }
 EVERYWHERE = {"errors", "__version__"}
-ONLY_IN = {"ray": "dist", "numba": "cuda", "matplotlib": "report"}
+ONLY_IN = {"ray": "dist", "numba": "cuda", "huggingface_hub": "publish", "matplotlib": "report"}
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
 HEAVY = {"torch", "ray", "matplotlib", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}
 LIGHT = ["exl2ray", "exl2ray.cli", "exl2ray.config", "exl2ray.errors", "exl2ray.convert", "exl2ray.formats.layout"]

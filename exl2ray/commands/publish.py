@@ -1,0 +1,247 @@
+"""``exl2ray publish``: EXL2 directories to a repository on the Hugging Face Hub, one branch each."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exl2ray import __version__
+from exl2ray.config import bpw_name
+from exl2ray.console import clean, file_size, plural
+from exl2ray.errors import HubError, Interrupted, UsageError
+from exl2ray.formats.hfconfig import read_limited
+from exl2ray.formats.shards import OUTPUT_NAME
+from exl2ray.publish.card import PROGRAM, model_card, of_directory
+from exl2ray.publish.figures import Evaluation, read_evaluations, with_evaluation
+from exl2ray.publish.folder import Folder, branch_names, read_folder, refuse_secret
+from exl2ray.publish.frontmatter import Value, read_fields, split_card, with_fields
+from exl2ray.publish.index import BranchRow, index_card, with_branches
+from exl2ray.publish.origin import CARD, MAX_CARD_BYTES, REPOSITORY, original_card
+from exl2ray.publish.token import read_token, redacted_logs
+
+if TYPE_CHECKING:
+    from exl2ray.publish.hub import Branch, Hub
+
+MAIN = "main"
+WEIGHTS = re.compile(r".*\.(safetensors|gguf)|pytorch_model.*\.bin|consolidated\..*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One directory on its way to one branch. card: README.md as it is published."""
+
+    folder: Folder
+    branch: str
+    card: str
+    evaluation: Evaluation | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """url, commit: empty for a dry run. changed: False if the branch held all of it already."""
+
+    directory: str
+    repo: str
+    branch: str
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    nbytes: int
+    url: str = ""
+    commit: str = ""
+    changed: bool = False
+
+
+def publish(
+    directories: Sequence[str],
+    repo: str,
+    branch: str | None,
+    private: bool,
+    create: bool,
+    message: str | None,
+    token_file: str | None,
+    base_model: str | None,
+    evaluations: Sequence[str],
+    include: Sequence[str],
+    dry_run: bool,
+) -> list[Published]:
+    """Checks all directories, then uploads them one after the other; in the order given.
+
+    Raises UsageError, FormatError and StoreError before anything is sent; HubError; Interrupted.
+    """
+    for flag, name in (("--repo", repo), ("--base-model", base_model)):
+        if name is not None and not REPOSITORY.fullmatch(name):
+            raise UsageError(f"{flag} {name}: not the name of a repository", "it is OWNER/NAME, as in the Hub's addresses")
+    folders = [read_folder(d, include) for d in directories]
+    branches = branch_names(folders, branch)
+    figures = match_evaluations(folders, evaluations)
+    uploads = [
+        Upload(f, b, card_text(f, repo, base_model, e), e) for f, b, e in zip(folders, branches, figures, strict=True)
+    ]
+    if dry_run:
+        return [_result(u, repo) for u in uploads]
+    try:
+        from exl2ray.publish.hub import Hub, stored_token
+    except ModuleNotFoundError as e:
+        raise UsageError(f"publishing needs a package that is missing: {e.name}", 'pip install "exl2ray[hub]"') from e
+    token = read_token(token_file) if token_file is not None else stored_token()
+    for f in folders:
+        refuse_secret(f, token.value)
+    hub = Hub(repo, token)
+    with redacted_logs(token):
+        try:
+            ready_repository(hub, create, private)
+            done = [_upload(hub, u, message) for u in uploads]
+            if any(u.branch != MAIN for u in uploads):
+                _update_index(hub, uploads, base_model)
+        except KeyboardInterrupt:
+            hint = "run the same command again: what has arrived is not sent again"
+            raise Interrupted(f"{repo}: stopped while publishing", hint) from None
+    return done
+
+
+def ready_repository(hub: Hub, create: bool, private: bool) -> None:
+    """The repository exists afterwards, and is private if that is asked for."""
+    found = hub.is_private()
+    if found is None and not create:
+        raise HubError(
+            f"{hub.repo}: there is no such repository, or the token ({hub.token.source}) may not see it",
+            "--create makes it, with --private as a private one",
+        )
+    if found is None:
+        hub.create(private)
+        _say(f"created {hub.repo}" + (" (private)" if private else ""))
+    elif private and not found:
+        raise UsageError(f"--private: {hub.repo} exists and is public", "change its settings on the Hub, or drop --private")
+
+
+def _upload(hub: Hub, upload: Upload, message: str | None) -> Published:
+    folder = upload.folder
+    branch = hub.branch(upload.branch) or _new_branch(hub, upload)
+    stale = _stale(hub, branch, folder)
+    files: dict[str, Path | bytes] = {**folder.files, CARD: upload.card.encode("utf-8")}
+    _say(f"{folder.path} -> {hub.repo}, branch {upload.branch}: {plural(len(files), 'file')}, {file_size(folder.nbytes)}")
+    text = message or f"EXL2 at {bpw_name(folder.bits)} bits per weight ({PROGRAM} {__version__})"
+    commit = hub.commit(branch, files, stale, text.replace("{bpw}", bpw_name(folder.bits)))
+    return _result(upload, hub.repo, commit.url, commit.oid, commit.changed)
+
+
+def _new_branch(hub: Hub, upload: Upload) -> Branch:
+    """It begins with the files of main, so those are looked at first."""
+    main = hub.branch(MAIN)
+    if main is not None:
+        _stale(hub, main, upload.folder)
+    hub.create_branch(upload.branch)
+    branch = hub.branch(upload.branch)
+    if branch is None:
+        raise HubError(f"{hub.repo}: branch {upload.branch} was created and is not there", "try again in a minute")
+    return branch
+
+
+def _stale(hub: Hub, branch: Branch, folder: Folder) -> list[str]:
+    """Shards of an earlier upload that this one does not replace; a loader would read them as part of the model."""
+    others = [name for name in branch.files if name not in folder.files and "/" not in name and WEIGHTS.fullmatch(name)]
+    foreign = [name for name in others if not OUTPUT_NAME.fullmatch(name)]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UsageError(
+            f"{hub.repo}, branch {branch.name}: holds weights of another model: {foreign[0]}{more}",
+            "publish to a repository or branch of its own",
+        )
+    return others
+
+
+def _update_index(hub: Hub, uploads: Sequence[Upload], base_model: str | None) -> None:
+    """The card on main lists the branches, unless somebody wrote another one there."""
+    rows = [
+        BranchRow(u.branch, s.decoder_bpw, s.head_bpw, s.total_bytes, u.evaluation)
+        for u in uploads
+        if u.branch != MAIN
+        for s in [u.folder.summary]
+    ]
+    before = hub.read_text(MAIN, CARD)
+    if before is not None:
+        text = with_branches(before, hub.repo, rows)
+        if text is None:
+            _say(f"{hub.repo}: main has a card of its own, which stays as it is")
+            return
+    else:
+        fields = read_fields(split_card(uploads[0].card)[0])
+        base = fields.get("base_model")
+        named = base_model or (base if isinstance(base, str) and REPOSITORY.fullmatch(base) else None)
+        text = index_card(hub.repo, rows, named, hub.repo.partition("/")[0], original_card(uploads[0].card))
+    if text == before:
+        return
+    main = hub.branch(MAIN)
+    if main is not None:
+        hub.commit(main, {CARD: text.encode("utf-8")}, [], "List of branches")
+        _say(f"{hub.repo}: the card on main lists the branches")
+
+
+# ---- cards ----------------------------------------------------------------------------------------------------------
+
+
+def card_text(folder: Folder, repo: str, base_model: str | None, evaluation: Evaluation | None) -> str:
+    """README.md as it is published: the directory's own, or a new one, with its publisher and what was asked for."""
+    path = folder.files.get(CARD)
+    if path is not None:
+        text = read_limited(path, MAX_CARD_BYTES * 2, UsageError, "shorten it").decode("utf-8", errors="replace")
+    else:
+        text = model_card(of_directory(folder.summary))
+    found = read_fields(split_card(text)[0])
+    fields: dict[str, Value] = {}
+    if base_model is not None:
+        fields.update(base_model=base_model, base_model_relation="quantized")
+    if found.get("quantized_by", PROGRAM) == PROGRAM:
+        fields["quantized_by"] = repo.partition("/")[0]
+    if fields:
+        text = with_fields(text, fields)
+    return text if evaluation is None else with_evaluation(text, evaluation)
+
+
+def match_evaluations(folders: Sequence[Folder], paths: Sequence[str]) -> list[Evaluation | None]:
+    """The result of each directory, found by its path, or else by its name. UsageError for a file about none of them."""
+    found: dict[Path, Evaluation] = {}
+    for path in paths:
+        results = read_evaluations(path)
+        matched = 0
+        for model, evaluation in results:
+            same = [f.path for f in folders if f.path.resolve() == Path(model).resolve()]
+            same = same or [f.path for f in folders if f.path.resolve().name == Path(model).name]
+            matched += len(same)
+            found.update(dict.fromkeys(same, evaluation))
+        if not matched:
+            names = ", ".join(sorted({m for m, _ in results})[:5]) or "nothing"
+            raise UsageError(f"--eval {path}: is about {names}, not about what is published", "evaluate those directories")
+    return [found.get(f.path) for f in folders]
+
+
+# ---- shown ----------------------------------------------------------------------------------------------------------
+
+
+def _result(upload: Upload, repo: str, url: str = "", commit: str = "", changed: bool = False) -> Published:
+    folder = upload.folder
+    names = tuple(sorted({*folder.files, CARD}))
+    return Published(str(folder.path), repo, upload.branch, names, folder.left_out, folder.nbytes, url, commit, changed)
+
+
+def _say(text: str) -> None:
+    print(clean(text), file=sys.stderr, flush=True)
+
+
+def show(published: Sequence[Published]) -> None:
+    for p in published:
+        if p.left_out:
+            print(clean(f"{p.directory}: stays here: {', '.join(p.left_out)}"))
+        if not p.url:
+            what = f"{file_size(p.nbytes)} would go to {p.repo}, branch {p.branch}: {', '.join(p.files)}"
+            print(clean(f"{p.directory}: {what}"))
+        else:
+            print(clean(f"{p.directory}: {p.url}" + ("" if p.changed else " (nothing to change)")))
+
+
+def published_json(published: Sequence[Published]) -> dict[str, Any]:
+    return {"published": list(published)}

@@ -1,0 +1,195 @@
+"""The Hugging Face Hub, through huggingface_hub; every failure is a typed error with a hint and without the token.
+
+The endpoint is $HF_ENDPOINT, as for all tools of the Hub. Files above some MB go through its large file storage, which
+takes every content once: what had arrived before a broken connection is not sent again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from exl2ray.errors import Exl2RayError, FormatError, HubError, UsageError
+from exl2ray.publish.token import Token, checked
+
+ENDPOINT = "https://huggingface.co"
+TIMEOUT = 60.0  # seconds, for answers without data
+SAYS = 300  # characters of a server's message that are passed on
+AGAIN = "run the same command again: what has arrived is not sent again"
+NETWORK = ("httpx", "httpcore", "requests", "urllib3")  # huggingface_hub changed its HTTP library more than once
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch as it is: its last commit and the names of its files."""
+
+    name: str
+    commit: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Commit:
+    url: str
+    oid: str
+    changed: bool  # False: everything was there already
+
+
+def stored_token() -> Token:
+    """From $HF_TOKEN or the login of the Hub's own tools. Raises UsageError if there is none."""
+    found = get_token()
+    if not found:
+        raise UsageError("there is no access token for the Hub", "hf auth login, or set HF_TOKEN, or give --token-file FILE")
+    return checked(found, "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the stored login of the Hub")
+
+
+class Hub:
+    """One repository on the Hub. All methods raise HubError, or another Exl2RayError, and nothing else."""
+
+    def __init__(self, repo: str, token: Token) -> None:
+        self.repo, self.token = repo, token
+        self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
+        self._api = HfApi(endpoint=self.endpoint, token=token.value)
+
+    def is_private(self) -> bool | None:
+        """Whether the repository is private; None if there is none, or none that the token may see."""
+        with self._typed("looking for the repository"):
+            try:
+                return bool(self._api.repo_info(self.repo, timeout=TIMEOUT).private)
+            except RepositoryNotFoundError as e:
+                if _status(e) == 401 and not _says_not_found(e):
+                    raise
+                return None
+
+    def create(self, private: bool) -> None:
+        with self._typed("creating the repository"):
+            self._api.create_repo(self.repo, private=private)
+
+    def branch(self, name: str) -> Branch | None:
+        """The branch; None if there is none."""
+        with self._typed(f"reading branch {name}"):
+            try:
+                info = self._api.model_info(self.repo, revision=name, timeout=TIMEOUT)
+            except RevisionNotFoundError:
+                return None
+            return Branch(name, info.sha or "", tuple(s.rfilename for s in info.siblings or ()))
+
+    def create_branch(self, name: str) -> None:
+        """A branch that begins where main is."""
+        with self._typed(f"creating branch {name}"):
+            self._api.create_branch(self.repo, branch=name, exist_ok=True)
+
+    def commit(self, branch: Branch, files: Mapping[str, Path | bytes], stale: Sequence[str], message: str) -> Commit:
+        """Uploads ``files`` (name -> where it is, or its content) and removes ``stale`` ones, in a single commit."""
+        adds = [CommitOperationAdd(name, source) for name, source in files.items()]
+        deletes = [CommitOperationDelete(name) for name in stale]
+        with self._typed(f"uploading to branch {branch.name}"):
+            done = self._api.create_commit(
+                self.repo, [*adds, *deletes], commit_message=message, revision=branch.name,
+                parent_commit=branch.commit or None,
+            )  # fmt: skip
+            return Commit(done.commit_url, done.oid, done.oid != branch.commit)
+
+    def read_text(self, branch: str, name: str) -> str | None:
+        """A text file; None if there is none."""
+        with self._typed(f"reading {name} of branch {branch}"), tempfile.TemporaryDirectory() as folder:
+            try:
+                path = hf_hub_download(
+                    self.repo, name, revision=branch, local_dir=folder, token=self.token.value, endpoint=self.endpoint
+                )
+            except EntryNotFoundError:
+                return None
+            return Path(path).read_text(encoding="utf-8", errors="replace")
+
+    @contextmanager
+    def _typed(self, doing: str) -> Iterator[None]:
+        """Turns whatever goes wrong into a typed error. ``from None``: the chain of causes may show request headers."""
+        try:
+            yield
+        except Exl2RayError:
+            raise
+        except Exception as e:  # from several HTTP libraries; their texts are not to be shown unredacted
+            raise self._error(e, doing) from None
+
+    def _error(self, e: Exception, doing: str) -> Exl2RayError:
+        where = f"{self.repo}: {doing}"
+        chain = list(_causes(e))
+        if isinstance(e, ValueError) and not isinstance(e, HfHubHTTPError) and "README.md" in str(e):
+            return FormatError(f"{where}: the Hub does not take the card: {self._short(e)}", "correct README.md")
+        for cause in chain:
+            if isinstance(cause, OfflineModeIsEnabled):
+                return HubError(f"{where}: the Hub's tools are switched to offline", "unset HF_HUB_OFFLINE")
+            if isinstance(cause, HfHubHTTPError):
+                return self._refused(cause, where)
+            if isinstance(cause, HFValidationError):
+                return UsageError(f"{where}: {self._short(cause)}", "--repo is OWNER/NAME as the Hub takes it")
+        text = self._short(chain[-1])
+        if any(_is_network(c) for c in chain):
+            what = f"{self.endpoint} cannot be reached, or broke off"
+            return HubError(f"{where}: {what}: {text}", f"is there a network? {AGAIN}")
+        if isinstance(e, OSError):
+            return HubError(f"{where}: {text}", AGAIN)
+        return HubError(f"{where}: {type(e).__name__}: {text}", AGAIN)
+
+    def _refused(self, e: HfHubHTTPError, where: str) -> HubError:
+        status = _status(e)
+        says = self._short(getattr(e, "server_message", None) or "")
+        text = f"{where}: the Hub answers {status}" + (f": {says}" if says else "")
+        name = self.token.source
+        if status == 401:
+            return HubError(text, f"the token ({name}) is not valid: make one with write access and log in again")
+        if status == 403:
+            return HubError(text, f"the token ({name}) may not write to {self.repo}: it needs write access there")
+        if status == 404:
+            return HubError(text, "is --repo right? a private repository is not found by a token that may not see it")
+        if status in (409, 412):
+            return HubError(text, f"somebody else changed the repository meanwhile; {AGAIN}")
+        if status == 429:
+            return HubError(text, f"too many requests: wait some minutes, then {AGAIN}")
+        if status in (402, 413, 507):
+            return HubError(text, "the storage of this account may be used up; see its settings on the Hub")
+        return HubError(text, AGAIN if status >= 500 else "")
+
+    def _short(self, text: object) -> str:
+        """A message on one line, without the token."""
+        line = " ".join(self.token.redact(str(text)).split())
+        return line if len(line) <= SAYS else line[:SAYS] + "..."
+
+
+def _status(e: HfHubHTTPError) -> int:
+    return int(getattr(e.response, "status_code", 0) or 0)
+
+
+def _says_not_found(e: HfHubHTTPError) -> bool:
+    """The Hub answers 401 for missing repositories as well as for tokens that it does not know."""
+    headers = getattr(e.response, "headers", None) or {}
+    return headers.get("X-Error-Code") == "RepoNotFound"
+
+
+def _causes(e: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, outermost first."""
+    seen: set[int] = set()
+    current: BaseException | None = e
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _is_network(e: BaseException) -> bool:
+    top = type(e).__module__.split(".")[0]
+    return isinstance(e, (ConnectionError, TimeoutError)) or top.startswith(NETWORK)

@@ -1,0 +1,406 @@
+"""Uploads to a Hub on loopback: what arrives, what is refused, and that the token is seen by nobody else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fake_hub import TOKEN, FakeHub
+
+from exl2ray.cli import cli
+from exl2ray.commands.publish import publish
+from exl2ray.errors import FormatError, HubError, UsageError
+
+REPO = "me/tiny-exl2"
+NOTHING: dict[str, Any] = {
+    "branch": None, "private": False, "create": False, "message": None, "token_file": None, "base_model": None,
+    "evaluations": (), "include": (), "dry_run": False,
+}  # fmt: skip
+
+
+def send(*directories: Path, repo: str = REPO, **settings: Any) -> Any:
+    return publish([str(d) for d in directories], repo, **{**NOTHING, **settings})
+
+
+def fields(card: bytes) -> dict[str, Any]:
+    return dict(yaml.safe_load(card.decode().split("---\n")[1]))
+
+
+def local(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+# ---- what arrives ---------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_arrives_on_main(hub: FakeHub, models: Path) -> None:
+    (done,) = send(models / "4.0bpw", create=True, private=True)
+    repo = hub.repos[REPO]
+    arrived, sent = repo.branches["main"].files, local(models / "4.0bpw")
+    assert repo.private
+    assert {n: c for n, c in arrived.items() if n not in (".gitattributes", "README.md")} == {
+        n: c for n, c in sent.items() if n != "README.md"
+    }
+    assert fields(arrived["README.md"]) == {**fields(sent["README.md"]), "quantized_by": "me"}
+    assert (done.branch, done.changed, set(done.files)) == ("main", True, set(sent))
+    assert done.url == f"{hub.url}/{REPO}/commit/{repo.branches['main'].sha}"
+    assert repo.branches["main"].messages == [f"EXL2 at 4.0 bits per weight (exl2ray {version()})"]
+
+
+def version() -> str:
+    from exl2ray import __version__
+
+    return __version__
+
+
+def test_only_the_hub_itself_gets_the_token(hub: FakeHub, models: Path) -> None:
+    hub.add_repo(REPO)
+    send(models / "4.0bpw")
+    given = {authorization for _, path, authorization in hub.requests if not path.startswith("/storage/")}
+    assert given == {f"Bearer {TOKEN}"}
+    stored = [authorization for _, path, authorization in hub.requests if path.startswith("/storage/")]
+    assert stored == [""]
+
+
+def test_several_directories_get_a_branch_each_and_a_list_on_main(hub: FakeHub, models: Path) -> None:
+    hub.add_repo(REPO)
+    evaluation = models / "eval.json"
+    evaluation.write_text(json.dumps({"results": [result(str(models / "5.0bpw"))]}))
+    send(models / "4.0bpw", models / "5.0bpw", base_model="source/tiny", evaluations=[str(evaluation)])
+    branches = hub.repos[REPO].branches
+    assert set(branches) == {"main", "4.0bpw", "5.0bpw"}
+    for name in ("4.0bpw", "5.0bpw"):
+        assert branches[name].files["output.safetensors"] == (models / name / "output.safetensors").read_bytes()
+        card = fields(branches[name].files["README.md"])
+        assert (card["base_model"], card["base_model_relation"]) == ("source/tiny", "quantized")
+    assert b"| 0.0123 " in branches["5.0bpw"].files["README.md"]
+    assert b"0.0123" not in branches["4.0bpw"].files["README.md"]
+    main = branches["main"].files
+    assert set(main) == {".gitattributes", "README.md"}
+    index = fields(main["README.md"])
+    assert (index["base_model"], index["license"], index["language"]) == ("source/tiny", "other", ["no", "en"])
+    rows = [line for line in main["README.md"].decode().splitlines() if line.startswith("| [")]
+    assert [r.split("]")[0] for r in rows] == ["| [4.0bpw", "| [5.0bpw"]
+    assert rows[0].endswith("| - | - | - |")
+    assert "| 0.0123 | 95.0% |" in rows[1]
+
+
+def test_the_evaluation_of_a_ladder(hub: FakeHub, converted: Path) -> None:
+    hub.add_repo(REPO)
+    send(converted / "4.0bpw", converted / "5.0bpw", evaluations=[str(converted / "work" / "evaluation.json")])
+    card = hub.repos[REPO].branches["main"].files["README.md"].decode()
+    assert [line.count("| - ") for line in card.splitlines() if line.startswith("| [")] == [0, 0]
+    sent = hub.repos[REPO].branches["4.0bpw"].files["README.md"].decode()
+    written = (converted / "4.0bpw" / "README.md").read_text(encoding="utf-8")
+    assert sent.partition("---\n#")[2] == written.partition("---\n#")[2]  # the figures were there already
+
+
+def test_the_list_on_main_grows_and_foreign_cards_stay(hub: FakeHub, models: Path) -> None:
+    hub.add_repo(REPO)
+    send(models / "5.0bpw", branch="{bpw}bpw")
+    first = hub.repos[REPO].branches["main"].files["README.md"].decode()
+    hub.repos[REPO].branches["main"].files["README.md"] = first.replace("# tiny-exl2", "# My tiny one").encode()
+    send(models / "4.0bpw", branch="{bpw}bpw")
+    card = hub.repos[REPO].branches["main"].files["README.md"].decode()
+    assert card.index("[4.0bpw]") < card.index("[5.0bpw]")
+    assert "# My tiny one" in card
+    hub.add_repo("me/other", **{"README.md": b"# By hand\n"})
+    send(models / "4.0bpw", repo="me/other", branch="four")
+    assert hub.repos["me/other"].branches["main"].files["README.md"] == b"# By hand\n"
+    assert b"# By hand" not in hub.repos["me/other"].branches["four"].files["README.md"]
+
+
+def test_a_second_time_nothing_changes(hub: FakeHub, models: Path) -> None:
+    hub.add_repo(REPO)
+    send(models / "4.0bpw", models / "5.0bpw")
+    received = list(hub.received)
+    again = send(models / "4.0bpw", models / "5.0bpw")
+    assert [p.changed for p in again] == [False, False]
+    assert hub.received == received
+    assert [len(b.messages) for b in hub.repos[REPO].branches.values()] == [1, 1, 1]
+
+
+def test_shards_of_an_earlier_upload_are_removed(hub: FakeHub, models: Path) -> None:
+    stale = {"output-00001-of-00002.safetensors": b"a", "output-00002-of-00002.safetensors": b"b", "notes.txt": b"c"}
+    hub.add_repo(REPO, **stale)
+    send(models / "4.0bpw")
+    arrived = hub.repos[REPO].branches["main"].files
+    assert [n for n in arrived if n.endswith(".safetensors")] == ["output.safetensors"]
+    assert arrived["notes.txt"] == b"c"
+
+
+def test_resumes_after_a_broken_connection(hub: FakeHub, models: Path) -> None:
+    """The shard has arrived, the commit has not: the second time only the commit is sent."""
+    hub.add_repo(REPO)
+    hub.fail["/commit/"] = (0, "", 1)
+    with pytest.raises(HubError, match="broke off") as e:
+        send(models / "4.0bpw")
+    assert "what has arrived is not sent again" in e.value.hint
+    assert "output.safetensors" not in hub.repos[REPO].branches["main"].files
+    assert len(hub.received) == 1
+    send(models / "4.0bpw")
+    assert "output.safetensors" in hub.repos[REPO].branches["main"].files
+    assert len(hub.received) == 1
+
+
+def result(model: str) -> dict[str, Any]:
+    figure = {"perplexity": 7.5, "reference_perplexity": 7.0, "kl": 0.0123, "top1_agreement": 0.95}
+    figures = {name: {"value": value, "standard_error": value / 100} for name, value in figure.items()}
+    return {"model": model, "rows": 4, "length": 128, "predictions": 508, **figures}
+
+
+def test_a_directory_without_a_card_gets_one(hub: FakeHub, models: Path) -> None:
+    """As other converters leave it."""
+    hub.add_repo(REPO)
+    (models / "4.0bpw" / "README.md").unlink()
+    send(models / "4.0bpw")
+    card = hub.repos[REPO].branches["main"].files["README.md"].decode()
+    assert fields(card.encode())["quantized_by"] == "me"
+    assert "| own data (text.parquet), 6 rows x 128 tokens |" in card
+    assert "converted with exl2ray" not in card
+    assert not (models / "4.0bpw" / "README.md").exists()
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_sent_when_one_directory_is_unsound(hub: FakeHub, models: Path) -> None:
+    hub.add_repo(REPO)
+    (models / "5.0bpw" / "tokenizer.json").unlink()
+    with pytest.raises(FormatError, match=r"1 rule .* broken:\n.*tokenizer\.json"):
+        send(models / "4.0bpw", models / "5.0bpw")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.gguf", "pytorch_model.bin", "job.json", "events.jsonl", "id_rsa", "key.pem", "logs/", "wallet.dat", "a\nb.txt"],
+)
+def test_foreign_files_are_listed(models: Path, name: str) -> None:
+    path = models / "4.0bpw" / name.rstrip("/")
+    if name.endswith("/"):
+        path.mkdir()
+    else:
+        path.write_bytes(b"x")
+    with pytest.raises(UsageError) as e:
+        send(models / "4.0bpw", dry_run=True)
+    assert name in e.value.message
+    assert "--include" in e.value.hint
+
+
+def test_included_and_hidden_files(models: Path) -> None:
+    for name in ("notes.weird", ".env", "LICENSE", "tokenizer.model", "picture.png"):
+        (models / "4.0bpw" / name).write_bytes(b"x")
+    (done,) = send(models / "4.0bpw", dry_run=True, include=["*.weird"])
+    assert {"notes.weird", "LICENSE", "tokenizer.model", "picture.png"} < set(done.files)
+    assert done.left_out == (".env",)
+    assert ".env" not in done.files
+    assert done.url == ""
+
+
+def test_a_file_with_the_token_in_it(hub: FakeHub, models: Path) -> None:
+    hub.add_repo(REPO)
+    (models / "4.0bpw" / "special_tokens_map.json").write_text(f'{{"a": "{TOKEN}"}}')
+    with pytest.raises(UsageError, match=r"special_tokens_map\.json: holds the access token") as e:
+        send(models / "4.0bpw")
+    assert TOKEN not in str(e.value)
+    assert hub.requests == []
+
+
+def test_repositories_that_do_not_fit(hub: FakeHub, models: Path) -> None:
+    with pytest.raises(HubError, match="no such repository") as e:
+        send(models / "4.0bpw")
+    assert "--create" in e.value.hint
+    hub.add_repo(REPO)
+    with pytest.raises(UsageError, match="exists and is public"):
+        send(models / "4.0bpw", create=True, private=True)
+    hub.add_repo("me/full", **{"model-00001-of-00009.safetensors": b"w"})
+    for branch in (None, "4.0bpw"):
+        with pytest.raises(UsageError, match="weights of another model: model-00001"):
+            send(models / "4.0bpw", repo="me/full", branch=branch)
+    assert set(hub.repos["me/full"].branches) == {"main"}
+    with pytest.raises(UsageError, match="not the name of a repository"):
+        send(models / "4.0bpw", repo="just-a-name")
+
+
+@pytest.mark.parametrize("branch", ["a..b", "-x", "a b", "x.lock", "/x", "x/", "", "refs/heads/*", "a~1"])
+def test_names_that_git_refuses(models: Path, branch: str) -> None:
+    with pytest.raises(UsageError, match="not a name for a branch"):
+        send(models / "4.0bpw", branch=branch, dry_run=True)
+
+
+def test_two_directories_on_one_branch(models: Path) -> None:
+    with pytest.raises(UsageError, match="same branch"):
+        send(models / "4.0bpw", models / "5.0bpw", branch="x", dry_run=True)
+    shutil.copytree(models / "4.0bpw", models / "again")
+    with pytest.raises(UsageError, match="same branch"):
+        send(models / "4.0bpw", models / "again", dry_run=True)
+
+
+def test_an_evaluation_of_something_else(models: Path) -> None:
+    path = models / "eval.json"
+    path.write_text(json.dumps({"results": [result("elsewhere/3.0bpw")]}))
+    with pytest.raises(UsageError, match=r"is about elsewhere/3\.0bpw"):
+        send(models / "4.0bpw", evaluations=[str(path)], dry_run=True)
+    path.write_text('{"results": [{"model": "x", "perplexity": {"value": null}}]}')
+    with pytest.raises(FormatError, match="'perplexity' has no finite 'value'"):
+        send(models / "4.0bpw", evaluations=[str(path)], dry_run=True)
+
+
+def test_a_card_that_the_hub_refuses(hub: FakeHub, models: Path) -> None:
+    hub.add_repo(REPO)
+    card = models / "4.0bpw" / "README.md"
+    card.write_text(card.read_text().replace("license: other", "license: forbidden"))
+    with pytest.raises(FormatError, match="does not take the card"):
+        send(models / "4.0bpw")
+    assert hub.received == []  # before anything large was sent
+
+
+# ---- errors of the Hub ----------------------------------------------------------------------------------------------
+
+
+def test_a_token_that_is_not_valid(hub: FakeHub, models: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO)
+    other = tmp_path / "token"
+    other.write_text("hf_ThisOneIsNotValid\n")
+    with pytest.raises(HubError, match="answers 401") as e:
+        send(models / "4.0bpw", token_file=str(other))
+    assert f"--token-file {other}" in e.value.hint
+    assert "hf_ThisOneIsNotValid" not in str(e.value)
+    assert [a for _, _, a in hub.requests] == ["Bearer hf_ThisOneIsNotValid"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "hint"),
+    [
+        ("/commit/", 403, "needs write access"),
+        ("/commit/", 412, "changed the repository"),
+        ("/commit/", 500, "run the same command again"),
+        ("/preupload/", 404, "is --repo right"),
+        ("/batch", 413, "storage"),
+    ],
+)
+def test_refusals_have_hints(hub: FakeHub, models: Path, path: str, status: int, hint: str) -> None:
+    """Servers that repeat the token in their messages included."""
+    hub.add_repo(REPO)
+    hub.fail[path] = (status, f"no, said to Bearer {TOKEN}", 99)
+    with pytest.raises(HubError, match=f"answers {status}") as e:
+        send(models / "4.0bpw")
+    assert hint in e.value.hint
+    assert TOKEN not in str(e.value)
+    assert e.value.__cause__ is None
+    assert e.value.__suppress_context__
+
+
+def test_no_token(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UsageError, match="no access token"):
+        send(models / "4.0bpw")
+    for content in ("", "two words of text", "hf_abc\ndefghij", "gr\u00fc\u00dfe123", "x" * 5000):
+        (tmp_path / "token").write_text(content, encoding="utf-8")
+        with pytest.raises(UsageError, match="this is no access token") as e:
+            send(models / "4.0bpw", token_file=str(tmp_path / "token"))
+        assert not content or content not in str(e.value)
+    assert hub.requests == []
+
+
+def test_offline(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError) as e:
+        send(models / "4.0bpw")
+    assert "HF_HUB_OFFLINE" in e.value.hint
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(HubError, match=r"http://127\.0\.0\.1:9 cannot be reached") as e:
+        send(models / "4.0bpw")
+    assert "is there a network" in e.value.hint
+    assert hub.requests == []
+
+
+def test_interrupted(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exl2ray.errors import Interrupted
+    from exl2ray.publish.hub import Hub
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hub.add_repo(REPO)
+    monkeypatch.setattr(Hub, "commit", stop)
+    with pytest.raises(Interrupted) as e:
+        send(models / "4.0bpw")
+    assert "run the same command again" in e.value.hint
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", ["success", "refused", "unforeseen"])
+def test_the_token_is_in_no_output(hub: FakeHub, models: Path, outcome: str) -> None:
+    """Of the whole program, with all logs of all libraries switched on."""
+    hub.add_repo(REPO)
+    if outcome == "refused":
+        hub.fail["/preupload/"] = (403, f"not with {TOKEN}", 99)
+    if outcome == "unforeseen":
+        hub.fail["/revision/"] = (200, f"{TOKEN} is no object", 99)
+    code = "import logging; logging.basicConfig(level=1); from exl2ray.cli import main; main()"
+    words = ["publish", str(models / "4.0bpw"), "--repo", REPO, "--debug", "--json"]
+    environment = {**os.environ, "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "HF_HUB_DISABLE_XET": "1"}
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment, timeout=120)
+    assert ran.returncode == (0 if outcome == "success" else HubError.exit_code), ran.stderr[-3000:]
+    assert TOKEN not in ran.stdout + ran.stderr
+    assert "preupload" in ran.stderr or outcome == "unforeseen"  # the logs are really on
+    assert any(a == f"Bearer {TOKEN}" for _, _, a in hub.requests)
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(lines) == 1
+    if outcome == "success":
+        (entry,) = lines[0]["published"]
+        assert (entry["repo"], entry["branch"], entry["changed"]) == (REPO, "main", True)
+    else:
+        assert (lines[0]["event"], lines[0]["code"]) == ("error", HubError.exit_code)
+
+
+def test_logs_are_masked_and_left_alone_afterwards(caplog: pytest.LogCaptureFixture) -> None:
+    from exl2ray.publish.token import Token, redacted_logs
+
+    token, log = Token("hf_secret_in_a_log", "test"), logging.getLogger("somebody.else")
+    before = logging.getLogRecordFactory()
+    with caplog.at_level(logging.DEBUG), redacted_logs(token):
+        log.info("Authorization: Bearer %s", token.value)
+        log.info("%d of two", token.value)  # does not fit
+        try:
+            raise ValueError(f"bad header {token.value}")
+        except ValueError:
+            log.exception("failed")
+    assert token.value not in caplog.text
+    assert caplog.text.count("<token>") >= 2
+    assert "Bearer <token>" in caplog.text
+    assert logging.getLogRecordFactory() is before
+    assert token.value not in repr(token)
+
+
+def test_flags_without_a_token_value() -> None:
+    """There is no flag that takes the token itself: command lines end up in histories and process lists."""
+    flags = {name for p in cli.commands["publish"].params for name in p.opts}
+    assert {f for f in flags if "token" in f} == {"--token-file"}
+
+
+def test_dry_run_as_text(models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    words = ["publish", str(models / "4.0bpw"), str(models / "5.0bpw"), "--repo", REPO, "--dry-run"]
+    with pytest.raises(SystemExit) as e:
+        cli.main(words)
+    assert e.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for branch, line in zip(("4.0bpw", "5.0bpw"), lines, strict=True):
+        assert f"would go to {REPO}, branch {branch}: README.md" in line
+    assert all("output.safetensors" in line for line in lines)
