@@ -287,7 +287,7 @@ def architectures(run: Invocation) -> None:
 @click.option("--private", is_flag=True, help="make it private; refuse one that is public")
 @click.option("--message", metavar="TEXT", help="of the commit")
 @click.option("--base-model", metavar="OWNER/NAME", help="the source model on the Hub, for cards that do not name it")
-@click.option("--eval", "evaluations", metavar="FILE", multiple=True, help="output of eval --json, or a job's evaluation.json")
+@click.option("--eval", "evaluations", metavar="FILE", multiple=True, help="output of eval --json, or evaluation.json")
 @click.option("--include", metavar="PATTERN", multiple=True, help="names of files to take although no model has them")
 @click.option("--token-file", metavar="FILE", help="holds the access token; HF_TOKEN or the stored login if absent")
 @click.option("--dry-run", is_flag=True, help="check the directories and list what would go where; needs no network")
