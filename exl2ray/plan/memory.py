@@ -30,9 +30,10 @@ from exl2ray.quant.memory import (
 GPU_BASE_BYTES = 3 << 30  # main memory of a worker before it loads anything: Python, torch, the CUDA libraries
 CPU_BASE_BYTES = 700 << 20
 # A linear that is being quantised for good, per weight: error float32, sorted copy float32, result twice in half precision,
-# integers twice; then its decoded packing is compared with the result in float32.
+# integers twice. Then result, integers and packing are kept, and the decoded packing is compared with the result in float32.
 SOLVED_BYTES = 14
-COMPARED_BYTES = 19
+KEPT_BYTES = 4
+COMPARED_BYTES = 14
 LOGIT_BYTES = 12  # per logit of one calibration row: half precision, float32, its softmax
 
 
@@ -106,7 +107,9 @@ def _measure(
     states = state_bytes(spec, rows)
     if gpu is None:
         settings = _cpu_settings(rows, damping)
-        most = max(peak_bytes(module, settings, rows[1], states).values()) + _cpu_extra(module, settings, rows[1])
+        # CPUs compute in float32: weights and activations take twice what is counted for GPUs
+        twice = peak_bytes(module, settings, rows[1], 0)["reference"] - _hessian_bytes(module)
+        most = max(peak_bytes(module, settings, rows[1], states).values()) + twice
         return Peak("measure", module.profile_key, None, CPU_BASE_BYTES + most + states + _source_bytes(source, module))
     settings = settings_within(module, *rows, gpu, damping)
     fits = states_fit_within(spec.modules, states, rows[1], gpu)
@@ -128,11 +131,12 @@ def _quantize(
     settings = _cpu_settings(rows.quantize, damping) if gpu is None else settings_within(module, r, tokens, gpu, damping)
     hessians = _hessian_bytes(module)
     partial = PARTIAL_SUMS * hessians
-    forward = _forward_bytes(module, settings, tokens)
+    forward = _weight_bytes(module) + hessians + _activations(spec, module, settings, tokens)
     solve = _weight_bytes(module) + hessians + max(_solving(module, g) for g in {x.input_group for x in module.linears})
     if gpu is None:
-        most = max(forward + partial, solve) + STATE_SETS * states + others
-        ram = CPU_BASE_BYTES + most + _cpu_extra(module, settings, tokens) + _source_bytes(source, module)
+        twice = forward - hessians if module.kind != "head" else _weight_bytes(module)  # logits are float32 anyway
+        most = max(forward + partial, solve) + twice + STATE_SETS * states + others
+        ram = CPU_BASE_BYTES + most + _source_bytes(source, module)
         return Peak("quantize", module.profile_key, None, ram)
     fits = states_fit_within(spec.modules, states, tokens, gpu)
     notes, ram = _kept_on_host(spec, fits, states + others // STATE_SETS)
@@ -155,18 +159,13 @@ def _cpu_settings(rows: tuple[int, int], damping: float) -> Settings:
     return Settings(damping, max(1, min(rows[0], CPU_BATCH_TOKENS // rows[1])), CPU_SOLVER_BYTES)
 
 
-def _forward_bytes(module: ModuleSpec, settings: Settings, tokens: int) -> int:
-    """Weights, one set of Hessians, activations; of the head the logits of one row at a time."""
+def _activations(spec: ModelSpec, module: ModuleSpec, settings: Settings, tokens: int) -> int:
+    """Of one forward: outputs of all linears in half precision, norms and residuals; of the head the logits of one row."""
     if module.kind == "head":
-        return _weight_bytes(module) + _hessian_bytes(module) + LOGIT_BYTES * tokens * module.linears[0].out_features
-    return peak_bytes(module, settings, tokens, 0)["reference"]
-
-
-def _cpu_extra(module: ModuleSpec, settings: Settings, tokens: int) -> int:
-    """CPUs compute in float32: weights and activations take twice what is counted for GPUs. Logits are float32 anyway."""
-    if module.kind == "head":
-        return _weight_bytes(module)
-    return _forward_bytes(module, settings, tokens) - _hessian_bytes(module)
+        return LOGIT_BYTES * tokens * module.linears[0].out_features
+    share = spec.hyper.experts_per_token / spec.hyper.num_experts if module.kind == "moe" else 1.0
+    outputs = sum(2 * pad32(x.out_features) for x in module.linears)
+    return int(settings.batch_rows * tokens * (share * outputs + 16 * spec.hyper.hidden_size))
 
 
 def _solving(module: ModuleSpec, group: str) -> int:
@@ -174,7 +173,7 @@ def _solving(module: ModuleSpec, group: str) -> int:
     linears = [x for x in module.linears if x.input_group == group]
     k = linears[0].in_features
     weights = [k * pad32(x.out_features) for x in linears]
-    return max(12 * k * k, 4 * k * k + SOLVED_BYTES * sum(weights), COMPARED_BYTES * max(weights) + 5 * sum(weights))
+    return max(12 * k * k, 4 * k * k + SOLVED_BYTES * sum(weights), COMPARED_BYTES * max(weights) + KEPT_BYTES * sum(weights))
 
 
 def _weight_bytes(module: ModuleSpec) -> int:
