@@ -453,10 +453,11 @@ def start_ray(address: str | None, state_bytes: int = 0) -> Any:
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    hint = "check --ray-address and $RAY_ADDRESS; `exl2ray doctor` looks at this machine"
     if address != "local":
+        hint = "check --ray-address and $RAY_ADDRESS; `exl2ray doctor` looks at this machine"
         hint += "; a cluster with token authentication needs RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"
     else:
+        hint = "`exl2ray doctor` says what stands in Ray's way; one device needs no Ray: --executor inline --gpus 1"
         if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options.update(
@@ -467,7 +468,7 @@ def start_ray(address: str | None, state_bytes: int = 0) -> Any:
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(**options)
-    except (SystemExit, ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as e:
+    except (SystemExit, Exception) as e:  # a node that does not come up is a plain Exception, a stale address an exit
         reason = f"{type(e).__name__}: {str(e).strip()[:300]}"
         raise ClusterError(f"cannot start or reach Ray at {address!r}: {reason}", hint) from e
     finally:
