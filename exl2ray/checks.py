@@ -15,8 +15,7 @@ from exl2ray import __version__
 from exl2ray.config import Recipe
 from exl2ray.errors import CalibrationError, StoreError, UsageError
 from exl2ray.formats.shards import OUTPUT_NAME
-
-NCCL_SEGMENT_BYTES = 9_637_888  # of shared memory: what NCCL's own message asks for when a segment cannot be made
+from exl2ray.host import SHARED_MEMORY_FIX, nccl_bytes, nvidia_cards, nvidia_driver_loaded, shared_memory_bytes
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -90,12 +89,16 @@ def check_output(directory: Path) -> None:
 
 def check_shared_memory(gpus: int) -> None:
     """StoreError if /dev/shm has too little room for NCCL between this many GPUs of one machine."""
-    hint = "in Docker: docker run --shm-size=1g; in Kubernetes: an emptyDir with medium Memory on /dev/shm"
-    what = f"{gpus} GPUs that work on one model exchange Hessians and weights through it"
-    try:
-        stats = os.statvfs("/dev/shm")
-    except OSError as e:
-        raise StoreError(f"/dev/shm: {e.strerror}; {what}", hint) from e
-    free, wanted = stats.f_bavail * stats.f_frsize, 2 * gpus * NCCL_SEGMENT_BYTES
+    found, wanted = shared_memory_bytes(), nccl_bytes(gpus)
+    free = 0 if found is None else found[0]
     if free < wanted:
-        raise StoreError(f"/dev/shm: {free / 1e6:.0f} MB are free of the {wanted / 1e6:.0f} MB needed; {what}", hint)
+        what = "missing" if found is None else f"{free / 1e6:.0f} MB are free of the {wanted / 1e6:.0f} MB needed"
+        use = f"{gpus} GPUs that work on one model exchange Hessians and weights through it"
+        raise StoreError(f"/dev/shm: {what}; {use}", SHARED_MEMORY_FIX)
+
+
+def idle_gpu(device: torch.device, recipe: Recipe) -> str | None:
+    """A warning if the conversion would run on the CPU of a machine with an NVIDIA GPU, though nobody asked for that."""
+    if recipe.device != "auto" or device.type != "cpu" or not (nvidia_cards() or nvidia_driver_loaded()):
+        return None
+    return "this machine has an NVIDIA GPU that torch cannot use, so all runs on the CPU, slowly: `exl2ray doctor` says why"

@@ -23,7 +23,7 @@ from exl2ray.plan.probe import ProbeResult, probe
 from exl2ray.plan.problems import Examination, examine, row_sizes
 from exl2ray.plan.sizes import OutputSize, exact_size, size_range
 from exl2ray.plan.times import LOGGED, Timed, Times, estimate, logged_for
-from exl2ray.planning import allocate, option_bits
+from exl2ray.planning import choose, has_sensitivities, option_bits
 from exl2ray.quant.allocate import reachable_range
 from exl2ray.quant.qparams import head_option
 
@@ -115,6 +115,7 @@ def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
     if spec is not None:
         report.layers = spec.hyper.num_layers
         report.warnings += spec.warnings
+    report.warnings += found.warnings
     report.rows = {name: (r.ids.shape[0], r.ids.shape[1]) for name, r in found.rows.items()}
     report.warnings += sorted({n for rows in found.rows.values() for n in rows.notes})
     for need in found.disks:
@@ -143,7 +144,7 @@ class _Planner:
             return bits
         longest = self.spec.hyper.max_seq_len
         context = min(longest, LONGEST_DEFAULT_CONTEXT) if wishes.context is None else wishes.context
-        head_bits, limit = self.recipe.head_bits, self.shard_bytes
+        head_bits, limit = self.recipe.usual_head_bits, self.shard_bytes
         fit = best_fit(self.spec, self.source, memory, context, wishes.cache, head_bits, limit, wanted)
         self.report.fit = fit
         if context > longest:
@@ -157,12 +158,10 @@ class _Planner:
     def size(self, bits: float) -> OutputSize:
         """Exact with a measurement, else between bounds."""
         recipe, spec, measurement, wanted = self.recipe, self.spec, self.found.measurement, self.found.overrides
-        if measurement is None:
-            return size_range(spec, self.source, bits, recipe.head_bits, self.shard_bytes, wanted)
-        _, params = allocate(spec, measurement, bits, recipe.objective, recipe.objective_power, wanted)
-        head = spec.modules[-1].linears[0]
-        params[head.key] = overridden(wanted, head, head_option(recipe.head_bits))
-        return exact_size(spec, self.source, bits, params, self.shard_bytes)
+        if measurement is None or (recipe.allocation == "linear" and not has_sensitivities(spec, measurement)):
+            return size_range(spec, self.source, bits, recipe.usual_head_bits, self.shard_bytes, wanted)
+        chosen = choose(spec, measurement, bits, recipe, wanted)
+        return exact_size(spec, self.source, bits, chosen.params, self.shard_bytes)
 
     def memory(self, gpu_sizes: Sequence[int]) -> None:
         devices: list[tuple[str, int | None]] = [(_gpu_name(size), size) for size in gpu_sizes]

@@ -163,7 +163,7 @@ class _Run:
         if stage == "measure":
             self.worker.measure(MeasureItem(module.index, f"{self.runs:064x}"))
         else:
-            params = options_near(module, self.recipe.bits[0], self.recipe.head_bits)
+            params = options_near(module, self.recipe.bits[0], self.recipe.usual_head_bits)
             self.worker.quantize(QuantizeItem(module.index, self.recipe.bits[0], params, f"{self.runs:064x}"))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

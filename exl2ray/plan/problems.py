@@ -18,7 +18,7 @@ import torch
 from exl2ray.calibration.parquet import parquet_rows
 from exl2ray.calibration.rows import ROW_SETS, Rows, builtin_rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
-from exl2ray.checks import check_output, check_shared_memory, pick_device, pick_executor
+from exl2ray.checks import check_output, check_shared_memory, idle_gpu, pick_device, pick_executor
 from exl2ray.config import Recipe
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
 from exl2ray.formats.hf import SourceModel, weight_files
@@ -66,6 +66,7 @@ class Examination:
     rows: dict[str, Rows] = field(default_factory=dict)  # "measure", "quantize"
     disks: list[DiskNeed] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # of what spoils a run without stopping it
 
     def attempt(self, topic: str, check: Callable[[], T]) -> T | None:
         """The result of a check, or None and a problem more."""
@@ -108,6 +109,8 @@ def examine(recipe: Recipe) -> Examination:
     found = Examination()
     _examine_source(found, recipe)
     device = found.device = found.attempt("device", lambda: pick_device(recipe))
+    idle = None if device is None else idle_gpu(device, recipe)
+    found.warnings += [] if idle is None else [idle]
     _examine_directories(found, recipe)
     spec, source = found.spec, found.source
     if spec is not None and recipe.output_measurement is None:
@@ -143,7 +146,7 @@ def size_ranges(
     recipe: Recipe, spec: ModelSpec, source: SourceModel, overrides: Sequence[Override]
 ) -> list[OutputSize]:
     limit = recipe.shard_size << 20
-    return [size_range(spec, source, b, recipe.head_bits, limit, overrides) for b in recipe.bits]
+    return [size_range(spec, source, b, recipe.usual_head_bits, limit, overrides) for b in recipe.bits]
 
 
 # ---- the model --------------------------------------------------------------------------------------------------------
