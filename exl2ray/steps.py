@@ -69,7 +69,7 @@ class Job:
         self.limits = Limits()
         self._session: Session | None = None
         self._scheduler: Scheduler | None = None
-        for warning in self.spec.warnings:
+        for warning in (*found.warnings, *self.spec.warnings):
             self.reporter.event("warning", message=warning)
         for note in sorted({n for rows in self.rows.values() for n in rows.notes}):
             self.reporter.event("note", message=note)
