@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exl2ray.cuda.solver import Segment, Solution, solve_segments
 from exl2ray.formats.layout import GroupLayout
-from exl2ray.quant.gptq import Quantized, feedback_factor, quantize_reference, relative_error
+from exl2ray.quant.gptq import Quantized, descend, feedback_factor, quantize_reference, relative_error
 from exl2ray.quant.hessian import Factor, prepare
 from exl2ray.quant.pack import pack_rows, unit_tables
 
@@ -36,6 +36,7 @@ def solve(
     layouts: Sequence[tuple[int, GroupLayout]],  # (index of the weight, layout), all with the same rows
     keep_codes: bool = True,
     refine: bool = False,
+    sweeps: int = 0,
 ) -> list[Solution]:
     """`solve_segments` through the CUDA kernels, results copied to the CPU."""
     segments = [Segment(i, layout.bits) for i, layout in layouts]
@@ -44,9 +45,9 @@ def solve(
     if device == "cpu":
         from exl2ray.cuda.gpu import CudaGroups
 
-        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, CudaGroups, refine)
+        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, CudaGroups, refine, sweeps)
     else:
-        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, refine=refine)
+        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, refine=refine, sweeps=sweeps)
 
     def copy(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.cpu().clone()
@@ -126,6 +127,33 @@ def check_refinement(device: str, k: int, n: int, layouts: Sequence[GroupLayout]
         expected = plain(factor, w, layout, refine=True)
         shares.append(share_equal(found.scale_codes, expected.scale_codes))
         ratios.append(relative_error(h, w, found.weight) / relative_error(h, w, expected.weight))
+    assert statistics.median(shares) >= share, shares
+    assert min(shares) > 0.5, shares
+    assert all(abs(r - 1) < 0.03 for r in ratios), ratios
+
+
+def check_descent(device: str, k: int, n: int, layouts: Sequence[GroupLayout], seed: int, share: float = 0.999) -> None:
+    """Two sweeps of coordinate descent, all layouts in one batch, against the plain form."""
+    h, (w,) = problem(k, [n], seed)
+    factor = prepare(h)
+    assert factor.r is not None
+    damped = factor.r @ factor.r.T
+    cases = [(0, layout) for layout in layouts]
+    shares, ratios = [], []
+    for layout, found, before in zip(
+        layouts, solve(device, factor, [w], cases, sweeps=2), solve(device, factor, [w], cases), strict=True
+    ):
+        check_consistent(found, factor.perm, layout)
+        assert found.codes is not None
+        expected = descend(w, descend(w, plain(factor, w, layout), damped), damped)
+        shares.append(share_equal(found.codes, expected.codes))
+        losses = [relative_error(damped, w[factor.perm], x.weight[factor.perm]) for x in (found, expected, before)]
+        ratios.append(losses[0] / losses[1])
+        assert losses[0] < losses[2]
+        energy = float((w - found.weight.float()).square().sum())
+        assert math.isclose(float(found.energies.sum()), energy, rel_tol=1e-3)
+        total = float((w[factor.perm].double() * (damped.double() @ w[factor.perm].double())).sum())
+        assert math.isclose(float(found.losses.sum()), losses[0] * total, rel_tol=1e-2)
     assert statistics.median(shares) >= share, shares
     assert min(shares) > 0.5, shares
     assert all(abs(r - 1) < 0.03 for r in ratios), ratios

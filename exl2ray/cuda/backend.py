@@ -47,6 +47,14 @@ class GroupBackend(Protocol):
         """
         ...
 
+    def descend(self, g: int, a: int, n: int, row: int) -> None:
+        """Rounds the weights of group g anew, one row after another, with the scales that it has.
+
+        Rows as for ``step``. ``x`` holds S = H E, ``u`` the panel's block of H: weight i becomes the nearest to
+        dq_i + S_i / H_ii. Updates dq, codes and the group's rows of ``x``; writes rows a.. of ``error``: dq before - after.
+        """
+        ...
+
 
 def group_backend(ws: Workspace) -> GroupBackend:
     if ws.x.is_cuda:
@@ -115,3 +123,16 @@ class CpuGroups:
             rounded.numpy(), codes.numpy(), ws.error[a : a + n].numpy(),
         )  # fmt: skip
         ws.dq[ws.perm[row : row + n]] = rounded.half()
+
+    def descend(self, g: int, a: int, n: int, row: int) -> None:
+        ws = self.ws
+        bits = np.ascontiguousarray(ws.bits[:, g].numpy())
+        seg_m = (ws.scale_max[g].float() / 256).half().float().numpy()
+        rows = ws.perm[row : row + n]
+        rounded = ws.dq[rows].float()
+        codes = torch.empty(rounded.shape, dtype=torch.uint8) if ws.codes is None else ws.codes[row : row + n]
+        cpu.descend(
+            ws.x[a : a + n].numpy(), ws.u[a : a + n, a : a + n].contiguous().numpy(), self.blocks, bits, seg_m,
+            ws.scale_codes[g].numpy(), rounded.numpy(), codes.numpy(), ws.error[a : a + n].numpy(),
+        )  # fmt: skip
+        ws.dq[rows] = rounded.half()

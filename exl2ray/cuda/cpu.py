@@ -178,3 +178,40 @@ def quantize(x, u, feedback, blocks, seg_bits, seg_m, scale_codes, dq, codes, er
                     f = u[r, k]
                     for c in range(c0, c1):
                         x[k, c] -= f * error[r, c]
+
+
+@numba.njit(cache=True, parallel=True)
+def descend(s, h, blocks, seg_bits, seg_m, scale_codes, dq, codes, change):
+    """Coordinate descent over the rows of one group: weight i becomes the nearest to dq_i + s_i / h_ii.
+
+    s (n, C) float32 = rows of H E, overwritten; h (n, n) float32, the group's block of H; dq (n, C) float32 (values of
+    halves), updated. Out: codes (n, C) uint8, change (n, C) float32 = dq before - after.
+    """
+    n = s.shape[0]
+    for b in numba.prange(blocks.shape[0]):
+        seg = blocks[b, 0]
+        c0, c1 = blocks[b, 1], blocks[b, 2]
+        bits = seg_bits[seg]
+        zero = np.float32(1 << (bits - 1))
+        high = np.float32((1 << bits) - 1) - zero
+        step = np.empty(BLOCK, np.float32)
+        for c in range(c0, c1):
+            code = np.float32(scale_codes[c])
+            step[c - c0] = _half(code * code * seg_m[seg])
+        for r in range(n):
+            for c in range(c0, c1):
+                t = step[c - c0]
+                v = dq[r, c] + s[r, c] / h[r, r]
+                q = np.float32(0.0)
+                if t > 0:
+                    q = min(max(np.rint(v / t), -zero), high)
+                elif v != 0:
+                    q = high if v > 0 else -zero
+                d = _half(q * t)
+                codes[r, c] = np.uint8(q + zero)
+                change[r, c] = dq[r, c] - d
+                dq[r, c] = d
+            for k in range(r + 1, n):
+                f = h[r, k]
+                for c in range(c0, c1):
+                    s[k, c] += f * change[r, c]

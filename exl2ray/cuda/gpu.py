@@ -86,3 +86,14 @@ class CudaGroups:
             if ws.feedback and top < bottom:
                 # Thin and bound by memory: full float32 costs nothing here.
                 ws.x[top:bottom].addmm_(ws.u[a + r : top, top:bottom].T, ws.error[a + r : top], alpha=-1)
+
+    def descend(self, g: int, a: int, n: int, row: int) -> None:
+        ws, stream = self.ws, stream_of(self.ws.x)
+        for r in range(0, n, kernels.ROWS):
+            kernels.descend[self.quant_blocks, kernels.QUANT_COLUMNS, stream](
+                self.x, a + r, self.u, self.quant, self.bits, g, self.scale_max, self.scale_codes,
+                self.perm, row + r, self.dq, self.codes, self.keep, self.error,
+            )  # fmt: skip
+            top, bottom = a + r + kernels.ROWS, a + n
+            if top < bottom:
+                ws.x[top:bottom].addmm_(ws.u[a + r : top, top:bottom].T, ws.error[a + r : top])

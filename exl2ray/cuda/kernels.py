@@ -8,6 +8,7 @@ Launches per group of n rows (a multiple of 32), each over every segment of the 
     trial         with refinement: per column and scale code near the one found, the loss after feedback inside the group
     pick          with refinement: per column the code with the smallest loss
     quantize      per 32 rows: integers, reconstruction in the loader's half chain, error feedback among these rows
+    descend       per 32 rows, in sweeps after all groups: integers rounded anew, with the errors of all other rows known
 
 Sums run in a fixed order and no atomics are used: the same input gives the same bytes. `x` is the panel buffer; the group
 occupies its rows a .. a+n. Blocks of columns never straddle segments (widths are multiples of 32).
@@ -482,3 +483,43 @@ def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, r
                 v -= factor[s + 6, k] * e6
                 v -= factor[s + 7, k] * e7
                 tile[k, j] = v
+
+
+@cuda.jit(cache=True)
+def descend(s, a, h, blocks, seg_bits, g, scale_max, scale_codes, perm, row, dq, codes, keep, change):
+    """Coordinate descent over ROWS rows of a group: weight i becomes the nearest to dq_i + s_i / h_ii.
+
+    s (P, C) float32 holds rows of H E, h (P, P) the panel's block of H. Updates rows perm[row ..] of dq (K, C) float16 and
+    rows row .. of codes (K, C) uint8 if keep; writes rows a .. of change (P, C) float32 = dq before - after. Keeps s: the
+    caller adds what the changes mean for the rows after these. Launch: as `quantize`.
+    """
+    factor = cuda.shared.array((ROWS, ROWS), np.float32)
+    tile = cuda.shared.array((ROWS, QUANT_COLUMNS), np.float32)
+    b = cuda.blockIdx.x
+    j = cuda.threadIdx.x
+    for i in range(j, ROWS * ROWS, QUANT_COLUMNS):
+        factor[i // ROWS, i % ROWS] = h[a + i // ROWS, a + i % ROWS]
+    cuda.syncthreads()
+    c = blocks[b, 1] + j
+    if c >= blocks[b, 2]:
+        return
+    seg = blocks[b, 0]
+    bits = seg_bits[seg, g]
+    zero = np.float32(1 << (bits - 1))
+    high = np.float32((1 << bits) - 1) - zero
+    code = np.float32(scale_codes[g, c])
+    m = np.float32(np.float16(np.float32(scale_max[g, seg]) / np.float32(256.0)))
+    step = np.float32(np.float16(code * code * m))
+    for r in range(ROWS):
+        tile[r, j] = s[a + r, c]
+    for r in range(ROWS):
+        old = np.float32(dq[perm[row + r], c])
+        q = _nearest(old + tile[r, j] / factor[r, r], step, zero, high)
+        new = np.float16(q * step)
+        d = old - np.float32(new)
+        dq[perm[row + r], c] = new
+        if keep:
+            codes[row + r, c] = np.uint8(q + zero)
+        change[a + r, c] = d
+        for k in range(r + 1, ROWS):
+            tile[k, j] += factor[r, k] * d

@@ -69,6 +69,29 @@ def quantize_reference(
     return Quantized(layout, perm, codes, torch.stack(all_codes), torch.stack(all_max), weight)
 
 
+def descend(
+    w: Tensor,  # (K, N) float32, natural row order
+    q: Quantized,
+    h: Tensor,  # (K, K) float32, the damped Hessian in act-order
+) -> Quantized:
+    """One sweep of coordinate descent on tr(E^T H E), E = W - Q: each weight rounded anew, all others fixed, scales kept."""
+    codes, dq = q.codes.clone(), q.weight[q.perm].clone()
+    gradient = h @ (w[q.perm] - dq.float())  # rows of H E
+    for g, (start, rows, bits) in enumerate(zip(q.layout.starts, q.layout.rows, q.layout.bits, strict=True)):
+        zero = 2 ** (bits - 1)
+        step = scales.step_sizes(q.scale_codes[g], q.scale_max[g])
+        for r in range(start, start + rows):
+            best = dq[r].float() + gradient[r] / h[r, r]
+            ratio = torch.nan_to_num(torch.round(best / step.float()), nan=0.0)
+            integers = torch.clamp(ratio + zero, 0, 2**bits - 1)
+            new = ((integers - zero).half() * step).half()
+            gradient += torch.outer(h[:, r], dq[r].float() - new.float())
+            codes[r], dq[r] = integers.to(torch.uint8), new
+    weight = torch.empty_like(dq)
+    weight[q.perm] = dq
+    return Quantized(q.layout, q.perm, codes, q.scale_codes, q.scale_max, weight)
+
+
 def feedback_factor(factor: Factor) -> Tensor | None:
     """U = R^-1 of a factorised Hessian, for `quantize_reference`."""
     if factor.r is None:

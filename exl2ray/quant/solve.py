@@ -32,13 +32,14 @@ def solve_problems(
     keep_codes: bool = False,
     budget_bytes: int | None = None,  # working memory of one batch; None: no limit
     refine: bool = False,  # scale codes by `scales.refine`
+    sweeps: int = 0,  # of `gptq.descend`
 ) -> list[Solution]:
     """Solves all problems, those with the same row counts together, in batches that respect ``budget_bytes``.
 
     The split into batches depends on shapes and the budget alone, never on what happens to be free, so that results do
     not change from run to run.
     """
-    solved = _solve(factor, weights, problems, keep_codes, budget_bytes, refine=refine)
+    solved = _solve(factor, weights, problems, keep_codes, budget_bytes, refine=refine, sweeps=sweeps)
     return [solved[i] for i in range(len(problems))]
 
 
@@ -51,6 +52,7 @@ def _solve(
     needed: Collection[int] | None = None,  # batches without any of these are left out
     offload: bool = False,
     refine: bool = False,
+    sweeps: int = 0,
 ) -> dict[int, Solution]:
     """Solutions by problem, as `solve_problems`."""
     by_rows: dict[tuple[int, ...], list[int]] = {}
@@ -62,7 +64,7 @@ def _solve(
             if needed is not None and not any(i in needed for i in batch):
                 continue
             segments = [Segment(problems[i].weight, problems[i].layout.bits) for i in batch]
-            solved = solve_segments(factor.r, factor.perm, weights, segments, rows, keep_codes, refine=refine)
+            solved = solve_segments(factor.r, factor.perm, weights, segments, rows, keep_codes, refine=refine, sweeps=sweeps)
             for i, s in zip(batch, solved, strict=True):
                 if needed is None or i in needed:
                     out[i] = _copied(s, offload)  # the next batch, or the next call, may reuse the buffers
@@ -150,11 +152,12 @@ def quantize_linears(
     params: Mapping[str, GroupLayout],  # key -> layout
     budget_bytes: int | None = None,
     refine: bool = False,  # scale codes by `scales.refine`
+    sweeps: int = 0,  # of `gptq.descend`
 ) -> dict[str, Quantized]:
     """Final quantisation of linears that share a Hessian: integers, scales and reconstructed weights."""
     keys = list(weights)
     problems = [Problem(i, params[key]) for i, key in enumerate(keys)]
-    solved = solve_problems(factor, [weights[k] for k in keys], problems, True, budget_bytes, refine)
+    solved = solve_problems(factor, [weights[k] for k in keys], problems, True, budget_bytes, refine, sweeps)
     out = {}
     for key, problem, s in zip(keys, problems, solved, strict=True):
         if s.codes is None or s.scale_codes is None:

@@ -25,6 +25,11 @@ def test_refinement() -> None:
     checks.check_refinement("cpu", 64, 32, [GroupLayout((4, 2), (32, 32)), GroupLayout((5, 3), (32, 32))], seed=7, share=0.95)
 
 
+def test_descent() -> None:
+    """Groups of one and of two blocks of rows, two segments."""
+    checks.check_descent("cpu", 96, 32, [GroupLayout((4, 2), (64, 32)), GroupLayout((5, 3), (64, 32))], seed=8, share=0.95)
+
+
 def test_round_to_nearest() -> None:
     checks.check_rounding("cpu", 32, 32, GroupLayout((3,), (32,)), seed=2)
 

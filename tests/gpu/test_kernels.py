@@ -76,10 +76,24 @@ def test_refined_scale_codes(shape: str, seed: int, monkeypatch: pytest.MonkeyPa
     checks.check_refinement("cuda", k, widths[0], layouts, seed, share=0.97)
 
 
-def test_refinement_recorded_as_a_graph_gives_the_same_bytes(seed: int) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_coordinate_descent(shape: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "trailing_precision", contextlib.nullcontext)
+    k, widths, layouts = SHAPES[shape]
+    checks.check_descent("cuda", k, widths[0], layouts, seed, share=0.97)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_coordinate_descent_as_it_runs(shape: str, seed: int) -> None:
+    """Trailing products in TF32."""
+    k, widths, layouts = SHAPES[shape]
+    checks.check_descent("cuda", k, widths[0], layouts, seed, share=0.9)
+
+
+def test_refinement_and_descent_recorded_as_a_graph_gives_the_same_bytes(seed: int) -> None:
     layout = parse("0.1:4b_64g/0.9:3b_64g").layout(256)
     h, ws = checks.problem(256, [64], seed)
-    rounds = [checks.solve("cuda", prepare(h), ws, [(0, layout)], refine=True)[0] for _ in range(3)]
+    rounds = [checks.solve("cuda", prepare(h), ws, [(0, layout)], refine=True, sweeps=2)[0] for _ in range(3)]
     assert all(torch.equal(rounds[0].weight, r.weight) for r in rounds[1:])
     assert not torch.equal(rounds[0].weight, checks.solve("cuda", prepare(h), ws, [(0, layout)])[0].weight)
 

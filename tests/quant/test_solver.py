@@ -20,8 +20,8 @@ from exl2ray.cuda.backend import REFINED_BITS
 from exl2ray.cuda.solver import Segment, Solution, panels, solve_segments
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quant import scales, solve
-from exl2ray.quant.gptq import Quantized, feedback_factor, quantize_reference, relative_error
-from exl2ray.quant.hessian import prepare, round_to_nearest
+from exl2ray.quant.gptq import Quantized, descend, feedback_factor, quantize_reference, relative_error
+from exl2ray.quant.hessian import Factor, prepare, round_to_nearest
 from exl2ray.quant.qparams import attention_options, mlp_options, parse
 from exl2ray.quant.solve import Problem, quantize_linears, solve_options, solve_problems
 
@@ -330,4 +330,78 @@ def test_refinement_same_input_same_bytes_and_nothing_without_feedback() -> None
     a, b = (solve_problems(prepare(h), [w], problems, refine=True) for _ in range(2))
     assert all(torch.equal(x.weight, y.weight) for x, y in zip(a, b, strict=True))
     c, d = (solve_problems(round_to_nearest(h), [w], problems, refine=r) for r in (True, False))
+    assert all(torch.equal(x.weight, y.weight) for x, y in zip(c, d, strict=True))
+
+
+# ---- coordinate descent ------------------------------------------------------------------------------------------
+
+
+def damped(factor: Factor) -> Tensor:
+    assert factor.r is not None
+    return factor.r @ factor.r.T
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_sweeps_are_those_of_the_plain_loop(text: str) -> None:
+    k, n = 352, 96
+    h, w = hessian(k, 12, tokens=600), weights(k, n, 12)
+    factor, layout = prepare(h), parse(text).layout(k)
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, sweeps=2)[0]
+    expected = reference(factor, w, layout)
+    for _ in range(2):
+        expected = descend(w, expected, damped(factor))
+    assert found.codes is not None
+    assert same(found.codes, expected.codes) > 0.97
+    assert relative_error(h, w, found.weight) == pytest.approx(relative_error(h, w, expected.weight), rel=5e-3)
+
+
+def test_every_sweep_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several panels, in the loss that is minimised (with damping), which is what the solution reports."""
+    monkeypatch.setattr(solver.panels, "__defaults__", (128,))
+    k = 352
+    h, w = hessian(k, 4, tokens=600), weights(k, 64, 4)
+    factor, layout = prepare(h), parse("0.1:4b_64g/0.9:3b_64g").layout(k)
+    x, losses = w[factor.perm], []
+    for sweeps in (0, 1, 2, 6):
+        found = solve_problems(factor, [w], [Problem(0, layout)], refine=True, sweeps=sweeps)[0]
+        e = (x - found.weight[factor.perm].float()).double()
+        losses.append(float((e * (damped(factor).double() @ e)).sum()))
+        assert float(found.losses.sum()) == pytest.approx(losses[-1], rel=1e-3)
+        assert float(found.energies.sum()) == pytest.approx(float(e.square().sum()), rel=1e-3)
+    assert losses[0] > 1.01 * losses[1] > losses[1] > losses[2] > losses[3]
+
+
+def test_descent_ends_where_no_single_change_helps() -> None:
+    k = 64
+    factor, w = prepare(hessian(k, 7)), weights(k, 32, 7)
+    layout = parse("1:4b_64g").layout(k)
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, sweeps=20)[0]
+    assert found.codes is not None
+    assert found.scale_codes is not None
+    h, x, dq = damped(factor).double(), w[factor.perm].double(), found.weight[factor.perm].double()
+    step = scales.step_sizes(found.scale_codes[0], found.scale_max[0]).double()
+    gradient = h @ (x - dq)
+    for sign in (-1, 1):
+        # changing weight i by t changes the loss by t^2 H_ii - 2 t S_i
+        t = (sign * step).half().double()
+        gain = t * t * h.diagonal()[:, None] - 2 * t * gradient
+        inside = (found.codes < 15) if sign > 0 else (found.codes > 0)
+        assert float(gain[inside].min()) > -1e-3 * float(gain.abs().mean())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-6, 1e3])
+def test_descent_of_very_small_and_large_weights(scale: float) -> None:
+    factor, w = prepare(hessian(64)), weights(64, 32) * scale
+    layout = parse("1:4b_32g").layout(64)
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, sweeps=1)[0]
+    assert bool(torch.isfinite(found.weight).all())
+
+
+def test_descent_same_input_same_bytes_and_nothing_without_feedback() -> None:
+    k = 192
+    h, w = hessian(k, 9, tokens=400), weights(k, 96, 9)
+    problems = [Problem(0, row[2].layout(k)) for row in mlp_options()[4:8]]
+    a, b = (solve_problems(prepare(h), [w], problems, refine=True, sweeps=2) for _ in range(2))
+    assert all(torch.equal(x.weight, y.weight) for x, y in zip(a, b, strict=True))
+    c, d = (solve_problems(round_to_nearest(h), [w], problems, sweeps=s) for s in (2, 0))
     assert all(torch.equal(x.weight, y.weight) for x, y in zip(c, d, strict=True))
