@@ -1,9 +1,14 @@
-"""Mixture-of-experts blocks: routing, and the experts as batches of the tokens routed to them (architectures 5.18)."""
+"""Mixture-of-experts blocks: routing, and the experts as batches of the tokens routed to them (architectures 5.18).
+
+Many narrow experts are computed in *runs*: experts with about the same number of tokens, padded to the largest of them, one
+batched product per role. One after another, 128 experts cost a thousand launches for a millisecond of work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,6 +18,15 @@ from exl2ray.model.mlp import gated
 from exl2ray.model.norms import Norm
 from exl2ray.model.rules import Activation
 from exl2ray.model.spec import LinearSpec
+
+# Where runs pay: on GPUs, whose launches they save. An expert of its own costs some 100 us of them, hidden by its products if
+# those take longer; in a run it costs three copies of its weights. Only shapes and the kind of device decide, since the two
+# ways differ in the last bits.
+LEAST_EXPERTS = 16
+MOST_WEIGHTS = 1 << 24  # of one linear; copying 2^24 halves takes about 20 us
+MOST_PRODUCTS = 1 << 33  # weights of one linear times tokens per expert; 2^33 take 25 us or more in half precision
+MOST_PADDING = 0.25  # of the rows of a run
+RUN_BYTES = 512 << 20  # stacked weights of one role and activations of one run
 
 
 @dataclass(frozen=True)
@@ -86,22 +100,28 @@ class ExpertBank:
         routing: Routing,
         weights: Mapping[str, Tensor] | None = None,
         capture: Capture | None = None,
+        in_runs: bool | None = None,
     ) -> Tensor:
-        """Weighted sum of the chosen experts, (tokens, hidden) in h's dtype; summed in float32 in order of choice."""
-        replaced = weights or {}
-        inputs = h[routing.tokens]
-        outputs = torch.empty_like(inputs)
-        start = 0
-        for index, (expert, count) in enumerate(zip(self.experts, routing.counts, strict=True)):
-            stop = start + count
-            if count:
-                x = inputs[start:stop]
-                outputs[start:stop] = self._expert(index, expert, x, replaced, capture)
-            start = stop
+        """Weighted sum of the chosen experts, (tokens, hidden) in h's dtype; summed in float32 in order of choice.
+
+        in_runs: whether experts are computed in runs; None: as `runs_pay` says. Candidate ``weights`` and biases are
+        always computed expert by expert.
+        """
+        use_runs = self.runs_pay(routing.experts.numel(), h.device) if in_runs is None else in_runs
+        if use_runs and not weights and not self.bank.biases:
+            outputs, place = self._in_runs(h, routing, capture)
+        else:
+            outputs, place = self._one_by_one(h, routing, weights or {}, capture), routing.place
         total = torch.zeros_like(h, dtype=torch.float32)
         for choice in range(routing.experts.shape[1]):
-            total += outputs[routing.place[:, choice]] * routing.weights[:, choice : choice + 1]
+            total += outputs[place[:, choice]] * routing.weights[:, choice : choice + 1]
         return total.to(h.dtype)
+
+    def runs_pay(self, slots: int, device: torch.device) -> bool:
+        """Whether `forward` computes experts in runs. slots: (token, choice) pairs."""
+        size = self.experts[0].gate.in_features * self.experts[0].gate.out_features
+        narrow = size <= MOST_WEIGHTS and slots // len(self.experts) * size <= MOST_PRODUCTS
+        return device.type == "cuda" and len(self.experts) >= LEAST_EXPERTS and narrow
 
     def mid(self, expert: Expert, x: Tensor) -> Tensor:
         """Input of an expert's down linear, (n, hidden) -> (n, width), with the stored weights."""
@@ -111,9 +131,21 @@ class ExpertBank:
         """Outputs of gate and up, (n, width) each -> input of down."""
         return gated(self.activation, gate, up)
 
-    def _expert(
-        self, index: int, expert: Expert, x: Tensor, weights: Mapping[str, Tensor], capture: Capture | None
+    def _one_by_one(
+        self, h: Tensor, routing: Routing, weights: Mapping[str, Tensor], capture: Capture | None
     ) -> Tensor:
+        """Outputs of the experts, (slots, hidden), in the routing's order."""
+        inputs = h[routing.tokens]
+        outputs = torch.empty_like(inputs)
+        start = 0
+        for expert, count in zip(self.experts, routing.counts, strict=True):
+            stop = start + count
+            if count:
+                outputs[start:stop] = self._expert(expert, inputs[start:stop], weights, capture)
+            start = stop
+        return outputs
+
+    def _expert(self, expert: Expert, x: Tensor, weights: Mapping[str, Tensor], capture: Capture | None) -> Tensor:
         """x: the tokens routed to one expert, (n, hidden) -> (n, hidden)."""
         gate = self.bank.linear(expert.gate, x, weights.get(expert.gate.key))
         up = self.bank.linear(expert.up, x, weights.get(expert.up.key))
@@ -122,3 +154,95 @@ class ExpertBank:
             capture(expert.gate.input_group, x)
             capture(expert.down.input_group, m)
         return self.bank.linear(expert.down, m, weights.get(expert.down.key))
+
+    def _in_runs(self, h: Tensor, routing: Routing, capture: Capture | None) -> tuple[Tensor, Tensor]:
+        """Outputs of the experts, padded, (rows, hidden), and for each (token, choice) its row, (tokens, k).
+
+        A padding row repeats the last token of its expert; nobody reads its output.
+        """
+        hidden, width = self.experts[0].gate.in_features, self.experts[0].gate.out_features
+        size = h.element_size()
+        runs = list(cut_runs(routing.counts, hidden * width * size, (hidden + 3 * width) * size))
+        first, last, place = _padded(routing, runs)
+        tokens = routing.tokens
+        outputs = h.new_empty(sum(len(run.experts) * run.rows for run in runs), hidden)
+        done = row = 0
+        for run in runs:
+            members = slice(done, done + len(run.experts))
+            slots = first[members, None] + torch.arange(run.rows, device=h.device)
+            x = h[tokens[torch.minimum(slots, last[members, None])]]  # (experts, rows, hidden)
+            self._run(run, x, outputs[row : row + slots.numel()].view(x.shape), routing.counts, capture)
+            done, row = members.stop, row + slots.numel()
+        return outputs, place
+
+    def _run(self, run: Run, x: Tensor, out: Tensor, counts: Sequence[int], capture: Capture | None) -> None:
+        """x (experts, rows, hidden) -> out, of the same shape."""
+        experts = [self.experts[e] for e in run.experts]
+        gate = torch.bmm(x, self._stacked([expert.gate for expert in experts]))
+        up = torch.bmm(x, self._stacked([expert.up for expert in experts]))
+        m = self.mix(gate, up)
+        if capture is not None:
+            for i, (e, expert) in enumerate(zip(run.experts, experts, strict=True)):
+                capture(expert.gate.input_group, x[i, : counts[e]])
+                capture(expert.down.input_group, m[i, : counts[e]])
+        torch.bmm(m, self._stacked([expert.down for expert in experts]), out=out)
+
+    def _stacked(self, linears: Sequence[LinearSpec]) -> Tensor:
+        """(experts, K, N), copied at every call.
+
+        Runs differ from one batch of rows to the next, and a batched product wants its matrices in a row, so a stack that is
+        kept would be copied from as well; without one, replaced weights cannot be missed.
+        """
+        weights = [self.bank.weights[linear.key] for linear in linears]
+        if all(w.t().is_contiguous() for w in weights):  # as checkpoints store them: a plain copy, read transposed
+            return torch.stack([w.t() for w in weights]).transpose(1, 2)
+        return torch.stack(weights)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Experts that are computed together, each with its tokens padded to ``rows``."""
+
+    experts: tuple[int, ...]
+    rows: int
+
+
+def cut_runs(counts: Sequence[int], weight_bytes: int, row_bytes: int, limit_bytes: int = RUN_BYTES) -> Iterator[Run]:
+    """Experts that have tokens, by falling number of tokens, in runs with little padding that fit into ``limit_bytes``.
+
+    counts: tokens per expert. weight_bytes: one stacked matrix; row_bytes: activations of one row. An expert that does not
+    fit makes a run of its own.
+    """
+    members: list[int] = []
+    tokens = 0
+    for e in sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e]):
+        rows = counts[members[0]] if members else counts[e]
+        padded = rows * (len(members) + 1)
+        wasteful = padded - tokens - counts[e] > MOST_PADDING * padded
+        if members and (wasteful or padded * row_bytes + (len(members) + 1) * weight_bytes > limit_bytes):
+            yield Run(tuple(members), rows)
+            members, tokens = [], 0
+        members.append(e)
+        tokens += counts[e]
+    if members:
+        yield Run(tuple(members), counts[members[0]])
+
+
+def _padded(routing: Routing, runs: Sequence[Run]) -> tuple[Tensor, Tensor, Tensor]:
+    """Per expert of the runs, in order, its first and last slot in the routing; per (token, choice) its padded row."""
+    starts = list(accumulate(routing.counts, initial=0))
+    shift, row = [0] * len(routing.counts), 0  # from the places of an expert's slots to its rows
+    for run in runs:
+        for e in run.experts:
+            shift[e] = row - starts[e]
+            row += run.rows
+    experts = [e for run in runs for e in run.experts]
+    device = routing.order.device
+    first = _uploaded([starts[e] for e in experts], device)
+    last = _uploaded([starts[e + 1] - 1 for e in experts], device)
+    return first, last, routing.place + _uploaded(shift, device)[routing.experts]
+
+
+def _uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """An int64 tensor of host numbers, without waiting for the GPU."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
