@@ -138,12 +138,13 @@ def timeline_figure(timeline: Timeline) -> Figure:
                         if timeline.seconds > 3 * f or f == 1.0)  # fmt: skip
     figure, (ax,) = new_figure(WIDTH, min(7.0, 1.2 + 0.24 * len(workers)))
     rows = {worker: i for i, worker in enumerate(workers)}
+    shown: list[Patch] = []
     for i, stage in enumerate(stages):
         own = _joined([s for s in timeline.spans if s.stage == stage], timeline.seconds / 1000)
-        left = [s.begin / factor for s in own]
-        widths = [(s.end - s.begin) / factor for s in own]
-        ax.barh([rows[s.worker] for s in own], widths, left=left, height=0.8, color=_rate_colour(i, len(stages)),
-                label=clean_label(stage), linewidth=0)  # fmt: skip
+        for worker in dict.fromkeys(s.worker for s in own):
+            ranges = [(s.begin / factor, (s.end - s.begin) / factor) for s in own if s.worker == worker]
+            ax.broken_barh(ranges, (rows[worker] - 0.4, 0.8), facecolor=_rate_colour(i, len(stages)), linewidth=0)
+        shown.append(Patch(facecolor=_rate_colour(i, len(stages)), label=clean_label(stage)))
     for start in timeline.runs[1:]:
         ax.axvline(start / factor, linestyle=":", linewidth=1.2, color=ax.xaxis.label.get_color())
     ax.set_xlim(0, max(timeline.seconds / factor, 1e-9))
@@ -154,7 +155,7 @@ def timeline_figure(timeline: Timeline) -> Figure:
     ax.set_xlabel(f"{unit} of running")
     ax.grid(axis="y", visible=False)
     ax.set_axisbelow(True)
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(handles=shown, loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -16,6 +16,9 @@ from exl2ray.config import Recipe
 from exl2ray.formats.layout import LinearShape, QParams
 from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfile
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.report.compose import report_page
+from exl2ray.report.facts import read_facts
+from exl2ray.report.page import render
 from exl2ray.store.fs import Store
 from exl2ray.store.job import JOB_FILE, StoredJob, encode_job
 from exl2ray.store.layout import EVENTS, MEASURE, MEASUREMENT, quant_kind
@@ -204,6 +207,11 @@ def whole_work(
         write_chain(store, model, profiles, b, tensors=tensors)
     write_events(store, model, bits, workers)
     return root
+
+
+def html_of(root: Path) -> str:
+    """The report of a work directory."""
+    return render(report_page(read_facts(str(root))))
 
 
 def evaluation(bits: tuple[float, ...], gigabytes: float = 1.0) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""The command: where the page goes, what is said, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from report_helpers import Model, evaluation, write_job
+
+from exl2ray.cli import cli
+from exl2ray.store.fs import Store
+from exl2ray.store.layout import is_ours
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(cli, ["report", *map(str, args)])
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    root = tmp_path / "work"
+    write_job(Store.open(str(root)), Model(1), (3.0,))
+    return root
+
+
+def test_the_page_is_a_file_of_the_work_directory(work: Path) -> None:
+    result = run(work)
+    assert result.exit_code == 0, result.output
+    assert (work / "report.html").read_text().startswith("<!doctype html>")
+    assert is_ours("report.html")
+    assert str(work / "report.html") in result.output
+
+
+def test_output_and_json(work: Path, tmp_path: Path) -> None:
+    result = run(work, "-o", tmp_path / "page.html", "--json")
+    found = json.loads(result.stdout)
+    assert found == {
+        "report": str(tmp_path / "page.html"), "bytes": (tmp_path / "page.html").stat().st_size,
+        "sections": ["summary", "notes", "settings"], "problems": [],
+    }  # fmt: skip
+    assert [p.name for p in work.iterdir()] == ["job.json"]
+    run(work, "-o", tmp_path)
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_an_evaluation_from_a_file(work: Path, tmp_path: Path) -> None:
+    file = tmp_path / "eval.json"
+    file.write_text(json.dumps(evaluation((3.0,))))
+    result = run(work, "--eval", file, "-o", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "/out/model-3bpw" in (tmp_path / "page.html").read_text()
+
+
+def test_refusals(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "x.txt").write_text("x")
+    assert run(tmp_path / "foreign").exit_code == 7
+    assert run(tmp_path / "missing").exit_code == 7
+    assert run(work, "-o", tmp_path / "no" / "page.html").exit_code == 7
+    assert run(work, "--eval", tmp_path / "none.json").exit_code == 8
+    (tmp_path / "bad.json").write_text("{}")
+    result = run(work, "--eval", tmp_path / "bad.json")
+    assert result.exit_code == 8
+    assert "bad.json: 'results' is missing" in result.output
+    assert sorted(p.name for p in (tmp_path / "foreign").iterdir()) == ["x.txt"]
+    assert [p.name for p in work.iterdir()] == ["job.json"]
