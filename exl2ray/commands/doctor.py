@@ -10,53 +10,53 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
-from exl2ray.commands.probes import KERNEL, TORCH, Probe, nvidia_smi, run_probe
-from exl2ray.console import clean, file_size, plural, show_table
+from exl2ray.commands.doctor_gpu import driver_fix, gpus, kernels
+from exl2ray.commands.doctor_ray import ray_cluster, ray_start
+from exl2ray.commands.findings import OPEN_FILES, Finding, Level
+from exl2ray.commands.probes import KERNEL, RAY, TORCH, nvidia_smi, run_probe
+from exl2ray.console import clean, file_size, is_terminal, plural, show_table
+from exl2ray.host import (
+    SHARED_MEMORY_FIX,
+    container_limit_bytes,
+    main_memory_bytes,
+    nccl_bytes,
+    shared_memory_bytes,
+)
 
-Level = Literal["ok", "note", "warning", "problem"]
 PACKAGES = ("torch", "numpy", "numba", "numba-cuda", "ray", "safetensors", "tokenizers", "pyarrow", "click", "rich")
 OPTIONAL = ("numba-cuda", "huggingface-hub")
 STORE_BYTES = 256 << 20  # that a local Ray of ours asks of /dev/shm
-STORE_LEAST_BYTES = 80 << 20  # below this Ray does not start
-OPEN_FILES = 4096
 WORK_BYTES = 10 << 30
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; ``fix`` says what to do where ``level`` is not "ok"."""
-
-    topic: str
-    value: str
-    level: Level = "ok"
-    fix: str = ""
 
 
 def examine(out_dir: str) -> list[Finding]:
     """All findings, in order of topics. Never raises: a check that fails is itself a finding."""
-    with ThreadPoolExecutor(2) as pool:
+    if is_terminal(sys.stderr):
+        print("trying out torch, a kernel and Ray: this may take a minute", file=sys.stderr)
+    with ThreadPoolExecutor(3) as pool:
+        named = os.environ.get("RAY_ADDRESS")
         torch_probe, kernel_probe = pool.submit(run_probe, TORCH), pool.submit(run_probe, KERNEL)
+        ray_probe = None if named else pool.submit(run_probe, RAY)
         found = _guarded("versions", versions)
         cards, driver_error = nvidia_smi()
         torch_found, kernel_found = torch_probe.result(), kernel_probe.result()
+        ray_found = {} if ray_probe is None else ray_probe.result()
+    usable = len(torch_found.get("gpus") or [])
     if driver_error:
-        found.append(Finding("GPU driver", driver_error, "problem", "repair or update the NVIDIA driver; a reboot may do"))
+        found.append(Finding("GPU driver", driver_error, "problem", driver_fix(driver_error)))
     found += _guarded("GPUs", lambda: gpus(cards, torch_found))
     found += _guarded("kernels", lambda: kernels(bool(cards), torch_found, kernel_found))
     found += _guarded("memory", memory)
-    found += _guarded("/dev/shm", shared_memory)
+    found += _guarded("/dev/shm", lambda: shared_memory(usable))
     found += _guarded("disk", lambda: disks(out_dir))
-    found += _guarded("Ray", ray_settings)
+    found += _guarded("Ray", lambda: ray_cluster(named) if named else ray_start(ray_found, usable))
     return found
 
 
@@ -124,60 +124,10 @@ def _satisfied(version: str, specifier: str) -> bool:
     return SpecifierSet(specifier).contains(version, prereleases=True)
 
 
-def gpus(cards: list[str], torch_found: Probe) -> list[Finding]:
-    """What the driver shows against what torch can use."""
-    found = [Finding(f"GPU {i}", card) for i, card in enumerate(cards)]
-    if "error" in torch_found:
-        fix = "reinstall torch: pip install --force-reinstall torch"
-        return [*found, Finding("torch", f"does not work: {torch_found['error']}", "problem", fix)]
-    built = torch_found.get("cuda") or ""
-    usable = torch_found.get("gpus") or []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if usable:
-        return [*found, Finding("torch CUDA", f"{built}, uses {plural(len(usable), 'GPU')}: {', '.join(usable)}")]
-    if not cards:
-        return [Finding("GPUs", "none (nvidia-smi shows no NVIDIA driver)", "note", "conversion runs on the CPU, slowly")]
-    if not built:
-        value = f"torch {torch_found.get('version')} is a build without CUDA"
-        return [*found, Finding("torch CUDA", value, "problem", "pip install torch from an index with CUDA builds")]
-    if visible is not None:
-        value, fix = f"CUDA_VISIBLE_DEVICES={visible!r} hides the GPUs", "unset CUDA_VISIBLE_DEVICES, or name GPUs in it"
-        return [*found, Finding("torch CUDA", value, "problem", fix)]
-    reason = torch_found.get("reason") or "torch sees no GPU"
-    fix = f"the driver may be too old for CUDA {built}: update it, or install a torch built for an older CUDA"
-    return [*found, Finding("torch CUDA", str(reason), "problem", fix)]
-
-
-def kernels(has_cards: bool, torch_found: Probe, kernel_found: Probe) -> list[Finding]:
-    """Whether Numba compiles and runs a kernel on the GPU."""
-    error = str(kernel_found.get("error", ""))
-    if not error:
-        text = f"{kernel_found.get('package')}, compiled and ran a kernel"
-        if kernel_found.get("built_in"):
-            return [Finding("Numba CUDA", text, "warning", 'that target is deprecated: pip install "exl2ray[cuda]"')]
-        return [Finding("Numba CUDA", text)]
-    if not has_cards:
-        if not _trap(error):
-            return []
-        return [Finding("Numba CUDA", error, "warning", 'pip install "numpy<2.5"')]
-    if _trap(error):
-        return [Finding("Numba CUDA", error, "problem", 'numba-cuda does not work with this numpy: pip install "numpy<2.5"')]
-    if "No module named" in error:
-        return [Finding("Numba CUDA", error, "problem", 'pip install "exl2ray[cuda]"')]
-    if "nvvm" in error.lower() or "libnvrtc" in error.lower():
-        return [Finding("Numba CUDA", error, "problem", "CUDA's compiler is missing: pip install nvidia-cuda-nvcc-cu12")]
-    return [Finding("Numba CUDA", error, "problem", 'pip install --upgrade "exl2ray[cuda]"; check the driver')]
-
-
-def _trap(error: str) -> bool:
-    return "row_stack" in error  # gone from numpy 2.5, still imported by numba-cuda 0.30
-
-
 def memory() -> list[Finding]:
     """Main memory and CPU cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _container_limit()
+    total, limit = main_memory_bytes(), container_limit_bytes()
     text = f"{file_size(total)}, {cores} CPU cores"
     if limit is not None and limit < total:
         text += f"; this container may use {file_size(limit)}"
@@ -189,28 +139,22 @@ def memory() -> list[Finding]:
     return found
 
 
-def _container_limit() -> int | None:
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return int(text)
-    return None
-
-
-def shared_memory() -> list[Finding]:
-    """/dev/shm against the object store of a local Ray."""
-    try:
-        usage = shutil.disk_usage("/dev/shm")
-    except OSError:
-        return [Finding("/dev/shm", "missing", "warning", "Ray will keep its objects in files, slowly")]
-    text = f"{file_size(usage.free)} free of {file_size(usage.total)}; Ray wants {file_size(STORE_BYTES)}"
-    fix = "in Docker: docker run --shm-size=1g; in Kubernetes: an emptyDir with medium Memory on /dev/shm"
-    if usage.free * 0.8 >= STORE_BYTES:
-        return [Finding("/dev/shm", text)]
-    return [Finding("/dev/shm", text, "warning" if usage.free * 0.8 >= STORE_LEAST_BYTES else "problem", fix)]
+def shared_memory(gpus: int = 1) -> list[Finding]:
+    """/dev/shm against the object store of a local Ray, and NCCL where several GPUs work together."""
+    usage = shared_memory_bytes()
+    needed = nccl_bytes(gpus) if gpus > 1 else 0
+    if usage is None:
+        level: Level = "problem" if needed else "warning"
+        return [Finding("/dev/shm", "missing: Ray keeps its objects in files, slowly", level, SHARED_MEMORY_FIX)]
+    free, total = usage
+    text = f"{file_size(free)} free of {file_size(total)}"
+    if free < needed:
+        text += f": too small for {gpus} GPUs that work together, which need {file_size(needed)}"
+        return [Finding("/dev/shm", text, "problem", SHARED_MEMORY_FIX)]
+    if free < STORE_BYTES:
+        text += f"; Ray wants {file_size(STORE_BYTES)}, and keeps its objects in files otherwise, slowly"
+        return [Finding("/dev/shm", text, "warning", SHARED_MEMORY_FIX)]
+    return [Finding("/dev/shm", f"{text}; Ray wants {file_size(STORE_BYTES)}")]
 
 
 def disks(out_dir: str) -> list[Finding]:
@@ -236,20 +180,3 @@ def disks(out_dir: str) -> list[Finding]:
     return found
 
 
-def ray_settings() -> list[Finding]:
-    """The Ray that a conversion would use."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address is None:
-        return [Finding("Ray cluster", "none named: a conversion starts a private local one")]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-        answer = "" if ran.returncode == 0 else (ran.stderr or ran.stdout).strip().splitlines()[-1][:200]
-    except (OSError, subprocess.TimeoutExpired) as e:
-        answer = str(e)[:200]
-    except IndexError:
-        answer = "no answer"
-    if not answer:
-        return [Finding("Ray cluster", f"RAY_ADDRESS={address} answers")]
-    fix = "unset RAY_ADDRESS for a private local Ray, or start the cluster"
-    return [Finding("Ray cluster", f"RAY_ADDRESS={address} does not answer: {answer}", "problem", fix)]

@@ -17,13 +17,21 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch
     usable = torch.cuda.is_available()
-gpus = []
+gpus, broken = [], {}
 for i in range(torch.cuda.device_count() if usable else 0):
     p = torch.cuda.get_device_properties(i)
-    free, total = torch.cuda.mem_get_info(i)
-    gpus.append(f"{p.name} (sm_{p.major}{p.minor}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free)")
+    name = f"{p.name} (sm_{p.major}{p.minor}"
+    try:
+        free, total = torch.cuda.mem_get_info(i)
+        name += f", {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+        if torch.ones(64, device=f"cuda:{i}").sum().item() != 64:
+            raise RuntimeError("a sum came out wrong")
+    except Exception as e:
+        broken[str(i)] = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    gpus.append(name + ")")
 reason = str(caught[-1].message).splitlines()[0] if caught else ""
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus, "reason": reason}))
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "hip": getattr(torch.version, "hip", None),
+                  "gpus": gpus, "broken": broken, "reason": reason}))
 """
 
 KERNEL = """
@@ -47,6 +55,18 @@ if not np.array_equal(x.copy_to_host(), 2 * np.arange(64, dtype=np.float32)):
 print(json.dumps({"package": package, "built_in": built_in}))
 """
 
+RAY = """
+import json, time
+begin = time.monotonic()
+from exl2ray.dist.session import start_ray
+ray = start_ray("local")
+answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=60)
+if answer != 42:
+    raise RuntimeError(f"a task answered {answer!r}")
+ray.shutdown()
+print(json.dumps({"version": ray.__version__, "seconds": time.monotonic() - begin}))
+"""
+
 
 def run_probe(program: str, seconds: float = SECONDS) -> Probe:
     """Runs a program that prints one JSON object; {"error": last line of its complaint} if it does not."""
@@ -60,14 +80,21 @@ def run_probe(program: str, seconds: float = SECONDS) -> Probe:
         return {"error": str(e)}
     if ran.returncode < 0:
         return {"error": f"killed by signal {-ran.returncode}"}
-    lines = [line for line in ran.stderr.splitlines() if line.strip()]
     if ran.returncode != 0:
-        return {"error": lines[-1].strip()[:300] if lines else f"exit status {ran.returncode}"}
+        return {"error": _complaint(ran.stderr) or f"exit status {ran.returncode}"}
     try:
         found = json.loads(ran.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         return {"error": f"unexpected answer {ran.stdout[-200:]!r}"}
     return found if isinstance(found, dict) else {"error": f"unexpected answer {found!r}"}
+
+
+def _complaint(text: str) -> str:
+    """The last line of a traceback; of an error of our own the line with the message, not the hint after it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    while len(lines) > 1 and lines[-1].startswith("hint: "):
+        lines.pop()
+    return lines[-1][:400] if lines else ""
 
 
 def nvidia_smi() -> tuple[list[str], str]:

@@ -1,0 +1,63 @@
+"""The doctor's look at Ray: does a private one start, does the cluster that is named answer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+
+from exl2ray.commands.findings import OPEN_FILES, Finding, Level
+from exl2ray.commands.probes import Probe
+from exl2ray.console import duration
+
+
+def ray_start(found: Probe, gpus: int) -> list[Finding]:
+    """Whether a private local Ray starts, which several GPUs need; one device does without."""
+    if "error" not in found:
+        seconds = duration(float(found.get("seconds", 0)))
+        return [Finding("local Ray", f"{found.get('version')}, started and ran a task in {seconds}")]
+    error = str(found["error"])
+    level: Level = "problem" if gpus > 1 else "warning"
+    fix = _ray_fix(error)
+    if gpus <= 1:
+        fix += "; one device needs no Ray, so this matters for several GPUs and clusters only"
+    return [Finding("local Ray", f"does not start: {error}", level, fix)]
+
+
+def _ray_fix(error: str) -> str:
+    """What to do about a Ray that does not start; the complaints are those of Ray 2.50 to 2.60."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    logs = f"logs: {folder}/ray/session_latest/logs"
+    if "No module named" in error:
+        return "pip install exl2ray again: a package is missing"
+    if "AF_UNIX path" in error:
+        return f"{folder} is too long a path for Ray's sockets: export RAY_TMPDIR=/tmp"
+    if "Read-only file system" in error or "Permission denied" in error:
+        return f"Ray must write into {folder}/ray: export RAY_TMPDIR to a directory of your own with a short name"
+    if "No space left" in error:
+        return f"{folder} is full: make room, or export RAY_TMPDIR to a directory on another disk"
+    if "Too many open files" in error or "timed out during startup" in error:
+        return f"raise the limit of open files (ulimit -n {OPEN_FILES * 16}); is the machine overloaded? {logs}"
+    if "SystemExit" in error or "no answer within" in error:
+        return (
+            "its processes end or cannot talk to each other: does `getent hosts $(hostname)` answer, is the loopback "
+            f"interface up, is memory left? unset http_proxy, https_proxy and grpc_proxy; {logs}"
+        )
+    return f"{logs}; ray stop --force ends what an earlier run left"
+
+
+def ray_cluster(address: str) -> list[Finding]:
+    """Whether the cluster that a conversion would use answers."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        answer = "" if ran.returncode == 0 else (ran.stderr or ran.stdout).strip().splitlines()[-1][:200]
+    except (OSError, subprocess.TimeoutExpired) as e:
+        answer = str(e)[:200]
+    except IndexError:
+        answer = "no answer"
+    if not answer:
+        return [Finding("Ray cluster", f"RAY_ADDRESS={address} answers")]
+    fix = "unset RAY_ADDRESS for a private local Ray, or start the cluster"
+    return [Finding("Ray cluster", f"RAY_ADDRESS={address} does not answer: {answer}", "problem", fix)]

@@ -1,0 +1,233 @@
+"""The doctor names what is wrong with GPU, driver, kernels, shared memory and Ray, each with the fix."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exl2ray import host
+from exl2ray.commands import doctor, doctor_gpu, doctor_ray, probes
+from exl2ray.commands.findings import Finding
+
+CARD = "NVIDIA RTX A6000, 1 MiB used of 49140 MiB, driver {driver}"
+UNUSABLE = {"version": "2.13.0", "cuda": "13.0", "hip": None, "gpus": [], "broken": {}, "reason": "too old"}
+USABLE = {**UNUSABLE, "gpus": ["NVIDIA RTX A6000 (sm_86, 48 of 51 GB free)"], "reason": ""}
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def only(found: list[Finding]) -> Finding:
+    """The one finding that is not all right."""
+    (wrong,) = [f for f in found if f.level != "ok"]
+    assert wrong.fix, "every complaint comes with what to do"
+    return wrong
+
+
+# ---- no GPU -----------------------------------------------------------------------------------------------------------
+
+
+def machine(root: Path, cards: int = 0, driver: bool = False, devices: tuple[str, ...] = ()) -> Path:
+    """The files by which a machine shows its GPUs."""
+    for i in range(cards + 1):
+        device = root / "sys/bus/pci/devices" / f"0000:0{i}:00.0"
+        device.mkdir(parents=True)
+        (device / "vendor").write_text("0x10de\n" if i < cards else "0x8086\n")
+        (device / "class").write_text("0x030200\n")
+    if driver:
+        (root / "proc/driver/nvidia").mkdir(parents=True)
+        (root / "proc/driver/nvidia/version").write_text("NVRM version: ...")
+    (root / "dev").mkdir()
+    for name in devices:
+        (root / "dev" / name).write_text("")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "says", "fix"),
+    [
+        ({}, "note", "none", "on the CPU, slowly"),
+        ({"cards": 2}, "problem", "2 NVIDIA cards without a driver", "install NVIDIA's driver"),
+        ({"cards": 2, "driver": True}, "problem", "this container was given no GPU", "--gpus all"),
+        ({"driver": True}, "problem", "this container was given no GPU", "nvidia.com/gpu: 1"),
+        ({"cards": 1, "driver": True, "devices": ("nvidia0", "nvidiactl")}, "problem", "no nvidia-smi", "PATH"),
+        ({"devices": ("dxg",)}, "problem", "no nvidia-smi", "/usr/lib/wsl/lib"),
+        ({"devices": ("nvidiactl",)}, "note", "none", "CPU"),
+    ],
+)
+def test_why_there_is_no_gpu(facts: dict[str, Any], level: str, says: str, fix: str, tmp_path: Path) -> None:
+    found = only(doctor_gpu.no_card(machine(tmp_path, **facts)))
+    assert (found.level, says in found.value, fix in found.fix) == (level, True, True), found
+
+
+def test_facts_of_this_machine_can_be_read() -> None:
+    assert host.nvidia_cards() >= 0
+    assert host.usable_memory_bytes() > 1 << 28
+    shared = host.shared_memory_bytes()
+    assert shared is None or 0 <= shared[0] <= shared[1]
+
+
+# ---- wrong driver -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "says", "fix"),
+    [
+        ("470.82.01", "13.0", "470.82 is too old for a torch built for CUDA 13.0, which needs 580.65", "CUDA 11"),
+        ("550.90.07", "13.0", "550.90 is too old", "CUDA 12"),
+        ("418.67", "12.8", "418.67 is too old for a torch built for CUDA 12.8, which needs 525.60", "update"),
+        ("580.95.05", "13.0", "too old", "the driver may be too old"),  # new enough: torch's own reason counts
+    ],
+)
+def test_a_driver_older_than_torchs_cuda(driver: str, cuda: str, says: str, fix: str) -> None:
+    found = only(doctor_gpu.gpus([CARD.format(driver=driver)], {**UNUSABLE, "cuda": cuda}))
+    assert found.level == "problem"
+    assert says in found.value
+    assert fix in found.fix
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        ("nvidia-smi: Failed to initialize NVML: Driver/library version mismatch", "reboot"),
+        ("nvidia-smi: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "modprobe nvidia"),
+        ("nvidia-smi: No devices were found", "lspci"),
+        ("nvidia-smi: exit status 9", "repair or update"),
+    ],
+)
+def test_complaints_of_nvidia_smi(error: str, fix: str) -> None:
+    assert fix in doctor_gpu.driver_fix(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "fix"),
+    [
+        ({"cuda": None, "hip": "6.4"}, "ROCm build", "CUDA build"),
+        ({"cuda": None}, "build without CUDA", "index with CUDA builds"),
+        ({"error": "killed by signal 11"}, "does not work", "reinstall torch"),
+    ],
+)
+def test_a_torch_that_cannot_use_the_card(change: dict[str, Any], says: str, fix: str) -> None:
+    found = only(doctor_gpu.gpus([CARD.format(driver="580.95.05")], {**UNUSABLE, **change}))
+    assert (found.level, says in found.value, fix in found.fix) == ("problem", True, True), found
+
+
+def test_hidden_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "hides the GPUs" in only(doctor_gpu.gpus([CARD.format(driver="580.95.05")], UNUSABLE)).value
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device", "not built for that kind of GPU"),
+        ("CUDA-capable device(s) is/are busy or unavailable", "nvidia-smi -c DEFAULT"),
+        ("CUDA out of memory. Tried to allocate 2 MiB", "another process fills it"),
+        ("CUDA error: uncorrectable ECC error encountered", "dmesg"),
+    ],
+)
+def test_a_gpu_that_does_not_compute(error: str, fix: str) -> None:
+    found = only(doctor_gpu.gpus([CARD.format(driver="580.95.05")], {**USABLE, "broken": {"0": error}}))
+    assert (found.topic, found.level) == ("GPU 0", "problem")
+    assert error in found.value
+    assert fix in found.fix
+
+
+# ---- numba-cuda -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "fix"),
+    [
+        ("ModuleNotFoundError: No module named 'numba_cuda'", "numba-cuda is missing", 'pip install "exl2ray[cuda]"'),
+        ("numba_cuda.cudadrv.error.NvvmSupportError: libNVVM cannot be found.", "libraries are missing", "numba-cuda[cu13]"),
+        ("CudaSupportError: [222] PTX was compiled with an unsupported toolchain", "do not fit the driver", "driver"),
+    ],
+)
+def test_why_kernels_do_not_run(error: str, says: str, fix: str) -> None:
+    found = only(doctor_gpu.kernels(True, USABLE, {"error": error}))
+    assert (found.level, says in found.value, fix in found.fix) == ("problem", True, True), found
+
+
+def test_without_a_card_kernels_do_not_matter() -> None:
+    assert doctor_gpu.kernels(False, UNUSABLE, {"error": "no driver"}) == []
+
+
+# ---- shared memory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "gpus", "level"),
+    [(None, 1, "warning"), (None, 4, "problem"), (64 << 20, 1, "warning"), (64 << 20, 2, "warning"), (64 << 20, 4, "problem"),
+     (1 << 30, 8, "ok")],
+)  # fmt: skip
+def test_shared_memory(free: int | None, gpus: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "shared_memory_bytes", lambda: None if free is None else (free, free))
+    (found,) = doctor.shared_memory(gpus)
+    assert found.level == level
+    assert ("--shm-size" in found.fix) == (level != "ok")
+
+
+# ---- Ray --------------------------------------------------------------------------------------------------------------
+
+# What a private Ray 2.60 really said when it could not start.
+LONG = "ClusterError: OSError: validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /tmp/xxx"
+READ_ONLY = "ClusterError: cannot start or reach Ray at 'local': OSError: [Errno 30] Read-only file system: '/tmp/ray'"
+SLOW = "Exception: The current node timed out during startup. This could happen because some of the raylet failed to startup"
+DEAF = "ClusterError: cannot start or reach Ray at 'local': SystemExit: 15"
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (LONG, "export RAY_TMPDIR=/tmp"), (READ_ONLY, "export RAY_TMPDIR to a directory of your own"),
+        (SLOW, "ulimit -n"), (DEAF, "getent hosts"), ("no answer within 90 s", "loopback"),
+        ("OSError: [Errno 28] No space left on device", "make room"), ("ModuleNotFoundError: No module named 'ray'", "pip"),
+        ("RuntimeError: something new", "logs"),
+    ],
+)  # fmt: skip
+def test_why_ray_does_not_start(error: str, fix: str) -> None:
+    several = only(doctor_ray.ray_start({"error": error}, gpus=2))
+    assert (several.level, error in several.value, fix in several.fix) == ("problem", True, True), several
+    single = only(doctor_ray.ray_start({"error": error}, gpus=1))
+    assert single.level == "warning", "one device needs no Ray"
+    assert "one device needs no Ray" in single.fix
+
+
+def test_a_ray_that_starts() -> None:
+    (found,) = doctor_ray.ray_start({"version": "2.60.0", "seconds": 7.5}, 1)
+    assert (found.level, found.value) == ("ok", "2.60.0, started and ran a task in 7.5 s")
+
+
+def test_a_cluster_that_is_named_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(doctor, "run_probe", lambda program: asked.append(program) or {"error": "not run"})
+    monkeypatch.setattr(doctor, "ray_cluster", lambda address: [Finding("Ray cluster", f"{address} answers")])
+    found = doctor.examine(".")
+    assert found[-1].value == "10.0.0.1:6379 answers"
+    assert probes.RAY not in asked
+
+
+@pytest.mark.slow
+def test_ray_really_starts_and_really_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(deep))
+    failed = probes.run_probe(probes.RAY)
+    assert "AF_UNIX" in failed["error"]
+    monkeypatch.delenv("RAY_TMPDIR")
+    found = probes.run_probe(probes.RAY)
+    assert found.get("version"), found
+
+
+def test_messages_of_our_own_errors_are_found_above_their_hints() -> None:
+    program = "from exl2ray.errors import ClusterError\nraise ClusterError('no Ray', 'ask the doctor')"
+    assert probes.run_probe(program)["error"] == "exl2ray.errors.ClusterError: no Ray"
+    assert os.environ.get("RAY_ADDRESS") is None
