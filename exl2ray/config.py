@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args, get_type_hints
 from exl2ray.errors import UsageError
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8)
+USUAL_HEAD_BITS = 6
 MIN_BITS, MAX_BITS = 2.0, 9.0  # outside of this no option table reaches; the exact range depends on the model
 LENGTH_STEP = 128
 CHOICES = {"--device": "device", "--executor": "executor", "--propagate": "propagate", "--objective": "objective",
+           "--allocation": "allocation",
            "--evaluate": "evaluate"}  # fmt: skip
 
 
@@ -25,8 +27,8 @@ class Recipe:
     """-o: work directory: measurement, quantised tensors, everything needed to resume. May be s3:// or gs://."""
     bits: tuple[float, ...] = (4.125,)
     """-b: target bits per weight of the decoder layers; may be given several times."""
-    head_bits: int = 6
-    """-hb: bits of the output head: 2, 3, 4, 5, 6 or 8."""
+    head_bits: int | None = None
+    """-hb: bits of the output head: 2, 3, 4, 5, 6 or 8; if absent 6, or what --allocation linear finds best."""
     compile_full: str | None = None
     """-cf: directory for the complete model: tensors, config, tokenizer. {bpw} stands for the bitrate."""
     cal_dataset: str | None = None
@@ -65,8 +67,10 @@ class Recipe:
     """--propagate: calibrate each module on what the quantised modules before it produce, or on reference states."""
     seed: int = 0
     """--seed: of random and shuffled calibration rows."""
+    allocation: Literal["module", "linear"] = "module"
+    """--allocation: choose options per module by its own error, or per linear by its effect on the model's output."""
     objective: Literal["squared", "norm", "product"] = "squared"
-    """--objective: what the allocation minimises over the modules' relative errors."""
+    """--objective: what the allocation per module minimises over the modules' relative errors."""
     objective_power: float = 2.0
     """--objective-power: exponent for --objective norm."""
     damping: float = 0.12
@@ -92,7 +96,7 @@ class Recipe:
                 raise UsageError(f"-b {b:g}: bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
         if len(set(self.bits)) != len(self.bits):
             raise UsageError(f"-b: a bitrate is given twice: {', '.join(f'{b:g}' for b in self.bits)}")
-        if self.head_bits not in HEAD_BITS:
+        if self.head_bits is not None and self.head_bits not in HEAD_BITS:
             raise UsageError(f"-hb {self.head_bits}: the head can have {', '.join(map(str, HEAD_BITS))} bits")
         for flag, value in (("-r", self.dataset_rows), ("-mr", self.measurement_rows)):
             if value < 1:
@@ -132,6 +136,16 @@ class Recipe:
         if self.shard_size < 0:
             raise UsageError(f"-ss {self.shard_size}: 0 for a single file, else the size in MiB")
 
+    @property
+    def head_is_free(self) -> bool:
+        """Whether the allocation chooses the bits of the head."""
+        return self.allocation == "linear" and self.head_bits is None
+
+    @property
+    def usual_head_bits(self) -> int:
+        """Bits of the head, or those whose space the allocation may share out between the head and the decoder."""
+        return USUAL_HEAD_BITS if self.head_bits is None else self.head_bits
+
     def output_dir(self, bits: float) -> str | None:
         """Directory of the complete model at one bitrate."""
         return None if self.compile_full is None else self.compile_full.replace("{bpw}", bpw_name(bits))
@@ -158,7 +172,8 @@ class Recipe:
                 "rows": self.dataset_rows if self.cal_dataset else None,
                 "length": self.length,
                 "bits": list(self.bits),
-                "head_bits": self.head_bits,
+                "head_bits": None if self.head_is_free else self.usual_head_bits,
+                "allocation": self.allocation,
                 "propagate": self.propagate,
                 "objective": self.objective,
                 "objective_power": self.objective_power,
@@ -194,6 +209,7 @@ JOB_FLAGS = {
     "quantize.moe_all_experts": "--moe-all-experts",
     "quantize.bits": "-b",
     "quantize.head_bits": "-hb",
+    "quantize.allocation": "--allocation",
     "quantize.propagate": "--propagate",
     "quantize.objective": "--objective",
     "quantize.objective_power": "--objective-power",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
-from exl2ray.formats.layout import QParams, pad32
+from exl2ray.config import USUAL_HEAD_BITS, Recipe
+from exl2ray.errors import FormatError
+from exl2ray.formats.layout import WIDTHS, QParams, pad32
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.overrides import Override, counting, overridden
 from exl2ray.quant.allocate import Allocation, Slot, budget, solve
+from exl2ray.quant.frontier import LossCurve, all_options, frontier
 from exl2ray.quant.measure_moe import MOE_TABLE
-from exl2ray.quant.qparams import attention_options, mlp_options
+from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,135 @@ class Plan:
     hashes: tuple[str, ...]
     achieved_bpw: float
     predicted_bytes: int  # of all quantised tensors, head included
+    predicted_kl: float | None = None  # nats per token, where sensitivities were measured
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an allocation comes to. params: option of every linear by key, head included."""
+
+    allocation: Allocation
+    params: dict[str, QParams]
+    predicted_kl: float | None
+
+
+def choose(
+    spec: ModelSpec, measurement: Measurement, bits: float, recipe: Recipe, overrides: Sequence[Override] = ()
+) -> Choice:
+    """The option of every linear at one bitrate, as --allocation, --objective, -hb and --set want it.
+
+    Raises FormatError for --allocation linear if the measurement has no sensitivities.
+    """
+    head = spec.modules[-1].linears[0]
+    usual = overridden(overrides, head, head_option(recipe.usual_head_bits))
+    if recipe.allocation == "linear":
+        allocation, params = allocate_linears(spec, measurement, bits, overrides, recipe.head_is_free)
+    else:
+        allocation, params = allocate(spec, measurement, bits, recipe.objective, recipe.objective_power, overrides)
+    params.setdefault(head.key, usual)
+    known = has_sensitivities(spec, measurement)
+    return Choice(allocation, params, predicted_kl(spec, measurement, params) if known else None)
+
+
+def allocate_linears(
+    spec: ModelSpec, measurement: Measurement, bits: float, overrides: Sequence[Override] = (), free_head: bool = False
+) -> tuple[Allocation, dict[str, QParams]]:
+    """Solves for one bitrate over single linears (all experts of a role together): the least predicted KL divergence.
+
+    Every linear may get any option of `exl2ray.quant.frontier`. The budget is that of `allocate`: ``bits`` per weight of the
+    decoder. With ``free_head`` the head takes part, and the budget grows by what a head of the usual 6 bits takes: the files
+    are as large as those of `allocate` with that head, whatever the decoder and the head have each.
+    """
+    groups = [g for g in linear_groups(spec, measurement) if free_head or g.linears[0].role != "lm_head"]
+    found = [frontier(g.curve, partial(_group_bits, g.linears, overrides), _options(g.linears, overrides)) for g in groups]
+    slots = [
+        Slot(g.key, tuple(c.bits for c in options), tuple((g.sensitivity * c.loss) ** 0.5 for c in options))
+        for g, options in zip(groups, found, strict=True)
+    ]
+    total = budget(slot_weights(spec), bits)
+    if free_head:
+        total += _bits(spec.modules[-1].linears[0], head_option(USUAL_HEAD_BITS))
+    allocation = solve(slots, total)
+    params = {}
+    for group, options, choice in zip(groups, found, allocation.choice, strict=True):
+        params.update({x.key: overridden(overrides, x, options[choice].params) for x in group.linears})
+    return allocation, params
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears that get one option: a single one, or the experts of a role. sensitivity: KL over squared output error."""
+
+    key: str
+    linears: tuple[LinearSpec, ...]
+    curve: LossCurve
+    sensitivity: float
+
+
+def linear_groups(spec: ModelSpec, measurement: Measurement) -> list[LinearGroup]:
+    """All linears with what was measured of them, the head last. Raises FormatError where something is missing."""
+    out = []
+    for module in spec.modules:
+        if not module.linears:
+            continue
+        extra = measurement[module.profile_key].extra
+        for role in dict.fromkeys(x.role for x in module.linears):
+            linears = tuple(x for x in module.linears if x.role == role)
+            where = f"measurement: {module.profile_key!r}, {role}"
+            curve = LossCurve(_entry(extra, "linears", role, where), linears[0].in_features, where)
+            pair = _entry(extra, "sensitivity", role, where)
+            if not isinstance(pair, list) or len(pair) != 2 or any(type(v) not in (int, float) or not v >= 0 for v in pair):
+                raise FormatError(f"{where}: the sensitivity is not [KL, squared error]")
+            kl, error = pair
+            key = linears[0].key if len(linears) == 1 else f"{module.profile_key}.{role}"
+            out.append(LinearGroup(key, linears, curve, kl / error if error > 0 else 0.0))
+    return out
+
+
+def _entry(extra: Mapping[str, Any], name: str, role: str, where: str) -> Any:
+    found = extra.get(name)
+    if not isinstance(found, Mapping) or role not in found:
+        raise FormatError(f"{where}: no {name}", "--allocation linear needs a measurement made for it; leave out -m")
+    return found[role]
+
+
+def has_sensitivities(spec: ModelSpec, measurement: Measurement) -> bool:
+    """Whether all linears of the measurement have sensitivities and losses, so that KL can be predicted."""
+    extras = [measurement[m.profile_key].extra for m in spec.modules if m.linears]
+    return all("sensitivity" in e and "linears" in e for e in extras)
+
+
+def predicted_kl(spec: ModelSpec, measurement: Measurement, params: Mapping[str, QParams]) -> float:
+    """KL divergence from the source in nats per token that linears with these options add up to."""
+    total = 0.0
+    for group in linear_groups(spec, measurement):
+        chosen = {params[x.key] for x in group.linears}
+        total += group.sensitivity * sum(group.curve.loss(q) for q in chosen) / len(chosen)
+    return total
+
+
+def head_bits(recipe: Recipe, spec: ModelSpec, plan: Plan) -> int:
+    """Bits of the head as config.json and people want them: what was asked for, else the nearest width."""
+    if not recipe.head_is_free:
+        return recipe.usual_head_bits
+    q = plan.params[spec.modules[-1].linears[0].key]
+    mean = sum(b * p for b, p in zip(q.bits, q.props, strict=True))
+    return min(WIDTHS, key=lambda b: abs(b - mean))
+
+
+def _options(linears: Sequence[LinearSpec], overrides: Sequence[Override]) -> Sequence[QParams] | None:
+    """What a group may choose from if the user wants the same for all of its linears; None: everything."""
+    wanted = {counting(overrides, x) for x in linears}
+    override = wanted.pop()
+    if wanted or override is None:
+        return None
+    if override.option is not None:
+        return (override.option,)
+    return [q for q in all_options() if min(q.bits) >= (override.minimum or 0)]
+
+
+def _group_bits(linears: Sequence[LinearSpec], overrides: Sequence[Override], option: QParams) -> int:
+    return sum(len(xs) * _bits(xs[0], overridden(overrides, xs[0], option)) for xs in _alike(linears, overrides))
 
 
 def allocate(

@@ -19,7 +19,9 @@ from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.convert import OutputSummary
 from exl2ray.dist.chains import ChainPlan, Chains, Link
 from exl2ray.dist.fan import Fan, Module, Part, window_for
-from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem, QuantizeItem, WorkerSetup
+from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem, QuantizeItem, SensitivityItem, WorkerSetup
+from exl2ray.dist.pool import Pool, Task
+from exl2ray.dist.probing import PROBES, divide, probe_rows, sensitivity_key, sensitivity_name, sweep_costs
 from exl2ray.dist.schedule import Flow, Limits, Scheduler
 from exl2ray.dist.session import Session, open_session
 from exl2ray.dist.worker import PERPLEXITY, Worker, describe, measure_record
@@ -33,12 +35,11 @@ from exl2ray.formats.measurement import (
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.overrides import Override, overridden, parse_overrides
 from exl2ray.plan.problems import examine, row_sizes
-from exl2ray.planning import Plan, allocate, module_cost, slot_weights
+from exl2ray.planning import Plan, choose, has_sensitivities, module_cost, slot_weights
 from exl2ray.progress import Reporter
 from exl2ray.quant.losses import merged
 from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
-from exl2ray.quant.qparams import head_option
 from exl2ray.store.faults import translated
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, quant_kind
 from exl2ray.store.records import Record, hash_inputs
@@ -186,19 +187,23 @@ class Job:
     def measure(self) -> Measurement:
         """Profiles of all modules, measured or (with -m) read from a file."""
         if self._measurement_given is not None:
-            return self._measurement_given
+            return self._with_sensitivities(self._measurement_given)
         identity, settings = self.job["identity"], self.job["measure"]
         common = hash_inputs(
             fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
+    def _profiled(self) -> list[ModuleSpec]:
+        """Those that the measurement pass goes through; the head only where its bits may be chosen."""
+        return self._measured() + ([self.spec.modules[-1]] if self.recipe.allocation == "linear" else [])
+
             damping=settings["damping"], rows=self.measure_rows_sha256, profile=PROFILE, **self._all_experts(),
         )  # fmt: skip
-        keys = {m.index: hash_inputs(common=common, module=m.profile_key) for m in self._measured()}
+        keys = {m.index: hash_inputs(common=common, module=m.profile_key) for m in self._profiled()}
         profiles: dict[int, ModuleProfile] = {}
-        for module in self._measured():
+        for module in self._profiled():
             record = self.work.records.find(MEASURE, module.profile_key, keys[module.index])
             if record is not None:
                 profiles[module.index] = _profile(module, record.payload)
-        todo = [m for m in self._measured() if m.index not in profiles]
+        todo = [m for m in self._profiled() if m.index not in profiles]
         if todo:
             session = self.session  # its start is no part of the stage
             with self._stage("measure", len(keys), len(profiles)) as progress:
@@ -219,7 +224,7 @@ class Job:
                 )
                 self.scheduler.run(fan)
                 self.work.event("states", stage="measure", window=fan.window, peak=fan.peak_states)
-        measurement = self._assemble(profiles)
+        measurement = self._with_sensitivities(self._assemble(profiles))
         write_measurement_to(self.work, measurement)
         return measurement
 
@@ -232,7 +237,7 @@ class Job:
             record = self.work.records.find(MEASURE, module.profile_key, inputs_hash)
             return None if record is None else self._found(record)
 
-        if count == 1:
+        if count == 1 or module.kind == "head":
             return [Part("measure", MeasureItem(module.index, inputs_hash), partial(done, module), found)]
         results: dict[int, ItemResult] = {}
 
@@ -267,7 +272,71 @@ class Job:
             if module.quantized:
                 out.append(profiles[module.index])
             elif mode in ("norm", "linear", "pos_emb"):
-                out.append(ModuleProfile(key, mode))
+    def _with_sensitivities(self, measurement: Measurement) -> Measurement:
+        """The measurement with the sensitivities of all linears, measured where they are missing and needed."""
+        if self.recipe.allocation != "linear" or has_sensitivities(self.spec, measurement):
+            return measurement
+        modules = [m for m in self.spec.modules if m.linears]
+        lacking = [m.profile_key for m in modules if "linears" not in measurement[m.profile_key].extra]
+        if lacking:
+            raise UsageError(
+                f"--allocation linear: the measurement holds no losses of single linears ({lacking[0]} first)",
+                "it was made by another program, or for --allocation module; measure again without -m",
+            )
+        rows, tokens = probe_rows(self.rows["measure"].kinds, self.rows["measure"].ids.shape[1])
+        identity = self.job["identity"]
+        common = hash_inputs(
+            fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
+            rows=self.measure_rows_sha256, probes=[PROBES, list(rows), tokens],
+        )  # fmt: skip
+        hashes = {m.index: hash_inputs(common=common, module=m.profile_key) for m in modules}
+        found: dict[str, Any] = {}
+        for m in modules:
+            record = self.work.records.find(MEASURE, sensitivity_key(m.profile_key), hashes[m.index])
+            if record is not None:
+                found[m.profile_key] = record.payload["sensitivity"]
+        todo = [m for m in modules if m.profile_key not in found]
+        if todo:
+            self._measure_sensitivities(todo, hashes, rows, tokens, found)
+        profiles = []
+        for p in measurement.profiles:
+            more = {"sensitivity": found[p.entry_key]} if p.entry_key in found else {}
+            profiles.append(replace(p, extra={**p.extra, **more}))
+        return replace(measurement, profiles=tuple(profiles))
+
+    def _measure_sensitivities(
+        self, todo: Sequence[ModuleSpec], hashes: Mapping[int, str], rows: tuple[int, ...], tokens: int, found: dict[str, Any]
+    ) -> None:
+        """Probes modules in as few sweeps as workers and memory allow; ``found`` gets the results by module."""
+        costs = {m.index: module_cost(m) for m in self.spec.modules}
+        runs = divide(self.spec, todo, costs, self.session.size, len(rows) * tokens)
+        with self._stage("sensitivity", len(runs), 0) as progress:
+
+            def done(result: ItemResult) -> None:
+                found.update(result.payload["sensitivities"])
+                progress(result)
+
+            def task(run: Sequence[int]) -> Task:
+                item = SensitivityItem(tuple(run), rows, tokens, {i: hashes[i] for i in run})
+                cost = sum(costs.values()) + sum(sweep_costs(self.spec, costs)[i] for i in run)
+                name, found_again = sensitivity_name(self.spec, item), partial(self._found_probes, item)
+                return Task("sensitivity", item, name, cost, done, found_again)
+
+            self.scheduler.run(Pool([task(run) for run in runs]))
+
+    def _found_probes(self, item: SensitivityItem) -> ItemResult | None:
+        """The result of a sweep whose worker was lost after it had committed all of it."""
+        records: dict[str, Record] = {}
+        for i in item.modules:
+            key = self.spec.modules[i].profile_key
+            record = self.work.records.find(MEASURE, sensitivity_key(key), item.hashes[i])
+            if record is None:
+                return None
+            records[key] = record
+        last = self._found(list(records.values())[-1])
+        return replace(last, payload={"sensitivities": {k: r.payload["sensitivity"] for k, r in records.items()}})
+
+                out.append(profiles.get(module.index, ModuleProfile(key, mode)))
         return Measurement(tuple(out), len(self.spec.modules) - 1)
 
     def export_measurement(self, measurement: Measurement) -> str:
@@ -286,25 +355,27 @@ class Job:
     def allocate(self, measurement: Measurement, bits: float) -> Plan:
         """Option of every linear at one bitrate."""
         overrides = parse_overrides(self.recipe.overrides, self.spec)
-        allocation, chosen = allocate(
-            self.spec, measurement, bits, self.recipe.objective, self.recipe.objective_power, overrides
-        )
-        params = dict(chosen)
-        head = self.spec.modules[-1].linears[0]
-        params[head.key] = overridden(overrides, head, head_option(self.recipe.head_bits))
+        chosen = choose(self.spec, measurement, bits, self.recipe, overrides)
+        allocation, params = chosen.allocation, chosen.params
         hashes = self._plan_hashes(params)
         weights = slot_weights(self.spec)
-        achieved = allocation.total_bits / weights
-        predicted = sum(
-            params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in self.spec.linears
-        )
-        self.work.event("allocated", bits=bits, bpw=achieved, gap=allocation.gap, choice=list(allocation.choice))
-        self.reporter.event(
-            "note",
-            message=f"{bits:g} bpw: allocation uses {achieved:.4f} bits per weight, "
-            f"within {max(0.0, allocation.gap) * 100:.4f} % of the optimum",
-        )
-        return Plan(bits, params, hashes, achieved, predicted // 8)
+        size = {
+            x.key: params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in self.spec.linears
+        }
+        head = self.spec.modules[-1].linears[0]
+        achieved = (sum(size.values()) - size[head.key]) / weights
+        self.work.event(
+            "allocated", bits=bits, bpw=achieved, gap=allocation.gap, choice=list(allocation.choice),
+            allocation=self.recipe.allocation, head=params[head.key].desc, predicted_kl=chosen.predicted_kl,
+        )  # fmt: skip
+        message = f"{bits:g} bpw: allocation uses {achieved:.4f} bits per weight"
+        if self.recipe.head_is_free:
+            message += f", {size[head.key] / (head.in_features * pad32(head.out_features)):.4f} for the head"
+        message += f", within {max(0.0, allocation.gap) * 100:.4f} % of the optimum"
+        if chosen.predicted_kl is not None:
+            message += f"; predicted KL {chosen.predicted_kl:.4g}"
+        self.reporter.event("note", message=message)
+        return Plan(bits, params, hashes, achieved, sum(size.values()) // 8, chosen.predicted_kl)
 
     def patch(self, plan: Plan, overrides: Sequence[Override]) -> Plan:
         """``plan`` with ``overrides`` on top, and nothing else changed: no other linear pays for them.

@@ -19,7 +19,7 @@ from exl2ray.formats.shards import TensorEntry, copy_side_files, output_config, 
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import output_tensors, read_plain
-from exl2ray.planning import Plan
+from exl2ray.planning import Plan, head_bits
 from exl2ray.publish.card import converted, write_card
 from exl2ray.store.layout import CALIBRATION, quant_kind
 from exl2ray.store.records import Record
@@ -74,9 +74,10 @@ class OutputWriter:
             copy_side_files(recipe.in_dir, target)
             name, rows, patches = self.spec.arch.name, self.calibration_rows, self.overrides[len(recipe.overrides) :]
             info = converted(recipe, plan.bits, plan.achieved_bpw, name, rows, paths, *perplexities, patches)
-            write_card(target, info)
+            bits = head_bits(recipe, self.spec, plan)
+            write_card(target, replace(info, head_bits=bits))
             config = output_config(
-                loader_config(self.spec.arch, self.source.config), plan.bits, recipe.head_bits,
+                loader_config(self.spec.arch, self.source.config), plan.bits, bits,
                 self.calibration_rows, recipe.length, recipe.cal_dataset,
             )  # fmt: skip
             if self.overrides:  # loaders ignore what they do not know

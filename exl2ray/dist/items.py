@@ -69,6 +69,20 @@ class QuantizeItem:
 @dataclass(frozen=True)
 class PerplexityItem:
     """Run the perplexity rows through the quantised model of one bitrate. ``hashes``: inputs hashes of all modules."""
+@dataclass(frozen=True)
+class SensitivityItem:
+    """Probe all linears of ``modules`` (indices). ``rows``, ``tokens``: which part of the measurement rows probes run on.
+
+    ``hashes``: module index -> inputs hash of its record.
+    """
+
+    modules: tuple[int, ...]
+    rows: tuple[int, ...]
+    tokens: int
+    hashes: dict[int, str]
+    shrink: int = 1
+
+
 
     bits: float
     hashes: tuple[str, ...]

@@ -42,10 +42,11 @@ class Runner:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # files, while the GPU goes on
         self.crowded = False  # the GPU ran out of memory once: states stay on the host from then on
 
-    def load(self, module: ModuleSpec) -> Block:
-        """The module with its source weights. Those of the next two are read in the background meanwhile: most items
-        follow the order of the model, and pass through a module or more on the way to their own."""
-        block = load_block(self.spec, module, self.ahead, self.device, self.dtype)
+    def load(self, module: ModuleSpec, state_dtype: torch.dtype | None = None) -> Block:
+        """The module with its source weights; ``state_dtype`` in place of the family's own. Those of the next two are read in
+        the background meanwhile: most items follow the order of the model, and pass through a module or more on the way to
+        their own."""
+        block = load_block(self.spec, module, self.ahead, self.device, self.dtype, state_dtype)
         following = self.spec.modules[module.index + 1 : module.index + 3]
         self.ahead.fetch([name for m in following for name in whole_tensors(m)])
         return block

@@ -31,8 +31,10 @@ from exl2ray.dist.items import (
     PerplexityItem,
     QuantizeItem,
     RowSet,
+    SensitivityItem,
     WorkerSetup,
 )
+from exl2ray.dist.probing import sensitivity_name, sensitivity_record, sweep
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.errors import ClusterError
 from exl2ray.formats.exl2 import PackedLinear
@@ -40,6 +42,7 @@ from exl2ray.formats.measurement import ModuleProfile
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.measure import Settings, profile_of, reference_pass, score_options
+from exl2ray.quant.measure_head import measure_head
 from exl2ray.quant.quantize import quantize_after, quantize_head
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND, quant_kind
 from exl2ray.store.nonce import verify_nonce
@@ -106,6 +109,8 @@ class Worker:
         """Scores options of the entered module. All of them: commits the profile. A part: returns the scored rows."""
         begin = time.monotonic()
         c = self._entered("measure", item.index)
+        if c.y is None:
+            return self._measure_head(c, item, begin)
         # A whole module uses its Hessians up as they are factorised; the next part of a split one needs them again.
         hessians = c.hessians if item.part == (0, 1) else dict(c.hessians)
         lists, extra = score_options(c.block, c.x, _states(c), hessians, c.settings, item.part)
@@ -117,6 +122,14 @@ class Worker:
         record = measure_record(profile, item.inputs_hash, notes, time.monotonic() - begin)
         self.runner.records.commit(record)
         return self._result(record.key, begin, describe(profile), record.payload, tuple(notes))
+
+    def _measure_head(self, c: Context, item: MeasureItem, begin: float) -> ItemResult:
+        key, mode = c.block.module.profile_key.rsplit(".", 1)
+        profile = ModuleProfile(key, mode, extra=measure_head(c.block, c.x, c.settings))
+        notes = [f"{profile.entry_key}: {n}" for n in profile.extra.get("notes", ())]
+        record = measure_record(profile, item.inputs_hash, notes, time.monotonic() - begin)
+        self.runner.records.commit(record)
+        return self._result(record.key, begin, "head", record.payload, tuple(notes))
 
     def quantize(self, item: QuantizeItem) -> ItemResult:
         """Quantises the entered module (or the head) for one bitrate; commits tensors and record."""
@@ -176,6 +189,20 @@ class Worker:
         record = Record(kind, PERPLEXITY, item.hashes[-1], {"perplexity": value}, (), time.monotonic() - begin)
         run.records.commit(record)
         return self._result(PERPLEXITY, begin, "not a number" if value is None else f"{value:.4g}", record.payload)
+
+    def sensitivity(self, item: SensitivityItem) -> ItemResult:
+        """Probes the linears of some modules in one sweep; commits a record per module."""
+        begin = time.monotonic()
+        self.context = None
+        self._leave_gang()
+        found = sweep(self.runner, item)
+        seconds = (time.monotonic() - begin) / max(1, len(item.modules))
+        for index in item.modules:
+            key = self.runner.spec.modules[index].profile_key
+            record = sensitivity_record(key, found[key], item.hashes[index], seconds)
+            self.runner.records.commit(record)
+        name = sensitivity_name(self.runner.spec, item)
+        return self._result(name, begin, f"{sum(len(r) for r in found.values())} probes", {"sensitivities": found})
 
     # ---- the chain, alone or in a group ------------------------------------------------------------------------
 

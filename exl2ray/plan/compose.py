@@ -15,7 +15,6 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import side_files
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
-from exl2ray.overrides import overridden
 from exl2ray.plan.disk import DiskNeed
 from exl2ray.plan.fit import Fit, best_fit, check_fit, parse_size
 from exl2ray.plan.memory import Peak, peaks
@@ -25,7 +24,6 @@ from exl2ray.plan.sizes import OutputSize, exact_size, size_range
 from exl2ray.plan.times import LOGGED, Timed, Times, estimate, logged_for
 from exl2ray.planning import choose, has_sensitivities, option_bits
 from exl2ray.quant.allocate import reachable_range
-from exl2ray.quant.qparams import head_option
 
 GIB = 1 << 30
 USUAL_GPUS = (24 * GIB, 80 * GIB)  # planned for where this machine has none

@@ -179,7 +179,7 @@ def converted(
         architecture=architecture,
         bits=bits,
         achieved_bpw=achieved_bpw,
-        head_bits=recipe.head_bits,
+        head_bits=recipe.usual_head_bits,
         file_bytes=sum(p.stat().st_size for p in files),
         files=len(files),
         calibration=None if recipe.cal_dataset is None else Path(recipe.cal_dataset).name,

@@ -24,6 +24,7 @@ from exl2ray.errors import BudgetError, UsageError
 OBJECTIVES = ("squared", "norm", "product")
 _GAP_GOAL = 1e-5
 _SWEEPS = 12
+_MAX_PAIRS = 4_000_000  # pairs of moves looked at in one step of an exchange
 _MAX_STATES = 30_000  # of the dynamic program; beyond it the bound of the relaxation stands
 
 
@@ -71,7 +72,9 @@ def solve(slots: Sequence[Slot], budget_bits: int, objective: str = "squared", p
     choice = _spend(bits, cost, budget_bits, choice)
     for _ in range(_SWEEPS):
         value = _value(cost, choice)
-        if _gap(value, bound, objective, len(slots)) < _GAP_GOAL or not _exchange(bits, cost, budget_bits, choice):
+        if len(slots) * width * width > _MAX_PAIRS or _gap(value, bound, objective, len(slots)) < _GAP_GOAL:
+            break  # so many slots leave no gap to speak of
+        if not _exchange(bits, cost, budget_bits, choice):
             break
         choice = _spend(bits, cost, budget_bits, choice)
     value = _value(cost, choice)

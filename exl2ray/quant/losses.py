@@ -98,7 +98,7 @@ def _pieces(chunks: Tensor) -> list[float]:
     total = float(chunks.sum())
     if not total > 0:
         return [1.0] * -(-len(chunks) // size)
-    return [_rounded(float(p.mean()) * len(chunks) / total) for p in torch.split(chunks.cpu(), size)]  # type: ignore[no-untyped-call]
+    return [_rounded(float(p.mean()) * len(chunks) / total) for p in torch.split(chunks.cpu(), size)]
 
 
 def piece_rows(in_features: int) -> int:

@@ -1,0 +1,149 @@
+"""What any option would cost a linear, told from the options that were measured; and the options worth choosing from.
+
+The squared error of GPTQ's output factors: a linear's level, times how much a row of each part of the act-order contributes
+(the shape), times a number that depends on width and group size alone. These numbers agree to 2-4 % between linears of the
+trained models that they were taken from (docs/log.md); what a linear has of its own is a correction, interpolated between its
+measured options. Options that were never solved come out within 3 %.
+
+Mixtures are held to the sets of widths that ExLlamaV2 has kernels for; others decode with a slower general one.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exl2ray.errors import FormatError
+from exl2ray.formats.layout import WIDTHS, QParams
+from exl2ray.quant.losses import piece_rows
+from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse
+
+# Squared error with this width and group size, relative to 4 bits in groups of 128.
+RELATIVE = {
+    (2, 32): 15.02, (2, 64): 15.48, (2, 128): 15.98,
+    (3, 32): 3.333, (3, 64): 3.645, (3, 128): 3.897,
+    (4, 32): 0.7697, (4, 64): 0.8943, (4, 128): 1.0,
+    (5, 32): 0.1883, (5, 64): 0.2229, (5, 128): 0.2553,
+    (6, 32): 0.04684, (6, 64): 0.05585, (6, 128): 0.06503,
+    (8, 32): 0.002971, (8, 64): 0.003555, (8, 128): 0.004171,
+}  # fmt: skip
+GROUP_SIZES = (32, 64, 128)
+KERNEL_SETS = {
+    frozenset(s)
+    for s in (
+        (2,), (3,), (4,), (5,), (6,), (8,), (2, 3), (2, 4), (3, 4), (3, 5), (4, 5), (4, 6), (5, 6), (6, 8),
+        (2, 3, 4), (2, 3, 6), (3, 4, 8), (4, 5, 8), (5, 6, 8), (3, 4, 6, 8),
+    )
+}  # fmt: skip
+PAIRS = ((3, 2), (4, 2), (4, 3), (5, 3), (5, 4), (6, 4), (6, 5), (8, 6))
+SHARES = (0.1, 0.25, 0.5, 0.75)
+NEAR = 0.03
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An option of one linear (of all experts of a role): storage in bits, and predicted squared error per token."""
+
+    params: QParams
+    bits: int
+    loss: float
+
+
+class LossCurve:
+    """Losses of one linear of ``in_features`` rows, from its entry in measurement.json (`exl2ray.quant.losses`)."""
+
+    def __init__(self, entry: Mapping[str, Any], in_features: int, where: str) -> None:
+        self.in_features = in_features
+        self.losses, shape = _checked(entry, where)
+        self._step = piece_rows(in_features)
+        pieces = -(-in_features // self._step)
+        if shape is not None and len(shape) != pieces:
+            raise FormatError(f"{where}: a shape of {len(shape)} pieces, expected {pieces}", "measure again without -m")
+        bounds = np.minimum(np.arange(pieces + 1) * self._step, in_features).astype(np.float64)
+        mass = np.diff(bounds) * (1.0 if shape is None else np.array(shape))
+        self._bounds, self._mass = bounds, np.concatenate([[0.0], np.cumsum(mass / max(mass.sum(), 1e-300))])
+        known = sorted((math.log(self._general(parse(d))), math.log(v)) for d, v in self.losses.items() if 0 < v < 1e29)
+        self._x = np.array([x for x, _ in known])
+        self._y = np.array([y - x for x, y in known])
+
+    def loss(self, option: QParams) -> float:
+        """Squared output error per token: measured, or predicted from what was."""
+        measured = self.losses.get(option.desc)
+        if measured is not None:
+            return measured
+        if not len(self._x):
+            return 0.0  # no option does any harm: a linear that is all zeros
+        general = math.log(self._general(option))
+        return math.exp(general + float(np.interp(general, self._x, self._y)))
+
+    def _general(self, option: QParams) -> float:
+        """The prediction for a linear of level 1."""
+        layout = option.layout(self.in_features)
+        sizes = dict(zip(option.bits, option.group_sizes, strict=True))
+        edges = np.concatenate([[0], np.cumsum(layout.rows)])
+        parts = np.diff(np.interp(edges, self._bounds, self._mass))
+        return float(sum(p * relative(b, sizes[b]) for p, b in zip(parts, layout.bits, strict=True)))
+
+
+def relative(bits: int, group_size: int) -> float:
+    """`RELATIVE` for any group size: the nearest one below, or the largest."""
+    size = GROUP_SIZES[max(0, bisect(GROUP_SIZES, group_size) - 1)]
+    return RELATIVE[bits, size]
+
+
+@cache
+def all_options() -> tuple[QParams, ...]:
+    """Every option that a linear may get: those of the tables, and single widths and pairs in a few shares."""
+    found = [q for row in (*attention_options(), *mlp_options()) for q in row]
+    found += [head_option(b) for b in WIDTHS]
+    found += [parse(f"1:{b}b_{g}g") for b in WIDTHS for g in GROUP_SIZES]
+    for high, low in PAIRS:
+        found += [parse(f"{p}:{high}b_{g}g/{1 - p:g}:{low}b_{g}g") for p in SHARES for g in GROUP_SIZES]
+    return tuple(q for q in dict.fromkeys(found) if frozenset(q.bits) in KERNEL_SETS)
+
+
+def frontier(
+    curve: LossCurve, bits_of: Callable[[QParams], int], options: Sequence[QParams] | None = None
+) -> list[Candidate]:
+    """The options worth choosing from, smallest first; ``bits_of``: storage of an option.
+
+    Those on the lower convex hull of loss over bits, and those that lie within `NEAR` of it: with few linears the hull alone
+    leaves steps that are too large to use a budget up.
+    """
+    tried = [Candidate(q, bits_of(q), curve.loss(q)) for q in (all_options() if options is None else options)]
+    better: list[Candidate] = []  # each larger one has a lower loss
+    for c in sorted(tried, key=lambda c: (c.bits, c.loss)):
+        if not better or c.loss < better[-1].loss:
+            if better and better[-1].bits == c.bits:
+                continue
+            better.append(c)
+    hull: list[Candidate] = []
+    for c in better:
+        while len(hull) > 1 and _slope(hull[-2], c) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(c)
+    bits, losses = [c.bits for c in hull], [c.loss for c in hull]
+    return [c for c in better if c.loss <= (1 + NEAR) * float(np.interp(c.bits, bits, losses))]
+
+
+def _slope(a: Candidate, b: Candidate) -> float:
+    return (b.loss - a.loss) / (b.bits - a.bits)
+
+
+def _checked(entry: Mapping[str, Any], where: str) -> tuple[dict[str, float], NDArray[np.float64] | None]:
+    losses, shape = entry.get("losses"), entry.get("shape")
+    if not isinstance(losses, Mapping) or not losses:
+        raise FormatError(f"{where}: no losses of options", "measure again without -m")
+    numbers = [*losses.values(), *(shape if isinstance(shape, list) else [])]
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf for v in numbers):
+        raise FormatError(f"{where}: a loss or shape is not a number from 0 on")
+    if shape is not None and not isinstance(shape, list):
+        raise FormatError(f"{where}: the shape is no list")
+    return {str(k): float(v) for k, v in losses.items()}, None if shape is None else np.array(shape, dtype=np.float64)
