@@ -184,6 +184,10 @@ class Job:
     def _measured(self) -> list[ModuleSpec]:
         return [m for m in self.spec.modules if m.quantized]
 
+    def _profiled(self) -> list[ModuleSpec]:
+        """Those that the measurement pass goes through; the head only where its bits may be chosen."""
+        return self._measured() + ([self.spec.modules[-1]] if self.recipe.allocation == "linear" else [])
+
     def measure(self) -> Measurement:
         """Profiles of all modules, measured or (with -m) read from a file."""
         if self._measurement_given is not None:
@@ -191,10 +195,6 @@ class Job:
         identity, settings = self.job["identity"], self.job["measure"]
         common = hash_inputs(
             fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
-    def _profiled(self) -> list[ModuleSpec]:
-        """Those that the measurement pass goes through; the head only where its bits may be chosen."""
-        return self._measured() + ([self.spec.modules[-1]] if self.recipe.allocation == "linear" else [])
-
             damping=settings["damping"], rows=self.measure_rows_sha256, profile=PROFILE, **self._all_experts(),
         )  # fmt: skip
         keys = {m.index: hash_inputs(common=common, module=m.profile_key) for m in self._profiled()}
@@ -265,13 +265,6 @@ class Job:
         self.work.event("found", key=record.key, kind=record.kind)
         return ItemResult(record.key, record.seconds, "done before its worker was lost", record.payload, (), record.worker)
 
-    def _assemble(self, profiles: Mapping[int, ModuleProfile]) -> Measurement:
-        out = []
-        for module in self.spec.modules:
-            key, mode = module.profile_key.rsplit(".", 1)
-            if module.quantized:
-                out.append(profiles[module.index])
-            elif mode in ("norm", "linear", "pos_emb"):
     def _with_sensitivities(self, measurement: Measurement) -> Measurement:
         """The measurement with the sensitivities of all linears, measured where they are missing and needed."""
         if self.recipe.allocation != "linear" or has_sensitivities(self.spec, measurement):
@@ -336,6 +329,13 @@ class Job:
         last = self._found(list(records.values())[-1])
         return replace(last, payload={"sensitivities": {k: r.payload["sensitivity"] for k, r in records.items()}})
 
+    def _assemble(self, profiles: Mapping[int, ModuleProfile]) -> Measurement:
+        out = []
+        for module in self.spec.modules:
+            key, mode = module.profile_key.rsplit(".", 1)
+            if module.quantized:
+                out.append(profiles[module.index])
+            elif mode in ("norm", "linear", "pos_emb"):
                 out.append(profiles.get(module.index, ModuleProfile(key, mode)))
         return Measurement(tuple(out), len(self.spec.modules) - 1)
 

@@ -67,9 +67,6 @@ class QuantizeItem:
 
 
 @dataclass(frozen=True)
-class PerplexityItem:
-    """Run the perplexity rows through the quantised model of one bitrate. ``hashes``: inputs hashes of all modules."""
-@dataclass(frozen=True)
 class SensitivityItem:
     """Probe all linears of ``modules`` (indices). ``rows``, ``tokens``: which part of the measurement rows probes run on.
 
@@ -83,6 +80,9 @@ class SensitivityItem:
     shrink: int = 1
 
 
+@dataclass(frozen=True)
+class PerplexityItem:
+    """Run the perplexity rows through the quantised model of one bitrate. ``hashes``: inputs hashes of all modules."""
 
     bits: float
     hashes: tuple[str, ...]

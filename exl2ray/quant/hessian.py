@@ -72,11 +72,11 @@ class Factor:
     r: Tensor | None  # (K, K) float32, upper; H[perm][:, perm] + damping I = R R^T
     damping: float  # what was added to the diagonal
     attempts: int  # factorisations tried; 1 is the normal case
+    mean_diagonal: float = 0.0  # of H, before damping
 
     @property
     def note(self) -> str:
         """Text for the report if the factorisation needed help, else empty."""
-    mean_diagonal: float = 0.0  # of H, before damping
         if self.r is None:
             return "round to nearest (no error feedback)"
         return f"damping raised to {self.damping:.3g} after {self.attempts} attempts" if self.attempts > 1 else ""

@@ -97,17 +97,17 @@ def score_options(
     else:
         lists = []
         factors: dict[str, Factor] = {}
+        losses = LossTable()
         for half in block.halves:
             candidates = _candidates(block, half, hessians, factors, settings, notes, part, losses, x.shape[1])
             lists.append(_score(block, half, x, y, candidates, settings, part))
+        extra = losses.extra()
     return lists, {**extra, "notes": notes} if notes else extra
 
 
-        losses = LossTable()
 def profile_of(
     module: Any, lists: Sequence[Sequence[OptionProfile]], extra: dict[str, Any], report: Callable[[str], None] = print
 ) -> ModuleProfile:
-        extra = losses.extra()
     """The profile of a module from its complete scored tables. Raises NumericError if no option is of any use."""
     where = module.profile_key
     for note in extra.get("notes", ()):
@@ -195,14 +195,14 @@ def _candidates(
     settings: Settings,
     notes: list[str],
     part: tuple[int, int],
+    losses: LossTable,
+    tokens: int,  # of a calibration row
 ) -> dict[str, dict[int, Tensor]]:
     """Role -> reconstructed weights (K, N32) float16 of its distinct options, as far as this part uses them."""
     table = table_for(half)
     columns = table.columns()
     wanted = {role: {index[i] for i in part_range(part, len(table.rows))} for role, (_, index) in columns.items()}
     out: dict[str, dict[int, Tensor]] = {}
-    losses: LossTable,
-    tokens: int,  # of a calibration row
     for group, linears in by_input((*half.first, half.second)).items():
         if group not in factors:
             where = f"{block.module.profile_key} ({group})"
