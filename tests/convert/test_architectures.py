@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import assert_sound, messages, run
+from convert_helpers import assert_sound, messages, recipe, run
 from oracles import VOCAB, complete_model
 from safetensors.torch import load_file
 from tiny_models import write_text
@@ -31,6 +31,7 @@ from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.hyper import loader_config, resolve_hyper
 from exl2ray.model.table import ARCHITECTURES
+from exl2ray.plan.compose import Wishes, compose
 from exl2ray.progress import Silent
 from exl2ray.quant import measure_moe
 from exl2ray.quant.measure_moe import describe_coverage
@@ -127,6 +128,21 @@ def test_output_has_the_names_that_the_loader_demands(
     for x in spec.copied:
         written = next(s for s in c.output.glob("*.safetensors") if x.output_name in TensorFile(s).tensors)
         assert torch.equal(load_file(written)[x.output_name], source.load(x.source_name))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_planned_bytes_are_those_of_the_files(name: str, converted: Callable[[str], Converted], text: Path) -> None:
+    """`exl2ray plan` with the measurement: to the byte; without it between its bounds."""
+    c = converted(name)
+    sizes = (p.stat().st_size for p in sorted(c.output.glob("*.safetensors")))
+    files, settings = tuple(sizes), {"cal_dataset": str(text), "dataset_rows": ROWS, "measurement_rows": ROWS}
+    for measurement in (str(c.work / "measurement.json"), None):
+        job = recipe(c.model, Path(""), out_dir="", measurement=measurement, **settings)
+        report = compose(job, Wishes(), bits_given=True, say=print)
+        assert report.problems == []
+        (planned,) = report.sizes
+        assert planned.files == (files if measurement else ())
+        assert planned.low_bytes <= sum(files) <= planned.high_bytes
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
