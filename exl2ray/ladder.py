@@ -50,13 +50,13 @@ def _evaluated(
 ) -> list[OutputSummary]:
     import torch
 
-    from exl2ray.cuda.graphs import CACHE
     from exl2ray.evaluate.compare import evaluate_many
     from exl2ray.evaluate.forward import RunOptions
     from exl2ray.evaluate.heldout import heldout_rows
     from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
     from exl2ray.publish.card import add_evaluation
     from exl2ray.publish.figures import parse_evaluation
+    from exl2ray.quant.solve import forget_recordings
     from exl2ray.report.evaluations import EVALUATION
     from exl2ray.store.fs import Store
 
@@ -64,7 +64,7 @@ def _evaluated(
     if device == "cuda" and not torch.cuda.is_available():
         reporter.event("note", message="no GPU on this machine: compare the models with `exl2ray eval` where there is one")
         return list(outputs)
-    CACHE.clear()  # recorded solver batches keep GPU memory
+    forget_recordings()
     tokenizer = find_tokenizer([recipe.in_dir])
     rows = heldout_rows(tokenizer) if recipe.eval_text is None else load_tokens(recipe.eval_text, tokenizer)
     steps, start = 1 + len(models), time.monotonic()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exl2ray.cuda.graphs import CACHE
 from exl2ray.cuda.solver import Segment, Solution, solve_segments
 from exl2ray.formats.layout import GroupLayout, QParams
 from exl2ray.quant.gptq import Quantized
@@ -164,6 +165,13 @@ def quantize_linears(
             raise AssertionError("solve_segments keeps codes when asked to")
         out[key] = Quantized(problem.layout, factor.perm, s.codes, s.scale_codes, s.scale_max, s.weight)
     return out
+
+
+def forget_recordings() -> None:
+    """Gives back the GPU memory of recorded batches, before something else uses the GPU in this process."""
+    CACHE.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:
