@@ -20,9 +20,9 @@ from exl2ray.plan.fit import Fit, best_fit, check_fit, parse_size
 from exl2ray.plan.memory import Peak, peaks
 from exl2ray.plan.probe import ProbeResult, probe
 from exl2ray.plan.problems import Examination, examine, row_sizes
-from exl2ray.plan.sizes import OutputSize, exact_size, size_range
+from exl2ray.plan.sizes import OutputSize, exact_size, freedom_of, size_range
 from exl2ray.plan.times import LOGGED, Timed, Times, estimate, logged_for
-from exl2ray.planning import choose, has_sensitivities, option_bits
+from exl2ray.planning import choose, option_bits
 from exl2ray.quant.allocate import reachable_range
 
 GIB = 1 << 30
@@ -116,10 +116,21 @@ def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
     report.warnings += found.warnings
     report.rows = {name: (r.ids.shape[0], r.ids.shape[1]) for name, r in found.rows.items()}
     report.warnings += sorted({n for rows in found.rows.values() for n in rows.notes})
+    report.warnings += _not_estimated(recipe)
     for need in found.disks:
         if need.free_bytes is not None and need.least_bytes <= need.free_bytes < need.bytes:
             free, most = need.free_bytes / 1e9, need.bytes / 1e9
             report.warnings.append(f"{need.path}: {free:.2f} GB free; with saved hidden states it may need {most:.2f} GB")
+
+
+def _not_estimated(recipe: Recipe) -> list[str]:
+    """What takes time and is not in the estimates, which count the plain algorithm on one device."""
+    out = []
+    if recipe.allocation == "linear" and recipe.measurement is None:
+        out.append("--allocation linear measures sensitivities in a pass of its own, which the estimate of the time leaves out")
+    if recipe.propagate == "reference":
+        out.append("--propagate reference saves a forward of the source model for each further bitrate; the estimate does not")
+    return out
 
 
 class _Planner:
@@ -142,8 +153,8 @@ class _Planner:
             return bits
         longest = self.spec.hyper.max_seq_len
         context = min(longest, LONGEST_DEFAULT_CONTEXT) if wishes.context is None else wishes.context
-        head_bits, limit = self.recipe.usual_head_bits, self.shard_bytes
-        fit = best_fit(self.spec, self.source, memory, context, wishes.cache, head_bits, limit, wanted)
+        freedom = freedom_of(self.recipe, wanted)
+        fit = best_fit(self.spec, self.source, memory, context, wishes.cache, freedom, self.shard_bytes)
         self.report.fit = fit
         if context > longest:
             self.report.warnings.append(f"--context {context} is longer than the {longest} positions of the model")
@@ -156,8 +167,8 @@ class _Planner:
     def size(self, bits: float) -> OutputSize:
         """Exact with a measurement, else between bounds."""
         recipe, spec, measurement, wanted = self.recipe, self.spec, self.found.measurement, self.found.overrides
-        if measurement is None or (recipe.allocation == "linear" and not has_sensitivities(spec, measurement)):
-            return size_range(spec, self.source, bits, recipe.usual_head_bits, self.shard_bytes, wanted)
+        if measurement is None:
+            return size_range(spec, self.source, bits, freedom_of(recipe, wanted), self.shard_bytes)
         chosen = choose(spec, measurement, bits, recipe, wanted)
         return exact_size(spec, self.source, bits, chosen.params, self.shard_bytes)
 

@@ -8,7 +8,6 @@ measurement: CUDA context and allocator, one decoded copy of the largest linear,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exl2ray.errors import BudgetError, UsageError
@@ -16,10 +15,9 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import pad32
 from exl2ray.model.hyper import Hyper
 from exl2ray.model.spec import ModelSpec
-from exl2ray.overrides import Override
-from exl2ray.plan.sizes import allocated_range, output_entries, size_range
+from exl2ray.plan.sizes import Freedom, output_entries, size_range
 from exl2ray.planning import option_bits, slot_weights
-from exl2ray.quant.allocate import reachable_range
+from exl2ray.quant.allocate import budget, reachable_range
 
 CACHE_BITS = {"fp16": 16.0, "q8": 8.5, "q6": 6.5, "q4": 4.5}  # per value; quantised ones with a float16 scale for every 32
 CONTEXT_BYTES = 512 << 20  # CUDA context, libraries, fragmentation
@@ -63,16 +61,15 @@ def best_fit(
     memory_bytes: int,
     context: int,
     cache: str,
-    head_bits: int,
+    freedom: Freedom,
     limit_bytes: int,
-    overrides: Sequence[Override] = (),
 ) -> Fit:
     """The largest multiple of STEP bits per weight that fits for certain, whatever the allocation makes of it."""
     if cache not in CACHE_BITS:
         raise UsageError(f"--cache {cache}: one of {', '.join(CACHE_BITS)} is needed")
     if context < 1:
         raise UsageError(f"--context {context}: at least one token is needed")
-    tables = [slot for module in spec.modules for slot in option_bits(module, overrides)]
+    tables = [slot for module in spec.modules for slot in option_bits(module, freedom.overrides)]
     low, high = reachable_range(tables)
     host = sum(e.nbytes for e in output_entries(spec, source, {}) if e.name in _embeddings(spec))
     cache_bytes, windowed = (cache_size(spec.hyper, context, cache, w) for w in (False, True))
@@ -80,12 +77,14 @@ def best_fit(
     free = memory_bytes - cache_bytes - allowance
 
     def on_gpu(bits: float) -> int:
-        return size_range(spec, source, bits, head_bits, limit_bytes, overrides).high_bytes - host
+        return size_range(spec, source, bits, freedom, limit_bytes).high_bytes - host
 
-    fixed = on_gpu(high) - allocated_range(spec, high, overrides)[1] // 8  # a header with as many digits as there can be
+    fixed = on_gpu(low) - budget(slot_weights(spec), low) // 8
     affordable = (free - fixed) * 8 / slot_weights(spec)
-    bits = min(int(affordable / STEP + 1e-9), int(high / STEP + 1e-9)) * STEP
-    best = round(bits, 2) if bits >= low else None
+    steps = min(int(affordable / STEP + 1e-9), int(high / STEP + 1e-9))
+    while steps * STEP >= low and on_gpu(steps * STEP) > free:  # a further file has a header of its own
+        steps -= 1
+    best = round(steps * STEP, 2) if steps * STEP >= low else None
     weights = on_gpu(best if best is not None else low)
     return Fit(memory_bytes, context, cache, best, weights, free, cache_bytes, windowed, allowance, host)
 

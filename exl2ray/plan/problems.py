@@ -33,8 +33,8 @@ from exl2ray.overrides import Override, parse_overrides
 from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs, existing_parent
 from exl2ray.plan.memory import RowSizes
 from exl2ray.plan.scan import scan_values, stored_names
-from exl2ray.plan.sizes import OutputSize, size_range
-from exl2ray.planning import option_bits
+from exl2ray.plan.sizes import OutputSize, freedom_of, size_range
+from exl2ray.planning import linear_groups, option_bits
 from exl2ray.quant.allocate import check_reachable
 from exl2ray.store.workdir import WorkDir
 
@@ -119,7 +119,7 @@ def examine(recipe: Recipe) -> Examination:
         for bits in recipe.bits:
             found.attempt("bitrate", lambda b=bits: check_reachable(b, tables))  # type: ignore[misc]
     if recipe.measurement is not None:
-        found.measurement = found.attempt("measurement", lambda: _measurement(recipe.measurement or "", spec))
+        found.measurement = found.attempt("measurement", lambda: _measurement(recipe, spec))
     _examine_calibration(found, recipe)
     if source is not None:
         names = source.names() if spec is None else stored_names(spec)
@@ -145,8 +145,8 @@ def row_sizes(recipe: Recipe, rows: dict[str, Rows]) -> RowSizes:
 def size_ranges(
     recipe: Recipe, spec: ModelSpec, source: SourceModel, overrides: Sequence[Override]
 ) -> list[OutputSize]:
-    limit = recipe.shard_size << 20
-    return [size_range(spec, source, b, recipe.usual_head_bits, limit, overrides) for b in recipe.bits]
+    freedom = freedom_of(recipe, overrides)
+    return [size_range(spec, source, b, freedom, recipe.shard_size << 20) for b in recipe.bits]
 
 
 # ---- the model --------------------------------------------------------------------------------------------------------
@@ -206,10 +206,13 @@ def expected_measurement(spec: ModelSpec) -> tuple[list[str], dict[str, dict[str
     return [m.profile_key for m in spec.modules if m.kind != "embedding"], shapes
 
 
-def _measurement(path: str, spec: ModelSpec | None) -> Measurement:
-    measurement = read_measurement(path)
+def _measurement(recipe: Recipe, spec: ModelSpec | None) -> Measurement:
+    """The measurement of -m, complete for this model and this kind of allocation."""
+    measurement = read_measurement(recipe.measurement or "")
     if spec is not None:
         check_against(measurement, *expected_measurement(spec))
+        if recipe.allocation == "linear":
+            linear_groups(spec, measurement)
     return measurement
 
 

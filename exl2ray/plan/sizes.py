@@ -15,17 +15,36 @@ from itertools import pairwise
 
 import torch
 
+from exl2ray.config import USUAL_HEAD_BITS, Recipe
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.shards import TensorEntry, header_bytes, plan_shards
-from exl2ray.model.spec import LinearSpec, ModelSpec, PlainTensor
+from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec, PlainTensor
 from exl2ray.model.weights import output_tensors
-from exl2ray.overrides import Override, overridden
+from exl2ray.overrides import Override, counting, overridden
 from exl2ray.planning import option_bits, option_tables, slot_weights, total_bits
 from exl2ray.quant.allocate import budget
+from exl2ray.quant.frontier import all_options
 from exl2ray.quant.qparams import head_option
 
 FILE_OVERHEAD = 8 + 2 + 7  # of a further shard: header length, braces, padding to a multiple of 8
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What an allocation may choose from: of a recipe, by `freedom_of`.
+
+    linears: options for single linears, not rows of the tables for modules. head: the head takes part.
+    """
+
+    head_bits: int = USUAL_HEAD_BITS
+    overrides: tuple[Override, ...] = ()
+    linears: bool = False
+    head: bool = False
+
+
+def freedom_of(recipe: Recipe, overrides: Sequence[Override]) -> Freedom:
+    return Freedom(recipe.usual_head_bits, tuple(overrides), recipe.allocation == "linear", recipe.head_is_free)
 
 
 @dataclass(frozen=True)
@@ -62,20 +81,13 @@ def exact_size(
     return OutputSize(bits, sum(files), sum(files), packed, packed, achieved, files)
 
 
-def size_range(
-    spec: ModelSpec,
-    source: SourceModel,
-    bits: float,
-    head_bits: int,
-    limit_bytes: int,
-    overrides: Sequence[Override] = (),
-) -> OutputSize:
-    """Bounds of the size at a reachable bitrate, from the option tables and what the user wants of single linears."""
+def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freedom, limit_bytes: int) -> OutputSize:
+    """Bounds of the size at a reachable bitrate, from the options that there are."""
+    low_bits, high_bits = allocated_range(spec, bits, freedom)
     head = spec.modules[-1].linears[0]
-    fixed = _bits(head, overridden(overrides, head, head_option(head_bits))) // 8
-    low_bits, high_bits = allocated_range(spec, bits, overrides)
+    fixed = 0 if freedom.head else _bits(head, overridden(freedom.overrides, head, head_option(freedom.head_bits))) // 8
     packed = (low_bits // 8 + fixed, high_bits // 8 + fixed)
-    options = _options(spec, head_bits, overrides)
+    options = _options(spec, freedom)
     small, large = (
         output_entries(spec, source, {x.key: _extent(x, options[x.key], choice) for x in spec.linears})
         for choice in (min, max)
@@ -89,16 +101,45 @@ def size_range(
     return OutputSize(bits, sizes[0] + low_header, sizes[1] + high_header, *packed)
 
 
-def allocated_range(spec: ModelSpec, bits: float, overrides: Sequence[Override] = ()) -> tuple[int, int]:
-    """(least, most) bits of all decoder linears that an allocation at ``bits`` can have."""
-    slots = [sorted(b) for module in spec.modules for b, _ in option_bits(module, overrides)]
-    floor, ceiling = sum(s[0] for s in slots), sum(s[-1] for s in slots)
-    high = min(budget(slot_weights(spec), bits), ceiling)
-    if high == ceiling:
-        return high, high
-    # What is left does not buy the next larger option of any module, so it is less than the largest of all steps.
-    step = max(b - a for s in slots for a, b in pairwise(s))
-    return max(floor, high - step), high
+def allocated_range(spec: ModelSpec, bits: float, freedom: Freedom) -> tuple[int, int]:
+    """(least, most) bits of the linears that an allocation at ``bits`` shares out: decoder, and the head if it is free."""
+    wanted = budget(slot_weights(spec), bits)
+    if not freedom.linears:
+        slots = [sorted(b) for module in spec.modules for b, _ in option_bits(module, freedom.overrides)]
+        floor, ceiling = sum(s[0] for s in slots), sum(s[-1] for s in slots)
+        if wanted >= ceiling:
+            return ceiling, ceiling
+        # What is left does not buy the next larger option of any module, so it is less than the largest of all steps.
+        step = max(b - a for s in slots for a, b in pairwise(s))
+        return max(floor, wanted - step), wanted
+    costs = [c for module in spec.modules for c in _linear_costs(module, freedom)]
+    if freedom.head:
+        wanted += _bits(spec.modules[-1].linears[0], head_option(USUAL_HEAD_BITS))
+    floor, ceiling = sum(min(c.values()) for c in costs), sum(max(c.values()) for c in costs)
+    # Which options a linear will choose from depends on its losses; at the top it is one of those with 8 bits.
+    top = sum(min(bits for q, bits in c.items() if min(q.bits) == max(min(o.bits) for o in c)) for c in costs)
+    step = max(max(c.values()) - min(c.values()) for c in costs)
+    high = min(wanted, ceiling)
+    return max(floor, min(high, top) - step), high
+
+
+def _linear_costs(module: ModuleSpec, freedom: Freedom) -> list[dict[QParams, int]]:
+    """Option -> bits of each linear that is allocated by itself; the experts of a role go together."""
+    if not (module.quantized or (module.kind == "head" and freedom.head)):
+        return []
+    out = []
+    for role in dict.fromkeys(x.role for x in module.linears):
+        alike: dict[object, list[LinearSpec]] = {}
+        for x in module.linears:
+            if x.role == role:
+                key = (x.in_features, x.out_features, x.has_bias, counting(freedom.overrides, x))
+                alike.setdefault(key, []).append(x)
+        costs = {}
+        for q in all_options():
+            chosen = [(overridden(freedom.overrides, xs[0], q), xs) for xs in alike.values()]
+            costs[chosen[0][0]] = sum(len(xs) * _bits(xs[0], option) for option, xs in chosen)
+        out.append(costs)
+    return out
 
 
 def output_entries(
@@ -143,14 +184,18 @@ def plain_shape(plain: PlainTensor, source: SourceModel) -> tuple[int, ...]:
     return (plain.repeat, *shape) if plain.repeat else tuple(shape)
 
 
-def _options(spec: ModelSpec, head_bits: int, overrides: Sequence[Override]) -> dict[str, tuple[QParams, ...]]:
+def _options(spec: ModelSpec, freedom: Freedom) -> dict[str, tuple[QParams, ...]]:
     """Linear key -> the options that it may get."""
-    columns: dict[str, tuple[QParams, ...]] = {"lm_head": (head_option(head_bits),)}
-    for roles, rows in option_tables({x.role for x in spec.linears}):
-        columns.update(zip(roles, (tuple(dict.fromkeys(c)) for c in zip(*rows, strict=True)), strict=True))
-    if not overrides:
+    columns = {x.role: all_options() for x in spec.linears}
+    if not freedom.linears:
+        for roles, rows in option_tables({x.role for x in spec.linears}):
+            columns.update(zip(roles, (tuple(dict.fromkeys(c)) for c in zip(*rows, strict=True)), strict=True))
+    if not freedom.head:
+        columns["lm_head"] = (head_option(freedom.head_bits),)
+    wanted = freedom.overrides
+    if not wanted:
         return {x.key: columns[x.role] for x in spec.linears}
-    return {x.key: tuple(dict.fromkeys(overridden(overrides, x, q) for q in columns[x.role])) for x in spec.linears}
+    return {x.key: tuple(dict.fromkeys(overridden(wanted, x, q) for q in columns[x.role])) for x in spec.linears}
 
 
 def _extent(

@@ -13,7 +13,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import find_arch, load_spec
 from exl2ray.model.hyper import Hyper, resolve_hyper
 from exl2ray.plan.fit import STEP, allowance_bytes, best_fit, cache_size, check_fit, parse_size
-from exl2ray.plan.sizes import size_range
+from exl2ray.plan.sizes import Freedom, size_range
 
 GIB = 1 << 30
 GEMMA: dict[str, Any] = {
@@ -69,25 +69,25 @@ def test_cache_of_sliding_windows() -> None:
 def test_the_largest_that_fits_and_no_step_more(llama_8b: Path, memory: int, context: int, cache: str) -> None:
     source = SourceModel(llama_8b)
     spec = load_spec(source)
-    fit = best_fit(spec, source, memory, context, cache, 6, 0)
+    fit = best_fit(spec, source, memory, context, cache, Freedom(), 0)
     assert fit.bits is not None
     assert fit.cache_bytes == cache_size(spec.hyper, context, cache)
     embeddings = 128256 * 4096 * 2
     assert fit.host_bytes == embeddings
 
     def needed(bits: float) -> int:
-        return size_range(spec, source, bits, 6, 0).high_bytes - embeddings + fit.cache_bytes + allowance_bytes(spec)
+        return size_range(spec, source, bits, Freedom(), 0).high_bytes - embeddings + fit.cache_bytes + allowance_bytes(spec)
 
     assert needed(fit.bits) <= memory < needed(fit.bits + STEP)
-    assert fit.weight_bytes == size_range(spec, source, fit.bits, 6, 0).high_bytes - embeddings
+    assert fit.weight_bytes == size_range(spec, source, fit.bits, Freedom(), 0).high_bytes - embeddings
     check_fit(fit, 2.0)
 
 
 def test_a_large_card_gets_the_ceiling_and_a_small_one_nothing(llama_70b: Path) -> None:
     source = SourceModel(llama_70b)
     spec = load_spec(source)
-    assert best_fit(spec, source, 200 * GIB, 8192, "q4", 6, 0).bits == 8.03, "the option tables end at 8.0342"
-    small = best_fit(spec, source, 16 * GIB, 8192, "q4", 6, 0)
+    assert best_fit(spec, source, 200 * GIB, 8192, "q4", Freedom(), 0).bits == 8.03, "the option tables end at 8.0342"
+    small = best_fit(spec, source, 16 * GIB, 8192, "q4", Freedom(), 0)
     assert small.bits is None
     with pytest.raises(BudgetError, match=r"--fit 17\.18 GB: the smallest weights \(2\.2163 bits .*\) take 19\.80 GB"):
         check_fit(small, 2.2163)
@@ -99,9 +99,9 @@ def test_what_the_user_wants_of_single_linears_costs_bitrate(tmp_path: Path) -> 
     source = SourceModel(write_header_model(tmp_path / "m", {**LLAMA_8B, "num_hidden_layers": 4}, 1))
     spec = load_spec(source)
     wanted = parse_overrides(("*.down_proj=8",), spec)
-    plain, held = (best_fit(spec, source, 3 * GIB, 8192, "fp16", 6, 0, w) for w in ((), wanted))
+    plain, held = (best_fit(spec, source, 3 * GIB, 8192, "fp16", Freedom(overrides=w), 0) for w in ((), wanted))
     assert plain.bits == held.bits, "the budget is the same"
     tight = 1_650_000_000
-    plain, held = (best_fit(spec, source, tight, 2048, "fp16", 6, 0, w) for w in ((), wanted))
+    plain, held = (best_fit(spec, source, tight, 2048, "fp16", Freedom(overrides=w), 0) for w in ((), wanted))
     assert plain.bits is not None
     assert held.bits is None, "with down_proj at 8 bits the smallest model is larger"

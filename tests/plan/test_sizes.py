@@ -18,8 +18,8 @@ from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfil
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
 from exl2ray.overrides import overridden, parse_overrides
-from exl2ray.plan.sizes import OutputSize, exact_size, size_range
-from exl2ray.planning import allocate, option_tables, total_bits
+from exl2ray.plan.sizes import Freedom, OutputSize, exact_size, freedom_of, size_range
+from exl2ray.planning import allocate, choose, option_tables, total_bits
 from exl2ray.progress import Silent
 from exl2ray.quant.qparams import head_option
 
@@ -36,7 +36,7 @@ def planned(
     _, params = allocate(spec, measurement, bits, overrides=overrides)
     head = spec.modules[-1].linears[0]
     params[head.key] = overridden(overrides, head, head_option(HEAD_BITS))
-    between = size_range(spec, source, bits, HEAD_BITS, limit_bytes, overrides)
+    between = size_range(spec, source, bits, Freedom(overrides=overrides), limit_bytes)
     return exact_size(spec, source, bits, params, limit_bytes), between
 
 
@@ -112,6 +112,22 @@ def test_bounds_hold_for_any_measurement(bits: float, errors: list[float], limit
 
 def test_bounds_are_tight_for_large_models(llama_70b: Path) -> None:
     source = SourceModel(llama_70b)
-    found = size_range(load_spec(source), source, 4.0, HEAD_BITS, 8192 << 20)
+    found = size_range(load_spec(source), source, 4.0, Freedom(), 8192 << 20)
     assert 0 < found.high_bytes - found.low_bytes < 0.004 * found.high_bytes
     assert not found.exact
+
+
+def test_linears_chosen_one_by_one(text: Path, tmp_path: Path) -> None:
+    """--allocation linear: any option for any linear, and a head that competes for the same bytes."""
+    model = write_model(tmp_path / "model", "Mixtral")
+    measurement = converted(model, tmp_path, text, bits=(4.0,), allocation="linear")
+    source = SourceModel(model)
+    spec = load_spec(source)
+    for head_bits in (None, 6):
+        recipe = Recipe(str(model), "", allocation="linear", head_bits=head_bits)
+        for bits in (4.0, 5.5, 7.9):
+            exact = exact_size(spec, source, bits, choose(spec, measurement, bits, recipe).params, 0)
+            between = size_range(spec, source, bits, freedom_of(recipe, ()), 0)
+            assert between.low_bytes <= exact.low_bytes <= between.high_bytes, (head_bits, bits)
+            if bits == 4.0 and head_bits is None:
+                assert exact.files == files(tmp_path / "out-4.0")
