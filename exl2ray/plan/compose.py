@@ -127,9 +127,9 @@ def _not_estimated(recipe: Recipe) -> list[str]:
     """What takes time and is not in the estimates, which count the plain algorithm on one device."""
     out = []
     if recipe.allocation == "linear" and recipe.measurement is None:
-        out.append("--allocation linear measures sensitivities in a pass of its own, which the estimate of the time leaves out")
+        out.append("the time leaves out the pass in which --allocation linear measures sensitivities")
     if recipe.propagate == "reference":
-        out.append("--propagate reference saves a forward of the source model for each further bitrate; the estimate does not")
+        out.append("the time does not know that --propagate reference shares a forward between bitrates")
     return out
 
 
