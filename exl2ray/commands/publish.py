@@ -162,7 +162,11 @@ def _update_index(hub: Hub, uploads: Sequence[Upload], base_model: str | None) -
         if u.branch != MAIN
         for s in [u.folder.summary]
     ]
-    before = hub.read_text(MAIN, CARD)
+    main = hub.branch(MAIN)
+    if main is None:
+        _say(f"{hub.repo}: there is no branch main, so no list of branches")
+        return
+    before = hub.read_text(main, CARD)
     if before is not None:
         text = with_branches(before, hub.repo, rows)
         if text is None:
@@ -173,10 +177,7 @@ def _update_index(hub: Hub, uploads: Sequence[Upload], base_model: str | None) -
         base = fields.get("base_model")
         named = base_model or (base if isinstance(base, str) and REPOSITORY.fullmatch(base) else None)
         text = index_card(hub.repo, rows, named, hub.repo.partition("/")[0], original_card(uploads[0].card))
-    if text == before:
-        return
-    main = hub.branch(MAIN)
-    if main is not None:
+    if text != before:
         hub.commit(main, {CARD: text.encode("utf-8")}, [], "List of branches")
         _say(f"{hub.repo}: the card on main lists the branches")
 

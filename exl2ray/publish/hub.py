@@ -15,7 +15,6 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
@@ -30,7 +29,7 @@ ENDPOINT = "https://huggingface.co"
 TIMEOUT = 60.0  # seconds, for answers without data
 SAYS = 300  # characters of a server's message that are passed on
 AGAIN = "run the same command again: what has arrived is not sent again"
-NETWORK = ("httpx", "httpcore", "requests", "urllib3")  # huggingface_hub changed its HTTP library more than once
+NETWORK = {"TransportError", "RequestException"}  # of httpx, httpx2 and requests: huggingface_hub has used all three
 
 
 @dataclass(frozen=True)
@@ -104,15 +103,15 @@ class Hub:
             )  # fmt: skip
             return Commit(done.commit_url, done.oid, done.oid != branch.commit)
 
-    def read_text(self, branch: str, name: str) -> str | None:
-        """A text file; None if there is none."""
-        with self._typed(f"reading {name} of branch {branch}"), tempfile.TemporaryDirectory() as folder:
-            try:
-                path = hf_hub_download(
-                    self.repo, name, revision=branch, local_dir=folder, token=self.token.value, endpoint=self.endpoint
-                )
-            except EntryNotFoundError:
-                return None
+    def read_text(self, branch: Branch, name: str) -> str | None:
+        """A text file; None if the branch has none of that name. A file that is there and does not come is an error."""
+        if name not in branch.files:
+            return None
+        with self._typed(f"reading {name} of branch {branch.name}"), tempfile.TemporaryDirectory() as folder:
+            path = hf_hub_download(
+                self.repo, name, revision=branch.commit or branch.name, local_dir=folder, token=self.token.value,
+                endpoint=self.endpoint,
+            )  # fmt: skip
             return Path(path).read_text(encoding="utf-8", errors="replace")
 
     @contextmanager
@@ -191,5 +190,5 @@ def _causes(e: BaseException) -> Iterator[BaseException]:
 
 
 def _is_network(e: BaseException) -> bool:
-    top = type(e).__module__.split(".")[0]
-    return isinstance(e, (ConnectionError, TimeoutError)) or top.startswith(NETWORK)
+    names = {base.__name__ for base in type(e).__mro__}
+    return isinstance(e, (ConnectionError, TimeoutError)) or bool(NETWORK & names)

@@ -154,7 +154,8 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def resolve(self, body: bytes, repo: str, branch: str, name: str) -> None:
-        found = self._branch(repo, branch)
+        known = {b.sha: b for b in self.hub.repos[repo].branches.values()}
+        found = known.get(branch) or self._branch(repo, branch)
         if found is None:
             return
         if name not in found.files:

@@ -118,6 +118,14 @@ def test_the_list_on_main_grows_and_foreign_cards_stay(hub: FakeHub, models: Pat
     assert b"# By hand" not in hub.repos["me/other"].branches["four"].files["README.md"]
 
 
+def test_a_card_on_main_that_cannot_be_read_is_not_replaced(hub: FakeHub, models: Path) -> None:
+    hub.add_repo(REPO, **{"README.md": b"# By hand\n"})
+    hub.fail["/resolve/"] = (403, "later", 99)
+    with pytest.raises(HubError, match=r"reading README\.md of branch main"):
+        send(models / "4.0bpw", branch="four")
+    assert hub.repos[REPO].branches["main"].files["README.md"] == b"# By hand\n"
+
+
 def test_a_second_time_nothing_changes(hub: FakeHub, models: Path) -> None:
     hub.add_repo(REPO)
     send(models / "4.0bpw", models / "5.0bpw")
