@@ -48,7 +48,7 @@ def _summary(facts: Facts) -> Section:
         state = f"{plural(measured, 'module')} measured" if measured else "nothing is measured"
         blocks.append(Text(f"Nothing is quantised yet; {state}."))
         return Section("summary", "Summary", tuple(blocks))
-    columns = ["-b", "achieved bpw", "from the optimum", "modules", "tensors", "calibration perplexity", "written to"]
+    columns = ["target bpw", "achieved", "from the optimum", "modules", "tensors", "calibration perplexity", "written to"]
     rows = []
     for b in facts.bitrates:
         done = len(b.chain.modules)
@@ -100,9 +100,8 @@ def _settings(facts: Facts) -> Section | None:
             if value is not None:
                 text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
                 rows.append([section, name.replace("_", " "), JOB_FLAGS.get(f"{section}.{name}", ""), text])
-    versions = [[name, str(version)] for name, version in facts.job.versions.items()]
+    rows += [["version", name, "", str(version)] for name, version in facts.job.versions.items()]
     return Section("settings", "Settings and versions", (
-        Text(f"The job was started {sections.moment_text(facts.job.created)}."),
+        Text(f"The job was started {sections.moment_text(facts.job.created)}, with these versions."),
         Table(["section", "setting", "flag", "value"], rows),
-        Table(["software", "version"], versions, "Versions that started it"),
     ))  # fmt: skip

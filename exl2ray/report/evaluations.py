@@ -61,6 +61,9 @@ def parse_evaluations(raw: bytes, where: str) -> list[Evaluation]:
 
 def _evaluation(result: Mapping[str, Any], where: str) -> Evaluation:
     perplexity, perplexity_error = _figure(result, "perplexity", where)
+    _, paired = _figure(result, "nll_increase", where)
+    if paired is not None and perplexity is not None:
+        perplexity_error = perplexity * paired  # rows differ in difficulty for all models alike
     kl, kl_error = _figure(result, "kl", where)
     top1, top1_error = _figure(result, "top1_agreement", where)
     size, bpw = number(result.get("file_bytes")), number(result.get("linears_bpw"))

@@ -22,7 +22,8 @@ FORMATS = (".png", ".svg", ".pdf")
 @dataclass(frozen=True)
 class LadderRow:
     """One model of a ladder. kl: mean KL divergence from the source, nats per token; top1: agreement of the most probable
-    token, 0 .. 1; both None without a reference. ``*_error``: standard errors, where known."""
+    token, 0 .. 1; both None without a reference. ``*_error``: standard errors, where known; that of the
+    perplexity without what all models share, if it is to be compared along the ladder."""
 
     bpw: float  # as asked for, or of the linears
     file_bytes: int
@@ -58,6 +59,8 @@ def plot_ladder(
 
 def ladder_figure(rows: Sequence[LadderRow], title: str = "", reference_perplexity: float | None = None) -> Figure:
     """The figure of ``plot_ladder``; to be called, and saved, inside ``style.drawing``."""
+    from matplotlib.ticker import MaxNLocator
+
     from exl2ray.report.style import new_figure, plain_log_axis
 
     if not rows:
@@ -74,13 +77,14 @@ def ladder_figure(rows: Sequence[LadderRow], title: str = "", reference_perplexi
         _panel(ax, rows, name, error_name, factor)
         ax.set_ylabel(label)
         ax.set_xlabel(f"size of the files, {unit}")
-        ax.margins(x=0.14, y=0.16)
+        ax.margins(x=0.16, y=0.16)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         if name == "kl":
             plain_log_axis(ax, "y")
         if name == "perplexity" and reference_perplexity is not None:
             ax.axhline(reference_perplexity, linestyle="--", linewidth=1, color=ax.xaxis.label.get_color(), alpha=0.6)
-            ax.annotate("source", (1, reference_perplexity), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                        xytext=(-3, 2), textcoords="offset points", fontsize=8)  # fmt: skip
+            ax.annotate("source", (0, reference_perplexity), xycoords=("axes fraction", "data"), ha="left", va="bottom",
+                        xytext=(3, 2), textcoords="offset points", fontsize=8)  # fmt: skip
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
@@ -97,5 +101,5 @@ def _panel(ax: Axes, rows: Sequence[LadderRow], name: str, error_name: str, fact
     below = name == "top1"  # labels beside the curve, which rises here and falls elsewhere
     ax.errorbar(x, y, yerr=[e for _, _, e in points], color=ACCENT, marker="o", markersize=5, linewidth=1.5, capsize=3)
     for (row, _, _), at in zip(points, zip(x, y, strict=True), strict=True):
-        ax.annotate(clean_label(row.label) or f"{row.bpw:.4g}", at, xytext=(6, -10 if below else 4),
+        ax.annotate(clean_label(row.label) or f"{row.bpw:.3f}".rstrip("0").rstrip("."), at, xytext=(6, -10 if below else 4),
                     textcoords="offset points", fontsize=8)  # fmt: skip

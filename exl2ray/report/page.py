@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from exl2ray.console import clean, is_numeric
+
+LONG_WORD = 14  # characters
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,12 @@ class Table:
     folded: bool = False
     kind: ClassVar[str] = "table"
 
-    @property
+    def style(self, column: int, text: str) -> str:
+        """CSS classes of a cell. Long words (paths, hashes) may break anywhere; for others the columns are wide enough."""
+        long = any(len(word) > LONG_WORD for word in text.split())
+        return " ".join(["right"] * (column in self.right) + ["long"] * long)
+
+    @cached_property
     def right(self) -> set[int]:
         """Columns of numbers: aligned to the right."""
         columns = zip(*self.rows, strict=True) if self.rows else ()

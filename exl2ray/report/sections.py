@@ -38,7 +38,10 @@ def quality(facts: Facts) -> Section | None:
     if facts.evaluations:
         rows = [e.row for e in facts.evaluations]
         reference = next((e.reference_perplexity for e in facts.evaluations if e.reference_perplexity is not None), None)
-        caption = "Points carry the bits per weight of the quantised linears; bars are standard errors over rows."
+        caption = (
+            "Points carry the bits per weight of the quantised linears; bars are standard errors over rows; that of "
+            "the perplexity is of its distance from the source."
+        )
         blocks.append(picture(ladder_figure(rows, reference_perplexity=reference), "ladder", caption))
         blocks.append(_evaluations_table(facts))
         blocks += [Text(w, bad=True) for w in dict.fromkeys(w for e in facts.evaluations for w in e.warnings)]
@@ -59,7 +62,7 @@ def quality(facts: Facts) -> Section | None:
             for b in known
         ]  # fmt: skip
         title = "Perplexity on calibration rows, as a check that nothing broke"
-        blocks.append(Table(["-b", "quantised", "source", "increase"], body, title))
+        blocks.append(Table(["target bpw", "quantised", "source", "increase"], body, title))
     return Section("quality", "Perplexity and KL divergence", tuple(blocks)) if blocks else None
 
 

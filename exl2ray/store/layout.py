@@ -8,7 +8,8 @@
     quant/<bpw>/tensors|records|states/
     output*.safetensors             the compiled shards, where no output directory was given
     events.jsonl  events/           one line per event (events/ on object stores)
-    logs/  nonce/  report.html
+    evaluation.json  ladder.png     the finished models compared
+    report.html  logs/  nonce/
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|perplexity")  # 
 FOLDERS = ("measure", "quant", "events", "logs", "nonce")
 
 _OURS = re.compile(
-    r"job(-\d+)?\.json|calibration\.safetensors|measurement\.json|plan\.json|report\.html|events\.jsonl"
+    r"job(-\d+)?\.json|calibration\.safetensors|measurement\.json|plan\.json|events\.jsonl"
+    r"|report\.html|evaluation\.json|ladder\.png"
     r"|output(-\d{5}-of-\d{5})?\.safetensors"
     r"|(measure|quant/[^/]+)/(records/[^/]+\.json|(states|tensors)/[^/]+\.safetensors)"
     r"|events/[^/]+\.jsonl|nonce/[^/]+\.json|logs/(.+/)?[^/]+\.(log|out|err|txt|json|jsonl)"

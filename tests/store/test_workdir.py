@@ -398,6 +398,7 @@ def test_full_disk_at_the_start_leaves_no_lock(tmp_path: Path, job: Job, monkeyp
 
 def test_names_that_are_ours() -> None:
     ours = """job.json job-12.json calibration.safetensors measurement.json plan.json events.jsonl report.html
+        evaluation.json ladder.png
         output.safetensors output-00001-of-00003.safetensors events/1-h-2-3.jsonl nonce/ab.json logs/a.log logs/b/c.err
         measure/records/a.0.json measure/states/a.0.safetensors quant/4.0/tensors/a.0.safetensors
         quant/4.0/states/a.0.safetensors quant/4.0/records/a.0.json"""
