@@ -153,7 +153,9 @@ def _show_times(report: Report) -> None:
         same = times.least_seconds == times.most_seconds
         rows = []
         for s in times.stages:
-            text = duration(s.least_seconds) if same else f"{duration(s.least_seconds)} to {duration(s.most_seconds)}"
+            text = duration(s.least_seconds)
+            if s.least_seconds != s.most_seconds:
+                text += f" to {duration(s.most_seconds)}"
             rows.append([s.stage, str(s.modules or "-"), text])
         total = duration(times.least_seconds)
         total = total if same else f"{total} to {duration(times.most_seconds)}"

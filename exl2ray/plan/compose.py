@@ -195,10 +195,12 @@ class _Planner:
 
     def times(self, bits: Sequence[float]) -> None:
         names = [] if self.recipe.output_measurement is not None else [bpw_name(b) for b in bits]
-        measure = self.recipe.measurement is None
+        measure, ray = self.recipe.measurement is None, self.recipe.executor == "ray" or bool(self.recipe.ray_address)
+        written = sum(s.high_bytes for s in self.report.sizes if s.bits in bits)
 
         def add(device: str, basis: str, timed: Sequence[Timed], whole: bool) -> None:
-            self.report.times.append(estimate(self.spec, self.rows, names, measure, timed, device, basis, whole))
+            found = estimate(self.spec, self.rows, names, measure, timed, device, basis, whole, written, ray)
+            self.report.times.append(found)
 
         if self.report.probe is not None:
             device = self.found.device

@@ -1,7 +1,8 @@
 """Memory of one worker in each pass, from shapes. What a GPU holds at a time depends on its size: see `exl2ray.quant.memory`.
 
-These are estimates of peaks, made to be a little high: allocators round up, and not every buffer lives to the end of its
-stage. A GPU that is too small for a batch is not the end: after running out of memory a module is tried with smaller ones.
+These are estimates of peaks. Against what was measured (docs/log.md): 70B layer on 24 GiB 23.4 GB planned, 23.5 reserved;
+Mixtral layer on 20 GiB 21.5 and 19.8; 7B on 7.98 GiB 6.9 and 7.6, main memory 13.3 and 13.6; on CPUs a tenth to a quarter too
+much. A GPU too small for a batch is not the end: after running out of memory a module is tried with smaller batches.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from exl2ray.quant.memory import (
     sums_on_host_within,
 )
 
-GPU_BASE_BYTES = 3 << 30  # main memory of a worker before it loads anything: Python, torch, the CUDA libraries
+RESERVED = 1.1  # of what tensors take: torch's allocator rounds up and keeps what it has, as far as there is room
+GPU_BASE_BYTES = 9 << 29  # main memory of a worker on a GPU besides what is counted: Python, torch, CUDA, pinned buffers
 CPU_BASE_BYTES = 700 << 20
 # A linear that is being quantised for good, per weight: error float32, sorted copy float32, result twice in half precision,
 # integers twice. Then result, integers and packing are kept, and the decoded packing is compared with the result in float32.
@@ -76,8 +78,8 @@ def peaks(spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu_bytes: int |
 
 
 def _beside(needed: int, recorded: int, total: int) -> int:
-    """Recordings are dropped when memory runs out, so together they never take more than there is."""
-    return max(needed, min(needed + recorded, total))
+    """Recordings, and what the allocator keeps, are dropped when memory runs out: they never take more than there is."""
+    return max(needed, min(int(RESERVED * (needed + recorded)), total))
 
 
 def state_bytes(spec: ModelSpec, rows: tuple[int, int]) -> int:

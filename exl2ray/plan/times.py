@@ -92,10 +92,12 @@ LOGGED: Mapping[str, tuple[Timed, ...]] = {
         *_logged("quantize", "head", 115, 0.145, 0.284),
     ),
 }
-# docs/log.md, same date, "Whole conversions": 8 layers of a 7B shape took 15.4 s to measure (first module left out) and 14.8
-# to 16.3 s to quantise, where the numerics add up to 7.4 s and 6.0 s; kernels 8 s, Ray and its worker 12 to 14 s to start.
-FILES = {"measure": 2.1, "quantize": 2.7}
-START_SECONDS = (8.0, 22.0)
+# docs/log.md, "Whole conversions ..., second round": 8 layers of a 7B shape in 24.2 s with kernels compiled before (30.4 s
+# else), of it 11.3 s to measure and 9.4 s to quantise, where the numerics add up to 7.7 s and 6.0 s; 1.9 s to write 1.2 GB.
+FILES = {"measure": 1.5, "quantize": 1.6}
+START_SECONDS = (2.0, 9.0)
+RAY_SECONDS = (15.0, 20.0)
+WRITTEN_PER_SECOND = 0.6e9
 
 
 def estimate(
@@ -106,12 +108,15 @@ def estimate(
     timed: Sequence[Timed],
     device: str,
     basis: str,
-    whole: bool,  # timed with files and start, as a probe does
+    whole: bool,  # timed with files, as a probe does
+    written_bytes: int = 0,  # of all outputs
+    ray: bool = False,  # whether Ray is started for it
 ) -> Times:
     """Seconds of all passes on one device. Several devices share the work: docs/scaling.md."""
     scale = _scales(timed)
     decoder = [m for m in spec.modules if m.quantized]
-    stages = [] if whole else [StageTime("start", 0, *START_SECONDS)]
+    begin = [a + b * ray for a, b in zip(START_SECONDS, RAY_SECONDS, strict=True)]
+    stages = [StageTime("start", 0, *begin)]
 
     def total(stage: str, modules: Sequence[ModuleSpec]) -> StageTime:
         sizes = rows.measure if stage == "measure" else rows.quantize
@@ -130,6 +135,7 @@ def estimate(
     if bitrates:
         once = total("quantize", [*decoder, spec.modules[-1]])
         stages += [StageTime(f"quantize {b}", once.modules, once.least_seconds, once.most_seconds) for b in bitrates]
+        stages.append(StageTime("write", 0, *[written_bytes / WRITTEN_PER_SECOND] * 2))
     return Times(device, basis, tuple(stages))
 
 

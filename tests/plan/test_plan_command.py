@@ -72,10 +72,10 @@ def test_for_people(llama_8b: Path, tmp_path: Path) -> None:
 def test_fit_alone_chooses_the_bitrate(llama_8b: Path) -> None:
     found = answer("-i", str(llama_8b), "--fit", "8GB", "--context", "8192")
     assert [s["bits"] for s in found["sizes"]] == [found["fit"]["bits"]]
-    assert found["times"][0]["stages"][-1]["stage"] == f"quantize {found['fit']['bits']}"
+    assert found["times"][0]["stages"][-2]["stage"] == f"quantize {found['fit']['bits']}"
     both = answer("-i", str(llama_8b), "--fit", "8GB", "--context", "8192", "-b", "3")
     assert [s["bits"] for s in both["sizes"]] == [3, found["fit"]["bits"]]
-    assert [s["stage"] for s in both["times"][0]["stages"]] == ["start", "measure", "quantize 3.0"]
+    assert [s["stage"] for s in both["times"][0]["stages"]] == ["start", "measure", "quantize 3.0", "write"]
     nothing = run("-i", str(llama_8b), "--fit", "2GB")
     assert nothing.exit_code == 1
     assert "the smallest weights" in nothing.stdout
@@ -137,7 +137,7 @@ def test_the_probe_times_the_worst_layer_and_the_head(tiny: Path, text: Path, tm
     assert all(i["seconds"] > 0 for i in items)
     (times,) = found["times"]
     assert times["device"] == "CPU"
-    measure, quantize = times["stages"]
+    _, measure, quantize, _ = times["stages"]
     two_layers = 2 * (items[0]["seconds"] + items[2]["seconds"])
     assert measure["least_seconds"] == pytest.approx(two_layers, rel=0.05) or items[0]["rows"] < 2
     assert quantize["modules"] == 5
