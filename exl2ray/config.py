@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from exl2ray.errors import UsageError
+from exl2ray.quality import Numerics, Quality, ScaleSearch, resolve
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8)
 USUAL_HEAD_BITS = 6
@@ -14,7 +15,8 @@ MIN_BITS, MAX_BITS = 2.0, 9.0  # outside of this no option table reaches; the ex
 LENGTH_STEP = 128
 CHOICES = {"--device": "device", "--executor": "executor", "--propagate": "propagate", "--objective": "objective",
            "--allocation": "allocation",
-           "--evaluate": "evaluate"}  # fmt: skip
+           "--evaluate": "evaluate", "--quality": "quality", "--scale-search": "scale_search"}  # fmt: skip
+MAX_SWEEPS = 20
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,14 @@ class Recipe:
     """--objective: what the allocation per module minimises over the modules' relative errors."""
     objective_power: float = 2.0
     """--objective-power: exponent for --objective norm."""
+    quality: Quality = "reference"
+    """--quality: reference: the plain algorithm; balanced, best: better weights at the same size, for more time."""
+    target_correction: float | None = None
+    """--target-correction: how far weights are fitted to the source model's states, 0 to 1; as --quality says if absent."""
+    scale_search: ScaleSearch | None = None
+    """--scale-search: choose scales by rounding error, or also by the loss after error feedback; else as --quality says."""
+    sweeps: int | None = None
+    """--sweeps: passes of coordinate descent over the rounded weights; as --quality says if absent."""
     damping: float = 0.12
     """--damping: added to the Hessian's diagonal, as a share of its mean."""
     moe_all_experts: bool = False
@@ -122,8 +132,8 @@ class Recipe:
                 "put {bpw} into the path, as in -cf out/{bpw}",
             )
         for flag, name in CHOICES.items():
-            known = get_args(get_type_hints(Recipe)[name])
-            if getattr(self, name) not in known:
+            known = choices(get_type_hints(Recipe)[name])
+            if getattr(self, name) not in (*known, getattr(Recipe, name)):
                 raise UsageError(f"{flag} {getattr(self, name)}: one of {', '.join(known)} is needed")
         if not (math.isfinite(self.objective_power) and self.objective_power > 0):
             raise UsageError(f"--objective-power {self.objective_power:g}: must be a positive number")
@@ -131,10 +141,24 @@ class Recipe:
             raise UsageError(f"--checkpoint-seconds {self.checkpoint_seconds:g}: must be 0 or a positive number")
         if not 0 < self.damping < 10:
             raise UsageError(f"--damping {self.damping:g}: must lie between 0 and 10")
+        if self.target_correction is not None and not 0 <= self.target_correction <= 1:
+            raise UsageError(f"--target-correction {self.target_correction:g}: must lie between 0 and 1")
+        if self.target_correction and self.propagate == "reference":
+            raise UsageError(
+                f"--target-correction {self.target_correction:g} needs the states of the quantised model",
+                "leave out --propagate reference, or --target-correction",
+            )
+        if self.sweeps is not None and not 0 <= self.sweeps <= MAX_SWEEPS:
+            raise UsageError(f"--sweeps {self.sweeps}: must lie between 0 and {MAX_SWEEPS}")
         if self.gpus is not None and self.gpus < 1:
             raise UsageError(f"--gpus {self.gpus}: at least one GPU is needed", "use --device cpu to run without GPUs")
         if self.shard_size < 0:
             raise UsageError(f"-ss {self.shard_size}: 0 for a single file, else the size in MiB")
+
+    @property
+    def numerics(self) -> Numerics:
+        """What --quality and the flags beside it come to."""
+        return resolve(self.quality, self.propagate, self.target_correction, self.scale_search, self.sweeps)
 
     @property
     def head_is_free(self) -> bool:
@@ -177,6 +201,11 @@ class Recipe:
                 "propagate": self.propagate,
                 "objective": self.objective,
                 "objective_power": self.objective_power,
+                "quality": self.quality,
+                "target_correction": self.target_correction,
+                "scale_search": self.scale_search,
+                "sweeps": self.sweeps,
+                "numerics": asdict(self.numerics),
                 **({"overrides": list(self.overrides)} if self.overrides else {}),
             },
             "output": {
@@ -213,12 +242,25 @@ JOB_FLAGS = {
     "quantize.propagate": "--propagate",
     "quantize.objective": "--objective",
     "quantize.objective_power": "--objective-power",
+    "quantize.quality": "--quality",
+    "quantize.target_correction": "--target-correction",
+    "quantize.scale_search": "--scale-search",
+    "quantize.sweeps": "--sweeps",
+    "quantize.numerics": "--quality",
     "quantize.overrides": "--set",
     "output.shard_size": "-ss",
     "output.compile_full": "-cf",
     "output.measure_only": "-om",
     "identity.cal_dataset": "-c",
 }
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """The values of a Literal, or of a Literal or None; empty for other types."""
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is Literal:
+            return get_args(part)
+    return ()
 
 
 def bpw_name(bits: float) -> str:

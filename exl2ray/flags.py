@@ -12,12 +12,12 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
 
-from exl2ray.config import Recipe
+from exl2ray.config import Recipe, choices
 from exl2ray.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,6 +35,10 @@ CONVERT_ONLY = (
     "propagate",
     "objective",
     "objective_power",
+    "quality",
+    "target_correction",
+    "scale_search",
+    "sweeps",
     "reuse",
 )
 MEASURE_FIELDS = tuple(name for name in RECIPE_FIELDS if name not in CONVERT_ONLY)
@@ -57,11 +61,15 @@ SECTIONS = {  # of the help text
     "Quantisation": (
         "bits",
         "head_bits",
+        "quality",
         "overrides",
         "propagate",
         "allocation",
         "objective",
         "objective_power",
+        "target_correction",
+        "scale_search",
+        "sweeps",
         "damping",
     ),
     "Calibration": (
@@ -108,6 +116,10 @@ STORED_AT = {
     "allocation": ("quantize", "allocation"),
     "objective": ("quantize", "objective"),
     "objective_power": ("quantize", "objective_power"),
+    "quality": ("quantize", "quality"),
+    "target_correction": ("quantize", "target_correction"),
+    "scale_search": ("quantize", "scale_search"),
+    "sweeps": ("quantize", "sweeps"),
     "overrides": ("quantize", "overrides"),
     "shard_size": ("output", "shard_size"),
     "compile_full": ("output", "compile_full"),
@@ -161,8 +173,8 @@ def _attributes(name: str, required: bool) -> dict[str, Any]:
     if hint is bool:
         return {**out, "is_flag": True, "show_default": "/" in field_docs()[name][0]}
     out["show_default"] = out.get("default") is not None
-    if get_origin(hint) is Literal:
-        return {**out, "type": click.Choice(get_args(hint))}
+    if choices(hint):
+        return {**out, "type": click.Choice(choices(hint))}
     if get_origin(hint) is tuple:
         return {**out, "type": get_args(hint)[0], "multiple": True, "metavar": METAVARS.get(name)}
     kinds = [k for k in get_args(hint) or (hint,) if k is not type(None)]

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ from exl2ray.overrides import Override, overridden, parse_overrides
 from exl2ray.plan.problems import examine, row_sizes
 from exl2ray.planning import Plan, choose, has_sensitivities, module_cost, slot_weights
 from exl2ray.progress import Reporter
+from exl2ray.quality import Numerics
 from exl2ray.quant.losses import merged
 from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
@@ -70,6 +71,9 @@ class Job:
         self.limits = Limits()
         self._session: Session | None = None
         self._scheduler: Scheduler | None = None
+        described = recipe.numerics.describe()
+        if described:
+            self.reporter.event("note", message=f"quality {recipe.quality}: {described}")
         for warning in (*found.warnings, *self.spec.warnings):
             self.reporter.event("warning", message=warning)
         for note in sorted({n for rows in self.rows.values() for n in rows.notes}):
@@ -145,6 +149,9 @@ class Job:
                 rope_alpha=recipe.rope_alpha,
                 damping=recipe.damping,
                 moe_all_experts=recipe.moe_all_experts,
+                target_correction=recipe.numerics.target_correction,
+                refine_scales=recipe.numerics.scale_search == "feedback",
+                sweeps=recipe.numerics.sweeps,
                 checkpoint_seconds=recipe.checkpoint_seconds,
                 calibration=CALIBRATION,
                 calibration_sha256=self.calibration_sha256,
@@ -417,7 +424,7 @@ class Job:
         value = hash_inputs(
             fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
             damping=self.recipe.damping, rows=self.calibration_sha256, propagate=settings["propagate"],
-            **self._all_experts(),
+            **self._all_experts(), **self._beyond_reference(),
         )  # fmt: skip
         out = []
         for module in self.spec.modules:
@@ -591,6 +598,11 @@ class Job:
         """What --moe-all-experts adds to the hashes of results; nothing for a model without experts."""
         used = self.recipe.moe_all_experts and self.spec.arch.moe
         return {"moe_all_experts": True} if used else {}
+
+    def _beyond_reference(self) -> dict[str, Any]:
+        """What --quality adds to the hashes of quantised modules; nothing for the plain algorithm."""
+        plain = asdict(Numerics())
+        return {name: value for name, value in asdict(self.recipe.numerics).items() if value != plain[name]}
 
     def _scheduled(self, name: str, **fields: Any) -> None:
         """What the scheduler tells, for the event log and for people."""

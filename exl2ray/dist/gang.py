@@ -9,6 +9,9 @@ run of shares. Per module
 3. owners factorise, quantise, pack and write the linears of their inputs; the packed tensors are broadcast,
 4. everybody runs its rows through the quantised module; the first member commits the record.
 
+With corrected targets (`exl2ray.quant.correct`) the members keep the states of the source model beside those of the
+quantised one, and attention and MLP go through 1 to 3 twice: for the first linears, then for the second one.
+
 A group of one does the same without sending anything, so one worker and eight give the same bytes. After a loss the group
 is formed anew: shares that a survivor holds are sent to their new holders, lost ones start from a checkpoint or from the
 token rows and go forward through packed modules.
@@ -28,11 +31,12 @@ from exl2ray.dist.checkpoints import Chain, Checkpoints
 from exl2ray.dist.comm import Comm, Group, Solo
 from exl2ray.dist.items import ChainItem, JoinItem
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
-from exl2ray.dist.tree import SHARES, TreeSum, owner_shares, share_rows
+from exl2ray.dist.tree import SHARES, Node, TreeSum, owner_shares, share_rows
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec
+from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
 from exl2ray.quant.hessian import Factor, HessianAccumulator
 from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, row_errors
 from exl2ray.quant.measure_moe import describe_coverage, expert_factor, shares_of
@@ -47,7 +51,7 @@ class Share:
     """States of one range of rows at the entry of module ``index``.
 
     x (r, T, hidden): what the quantised modules before produce. other (p, T, hidden): some of the rows whose perplexity is
-    reported, in the source model.
+    reported, in the source model; with corrected targets all rows of the share (p = r).
     """
 
     index: int
@@ -67,7 +71,9 @@ class Gang:
         self.comm: Comm = Solo()
         rows = len(runner.rows("quantize"))
         self.rows = share_rows(rows)
-        self.other_rows = share_rows(min(rows, runner.setup.perplexity_rows))
+        self.reported = min(rows, runner.setup.perplexity_rows)
+        self.corrected = runner.setup.target_correction > 0
+        self.other_rows = self.rows if self.corrected else share_rows(self.reported)
 
     # ---- forming -----------------------------------------------------------------------------------------------
 
@@ -153,25 +159,19 @@ class Gang:
 
     def _module(self, item: ChainItem, module: ModuleSpec) -> tuple[dict[str, Any], str]:
         block = self.run.load(module)
-        trees = {group: TreeSum(self.run.sums_on_host(module)) for group in by_input(module.linears)}
-        targets: dict[int, Tensor] = {}
-        settings: dict[int, Settings] = {}
-        others = {}
-        for s, share in sorted(self.shares.items()):
-            settings[s] = self.run.settings(module, share.x, item.shrink)
-            targets[s], hessians = reference_pass(block, share.x, settings[s], check_states)
-            for group, tree in trees.items():
-                tree.add(s, hessians.pop(group))
-            if len(share.other):
-                others[s] = self.run.advance(block, share.other, self.run.settings(module, share.other, item.shrink))
-            else:
-                others[s] = share.other
-        experts = self._coverage(module, trees)
-        writing, notes = self._quantize_linears(item, block, trees)
+        experts: list[dict[str, float]] = []
+        if self.corrected and can_correct(block):
+            others, writing, notes = self._corrected(item, block)
+            targets = dict(others)
+        else:
+            targets, others, trees = self._plain(item, block)
+            experts = self._coverage(module, trees)
+            writing, notes = self._quantize_linears(item, block, trees)
         errors: list[tuple[int, float]] = []
         outs: dict[int, Tensor] = {}
         for s, share in sorted(self.shares.items()):
-            outs[s], error = self._quantized_pass(block, share.x, targets.pop(s), settings[s])
+            settings = self.run.settings(module, share.x, item.shrink)
+            outs[s], error = self._quantized_pass(block, share.x, targets.pop(s), settings)
             errors.append((s, error))
         total = sum(e for _, e in sorted(x for member in self.comm.gather(errors) for x in member))
         error = total / sum(len(r) for r in self.rows)
@@ -186,6 +186,50 @@ class Gang:
             self.checkpoints.save(self.chain, item.index + 1, tensors, item.index + 1)
         return payload, f"error {error:.5f}"
 
+    def _plain(self, item: ChainItem, block: Block) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[str, TreeSum]]:
+        """Source outputs of the rows, of the rows in the source model, and the Hessians of all inputs."""
+        module = block.module
+        trees = {group: TreeSum(self.run.sums_on_host(module)) for group in by_input(module.linears)}
+        targets: dict[int, Tensor] = {}
+        others: dict[int, Tensor] = {}
+        for s, share in sorted(self.shares.items()):
+            settings = self.run.settings(module, share.x, item.shrink)
+            targets[s], hessians = reference_pass(block, share.x, settings, check_states)
+            for group, tree in trees.items():
+                tree.add(s, hessians.pop(group))
+            if len(share.other):
+                others[s] = self.run.advance(block, share.other, self.run.settings(module, share.other, item.shrink))
+            else:
+                others[s] = share.other
+        return targets, others, trees
+
+    def _corrected(
+        self, item: ChainItem, block: Block
+    ) -> tuple[dict[int, Tensor], dict[str, Future[FileRef]], list[str]]:
+        """Quantises a block towards corrected targets: source model's states after it, files, notes."""
+        others: dict[int, Tensor] = {}
+        files: dict[str, Future[FileRef]] = {}
+        notes: list[str] = []
+        first = first_linears(block)
+        source = {x.key: block.weights[x.key] for linears in first.values() for x in linears}
+        for stage in (first, second_linears(block)):
+            on_host = self.run.sums_on_host(block.module)
+            trees, crosses = ({group: TreeSum(on_host) for group in stage} for _ in range(2))
+            for s, share in sorted(self.shares.items()):
+                settings = self.run.settings(block.module, share.x, item.shrink)
+                if stage is first:
+                    sums = first_sums(block, share.x, share.other, settings)
+                else:
+                    sums, others[s] = second_sums(block, share.x, share.other, source, settings, check_states)
+                for group in stage:
+                    own = sums.pop(group)
+                    trees[group].add(s, own.hessian)
+                    crosses[group].add(s, own.cross)
+            writing, noted = self._quantize_linears(item, block, trees, crosses)
+            files.update(writing)
+            notes += noted
+        return others, files, notes
+
     def _quantized_pass(self, block: Block, x: Tensor, target: Tensor, settings: Settings) -> tuple[Tensor, float]:
         """Output of the quantised block, and the sum over rows of its relative error."""
         out = torch.empty_like(x)
@@ -199,15 +243,17 @@ class Gang:
         return out, error
 
     def _quantize_linears(
-        self, item: ChainItem, block: Block, trees: dict[str, TreeSum]
+        self, item: ChainItem, block: Block, trees: dict[str, TreeSum], crosses: dict[str, TreeSum] | None = None
     ) -> tuple[dict[str, Future[FileRef]], list[str]]:
-        """Sums Hessians on their owners; quantises and spreads the linears, and starts to write them.
+        """Sums Hessians on their owners; quantises and spreads the linears on these inputs, and starts to write them.
 
-        Returns the files of this member by input, as they will be, and all members' notes in order.
+        crosses: sums for corrected targets. Returns the files of this member by input, as they will be, and all members'
+        notes in order.
         """
         module = block.module
-        groups = by_input(module.linears)
-        hessians, owners = self._reduce(module, groups, trees)
+        inputs = by_input(module.linears)
+        groups = {group: inputs[group] for group in trees}
+        hessians, moments, owners = self._reduce(module, groups, trees, crosses or {})
         settings = self.run.settings(module, torch.empty(1, self.run.rows("quantize").shape[1], 0), item.shrink)
         mine: dict[str, list[str]] = {}
         writing: dict[str, Future[FileRef]] = {}
@@ -217,8 +263,11 @@ class Gang:
                 continue
             notes: list[str] = []
             factor = self._factor(block, hessians, group, settings, notes)
-            packed[group] = quantize_group(block, linears, factor, item.params, settings)
-            key = f"{module.profile_key}.{group}" if len(groups) > 1 else module.profile_key
+            targets = None
+            if group in moments:
+                targets = corrected_weights(block, linears, factor, moments.pop(group), settings.correction)
+            packed[group] = quantize_group(block, linears, factor, item.params, settings, targets)
+            key = f"{module.profile_key}.{group}" if len(inputs) > 1 else module.profile_key
             rel = item_file(self.chain.kind, "tensors", key, item.hashes[item.index])
             tensors = {n: t for p in packed[group].values() for n, t in p.tensors().items()}
             writing[group] = self.run.writer.submit(put_tensors, self.run.store, rel, tensors)
@@ -256,30 +305,39 @@ class Gang:
         return factorise(own, settings, where, notes, keeps_order(block.module, group))
 
     def _reduce(
-        self, module: ModuleSpec, groups: dict[str, list[LinearSpec]], trees: dict[str, TreeSum]
-    ) -> tuple[dict[str, HessianAccumulator], dict[str, int]]:
-        """Owner of each input, and the sums of the inputs that are ours."""
-        counts = self.comm.gather({g: t.counts() for g, t in trees.items()})
-        tokens = {g: sum(c[1] for member in counts for c in member[g].values()) for g in groups}
+        self,
+        module: ModuleSpec,
+        groups: dict[str, list[LinearSpec]],
+        trees: dict[str, TreeSum],
+        crosses: dict[str, TreeSum],
+    ) -> tuple[dict[str, HessianAccumulator], dict[str, HessianAccumulator], dict[str, int]]:
+        """Sums of the inputs that are ours (Hessians, and those for corrected targets), and the owner of each input."""
+        counts = self.comm.gather([{g: t.counts() for g, t in sums.items()} for sums in (trees, crosses)])
+        tokens = {g: sum(c[1] for member in counts for c in member[0][g].values()) for g in groups}
         owners = assign_owners(module, groups, tokens, self.comm.size)
-        out = {}
+        out: list[dict[str, HessianAccumulator]] = [{}, {}]
         for group, linears in groups.items():
-            k = linears[0].in_features
-            for rank in range(self.comm.size):
-                if rank == owners[group]:
+            for kind, sums in enumerate((trees, crosses)):
+                if group not in sums:
                     continue
-                for node in sorted(counts[rank][group]):
-                    if rank == self.comm.rank:
-                        self.comm.send(trees[group].take(node).h.to(self.run.device), owners[group])
-                    elif owners[group] == self.comm.rank:
-                        received = HessianAccumulator(k, self.run.device)
-                        self.comm.receive(received.h, rank)
-                        for name, value in zip(("rows", "tokens", "routed"), counts[rank][group][node], strict=False):
-                            setattr(received, name, value)
-                        trees[group].add_node(node, received)
-            if owners[group] == self.comm.rank:
-                out[group] = trees[group].total()
-        return out, owners
+                for rank in range(self.comm.size):
+                    if rank != owners[group]:
+                        nodes = counts[rank][kind][group]
+                        self._move(sums[group], nodes, linears[0].in_features, rank, owners[group])
+                if owners[group] == self.comm.rank:
+                    out[kind][group] = sums[group].total()
+        return out[0], out[1], owners
+
+    def _move(self, tree: TreeSum, nodes: dict[Node, tuple[int, int, int, int]], k: int, source: int, owner: int) -> None:
+        """Sends the sums of one member to the owner. ``nodes``: what that member has."""
+        for node, (rows, tokens, routed, columns) in sorted(nodes.items()):
+            if source == self.comm.rank:
+                self.comm.send(tree.take(node).h.to(self.run.device), owner)
+            elif owner == self.comm.rank:
+                received = HessianAccumulator(k, self.run.device, columns)
+                self.comm.receive(received.h, source)
+                received.rows, received.tokens, received.routed = rows, tokens, routed
+                tree.add_node(node, received)
 
     def _spread(
         self, block: Block, linears: list[LinearSpec], packed: dict[str, PackedLinear] | None, owner: int
@@ -329,7 +387,7 @@ class Gang:
     def _head(self, item: ChainItem, module: ModuleSpec) -> tuple[dict[str, Any], str]:
         block = self.run.load(module)
         linear = module.linears[0]
-        before = [(s, perplexity_sums(block, h.other, self._ids(self.other_rows[s]))) for s, h in self.shares.items()]
+        before = [(s, self._sums_of(block, h.other, self.other_rows[s])) for s, h in self.shares.items()]
         tree = TreeSum()
         for s, share in sorted(self.shares.items()):
             own = HessianAccumulator(linear.in_features, self.run.device)
@@ -338,11 +396,7 @@ class Gang:
                 own.add(share.x[part].to(self.run.device).to(self.run.dtype), part.stop - part.start)
             tree.add(s, own)
         writing, notes = self._quantize_linears(item, block, {linear.input_group: tree})
-        after = []
-        reported = sum(len(r) for r in self.other_rows)
-        for s, share in self.shares.items():
-            rows = range(self.rows[s].start, min(self.rows[s].stop, reported))
-            after.append((s, perplexity_sums(block, share.x[: len(rows)], self._ids(rows)) if len(rows) else (0.0, 0)))
+        after = [(s, self._sums_of(block, h.x, self.rows[s])) for s, h in self.shares.items()]
         quantised, source = self._perplexity(after), self._perplexity(before)
         payload = {
             "perplexity": quantised,
@@ -353,6 +407,11 @@ class Gang:
         self._commit(item, module, payload, writing)
         shown = ["not a number" if v is None else f"{v:.4g}" for v in (quantised, source)]
         return payload, f"perplexity {shown[0]} (source {shown[1]})"
+
+    def _sums_of(self, block: Block, x: Tensor, rows: range) -> tuple[float, int]:
+        """`perplexity_sums` of those of ``rows``, whose normed states x are, that are reported."""
+        count = len(range(rows.start, min(rows.stop, self.reported)))
+        return perplexity_sums(block, x[:count], self._ids(rows)[:count]) if count else (0.0, 0)
 
     def _perplexity(self, sums: list[tuple[int, tuple[float, int]]]) -> float | None:
         return perplexity_of([v for _, v in sorted(x for member in self.comm.gather(sums) for x in member)])

@@ -25,6 +25,9 @@ class WorkerSetup:
     calibration_sha256: str
     perplexity_rows: int  # leading rows of the quantisation set whose perplexity is reported
     moe_all_experts: bool = False  # Hessians of experts from all tokens
+    target_correction: float = 0.0  # strength of corrected targets, in chains on quantised states
+    refine_scales: bool = False  # scale codes by the loss after feedback
+    sweeps: int = 0  # of coordinate descent over the integers
     threads: int | None = None  # torch threads on CPU, the same whatever the number of workers; None: torch's choice
     nonce: tuple[str, str] | None = None
     versions: dict[str, str] = field(default_factory=dict)

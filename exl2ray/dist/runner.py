@@ -63,7 +63,13 @@ class Runner:
     def settings(self, module: ModuleSpec, x: Tensor, shrink: int = 1) -> Settings:
         """Batch sizes for states x (R, T, hidden), from shapes alone; ``shrink`` > 1 after running out of memory."""
         s = settings_for(module, x.shape[0], x.shape[1], self.device, self.setup.damping)
-        s = replace(s, all_experts=self.setup.moe_all_experts)
+        s = replace(
+            s,
+            all_experts=self.setup.moe_all_experts,
+            correction=self.setup.target_correction,
+            refine=self.setup.refine_scales,
+            sweeps=self.setup.sweeps,
+        )
         if shrink == 1:
             return s
         if not self.crowded:
@@ -87,7 +93,8 @@ class Runner:
     def home(self, nbytes: int) -> torch.device:
         """Where states of this size are kept: on the device if every module has room beside them, else on the host."""
         if nbytes not in self._homes:
-            fits = states_fit(self.spec.modules, nbytes, self._longest, self.device) and not self.crowded
+            corrected = self.setup.target_correction > 0
+            fits = states_fit(self.spec.modules, nbytes, self._longest, self.device, corrected) and not self.crowded
             self._homes[nbytes] = self.device if fits else torch.device("cpu")
         return self._homes[nbytes]
 
@@ -98,7 +105,7 @@ class Runner:
 
     def sums_on_host(self, module: ModuleSpec) -> bool:
         """Whether partial sums of a module's Hessians have to leave the GPU."""
-        return sums_on_host(module, self.device)
+        return sums_on_host(module, self.device, self.setup.target_correction > 0)
 
     def place(self, x: Tensor) -> Tensor:
         """States where they are kept; on a CPU a copy."""

@@ -58,9 +58,9 @@ class TreeSum:
         left.routed += right.routed
         self.add_node((level + 1, position // 2), left)
 
-    def counts(self) -> dict[Node, tuple[int, int, int]]:
-        """(calibration rows, tokens, routed tokens) of the sums at hand."""
-        return {node: (h.rows, h.tokens, h.routed) for node, h in self._nodes.items()}
+    def counts(self) -> dict[Node, tuple[int, int, int, int]]:
+        """(calibration rows, tokens, routed tokens, columns) of the sums at hand."""
+        return {node: (h.rows, h.tokens, h.routed, h.h.shape[1]) for node, h in self._nodes.items()}
 
     def take(self, node: Node) -> HessianAccumulator:
         return self._nodes.pop(node)

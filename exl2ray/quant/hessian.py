@@ -30,32 +30,36 @@ FLOAT64_ROWS = 8192  # above this K, float32 loses too much of the small pivots 
 
 
 class HessianAccumulator:
-    """Sum of X^T X over calibration rows for one distinct input; K x K float32 on ``device``."""
+    """Sum of X^T X over calibration rows for one distinct input; K x K float32 on ``device``.
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.h = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+    Also of X^T Y, K x ``columns``, for products with something else.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", columns: int | None = None) -> None:
+        self.h = torch.zeros(in_features, columns or in_features, dtype=torch.float32, device=device)
         self.rows = 0
         self.tokens = 0
         self.routed = 0  # of these, tokens that the router sent here; all of them but with --moe-all-experts
 
-    def add(self, x: Tensor, rows: int = 1, routed: int | None = None) -> None:
+    def add(self, x: Tensor, rows: int = 1, routed: int | None = None, y: Tensor | None = None) -> None:
         """Adds inputs ``x`` (..., K), any float dtype, that stem from ``rows`` calibration rows.
 
-        routed: tokens that the input would hold if every expert saw only its own; None: all of ``x``.
+        routed: tokens that the input would hold if every expert saw only its own; None: all of ``x``. y: (..., columns) in
+        x's dtype, where X^T Y is summed.
         Half inputs on a GPU go through the tensor cores with a float32 result: products of halves are exact there, so
         only the order of summation differs from a float32 product. Float32 inputs are multiplied in float32.
         """
         x = x.reshape(-1, x.shape[-1])
+        y = x if y is None else y.reshape(-1, y.shape[-1])
         self.rows += rows
         self.tokens += x.shape[0]
         self.routed += x.shape[0] if routed is None else routed
         if x.shape[0] == 0:
             return
         if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-            self.h += torch.mm(x.T, x, out_dtype=torch.float32)
+            self.h += torch.mm(x.T, y, out_dtype=torch.float32)
         else:
-            x = x.float()
-            self.h.addmm_(x.T, x)
+            self.h.addmm_(x.float().T, y.float())
 
     def finish(self) -> Tensor:
         """H (K, K) float32, divided by the number of rows; the identity if no token was seen."""

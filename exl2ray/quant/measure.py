@@ -33,7 +33,11 @@ FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run the numerics of one module. Results depend on ``damping`` and ``all_experts`` alone, up to rounding."""
+    """How to run the numerics of one module.
+
+    Results depend on ``damping``, ``all_experts``, ``correction``, ``refine`` and ``sweeps`` alone, up to rounding. The last
+    three are about quantising, not measuring.
+    """
 
     damping: float = DAMPING
     batch_rows: int = 4  # calibration rows per forward
@@ -41,6 +45,9 @@ class Settings:
     offload: bool = False  # keep the candidates of a module in host memory, for GPUs that cannot hold them all
     expert_tokens: int | None = None  # tokens of one expert that are scored at once; None: all
     all_experts: bool = False  # Hessians of every expert from all tokens; the forward pass stays as routed
+    correction: float = 0.0  # strength of corrected targets (`exl2ray.quant.correct`)
+    refine: bool = False  # scale codes by the loss after feedback inside their group (`exl2ray.quant.scales.refine`)
+    sweeps: int = 0  # of coordinate descent over the integers (`exl2ray.quant.gptq.descend`)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ SOLVER_SHARE = 0.2
 ACTIVATION_SHARE = 0.2
 ROOM_SHARE = 0.95  # what modules, states and recorded graphs may take together; the rest is fragmentation
 STATE_SETS = 3
+CORRECTED_STATE_SETS = 4  # with corrected targets: entry and output, each in the quantised and in the source model
 PARTIAL_SUMS = 3  # of Hessians that wait for their sibling in the tree of shares
 SUMS_SHARE = 0.15
 EXPERT_SHARE = 0.1  # scoring of one expert's tokens
@@ -55,29 +56,40 @@ def settings_within(module: Any, rows: int, tokens: int, total: int, damping: fl
     return Settings(damping, batch, solver, offload, _expert_tokens(module, total))
 
 
-def states_fit(modules: Sequence[Any], state_bytes: int, tokens: int, device: torch.device) -> bool:
+def states_fit(
+    modules: Sequence[Any], state_bytes: int, tokens: int, device: torch.device, corrected: bool = False
+) -> bool:
     """Whether hidden states of ``state_bytes`` stay on the GPU: if the largest module has room beside them."""
-    return device.type == "cuda" and states_fit_within(modules, state_bytes, tokens, device_bytes(device))
+    return device.type == "cuda" and states_fit_within(modules, state_bytes, tokens, device_bytes(device), corrected)
 
 
-def states_fit_within(modules: Sequence[Any], state_bytes: int, tokens: int, total: int) -> bool:
-    """`states_fit` on a GPU of ``total`` bytes. A pass holds three sets of states: entry, target and output."""
+def states_fit_within(
+    modules: Sequence[Any], state_bytes: int, tokens: int, total: int, corrected: bool = False
+) -> bool:
+    """`states_fit` on a GPU of ``total`` bytes. A pass holds three sets of states: entry, target and output.
+
+    corrected: with corrected targets (`exl2ray.quant.correct`), which take a fourth set, and sums of their own.
+    """
     worst = 0
     for module in modules:
         settings = settings_within(module, max(1, state_bytes // (2 * tokens * _hidden(module))), tokens, total, DAMPING)
-        partial = 0 if sums_on_host_within(module, total) else PARTIAL_SUMS * _hessian_bytes(module)
-        worst = max(worst, partial + max(peak_bytes(module, settings, tokens, 0).values()))
-    return worst + STATE_SETS * state_bytes <= (ROOM_SHARE - GRAPH_SHARE) * total
+        sums = _hessian_bytes(module) + (_cross_bytes(module) if corrected else 0)
+        partial = 0 if sums_on_host_within(module, total, corrected) else PARTIAL_SUMS * sums
+        extra = _correction_bytes(module) if corrected else 0
+        worst = max(worst, partial + extra + max(peak_bytes(module, settings, tokens, 0).values()))
+    sets = CORRECTED_STATE_SETS if corrected else STATE_SETS
+    return worst + sets * state_bytes <= (ROOM_SHARE - GRAPH_SHARE) * total
 
 
-def sums_on_host(module: Any, device: torch.device) -> bool:
+def sums_on_host(module: Any, device: torch.device, corrected: bool = False) -> bool:
     """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.dist.tree`)."""
-    return device.type == "cuda" and sums_on_host_within(module, device_bytes(device))
+    return device.type == "cuda" and sums_on_host_within(module, device_bytes(device), corrected)
 
 
-def sums_on_host_within(module: Any, total: int) -> bool:
+def sums_on_host_within(module: Any, total: int, corrected: bool = False) -> bool:
     """`sums_on_host` on a GPU of ``total`` bytes."""
-    return PARTIAL_SUMS * _hessian_bytes(module) > SUMS_SHARE * total
+    sums = _hessian_bytes(module) + (_cross_bytes(module) if corrected else 0)
+    return PARTIAL_SUMS * sums > SUMS_SHARE * total
 
 
 def recorded_bytes(modules: Sequence[Any], total: int) -> int:
@@ -89,6 +101,21 @@ def recorded_bytes(modules: Sequence[Any], total: int) -> int:
 def _hessian_bytes(module: Any) -> int:
     inputs = {x.input_group: x.in_features for x in module.linears}
     return sum(4 * k * k for k in inputs.values())
+
+
+def _cross_bytes(module: Any) -> int:
+    """Products that corrected targets are made of: K x K for linears on a common input, K x N for o_proj and down_proj."""
+    if module.kind not in ("attention", "mlp", "parallel"):
+        return 0
+    second = [x for x in module.linears if x.role in ("o_proj", "down_proj")]
+    first: dict[str, int] = {x.input_group: x.in_features for x in module.linears if x not in second}
+    sizes = [k * k for k in first.values()] + [int(x.in_features * x.out_features) for x in second]
+    return 4 * sum(sizes)
+
+
+def _correction_bytes(module: Any) -> int:
+    """What corrected targets add to the peak of a module: the products, the targets, the source weights."""
+    return _cross_bytes(module) + 4 * sum(int(x.in_features * x.out_features) for x in module.linears)
 
 
 def _hidden(module: Any) -> int:

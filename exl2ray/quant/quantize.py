@@ -93,13 +93,22 @@ def quantize_after(
 
 
 def quantize_group(
-    block: Any, linears: list[Any], factor: Factor, params: Mapping[str, QParams], settings: Settings
+    block: Any,
+    linears: list[Any],
+    factor: Factor,
+    params: Mapping[str, QParams],
+    settings: Settings,
+    targets: Mapping[str, Tensor] | None = None,
 ) -> dict[str, PackedLinear]:
-    """Quantises and packs linears that share an input; puts the weights reconstructed from the packing into the block."""
-    weights = {x.key: pad_columns(block.weights[x.key]) for x in linears}
+    """Quantises and packs linears that share an input; puts the weights reconstructed from the packing into the block.
+
+    targets: linear key -> (K, N) to quantise in place of the block's weights.
+    """
+    weights = {x.key: pad_columns((targets or block.weights)[x.key]) for x in linears}
     layouts = {x.key: params[x.key].layout(x.in_features) for x in linears}
+    solved = quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.refine, settings.sweeps)
     out: dict[str, PackedLinear] = {}
-    for key, q in quantize_linears(factor, weights, layouts, settings.budget_bytes).items():
+    for key, q in solved.items():
         packed = pack(key, q, block.biases.get(key))
         loaded = dequantize(packed, q.weight.device)
         worst = float((loaded.float() - q.weight.float()).abs().max())

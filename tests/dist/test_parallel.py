@@ -117,6 +117,26 @@ def test_resume_with_another_number_of_workers(
     assert [c for c in after if c[0] in ("chain", "quantize")]
 
 
+def test_corrected_targets_whoever_holds_which_rows(model: Path, tmp_path: Path, cluster: Any) -> None:
+    """The states of the source model travel with those of the quantised one: into a group, and over a resume."""
+    settings = {"quality": "balanced", "checkpoint_seconds": 0.0}
+    one, three, resumed = tmp_path / "one", tmp_path / "three", tmp_path / "resumed"
+    convert(recipe(model, one, **settings), Silent())
+    convert(recipe(model, three, gpus=3, ray_address=cluster.address, **settings), Silent())
+    assert digests(three) == digests(one)
+
+    class StopInTheMiddle(Silent):
+        def event(self, name: str, **fields: Any) -> None:
+            super().event(name, **fields)
+            if name == "item" and fields["stage"].startswith("quantize") and fields["done"] == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(Exception, match="work directory"):
+        convert(recipe(model, resumed, **settings), StopInTheMiddle())
+    convert(recipe(model, resumed, gpus=2, ray_address=cluster.address, **settings), Silent())
+    assert digests(resumed) == digests(one)
+
+
 def test_parts_of_a_module_are_the_whole(model: Path, tmp_path: Path) -> None:
     """Any split of the option tables gives the same numbers."""
     from exl2ray.dist.items import EnterItem, MeasureItem

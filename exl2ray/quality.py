@@ -1,0 +1,56 @@
+"""What --quality stands for: settings of the quantiser beyond the plain algorithm, as a table.
+
+`reference` is GPTQ as ExLlamaV2 runs it. The others cost time and no bytes: the files have the same format and size.
+Flags of their own override single settings. docs/quality.md has the figures behind the choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Quality = Literal["reference", "balanced", "best"]
+ScaleSearch = Literal["error", "feedback"]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Settings that change quantised weights, at the same bits."""
+
+    target_correction: float = 0.0  # strength of corrected targets (`exl2ray.quant.correct`), 0 to 1
+    scale_search: ScaleSearch = "error"  # "feedback": also by the loss after feedback (`exl2ray.quant.scales.refine`)
+    sweeps: int = 0  # of coordinate descent over the integers after GPTQ (`exl2ray.cuda.solver`)
+
+    def describe(self) -> str:
+        """In words, for people; empty for the plain algorithm."""
+        parts = []
+        if self.target_correction:
+            parts.append(f"targets corrected towards the source model (strength {self.target_correction:g})")
+        if self.scale_search == "feedback":
+            parts.append("scale codes by error feedback")
+        if self.sweeps:
+            parts.append(f"{self.sweeps} sweep{'s' * (self.sweeps != 1)} of coordinate descent")
+        return ", ".join(parts)
+
+
+PRESETS: dict[Quality, Numerics] = {
+    "reference": Numerics(),
+    "balanced": Numerics(0.5, "feedback", 2),
+    "best": Numerics(0.5, "feedback", 4),
+}
+
+
+def resolve(
+    quality: Quality,
+    propagate: str,
+    target_correction: float | None = None,
+    scale_search: ScaleSearch | None = None,
+    sweeps: int | None = None,
+) -> Numerics:
+    """The settings of a preset, with what is given explicitly in their place.
+
+    Targets are corrected only where modules are calibrated on what the quantised ones before them produce.
+    """
+    given = {"target_correction": target_correction, "scale_search": scale_search, "sweeps": sweeps}
+    out = replace(PRESETS[quality], **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    return replace(out, target_correction=0.0) if propagate == "reference" else out

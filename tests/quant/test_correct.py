@@ -1,0 +1,185 @@
+"""Corrected targets: against the least-squares problem written out, and on blocks of all kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from quant_helpers import hessian, load, states
+from torch import Tensor
+
+from exl2ray.errors import NumericError
+from exl2ray.model.blocks import Block, check_states
+from exl2ray.quant.correct import (
+    can_correct,
+    corrected_weights,
+    first_linears,
+    first_sums,
+    second_linears,
+    second_sums,
+    solve_damped,
+)
+from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare, round_to_nearest
+from exl2ray.quant.measure import Settings
+from exl2ray.quant.quantize import quantize_group
+
+SETTINGS = Settings(batch_rows=2)
+# plain residual; post-norms; residual multiplier; parallel attention and MLP
+FAMILIES = [("Llama", 1), ("Llama", 2), ("Gemma2", 1), ("Gemma2", 2), ("Granite", 1), ("Granite", 2), ("Cohere", 1)]
+ROWS = 24
+
+
+def two_chains(spec: object, noise: float = 0.2) -> tuple[Tensor, Tensor]:
+    """States at the entry in a quantised and in the source model: the first are what noise and a drift made of the second."""
+    source = states(spec, rows=ROWS)  # type: ignore[arg-type]
+    other = states(spec, rows=ROWS, seed=1)  # type: ignore[arg-type]
+    drift = torch.linspace(0.8, 1.1, source.shape[-1])
+    return (source * drift + noise * other).to(source.dtype), source
+
+
+def corrected_stage(block: Block, x: Tensor, other: Tensor, strength: float, second: bool, source: dict[str, Tensor]) -> None:
+    """Puts the corrected targets of one stage into the block, unquantised."""
+    if second:
+        sums, _ = second_sums(block, x, other, source, SETTINGS, check_states)
+    else:
+        sums = first_sums(block, x, other, SETTINGS)
+    for group, linears in (second_linears(block) if second else first_linears(block)).items():
+        factor = prepare(sums[group].hessian.finish(), 1e-4)
+        for key, w in corrected_weights(block, linears, factor, sums[group].cross, strength).items():
+            block.set_weight(key, w)
+
+
+def test_damped_solution() -> None:
+    h = hessian(96, 2)
+    factor = prepare(h, 0.05)
+    m = torch.randn(96, 40, generator=torch.Generator().manual_seed(0))
+    expected = torch.linalg.solve(h.double() + factor.damping * torch.eye(96), m.double())
+    assert torch.allclose(solve_damped(factor, m.clone()).double(), expected, rtol=1e-3, atol=1e-6)
+    with pytest.raises(NumericError, match="without a factor"):
+        solve_damped(round_to_nearest(h), m)
+
+
+def test_products_of_two_tensors() -> None:
+    """Sums of X^T Y over batches; the plain Hessian is the case Y = X."""
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(4, 5, 7, generator=g), torch.randn(4, 5, 3, generator=g)
+    whole, parts, plain, same = (HessianAccumulator(7, columns=c) for c in (3, 3, None, None))
+    whole.add(x, 4, y=y)
+    for i in range(4):
+        parts.add(x[i], 1, y=y[i])
+    plain.add(x, 4)
+    same.add(x, 4, y=x)
+    assert torch.allclose(whole.h, x.flatten(0, 1).T @ y.flatten(0, 1), atol=1e-5)
+    assert torch.allclose(whole.h, parts.h, atol=1e-5)
+    assert (whole.rows, whole.tokens) == (parts.rows, parts.tokens) == (4, 20)
+    assert torch.equal(plain.h, same.h)
+
+
+@pytest.mark.parametrize("module", [1, 2])
+def test_full_strength_solves_the_least_squares_problem(tiny: Callable[[str], Path], module: int) -> None:
+    """The output with the corrected second linear comes as close to the source's states as any weights allow."""
+    spec, block = load(tiny("Llama"), module)
+    x, other = two_chains(spec)
+    half = block.halves[0]
+    w = block.weights[half.second.key].double()
+    caught: dict[str, Tensor] = {}
+    block.forward(x, lambda group, t: caught.update({group: t}))
+    wanted: dict[str, Tensor] = {}
+    target = block.forward(other, lambda group, t: wanted.update({group: t}))
+    inputs = caught[half.second.input_group].double()
+    missing = (wanted[half.second.input_group].double() - inputs) @ w + (other - x).flatten(0, 1).double()
+    step = torch.linalg.lstsq(inputs, missing).solution
+    corrected_stage(block, x, other, 1.0, True, dict(block.weights))
+    found = block.weights[half.second.key].double() - w
+    assert float((found - step).norm() / step.norm()) < 0.02
+    after = (block.forward(x) - target).double().norm()
+    best = (missing - inputs @ step).norm()
+    assert float(after) == pytest.approx(float(best), rel=1e-3)
+
+
+@pytest.mark.parametrize(("family", "module"), FAMILIES)
+def test_correction_brings_the_output_closer(tiny: Callable[[str], Path], family: str, module: int) -> None:
+    """Both stages, without quantisation: the distance to the source model's states falls with the strength."""
+    spec, block = load(tiny(family), module)
+    x, other = two_chains(spec)
+    assert can_correct(block)
+    plain = dict(block.weights)
+    target = block.forward(other)
+    distances = []
+    for strength in (0.0, 0.5, 1.0):
+        for key, w in plain.items():
+            block.set_weight(key, w)
+        corrected_stage(block, x, other, strength, False, plain)
+        sums, after = second_sums(block, x, other, plain, SETTINGS, check_states)
+        assert torch.allclose(after.float(), target.float(), rtol=1e-4, atol=1e-4)
+        assert {g: s.cross.rows for g, s in sums.items()} == dict.fromkeys(sums, ROWS)
+        corrected_stage(block, x, other, strength, True, plain)
+        if strength == 0:
+            assert all(torch.equal(block.weights[k], w) for k, w in plain.items())
+        distances.append(float((block.forward(x) - target).float().norm() / (x - other).float().norm()))
+    assert distances[0] > distances[1] > distances[2], distances
+
+
+def test_sums_do_not_depend_on_batches(tiny: Callable[[str], Path]) -> None:
+    spec, block = load(tiny("Cohere"), 1)
+    x, other = two_chains(spec)
+    source = dict(block.weights)
+    for rows in (1, 5):
+        a, after_a = second_sums(block, x, other, source, Settings(batch_rows=rows), check_states)
+        b, after_b = second_sums(block, x, other, source, Settings(batch_rows=ROWS), check_states)
+        assert a.keys() == b.keys() == {"o", "down"}
+        assert torch.allclose(after_a, after_b, rtol=1e-4, atol=1e-5)
+        for group in a:
+            for name in ("hessian", "cross"):
+                one, other_sum = (getattr(s[group], name).h for s in (a, b))
+                assert torch.allclose(one, other_sum, rtol=1e-3, atol=1e-3 * float(other_sum.abs().max()))
+
+
+def test_equal_chains_need_no_correction(tiny: Callable[[str], Path]) -> None:
+    spec, block = load(tiny("Llama"), 1)
+    x = states(spec, rows=ROWS)
+    plain = dict(block.weights)
+    corrected_stage(block, x, x, 1.0, False, plain)
+    corrected_stage(block, x, x, 1.0, True, plain)
+    assert all(torch.equal(block.weights[k], w) for k, w in plain.items())
+
+
+def test_experts_and_heads_keep_their_targets(tiny: Callable[[str], Path]) -> None:
+    assert not can_correct(load(tiny("Mixtral"), 2)[1])
+    spec, block = load(tiny("Llama"), 6)
+    assert block.module.kind == "head"
+    assert not can_correct(block)
+    assert spec.modules[6] is block.module
+
+
+def test_without_a_factor_or_tokens_the_targets_are_the_weights(tiny: Callable[[str], Path]) -> None:
+    _, block = load(tiny("Llama"), 1)
+    linears = first_linears(block)["qkv"]
+    cross = HessianAccumulator(64)
+    h = hessian(64)
+    for factor in (prepare(h), round_to_nearest(h)):
+        found = corrected_weights(block, linears, factor, cross, 1.0)
+        assert all(found[x.key] is block.weights[x.key] for x in linears)
+
+
+def test_states_beyond_all_bounds_are_refused(tiny: Callable[[str], Path]) -> None:
+    _, block = load(tiny("Llama"), 1)
+    cross = HessianAccumulator(64)
+    cross.add(torch.full((4, 64), 1e30))
+    factor = Factor(torch.arange(64), torch.eye(64) * 1e-8, 0.0, 1)
+    with pytest.raises(NumericError, match=r"layers\.0\.self_attn\.q_proj: corrected weights are not finite"):
+        corrected_weights(block, first_linears(block)["qkv"], factor, cross, 1.0)
+
+
+def test_targets_are_what_is_quantised(tiny: Callable[[str], Path]) -> None:
+    """8 bits reproduce the targets, not the weights of the block."""
+    from exl2ray.quant.qparams import parse
+
+    _, block = load(tiny("Llama"), 1)
+    linears = second_linears(block)["o"]
+    key = linears[0].key
+    target = block.weights[key] + 0.1
+    quantize_group(block, linears, prepare(hessian(64)), {key: parse("1:8b_32g")}, SETTINGS, {key: target})
+    assert float((block.weights[key] - target).abs().max()) < 0.01
