@@ -32,8 +32,11 @@ def show(report: Report) -> None:
         _show_fit(report.fit)
     if report.memory:
         _show_memory(report)
-    _show_disks(report)
-    if report.times:
+    if report.disks:
+        _show_disks(report)
+    if report.disks_not_examined is not None:
+        _say(report.disks_not_examined)
+    if report.sizes:
         _show_times(report)
     _show_problems(report)
 
@@ -136,10 +139,6 @@ def _show_memory(report: Report) -> None:
 
 
 def _show_disks(report: Report) -> None:
-    if not any(need.what == "work directory" for need in report.disks):
-        _say("the work directory is not named (-o): its disk was not looked at")
-    if not report.disks:
-        return
     rows = []
     for need in report.disks:
         free = "not known" if need.free_bytes is None else file_size(need.free_bytes)
@@ -165,8 +164,11 @@ def _show_times(report: Report) -> None:
         _say(f"basis: {times.basis}. Several GPUs: docs/scaling.md")
     if report.probe is not None:
         _show_probe(report)
-    else:
-        _say("no figures are known for other devices; --probe times the largest layer and the head on this machine")
+        return
+    if not report.times:
+        _heading("time")
+    which = "other devices" if report.times else "CPUs"
+    _say(f"no figures are known for {which}; --probe times the largest layer and the head on this machine")
 
 
 def _show_probe(report: Report) -> None:

@@ -21,7 +21,7 @@ from exl2ray.plan.memory import Peak, peaks
 from exl2ray.plan.probe import ProbeResult, probe
 from exl2ray.plan.problems import Examination, examine, row_sizes
 from exl2ray.plan.sizes import OutputSize, exact_size, freedom_of, size_range
-from exl2ray.plan.times import LOGGED, Timed, Times, estimate, logged_for
+from exl2ray.plan.times import LOGGED, Timed, Times, estimate, far_below, logged_for
 from exl2ray.planning import choose, option_bits
 from exl2ray.quant.allocate import reachable_range
 
@@ -69,6 +69,7 @@ class Report:
     memory: list[DeviceMemory] = field(default_factory=list)
     main_memory_bytes: int = 0
     disks: list[DiskNeed] = field(default_factory=list)
+    disks_not_examined: str | None = None  # why
     times: list[Times] = field(default_factory=list)
     probe: ProbeResult | None = None
     fit: Fit | None = None
@@ -95,6 +96,10 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     report.sizes = [planner.size(b) for b in bits]
     report.other_bytes = sum((Path(recipe.in_dir) / name).stat().st_size for name in side_files(recipe.in_dir))
     report.disks = found.disks
+    if not recipe.out_dir:
+        report.disks_not_examined = "the disk of the work directory was not looked at: name it with -o"
+    elif not found.disks:
+        report.disks_not_examined = "disks were not looked at: problems leave open how much will be written"
     planner.memory(gpu_sizes)
     if wishes.probe and not found.problems:
         planner.probe(say)
@@ -128,6 +133,9 @@ def _not_estimated(recipe: Recipe) -> list[str]:
     out = []
     if recipe.allocation == "linear" and recipe.measurement is None:
         out.append("the time leaves out the pass in which --allocation linear measures sensitivities")
+    beyond = recipe.numerics.describe()
+    if beyond:
+        out.append(f"the time is that of the plain algorithm; quantising with {beyond} takes longer")
     if recipe.propagate == "reference":
         out.append("the time does not know that --propagate reference shares a forward between bitrates")
     return out
@@ -207,9 +215,14 @@ class _Planner:
             name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else "CPU"
             add(name, PROBED, self.report.probe.timed, True)
             return
+        if self.recipe.device == "cpu":
+            return  # no rates of CPUs are known
         here = [g for g in (logged_for(name) for name, _ in this_machines_gpus()) if g is not None]
         for gpu in dict.fromkeys(here or LOGGED):
             add(gpu, TIMED.format(gpu=gpu), LOGGED[gpu], False)
+            if far_below(self.spec, self.rows, LOGGED[gpu]):
+                text = f"layers of this model are far smaller than those that were timed on {gpu}: the time is too low"
+                self.report.warnings.append(text)
 
 
 def _gpu_name(size: int) -> str:

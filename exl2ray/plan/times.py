@@ -139,6 +139,13 @@ def estimate(
     return Times(device, basis, tuple(stages))
 
 
+def far_below(spec: ModelSpec, rows: RowSizes, timed: Sequence[Timed]) -> bool:
+    """Whether a layer takes less than a twentieth of the smallest timed one: then launches, which are not counted, decide."""
+    first = next(m for m in spec.modules if m.quantized)
+    counted = seconds(measuring(shape_of(first, spec.hyper), *rows.measure))
+    return counted < 0.05 * min(t.counted for t in timed if t.stage == "measure")
+
+
 def kind_of(module: ModuleSpec) -> str:
     """Which timed kind a module is like."""
     return {"moe": "mlp", "parallel": "mlp"}.get(module.kind, module.kind)
