@@ -116,7 +116,8 @@ def linear_groups(spec: ModelSpec, measurement: Measurement) -> list[LinearGroup
 def _entry(extra: Mapping[str, Any], name: str, role: str, where: str) -> Any:
     found = extra.get(name)
     if not isinstance(found, Mapping) or role not in found:
-        raise FormatError(f"{where}: no {name}", "--allocation linear needs a measurement made for it; leave out -m")
+        hint = "--allocation linear needs a measurement that was made for it; measure again without -m"
+        raise FormatError(f"{where}: no {name}", hint)
     return found[role]
 
 

@@ -48,7 +48,7 @@ from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir
 from exl2ray.writing import OutputWriter
 
-PROFILE = 2  # what a measured module's record holds; earlier ones, without losses, are not used
+PROFILE = 3  # what a measured module's record holds; earlier ones, without losses, are not used
 CALIBRATION_KEY = "calibration"  # record of the rows of tokens; every job has one
 HIGH_PERPLEXITY, BROKEN_PERPLEXITY, BROKEN_RATIO = 30.0, 1000.0, 10.0
 
@@ -198,7 +198,7 @@ class Job:
     def measure(self) -> Measurement:
         """Profiles of all modules, measured or (with -m) read from a file."""
         if self._measurement_given is not None:
-            return self._with_sensitivities(self._measurement_given)
+            return self._measurement_given
         identity, settings = self.job["identity"], self.job["measure"]
         common = hash_inputs(
             fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
@@ -277,12 +277,6 @@ class Job:
         if self.recipe.allocation != "linear" or has_sensitivities(self.spec, measurement):
             return measurement
         modules = [m for m in self.spec.modules if m.linears]
-        lacking = [m.profile_key for m in modules if "linears" not in measurement[m.profile_key].extra]
-        if lacking:
-            raise UsageError(
-                f"--allocation linear: the measurement holds no losses of single linears ({lacking[0]} first)",
-                "it was made by another program, or for --allocation module; measure again without -m",
-            )
         rows, tokens = probe_rows(self.rows["measure"].kinds, self.rows["measure"].ids.shape[1])
         identity = self.job["identity"]
         common = hash_inputs(
