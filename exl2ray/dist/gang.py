@@ -159,9 +159,8 @@ class Gang:
 
     def _module(self, item: ChainItem, module: ModuleSpec) -> tuple[dict[str, Any], str]:
         block = self.run.load(module)
-        experts: list[dict[str, float]] = []
         if self.corrected and can_correct(block):
-            others, writing, notes = self._corrected(item, block)
+            others, experts, writing, notes = self._corrected(item, block)
             targets = dict(others)
         else:
             targets, others, trees = self._plain(item, block)
@@ -205,8 +204,8 @@ class Gang:
 
     def _corrected(
         self, item: ChainItem, block: Block
-    ) -> tuple[dict[int, Tensor], dict[str, Future[FileRef]], list[str]]:
-        """Quantises a block towards corrected targets: source model's states after it, files, notes."""
+    ) -> tuple[dict[int, Tensor], list[dict[str, float]], dict[str, Future[FileRef]], list[str]]:
+        """Quantises a block towards corrected targets: source model's states after it, coverage, files, notes."""
         others: dict[int, Tensor] = {}
         files: dict[str, Future[FileRef]] = {}
         notes: list[str] = []
@@ -225,10 +224,11 @@ class Gang:
                     own = sums.pop(group)
                     trees[group].add(s, own.hessian)
                     crosses[group].add(s, own.cross)
+            experts = self._coverage(block.module, trees) if stage is not first else []
             writing, noted = self._quantize_linears(item, block, trees, crosses)
             files.update(writing)
             notes += noted
-        return others, files, notes
+        return others, experts, files, notes
 
     def _quantized_pass(self, block: Block, x: Tensor, target: Tensor, settings: Settings) -> tuple[Tensor, float]:
         """Output of the quantised block, and the sum over rows of its relative error."""

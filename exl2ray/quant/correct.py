@@ -13,11 +13,14 @@ out where a norm follows it. The first term alone is known as asymmetric calibra
 A block is quantised in two stages, so that the second linear also corrects what quantising the first ones did: X of o_proj
 and down_proj comes from quantised q, k, v or gate, up. For the first linears, which share an input, X^T (X_f - X) is summed,
 K x K; for the second one X^T of the whole bracket, K x N.
+
+An expert sees the tokens that the quantised model routes to it, in both models. As the weights of a token's experts add up to
+one, each of them can be given the whole (h_f - h): together they then correct it once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,33 +42,45 @@ class Sums:
     hessian: HessianAccumulator
     cross: HessianAccumulator
 
+    def add(self, x: Tensor, missing: Tensor, rows: int, routed: int | None = None) -> None:
+        """Adds inputs x (..., K) and what is missing (..., K or N), of ``rows`` calibration rows."""
+        self.hessian.add(x, rows, routed)
+        self.cross.add(x, rows, routed, missing)
+
+
+SECOND = ("o_proj", "down_proj", "w2")  # roles of the linears that write the residual stream
+
 
 def can_correct(block: Any) -> bool:
-    """Whether the block has the two stages: attention and MLP; mixtures of experts and the head keep plain targets."""
-    return bool(block.halves)
+    """Whether the block has the two stages: attention, MLP, experts; the head keeps plain targets."""
+    return bool(block.module.quantized)
 
 
 def first_linears(block: Any) -> dict[str, list[Any]]:
     """The linears of the first stage by input."""
-    return by_input([x for half in block.halves for x in half.first])
+    return by_input([x for x in block.module.linears if x.role not in SECOND])
 
 
 def second_linears(block: Any) -> dict[str, list[Any]]:
     """The linears of the second stage by input."""
-    return by_input([half.second for half in block.halves])
+    return by_input([x for x in block.module.linears if x.role in SECOND])
 
 
 def first_sums(block: Any, x: Tensor, other: Tensor, settings: Settings) -> dict[str, Sums]:
     """Sums of the first stage. x, other: (R, T, hidden) states at the entry, in the quantised and in the source model."""
-    group, (linear, *_) = next(iter(first_linears(block).items()))
+    sums = _empty(block, first_linears(block))
     device = next(iter(block.weights.values())).device
-    sums = Sums(*(HessianAccumulator(linear.in_features, device) for _ in range(2)))
+    norm = block.pre if block.module.kind == "moe" else block.halves[0].pre
     for part in batches(x.shape[0], settings.batch_rows):
-        n, f = (block.halves[0].pre(states[part].to(device)).flatten(0, -2) for states in (x, other))
+        n, f = (norm(states[part].to(device)).flatten(0, -2) for states in (x, other))
         rows = part.stop - part.start
-        sums.hessian.add(n, rows)
-        sums.cross.add(n, rows, y=f - n)
-    return {group: sums}
+        if block.module.kind != "moe":
+            (own,) = sums.values()
+            own.add(n, f - n, rows)
+            continue
+        for expert, tokens, routed in _routed(block, n, settings):
+            sums[expert.gate.input_group].add(n[tokens], (f - n)[tokens], rows, routed)
+    return sums
 
 
 def second_sums(
@@ -77,38 +92,81 @@ def second_sums(
     check: Callable[[Tensor, str], int],
 ) -> tuple[dict[str, Sums], Tensor]:
     """Sums of the second stage, and the source model's states after the block. The block's first linears are quantised."""
+    sums = _empty(block, second_linears(block))
     device = next(iter(block.weights.values())).device
-    sums = {
-        half.second.input_group: Sums(
-            HessianAccumulator(half.second.in_features, device),
-            HessianAccumulator(half.second.in_features, device, half.second.out_features),
-        )
-        for half in block.halves
-    }
     after = torch.empty_like(other)
+    run = _add_experts if block.module.kind == "moe" else _add_halves
     for part in batches(x.shape[0], settings.batch_rows):
-        xb, ob = x[part].to(device), other[part].to(device)
-        n, f = block.halves[0].pre(xb), block.halves[0].pre(ob)
-        outs = []
-        for half in block.halves:
-            quantised = half.mid({linear.role: half.linear(linear, n) for linear in half.first})
-            wanted = half.mid({linear.role: half.linear(linear, f, source[linear.key]) for linear in half.first})
-            outs.append(half.post(ob, half.linear(half.second, wanted)))
-            missing = (wanted - quantised).matmul(block.weights[half.second.key])
-            if half is block.halves[-1] and half.post_norm is None:  # one of two parallel halves corrects the stream
-                behind = (ob.float() - xb.float()) / half.residual_scale
-                missing = (missing.float() + behind).clamp(-FLOAT16_MAX, FLOAT16_MAX).to(missing.dtype)
-            own, rows = sums[half.second.input_group], part.stop - part.start
-            own.hessian.add(quantised, rows)
-            own.cross.add(quantised, rows, y=missing)
-        result = outs[0]
-        if len(outs) > 1:  # parallel halves return their branches alone
-            result = ob
-            for out in outs:
-                result = result + out.to(ob.dtype)
+        result = run(block, x[part].to(device), other[part].to(device), source, settings, sums)
         check(result, f"source output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
         after[part] = result.to(after.dtype)
     return sums, after
+
+
+def _add_halves(
+    block: Any, x: Tensor, other: Tensor, source: Mapping[str, Tensor], settings: Settings, sums: dict[str, Sums]
+) -> Tensor:
+    """Attention, MLP, or both in parallel: the source model's states after some rows."""
+    n, f = block.halves[0].pre(x), block.halves[0].pre(other)
+    outs: list[Tensor] = []
+    for half in block.halves:
+        quantised = half.mid({linear.role: half.linear(linear, n) for linear in half.first})
+        wanted = half.mid({linear.role: half.linear(linear, f, source[linear.key]) for linear in half.first})
+        outs.append(half.post(other, half.linear(half.second, wanted)))
+        missing = (wanted - quantised).matmul(block.weights[half.second.key])
+        if half is block.halves[-1] and half.post_norm is None:  # one of two parallel halves corrects the stream
+            missing = _plus_behind(missing, x, other, half.residual_scale)
+        sums[half.second.input_group].add(quantised, missing, x.shape[0])
+    if len(outs) == 1:
+        return outs[0]
+    result = other  # parallel halves return their branches alone
+    for out in outs:
+        result = result + out.to(other.dtype)
+    return result
+
+
+def _add_experts(
+    block: Any, x: Tensor, other: Tensor, source: Mapping[str, Tensor], settings: Settings, sums: dict[str, Sums]
+) -> Tensor:
+    """A mixture of experts: the source model's states after some rows."""
+    n, f = (block.pre(states).flatten(0, -2) for states in (x, other))
+    experts, linear = block.experts, block.bank.linear
+    for expert, tokens, routed in _routed(block, n, settings):
+        own, twin = n[tokens], f[tokens]
+        quantised = experts.mid(expert, own)
+        wanted = experts.mix(*(linear(m, twin, source[m.key]) for m in (expert.gate, expert.up)))
+        missing = (wanted - quantised).matmul(block.weights[expert.down.key])
+        missing = _plus_behind(missing, x.flatten(0, -2)[tokens], other.flatten(0, -2)[tokens], 1.0)
+        sums[expert.down.input_group].add(quantised, missing, x.shape[0], routed)
+    out: Tensor = block.post(other, block.forward_experts(f, block.route(f), source))
+    return out
+
+
+def _routed(block: Any, n: Tensor, settings: Settings) -> Iterator[tuple[Any, Tensor | slice, int]]:
+    """Per expert: the tokens of n (tokens, hidden) that it is calibrated on, and how many the router sends to it."""
+    routing = block.route(n)
+    start = 0
+    for expert, count in zip(block.experts.experts, routing.counts, strict=True):
+        yield expert, slice(None) if settings.all_experts else routing.tokens[start : start + count], count
+        start += count
+
+
+def _plus_behind(missing: Tensor, x: Tensor, other: Tensor, scale: float) -> Tensor:
+    """``missing`` (..., N) plus what the residual stream x is behind that of the source model, in units of the branch."""
+    behind = (other.float() - x.float()) / scale
+    return (missing.float() + behind).clamp(-FLOAT16_MAX, FLOAT16_MAX).to(missing.dtype)
+
+
+def _empty(block: Any, inputs: Mapping[str, Sequence[Any]]) -> dict[str, Sums]:
+    """Empty sums for the linears on each input."""
+    device = next(iter(block.weights.values())).device
+    return {
+        group: Sums(
+            HessianAccumulator(linear.in_features, device),
+            HessianAccumulator(linear.in_features, device, linear.out_features if linear.role in SECOND else None),
+        )
+        for group, (linear, *_) in inputs.items()
+    }
 
 
 def corrected_weights(
@@ -121,8 +179,8 @@ def corrected_weights(
     weights = {x.key: block.weights[x.key] for x in linears}
     if factor.r is None or cross.tokens == 0:
         return weights
-    step = solve_damped(factor, cross.h.div_(cross.rows))
-    shared = linears[0].key not in {half.second.key for half in block.halves}
+    step = solve_damped(factor, cross.h.to(factor.r.device).div_(cross.rows))
+    shared = linears[0].role not in SECOND
     out = {}
     for key, w in weights.items():
         target = torch.empty_like(w)

@@ -104,10 +104,10 @@ def _hessian_bytes(module: Any) -> int:
 
 
 def _cross_bytes(module: Any) -> int:
-    """Products that corrected targets are made of: K x K for linears on a common input, K x N for o_proj and down_proj."""
-    if module.kind not in ("attention", "mlp", "parallel"):
+    """Products that corrected targets are made of: K x K for linears on a common input, K x N for those that write back."""
+    if not module.quantized:
         return 0
-    second = [x for x in module.linears if x.role in ("o_proj", "down_proj")]
+    second = [x for x in module.linears if x.role in ("o_proj", "down_proj", "w2")]
     first: dict[str, int] = {x.input_group: x.in_features for x in module.linears if x not in second}
     sizes = [k * k for k in first.values()] + [int(x.in_features * x.out_features) for x in second]
     return 4 * sum(sizes)

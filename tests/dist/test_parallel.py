@@ -84,11 +84,12 @@ def test_several_bitrates_share_the_workers(model: Path, tmp_path: Path, cluster
     assert len(workers[0]) == 2
 
 
-def test_experts_in_a_group(moe_model: Path, tmp_path: Path, cluster: Any) -> None:
+@pytest.mark.parametrize("quality", ["reference", "balanced"])
+def test_experts_in_a_group(quality: str, moe_model: Path, tmp_path: Path, cluster: Any) -> None:
     """Starved experts borrow Hessians, so all inputs of w1 and w3 must meet on one member."""
     one, two = tmp_path / "one", tmp_path / "two"
-    convert(recipe(moe_model, one), Silent())
-    convert(recipe(moe_model, two, gpus=2, ray_address=cluster.address), Silent())
+    convert(recipe(moe_model, one, quality=quality), Silent())
+    convert(recipe(moe_model, two, gpus=2, ray_address=cluster.address, quality=quality), Silent())
     assert digests(one) == digests(two)
 
 
