@@ -134,20 +134,21 @@ def plan(ctx: click.Context, /, **flags: Any) -> int:
 @cli.command()
 @click.option("-i", "--in-dir", metavar="DIR", required=True, help="the source model; only headers are read")
 @click.option("-m", "--measurement", metavar="FILE", required=True, help="its measurement.json")
-@recipe_flags(("bits", "objective", "objective_power"), required=())
+@recipe_flags(("bits", "head_bits", "allocation", "objective", "objective_power"), required=())
 @common
 @click.pass_obj
 def solve(
-    run: Invocation, in_dir: str, measurement: str, bits: tuple[float, ...], objective: str, objective_power: float
-) -> None:
-    """Allocation only: the option of every module at a bitrate.
+    run: Invocation, in_dir: str, measurement: str, bits: tuple[float, ...], head_bits: int | None, allocation: str | None,
+    objective: str, objective_power: float,
+) -> None:  # fmt: skip
+    """Allocation only: the option of every module or linear at a bitrate.
 
     Says what is achieved, and how close to the optimum that is.
     """
     from exl2ray.commands import solve as command
 
     def compute() -> list[command.Solution]:
-        return command.solve(in_dir, measurement, bits, objective, objective_power)
+        return command.solve(in_dir, measurement, bits, objective, objective_power, allocation, head_bits)
 
     present(run, compute, command.show, lambda solutions: {"solutions": solutions})
 

@@ -1,11 +1,11 @@
-"""``exl2ray solve``: which option each module would get at a bitrate, from a measurement and the model's headers."""
+"""``exl2ray solve``: what each module or linear would get at a bitrate, from a measurement and the model's headers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from exl2ray.config import MAX_BITS, MIN_BITS
+from exl2ray.config import MAX_BITS, MIN_BITS, Recipe
 from exl2ray.console import show_table
 from exl2ray.errors import UsageError
 from exl2ray.formats.hf import SourceModel
@@ -13,6 +13,7 @@ from exl2ray.formats.layout import LinearShape, QParams, pad32
 from exl2ray.formats.measurement import Measurement, OptionProfile, check_against, read_measurement
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.planning import choose, has_sensitivities, linear_groups, slot_weights
 from exl2ray.quant.allocate import Slot, budget, check_reachable
 from exl2ray.quant.allocate import solve as allocate
 
@@ -31,8 +32,22 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class LinearChoice:
+    """One linear (all experts of a role): its option, storage, and part in the predicted KL divergence, nats per token."""
+
+    key: str
+    option: str
+    bits_per_weight: float
+    kl: float
+
+
+@dataclass(frozen=True)
 class Solution:
-    """gap: distance to the proven optimum, relative; for objective "product" the mean excess of log error."""
+    """gap: distance to the proven optimum, relative; for objective "product" the mean excess of log error.
+
+    One of ``choices`` and ``linears`` is filled, as ``allocation`` says. predicted_kl: where sensitivities were measured,
+    with the head at its usual 6 bits where the allocation does not choose them.
+    """
 
     bits: float  # asked for
     achieved_bpw: float
@@ -40,11 +55,20 @@ class Solution:
     objective: str
     objective_value: float
     gap: float
-    choices: tuple[Choice, ...]
+    choices: tuple[Choice, ...] = ()
+    linears: tuple[LinearChoice, ...] = ()
+    allocation: str = "module"
+    predicted_kl: float | None = None
 
 
 def solve(
-    in_dir: str, measurement_path: str, bits: Sequence[float], objective: str, power: float
+    in_dir: str,
+    measurement_path: str,
+    bits: Sequence[float],
+    objective: str,
+    power: float,
+    allocation: str | None = None,  # None: linear if the measurement was made for it
+    head_bits: int | None = None,
 ) -> list[Solution]:
     """Allocations for each bitrate, in order.
 
@@ -57,11 +81,18 @@ def solve(
     spec = load_spec(SourceModel(in_dir))
     measurement = read_measurement(measurement_path)
     check_against(measurement, [m.profile_key for m in spec.modules if m.kind != "embedding"], _shapes(spec))
+    if allocation == "linear" or (allocation is None and has_sensitivities(spec, measurement)):
+        return [_linear_solution(spec, measurement, b, head_bits) for b in bits]
     return [_solution(spec, measurement, b, objective, power) for b in bits]
 
 
 def show(solutions: Sequence[Solution]) -> None:
     for s in solutions:
+        if s.linears:
+            cells = [[c.key, c.option, f"{c.bits_per_weight:.3f}", f"{c.kl:.3g}"] for c in s.linears]
+            show_table(f"{s.bits:g} bits per weight", ["linear", "option", "bpw", "KL"], cells)
+            print(f"achieved {s.achieved_bpw:.4f} bits per weight; predicted KL {s.predicted_kl:.4g}, {_gap(s)}")
+            continue
         rows = [
             [c.key, f"{c.option + 1}/{c.options}", f"{c.bits_per_weight:.3f}", f"{c.error:.6f}", _widths(c.widths)]
             for c in s.choices
@@ -70,8 +101,25 @@ def show(solutions: Sequence[Solution]) -> None:
         show_table(title, ["module", "option", "bpw", "error", "mean width per linear"], rows)
         print(
             f"achieved {s.achieved_bpw:.4f} bits per weight; objective {s.objective} = {s.objective_value:.6g}, "
-            f"{_gap(s)}"
+            f"{_gap(s)}" + ("" if s.predicted_kl is None else f"; predicted KL {s.predicted_kl:.4g}")
         )
+
+
+def _linear_solution(spec: ModelSpec, measurement: Measurement, bits: float, head_bits: int | None) -> Solution:
+    chosen = choose(spec, measurement, bits, Recipe("", "", (bits,), head_bits, allocation="linear"))
+    linears, decoder = [], 0
+    for group in linear_groups(spec, measurement):
+        q = chosen.params[group.linears[0].key]
+        size = sum(q.total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in group.linears)
+        weights = sum(x.in_features * pad32(x.out_features) for x in group.linears)
+        linears.append(LinearChoice(group.key, q.desc, size / weights, group.sensitivity * group.curve.loss(q)))
+        decoder += size if group.linears[0].role != "lm_head" else 0
+    found = chosen.allocation
+    return Solution(
+        bits=bits, achieved_bpw=decoder / slot_weights(spec), total_bits=found.total_bits, objective="predicted KL",
+        objective_value=found.objective, gap=max(0.0, found.gap), linears=tuple(linears), allocation="linear",
+        predicted_kl=chosen.predicted_kl,
+    )  # fmt: skip
 
 
 def _solution(spec: ModelSpec, measurement: Measurement, bits: float, objective: str, power: float) -> Solution:
@@ -96,7 +144,13 @@ def _solution(spec: ModelSpec, measurement: Measurement, bits: float, objective:
     )
     gap = max(0.0, allocation.gap)
     achieved = allocation.total_bits / total_weights
-    return Solution(bits, achieved, allocation.total_bits, objective, allocation.objective, gap, choices)
+    kl = None
+    if has_sensitivities(spec, measurement):
+        recipe = Recipe("", "", (bits,), allocation="module", objective=objective, objective_power=power)  # type: ignore[arg-type]
+        kl = choose(spec, measurement, bits, recipe).predicted_kl
+    return Solution(
+        bits, achieved, allocation.total_bits, objective, allocation.objective, gap, choices, predicted_kl=kl
+    )
 
 
 def _choice(module: ModuleSpec, options: Sequence[OptionProfile], index: int, weights: int) -> Choice:

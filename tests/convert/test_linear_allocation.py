@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import write_model
 
+from exl2ray.commands import solve
 from exl2ray.config import Recipe
 from exl2ray.errors import BudgetError, FormatError, UsageError
 from exl2ray.formats.hf import SourceModel
@@ -167,11 +168,11 @@ def test_budgets(measured: tuple[ModelSpec, Measurement]) -> None:
 
 def test_module_allocations_have_a_prediction_too(measured: tuple[ModelSpec, Measurement]) -> None:
     spec, measurement = measured
-    per_module = choose(spec, measurement, 4.0, Recipe("in", "out"))
+    per_module = choose(spec, measurement, 4.0, Recipe("in", "out", allocation="module"))
     assert per_module.predicted_kl == pytest.approx(predicted_kl(spec, measurement, per_module.params))
     bare = replace(measurement, profiles=tuple(replace(p, extra={}) for p in measurement.profiles))
     assert not has_sensitivities(spec, bare)
-    assert choose(spec, bare, 4.0, Recipe("in", "out")).predicted_kl is None
+    assert choose(spec, bare, 4.0, Recipe("in", "out", allocation="module")).predicted_kl is None
     with pytest.raises(FormatError, match=r"'model\.layers\.0\.self_attn', q_proj: no linears"):
         choose(spec, bare, 4.0, wanted(spec))
 
@@ -253,7 +254,7 @@ def brute_force(
 
 
 def test_recipes() -> None:
-    free, module = Recipe("a", "b", allocation="linear"), Recipe("a", "b")
+    free, module = Recipe("a", "b", allocation="linear"), Recipe("a", "b", allocation="module")
     fixed = replace(free, head_bits=4)
     assert free.head_is_free
     assert not fixed.head_is_free
@@ -264,3 +265,22 @@ def test_recipes() -> None:
     assert recipe(Path("a"), Path("b"), head_bits=6).job({}, None)["quantize"]["head_bits"] == 6
     assert recipe(Path("a"), Path("b")).job({}, None)["quantize"]["head_bits"] == 6
     assert free.job({}, None)["quantize"]["head_bits"] is None
+
+
+def test_solve_shows_what_a_conversion_chooses(linear: Quiet, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(linear.work / "measurement.json")
+    found = solve.solve(str(linear.model), file, (4.0, 6.0), "squared", 2.0)
+    events = logged(linear.work, "allocated")
+    for solution, event in zip(found, events, strict=True):
+        assert solution.allocation == "linear"
+        assert solution.predicted_kl == event["predicted_kl"] == pytest.approx(sum(c.kl for c in solution.linears))
+        assert solution.linears[-1].option == event["head"]
+        assert solution.achieved_bpw == pytest.approx(event["bpw"])
+    per_module = solve.solve(str(linear.model), file, (4.0,), "squared", 2.0, "module")[0]
+    assert per_module.choices
+    assert not per_module.linears
+    assert per_module.predicted_kl is not None
+    solve.show([found[0], per_module])
+    shown = capsys.readouterr().out
+    assert "lm_head" in shown
+    assert shown.count("predicted KL") == 2
