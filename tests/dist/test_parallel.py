@@ -70,6 +70,17 @@ def test_workers_that_find_their_own_states_change_no_byte(
     assert [e["fields"]["peak"] for e in events if e["name"] == "states"] == [0]
 
 
+def test_sensitivities_are_shared_out_too(model: Path, tmp_path: Path, cluster: Any) -> None:
+    """Modules are probed in one sweep, or in one per worker."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    convert(recipe(model, one, allocation="linear"), Silent())
+    reporter = Silent()
+    convert(recipe(model, two, gpus=2, ray_address=cluster.address, allocation="linear"), reporter)
+    assert digests(one) == digests(two)
+    assert len([f for name, f in reporter.events if name == "item" and f["stage"] == "sensitivity"]) == 2
+    assert len([key for method, key in started(one) if method == "sensitivity"]) == 1
+
+
 def test_several_bitrates_share_the_workers(model: Path, tmp_path: Path, cluster: Any) -> None:
     bits = (4.0, 5.0, 6.0)
     one, many = tmp_path / "one", tmp_path / "many"
