@@ -110,12 +110,12 @@ def _convert(recipe: Recipe, reporter: Any, dry_run: bool) -> None:
 @click.option("--fit", metavar="SIZE", help="largest bitrate for a card of this memory: 24GB (10^9 bytes) or 24GiB (2^30)")
 @click.option("--context", type=int, metavar="TOKENS", help="with --fit: tokens in the cache; else the model's, or 32768")
 @click.option("--cache", type=click.Choice(("fp16", "q8", "q6", "q4")), default="fp16", help="with --fit: type of the cache")
-@click.option("--gpu-memory", metavar="SIZE", multiple=True, help="plan for GPUs of this size, instead of this machine; repeatable")
+@click.option("--gpu-memory", metavar="SIZE", multiple=True, help="plan for GPUs of this size, not this machine; repeatable")
 @click.option("--probe", is_flag=True, help="time the largest layer and the head on this machine, with the model's weights")
 @common
 @click.pass_context
 def plan(ctx: click.Context, /, **flags: Any) -> int:
-    """What a conversion will make, need and take, and all that would stop it.
+    """What a conversion will make and need, and what would stop it.
 
     Takes the flags of convert and reads config and tensor headers: output size at each bitrate, memory of each pass, disk,
     time, problems. Exit status 1 if there are any.
@@ -141,7 +141,7 @@ def solve(
     run: Invocation, in_dir: str, measurement: str, bits: tuple[float, ...], head_bits: int | None, allocation: str | None,
     objective: str, objective_power: float,
 ) -> None:  # fmt: skip
-    """Allocation only: the option of every module or linear at a bitrate.
+    """Allocation only: what every linear gets at a bitrate.
 
     Says what is achieved, and how close to the optimum that is.
     """

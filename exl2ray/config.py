@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from exl2ray.errors import UsageError
-from exl2ray.quality import Numerics, Quality, ScaleSearch, resolve
+from exl2ray.quality import ALLOCATIONS, Allocated, Numerics, Quality, ScaleSearch, resolve
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8)
 USUAL_HEAD_BITS = 6
@@ -69,13 +69,13 @@ class Recipe:
     """--propagate: calibrate each module on what the quantised modules before it produce, or on reference states."""
     seed: int = 0
     """--seed: of random and shuffled calibration rows."""
-    allocation: Literal["module", "linear"] = "module"
-    """--allocation: choose options per module by its own error, or per linear by its effect on the model's output."""
+    allocation: Allocated | None = None
+    """--allocation: options per module by its own error, or per linear by its effect on the model; else as --quality says."""
     objective: Literal["squared", "norm", "product"] = "squared"
     """--objective: what the allocation per module minimises over the modules' relative errors."""
     objective_power: float = 2.0
     """--objective-power: exponent for --objective norm."""
-    quality: Quality = "reference"
+    quality: Quality = "balanced"
     """--quality: reference: the plain algorithm; balanced, best: better weights at the same size, for more time."""
     target_correction: float | None = None
     """--target-correction: how far weights are fitted to the source model's states, 0 to 1; as --quality says if absent."""
@@ -161,9 +161,14 @@ class Recipe:
         return resolve(self.quality, self.propagate, self.target_correction, self.scale_search, self.sweeps)
 
     @property
+    def allocates(self) -> Allocated:
+        """What --allocation, or --quality without it, comes to."""
+        return self.allocation or ALLOCATIONS[self.quality]
+
+    @property
     def head_is_free(self) -> bool:
         """Whether the allocation chooses the bits of the head."""
-        return self.allocation == "linear" and self.head_bits is None
+        return self.allocates == "linear" and self.head_bits is None
 
     @property
     def usual_head_bits(self) -> int:
@@ -198,6 +203,7 @@ class Recipe:
                 "bits": list(self.bits),
                 "head_bits": None if self.head_is_free else self.usual_head_bits,
                 "allocation": self.allocation,
+                "allocates": self.allocates,
                 "propagate": self.propagate,
                 "objective": self.objective,
                 "objective_power": self.objective_power,
@@ -239,6 +245,7 @@ JOB_FLAGS = {
     "quantize.bits": "-b",
     "quantize.head_bits": "-hb",
     "quantize.allocation": "--allocation",
+    "quantize.allocates": "--quality",
     "quantize.propagate": "--propagate",
     "quantize.objective": "--objective",
     "quantize.objective_power": "--objective-power",

@@ -49,7 +49,7 @@ def choose(
     """
     head = spec.modules[-1].linears[0]
     usual = overridden(overrides, head, head_option(recipe.usual_head_bits))
-    if recipe.allocation == "linear":
+    if recipe.allocates == "linear":
         allocation, params = allocate_linears(spec, measurement, bits, overrides, recipe.head_is_free)
     else:
         allocation, params = allocate(spec, measurement, bits, recipe.objective, recipe.objective_power, overrides)

@@ -1,7 +1,7 @@
-"""What --quality stands for: settings of the quantiser beyond the plain algorithm, as a table.
+"""What --quality stands for: settings of quantiser and allocation beyond the plain algorithm, as a table.
 
-`reference` is GPTQ as ExLlamaV2 runs it. The others cost time and no bytes: the files have the same format and size.
-Flags of their own override single settings. docs/quality.md has the figures behind the choice.
+`reference` is GPTQ and an allocation per module, as ExLlamaV2 runs it. The others cost time and no bytes: the files have the
+same format and size. Flags of their own override single settings. docs/quality.md has the figures behind the choice.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 
 Quality = Literal["reference", "balanced", "best"]
 ScaleSearch = Literal["error", "feedback"]
+Allocated = Literal["module", "linear"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ PRESETS: dict[Quality, Numerics] = {
     "balanced": Numerics(0.5, "feedback", 2),
     "best": Numerics(0.5, "feedback", 4),
 }
+
+
+ALLOCATIONS: dict[Quality, Allocated] = {"reference": "module", "balanced": "linear", "best": "linear"}
 
 
 def resolve(

@@ -68,12 +68,17 @@ class Job:
         self.source, self.device, self.rows = found.source, found.device, found.rows
         self.spec: ModelSpec = found.spec
         self._measurement_given = found.measurement
+        given = found.measurement
+        if given is not None and recipe.allocates == "linear" and not has_sensitivities(self.spec, given):
+            # -m of another program, and --allocation was not asked for
+            recipe = self.recipe = replace(recipe, allocation="module")
+            self.reporter.event("note", message="-m holds no sensitivities: options are chosen per module")
         self.limits = Limits()
         self._session: Session | None = None
         self._scheduler: Scheduler | None = None
-        described = recipe.numerics.describe()
-        if described:
-            self.reporter.event("note", message=f"quality {recipe.quality}: {described}")
+        parts = [f"options chosen per {recipe.allocates}", recipe.numerics.describe()]
+        if recipe.quality != "reference":
+            self.reporter.event("note", message=f"quality {recipe.quality}: {', '.join(p for p in parts if p)}")
         for warning in (*found.warnings, *self.spec.warnings):
             self.reporter.event("warning", message=warning)
         for note in sorted({n for rows in self.rows.values() for n in rows.notes}):
@@ -193,7 +198,7 @@ class Job:
 
     def _profiled(self) -> list[ModuleSpec]:
         """Those that the measurement pass goes through; the head only where its bits may be chosen."""
-        return self._measured() + ([self.spec.modules[-1]] if self.recipe.allocation == "linear" else [])
+        return self._measured() + ([self.spec.modules[-1]] if self.recipe.allocates == "linear" else [])
 
     def measure(self) -> Measurement:
         """Profiles of all modules, measured or (with -m) read from a file."""
@@ -274,7 +279,7 @@ class Job:
 
     def _with_sensitivities(self, measurement: Measurement) -> Measurement:
         """The measurement with the sensitivities of all linears, measured where they are missing and needed."""
-        if self.recipe.allocation != "linear" or has_sensitivities(self.spec, measurement):
+        if self.recipe.allocates != "linear" or has_sensitivities(self.spec, measurement):
             return measurement
         modules = [m for m in self.spec.modules if m.linears]
         rows, tokens = probe_rows(self.rows["measure"].kinds, self.rows["measure"].ids.shape[1])
@@ -367,7 +372,7 @@ class Job:
         achieved = (sum(size.values()) - size[head.key]) / weights
         self.work.event(
             "allocated", bits=bits, bpw=achieved, gap=allocation.gap, choice=list(allocation.choice),
-            allocation=self.recipe.allocation, head=params[head.key].desc, predicted_kl=chosen.predicted_kl,
+            allocation=self.recipe.allocates, head=params[head.key].desc, predicted_kl=chosen.predicted_kl,
         )  # fmt: skip
         message = f"{bits:g} bpw: allocation uses {achieved:.4f} bits per weight"
         if self.recipe.head_is_free:

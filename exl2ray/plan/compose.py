@@ -131,7 +131,7 @@ def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
 def _not_estimated(recipe: Recipe) -> list[str]:
     """What takes time and is not in the estimates, which count the plain algorithm on one device."""
     out = []
-    if recipe.allocation == "linear" and recipe.measurement is None:
+    if recipe.allocates == "linear" and recipe.measurement is None:
         out.append("the time leaves out the pass in which --allocation linear measures sensitivities")
     beyond = recipe.numerics.describe()
     if beyond:

@@ -44,7 +44,7 @@ class Freedom:
 
 
 def freedom_of(recipe: Recipe, overrides: Sequence[Override]) -> Freedom:
-    return Freedom(recipe.usual_head_bits, tuple(overrides), recipe.allocation == "linear", recipe.head_is_free)
+    return Freedom(recipe.usual_head_bits, tuple(overrides), recipe.allocates == "linear", recipe.head_is_free)
 
 
 @dataclass(frozen=True)

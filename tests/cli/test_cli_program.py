@@ -44,7 +44,8 @@ def test_help_lists_the_commands_with_whole_sentences(run):
 
 def test_help_of_convert_has_the_texts_of_the_recipe(run):
     text = " ".join(run("convert", "--help").stdout.split())
-    assert "-hb, --head-bits INTEGER bits of the output head: 2, 3, 4, 5, 6 or 8. [default: 6]" in text
+    assert "-hb, --head-bits INTEGER bits of the output head: 2, 3, 4, 5, 6 or 8; if absent 6, or what" in text
+    assert "[default: balanced]" in text
     for title in ("Model and files:", "Quantisation:", "Calibration:", "Where it runs:", "Other:"):
         assert title in text
 

@@ -53,7 +53,7 @@ def recipe(model: Path, out: Path, **changes: Any) -> Recipe:
     """A few rows of 128 tokens, 4 bpw, on the CPU and in this process."""
     settings: dict[str, Any] = {
         "bits": (4.0,), "length": 128, "measurement_length": 128, "executor": "inline", "device": "cpu",
-        "evaluate": "never",
+        "evaluate": "never", "quality": "reference",
         "cal_dataset": calibration_file(), "measurement_rows": MEASURED, "dataset_rows": QUANTISED,
     }  # fmt: skip
     return Recipe(**{"in_dir": str(model), "out_dir": str(out), **settings, **changes})

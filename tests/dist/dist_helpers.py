@@ -23,7 +23,7 @@ def recipe(model: Path, work: Path | str, **changes: Any) -> Recipe:
     """A conversion of seconds; ``gpus`` None runs in this process."""
     settings: dict[str, Any] = {
         "in_dir": str(model), "out_dir": str(work), "bits": BITS, "length": 128, "measurement_length": 128,
-        "device": "cpu", "evaluate": "never", "executor": "ray" if changes.get("gpus") else "inline",
+        "device": "cpu", "evaluate": "never", "quality": "reference", "executor": "ray" if changes.get("gpus") else "inline",
     }  # fmt: skip
     if "://" not in str(work):
         settings["compile_full"] = f"{work}-out/{{bpw}}"

@@ -33,7 +33,7 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 def recipe(model: Path, tmp_path: Path, **changes: Any) -> Recipe:
     settings: dict[str, Any] = {
         "bits": (4.0,), "length": 128, "measurement_length": 128, "executor": "inline", "device": "cpu",
-        "compile_full": str(tmp_path / "out-{bpw}"),
+        "compile_full": str(tmp_path / "out-{bpw}"), "quality": "reference",
     }  # fmt: skip
     return Recipe(**{"in_dir": str(model), "out_dir": str(tmp_path / "work"), **settings, **changes})
 

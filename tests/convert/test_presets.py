@@ -11,7 +11,7 @@ from convert_helpers import assert_sound, contents, items, messages, recipe, run
 from tiny_models import write_model
 
 from exl2ray.config import Recipe
-from exl2ray.errors import UsageError
+from exl2ray.errors import FormatError, UsageError
 from exl2ray.evaluate.compare import evaluate
 from exl2ray.quality import PRESETS, Numerics, resolve
 
@@ -70,12 +70,32 @@ def test_contradictions(changes: dict[str, Any], message: str) -> None:
         Recipe("m", "w", **changes)
 
 
-def test_the_plain_algorithm_is_the_default_and_any_part_of_it_can_be_named(model: Path, tmp_path: Path) -> None:
+def test_every_part_of_a_preset_can_be_named(model: Path, tmp_path: Path) -> None:
+    """A preset with all of its parts taken back is the plain algorithm."""
     run(model, tmp_path / "a", compile_full=str(tmp_path / "out-a"))
-    named = {"quality": "balanced", "target_correction": 0.0, "scale_search": "error", "sweeps": 0}
+    named = {"quality": "balanced", "target_correction": 0.0, "scale_search": "error", "sweeps": 0, "allocation": "module"}
     _, reporter = run(model, tmp_path / "b", compile_full=str(tmp_path / "out-b"), **named)
     assert weights(tmp_path / "out-a") == weights(tmp_path / "out-b")
-    assert not [m for m in messages(reporter, "note") if m.startswith("quality")]
+    assert "quality balanced: options chosen per module" in messages(reporter, "note")
+
+
+def test_balanced_is_the_default() -> None:
+    recipe = Recipe("m", "w")
+    assert recipe.quality == "balanced"
+    assert recipe.numerics == PRESETS["balanced"]
+    assert recipe.allocates == "linear"
+    assert Recipe("m", "w", quality="reference").allocates == "module"
+    assert Recipe("m", "w", allocation="module").numerics == PRESETS["balanced"]
+
+
+def test_a_measurement_of_another_program_is_allocated_per_module(model: Path, tmp_path: Path) -> None:
+    """The reference's files hold no sensitivities: -m goes on with what there is, unless --allocation linear was asked for."""
+    run(model, tmp_path / "a", output_measurement=str(tmp_path / "m.json"))
+    given = {"measurement": str(tmp_path / "m.json"), "quality": "balanced", "compile_full": str(tmp_path / "out")}
+    _, reporter = run(model, tmp_path / "b", **given)
+    assert "-m holds no sensitivities: options are chosen per module" in messages(reporter, "note")
+    with pytest.raises(FormatError, match="no "):
+        run(model, tmp_path / "c", **given, allocation="linear")
 
 
 def test_better_models_of_the_same_size(model: Path, tmp_path: Path) -> None:
@@ -86,7 +106,6 @@ def test_better_models_of_the_same_size(model: Path, tmp_path: Path) -> None:
         out = tmp_path / name
         _, reporter = run(model, work, bits=(3.8,), reuse=True, compile_full=str(out), dataset_rows=40, **changes)
         assert bool([i for i in items(reporter) if i.startswith("measure")]) == (name == "plain")
-        assert [m for m in messages(reporter, "note") if m.startswith("quality reference: ")] or name == "plain"
         assert_sound(model, out)
         sizes.add(sum(p.stat().st_size for p in out.glob("*.safetensors")))
         found[name] = divergence(model, out)
