@@ -89,7 +89,7 @@ def test_balanced_is_the_default() -> None:
 
 
 def test_a_measurement_of_another_program_is_allocated_per_module(model: Path, tmp_path: Path) -> None:
-    """The reference's files hold no sensitivities: -m goes on with what there is, unless --allocation linear was asked for."""
+    """The reference's files hold no sensitivities: -m goes on with what there is, unless --allocation linear is given."""
     run(model, tmp_path / "a", output_measurement=str(tmp_path / "m.json"))
     given = {"measurement": str(tmp_path / "m.json"), "quality": "balanced", "compile_full": str(tmp_path / "out")}
     _, reporter = run(model, tmp_path / "b", **given)
