@@ -24,7 +24,7 @@ from exl2ray.errors import BudgetError, UsageError
 OBJECTIVES = ("squared", "norm", "product")
 _GAP_GOAL = 1e-5
 _SWEEPS = 12
-_MAX_PAIRS = 4_000_000  # pairs of moves looked at in one step of an exchange
+_MAX_PAIRS = 1_000_000  # pairs of moves looked at in one step of an exchange
 _MAX_STATES = 30_000  # of the dynamic program; beyond it the bound of the relaxation stands
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from exl2ray.errors import FormatError
 from exl2ray.formats.layout import WIDTHS, QParams
-from exl2ray.quant.losses import piece_rows
+from exl2ray.quant.losses import USELESS, piece_rows
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse
 
 # Squared error with this width and group size, relative to 4 bits in groups of 128.
@@ -69,13 +69,14 @@ class LossCurve:
         bounds = np.minimum(np.arange(pieces + 1) * self._step, in_features).astype(np.float64)
         mass = np.diff(bounds) * (1.0 if shape is None else np.array(shape))
         self._bounds, self._mass = bounds, np.concatenate([[0.0], np.cumsum(mass / max(mass.sum(), 1e-300))])
-        known = sorted((math.log(self._general(parse(d))), math.log(v)) for d, v in self.losses.items() if 0 < v < 1e29)
+        usable = {d: v for d, v in self.losses.items() if 0 < v < USELESS / 10}
+        known = sorted((math.log(self._general(_option(d))), math.log(v)) for d, v in usable.items())
         self._x = np.array([x for x, _ in known])
         self._y = np.array([y - x for x, y in known])
 
     def loss(self, option: QParams) -> float:
         """Squared output error per token: measured, or predicted from what was."""
-        measured = self.losses.get(option.desc)
+        measured = self.losses.get(_name(option))
         if measured is not None:
             return measured
         if not len(self._x):
@@ -85,11 +86,29 @@ class LossCurve:
 
     def _general(self, option: QParams) -> float:
         """The prediction for a linear of level 1."""
-        layout = option.layout(self.in_features)
-        sizes = dict(zip(option.bits, option.group_sizes, strict=True))
-        edges = np.concatenate([[0], np.cumsum(layout.rows)])
-        parts = np.diff(np.interp(edges, self._bounds, self._mass))
-        return float(sum(p * relative(b, sizes[b]) for p, b in zip(parts, layout.bits, strict=True)))
+        edges, losses = _parts(option, self.in_features)
+        return float(np.diff(np.interp(edges, self._bounds, self._mass)) @ losses)
+
+
+@cache
+def _option(text: str) -> QParams:
+    return parse(text)
+
+
+@cache
+def _name(option: QParams) -> str:
+    return option.desc
+
+
+@cache
+def _parts(option: QParams, in_features: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rows where parts of one width begin and end, and the relative loss of each part."""
+    layout = option.layout(in_features)
+    sizes = dict(zip(option.bits, option.group_sizes, strict=True))
+    rows: dict[int, int] = {}
+    for b, n in zip(layout.bits, layout.rows, strict=True):
+        rows[b] = rows.get(b, 0) + n
+    return np.cumsum([0.0, *rows.values()]), np.array([relative(b, sizes[b]) for b in rows])
 
 
 def relative(bits: int, group_size: int) -> float:

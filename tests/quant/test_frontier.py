@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,8 @@ from quant_helpers import hessian, weights
 
 from exl2ray.errors import FormatError
 from exl2ray.formats.layout import QParams
+from exl2ray.planning import total_bits
+from exl2ray.quant.allocate import Slot, solve
 from exl2ray.quant.frontier import KERNEL_SETS, NEAR, RELATIVE, LossCurve, all_options, frontier, relative
 from exl2ray.quant.hessian import prepare
 from exl2ray.quant.losses import LossTable, piece_rows
@@ -97,6 +101,23 @@ def test_the_frontier_has_every_best_option(k: int, numbers: list[float], level:
             v1 if b1 == b2 else v1 + (v2 - v1) * (c.bits - b1) / (b2 - b1) for b1, v1 in cheaper for b2, v2 in dearer
         )
         assert c.loss <= (1 + NEAR) * low * (1 + 1e-9)
+
+
+def test_a_large_model_is_solved_closely_and_quickly() -> None:
+    """560 linears, as a 70B model has them."""
+    rng = np.random.default_rng(0)
+    slots, weights = [], 0
+    start = time.perf_counter()
+    for _ in range(80):
+        for k, n in [(8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), (8192, 28672), (8192, 28672), (28672, 8192)]:
+            shape = [float(v) for v in np.exp(rng.normal(0, 0.4, -(-k // piece_rows(k))))]
+            curve = LossCurve(entry(k, float(np.exp(rng.normal(0, 1.5))) * k * n, shape), k, "x")
+            found = frontier(curve, lambda q, k=k, n=n: total_bits(q, k, n, False))  # type: ignore[misc]
+            slots.append(Slot("x", tuple(c.bits for c in found), tuple(c.loss**0.5 for c in found)))
+            weights += k * n
+    for bits in (2.5, 3.0, 4.25, 6.0):
+        assert solve(slots, int(weights * bits)).gap < 1e-4
+    assert time.perf_counter() - start < 30  # 4 s on an idle core
 
 
 def test_given_options_only() -> None:
