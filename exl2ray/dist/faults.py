@@ -28,7 +28,7 @@ def translate(error: Exception) -> Exception:
         where = "host" if isinstance(error, MemoryError) else "GPU"
         return WorkerOutOfMemory(
             f"the {where} ran out of memory: {text}",
-            "close other programs, use a device with more memory, or shorter rows (-l, -ml)",
+            "close other programs, use a device with more memory, shorter rows (-l, -ml), or --quality reference",
         )
     if name in _DEVICE_ERRORS or "CUDA error" in text or "CUBLAS_STATUS" in text:
         return DeviceFailed(f"{name}: {text}", "see dmesg and nvidia-smi on that machine")

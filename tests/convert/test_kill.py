@@ -28,7 +28,8 @@ def command(model: Path, root: Path) -> list[str]:
     """`exl2ray convert` as a user starts it; states are saved after every module."""
     return [
         "exl2ray", "convert", "--json", "-i", str(model), "-o", str(root / "work"), "-cf", str(root / "out-{bpw}"),
-        "-b", "4", "-b", "5", "-l", "128", "-ml", "128", "--device", "cpu", "--executor", "inline", "--evaluate", "never",
+        "-b", "4", "-b", "5", "-l", "128", "-ml", "128", "--device", "cpu", "--executor", "inline",
+        "--evaluate", "never", "--quality", "reference",
         "--checkpoint-seconds", "0", "-c", calibration_file(), "-mr", str(MEASURED), "-r", str(QUANTISED),
     ]  # fmt: skip
 

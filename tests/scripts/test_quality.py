@@ -40,8 +40,9 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two variants of the demo model: the second spends fewer bits on the head."""
     work = tmp_path_factory.mktemp("work")
-    return ["--model", f"demo={DEMO}", "--variant", "plain:", "--variant", "small head:-hb 4", "--bits", str(BITS),
-            "--calibration", str(parquet), "--draws", "1", "--work", str(work), "--log", str(work / "log.md"), "--rows", "3",
+    return ["--model", f"demo={DEMO}", "--variant", "plain:--quality reference",
+            "--variant", "small head:--quality reference -hb 4", "--bits", str(BITS), "--calibration", str(parquet),
+            "--draws", "1", "--work", str(work), "--log", str(work / "log.md"), "--rows", "3",
             "--length", "128", "--cal-length", "128", "--cal-rows", "6", "--measure-rows", "3", "--match-bytes",
             "--device", "cpu", "--threads", "1"]  # fmt: skip
 
@@ -104,10 +105,10 @@ def test_key_depends_on_what_matters(arguments: list[str]) -> None:
     keys = [
         study.key(case, None), study.key(case, 7), study.key(replace(case, draw=1), None),
         study.key(replace(case, bits=3.5), None), study.key(replace(case, calibration=other_data), None),
-        study.key(replace(case, variant=quality.Variant("x", "--damping 0.1")), None),
+        study.key(replace(case, variant=quality.Variant("x", "--quality reference --damping 0.1")), None),
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
-    assert study.key(replace(case, variant=quality.Variant("renamed", "")), None) == keys[0]
+    assert study.key(replace(case, variant=quality.Variant("renamed", "--quality reference")), None) == keys[0]
 
 
 @pytest.mark.parametrize(
