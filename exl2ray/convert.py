@@ -18,11 +18,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from exl2ray.config import Recipe
 from exl2ray.dist.faults import DeviceFailed
 from exl2ray.errors import Interrupted
 from exl2ray.progress import Reporter
+
+if TYPE_CHECKING:
+    from exl2ray.steps import Job
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,7 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
         with _terminable():  # the workers are gone, their GPUs free
             if ladder.wanted(recipe):
                 outputs = ladder.evaluate_outputs(recipe, outputs, job.device.type, reporter)
-        seconds = time.monotonic() - start
-        reporter.event("done", outputs=[o.__dict__ for o in outputs], seconds=seconds)
-        job.judge(outputs)
-        return Summary(tuple(outputs), job.measurement_path, seconds)
+        return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; everything finished so far is in the work directory", _resume_hint(recipe)) from e
 
@@ -109,12 +110,17 @@ def patch(
             measurement = job.measure()
             plans = [job.patch(job.allocate(measurement, b), wanted) for b in bits or recipe.bits]
             outputs = job.produce(plans, overrides, compile_full)
-        seconds = time.monotonic() - start
-        reporter.event("done", outputs=[o.__dict__ for o in outputs], seconds=seconds)
-        job.judge(outputs)
-        return Summary(tuple(outputs), job.measurement_path, seconds)
+        return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; finished modules are in the work directory", "run the same command again") from e
+
+
+def _finished(job: Job, outputs: list[OutputSummary], reporter: Reporter, start: float) -> Summary:
+    """Tells of the finished models; raises NumericError for one that is clearly broken."""
+    seconds = time.monotonic() - start
+    reporter.event("done", outputs=[o.__dict__ for o in outputs], seconds=seconds)
+    job.judge(outputs)
+    return Summary(tuple(outputs), job.measurement_path, seconds)
 
 
 def dry_run(recipe: Recipe, reporter: Reporter) -> None:

@@ -183,7 +183,11 @@ def allocate(
                 {x.key: overridden(overrides, x, o.params[x.role]) for x in module.linears if x.role in o.params}
                 for o in options
             ]
-            costs = [o.total_bits if not overrides else _row_bits(module, row) for o, row in zip(options, rows, strict=True)]
+            linears = {x.key: x for x in module.linears}
+            costs = [
+                sum(_bits(linears[key], q) for key, q in row.items()) if overrides else o.total_bits
+                for o, row in zip(options, rows, strict=True)
+            ]
             slots.append(Slot(module.profile_key, tuple(costs), tuple(1 - o.accuracy for o in options)))
             owners.append(rows)
     allocation = solve(slots, budget(slot_weights(spec), bits), objective, power)
@@ -191,13 +195,6 @@ def allocate(
     for rows, choice in zip(owners, allocation.choice, strict=True):
         params.update(rows[choice])
     return allocation, params
-
-
-def _row_bits(module: ModuleSpec, params: Mapping[str, QParams]) -> int:
-    """Bits that linears of a module take with these options."""
-    return sum(
-        params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in module.linears if x.key in params
-    )
 
 
 def slot_weights(spec: ModelSpec) -> int:

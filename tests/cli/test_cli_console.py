@@ -33,7 +33,7 @@ OUTPUT = {
     "bits": 4.0,
     "achieved_bpw": 3.9987,
     "directory": None,
-    "files": ("/work/w/output.safetensors",),
+    "files": ("/jobs/w/output.safetensors",),
     "file_bytes": 4_703_000,
     "calibration_perplexity": 12.28,
     "reference_perplexity": None,
@@ -85,7 +85,7 @@ def test_plain_lines():
     assert lines[9] == "[measure] finished in 12 s"
     assert "warning: above 30 is suspicious" in lines
     assert lines[lines.index("summary") + 1 :][:3] == ["name       value", "a            1.5", "long name     10"]
-    assert lines[-2] == " 4  3.9987  4.7 MB       12.28  not finite         /work/w"
+    assert lines[-2] == " 4  3.9987  4.7 MB       12.28  not finite         /jobs/w"
     assert lines[-1] == "done in 1 min 15 s"
     assert "shown elsewhere" not in text
 
@@ -99,7 +99,7 @@ def test_json_lines():
     assert (item["stage"], item["done"], item["items"], item["seconds"]) == ("measure", 3, 8, 1.9)
     assert item["key"] == "model.layers.2.mlp\x1b[2J"
     done = next(e for e in events if e["event"] == "done")
-    assert done["outputs"][0]["files"] == ["/work/w/output.safetensors"]
+    assert done["outputs"][0]["files"] == ["/jobs/w/output.safetensors"]
 
 
 @settings(max_examples=30, deadline=None)
