@@ -13,7 +13,7 @@ import torch
 from numba import cuda
 from torch import Tensor
 
-from exl2ray.cuda.gpu import stream_of, wrap
+from exl2ray.cuda.launch import launch
 
 THREADS = 256
 CHUNKS = 64  # blocks per calibration row in `residual_errors`
@@ -72,9 +72,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, neox: bool) -> Tensor:
     """x (R, T, heads, D) half, cos and sin (T, d / 2) float32 -> rotated x; `RotaryTable.rotate`."""
     out = torch.empty_like(x)
     rows, length, heads, dim = x.shape
-    _rotate[rows * length, THREADS, stream_of(x)](
-        wrap(x.view(-1)), wrap(cos.contiguous()), wrap(sin.contiguous()), length, heads, dim, 2 * cos.shape[1], neox,
-        wrap(out.view(-1)),
+    launch(
+        _rotate, rows * length, THREADS, x.view(-1), cos.contiguous(), sin.contiguous(), length, heads, dim,
+        2 * cos.shape[1], neox, out.view(-1),
     )  # fmt: skip
     return out
 
@@ -118,7 +118,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up clamped to +-65504, for halves of equal shape; `exl2ray.model.mlp.gated`."""
     out = torch.empty_like(gate)
     blocks = (gate.numel() + 4 * THREADS - 1) // (4 * THREADS)
-    _gated_silu[blocks, THREADS, stream_of(gate)](wrap(gate.view(-1)), wrap(up.view(-1)), wrap(out.view(-1)))
+    launch(_gated_silu, blocks, THREADS, gate.view(-1), up.view(-1), out.view(-1))
     return out
 
 
@@ -169,7 +169,7 @@ def residual_errors(x: Tensor, branch: Tensor, target: Tensor) -> Tensor:
     """
     rows = x.shape[0]
     partial = torch.empty(rows, CHUNKS, dtype=torch.float32, device=x.device)
-    _residual_errors[(CHUNKS, rows), THREADS, stream_of(x)](
-        wrap(x.view(rows, -1)), wrap(branch.view(rows, -1)), wrap(target.view(rows, -1)), wrap(partial)
+    launch(
+        _residual_errors, (CHUNKS, rows), THREADS, x.view(rows, -1), branch.view(rows, -1), target.view(rows, -1), partial
     )
     return partial.double().sum(1).sqrt().float()

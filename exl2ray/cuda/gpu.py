@@ -1,87 +1,81 @@
 """Launches the kernels of `exl2ray.cuda.kernels` on torch tensors, on torch's current stream.
 
-Wrapping a tensor for Numba costs more than a launch, so every buffer of a batch is wrapped once. The same class runs on
-NumPy arrays under Numba's CUDA simulator, which is how the kernels are tested without a GPU.
+All buffers of a batch stay where they are, so the parameters of every launch are prepared once (`exl2ray.cuda.launch`). The
+same class runs on NumPy arrays under Numba's CUDA simulator, which is how the kernels are tested without a GPU.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from numba import cuda
 from torch import Tensor
 
 from exl2ray.cuda import kernels
 from exl2ray.cuda.backend import OFFSETS, REFINED_BITS, REFINED_ROWS, SHRINKAGE, Workspace, blocks_of, shrink_grid
-
-
-def wrap(t: Tensor) -> Any:
-    """A Numba view of a tensor: the device array, or the NumPy array under the simulator."""
-    return cuda.as_cuda_array(t) if t.is_cuda else t.numpy()
-
-
-def stream_of(t: Tensor) -> Any:
-    """torch's current stream for Numba launches; 0 under the simulator, which has no external streams."""
-    return cuda.external_stream(torch.cuda.current_stream(t.device).cuda_stream) if t.is_cuda else 0
+from exl2ray.cuda.launch import VARY, Launch, stream_of
 
 
 class CudaGroups:
     def __init__(self, ws: Workspace) -> None:
         device = ws.x.device
         self.ws = ws
-        search, first = blocks_of(ws.bounds, kernels.COLUMNS)
-        quant, _ = blocks_of(ws.bounds, kernels.QUANT_COLUMNS)
+        columns = ws.x.shape[1]
 
-        def upload(array: np.ndarray) -> Any:
-            return wrap(torch.from_numpy(array).to(device))
+        def upload(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
 
-        def buffer(*shape: int) -> Any:
-            return wrap(torch.empty(shape, dtype=torch.float32, device=device))
+        def buffer(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
 
-        self.search, self.quant, self.first = upload(search), upload(quant), upload(first)
-        self.search_blocks, self.quant_blocks, self.segments = len(search), len(quant), len(first) - 1
-        self.bits = wrap(ws.bits)
-        self.grid = upload(shrink_grid(kernels.PADDED))
-        self.col_top, self.block_top = buffer(ws.x.shape[1]), buffer(len(search))
-        self.seg_top, self.seg_m = buffer(self.segments), buffer(self.segments)
-        self.partial = buffer(len(search), kernels.PADDED)
-        self.x, self.error, self.u = wrap(ws.x), wrap(ws.error), wrap(ws.u)
-        self.perm, self.dq = wrap(ws.perm), wrap(ws.dq)
-        self.scale_codes, self.scale_max = wrap(ws.scale_codes), wrap(ws.scale_max)
-        self.codes = wrap(ws.codes if ws.codes is not None else ws.scale_codes)
-        self.keep = ws.codes is not None
+        blocks, starts = blocks_of(ws.bounds, kernels.COLUMNS)
+        search, first, segments = upload(blocks), upload(starts), len(starts) - 1
+        quant = upload(blocks_of(ws.bounds, kernels.QUANT_COLUMNS)[0])
+        grid = upload(shrink_grid(kernels.PADDED))
+        col_top, block_top = buffer(columns), buffer(len(search))
+        seg_top, seg_m = buffer(segments), buffer(segments)
+        partial = buffer(len(search), kernels.PADDED)
+        keep = ws.codes is not None
+        codes = ws.scale_codes if ws.codes is None else ws.codes
+        size = kernels.QUANT_COLUMNS
+
+        # VARY: (a, n), (a, n, g), (g,) and (a, g, row), as the kernels have them
+        self.tops = Launch(kernels.column_tops, len(search), kernels.THREADS, ws.x, VARY, VARY, search, col_top, block_top)
+        self.grid_errors = Launch(
+            kernels.grid_errors, len(search), kernels.THREADS, ws.x, VARY, VARY, search, first, ws.bits, VARY, grid,
+            col_top, block_top, ws.scale_codes, seg_top, partial,
+        )  # fmt: skip
+        self.choose = Launch(
+            kernels.choose, segments, 4 * kernels.PADDED, partial, first, seg_top, grid, VARY, ws.scale_max, seg_m
+        )
+        self.quantize = Launch(
+            kernels.quantize, len(quant), size, ws.x, VARY, ws.u, ws.feedback, quant, ws.bits, VARY, seg_m,
+            ws.scale_codes, ws.perm, VARY, ws.dq, codes, keep, ws.error,
+        )  # fmt: skip
+        self.descent = Launch(
+            kernels.descend, len(quant), size, ws.x, VARY, ws.u, quant, ws.bits, VARY, ws.scale_max,
+            ws.scale_codes, ws.perm, VARY, ws.dq, codes, keep, ws.error,
+        )  # fmt: skip
         self.refine = ws.refine and ws.feedback
         if self.refine:
-            self.offsets = upload(np.array(OFFSETS, dtype=np.int32))
-            self.cost = buffer(len(OFFSETS), ws.x.shape[1])
+            offsets, cost = upload(np.array(OFFSETS, dtype=np.int32)), buffer(len(OFFSETS), columns)
+            self.trial = Launch(
+                kernels.trial, (len(quant), len(OFFSETS)), size, ws.x, VARY, VARY, ws.u, quant, ws.bits, VARY, seg_m,
+                ws.scale_codes, offsets, REFINED_BITS, np.float32(SHRINKAGE), cost,
+            )  # fmt: skip
+            self.pick = Launch(
+                kernels.pick, len(quant), size, cost, quant, ws.bits, VARY, ws.scale_codes, offsets, REFINED_BITS
+            )
 
     def step(self, g: int, a: int, n: int, row: int) -> None:
         ws, stream = self.ws, stream_of(self.ws.x)
-        kernels.column_tops[self.search_blocks, kernels.THREADS, stream](
-            self.x, a, n, self.search, self.col_top, self.block_top
-        )
-        kernels.grid_errors[self.search_blocks, kernels.THREADS, stream](
-            self.x, a, n, self.search, self.first, self.bits, g, self.grid,
-            self.col_top, self.block_top, self.scale_codes, self.seg_top, self.partial,
-        )  # fmt: skip
-        kernels.choose[self.segments, 4 * kernels.PADDED, stream](
-            self.partial, self.first, self.seg_top, self.grid, g, self.scale_max, self.seg_m
-        )
+        self.tops(stream, a, n)
+        self.grid_errors(stream, a, n, g)
+        self.choose(stream, g)
         if self.refine and n <= REFINED_ROWS:
-            kernels.trial[(self.quant_blocks, len(OFFSETS)), kernels.QUANT_COLUMNS, stream](
-                self.x, a, n, self.u, self.quant, self.bits, g, self.seg_m, self.scale_codes,
-                self.offsets, REFINED_BITS, np.float32(SHRINKAGE), self.cost,
-            )  # fmt: skip
-            kernels.pick[self.quant_blocks, kernels.QUANT_COLUMNS, stream](
-                self.cost, self.quant, self.bits, g, self.scale_codes, self.offsets, REFINED_BITS
-            )
+            self.trial(stream, a, n, g)
+            self.pick(stream, g)
         for r in range(0, n, kernels.ROWS):
-            kernels.quantize[self.quant_blocks, kernels.QUANT_COLUMNS, stream](
-                self.x, a + r, self.u, ws.feedback, self.quant, self.bits, g, self.seg_m,
-                self.scale_codes, self.perm, row + r, self.dq, self.codes, self.keep, self.error,
-            )  # fmt: skip
+            self.quantize(stream, a + r, g, row + r)
             top, bottom = a + r + kernels.ROWS, a + n
             if ws.feedback and top < bottom:
                 # Thin and bound by memory: full float32 costs nothing here.
@@ -90,10 +84,7 @@ class CudaGroups:
     def descend(self, g: int, a: int, n: int, row: int) -> None:
         ws, stream = self.ws, stream_of(self.ws.x)
         for r in range(0, n, kernels.ROWS):
-            kernels.descend[self.quant_blocks, kernels.QUANT_COLUMNS, stream](
-                self.x, a + r, self.u, self.quant, self.bits, g, self.scale_max, self.scale_codes,
-                self.perm, row + r, self.dq, self.codes, self.keep, self.error,
-            )  # fmt: skip
+            self.descent(stream, a + r, g, row + r)
             top, bottom = a + r + kernels.ROWS, a + n
             if top < bottom:
                 ws.x[top:bottom].addmm_(ws.u[a + r : top, top:bottom].T, ws.error[a + r : top])

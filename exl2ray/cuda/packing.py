@@ -10,7 +10,7 @@ import torch
 from numba import cuda
 from torch import Tensor
 
-from exl2ray.cuda.gpu import stream_of, wrap
+from exl2ray.cuda.launch import launch
 
 THREADS = 128
 
@@ -95,7 +95,7 @@ def pack_rows_cuda(codes: Tensor, bits: Tensor, words: Tensor, packed_rows: int)
     """GPU form of `exl2ray.quant.pack.pack_rows`; ``bits`` and ``words`` come from `unit_tables`."""
     out = torch.empty(packed_rows, codes.shape[1], dtype=torch.int32, device=codes.device)
     quads = codes.contiguous().view(torch.int32)
-    _pack[_grid(*quads.shape), THREADS, stream_of(quads)](wrap(quads), wrap(bits), wrap(words), wrap(out))
+    launch(_pack, _grid(*quads.shape), THREADS, quads, bits, words, out)
     return out
 
 
@@ -104,7 +104,7 @@ def dequantize_cuda(
 ) -> Tensor:
     """GPU form of `exl2ray.quant.pack.dequantize`; ``steps`` (G, N) float16 are the loader's step sizes."""
     out = torch.empty(perm.numel(), q_weight.shape[1], dtype=torch.float16, device=q_weight.device)
-    _dequantize[_grid(*out.shape), THREADS, stream_of(out)](
-        wrap(q_weight.contiguous()), wrap(steps.contiguous()), wrap(perm), wrap(bits), wrap(words), wrap(groups), wrap(out)
+    launch(
+        _dequantize, _grid(*out.shape), THREADS, q_weight.contiguous(), steps.contiguous(), perm, bits, words, groups, out
     )
     return out
