@@ -14,6 +14,8 @@ import torch
 from exl2ray import __version__
 from exl2ray.config import Recipe
 from exl2ray.errors import CalibrationError, StoreError, UsageError
+from exl2ray.formats.claim import existing_shards, refuse_foreign_shards
+from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.host import SHARED_MEMORY_FIX, nccl_bytes, nvidia_cards, nvidia_driver_loaded, shared_memory_bytes
 
@@ -72,8 +74,8 @@ def file_hash(path: str | None) -> str | None:
     return digest.hexdigest()
 
 
-def check_output(directory: Path) -> None:
-    """Refuses an output directory that holds another model, or that cannot be written."""
+def check_output(directory: Path, source: SourceModel | None) -> None:
+    """Refuses an output directory that holds another model, or that cannot be written. ``source``: None if unusable."""
     existing = directory
     while not existing.exists() and existing.parent != existing:
         existing = existing.parent
@@ -85,6 +87,8 @@ def check_output(directory: Path) -> None:
             f"{directory}: holds {foreign[0]}, which loaders would read as part of the model",
             "choose an empty output directory (-cf), or move that file away",
         )
+    if source is not None and existing_shards(directory):  # a fingerprint reads a little of every tensor
+        refuse_foreign_shards(directory, source.fingerprint())
 
 
 def check_shared_memory(gpus: int) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exl2ray.config import Recipe
 from exl2ray.convert import OutputSummary
@@ -16,7 +16,9 @@ from exl2ray.errors import Exl2RayError
 from exl2ray.progress import Reporter
 
 if TYPE_CHECKING:
-    from exl2ray.evaluate.metrics import Estimate
+    from torch import Tensor
+
+    from exl2ray.store.fs import Store
 
 PLOT = "ladder.png"
 STAGE = "evaluate"
@@ -35,7 +37,8 @@ def evaluate_outputs(
     """``outputs`` with perplexity, KL divergence and top-1 agreement on held-out text.
 
     Keeps the figures on the cards and as evaluation.json in the work directory, and a plot where that is a local folder.
-    ``device`` is where the conversion computed. The models are finished and stay so: what goes wrong here becomes a warning.
+    ``device`` is where the conversion computed. Models that were evaluated before, on the same text, are not run again. The
+    models are finished and stay so: what goes wrong here becomes a warning.
     """
     try:
         return _evaluated(recipe, outputs, device, reporter)
@@ -48,25 +51,58 @@ def evaluate_outputs(
 def _evaluated(
     recipe: Recipe, outputs: Sequence[OutputSummary], device: str, reporter: Reporter
 ) -> list[OutputSummary]:
+    from exl2ray.evaluate.heldout import heldout_rows
+    from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
+    from exl2ray.publish.card import add_evaluation
+    from exl2ray.publish.figures import Evaluation, parse_evaluation
+    from exl2ray.report.evaluations import EVALUATION
+    from exl2ray.store.fs import Store
+
+    tokenizer = find_tokenizer([recipe.in_dir])
+    rows = heldout_rows(tokenizer) if recipe.eval_text is None else load_tokens(recipe.eval_text, tokenizer)
+    store, identity = Store.open(recipe.out_dir), _identity(recipe, outputs, rows)
+    results = _stored(store, identity)
+    plot = Path(recipe.out_dir) / PLOT
+    drawn = results is not None and plot.is_file()
+    if results is None:
+        results = _measured(recipe, outputs, rows, device, reporter)
+        if not results:
+            return list(outputs)
+        store.put(EVALUATION, json.dumps({"results": results, "inputs": identity}, indent=1).encode())
+    by_model: dict[str, Evaluation] = {}
+    for result in results:
+        if (result.get("perplexity") or {}).get("value") is not None:  # a broken model is for Job.judge, not for its card
+            model = str(result["model"])
+            by_model[model] = parse_evaluation(result, model)
+            add_evaluation(model, by_model[model])
+    out = []
+    for o in outputs:
+        e = by_model.get(str(Path(o.directory or "")))
+        if e is None or e.kl is None or e.top1 is None:
+            out.append(o)
+            continue
+        out.append(replace(o, heldout_perplexity=e.perplexity.value, kl=e.kl.value, top1=e.top1.value))
+    if len(results) > 1 and "://" not in recipe.out_dir and not drawn:
+        references = (e.reference_perplexity.value for e in by_model.values() if e.reference_perplexity is not None)
+        _plot(plot, Path(recipe.in_dir).name, out, next(references, None), reporter)
+    return out
+
+
+def _measured(
+    recipe: Recipe, outputs: Sequence[OutputSummary], rows: Tensor, device: str, reporter: Reporter
+) -> list[dict[str, Any]]:
+    """Results as JSON values; none where there is no GPU for models that were made on one."""
     import torch
 
     from exl2ray.evaluate.compare import evaluate_many
     from exl2ray.evaluate.forward import RunOptions
-    from exl2ray.evaluate.heldout import heldout_rows
-    from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
-    from exl2ray.publish.card import add_evaluation
-    from exl2ray.publish.figures import parse_evaluation
     from exl2ray.quant.solve import forget_recordings
-    from exl2ray.report.evaluations import EVALUATION
-    from exl2ray.store.fs import Store
 
     models = [o.directory for o in outputs if o.directory is not None]
     if device == "cuda" and not torch.cuda.is_available():
         reporter.event("note", message="no GPU on this machine: compare the models with `exl2ray eval` where there is one")
-        return list(outputs)
+        return []
     forget_recordings()
-    tokenizer = find_tokenizer([recipe.in_dir])
-    rows = heldout_rows(tokenizer) if recipe.eval_text is None else load_tokens(recipe.eval_text, tokenizer)
     steps, start = 1 + len(models), time.monotonic()
     reporter.event("stage", stage=STAGE, items=steps, done=0)
 
@@ -80,30 +116,41 @@ def _evaluated(
     options = RunOptions(rope_scale=recipe.rope_scale, rope_alpha=recipe.rope_alpha)
     results = evaluate_many(models, recipe.in_dir, rows, device, None, options, progress=progress)
     reporter.event("end", stage=STAGE, seconds=time.monotonic() - start)
-    data = json.dumps({"results": [r.to_json() for r in results]}, indent=1).encode()
-    Store.open(recipe.out_dir).put(EVALUATION, data)
-    for result in results:
-        if math.isfinite(result.perplexity.value):  # a broken model is for Job.judge, not for its card
-            add_evaluation(result.model, parse_evaluation(result.to_json(), str(result.model)))
-    by_model = {str(r.model): r for r in results}
-    out = []
+    return [r.to_json() for r in results]
+
+
+def _identity(recipe: Recipe, outputs: Sequence[OutputSummary], rows: Tensor) -> str:
+    """Hash of what is evaluated: the models' files, by name, size and time of writing, and the tokens."""
+    from exl2ray.store.records import hash_inputs
+
+    files = []
     for o in outputs:
-        r = by_model.get(str(o.directory))
-        if r is None or r.kl is None or r.top1 is None:
-            out.append(o)
-            continue
-        out.append(replace(o, heldout_perplexity=r.perplexity.value, kl=r.kl.value, top1=r.top1.value))
-    if len(models) > 1 and "://" not in recipe.out_dir:
-        _plot(Path(recipe.out_dir) / PLOT, Path(recipe.in_dir).name, out, results[0].reference_perplexity, reporter)
-    return out
+        for path in map(Path, o.files):
+            found = path.stat()
+            files.append([str(path), found.st_size, found.st_mtime_ns])
+    tokens = [list(rows.shape), hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
+    return hash_inputs(files=files, tokens=tokens, rope=[recipe.rope_scale, recipe.rope_alpha])
+
+
+def _stored(store: Store, identity: str) -> list[dict[str, Any]] | None:
+    """The results of evaluation.json if they are of these models on these tokens."""
+    from exl2ray.report.evaluations import EVALUATION
+
+    if not store.exists(EVALUATION):
+        return None
+    try:
+        found = json.loads(store.get(EVALUATION))
+        return list(found["results"]) if found["inputs"] == identity else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _plot(
-    path: Path, model: str, outputs: Sequence[OutputSummary], reference: Estimate | None, reporter: Reporter
+    path: Path, model: str, outputs: Sequence[OutputSummary], reference: float | None, reporter: Reporter
 ) -> None:
     from exl2ray.report.ladder import LadderRow, plot_ladder
 
     evaluated = [(o, o.heldout_perplexity) for o in outputs if o.heldout_perplexity is not None]
     rows = [LadderRow(o.bits, o.file_bytes, value, o.kl, o.top1) for o, value in evaluated]
-    plot_ladder(rows, path, title=model, reference_perplexity=None if reference is None else reference.value)
+    plot_ladder(rows, path, title=model, reference_perplexity=reference)
     reporter.event("note", message=f"size against quality: {path}")

@@ -437,7 +437,8 @@ class Job:
     def produce(
         self, plans: Sequence[Plan], patches: Sequence[str] = (), compile_full: str | None = None
     ) -> list[OutputSummary]:
-        """Quantises and writes all bitrates. A bitrate is written as soon as it is complete, while others go on.
+        """Quantises and writes all bitrates. A bitrate is written as soon as it is complete, while others go on; one whose
+        files are there already is left alone.
 
         ``patches``: texts of --set that were applied to the plans, for config.json. ``compile_full``: in place of -cf.
         """
@@ -445,13 +446,22 @@ class Job:
         recipe = self.recipe
         if compile_full is not None:
             recipe = replace(recipe, compile_full=compile_full, bits=tuple(p.bits for p in plans))
-        writer = OutputWriter(recipe, self.spec, self.source, self.work, len(self.rows["quantize"].ids), chosen)
+        fingerprint, rows = self.job["identity"]["fingerprint"], len(self.rows["quantize"].ids)
+        writer = OutputWriter(recipe, self.spec, self.source, self.work, fingerprint, rows, chosen)
         with ThreadPoolExecutor(1, "write") as pool:
             writing: dict[float, Future[OutputSummary]] = {}
+            kept: dict[float, OutputSummary] = {}
 
             def complete(plan: Plan) -> None:
+                records = writer.records(plan)
+                found = writer.finished(plan, records)
+                if found is not None:
+                    kept[plan.bits] = found
+                    where = found.directory or self.work.store.root
+                    self.reporter.event("note", message=f"{plan.bits:g} bpw: {where} has the model already")
+                    return
                 self.reporter.event("stage", stage=_compile_stage(plan), items=1, done=0)
-                writing[plan.bits] = pool.submit(writer.write, plan, writer.records(plan))
+                writing[plan.bits] = pool.submit(writer.write, plan, records)
 
             def tick() -> None:
                 for future in writing.values():
@@ -461,9 +471,12 @@ class Job:
             self.quantize(plans, complete, tick)
             outputs = []
             for plan in plans:
-                start = time.monotonic()
-                outputs.append(writing[plan.bits].result())
-                self.reporter.event("end", stage=_compile_stage(plan), seconds=time.monotonic() - start)
+                if plan.bits in writing:
+                    start = time.monotonic()
+                    outputs.append(writing[plan.bits].result())
+                    self.reporter.event("end", stage=_compile_stage(plan), seconds=time.monotonic() - start)
+                else:
+                    outputs.append(kept[plan.bits])
                 names = [Path(f).name for f in outputs[-1].files]
                 self.work.event("written", bits=plan.bits, directory=outputs[-1].directory, files=names)
             return outputs

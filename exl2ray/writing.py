@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,30 +14,48 @@ from exl2ray.config import Recipe, bpw_name
 from exl2ray.convert import OutputSummary
 from exl2ray.dist.worker import PERPLEXITY
 from exl2ray.errors import NumericError, StoreError, UsageError
+from exl2ray.formats.claim import claim, existing_shards
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.shards import TensorEntry, copy_side_files, output_config, write_config, write_shards
+from exl2ray.formats.shards import (
+    Shard,
+    TensorEntry,
+    config_bytes,
+    copy_side_files,
+    output_config,
+    plan_shards,
+    shard_names,
+    stale_side_files,
+    write_config,
+    write_shards,
+)
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import output_tensors, read_plain
 from exl2ray.planning import Plan, head_bits
-from exl2ray.publish.card import converted, write_card
+from exl2ray.publish.card import CardInfo, converted, model_card, write_card
+from exl2ray.publish.origin import CARD
 from exl2ray.store.layout import CALIBRATION, quant_kind
-from exl2ray.store.records import Record
+from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.tensors import get_tensors
 from exl2ray.store.workdir import WorkDir
 
+OUTPUT = "output"  # key of the record of a written model
+WRITTEN = 1  # how a model is written; another number when the same tensors would become other files
 _DTYPE_NAMES = {torch.int32: "I32", torch.int16: "I16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
 class OutputWriter:
-    """Writes the files of a bitrate. ``calibration_rows`` of the quantisation pass and texts of --set: for config.json."""
+    """Writes the files of a bitrate. ``fingerprint``: of the source. ``calibration_rows`` of the quantisation pass and texts
+    of --set: for config.json.
+    """
 
     recipe: Recipe
     spec: ModelSpec
     source: SourceModel
     work: WorkDir
+    fingerprint: str
     calibration_rows: int
     overrides: tuple[str, ...] = ()
 
@@ -47,7 +66,8 @@ class OutputWriter:
         for module in self.spec.modules:
             if not module.linears:
                 continue
-            record = self.work.records.find(kind, module.profile_key, plan.hashes[module.index])
+            # Hashed when they are read, in `write`.
+            record = self.work.records.find(kind, module.profile_key, plan.hashes[module.index], deep=False)
             if record is None:
                 raise StoreError(
                     f"{module.profile_key}: the record written a moment ago cannot be read back",
@@ -61,32 +81,91 @@ class OutputWriter:
             out[last] = replace(out[last], payload={**out[last].payload, "perplexity": value})
         return out
 
+    def finished(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary | None:
+        """The summary of what is there already, if it is what `write` would write; None if anything is missing or altered.
+
+        The card may have changed since: evaluations are added to it.
+        """
+        target, stored = self._target(plan), self._stored(plan, records)
+        shards = None if stored is None else _intact(stored, target)
+        if stored is None or shards is None:
+            return None
+        if self.recipe.compile_full is not None:
+            config = target / "config.json"
+            stale = [n for n in stale_side_files(self.recipe.in_dir, target) if n != CARD]
+            if stale or not config.is_file() or config.read_bytes() != config_bytes(self._config(plan)):
+                return None
+            card = _identity(self._card(plan, records, shards))
+            if card != stored.payload["card"] or not (target / CARD).is_file():
+                return None
+        return self._summary(plan, records, shards)
+
     def write(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
-        """Shards, and with -cf a complete model directory. Reports nothing: it runs beside the scheduler."""
-        recipe = self.recipe
-        directory = recipe.output_dir(plan.bits)
-        target = Path(directory) if directory is not None else self._bare_output(plan)
-        entries = self._entries(plan, records)
-        paths = write_shards(target, entries, recipe.shard_size << 20, ours=[*_existing_outputs(target), CALIBRATION])
+        """Shards, and with -cf a complete model directory. Reports nothing: it runs beside the scheduler.
+
+        Shards that are there already stay as they are. Raises UsageError if the directory has shards of something else.
+        """
+        target, stored = self._target(plan), self._stored(plan, records)
+        complete = self.recipe.compile_full is not None
+        shards = None if stored is None else _intact(stored, target)
+        if shards is None:
+            entries, limit = self._entries(plan, records), self.recipe.shard_size << 20
+            if complete:
+                names = shard_names(len(plan_shards([e.nbytes for e in entries], limit)))
+                claim(target, self.fingerprint, names)
+            shards = write_shards(target, entries, limit, ours=[*existing_shards(target), CALIBRATION])
+        payload: dict[str, Any] = {"shards": [asdict(s) for s in shards]}
+        if complete:
+            copy_side_files(self.recipe.in_dir, target)
+            card = self._card(plan, records, shards)
+            write_card(target, card)
+            write_config(target, self._config(plan))
+            payload["card"] = _identity(card)
+        self.work.records.commit(Record(quant_kind(plan.bits), OUTPUT, self._contents(records), payload))
+        return self._summary(plan, records, shards)
+
+    def _contents(self, records: Mapping[int, Record]) -> str:
+        """Hash of all that the shards contain."""
+        tensors = [[ref.sha256 for ref in records[i].files] for i in sorted(records)]
+        return hash_inputs(written=WRITTEN, source=self.fingerprint, tensors=tensors, shard_size=self.recipe.shard_size)
+
+    def _stored(self, plan: Plan, records: Mapping[int, Record]) -> Record | None:
+        """The record of having written these shards; where, it does not say: they may have been moved."""
+        return self.work.records.find(quant_kind(plan.bits), OUTPUT, self._contents(records))
+
+    def _perplexities(self, records: Mapping[int, Record]) -> tuple[float | None, float | None]:
+        """On calibration rows, of the quantised model and of its source."""
         head = records[self.spec.modules[-1].index].payload
-        perplexities = head["perplexity"], head["reference_perplexity"]
-        if directory is not None:
-            copy_side_files(recipe.in_dir, target)
-            name, rows, patches = self.spec.arch.name, self.calibration_rows, self.overrides[len(recipe.overrides) :]
-            info = converted(recipe, plan.bits, plan.achieved_bpw, name, rows, paths, *perplexities, patches)
-            bits = head_bits(recipe, self.spec, plan)
-            write_card(target, replace(info, head_bits=bits))
-            config = output_config(
-                loader_config(self.spec.arch, self.source.config), plan.bits, bits,
-                self.calibration_rows, recipe.length, recipe.cal_dataset,
-            )  # fmt: skip
-            if self.overrides:  # loaders ignore what they do not know
-                config["quantization_config"]["overrides"] = list(self.overrides)
-            write_config(target, config)
-        return OutputSummary(
-            plan.bits, plan.achieved_bpw, directory, tuple(str(p) for p in paths),
-            sum(p.stat().st_size for p in paths), *perplexities,
+        return head["perplexity"], head["reference_perplexity"]
+
+    def _card(self, plan: Plan, records: Mapping[int, Record], shards: Sequence[Shard]) -> CardInfo:
+        paths, rows = [self._target(plan) / s.name for s in shards], self.calibration_rows
+        name, patches = self.spec.arch.name, self.overrides[len(self.recipe.overrides) :]
+        perplexities = self._perplexities(records)
+        info = converted(self.recipe, plan.bits, plan.achieved_bpw, name, rows, paths, *perplexities, patches)
+        return replace(info, head_bits=head_bits(self.recipe, self.spec, plan))
+
+    def _config(self, plan: Plan) -> dict[str, Any]:
+        """config.json of the output."""
+        config = output_config(
+            loader_config(self.spec.arch, self.source.config), plan.bits, head_bits(self.recipe, self.spec, plan),
+            self.calibration_rows, self.recipe.length, self.recipe.cal_dataset,
         )  # fmt: skip
+        if self.overrides:  # loaders ignore what they do not know
+            config["quantization_config"]["overrides"] = list(self.overrides)
+        return config
+
+    def _summary(self, plan: Plan, records: Mapping[int, Record], shards: Sequence[Shard]) -> OutputSummary:
+        return OutputSummary(
+            plan.bits, plan.achieved_bpw, self.recipe.output_dir(plan.bits),
+            tuple(str(self._target(plan) / s.name) for s in shards), sum(s.size for s in shards),
+            *self._perplexities(records),
+        )  # fmt: skip
+
+    def _target(self, plan: Plan) -> Path:
+        """The directory of the shards."""
+        directory = self.recipe.output_dir(plan.bits)
+        return Path(directory) if directory is not None else self._bare_output(plan)
 
     def _bare_output(self, plan: Plan) -> Path:
         """Where the shards go without -cf: the work directory, one folder per bitrate if there are several."""
@@ -98,21 +177,14 @@ class OutputWriter:
     def _entries(self, plan: Plan, records: Mapping[int, Record]) -> list[TensorEntry]:
         """Every tensor of the output in order, read when its turn comes; checks sizes against the plan."""
         out: list[TensorEntry] = []
-        loaded: dict[int, dict[str, Tensor]] = {}
+        shapes = _Tensors(self.work, records, check=False)
+        tensors = _Tensors(self.work, records, check=True)
         quantised_bytes = 0
-
-        def tensors(index: int) -> dict[str, Tensor]:
-            if index not in loaded:
-                loaded.clear()  # files are mapped; one module's at a time
-                loaded[index] = {}
-                for file in records[index].files:
-                    loaded[index].update(get_tensors(self.work.store, file.rel))
-            return loaded[index]
 
         for entry in output_tensors(self.spec):
             if entry.linear is not None and entry.module is not None:
                 index = entry.module.index
-                packed = PackedLinear.from_tensors(entry.linear.key, tensors(index).get)
+                packed = PackedLinear.from_tensors(entry.linear.key, shapes(index).get)
                 for name, t in packed.tensors().items():
                     quantised_bytes += t.numel() * t.element_size()
                     out.append(
@@ -141,6 +213,31 @@ class OutputWriter:
         return out
 
 
-def _existing_outputs(directory: Path) -> list[str]:
-    """Shards of an earlier run in this directory: they may be replaced."""
-    return [p.name for p in directory.glob("output*.safetensors")] if directory.is_dir() else []
+class _Tensors:
+    """The tensors of one module at a time, mapped from its files; ``check``: hashed when a module is opened."""
+
+    def __init__(self, work: WorkDir, records: Mapping[int, Record], check: bool) -> None:
+        self._store, self._records, self._check = work.store, records, check
+        self._index, self._loaded = -1, dict[str, Tensor]()
+
+    def __call__(self, index: int) -> dict[str, Tensor]:
+        if index != self._index:
+            self._loaded = {}
+            for file in self._records[index].files:
+                self._loaded.update(get_tensors(self._store, file.rel, expect=file if self._check else None))
+            self._index = index
+        return self._loaded
+
+
+def _intact(stored: Record, target: Path) -> list[Shard] | None:
+    """The shards of a record if they, and no others, are in ``target`` as they were written."""
+    shards = [Shard(**s) for s in stored.payload["shards"]]
+    if existing_shards(target) != sorted(s.name for s in shards) or not all(s.is_intact(target) for s in shards):
+        return None
+    return shards
+
+
+def _identity(card: CardInfo) -> str:
+    """Hash of what a card says, whatever version of exl2ray writes it."""
+    making = None if card.making is None else replace(card.making, version="")
+    return hash_inputs(card=model_card(replace(card, making=making)))

@@ -165,7 +165,7 @@ def build(directory: Path, args: argparse.Namespace) -> None:
         for seed, (name, shape) in enumerate(shapes.items())
     ]
     for shard in write_shards(directory, entries, 4 << 30):
-        shard.rename(shard.with_name(shard.name.replace("output", "model")))
+        (directory / shard.name).rename(directory / shard.name.replace("output", "model"))
     byte_tokenizer().save(str(directory / "tokenizer.json"))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": h, "intermediate_size": w,

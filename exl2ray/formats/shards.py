@@ -7,6 +7,8 @@ shards, side files, config.json: without config.json nothing takes an unfinished
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import json
 import math
 import re
@@ -14,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -77,10 +79,40 @@ def shard_names(count: int) -> list[str]:
     return [f"output-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A written file: size in bytes, SHA-256 (hex) of the content, time of the last change in nanoseconds."""
+
+    name: str
+    size: int
+    sha256: str
+    mtime_ns: int
+
+    def is_intact(self, directory: Path) -> bool:
+        """Whether the file in ``directory`` has the content that was written. It is hashed only if it was touched, copied
+        or moved since.
+        """
+        try:
+            found = (directory / self.name).stat()
+            if found.st_size != self.size:
+                return False
+            return found.st_mtime_ns == self.mtime_ns or _sha256(directory / self.name) == self.sha256
+        except OSError:
+            return False
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def write_shards(
     directory: str | Path, entries: Iterable[TensorEntry], limit_bytes: int = 0, ours: Iterable[str] = ()
-) -> list[Path]:
-    """Write ``entries`` as output*.safetensors into ``directory`` (created if absent) and return the paths.
+) -> list[Shard]:
+    """Write ``entries`` as output*.safetensors into ``directory`` (created if absent) and say what was written.
 
     ``ours`` lists files that an earlier run wrote there: those that this run does not write again are removed at the
     end; files of the same names are overwritten. Any other ``*.safetensors`` in the directory is refused, before
@@ -91,13 +123,12 @@ def write_shards(
     plan = plan_shards([e.nbytes for e in entries], limit_bytes)
     names = shard_names(len(plan))
     _check_target(directory, entries, set(names) | ours)
-    for name, indices in zip(names, plan, strict=True):
-        write_tensor_file(directory / name, [entries[i] for i in indices])
+    shards = [write_tensor_file(directory / n, [entries[i] for i in ii]) for n, ii in zip(names, plan, strict=True)]
     for stale in sorted(ours - set(names)):
         if OUTPUT_NAME.fullmatch(stale):
             (directory / stale).unlink(missing_ok=True)
     fsync_directory(directory)
-    return [directory / n for n in names]
+    return shards
 
 
 def _check_target(directory: Path, entries: Sequence[TensorEntry], allowed: set[str]) -> None:
@@ -131,17 +162,21 @@ def _check_target(directory: Path, entries: Sequence[TensorEntry], allowed: set[
         )
 
 
-def write_tensor_file(path: str | Path, entries: Sequence[TensorEntry]) -> None:
+def write_tensor_file(path: str | Path, entries: Sequence[TensorEntry]) -> Shard:
     """Write one safetensors file atomically, tensor by tensor, without ``__metadata__``.
 
     The data section starts at a multiple of 8. Raises StoreError if it cannot be written, FormatError if a tensor is
     not what its entry announced.
     """
-    path = Path(path)
+    path, digest = Path(path), hashlib.sha256()
     with atomic_file(path) as f:
-        f.write(header_bytes(entries))
+        header = header_bytes(entries)
+        f.write(header)
+        digest.update(header)
         for e in entries:
-            _write_tensor(f, e, path)
+            _write_tensor((f.write, digest.update), e, path)
+    found = path.stat()
+    return Shard(path.name, found.st_size, digest.hexdigest(), found.st_mtime_ns)
 
 
 def header_bytes(entries: Sequence[TensorEntry]) -> bytes:
@@ -156,7 +191,8 @@ def header_bytes(entries: Sequence[TensorEntry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(f: BinaryIO, entry: TensorEntry, path: Path) -> None:
+def _write_tensor(sinks: Iterable[Callable[[memoryview], object]], entry: TensorEntry, path: Path) -> None:
+    """Gives the bytes of a tensor to all ``sinks``; nothing of it stays in memory."""
     t = entry.load().detach()
     if DTYPE_NAMES.get(t.dtype) != entry.dtype or tuple(t.shape) != entry.shape:
         raise FormatError(
@@ -165,7 +201,9 @@ def _write_tensor(f: BinaryIO, entry: TensorEntry, path: Path) -> None:
         )
     # as_strided: a contiguous tensor of one element may have any stride, which view(uint8) does not take
     flat = t.cpu().contiguous().as_strided((t.numel(),), (1,))
-    f.write(flat.view(torch.uint8).numpy().data)
+    data = flat.view(torch.uint8).numpy().data
+    for sink in sinks:
+        sink(data)
 
 
 def side_files(source: str | Path) -> list[str]:
@@ -194,6 +232,18 @@ def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
         with atomic_file(target / name) as out, (source / name).open("rb") as f:
             shutil.copyfileobj(f, out)
     return names
+
+
+def stale_side_files(source: str | Path, target: str | Path) -> list[str]:
+    """Names of side files of ``source`` whose copy in ``target`` is missing or has another content."""
+
+    def differs(name: str) -> bool:
+        try:
+            return not filecmp.cmp(Path(source) / name, Path(target) / name, shallow=False)
+        except OSError:
+            return True
+
+    return [name for name in side_files(source) if differs(name)]
 
 
 def refuse_same_directory(source: str | Path, target: str | Path) -> None:
@@ -226,10 +276,14 @@ def output_config(
     return out
 
 
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """config.json with 4-space indent and in ASCII, as the reference writes it."""
+    return json.dumps(config, indent=4).encode("ascii")
+
+
 def write_config(directory: str | Path, config: Mapping[str, Any]) -> Path:
-    """Write config.json atomically, 4-space indent and ASCII as the reference does; the last step of an output."""
+    """Write config.json atomically; the last step of an output."""
     path = Path(directory) / "config.json"
-    data = json.dumps(config, indent=4).encode("ascii")
     with atomic_file(path) as f:
-        f.write(data)
+        f.write(config_bytes(config))
     return path

@@ -256,13 +256,13 @@ def _examine_directories(found: Examination, recipe: Recipe) -> None:
     for bits in recipe.bits:
         directory = recipe.output_dir(bits)
         if directory is not None:
-            found.attempt("output", lambda d=directory: _check_target(recipe, d))  # type: ignore[misc]
+            found.attempt("output", lambda d=directory: _check_target(recipe, d, found.source))  # type: ignore[misc]
     found.attempt("work directory", lambda: _check_work(recipe))
 
 
-def _check_target(recipe: Recipe, directory: str) -> None:
+def _check_target(recipe: Recipe, directory: str, source: SourceModel | None) -> None:
     refuse_same_directory(recipe.in_dir, directory)
-    check_output(Path(directory))
+    check_output(Path(directory), source)
 
 
 def _check_work(recipe: Recipe) -> None:

@@ -157,7 +157,8 @@ def add_evaluation(directory: str | Path, evaluation: Evaluation) -> Path:
     """Puts the figures on the card of a directory. Raises StoreError if it cannot be written."""
     path = Path(directory) / CARD
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return _write(Path(directory), with_evaluation(text, evaluation))
+    wanted = with_evaluation(text, evaluation)
+    return path if wanted == text else _write(Path(directory), wanted)
 
 
 def _write(directory: Path, text: str) -> Path:

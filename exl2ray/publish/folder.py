@@ -15,6 +15,7 @@ from pathlib import Path
 from exl2ray.config import bpw_name
 from exl2ray.console import plural
 from exl2ray.errors import FormatError, UsageError
+from exl2ray.formats.claim import CLAIM
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.formats.summary import DirectorySummary, inspect_directory
 from exl2ray.formats.verify import verify_directory
@@ -31,7 +32,7 @@ MAX_TEXT_BYTES = 64 << 20  # files above this are not searched for the token
 
 @dataclass(frozen=True)
 class Folder:
-    """A sound EXL2 directory. files: name -> path, sorted. left_out: names that begin with a dot."""
+    """A sound EXL2 directory. files: name -> path, sorted. left_out: names that begin with a dot, but for exl2ray's own."""
 
     path: Path
     summary: DirectorySummary
@@ -59,7 +60,7 @@ def read_folder(path: str | Path, include: Sequence[str] = ()) -> Folder:
             f"all of them: exl2ray verify {path}",
         )
     names = sorted(p.name for p in path.iterdir())
-    hidden = tuple(n for n in names if n.startswith("."))
+    hidden = tuple(n for n in names if n.startswith(".") and n != CLAIM)
     files = {n: path / n for n in names if not n.startswith(".")}
     foreign = [n for n, p in files.items() if not (p.is_file() and _allowed(n, include))]
     if foreign:

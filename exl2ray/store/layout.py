@@ -24,7 +24,7 @@ LOGS = "logs"
 NONCE = "nonce"
 MEASURE = "measure"  # kind of the measurement's records
 REFERENCE_KIND = "quant/reference"  # kind of the checkpoints of the source model's states on the quantisation rows
-NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|perplexity")  # keys of records that are no module's
+NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|perplexity|output")  # keys of records that are no module's
 FOLDERS = ("measure", "quant", "events", "logs", "nonce")
 
 _OURS = re.compile(

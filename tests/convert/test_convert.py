@@ -42,8 +42,11 @@ from exl2ray.evaluate.compare import evaluate
 from exl2ray.formats.exl2 import Exl2Model, dequantize_numpy
 from exl2ray.formats.measurement import check_against, read_measurement
 from exl2ray.progress import Silent
+from exl2ray.publish.card import add_evaluation
+from exl2ray.publish.figures import Evaluation, Figure
 from exl2ray.quant.qparams import head_option
 from exl2ray.steps import Job
+from exl2ray.store.local import LocalStore
 
 MODULES = [f"model.layers.{i}.{half}" for i in range(2) for half in ("self_attn", "mlp")]
 
@@ -315,11 +318,94 @@ def test_a_finished_job_computes_nothing(quiet: Quiet, finished: Path) -> None:
     assert (contents(finished / "work" / "quant"), contents(finished / "out-4.0")) == before
 
 
-@pytest.mark.xfail(strict=True, reason="every run writes the output again")
+def written(root: Path) -> dict[str, int]:
+    """Time of the last change of every file of the outputs."""
+    return {str(p): p.stat().st_mtime_ns for p in sorted(root.glob("out-*/**/*")) if p.is_file()}
+
+
 def test_a_finished_job_writes_nothing(quiet: Quiet, finished: Path) -> None:
-    before = (finished / "out-4.0" / "output.safetensors").stat().st_mtime_ns
+    """Not even after an evaluation was put on the card, and the files were touched by a copy."""
+    add_evaluation(finished / "out-4.0", Evaluation(Figure(9.0, None), None, None, None, 1, 2, 3))
+    os.utime(finished / "out-5.0" / "output.safetensors")
+    before = written(finished)
+    reporter = again(quiet, finished)
+    assert stages(reporter) == []
+    assert len([m for m in messages(reporter, "note") if "has the model already" in m]) == 2
+    assert written(finished) == before
+    (done,) = [fields for name, fields in reporter.events if name == "done"]
+    assert [o["file_bytes"] for o in done["outputs"]] == [o.file_bytes for o in quiet.summary.outputs]
+    assert [o["calibration_perplexity"] for o in done["outputs"]] == [
+        o.calibration_perplexity for o in quiet.summary.outputs
+    ]
+
+
+@pytest.mark.parametrize("name", ["output.safetensors", "tokenizer.json", "config.json", "README.md"])
+@pytest.mark.parametrize("damage", ["deleted", "torn", "altered"])
+def test_damaged_files_of_an_output_are_written_again(quiet: Quiet, finished: Path, name: str, damage: str) -> None:
+    file = finished / "out-4.0" / name
+    shards = file.with_name("output.safetensors")
+    before, data = written(finished), file.read_bytes()
+    if damage == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-1] if damage == "torn" else data[:-9] + b"\xff" + data[-8:])
+    reporter = again(quiet, finished)
+    if name == "README.md" and damage != "deleted":  # a card may be edited
+        assert stages(reporter) == []
+        return
+    assert (items(reporter), stages(reporter)) == ([], ["compile 4.0"])
+    assert contents(finished / "out-4.0") == contents(quiet.outputs[4.0])
+    assert (shards.stat().st_mtime_ns == before[str(shards)]) == (name != "output.safetensors")
     assert stages(again(quiet, finished)) == []
-    assert (finished / "out-4.0" / "output.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_stray_shard_is_not_taken_for_a_part_of_the_model(quiet: Quiet, finished: Path) -> None:
+    shutil.copy(finished / "out-4.0" / "output.safetensors", finished / "out-4.0" / "output-00001-of-00002.safetensors")
+    with pytest.raises(UsageError, match=r"holds output-00001-of-00002\.safetensors, not written there by exl2ray"):
+        again(quiet, finished)
+
+
+def test_another_bitrate_may_take_the_place_of_the_first(quiet: Quiet, tmp_path: Path) -> None:
+    """Also from a new work directory; the shards of another model stay where they are."""
+    out = tmp_path / "out"
+    run(quiet.model, tmp_path / "a", compile_full=str(out), bits=(4.0,))
+    run(quiet.model, tmp_path / "b", compile_full=str(out), bits=(5.0,))
+    assert contents(out) == contents(quiet.outputs[5.0])
+    run(quiet.model, tmp_path / "a", compile_full=str(out), bits=(4.0,))
+    assert contents(out) == contents(quiet.outputs[4.0])
+    other = write_model(tmp_path / "other", seed=5)
+    with pytest.raises(UsageError, match=r"holds output\.safetensors, made from another model") as caught:
+        run(other, tmp_path / "c", compile_full=str(out))
+    assert "choose another directory" in caught.value.hint
+    for text in ("{", "[]", '{"source": 1}'):
+        (out / ".exl2ray.json").write_text(text)
+        with pytest.raises(UsageError, match="not written there by exl2ray"):
+            run(quiet.model, tmp_path / "c", compile_full=str(out))
+    assert not (tmp_path / "c").exists()
+    assert (out / "output.safetensors").read_bytes() == (quiet.outputs[4.0] / "output.safetensors").read_bytes()
+
+
+def test_packed_tensors_are_hashed_once(quiet: Quiet, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When they are read to be written; and once more by a later run, which looks whether they are intact."""
+    hashed: list[str] = []
+    real = LocalStore.sha256
+    monkeypatch.setattr(LocalStore, "sha256", lambda self, rel: hashed.append(rel) or real(self, rel))
+    tensors = [str(p.relative_to(finished / "work")) for p in (finished / "work" / "quant" / "4.0" / "tensors").iterdir()]
+    run(quiet.model, finished / "new", compile_full=str(finished / "new-out"))
+    assert sorted(rel for rel in hashed if "/tensors/" in rel) == sorted(tensors)
+    hashed.clear()
+    run(quiet.model, finished / "new", compile_full=str(finished / "new-out"))
+    assert sorted(rel for rel in hashed if "/tensors/" in rel) == sorted(tensors)
+
+
+def test_an_output_that_was_killed_half_way_is_ours(quiet: Quiet, finished: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (finished / "out-4.0" / name).unlink()
+    with (finished / "out-4.0" / "output.safetensors").open("r+b") as f:
+        f.truncate(1000)
+    shutil.rmtree(finished / "work")
+    again(quiet, finished)
+    assert contents(finished / "out-4.0") == contents(quiet.outputs[4.0])
 
 
 def test_a_lost_output_is_written_again(quiet: Quiet, finished: Path) -> None:

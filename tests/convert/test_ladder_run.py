@@ -44,6 +44,21 @@ def test_a_ladder_is_evaluated(quiet: Quiet, tokens: Path, tmp_path: Path) -> No
     assert any("ladder.png" in m for m in messages(reporter, "note"))
 
 
+def test_finished_models_are_not_evaluated_again(quiet: Quiet, tokens: Path, tmp_path: Path) -> None:
+    settings = {"bits": (4.0, 5.0), "compile_full": str(tmp_path / "out-{bpw}"), "eval_text": str(tokens)}
+    first, _ = run(quiet.model, tmp_path / "work", evaluate="auto", **settings)
+    files = [*tmp_path.glob("out-*/*"), tmp_path / "work" / "evaluation.json", tmp_path / "work" / "ladder.png"]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    second, reporter = run(quiet.model, tmp_path / "work", evaluate="auto", **settings)
+    assert [name for name, _ in reporter.events if name == "stage"] == []
+    assert {p: p.stat().st_mtime_ns for p in files} == before
+    assert second.outputs == first.outputs
+    other = tmp_path / "other.npy"
+    np.save(other, np.load(tokens)[:2])
+    third, _ = run(quiet.model, tmp_path / "work", evaluate="auto", **{**settings, "eval_text": str(other)})
+    assert third.outputs[0].kl not in (None, first.outputs[0].kl)
+
+
 def test_what_goes_wrong_afterwards_does_not_spoil_the_conversion(quiet: Quiet, tmp_path: Path) -> None:
     bad = tmp_path / "ids.npy"
     np.save(bad, np.full((2, 8), 10**6))

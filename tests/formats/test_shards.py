@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -98,9 +99,13 @@ def test_shards_are_streamed_one_tensor_at_a_time(tmp_path: Path) -> None:
         return torch.from_numpy(data)
 
     entries = [TensorEntry(f"t{i}", "I16", (4, 8), lambda i=i: make(i)) for i in range(9)]
-    paths = write_shards(tmp_path / "out", entries, limit_bytes=150)
+    shards = write_shards(tmp_path / "out", entries, limit_bytes=150)
     assert alive_before == [0] * 9
-    assert [p.name for p in paths] == shard_names(5)
+    assert [s.name for s in shards] == shard_names(5)
+    paths = [tmp_path / "out" / s.name for s in shards]
+    assert [(s.size, s.sha256) for s in shards] == [
+        (p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in paths
+    ]
     assert all(p.stat().st_size < 150 + 400 for p in paths)
     read = {k: v for p in paths for k, v in load_file(p).items()}
     assert all((read[f"t{i}"] == i).all() for i in range(9))

@@ -35,7 +35,7 @@ def fields(card: bytes) -> dict[str, Any]:
 
 
 def local(directory: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in directory.iterdir()}
+    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith(".")}
 
 
 # ---- what arrives ---------------------------------------------------------------------------------------------------
