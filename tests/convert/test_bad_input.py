@@ -320,7 +320,7 @@ def test_work_directory_of_another_model(quiet: Quiet, work: Path, tmp_path: Pat
     before = contents(work)
     for reuse in (False, True):
         with pytest.raises(JobMismatchError, match=r"-i: ") as caught:
-            resume(quiet, work, other, reuse=reuse)
+            resume(quiet, work, other, reuse=reuse, compile_full=str(tmp_path / "{bpw}"))
         assert "-nr" in caught.value.hint
     assert contents(work) == before
 
