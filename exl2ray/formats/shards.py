@@ -22,6 +22,7 @@ import torch
 
 from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.formats.files import atomic_file, fsync_directory, write_error
+from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
 
 REFERENCE_VERSION = "0.3.2"  # level of the format that is written; some tools read it from config.json
@@ -215,11 +216,11 @@ def side_files(source: str | Path) -> list[str]:
 def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     """Copy what belongs to a model besides weights and config.json; returns the names.
 
-    Every regular file at the top level of ``source`` (links are followed), e.g. tokenizer, chat template, licence.
+    Every regular file at the top level of ``source``, e.g. tokenizer, chat template, licence.
     Unlike the reference, also left out are weights in other formats (``*.pt``, ``*.pth``, ``*.gguf``,
     ``consolidated.*``, ...), the source's weight index files, which no longer describe the weights, and dot files.
     config.json is written by ``write_config``. Existing files are overwritten. Raises UsageError if both are one
-    directory, StoreError if writing fails.
+    directory, SourceError for a link that leads elsewhere (`exl2ray.formats.links`), StoreError if writing fails.
     """
     source, target = Path(source), Path(target)
     refuse_same_directory(source, target)
@@ -228,6 +229,8 @@ def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
         names = side_files(source)
     except OSError as e:
         raise write_error(target, e) from e
+    for name, real in outside_links(source, [*names, "config.json"]).items():
+        raise link_error(source, name, real)
     for name in names:
         with atomic_file(target / name) as out, (source / name).open("rb") as f:
             shutil.copyfileobj(f, out)

@@ -24,8 +24,9 @@ from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.layout import LinearShape
+from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.measurement import Measurement, check_against, read_measurement
-from exl2ray.formats.shards import refuse_same_directory
+from exl2ray.formats.shards import refuse_same_directory, side_files
 from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
@@ -108,6 +109,7 @@ def examine(recipe: Recipe) -> Examination:
     """All checks, in seconds; raises nothing that is a problem of model, data, flags or disks."""
     found = Examination()
     _examine_source(found, recipe)
+    _examine_links(found, recipe)
     device = found.device = found.attempt("device", lambda: pick_device(recipe))
     idle = None if device is None else idle_gpu(device, recipe)
     found.warnings += [] if idle is None else [idle]
@@ -163,6 +165,21 @@ def _examine_source(found: Examination, recipe: Recipe) -> None:
         "architecture", lambda: load_spec(source, recipe.rope_scale, recipe.rope_alpha, misfits)
     )
     found.add("tensors", misfits)
+
+
+def _examine_links(found: Examination, recipe: Recipe) -> None:
+    """Links out of the model's folder: refused where content would be copied, a warning for weights."""
+    source = found.source
+    if source is None:
+        return
+    if recipe.compile_full is not None:
+        copied = outside_links(source.path, ["config.json", *side_files(source.path)])
+        found.add("source", [link_error(source.path, name, real) for name, real in copied.items()])
+    weights = outside_links(source.path, source.files)
+    if weights:
+        name, real = next(iter(weights.items()))
+        more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+        found.warnings.append(f"weights are links out of the model's folder: {name} to {real}{more}")
 
 
 def _broken_files(directory: Path) -> list[Exl2RayError]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from exl2ray.config import Recipe
 from exl2ray.flags import METAVARS, STORED_AT, dashes, field_docs
+from exl2ray.formats.links import outside
 from exl2ray.publish.frontmatter import Value, read_fields, split_card
 
 CARD = "README.md"
@@ -54,20 +55,11 @@ def read_original(in_dir: str | Path) -> OriginalCard:
     """
     try:
         path = Path(in_dir) / CARD
-        if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES or not _within(path, Path(in_dir)):
+        if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES or outside(path, Path(in_dir)):
             return NO_CARD
         return original_card(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return NO_CARD
-
-
-def _within(path: Path, directory: Path) -> bool:
-    """Whether a file is really of the model: a link in a cloned repository can lead anywhere, and cards are published.
-
-    The Hub's cache keeps files in blobs/ beside snapshots/.
-    """
-    real, root = path.resolve(), directory.resolve()
-    return real.is_relative_to(root) or (root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs")
 
 
 def _reasonable(value: Value) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import Quiet, contents, items, logged, recipe, run
+from convert_helpers import Quiet, contents, items, logged, messages, recipe, run
 from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 from tokenizers import AddedToken, Tokenizer
@@ -362,3 +362,23 @@ def test_damaged_calibration_rows_are_written_again(quiet: Quiet, work: Path) ->
     file.write_bytes(before[:-8] + bytes(8))
     assert items(resume(quiet, work)) == []
     assert file.read_bytes() == before
+
+
+# ---- links --------------------------------------------------------------------------------------------------------------
+
+
+def test_links_out_of_the_model(quiet: Quiet, tmp_path: Path) -> None:
+    """Nothing starts if a side file is one; weights may be, and a measurement copies nothing."""
+    model = Path(shutil.copytree(quiet.model, tmp_path / "model"))
+    (tmp_path / "disk").mkdir()
+    for name in ("model.safetensors", "generation_config.json"):
+        shutil.move(model / name, tmp_path / "disk" / name)
+        (model / name).symlink_to(tmp_path / "disk" / name)
+    with pytest.raises(SourceError, match=r"generation_config\.json: a link to .*disk"):
+        run(model, tmp_path / "work", compile_full=str(tmp_path / "out"))
+    assert not (tmp_path / "work").exists()
+    dry_run(recipe(model, tmp_path / "work", output_measurement=str(tmp_path / "m.json")), Silent())
+    (model / "generation_config.json").unlink()
+    reporter = Silent()
+    dry_run(recipe(model, tmp_path / "work", compile_full=str(tmp_path / "out")), reporter)
+    assert [m for m in messages(reporter, "warning") if f"model.safetensors to {tmp_path / 'disk'}" in m]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from exl2ray.formats.exl2 import Exl2Model, pack_linear_numpy
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.formats.measurement import read_measurement
-from exl2ray.formats.shards import TensorEntry, write_tensor_file
+from exl2ray.formats.shards import TensorEntry, copy_side_files, write_tensor_file
 from exl2ray.formats.summary import inspect_directory
 from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.formats.verify import verify_directory
@@ -202,6 +204,57 @@ def test_broken_source_directory(tmp_path: Path, case: str) -> None:
     SourceModel(tmp_path)
     change(tmp_path)
     expect(SourceError, lambda: SourceModel(tmp_path), str(tmp_path), *named)
+
+
+# -- links ---------------------------------------------------------------------------------------------------------
+
+
+SECRET = b"-----BEGIN OPENSSH PRIVATE KEY-----"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "id_rsa").write_bytes(SECRET)
+    return tmp_path / "home" / "id_rsa"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "config.json"])
+@pytest.mark.parametrize("how", ["absolute", "relative", "through a link", "similar folder", "blobs of another"])
+def test_link_out_of_the_model(tmp_path: Path, elsewhere: Path, name: str, how: str) -> None:
+    model = tmp_path / "models--a--b" / "snapshots" / "0123"
+    model.mkdir(parents=True)
+    good_source(model)
+    link, target = model / name, elsewhere
+    link.unlink(missing_ok=True)
+    if how == "similar folder":
+        target = Path(shutil.copytree(elsewhere.parent, f"{model}-private")) / "id_rsa"
+    elif how == "blobs of another":
+        target = Path(shutil.copytree(elsewhere.parent, tmp_path / "models--me--private" / "blobs")) / "id_rsa"
+    if how == "through a link":
+        (model / "onnx").symlink_to(target.parent)
+        link.symlink_to("onnx/id_rsa")
+    else:
+        link.symlink_to(os.path.relpath(target, model) if how == "relative" else target)
+    copy = partial(copy_side_files, model, tmp_path / "out")
+    expect(SourceError, copy, f"{link}: a link to {target}, outside", f"cp --remove-destination {target} {link}")
+    assert not any(p.is_file() for p in (tmp_path / "out").rglob("*"))
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    """Also where the folder itself is a link, and links inside a folder."""
+    repository = tmp_path / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs" / "0a1b").write_text("{}")
+    model = repository / "snapshots" / "0123"
+    model.mkdir(parents=True)
+    good_source(model)
+    (model / "tokenizer.json").symlink_to("../../blobs/0a1b")
+    (model / "tokenizer_config.json").symlink_to("tokenizer.json")
+    (tmp_path / "model").symlink_to(model)
+    assert copy_side_files(tmp_path / "model", tmp_path / "out") == ["tokenizer.json", "tokenizer_config.json"]
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
 
 
 def test_path_that_is_no_directory(tmp_path: Path) -> None:
