@@ -104,14 +104,14 @@ def _measured(
         return []
     forget_recordings()
     steps, start = 1 + len(models), time.monotonic()
+    ends = [start]
     reporter.event("stage", stage=STAGE, items=steps, done=0)
 
     def progress(model: Path, done: int, modules: int) -> None:
         if done == modules:
-            number = 1 + ([Path(m) for m in models].index(model) + 1 if str(model) in map(str, models) else 0)
-            reporter.event(
-                "item", stage=STAGE, key=str(model), done=number, items=steps, seconds=time.monotonic() - start, detail=""
-            )
+            ends.append(time.monotonic())
+            number, seconds = len(ends) - 1, ends[-1] - ends[-2]
+            reporter.event("item", stage=STAGE, key=str(model), done=number, items=steps, seconds=seconds, detail="")
 
     options = RunOptions(rope_scale=recipe.rope_scale, rope_alpha=recipe.rope_alpha)
     results = evaluate_many(models, recipe.in_dir, rows, device, None, options, progress=progress)

@@ -1,18 +1,8 @@
 """What a running conversion tells: events with a fixed vocabulary, and the interface of whoever shows them.
 
-Events (name: fields). `--json` prints each as one line {"event": name, ...fields}:
-
-| name | fields | meaning |
-|---|---|---|
-| start | model, architecture, modules, bits, device, workers, resumed | the job as understood |
-| stage | stage, items, done | a pass begins: "measure", "quantize 4.0", "compile 4.0", ... |
-| item | stage, key, done, items, seconds, detail | one item of the pass is finished and stored |
-| note | message | something the user should know |
-| warning | message | something that may spoil the result |
-| table | title, columns, rows | a small table for people (the allocation, the summary) |
-| end | stage, seconds | the pass is complete |
-| done | outputs, seconds | everything is complete |
-| error | message, hint, code | the run stops |
+Names are start, stage, item, end, note, warning, done, and error where a program ends; ``docs/events.md`` explains their
+fields, ``events.schema.json`` has them for programs. `--json` prints each event as one line {"event": name, ...fields}.
+Reporters for people also take table (title, columns, rows), which is no part of a conversion.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.store.faults import translated
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, quant_kind
+from exl2ray.store.pace import Pace
 from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir
@@ -637,19 +638,20 @@ class _Stage:
         self.job, self.name, self.items, self.done = job, name, items, done
 
     def __enter__(self) -> _Stage:
-        self.start, self.finished = time.monotonic(), 0
+        self.start = time.monotonic()
+        self.pace = Pace(self.items, self.done, 1, self.start)
         self.job.reporter.event("stage", stage=self.name, items=self.items, done=self.done)
         self.job.work.event("stage", stage=self.name, items=self.items, done=self.done)
         return self
 
     def __call__(self, result: ItemResult) -> None:
         self.done += 1
-        self.finished += 1
-        elapsed = time.monotonic() - self.start
+        now, workers = time.monotonic(), self.job.session.size
+        self.pace.finished(self.done, now, result.worker, result.seconds, workers)
         fields: dict[str, Any] = {
             "stage": self.name, "key": result.key, "done": self.done, "items": self.items, "seconds": result.seconds,
-            "worker": result.worker, "workers": self.job.session.size, "queue": self.items - self.done,
-            "eta_seconds": elapsed / self.finished * (self.items - self.done),
+            "worker": result.worker, "workers": workers, "queue": self.items - self.done,
+            "eta_seconds": self.pace.eta_seconds(now),
         }  # fmt: skip
         self.job.work.event("item", **fields)
         self.job.reporter.event("item", **fields, detail=result.detail)

@@ -19,7 +19,7 @@ INTRODUCTION = """\
 
 Flags may be spelled with underscores, as the reference converter does: `--in_dir` is `--in-dir`. Results go to standard
 output, errors to standard error. With `--json`, standard output carries JSON and nothing else: one event per line
-from `convert` and `measure`, one line with the result from the other commands, and a line
+from `convert` and `measure` ([events.md](events.md)), one line with the result from the other commands, and a line
 `{"event": "error", "message": ..., "hint": ..., "code": ...}` if the command fails.
 
 `convert` and `measure` show a live display on a terminal and a line per finished item elsewhere. `NO_COLOR` is

@@ -49,7 +49,8 @@ def test_the_number_of_workers_changes_no_byte(
     assert len({f["worker"] for f in items if f["stage"] == "measure"}) >= min(workers, 2)  # a third may start late
     assert {f["workers"] for f in items} == {workers}
     assert items[0]["queue"] == 3
-    assert items[0]["eta_seconds"] > 0
+    assert items[0]["eta_seconds"] is None  # nothing is claimed of a single item
+    assert items[1]["eta_seconds"] > 0
 
 
 @pytest.mark.parametrize("propagate", ["quantized", "reference"])
