@@ -39,7 +39,7 @@ def show(s: WorkStatus) -> None:
 
 def _row(p: PassStatus) -> list[str]:
     """One pass; what is left of a stopped one is what going on would take."""
-    count = str(p.done) if p.items is None else f"{p.done}/{p.items}"
+    count = f"{p.done}/{p.items}" if p.items is not None else str(p.done) if p.done else ""
     left = ""
     if p.queue:
         left = plural(p.queue, "module") + ("" if p.eta_seconds is None else f", {duration(p.eta_seconds)}")

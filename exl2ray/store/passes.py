@@ -22,7 +22,9 @@ from typing import Any
 
 from exl2ray.store.pace import Pace
 
-_MEASURE = "measure"  # name of the pass; others are "quantize 4.0" and "compile 4.0"
+_MEASURE = "measure"
+_MEASURING = (_MEASURE, "sensitivity")  # what --reuse keeps
+_ORDER = (*_MEASURING, "quantize", "compile")  # first words of the names of passes: "quantize 4.0"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def passes(
     now: float,
     complete: Collection[str] = (),
 ) -> list[PassStatus]:
-    """Status of the passes ``wanted`` (in order) and of all others in the log.
+    """Status of the passes ``wanted`` and of all others in the log, in the order in which a job runs them.
 
     ``records``: finished modules by pass, where the log says nothing; ``complete``: passes whose result is there.
     ``now``: seconds since 1970.
@@ -85,7 +87,7 @@ def passes(
         if name == "opened":
             run += 1
             if f.get("changed"):  # the measurement stays, everything after it begins anew
-                found = {k: p for k, p in found.items() if k == _MEASURE}
+                found = {k: p for k, p in found.items() if k in _MEASURING}
         elif name == "stage" and _counts(f):
             found[str(f["stage"])] = _Pass(Pace(f["items"], f["done"], 1, when), run, when, when)
         elif name == "item" and _counts(f) and str(f["stage"]) in found:
@@ -97,11 +99,17 @@ def passes(
         elif name == "written":
             found[f"compile {f.get('bits')}"] = _Pass(Pace(1, 1, 1, when), run, when, when)
     complete = {*complete, *(n.replace("compile", "quantize") for n in found if n.startswith("compile"))}
-    names = [*wanted, *(n for n in found if n not in wanted)]
+    names = sorted({**dict.fromkeys(wanted), **found}, key=_rank)
     return [
         _status(n, found[n], running and found[n].run == run, now) if n in found else _unseen(n, records, n in complete)
         for n in names
     ]
+
+
+def _rank(name: str) -> int:
+    """Passes of a kind keep the order of their bitrates; unknown ones come last."""
+    kind = name.partition(" ")[0]
+    return _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
 
 
 def _item(p: _Pass, f: Mapping[str, Any], when: float) -> None:

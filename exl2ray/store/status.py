@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +62,13 @@ def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
     state = "stopped"
     if store.exists(LOCK_FILE):
         state = "crashed" if is_stale(store, holder, timing or LockTiming(), time.time) else "running"
-    records = _count_records(store)
+    names = store.list("measure") + store.list("quant")
+    records = _count_records(names)
     has_measurement = store.exists(MEASUREMENT)
-    found = passes(
-        events, _wanted(job), _by_pass(records), state == "running", time.time(), {"measure"} if has_measurement else ()
-    )
+    complete = {"measure"} if has_measurement else set()
+    if has_measurement and any(n.startswith("measure/records/sensitivity-") for n in names):
+        complete.add("sensitivity")
+    found = passes(events, _wanted(job), _by_pass(records), state == "running", time.time(), complete)
     return WorkStatus(
         root=store.root,
         state=state,
@@ -87,6 +90,8 @@ def _wanted(stored: StoredJob | None) -> list[str]:
     job = stored.job if stored is not None else {}
     measure, quantize, output = (job.get(section, {}) for section in ("measure", "quantize", "output"))
     names = [] if measure.get("measurement") else ["measure"]
+    if names and quantize.get("allocates") == "linear":
+        names.append("sensitivity")
     if not output.get("measure_only"):
         bits = [float(b) for b in quantize.get("bits") or ()]
         names += [f"{step} {b}" for step in ("quantize", "compile") for b in bits]
@@ -97,10 +102,10 @@ def _by_pass(records: dict[str, int]) -> dict[str, int]:
     return {kind.replace("quant/", "quantize ", 1): count for kind, count in records.items()}
 
 
-def _count_records(store: Store) -> dict[str, int]:
-    """Distinct modules by kind; not the records of calibration rows, saved states and perplexities."""
+def _count_records(names: Iterable[str]) -> dict[str, int]:
+    """Distinct modules by kind; not the records of calibration rows, saved states, perplexities and written models."""
     items = set()
-    for name in store.list("measure") + store.list("quant"):
+    for name in names:
         kind, _, file = name.rpartition("/records/")
         key = file.removesuffix(".json").rpartition(".")[0]
         if kind and file.endswith(".json") and not NOT_MODULES.fullmatch(key) and kind != REFERENCE_KIND:

@@ -101,6 +101,27 @@ def test_other_settings_leave_the_measurement() -> None:
     assert [found[n].state for n in WANTED] == ["finished", "waiting", "waiting"]
 
 
+def test_passes_come_in_the_order_of_the_job() -> None:
+    """Also those that only the log knows of, and bitrates in the order of the job."""
+    story = Story().opened().tell("written", bits=6.0).tell("stage", stage="quantize 6.0", items=3, done=3)
+    story.tell("stage", stage="later", items=1, done=0)
+    story.tell("stage", stage="sensitivity", items=1, done=0).tell("stage", stage="measure", items=2, done=0)
+    names = [p.name for p in passes(story.events, ["measure", "quantize 4.0", "quantize 3.0", "compile 4.0"], {}, True, 0.0)]
+    assert names == [
+        "measure", "sensitivity", "quantize 4.0", "quantize 3.0", "quantize 6.0", "compile 4.0", "compile 6.0", "later",
+    ]  # fmt: skip
+
+
+def test_the_sensitivities_are_a_pass_where_options_are_chosen_by_them(root: str, job: dict[str, dict[str, Any]]) -> None:
+    job["quantize"]["allocates"] = "linear"
+    with WorkDir.create_or_resume(root, job, resume=True, versions={}) as work:
+        assert [(p.name, p.state) for p in work.status().passes][:2] == [("measure", "waiting"), ("sensitivity", "waiting")]
+        work.store.put("measurement.json", b"{}")
+        assert [p.state for p in work.status().passes][:2] == ["finished", "waiting"]
+        work.records.commit(Record("measure", "sensitivity-lm_head", hash_inputs(), {}))
+        assert [p.state for p in work.status().passes][:2] == ["finished", "finished"]
+
+
 def test_records_count_where_the_log_is_gone() -> None:
     for complete, state in (((), "stopped"), (("measure",), "finished")):
         found = {p.name: p for p in passes([], WANTED, {"measure": 5}, False, START, complete)}
