@@ -1,12 +1,13 @@
 """CUDA graphs of the solver: the launches of a batch are recorded once per shape and replayed.
 
-A Numba launch costs about 100 us from Python with the arguments of these kernels, and a batch has thousands; replayed they
-cost about a microsecond each. Layers of a model have equal shapes, so the recording pays from the second layer on.
+A launch costs 7 us from Python (`exl2ray.cuda.launch`) and a small product about 15, and a batch has thousands; replayed they
+cost about a microsecond each. That matters for small batches only: experts, single options of narrow linears. Large ones keep
+the GPU busy for longer than their launches take, and recording one takes as long as several hundred milliseconds.
 
-Policy: the first batch of a shape runs launch by launch (kernels must be compiled before a capture); the second is
-recorded if its buffers fit into what is left of `GRAPH_SHARE` of the device's memory, since they stay allocated. A shape
-that does not fit goes on launch by launch, with the same results. Where memory runs out all the same, `with_room` drops the
-recordings and tries once more.
+Policy: the first batch of a shape of less than `SMALL` weights runs launch by launch (libraries must be set up before a
+capture); the second is recorded if its buffers fit into what is left of `GRAPH_SHARE` of the device's memory, since they stay
+allocated. All others go on launch by launch, with the same results. Where memory runs out all the same, `with_room` drops
+the recordings and tries once more.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from exl2ray.cuda.device import device_bytes
 from exl2ray.cuda.solver import Batch, Shape
 
 GRAPH_SHARE = 0.2  # of the device's memory
+SMALL = 100_000_000  # weights of a batch (rows times columns)
 CAPTURING = threading.Lock()  # held during a capture, and by whoever allocates pinned memory in another thread
 T = TypeVar("T")
 
@@ -44,6 +46,8 @@ class GraphCache:
     limit_bytes: int | None = None  # None: GRAPH_SHARE of the device
 
     def room(self, shape: Shape) -> bool:
+        if shape.in_features * shape.columns > SMALL:
+            return False
         limit = self.limit_bytes
         if limit is None:
             limit = int(device_bytes(shape.device) * GRAPH_SHARE)

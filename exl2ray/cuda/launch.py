@@ -65,7 +65,7 @@ class Launch:
         self._kernel, self._grid, self._block, self._args = kernel, grid, block, args
         self._function = 0
         if any(isinstance(a, Tensor) and a.is_cuda for a in args):
-            self._function = _function(kernel, tuple(map(_type_of, args)))
+            self._function = _function(kernel, tuple(map(_kind_of, args)))
         if self._function:
             self._prepare()
 
@@ -107,18 +107,26 @@ class Launch:
         self._kernel[self._grid, self._block, cuda.external_stream(stream) if stream else 0](*args)
 
 
-def _type_of(a: Any) -> Any:
-    """Numba's type of an argument."""
-    if isinstance(a, Tensor):
-        return types.Array(NUMBA_TYPES[a.dtype], a.ndim, "C" if a.is_contiguous() else "A")
-    if isinstance(a, bool):
+Kind = tuple[torch.dtype, int, bool] | type  # what Numba's type of an argument depends on
+
+
+def _kind_of(a: Any) -> Kind:
+    return (a.dtype, a.ndim, a.is_contiguous()) if isinstance(a, Tensor) else type(a)
+
+
+def _numba_type(kind: Kind) -> Any:
+    if isinstance(kind, tuple):
+        dtype, dimensions, contiguous = kind
+        return types.Array(NUMBA_TYPES[dtype], dimensions, "C" if contiguous else "A")
+    if kind is bool:
         return types.boolean
-    return types.float32 if isinstance(a, np.float32) else types.int64
+    return types.float32 if kind is np.float32 else types.int64
 
 
 @cache
-def _function(kernel: Any, argument_types: tuple[Any, ...]) -> int:
+def _function(kernel: Any, kinds: tuple[Kind, ...]) -> int:
     """Handle of the compiled kernel for the driver; 0 if this version of numba-cuda hides it."""
+    argument_types = tuple(map(_numba_type, kinds))
     compiled = kernel.overloads.get(argument_types) or kernel.compile(argument_types)
     try:
         compiled.bind()

@@ -7,8 +7,9 @@ forward is one that measuring needs anyway. Modules that are finished already ar
 
 With ``ship`` the states after a module travel to whoever enters the next one. States at the entry of a module stay in the
 object store until it is finished. The window bounds them: a module is entered only if it is less than ``window`` modules
-ahead of the oldest unfinished one. Without ``ship`` nothing travels: every worker takes the next module that nobody has, and
-goes there by itself, through the modules between. That is the quicker way on GPUs (docs/architecture.md).
+ahead of the oldest unfinished one. Without ``ship`` nothing travels: every worker goes through the modules by itself. So that
+it passes through few of them, it takes one after another; a worker with nothing in front of it takes over the second half of
+the largest stretch that another one has in front of it. That is the quicker way on GPUs (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Fan(Flow):
         self._entering: dict[int, Module] = {}  # worker -> module
         self._context: dict[int, Module] = {}  # worker -> module whose context it holds
         self._advancing: int | None = None  # worker at the frontier
+        self._last: dict[int, int] = {}  # without shipping: worker -> position of the module that it entered last
         self._front: tuple[int, Any] = (0, None)  # states for the frontier: (index, reference)
         self.peak_states = 0  # most states that were held at a time
 
@@ -115,12 +117,9 @@ class Fan(Flow):
         return None
 
     def _enter_next(self, worker: int) -> Call | None:
-        """The frontier, one worker at a time, if the window allows it; without shipping, the first that nobody has."""
+        """The frontier, one worker at a time, if the window allows it."""
         if not self.ship:
-            taken = {id(m) for m in self._entering.values()}
-            free = (m for m in self.modules if not m.entered and id(m) not in taken)
-            module = next(free, None)
-            return None if module is None else self._enter(worker, module, False)
+            return self._enter_own(worker)
         if self._advancing is not None or self._frontier >= len(self.modules):
             return None
         module = self.modules[self._frontier]
@@ -133,6 +132,40 @@ class Fan(Flow):
         self._advancing = worker
         module.start, module.entry = self._front
         return self._enter(worker, module, self.session.size > 1 and self._frontier + 1 < len(self.modules))
+
+    def _enter_own(self, worker: int) -> Call | None:
+        """Without shipping: the module after the worker's last one, or the start of a stretch that has no worker, or the
+        second half of the largest."""
+        free = self._stretches()
+        if not free:
+            return None
+        begin = {last + 1 for w, last in self._last.items() if w != worker}
+        mine = [s for s in free if s.start == self._last.get(worker, -1) + 1 and s.start not in begin]
+        unclaimed = [s for s in free if s.start not in begin]
+        if mine or unclaimed:
+            position = (mine or unclaimed)[0].start
+        else:
+            stretch = max(free, key=self._cost)
+            position = next(p for p in stretch if 2 * self._cost(range(stretch.start, p + 1)) >= self._cost(stretch))
+            position = min(position + 1, stretch.stop - 1)
+        self._last[worker] = position
+        return self._enter(worker, self.modules[position], False)
+
+    def _stretches(self) -> list[range]:
+        """Positions of modules that nobody has entered or is entering, without gaps."""
+        taken = {id(m) for m in self._entering.values()}
+        out: list[range] = []
+        for p, module in enumerate(self.modules):
+            if module.entered or id(module) in taken:
+                continue
+            if out and out[-1].stop == p:
+                out[-1] = range(out[-1].start, p + 1)
+            else:
+                out.append(range(p, p + 1))
+        return out
+
+    def _cost(self, positions: range) -> float:
+        return sum(self.modules[p].cost for p in positions)
 
     def _enter_again(self, worker: int) -> Call | None:
         """A module whose worker was lost, or with parts that nobody has begun: the oldest first."""
@@ -197,6 +230,8 @@ class Fan(Flow):
             module.entry = None  # the states may go
 
     def lost(self, worker: int, call: Call, alive: bool) -> None:
+        if not alive:
+            self._last.pop(worker, None)
         if call.method == "enter":
             self._entering.pop(worker, None)
             if self._advancing == worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,7 @@ class Runner:
         self._rows: dict[str, Tensor] = {}
         self._homes: dict[int, torch.device] = {}
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # files, while the GPU goes on
+        self._fetch(self.spec.modules[:3])  # while other workers start
         self.crowded = False  # the GPU ran out of memory once: states stay on the host from then on
 
     def load(self, module: ModuleSpec, state_dtype: torch.dtype | None = None) -> Block:
@@ -47,9 +49,11 @@ class Runner:
         the background meanwhile: most items follow the order of the model, and pass through a module or more on the way to
         their own."""
         block = load_block(self.spec, module, self.ahead, self.device, self.dtype, state_dtype)
-        following = self.spec.modules[module.index + 1 : module.index + 3]
-        self.ahead.fetch([name for m in following for name in whole_tensors(m)])
+        self._fetch(self.spec.modules[module.index + 1 : module.index + 3])
         return block
+
+    def _fetch(self, modules: Sequence[ModuleSpec]) -> None:
+        self.ahead.fetch([name for m in modules for name in whole_tensors(m)])
 
     def load_quantized(self, module: ModuleSpec, packed: dict[str, PackedLinear]) -> Block:
         """The module with the weights that its packed tensors decode to; its source weights are not read."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -73,9 +73,14 @@ class SourceModel:
         """The shard that holds the tensor."""
         return self.info(name).file
 
-    def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """One tensor in its stored dtype, on the CPU; ``rows`` (of dimension 0) reads only that range."""
-        return read_tensor(self.info(name), rows, self.error)
+    def load(
+        self, name: str, rows: slice | None = None, allocate: Callable[[int], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """One tensor in its stored dtype, on the CPU; ``rows`` (of dimension 0) reads only that range.
+
+        allocate(n): gives (n,) uint8 to read n bytes into; None: ordinary memory.
+        """
+        return read_tensor(self.info(name), rows, self.error, allocate)
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
         """SHA-256 (hex) that changes when the model does, without reading all of it.

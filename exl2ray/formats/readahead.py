@@ -13,20 +13,24 @@ from exl2ray.formats.hf import SourceModel
 
 
 class ReadAhead:
-    """A SourceModel that can fetch tensors in a background thread; `load` hands them out once and forgets them.
+    """A SourceModel that can fetch tensors in background threads; `load` hands them out once and forgets them.
 
     Holds the tensors of the last `fetch` only: at most two modules beside the one in use.
-    ``prepare(name, tensor)`` runs in the background too, and its result is handed out: checks, a copy to pinned memory.
-    What it raises comes up again when the tensor is read the plain way.
+    ``check(name, tensor)`` runs in the background too. What it raises comes up again when the tensor is read the plain way.
+    ``allocate(n)``: (n,) uint8 to read into, say pinned memory; called from several threads.
     """
 
     def __init__(
-        self, source: SourceModel, prepare: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+        self,
+        source: SourceModel,
+        check: Callable[[str, torch.Tensor], None] | None = None,
+        allocate: Callable[[int], torch.Tensor] | None = None,
+        threads: int = 1,
     ) -> None:
-        self.source, self._prepare = source, prepare
-        self._prepared: set[str] = set()
+        self.source, self._check, self._allocate = source, check, allocate
+        self._checked: set[str] = set()
         self.path: Path = source.path
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
         self._fetched: dict[str, Future[torch.Tensor]] = {}
 
     def fetch(self, names: Sequence[str]) -> None:
@@ -40,16 +44,18 @@ class ReadAhead:
         }
 
     def _read(self, name: str) -> torch.Tensor:
-        tensor = self.source.load(name)
-        return tensor if self._prepare is None else self._prepare(name, tensor)
+        tensor = self.source.load(name, allocate=self._allocate)
+        if self._check is not None:
+            self._check(name, tensor)
+        return tensor
 
-    def prepared(self, name: str) -> bool:
-        """Whether the tensor of this name that `load` gave last went through ``prepare``."""
-        return name in self._prepared
+    def checked(self, name: str) -> bool:
+        """Whether the tensor of this name that `load` gave last went through ``check``."""
+        return name in self._checked
 
     def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """As `SourceModel.load`; errors of the background read are raised by reading again."""
-        self._prepared.discard(name)
+        self._checked.discard(name)
         future = self._fetched.pop(name, None) if rows is None else None
         if future is None or future.cancelled():
             return self.source.load(name, rows)
@@ -57,8 +63,8 @@ class ReadAhead:
             tensor = future.result()
         except (Exl2RayError, OSError, RuntimeError):
             return self.source.load(name)
-        if self._prepare is not None:
-            self._prepared.add(name)
+        if self._check is not None:
+            self._checked.add(name)
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,9 +89,12 @@ class TensorFile:
 
 
 def read_tensor(
-    info: TensorInfo, rows: slice | None = None, error: type[Exl2RayError] = SourceError
+    info: TensorInfo,
+    rows: slice | None = None,
+    error: type[Exl2RayError] = SourceError,
+    allocate: Callable[[int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Read the tensor described by ``info`` (see TensorFile.load)."""
+    """Read the tensor described by ``info`` (see TensorFile.load). ``allocate(n)``: (n,) uint8 to read into."""
     shape, begin, nbytes = info.shape, info.begin, info.nbytes
     if rows is not None:
         if not shape:
@@ -101,7 +105,7 @@ def read_tensor(
         count = max(0, last - first)
         row_bytes = nbytes // shape[0] if shape[0] else 0
         begin, nbytes, shape = begin + first * row_bytes, count * row_bytes, (count, *shape[1:])
-    out = torch.empty(nbytes, dtype=torch.uint8)
+    out = torch.empty(nbytes, dtype=torch.uint8) if allocate is None else allocate(nbytes)
     try:
         with info.file.open("rb", buffering=0) as f:
             f.seek(begin)

@@ -215,7 +215,8 @@ def load_block(
     bank = LinearBank(module.linears, dtype)
     for linear in module.linears:
         weight, bias = read(spec, linear, source)
-        bank.weights[linear.key] = bank.fitted(linear, weight).to(device, dtype)
+        # two steps: in one, the conversion would run on the CPU
+        bank.weights[linear.key] = bank.fitted(linear, weight).to(device, non_blocking=True).to(dtype)
         if bias is not None:
             bank.biases[linear.key] = bias[: linear.out_features].to(device, dtype)
     plain = {p.role: read_stored(p.stored, source).to(device) for p in module.plain}

@@ -21,6 +21,7 @@ from exl2ray.model.arch import shape_fits
 from exl2ray.model.spec import CopiedTensor, LinearSpec, ModelSpec, ModuleSpec, PlainTensor, Stored
 
 FLOAT16_MAX = 65504.0
+READERS = 4  # threads that read ahead for a GPU: one alone is slower than the forward pass of a module
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -93,23 +94,23 @@ def read_stored(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
             f"{source.path}: tensor {name} has dtype {source.dtype(name)}; float16, bfloat16 or float32 is needed",
             "the model is quantised already? Start from the original weights",
         )
-    if not (isinstance(source, ReadAhead) and source.prepared(name)):
+    if not (isinstance(source, ReadAhead) and source.checked(name)):
         check_weights(tensor, f"{source.path}: tensor {name}")
     return tensor.t() if stored.transpose else tensor
 
 
 def read_ahead(source: SourceModel, pin: bool) -> ReadAhead:
-    """A reader whose background thread also checks weights and, for a GPU, puts them into pinned memory."""
+    """A reader whose background threads also check weights and, for a GPU, read them into pinned memory."""
 
-    def prepare(name: str, tensor: Tensor) -> Tensor:
+    def check(name: str, tensor: Tensor) -> None:
         if tensor.dtype in FLOAT_DTYPES:
             check_weights(tensor, f"{source.path}: tensor {name}")
-        if not pin:
-            return tensor
-        with CAPTURING:
-            return tensor.pin_memory()
 
-    return ReadAhead(source, prepare)
+    def pinned(nbytes: int) -> Tensor:
+        with CAPTURING:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    return ReadAhead(source, check, pinned, READERS) if pin else ReadAhead(source, check)
 
 
 def _cut(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:

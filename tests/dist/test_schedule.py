@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -72,7 +73,7 @@ def test_every_part_is_done_once_whatever_is_lost(count: int, workers: int, wind
 
 
 def test_without_shipping_nobody_waits_for_states() -> None:
-    """Workers take modules in turn, at once, and the states of none of them travel."""
+    """All workers begin at once, and no states travel."""
     asked: list[tuple[int, bool, int]] = []
 
     def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
@@ -89,6 +90,34 @@ def test_without_shipping_nobody_waits_for_states() -> None:
     assert log.complete(7)
     assert {index for index, _, _ in asked} == set(range(1, 8))
     assert all(not ship and count == 1 for _, ship, count in asked)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(8, 40), st.integers(1, 5), st.integers(0, 10**6))
+def test_without_shipping_workers_go_straight_on(count: int, workers: int, seed: int) -> None:
+    """Every module is entered by one worker; most follow the one that the same worker had before."""
+    taken: dict[int, list[int]] = {}
+
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        if method == "enter":
+            taken.setdefault(worker, []).append(args[0].index)
+        return answer(worker, method, args)
+
+    session = FakeSession(workers, behave, seed)
+    log = Log(count, session, ship=False)
+    log.fan.dispatch(list(range(workers)))
+    starts = sorted(m.index for m in log.fan._entering.values())
+    assert starts[0] == 1
+    assert len(starts) == workers
+    assert max(b - a for a, b in zip(starts, [*starts[1:], count + 1], strict=True)) <= -(-count // (workers // 2 + 1)) + 1
+
+    log = Log(count, session, ship=False)
+    Scheduler(session).run(log.fan)
+    assert log.complete(count)
+    whole = {i for i, (_, n) in log.done if n == 1}
+    assert all(sum(i in own for own in taken.values()) == 1 for i in whole)
+    jumps = sum(b != a + 1 for own in taken.values() for a, b in itertools.pairwise(own))
+    assert jumps <= workers * (3 + count.bit_length())
 
 
 def test_states_enter_the_module_that_they_belong_to() -> None:
