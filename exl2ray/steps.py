@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from exl2ray.checks import file_hash, pick_executor, versions
 from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
@@ -134,7 +135,7 @@ class Job:
     def _store_rows(self) -> None:
         """Rows of tokens in the work directory, for the workers; their hash is part of every result's identity."""
         tensors = {name: rows.ids for name, rows in self.rows.items()}
-        hashes = {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+        hashes = {name: rows_hash(t) for name, t in tensors.items()}
         self.measure_rows_sha256 = hashes["measure"]
         self.calibration_sha256 = hash_inputs(**hashes)
         found = self.work.records.find(MEASURE, CALIBRATION_KEY, self.calibration_sha256)
@@ -670,6 +671,13 @@ class _Stage:
 
 def _compile_stage(plan: Plan) -> str:
     return f"compile {bpw_name(plan.bits)}"
+
+
+def rows_hash(ids: Tensor) -> str:
+    """SHA-256 (hex) of rows of tokens, int64 (R, T). The shape counts: text of one's own is cut into rows where -l says."""
+    digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
+    digest.update(ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_measurement_to(work: WorkDir, measurement: Measurement) -> None:
