@@ -53,6 +53,8 @@ class Recipe:
     """-rs: linear RoPE scaling factor, overriding the model's."""
     rope_alpha: float | None = None
     """-ra: NTK-alpha RoPE scaling factor."""
+    rotate: bool = False
+    """--rotate: rotate the residual stream: other weights of the same function and architecture; for models with RMSNorm."""
     no_resume: bool = False
     """-nr: start over: delete what exl2ray created in the work directory."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -188,7 +190,12 @@ class Recipe:
             "moe_all_experts": self.moe_all_experts,
         }
         return {
-            "identity": {**identity, "rope_scale": self.rope_scale, "rope_alpha": self.rope_alpha},
+            "identity": {
+                **identity,
+                "rope_scale": self.rope_scale,
+                "rope_alpha": self.rope_alpha,
+                **({"rotate": True} if self.rotate else {}),
+            },
             "measure": {
                 **data,
                 "rows": self.measurement_rows if self.cal_dataset else None,
@@ -228,6 +235,7 @@ JOB_FLAGS = {
     "identity.in_dir": "-i",
     "identity.rope_scale": "-rs",
     "identity.rope_alpha": "-ra",
+    "identity.rotate": "--rotate",
     "measure.cal_dataset": "-c",
     "measure.rows": "-mr",
     "measure.length": "-ml",

@@ -71,6 +71,7 @@ SECTIONS = {  # of the help text
         "scale_search",
         "sweeps",
         "damping",
+        "rotate",
     ),
     "Calibration": (
         "cal_dataset",
@@ -101,6 +102,7 @@ STORED_AT = {
     "in_dir": ("identity", "in_dir"),
     "rope_scale": ("identity", "rope_scale"),
     "rope_alpha": ("identity", "rope_alpha"),
+    "rotate": ("identity", "rotate"),
     "measurement_rows": ("measure", "rows"),
     "measurement_length": ("measure", "length"),
     "damping": ("measure", "damping"),

@@ -81,6 +81,8 @@ class Job:
         parts = [f"options chosen per {recipe.allocates}", recipe.numerics.describe()]
         if recipe.quality != "reference":
             self.reporter.event("note", message=f"quality {recipe.quality}: {', '.join(p for p in parts if p)}")
+        if recipe.rotate:
+            self.reporter.event("note", message="the residual stream is rotated: other weights, the same function")
         for warning in (*found.warnings, *self.spec.warnings):
             self.reporter.event("warning", message=warning)
         for note in sorted({n for rows in self.rows.values() for n in rows.notes}):
@@ -159,6 +161,7 @@ class Job:
                 target_correction=recipe.numerics.target_correction,
                 refine_scales=recipe.numerics.scale_search == "feedback",
                 sweeps=recipe.numerics.sweeps,
+                rotate=recipe.rotate,
                 checkpoint_seconds=recipe.checkpoint_seconds,
                 calibration=CALIBRATION,
                 calibration_sha256=self.calibration_sha256,
@@ -206,10 +209,10 @@ class Job:
         """Profiles of all modules, measured or (with -m) read from a file."""
         if self._measurement_given is not None:
             return self._measurement_given
-        identity, settings = self.job["identity"], self.job["measure"]
+        settings = self.job["measure"]
         common = hash_inputs(
-            fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
-            damping=settings["damping"], rows=self.measure_rows_sha256, profile=PROFILE, **self._all_experts(),
+            **self._source_hash(), damping=settings["damping"], rows=self.measure_rows_sha256, profile=PROFILE,
+            **self._all_experts(),
         )  # fmt: skip
         keys = {m.index: hash_inputs(common=common, module=m.profile_key) for m in self._profiled()}
         profiles: dict[int, ModuleProfile] = {}
@@ -285,11 +288,7 @@ class Job:
             return measurement
         modules = [m for m in self.spec.modules if m.linears]
         rows, tokens = probe_rows(self.rows["measure"].kinds, self.rows["measure"].ids.shape[1])
-        identity = self.job["identity"]
-        common = hash_inputs(
-            fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
-            rows=self.measure_rows_sha256, probes=[PROBES, list(rows), tokens],
-        )  # fmt: skip
+        common = hash_inputs(**self._source_hash(), rows=self.measure_rows_sha256, probes=[PROBES, list(rows), tokens])
         hashes = {m.index: hash_inputs(common=common, module=m.profile_key) for m in modules}
         found: dict[str, Any] = {}
         for m in modules:
@@ -345,7 +344,8 @@ class Job:
                 out.append(profiles[module.index])
             elif mode in ("norm", "linear", "pos_emb"):
                 out.append(profiles.get(module.index, ModuleProfile(key, mode)))
-        return Measurement(tuple(out), len(self.spec.modules) - 1)
+        rotation = None if self.spec.rotation is None else self.spec.rotation.identity()
+        return Measurement(tuple(out), len(self.spec.modules) - 1, rotation)
 
     def export_measurement(self, measurement: Measurement) -> str:
         """Writes measurement.json where -om asks for it: a file, or a directory to put it into."""
@@ -421,10 +421,9 @@ class Job:
 
     def _plan_hashes(self, params: Mapping[str, QParams]) -> tuple[str, ...]:
         """Per module the hash of all that its quantised form depends on: a chain, since states come from before."""
-        identity, settings = self.job["identity"], self.job["quantize"]
+        settings = self.job["quantize"]
         value = hash_inputs(
-            fingerprint=identity["fingerprint"], rope=[identity["rope_scale"], identity["rope_alpha"]],
-            damping=self.recipe.damping, rows=self.calibration_sha256, propagate=settings["propagate"],
+            **self._source_hash(), damping=self.recipe.damping, rows=self.calibration_sha256, propagate=settings["propagate"],
             **self._all_experts(), **self._beyond_reference(),
         )  # fmt: skip
         out = []
@@ -607,6 +606,12 @@ class Job:
                 self.reporter.event("warning", message=f"{where}: above {HIGH_PERPLEXITY:g} is suspicious")
 
     # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _source_hash(self) -> dict[str, Any]:
+        """What the source model adds to the hashes of results."""
+        identity, rotation = self.job["identity"], self.spec.rotation
+        found = {"fingerprint": identity["fingerprint"], "rope": [identity["rope_scale"], identity["rope_alpha"]]}
+        return found if rotation is None else {**found, "rotation": rotation.identity()}
 
     def _all_experts(self) -> dict[str, bool]:
         """What --moe-all-experts adds to the hashes of results; nothing for a model without experts."""

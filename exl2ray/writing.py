@@ -32,6 +32,7 @@ from exl2ray.formats.shards import (
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import output_tensors, read_plain
+from exl2ray.plan.sizes import plain_shape
 from exl2ray.planning import Plan, head_bits
 from exl2ray.publish.card import CardInfo, converted, model_card, write_card
 from exl2ray.publish.origin import CARD
@@ -127,7 +128,10 @@ class OutputWriter:
     def _contents(self, records: Mapping[int, Record]) -> str:
         """Hash of all that the shards contain."""
         tensors = [[ref.sha256 for ref in records[i].files] for i in sorted(records)]
-        return hash_inputs(written=WRITTEN, source=self.fingerprint, tensors=tensors, shard_size=self.recipe.shard_size)
+        rotation = {} if self.spec.rotation is None else {"rotation": self.spec.rotation.identity()}
+        return hash_inputs(
+            written=WRITTEN, source=self.fingerprint, tensors=tensors, shard_size=self.recipe.shard_size, **rotation
+        )
 
     def _stored(self, plan: Plan, records: Mapping[int, Record]) -> Record | None:
         """The record of having written these shards; where, it does not say: they may have been moved."""
@@ -153,6 +157,10 @@ class OutputWriter:
         )  # fmt: skip
         if self.overrides:  # loaders ignore what they do not know
             config["quantization_config"]["overrides"] = list(self.overrides)
+        if self.spec.rotation is not None:
+            config["quantization_config"]["rotation"] = self.spec.rotation.identity()
+            if self.spec.hyper.tie_embeddings:  # the head is no longer the embedding's transpose
+                config["tie_word_embeddings"] = False
         return config
 
     def _summary(self, plan: Plan, records: Mapping[int, Record], shards: Sequence[Shard]) -> OutputSummary:
@@ -194,7 +202,7 @@ class OutputWriter:
                     )
             elif entry.plain is not None:
                 plain = entry.plain
-                shape = tuple(read_plain(self.spec, plain, self.source).shape)
+                shape = plain_shape(plain, self.source)
                 out.append(
                     TensorEntry(entry.name, "F16", shape, lambda p=plain: read_plain(self.spec, p, self.source))  # type: ignore[misc]
                 )

@@ -28,6 +28,7 @@ class WorkerSetup:
     target_correction: float = 0.0  # strength of corrected targets, in chains on quantised states
     refine_scales: bool = False  # scale codes by the loss after feedback
     sweeps: int = 0  # of coordinate descent over the integers
+    rotate: bool = False  # the residual stream
     threads: int | None = None  # torch threads on CPU, the same whatever the number of workers; None: torch's choice
     nonce: tuple[str, str] | None = None
     versions: dict[str, str] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, check_states, load_block
+from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_ahead, whole_tensors
 from exl2ray.quant.measure import Settings, batches
@@ -37,7 +38,8 @@ class Runner:
         self.records = Records(self.store)
         self.source = SourceModel(setup.in_dir)
         self.ahead = read_ahead(self.source, pin=self.device.type == "cuda")
-        self.spec: ModelSpec = load_spec(self.source, setup.rope_scale, setup.rope_alpha)
+        spec = load_spec(self.source, setup.rope_scale, setup.rope_alpha)
+        self.spec: ModelSpec = rotated(spec) if setup.rotate else spec
         self._rows: dict[str, Tensor] = {}
         self._homes: dict[int, torch.device] = {}
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # files, while the GPU goes on

@@ -8,6 +8,7 @@ The schema is the reference's (converter-algorithm section 10), so files can be 
 
 Ours: "notes"; "experts", their share of the tokens; "linears", losses of single linears (`exl2ray.quant.losses`); and after a
 measurement for --allocation linear "sensitivity": {"<role>": [KL, squared error] of a probe (`exl2ray.quant.sensitivity`)}.
+Of a rotated model (--rotate) also "rotation": what identifies the rotation; it stands among the entries of "exl2ray".
 
 An option is ``{"accuracy": float, "total_bits": int, "<role>": {quantisation parameters}, ...}``.
 """
@@ -28,6 +29,7 @@ from exl2ray.formats.tensorfile import strict_json_object
 
 MEASURED_MODES = ("self_attn", "mlp", "block_sparse_moe", "parallel_decoder")
 UNMEASURED_MODES = ("norm", "linear", "pos_emb")
+ROTATION = "rotation"  # no entry of a module: those have a dot
 MAX_MEASUREMENT_BYTES = 256 << 20
 
 
@@ -97,10 +99,14 @@ class ModuleProfile:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All entries in file order. ``last_module_idx`` is the index of the last module measured."""
+    """All entries in file order. ``last_module_idx`` is the index of the last module measured.
+
+    ``rotation`` identifies the rotation of a model that was rotated; None: it was not.
+    """
 
     profiles: tuple[ModuleProfile, ...]
     last_module_idx: int
+    rotation: Mapping[str, Any] | None = None
 
     def __getitem__(self, entry_key: str) -> ModuleProfile:
         for p in self.profiles:
@@ -113,7 +119,8 @@ class Measurement:
             "measurement": {p.entry_key: p.to_json() for p in self.profiles},
             "last_module_idx": self.last_module_idx,
         }
-        extra = {p.entry_key: dict(p.extra) for p in self.profiles if p.extra}
+        extra = {} if self.rotation is None else {ROTATION: dict(self.rotation)}
+        extra.update({p.entry_key: dict(p.extra) for p in self.profiles if p.extra})
         return {**out, "exl2ray": extra} if extra else out
 
     def to_bytes(self) -> bytes:
@@ -143,7 +150,7 @@ def parse_measurement(raw: bytes, where: str) -> Measurement:
     if type(index) is not int or index < 0:
         raise FormatError(f"{where}: 'last_module_idx' is {str(index)[:40]}, not a module index")
     profiles = tuple(ModuleProfile.from_json(k, v, extra.get(k), where) for k, v in entries.items())
-    return Measurement(profiles, index)
+    return Measurement(profiles, index, extra.get(ROTATION))
 
 
 def write_measurement(path: str | Path, measurement: Measurement) -> None:

@@ -24,7 +24,7 @@ from exl2ray.model.mlp import MlpHalf
 from exl2ray.model.moe import Expert, ExpertBank, Routing, route
 from exl2ray.model.norms import FLOAT16_MAX, Norm
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
-from exl2ray.model.weights import read_linear, read_stored
+from exl2ray.model.weights import read_linear, read_tensor
 
 __all__ = ["Block", "Half", "Routing", "check_states", "load_block"]
 
@@ -204,22 +204,22 @@ def load_block(
     device: torch.device | str,
     dtype: torch.dtype,
     state_dtype: torch.dtype | None = None,
-    read: LinearReader = read_linear,
+    read: LinearReader | None = None,
 ) -> Block:
     """Read the weights of one module and build its forward pass.
 
     dtype: of the linears (float16 on GPUs, float32 on CPUs). state_dtype: None for the family's own. read: where the
-    linears come from; the default reads the source, a reader that dequantises runs an EXL2 model. Raises SourceError.
+    linears come from; None reads the source, a reader that dequantises runs an EXL2 model. Raises SourceError.
     """
     device = torch.device(device)
     bank = LinearBank(module.linears, dtype)
     for linear in module.linears:
-        weight, bias = read(spec, linear, source)
+        weight, bias = read_linear(spec, linear, source, device, dtype) if read is None else read(spec, linear, source)
         # two steps: in one, the conversion would run on the CPU
         bank.weights[linear.key] = bank.fitted(linear, weight).to(device, non_blocking=True).to(dtype)
         if bias is not None:
             bank.biases[linear.key] = bias[: linear.out_features].to(device, dtype)
-    plain = {p.role: read_stored(p.stored, source).to(device) for p in module.plain}
+    plain = {p.role: read_tensor(spec, p, source, device, dtype) for p in module.plain}
     block = _BLOCKS[module.kind](spec, module, bank, state_dtype or getattr(torch, spec.hyper.state_dtype))
     if isinstance(block, (EmbeddingBlock, PositionsBlock)):
         block.table = next(iter(plain.values()))

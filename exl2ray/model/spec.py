@@ -11,6 +11,7 @@ from typing import Literal
 
 from exl2ray.formats.layout import pad32
 from exl2ray.model.hyper import Hyper
+from exl2ray.model.rotation import Rotation
 from exl2ray.model.rules import Arch
 
 ModuleKind = Literal["embedding", "positions", "attention", "mlp", "moe", "parallel", "norm", "head"]
@@ -47,12 +48,14 @@ class PlainTensor:
 
     role: "embedding", "positions", "norm", "post_norm", "q_norm", "k_norm" or "router", with ".bias" for biases.
     repeat: number of times a 1-D tensor is stacked to 2-D (q/k norm weights: once per head); 0: stored as it is.
+    fold: in a rotated model, the norm weight that a router takes up.
     """
 
     role: str
     output_name: str
     stored: Stored
     repeat: int = 0
+    fold: Stored | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class LinearSpec:
     key: name in the output. input_group: the captured input that its Hessian comes from: "qkv", "o", "gate_up", "down",
     "w13.<expert>", "w2.<expert>" or "head". In a parallel block gate and up share "qkv": their input is the same one.
     weight: source of the (in_features, out_features) matrix. normalize: divide every column by its L2 norm.
+    fold: in a rotated model, the norm weight (in_features,) that a linear reading the residual stream takes up.
     """
 
     role: str
@@ -74,6 +78,7 @@ class LinearSpec:
     bias: Stored | None = None
     expert: int | None = None
     normalize: bool = False
+    fold: Stored | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -131,7 +136,7 @@ class ModelSpec:
 
     copied: the tensors under ``copied_prefixes``. tied: the head is read from the embedding. warnings: where ExLlamaV2
     runs this model differently from its definition, and other things worth telling. unused: tensors that the output
-    drops.
+    drops. rotation: of the residual stream (`exl2ray.model.rotated`); everything read through `exl2ray.model.weights` has it.
     """
 
     arch: Arch
@@ -141,6 +146,7 @@ class ModelSpec:
     tied: bool
     warnings: tuple[str, ...]
     unused: tuple[str, ...]
+    rotation: Rotation | None = None
 
     @property
     def copied_prefixes(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 Linears come in quantisation orientation, (K, N) = (in_features, out_features), whatever the checkpoint's layout
 (architectures 5.2 to 5.5). Nothing is scaled: multipliers are applied by the loader (architectures section 3, item 8);
-only a normalised head is stored normalised (5.16).
+only a normalised head is stored normalised (5.16). Where the model is to be rotated, tensors come rotated from here.
 """
 
 from __future__ import annotations
@@ -41,12 +41,17 @@ class OutputEntry:
 
 
 def read_linear(
-    spec: ModelSpec, linear: LinearSpec, source: SourceModel | ReadAhead
+    spec: ModelSpec,
+    linear: LinearSpec,
+    source: SourceModel | ReadAhead,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
     """Weight (K, N) and bias (N,) or None, on the CPU in the source's dtype; the weight may be a transposed view.
 
-    A normalised head (5.16) is divided in float32 and returned in float32. Raises SourceError naming the tensor:
-    missing, wrong shape or dtype, NaN, infinity, or beyond float16's +-65504.
+    A normalised head (5.16) is divided in float32 and returned in float32. Of a rotated model the weight is computed on
+    ``device`` and rounded once, to ``dtype``. Raises SourceError naming the tensor: missing, wrong shape or dtype, NaN,
+    infinity, or beyond float16's +-65504.
     """
     weight = read_stored(linear.weight, source)
     if linear.normalize:
@@ -55,6 +60,14 @@ def read_linear(
         # An all-zero row of a head is padding of the vocabulary: it stays zero.
         weight = columns / torch.where(norms > 0, norms, torch.ones_like(norms))
     bias = read_stored(linear.bias, source) if linear.bias is not None else None
+    if spec.rotation is None:
+        return weight, bias
+    if linear.fold is not None:  # reads the residual stream
+        weight = spec.rotation.rows(weight.t(), _norm_weight(spec, linear.fold, source), device, dtype).t()
+    else:  # writes to it
+        weight = spec.rotation.rows(weight, None, device, dtype)
+        bias = None if bias is None else spec.rotation.rows(bias[None])[0]
+    check_weights(weight, f"{source.path}: tensor {linear.weight.name}, rotated,")
     return weight, bias
 
 
@@ -63,7 +76,34 @@ def read_plain(spec: ModelSpec, plain: PlainTensor, source: SourceModel) -> Tens
 
     Raises SourceError as ``read_linear``.
     """
-    return stacked(plain, read_stored(plain.stored, source)).to(torch.float16).contiguous()
+    return stacked(plain, read_tensor(spec, plain, source, "cpu", torch.float16)).to(torch.float16).contiguous()
+
+
+def read_tensor(
+    spec: ModelSpec,
+    plain: PlainTensor,
+    source: SourceModel | ReadAhead,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The tensor as the forward pass wants it, not stacked: on ``device`` in the source's dtype.
+
+    What a rotation changes is rounded once, to ``dtype``. Raises SourceError as ``read_linear``.
+    """
+    tensor = read_stored(plain.stored, source)
+    if spec.rotation is None or plain.role not in ("embedding", "positions", "router", "norm"):
+        return tensor.to(device)
+    if plain.role == "norm":  # its weight is part of what follows
+        return torch.full(tensor.shape, 1.0 - spec.arch.norm.offset, dtype=dtype, device=device)
+    scale = None if plain.fold is None else _norm_weight(spec, plain.fold, source)
+    out = spec.rotation.rows(tensor, scale, device, dtype)
+    check_weights(out, f"{source.path}: tensor {plain.stored.name}, rotated,")
+    return out
+
+
+def _norm_weight(spec: ModelSpec, norm: Stored, source: SourceModel | ReadAhead) -> Tensor:
+    """What a norm multiplies with, (hidden,) float32."""
+    return read_stored(norm, source).float() + spec.arch.norm.offset
 
 
 def stacked(plain: PlainTensor, tensor: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class _Run:
                 in_dir=recipe.in_dir, work_root=store.root, device=device.type, rope_scale=recipe.rope_scale,
                 rope_alpha=recipe.rope_alpha, damping=recipe.damping, checkpoint_seconds=1e9, calibration=CALIBRATION,
                 calibration_sha256=file.sha256, perplexity_rows=1, moe_all_experts=recipe.moe_all_experts,
-                threads=torch.get_num_threads(), versions=versions(),
+                rotate=recipe.rotate, threads=torch.get_num_threads(), versions=versions(),
             )
         )  # fmt: skip
         self.runs = 0

@@ -29,6 +29,7 @@ from exl2ray.formats.measurement import Measurement, check_against, read_measure
 from exl2ray.formats.shards import refuse_same_directory, side_files
 from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.model.arch import load_spec
+from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
 from exl2ray.overrides import Override, parse_overrides
 from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs, existing_parent
@@ -161,9 +162,11 @@ def _examine_source(found: Examination, recipe: Recipe) -> None:
         found.add("source", _broken_files(Path(recipe.in_dir)) or [e])
         return
     misfits: list[SourceError] = []
-    found.spec = found.attempt(
+    spec = found.spec = found.attempt(
         "architecture", lambda: load_spec(source, recipe.rope_scale, recipe.rope_alpha, misfits)
     )
+    if spec is not None and recipe.rotate:
+        found.spec = found.attempt("--rotate", lambda: rotated(spec)) or spec
     found.add("tensors", misfits)
 
 
@@ -228,9 +231,22 @@ def _measurement(recipe: Recipe, spec: ModelSpec | None) -> Measurement:
     measurement = read_measurement(recipe.measurement or "")
     if spec is not None:
         check_against(measurement, *expected_measurement(spec))
+        check_rotation(measurement, spec, recipe.measurement or "")
         if recipe.allocation == "linear":
             linear_groups(spec, measurement)
     return measurement
+
+
+def check_rotation(measurement: Measurement, spec: ModelSpec, path: str) -> None:
+    """UsageError unless the measured model is rotated like the one that is to be quantised: their linears differ."""
+    wanted = None if spec.rotation is None else spec.rotation.identity()
+    if measurement.rotation == wanted:
+        return
+    if measurement.rotation is None:
+        raise UsageError(f"-m {path}: measured without --rotate", "leave out --rotate, or measure again without -m")
+    if wanted is None:
+        raise UsageError(f"-m {path}: measured with --rotate", "give --rotate here too, or measure again without -m")
+    raise UsageError(f"-m {path}: measured with another rotation, {measurement.rotation}", "measure again without -m")
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------------------
