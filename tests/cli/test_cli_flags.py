@@ -241,7 +241,7 @@ def test_a_job_without_a_place_of_its_model(tmp_path):
 
 
 def test_every_stored_setting_exists_in_a_job():
-    job = stored_job(Recipe(in_dir="m", out_dir="w", overrides=("*.v_proj=6",)))
+    job = stored_job(Recipe(in_dir="m", out_dir="w", overrides=("*.v_proj=6",), rotate=True))
     for name, (section, setting) in STORED_AT.items():
         assert name in RECIPE_FIELDS
         assert setting in job[section]

@@ -91,6 +91,7 @@ def changed(**changes: Any) -> dict[str, set[str]]:
         ({"chat_rows": False}, {"measure", "quantize"}),
         ({"rope_alpha": 2.0}, {"identity"}),
         ({"rope_scale": 2.0}, {"identity"}),
+        ({"rotate": True}, {"identity"}),
         ({"device": "cpu", "gpus": 2, "executor": "inline", "checkpoint_seconds": 1.0, "no_resume": True}, set()),
     ],
 )

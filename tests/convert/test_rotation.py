@@ -165,11 +165,11 @@ def test_a_family_that_cannot_be_rotated_is_refused_at_once(tmp_path: Path) -> N
 
 
 def test_demo_model(tmp_path: Path) -> None:
-    """Trained, so its distance from the source means something: 4 bpw cost KL 0.01, noise in one bit of a norm 1 and more."""
+    """Trained, so its distance from the source means something: with these few rows KL is 0.0055 rotated and not rotated."""
     settings: dict[str, Any] = {"measurement_rows": 4, "dataset_rows": 6, "quality": "balanced"}
     run(DEMO, tmp_path / "work", compile_full=str(tmp_path / "out"), rotate=True, **settings)
     assert_sound(DEMO, tmp_path / "out")
     tokens = torch.from_numpy(np.load(DEMO / "eval-tokens.npy").astype(np.int64))[: 8 * 256].view(8, 256)
     kl = evaluate(tmp_path / "out", DEMO, tokens, "cpu").kl
     assert kl is not None
-    assert 0 < kl.value < 0.03
+    assert 0 < kl.value < 0.01

@@ -149,3 +149,13 @@ def test_parallel_decoder_as_the_reference_writes_it() -> None:
     text = json.dumps({"measurement": entries, "last_module_idx": 2})
     profile = parse_measurement(text.encode(), "m.json")["l.0.parallel_decoder"]
     assert [options[0].total_bits for options in profile.slots()] == [10, 20]
+
+
+def test_rotation_stands_among_our_entries(golden: Path) -> None:
+    plain = read_measurement(golden)
+    assert plain.rotation is None
+    turned = dataclasses.replace(plain, rotation={"method": "m", "seed": 3})
+    again = parse_measurement(turned.to_bytes(), "m.json")
+    assert again.rotation == {"method": "m", "seed": 3}
+    assert again == turned
+    assert dataclasses.replace(again, rotation=None).to_bytes() == golden.read_bytes()
