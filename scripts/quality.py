@@ -227,7 +227,7 @@ class Study:
         return {
             "model": case.model, "calibration": case.calibration.name, "draw": case.draw, "bits": case.bits,
             "variant": case.variant.name, "options": case.variant.options, "asked_bits": plan.bits,
-            "matched_bytes": target, "achieved_bpw": output.achieved_bpw, **figures,
+            "matched_bytes": target, "achieved_bpw": output.achieved_bpw, "predicted_kl": plan.predicted_kl, **figures,
             "calibration_perplexity": output.calibration_perplexity,
             "measure_seconds": round(sum(s for name, s in stages if name == "measure"), 3),
             "quantize_seconds": round(sum(s for name, s in stages if name.startswith("quantize")), 3),

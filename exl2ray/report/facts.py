@@ -32,7 +32,8 @@ MAX_BITRATES = 16  # of one page
 
 @dataclass(frozen=True)
 class Bitrate:
-    """One target. achieved_bpw, gap (to the proven optimum, a share): of the last allocation, None if there was none.
+    """One target. achieved_bpw, gap (to the proven optimum, a share), predicted_kl (nats per token): of the last allocation,
+    None if there was none.
 
     modules: to quantise, 0 if not known. directory: of the written model, "" if none. planned_errors: module -> measured
     error of the option that was chosen for it.
@@ -41,6 +42,7 @@ class Bitrate:
     chain: Chain
     achieved_bpw: float | None
     gap: float | None
+    predicted_kl: float | None
     modules: int
     directory: str
     allocation: Allocation
@@ -166,6 +168,7 @@ def _bitrate(
         chain=chain,
         achieved_bpw=number(event.get("bpw")),
         gap=number(event.get("gap")),
+        predicted_kl=number(event.get("predicted_kl")),
         modules=log.items.get(f"quantize {chain.bits!r}", 0),
         directory=log.directory.get(chain.bits, ""),
         allocation=allocation_of(chain.bits, {**chain.options, **ahead}, shapes),

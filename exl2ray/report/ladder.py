@@ -5,8 +5,9 @@ Loads matplotlib only when something is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
+DATES = {"svg": "Date", "pdf": "CreationDate"}  # names of what would differ from run to run
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,22 @@ def plot_ladder(
     ``reference_perplexity`` is that of the source model, drawn as a line. Raises UsageError for no rows or another ending,
     StoreError if the file cannot be written.
     """
+    write_plot(path, partial(ladder_figure, rows, title, reference_perplexity))
+
+
+def write_plot(path: str | Path, draw: Callable[[], Figure]) -> None:
+    """Draws on white and writes as the ending of ``path`` says, always the same bytes. Raises as `plot_ladder`."""
     from exl2ray.formats.files import atomic_file
     from exl2ray.report.style import LIGHT, drawing
 
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: a plot ends in {', '.join(FORMATS)}")
+    kind = path.suffix.lower().removeprefix(".")
     with drawing(LIGHT):
-        figure = ladder_figure(rows, title, reference_perplexity)
+        figure = draw()
         with atomic_file(path) as f:
-            figure.savefig(f, format=path.suffix.lower().removeprefix("."), dpi=150)
+            figure.savefig(f, format=kind, dpi=150, metadata={} if kind == "png" else {DATES[kind]: None})
 
 
 def ladder_figure(rows: Sequence[LadderRow], title: str = "", reference_perplexity: float | None = None) -> Figure:

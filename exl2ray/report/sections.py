@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -21,6 +23,7 @@ from exl2ray.report.figures import (
 )
 from exl2ray.report.ladder import ladder_figure
 from exl2ray.report.page import Block, Picture, Section, Table, Text
+from exl2ray.report.prediction import PredictedKL, prediction_figure, usable
 from exl2ray.report.style import svg_text
 from exl2ray.report.timeline import busy_share
 
@@ -44,6 +47,7 @@ def quality(facts: Facts) -> Section | None:
         )
         blocks.append(picture(ladder_figure(rows, reference_perplexity=reference), "ladder", caption))
         blocks.append(_evaluations_table(facts))
+        blocks += _prediction(facts)
         blocks += [Text(w, bad=True) for w in dict.fromkeys(w for e in facts.evaluations for w in e.warnings)]
     elif facts.bitrates:
         command = "exl2ray eval --model OUT --reference MODEL --text FILE --json > eval.json"
@@ -64,6 +68,26 @@ def quality(facts: Facts) -> Section | None:
         title = "Perplexity on calibration rows, as a check that nothing broke"
         blocks.append(Table(["target bpw", "quantised", "source", "increase"], body, title))
     return Section("quality", "Perplexity and KL divergence", tuple(blocks)) if blocks else None
+
+
+def _prediction(facts: Facts) -> list[Block]:
+    """Predicted beside measured KL, where the models of the evaluation are those that were written."""
+    paths = {PurePath(b.directory): b for b in facts.bitrates if b.directory}
+    names = Counter(path.name for path in paths)
+    moved = {path.name: b for path, b in paths.items() if names[path.name] == 1}
+    points = []
+    for e in facts.evaluations:
+        path = PurePath(e.model)
+        b = paths.get(path) or moved.get(path.name)
+        if b is not None and usable(b.predicted_kl, e.row.kl):
+            points.append(PredictedKL(b.bits, b.predicted_kl or 0.0, e.row.kl or 0.0, e.row.kl_error))
+    if not points:
+        return []
+    caption = (
+        "KL divergence from the source: as the allocation predicted it from sensitivities and losses, and as measured. "
+        "Dashed: equal. Points carry the bits per weight asked for; bars are standard errors over rows."
+    )
+    return [picture(prediction_figure(points), "prediction", caption, "Predicted and measured KL")]
 
 
 def _evaluations_table(facts: Facts) -> Table:

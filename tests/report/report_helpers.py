@@ -173,7 +173,7 @@ def write_events(store: Store, model: Model, bits: tuple[float, ...], workers: i
     clock.now += 9
     _pass(clock, rng, "measure", "measure", modules[half:], len(modules), half, names, None)
     for b in bits:
-        clock.event("allocated", bits=b, bpw=b - 0.0013, gap=3e-6, choice=choice(model, b))
+        clock.event("allocated", bits=b, bpw=b - 0.0013, gap=3e-6, choice=choice(model, b), predicted_kl=0.45 * 2.0**-b)
     for b in bits:
         _pass(clock, rng, f"quantize {b!r}", "chain", [*modules, "lm_head.linear"], len(modules) + 1, 0, names, b)
         clock.event("written", bits=b, directory=f"/out/{model.name}-{b:g}bpw", files=["output.safetensors"])
@@ -223,8 +223,8 @@ def evaluation(bits: tuple[float, ...], gigabytes: float = 1.0) -> dict[str, Any
     return {
         "results": [
             {
-                "model": f"/out/model-{b:g}bpw", "reference": "/models/source", "rows": 8, "length": 512, "predictions": 4088,
-                "perplexity": figure(5.2 + 4 / b**2), "reference_perplexity": figure(5.2),
+                "model": f"/out/imitation-{b:g}bpw", "reference": "/models/source", "rows": 8, "length": 512,
+                "predictions": 4088, "perplexity": figure(5.2 + 4 / b**2), "reference_perplexity": figure(5.2),
                 "nll_increase": {"value": 0.1, "standard_error": 0.002},
                 "kl": figure(2.0 ** (-b) / 2),
                 "top1_agreement": figure(1 - 0.3 / b), "top5_agreement": figure(0.99), "linears_bpw": b,

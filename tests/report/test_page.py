@@ -79,10 +79,10 @@ def test_all_sections_of_a_mixture_of_experts(moe_html: str) -> None:
     assert_closed(page)
     sections = [v for tag, name, v in page.attributes if (tag, name) == ("section", "id")]
     assert sections == ["summary", "notes", "quality", "allocation", "curves", "chain", "experts", "time", "settings"]
-    assert page.tags["svg"] == page.tags["figure"] == 1 + 2 + 1 + 1 + 2 + 1
+    assert page.tags["svg"] == page.tags["figure"] == 2 + 2 + 1 + 1 + 2 + 1
     assert moe_html.startswith("<!doctype html>")
     text = " ".join("".join(page.texts).split())
-    for expected in ("Conversion of imitation to EXL2", "2.9987", "/out/model-4.5bpw", "top-5", "took over from a driver",
+    for expected in ("Conversion of imitation to EXL2", "2.9987", "/out/imitation-4.5bpw", "top-5", "took over from a driver",
                      "--moe-all-experts", "2.13.0", "98"):  # fmt: skip
         assert expected in text
 

@@ -78,7 +78,7 @@ def examined(text: str, folder: Path, width: int) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize(("page", "width", "figures"), [("deep_html", 1150, 6), ("moe_html", 600, 8)])
+@pytest.mark.parametrize(("page", "width", "figures"), [("deep_html", 1150, 7), ("moe_html", 600, 9)])
 def test_everything_fits_and_nothing_is_fetched(
     request: pytest.FixtureRequest, tmp_path: Path, page: str, width: int, figures: int
 ) -> None:

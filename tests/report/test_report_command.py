@@ -50,7 +50,7 @@ def test_an_evaluation_from_a_file(work: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(evaluation((3.0,))))
     result = run(work, "--eval", file, "-o", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
-    assert "/out/model-3bpw" in (tmp_path / "page.html").read_text()
+    assert "/out/imitation-3bpw" in (tmp_path / "page.html").read_text()
 
 
 def test_refusals(work: Path, tmp_path: Path) -> None:

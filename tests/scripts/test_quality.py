@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import predicted_kl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -260,3 +261,45 @@ def test_load_takes_the_last_and_leaves_out_a_line_cut_short(tmp_path: Path) -> 
     old, new = made("a", 0, np.ones(2)), made("a", 0, np.ones(2), 7)
     path.write_text(f'{json.dumps(old)}\n{json.dumps(new)}\n{json.dumps(old)[:50]}')
     assert quality_table.load([path, tmp_path / "missing"]) == [new]
+
+
+# ---- predictions ------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_of_results(tmp_path: Path) -> None:
+    """Means over draws; a measurement without sensitivities predicts nothing."""
+    common = {"model": "m", "bits": 3.0, "source": "s", "file_bytes": 1}
+    results = [
+        {**common, "variant": "a", "key": "0", "predicted_kl": 0.1, "rows": {"kl": [0.1, 0.3]}},
+        {**common, "variant": "a", "key": "1", "predicted_kl": 0.3, "rows": {"kl": [0.4, 0.4]}},
+        {**common, "variant": "b", "key": "2", "predicted_kl": None, "rows": {"kl": [0.4]}},
+        {**common, "variant": "c", "key": "3", "rows": {}},
+    ]
+    (point,) = predicted_kl.of_results(results)
+    assert (point.series, point.kind, point.bits) == ("m", "a", 3.0)
+    assert (point.predicted, point.measured) == pytest.approx((0.2, 0.3))
+    file = tmp_path / "r.jsonl"
+    file.write_text("\n".join(map(json.dumps, results)))
+    assert predicted_kl.main([str(file), "--output", str(tmp_path / "p.svg")]) == 0
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+    file.write_text(json.dumps(results[2]))
+    assert predicted_kl.main([str(file), "--output", str(tmp_path / "q.svg")]) == 2
+    assert not (tmp_path / "q.svg").exists()
+
+
+def test_predictions_of_the_log() -> None:
+    """The table that docs/quality.md shows as a picture, and the figures that it names."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    points = predicted_kl.of_log((docs / "log.md").read_text(encoding="utf-8"))
+    assert len(points) == 9 * 3
+    first = points[0]
+    assert (first.series, first.kind, first.bits, first.predicted, first.measured) == (
+        "tiny-llama-7m", "module", 2.6, 0.408, 0.5153,
+    )  # fmt: skip
+    llama, mixtral = predicted_kl.agreement(points).splitlines()
+    assert llama == "tiny-llama-7m: measured over predicted 1.02 to 1.26, mean 1.10"
+    assert mixtral == "tiny-mixtral-8m: measured over predicted 0.78 to 0.99, mean 0.91"
+    for i in range(0, len(points), 3):
+        for of in ("predicted", "measured"):
+            assert getattr(points[i], of) > getattr(points[i + 1], of) > getattr(points[i + 2], of)
+    assert predicted_kl.of_log("# Nothing\n") == []
