@@ -101,6 +101,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"cal_dataset": None, "seed": 7}, ALL),
     ({"rope_alpha": 2.0}, {MEASURE, SENSITIVITY, QUANTIZE}),
     ({"rope_scale": 2.0}, {MEASURE, SENSITIVITY, QUANTIZE}),
+    ({"rotate": True}, {MEASURE, SENSITIVITY, QUANTIZE}),
     ({"damping": 0.2}, {MEASURE, QUANTIZE}),
     ({"allocation": "linear"}, set()),
     ({"propagate": "reference"}, {QUANTIZE}),
