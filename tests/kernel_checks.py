@@ -259,3 +259,50 @@ def check_residual_errors(device: str, tokens: int = 5, hidden: int = 32) -> Non
     again = residual_errors(x.to(device), branch.to(device), target.to(device)).cpu()
     assert bool(again[2].isnan()), "a NaN must show in the error of its row"
     assert torch.equal(again[:2], found[:2])
+
+
+def check_distances(device: str, tokens: int = 5, hidden: int = 32) -> None:
+    from exl2ray.cuda.elementwise import distances
+
+    g = torch.Generator().manual_seed(2)
+    x, target = (torch.randn(3, tokens, hidden, generator=g).half() for _ in range(2))
+    x[1, 0, 0], target[1, 0, 0] = math.inf, 65504.0  # counts as the largest half
+    found = distances(x.to(device), target.to(device)).cpu()
+    away = (x.float().clamp(-65504, 65504) - target.float()).flatten(1).norm(dim=1)
+    assert torch.allclose(found, torch.stack((away, target.float().flatten(1).norm(dim=1))), rtol=1e-4)
+    x[2, -1, -1] = math.nan
+    again = distances(x.to(device), target.to(device)).cpu()
+    assert bool(again[0, 2].isnan()), "a NaN must show in the error of its row"
+    assert torch.equal(again[:, :2], found[:, :2])
+
+
+def check_rms_norm(device: str, hidden: int = 96) -> None:
+    """Against the plain form, which runs on a CPU."""
+    from exl2ray.cuda.elementwise import rms_norm
+    from exl2ray.model.norms import Norm
+
+    g = torch.Generator().manual_seed(3)
+    x = (torch.randn(2, 2, hidden, generator=g) * 3).half()
+    x[0, 0, 0] = -math.inf  # counts as the largest half
+    weight = torch.randn(hidden, generator=g)
+    found = rms_norm(x.to(device), weight.to(device), 1e-5).cpu()
+    expected = Norm("rms", weight, 1e-5)(x, torch.float16)
+    assert torch.allclose(found.float(), expected.float(), rtol=2e-3, atol=1e-6)
+    x[1, 1, -1] = math.nan
+    again = rms_norm(x.to(device), weight.to(device), 1e-5).cpu()
+    assert bool(again[1, 1].isnan().all()), "a NaN must show in the whole row"
+    assert torch.equal(again[0], found[0])
+
+
+def check_plus_behind(device: str, elements: int = 70) -> None:
+    from exl2ray.cuda.elementwise import plus_behind
+
+    g = torch.Generator().manual_seed(4)
+    missing, x, other = (torch.randn(2, elements, generator=g).half() for _ in range(3))
+    missing[0, 0], other[0, 0] = 60000.0, 60000.0  # clamped
+    x[1, 1] = math.nan
+    found = plus_behind(*(t.to(device) for t in (missing, x, other)), 0.5).cpu()
+    expected = (missing.float() + (other.float() - x.float()) / 0.5).clamp(-65504, 65504).half()
+    assert found[0, 0] == 65504.0
+    assert torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-6, equal_nan=True)
+    assert bool(found[1, 1].isnan()), "a NaN must not become a number"

@@ -1,7 +1,8 @@
 """Memory-bound steps of the forward passes on half tensors, each one pass over its data.
 
-Plain references: `exl2ray.model.rope.RotaryTable.rotate`, `exl2ray.model.mlp.gated` and `exl2ray.quant.measure.row_errors`
-written with torch operations. Arithmetic is float32, results are rounded to half once.
+Plain references: `exl2ray.model.rope.RotaryTable.rotate`, `exl2ray.model.mlp.gated`, `exl2ray.model.norms.Norm`,
+`exl2ray.quant.measure.row_errors` and `exl2ray.quant.correct`, written with torch operations. Arithmetic is float32, results
+are rounded to half once.
 """
 
 from __future__ import annotations
@@ -129,6 +130,20 @@ def _square(x, branch, target):
     return d * d
 
 
+@cuda.jit(device=True, inline=True)
+def _block_sum(sums, value):
+    """Sum over the threads of a block, in a fixed order; sums: shared, THREADS float32."""
+    sums[cuda.threadIdx.x] = value
+    cuda.syncthreads()
+    half = THREADS // 2
+    while half > 0:
+        if cuda.threadIdx.x < half:
+            sums[cuda.threadIdx.x] += sums[cuda.threadIdx.x + half]
+        cuda.syncthreads()
+        half //= 2
+    return sums[0]
+
+
 @cuda.jit(cache=True)
 def _residual_errors(x, branch, target, partial):
     """partial (R, CHUNKS) float32: sums of (half(x + branch) - target)^2; x, branch, target (R, n) halves."""
@@ -150,16 +165,9 @@ def _residual_errors(x, branch, target, partial):
     while i < stop:
         total += _square(x[row, i], branch[row, i], target[row, i])
         i += THREADS
-    sums[cuda.threadIdx.x] = total
-    cuda.syncthreads()
-    half = THREADS // 2
-    while half > 0:
-        if cuda.threadIdx.x < half:
-            sums[cuda.threadIdx.x] += sums[cuda.threadIdx.x + half]
-        cuda.syncthreads()
-        half //= 2
+    total = _block_sum(sums, total)
     if cuda.threadIdx.x == 0:
-        partial[row, chunk] = sums[0]
+        partial[row, chunk] = total
 
 
 def residual_errors(x: Tensor, branch: Tensor, target: Tensor) -> Tensor:
@@ -173,3 +181,94 @@ def residual_errors(x: Tensor, branch: Tensor, target: Tensor) -> Tensor:
         _residual_errors, (CHUNKS, rows), THREADS, x.view(rows, -1), branch.view(rows, -1), target.view(rows, -1), partial
     )
     return partial.double().sum(1).sqrt().float()
+
+
+@cuda.jit(cache=True)
+def _distances(x, target, partial):
+    """partial (2, R, CHUNKS) float32: sums of (x - target)^2 and of target^2; x, target (R, n) halves."""
+    sums = cuda.shared.array(THREADS, np.float32)
+    row = cuda.blockIdx.y
+    chunk = cuda.blockIdx.x
+    n = x.shape[1]
+    size = (n + CHUNKS - 1) // CHUNKS
+    away = np.float32(0.0)
+    own = np.float32(0.0)
+    i = chunk * size + cuda.threadIdx.x
+    stop = min(n, (chunk + 1) * size)
+    while i < stop:
+        j = i + THREADS  # a second pair, loaded before the first is used
+        x0, t0 = np.float32(_clamped(np.float32(x[row, i]))), np.float32(target[row, i])
+        x1, t1 = np.float32(0.0), np.float32(0.0)
+        if j < stop:
+            x1, t1 = np.float32(_clamped(np.float32(x[row, j]))), np.float32(target[row, j])
+        away += (x0 - t0) * (x0 - t0) + (x1 - t1) * (x1 - t1)
+        own += t0 * t0 + t1 * t1
+        i += 2 * THREADS
+    away = _block_sum(sums, away)
+    cuda.syncthreads()
+    own = _block_sum(sums, own)
+    if cuda.threadIdx.x == 0:
+        partial[0, row, chunk] = away
+        partial[1, row, chunk] = own
+
+
+def distances(x: Tensor, target: Tensor) -> Tensor:
+    """(2, R) float32: ||x - target|| and ||target|| of each row; x, target (R, T, hidden) halves. NaN stays NaN."""
+    rows = x.shape[0]
+    partial = torch.empty(2, rows, CHUNKS, dtype=torch.float32, device=x.device)
+    launch(_distances, (CHUNKS, rows), THREADS, x.view(rows, -1), target.view(rows, -1), partial)
+    return partial.double().sum(2).sqrt().float()
+
+
+@cuda.jit(cache=True)
+def _rms_norm(x, weight, eps, out):
+    """One block per token; x, out (tokens, n) halves, weight (n,) float32."""
+    sums = cuda.shared.array(THREADS, np.float32)
+    token = cuda.blockIdx.x
+    n = x.shape[1]
+    total = np.float32(0.0)
+    i = cuda.threadIdx.x
+    while i < n:
+        j = i + THREADS  # a second element, loaded before the first is used
+        a = np.float32(x[token, i])
+        b = np.float32(0.0)
+        if j < n:
+            b = np.float32(x[token, j])
+        a, b = _clamped(a), _clamped(b)
+        total += a * a + b * b
+        i += 2 * THREADS
+    scale = np.float32(1.0) / np.float32(math.sqrt(_block_sum(sums, total) / np.float32(n) + eps))
+    for i in range(cuda.threadIdx.x, n, THREADS):
+        out[token, i] = np.float16(_clamped(np.float32(x[token, i])) * scale * weight[i])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., n) half, weight (n,) float32 -> half(x / sqrt(mean(x^2) + eps) * weight); infinities count as +-65504."""
+    out = torch.empty_like(x)
+    n = x.shape[-1]
+    launch(_rms_norm, x.numel() // n, THREADS, x.view(-1, n), weight, np.float32(eps), out.view(-1, n))
+    return out
+
+
+@cuda.jit(cache=True)
+def _plus_behind(missing, x, other, scale, out):
+    """Flat halves; two elements a thread, all loaded before the first is used."""
+    i = cuda.blockIdx.x * 2 * THREADS + cuda.threadIdx.x
+    j = i + THREADS
+    if j < missing.size:
+        m0, x0, f0 = missing[i], x[i], other[i]
+        m1, x1, f1 = missing[j], x[j], other[j]
+        out[i] = np.float16(_clamped(np.float32(m0) + (np.float32(f0) - np.float32(x0)) / scale))
+        out[j] = np.float16(_clamped(np.float32(m1) + (np.float32(f1) - np.float32(x1)) / scale))
+    elif i < missing.size:
+        out[i] = np.float16(_clamped(np.float32(missing[i]) + (np.float32(other[i]) - np.float32(x[i])) / scale))
+
+
+def plus_behind(missing: Tensor, x: Tensor, other: Tensor, scale: float) -> Tensor:
+    """half(missing + (other - x) / scale), clamped to +-65504, for halves of equal shape."""
+    out = torch.empty_like(missing)
+    blocks = (missing.numel() + 2 * THREADS - 1) // (2 * THREADS)
+    launch(
+        _plus_behind, blocks, THREADS, missing.view(-1), x.view(-1), other.view(-1), np.float32(scale), out.view(-1)
+    )
+    return out

@@ -19,6 +19,7 @@ class CudaGroups:
     def __init__(self, ws: Workspace) -> None:
         device = ws.x.device
         self.ws = ws
+        self._sliced: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
         columns = ws.x.shape[1]
 
         def upload(array: np.ndarray) -> Tensor:
@@ -79,12 +80,23 @@ class CudaGroups:
             top, bottom = a + r + kernels.ROWS, a + n
             if ws.feedback and top < bottom:
                 # Thin and bound by memory: full float32 costs nothing here.
-                ws.x[top:bottom].addmm_(ws.u[a + r : top, top:bottom].T, ws.error[a + r : top], alpha=-1)
+                below, factor, error = self._views(a + r, top, bottom)
+                below.addmm_(factor, error, alpha=-1)
 
     def descend(self, g: int, a: int, n: int, row: int) -> None:
-        ws, stream = self.ws, stream_of(self.ws.x)
+        stream = stream_of(self.ws.x)
         for r in range(0, n, kernels.ROWS):
             self.descent(stream, a + r, g, row + r)
             top, bottom = a + r + kernels.ROWS, a + n
             if top < bottom:
-                ws.x[top:bottom].addmm_(ws.u[a + r : top, top:bottom].T, ws.error[a + r : top])
+                below, factor, error = self._views(a + r, top, bottom)
+                below.addmm_(factor, error)
+
+    def _views(self, start: int, top: int, bottom: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows top .. bottom of x, their factors for the errors of rows start .. top, these errors. Kept: slicing takes
+        longer than the launch."""
+        key = (start, top, bottom)
+        if key not in self._sliced:
+            ws = self.ws
+            self._sliced[key] = (ws.x[top:bottom], ws.u[start:top, top:bottom].T, ws.error[start:top])
+        return self._sliced[key]

@@ -63,6 +63,8 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: Grid, block: int, *args: Any) -> None:
         self._kernel, self._grid, self._block, self._args = kernel, grid, block, args
+        grid = (grid,) if isinstance(grid, int) else grid
+        self._shape = (*grid, *(1,) * (3 - len(grid)), block, 1, 1)
         self._function = 0
         if any(isinstance(a, Tensor) and a.is_cuda for a in args):
             self._function = _function(kernel, tuple(map(_kind_of, args)))
@@ -87,11 +89,11 @@ class Launch:
                     self._varying.append(cells[-1])
         self._cells = cells
         self._parameters = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
-        grid = (self._grid,) if isinstance(self._grid, int) else self._grid
-        self._shape = (*grid, *(1,) * (3 - len(grid)), self._block, 1, 1)
 
     def __call__(self, stream: int, *values: int) -> None:
         """Launches on the stream of this handle, with the values of the arguments that vary, in order."""
+        if 0 in self._shape:  # no elements
+            return
         if not self._function:
             self._call_numba(stream, values)
             return

@@ -38,7 +38,7 @@ from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec
 from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
 from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, row_errors
+from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, relative_error
 from exl2ray.quant.measure_moe import describe_coverage, expert_factor, shares_of
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.quantize import quantize_group
@@ -238,7 +238,7 @@ class Gang:
             result = block.forward(x[part].to(self.run.device))
             check_states(result, f"quantised output of {block.module.profile_key}")
             reference = target[part].to(self.run.device)
-            error += float(row_errors(result, reference, reference.float().flatten(1).norm(dim=1)))
+            error += relative_error(result, reference)
             out[part] = result.to(out.dtype)
         return out, error
 

@@ -26,6 +26,11 @@ class Norm:
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (..., n) -> (..., n) in ``dtype``."""
+        if x.is_cuda and self.kind == "rms" and self.weight.dim() == 1 and dtype == torch.float16:
+            from exl2ray.cuda import elementwise
+
+            if elementwise.usable(x):
+                return elementwise.rms_norm(x, self.weight, self.eps)
         y = x.float()
         if x.dtype == torch.float16:
             y = y.clamp_(-FLOAT16_MAX, FLOAT16_MAX)

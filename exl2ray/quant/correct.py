@@ -153,6 +153,11 @@ def _routed(block: Any, n: Tensor, settings: Settings) -> Iterator[tuple[Any, Te
 
 def _plus_behind(missing: Tensor, x: Tensor, other: Tensor, scale: float) -> Tensor:
     """``missing`` (..., N) plus what the residual stream x is behind that of the source model, in units of the branch."""
+    if x.is_cuda:
+        from exl2ray.cuda import elementwise
+
+        if elementwise.usable(missing, x, other):
+            return elementwise.plus_behind(missing, x, other, scale)
     behind = (other.float() - x.float()) / scale
     return (missing.float() + behind).clamp(-FLOAT16_MAX, FLOAT16_MAX).to(missing.dtype)
 

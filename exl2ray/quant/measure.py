@@ -296,6 +296,17 @@ def row_errors(result: Tensor, target: Tensor, norm: Tensor) -> Tensor:
     return total
 
 
+def relative_error(result: Tensor, target: Tensor) -> float:
+    """Sum over the rows of a batch of ||result - target|| / ||target||; both (R, T, hidden)."""
+    if result.is_cuda:
+        from exl2ray.cuda import elementwise
+
+        if elementwise.usable(result, target):
+            difference, norm = elementwise.distances(result, target)
+            return float((difference / norm).double().sum())
+    return float(row_errors(result, target, target.float().flatten(1).norm(dim=1)))
+
+
 def branch_errors(half: Any, x: Tensor, out: Tensor, target: Tensor, norm: Tensor) -> Tensor:
     """`row_errors` of ``half.post(x, out)``, in one pass where a kernel exists for it."""
     if x.is_cuda and half.plain_residual:

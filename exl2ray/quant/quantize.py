@@ -18,7 +18,7 @@ from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
 from exl2ray.quant.hessian import Factor, HessianAccumulator, round_to_nearest
-from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, row_errors
+from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, relative_error
 from exl2ray.quant.measure_moe import coverage, describe_coverage, expert_factor
 from exl2ray.quant.pack import dequantize, pack, pad_columns
 from exl2ray.quant.solve import quantize_linears
@@ -86,7 +86,7 @@ def quantize_after(
         result = block.forward(x[part].to(device))
         check(result, f"quantised output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
         reference = target[part].to(device)
-        error += float(row_errors(result, reference, reference.float().flatten(1).norm(dim=1)))
+        error += relative_error(result, reference)
         out[part] = result.to(out.dtype)
     ordered = tuple(packed[linear.key] for linear in block.module.linears)
     return QuantizedModule(ordered, error / x.shape[0], tuple(notes), tuple(experts)), out

@@ -56,3 +56,19 @@ def test_residual_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "CHUNKS", 2)
     monkeypatch.setattr(elementwise, "THREADS", 32)
     checks.check_residual_errors("cpu", tokens=10)
+
+
+def test_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "CHUNKS", 2)
+    monkeypatch.setattr(elementwise, "THREADS", 32)
+    checks.check_distances("cpu", tokens=6)
+
+
+def test_rms_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "THREADS", 32)
+    checks.check_rms_norm("cpu")
+
+
+def test_plus_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "THREADS", 32)
+    checks.check_plus_behind("cpu")

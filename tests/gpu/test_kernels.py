@@ -215,3 +215,33 @@ def test_gated_silu(columns: int) -> None:
 @pytest.mark.parametrize(("tokens", "hidden"), [(5, 32), (40, 96), (300, 1024)])
 def test_residual_errors(tokens: int, hidden: int) -> None:
     checks.check_residual_errors("cuda", tokens, hidden)
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(5, 32), (300, 4096)])
+def test_distances(tokens: int, hidden: int) -> None:
+    checks.check_distances("cuda", tokens, hidden)
+
+
+@pytest.mark.parametrize("hidden", [96, 4096, 5120])
+def test_rms_norm(hidden: int) -> None:
+    checks.check_rms_norm("cuda", hidden)
+
+
+@pytest.mark.parametrize("elements", [70, 256, 100_003])
+def test_plus_behind(elements: int) -> None:
+    checks.check_plus_behind("cuda", elements)
+
+
+def test_launches_go_around_numba() -> None:
+    """The prepared launch is used, does what Numba's own does, and does nothing for tensors without elements."""
+    from exl2ray.cuda import elementwise
+    from exl2ray.cuda.launch import Launch, stream_of
+
+    x = torch.randn(3, 1000, device="cuda").half()
+    direct, ordinary = torch.empty_like(x), torch.empty_like(x)
+    for out, through_numba in ((direct, False), (ordinary, True)):
+        call = Launch(elementwise._gated_silu, 3, elementwise.THREADS, x.view(-1), x.view(-1), out.view(-1))
+        assert call._function, "this version of numba-cuda hides the handles of kernels"
+        call._call_numba(stream_of(x), ()) if through_numba else call(stream_of(x))
+    assert torch.equal(direct, ordinary)
+    assert elementwise.gated_silu(x[:0], x[:0]).shape == (0, 1000)
