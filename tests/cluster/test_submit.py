@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.resources
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from cluster_helpers import FakeClient
 from hypothesis import given, settings
@@ -336,6 +338,9 @@ def test_json_is_nothing_but_events(one_cluster: FakeClient, capfd: pytest.Captu
     events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [e["event"] for e in events] == ["submitted", "start", "job"]
     assert events[-1]["exit_code"] == 3
+    schema = json.loads(importlib.resources.files("exl2ray").joinpath("events.schema.json").read_text())
+    for event in (events[0], events[-1]):  # the one between is the job's
+        jsonschema.validate(event, schema)
     assert one_cluster.submitted[0]["entrypoint"].endswith(" --json")  # the job speaks JSON, too
 
 
