@@ -449,6 +449,8 @@ class Job:
             recipe = replace(recipe, compile_full=compile_full, bits=tuple(p.bits for p in plans))
         fingerprint, rows = self.job["identity"]["fingerprint"], len(self.rows["quantize"].ids)
         writer = OutputWriter(recipe, self.spec, self.source, self.work, fingerprint, rows, chosen)
+        for plan in plans:
+            writer.check(plan)
         with ThreadPoolExecutor(1, "write") as pool:
             writing: dict[float, Future[OutputSummary]] = {}
             kept: dict[float, OutputSummary] = {}

@@ -14,7 +14,7 @@ from exl2ray.config import Recipe, bpw_name
 from exl2ray.convert import OutputSummary
 from exl2ray.dist.worker import PERPLEXITY
 from exl2ray.errors import NumericError, StoreError, UsageError
-from exl2ray.formats.claim import claim, existing_shards
+from exl2ray.formats.claim import claim, existing_shards, refuse_foreign_shards
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import (
@@ -100,6 +100,11 @@ class OutputWriter:
             if card != stored.payload["card"] or not (target / CARD).is_file():
                 return None
         return self._summary(plan, records, shards)
+
+    def check(self, plan: Plan) -> None:
+        """Raises UsageError if `write` would, so that nothing is quantised in vain."""
+        if self.recipe.compile_full is not None:
+            refuse_foreign_shards(self._target(plan), self.fingerprint)
 
     def write(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
         """Shards, and with -cf a complete model directory. Reports nothing: it runs beside the scheduler.

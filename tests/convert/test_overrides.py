@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from convert_helpers import Quiet, contents, items, messages, recipe, run
+from convert_helpers import Quiet, contents, items, messages, recipe, run, stages
 
 from exl2ray.cli import cli
 from exl2ray.convert import patch
@@ -113,6 +113,14 @@ def test_patch_quantises_only_what_changes(quiet: Quiet, tmp_path: Path) -> None
     again = Silent()
     patch(base, ["*.1.*.v_proj=8"], again, (4.0,), str(tmp_path / "patched"))
     assert items(again) == [], "done already"
+    assert stages(again) == [], "written already"
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "output.safetensors").write_bytes(b"of somebody else")
+    refused = Silent()
+    with pytest.raises(UsageError, match="not written there by exl2ray"):
+        patch(base, ["*.0.*.v_proj=8"], refused, (4.0,), str(tmp_path / "taken"))
+    assert items(refused) == []
+    assert (tmp_path / "taken" / "output.safetensors").read_bytes() == b"of somebody else"
     nothing = Silent()
     patch(base, ["*.1.*.v_proj=2"], nothing, (4.0,), str(tmp_path / "same"))
     assert any("as --set asks already" in m for m in messages(nothing, "note"))
