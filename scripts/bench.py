@@ -52,6 +52,8 @@ class ShapeSpec:
     heads: int
     kv_heads: int
     experts: int = 0
+    per_token: int = 2  # experts of a token
+    head: int = 0  # width of one; 0: hidden / heads
     reference: tuple[float, float] | None = None  # seconds of the reference: measure one layer, quantise one layer
 
 
@@ -59,6 +61,7 @@ SHAPES = {
     "7b": ShapeSpec(4096, 11008, 32, 32, reference=(26.0, 13.5)),
     "70b": ShapeSpec(8192, 28672, 64, 8, reference=(88.1, 56.6)),
     "mixtral": ShapeSpec(4096, 14336, 32, 8, experts=8),
+    "qwen3-moe": ShapeSpec(2048, 768, 32, 4, experts=128, per_token=8, head=128),
     "tiny": ShapeSpec(256, 704, 4, 2),
 }
 
@@ -70,14 +73,14 @@ def make_model(folder: Path, shape: ShapeSpec, layers: int = 1, vocab: int = 320
         "hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": layers,
         "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "rms_norm_eps": 1e-5,
         "vocab_size": vocab, "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2,
+        "bos_token_id": 1, "eos_token_id": 2, "head_dim": shape.head or shape.hidden // shape.heads,
     }  # fmt: skip
     if shape.experts:
-        config |= {"num_local_experts": shape.experts, "num_experts_per_tok": 2}
+        config |= {"num_local_experts": shape.experts, "num_experts_per_tok": shape.per_token}
     (folder / "config.json").write_text(json.dumps(config))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    head = shape.hidden // shape.heads
-    h, f, kv = shape.hidden, shape.intermediate, shape.kv_heads * head
+    head = shape.head or shape.hidden // shape.heads
+    h, f, q, kv = shape.hidden, shape.intermediate, shape.heads * head, shape.kv_heads * head
 
     def w(out: int, inner: int) -> torch.Tensor:
         return (torch.randn(out, inner, device=device) * inner**-0.5).half().cpu()
@@ -87,8 +90,8 @@ def make_model(folder: Path, shape: ShapeSpec, layers: int = 1, vocab: int = 320
     for i in range(layers):
         p = f"model.layers.{i}."
         tensors |= {p + n + ".weight": torch.ones(h).half() for n in ("input_layernorm", "post_attention_layernorm")}
-        tensors |= {p + "self_attn.q_proj.weight": w(h, h), p + "self_attn.k_proj.weight": w(kv, h)}
-        tensors |= {p + "self_attn.v_proj.weight": w(kv, h), p + "self_attn.o_proj.weight": w(h, h)}
+        tensors |= {p + "self_attn.q_proj.weight": w(q, h), p + "self_attn.k_proj.weight": w(kv, h)}
+        tensors |= {p + "self_attn.v_proj.weight": w(kv, h), p + "self_attn.o_proj.weight": w(h, q)}
         if shape.experts:
             tensors[p + "block_sparse_moe.gate.weight"] = w(shape.experts, h)
         for e in range(max(1, shape.experts)):
@@ -159,9 +162,9 @@ class Bench:
     def measure_flop(self, tokens: int) -> float:
         """FLOPs of the distinct projection outputs of all options (converter-algorithm section 9), without attention."""
         s = self.shape
-        kv = s.kv_heads * s.hidden // s.heads
-        attention = 2 * tokens * s.hidden * (14 * s.hidden + 14 * kv + 15 * kv + 19 * s.hidden)
-        active = 2 if s.experts else 1
+        head = s.head or s.hidden // s.heads
+        attention = 2 * tokens * s.hidden * head * (33 * s.heads + 29 * s.kv_heads)
+        active = s.per_token if s.experts else 1
         return attention + 2 * tokens * active * s.hidden * s.intermediate * (13 + 13 + 17)
 
     def quantize(self, rows: int, tokens: int) -> None:
@@ -186,9 +189,9 @@ class Bench:
             total, first_total = total + seconds, first_total + first
         reference = self.shape.reference[1] if self.shape.reference else None
         s = self.shape
-        kv = s.kv_heads * s.hidden // s.heads
-        active = 2 if s.experts else 1
-        per_token = 2 * s.hidden * (2 * s.hidden + 2 * kv + 3 * active * s.intermediate)
+        heads = 2 * (s.heads + s.kv_heads) * (s.head or s.hidden // s.heads)
+        active = s.per_token if s.experts else 1
+        per_token = 2 * s.hidden * (heads + 3 * active * s.intermediate)
         self.add("quantize layer", total, first_total, reference, 2 * per_token * rows * tokens)
 
     def head(self, rows: int, tokens: int) -> None:
