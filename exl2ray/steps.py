@@ -513,6 +513,8 @@ class Job:
             flow = Chains(chains, self.session, self.limits) if chains else None
         if flow is not None:
             self.scheduler.run(flow, tick)
+        if isinstance(flow, Fan):
+            self.work.event("states", stage="quantize", window=flow.window, peak=flow.peak_states)
 
     def _missing(self, plan: Plan) -> list[ModuleSpec]:
         kind = quant_kind(plan.bits)
@@ -661,7 +663,7 @@ class _Stage:
             "worker": result.worker, "workers": workers, "queue": self.items - self.done,
             "eta_seconds": self.pace.eta_seconds(now),
         }  # fmt: skip
-        self.job.work.event("item", **fields)
+        self.job.work.event("item", **fields, received=result.received)
         self.job.reporter.event("item", **fields, detail=result.detail)
         for note in result.notes:
             self.job.reporter.event("note", message=f"{result.key}: {note}")

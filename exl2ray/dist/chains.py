@@ -55,6 +55,7 @@ class _Gang:
     waiting: set[int] = field(default_factory=set)  # members whose answer is not there yet
     since: float = field(default_factory=time.monotonic)  # of the phase
     first: ItemResult | None = None  # of the first member
+    received: int = 0  # bytes, by all members in this call
     rendezvous: Any = None
     losses: int = 0
     breaks: int = 0
@@ -126,7 +127,7 @@ class Chains(Flow):
         ]
 
     def _run(self, gang: _Gang) -> list[tuple[int, Call]]:
-        gang.waiting, gang.first = set(gang.members), None
+        gang.waiting, gang.first, gang.received = set(gang.members), None, 0
         gang.enter("running")
         link = gang.link
         item = ChainItem(
@@ -140,6 +141,7 @@ class Chains(Flow):
     def finished(self, worker: int, call: Call, result: Any, second: Any) -> None:
         gang = self._of(worker)
         gang.waiting.discard(worker)
+        gang.received += result.received
         if gang.phase == "running" and worker == gang.members[0]:
             gang.first = replace(result, worker=" + ".join(self.session.name(w) for w in gang.members))
         if gang.waiting:
@@ -152,7 +154,7 @@ class Chains(Flow):
         else:
             gang.breaks = gang.losses = 0
             gang.enter("idle")
-            self._done(gang, gang.first)
+            self._done(gang, gang.first and replace(gang.first, received=gang.received))
 
     def lost(self, worker: int, call: Call, alive: bool) -> None:
         gang = self._of(worker)

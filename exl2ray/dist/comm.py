@@ -25,6 +25,7 @@ STEP_SECONDS = 6 * 3600  # the driver's deadlines are the ones that matter
 class Comm(Protocol):
     rank: int
     size: int
+    received: int  # bytes of tensors that came from other members; gathered objects are small and do not count
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, by rank."""
@@ -46,7 +47,7 @@ class Comm(Protocol):
 class Solo:
     """A group of one."""
 
-    rank, size = 0, 1
+    rank, size, received = 0, 1, 0
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -68,7 +69,7 @@ class Group:
     """Several processes. All members must make the same calls in the same order."""
 
     def __init__(self, address: tuple[str, int], rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.received = rank, size, 0
         self._cuda = device.type == "cuda"
         backend = "cpu:gloo,cuda:nccl" if self._cuda else "gloo"
         with _broken_if_it_fails():
@@ -91,11 +92,14 @@ class Group:
     def receive(self, like: Tensor, source: int) -> Tensor:
         with _broken_if_it_fails():
             torch_dist.recv(like, source)
+        self.received += like.nbytes
         return like
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
         with _broken_if_it_fails():
             torch_dist.broadcast(t, source)
+        if self.rank != source:
+            self.received += t.nbytes
         return t
 
     def close(self) -> None:

@@ -130,3 +130,4 @@ class ItemResult:
     payload: dict[str, Any]
     notes: tuple[str, ...] = ()
     worker: str = ""  # host:pid; of a group "host:pid + host:pid"
+    received: int = 0  # bytes of tensors that came from other workers; of a group, all members together

@@ -100,7 +100,7 @@ class _Running:
 
 
 class Scheduler:
-    """Runs flows on a session. ``event(name, fields)`` is told of what happens; kinds: started, lost, note, retry."""
+    """Runs flows on a session. ``event(name, fields)`` is told of what happens; kinds: started, finished, lost, note, retry."""
 
     def __init__(
         self, session: Session, limits: Limits | None = None, event: Callable[..., None] = lambda name, **fields: None
@@ -194,6 +194,9 @@ class Scheduler:
             seconds = value.seconds if isinstance(value, ItemResult) else time.monotonic() - running.began
             rate = seconds / max(call.cost, 1e-9)
             self._rates[call.method] = max(rate, self._rates.get(call.method, 0.0))
+            received = value.received if isinstance(value, ItemResult) else 0
+            self.event("finished", method=call.method, key=call.key, worker=self.session.name(worker), seconds=seconds,
+                       received=received)  # fmt: skip
             flow.finished(worker, call, value, second)
 
     def _count(self, call: Call, worker: int, reason: str, error: Exl2RayError | None) -> None:

@@ -77,6 +77,7 @@ class Worker:
         self.checkpoints = Checkpoints(self.runner.records, setup.checkpoint_seconds)
         self.context: Context | None = None
         self.gang: Gang | None = None
+        self.received = 0  # bytes of states that came through the object store
 
     def ping(self) -> dict[str, Any]:
         """What this worker is: shown at the start and used by the health check."""
@@ -88,7 +89,7 @@ class Worker:
 
     def enter(self, item: EnterItem, entry: Shipped | None = None) -> tuple[ItemResult, Shipped | None]:
         """Reference forward of one module: its result, and the states after it if they are to be shipped."""
-        begin = time.monotonic()
+        begin, before = time.monotonic(), self.received
         self._leave_gang()
         x = self._entry(item, entry)
         module = self.runner.spec.modules[item.index]
@@ -103,7 +104,7 @@ class Worker:
                 self.checkpoints.save(self._chain(item.rows), item.index + 1, {None: {"x": y}}, item.keep_from)
         after = self.context.y
         shipped = to_shipped(after) if item.ship and after is not None else None
-        return self._result(module.profile_key, begin, "entered", {}), shipped
+        return self._result(module.profile_key, begin, "entered", {}, received=self.received - before), shipped
 
     def measure(self, item: MeasureItem) -> ItemResult:
         """Scores options of the entered module. All of them: commits the profile. A part: returns the scored rows."""
@@ -217,7 +218,8 @@ class Worker:
             self._leave_gang()
             self.gang = Gang(self.runner, self.checkpoints, chain)
         self.gang.join(item)
-        return self._result("group", begin, f"member {item.rank + 1} of {item.size}", {})
+        words = f"member {item.rank + 1} of {item.size}"
+        return self._result("group", begin, words, {}, received=self.gang.comm.received)
 
     def chain(self, item: ChainItem) -> ItemResult:
         """One module of the chain; the first member answers for the group."""
@@ -225,8 +227,10 @@ class Worker:
         if self.gang is None:
             raise ClusterError("a module of a chain came before its group was formed")
         key = self.runner.spec.modules[item.index].profile_key
+        before = self.gang.comm.received
         payload, detail = self.gang.quantize(item)
-        return self._result(key, begin, detail, payload, tuple(payload.get("notes", ())))
+        received = self.gang.comm.received - before
+        return self._result(key, begin, detail, payload, tuple(payload.get("notes", ())), received)
 
     def release(self) -> None:
         """Forget everything that fills memory, after an error."""
@@ -252,6 +256,7 @@ class Worker:
             index, x = held.index + 1, held.y
         elif entry is not None:
             index, x = item.start, from_shipped(entry, run.home(entry.array.nbytes))
+            self.received += entry.array.nbytes
         else:
             saved = self.checkpoints.load(self._chain(item.rows), item.index)
             index, x = (1, run.embedded(item.rows)) if saved is None else (saved.index, run.place(saved.tensors["x"]))
@@ -269,9 +274,15 @@ class Worker:
         return Chain(MEASURE if rows == "measure" else REFERENCE_KIND, f"reference:{self.setup.calibration_sha256[:32]}")
 
     def _result(
-        self, key: str, begin: float, detail: str, payload: dict[str, Any], notes: tuple[str, ...] = ()
+        self,
+        key: str,
+        begin: float,
+        detail: str,
+        payload: dict[str, Any],
+        notes: tuple[str, ...] = (),
+        received: int = 0,
     ) -> ItemResult:
-        return ItemResult(key, time.monotonic() - begin, detail, payload, notes, self.name)
+        return ItemResult(key, time.monotonic() - begin, detail, payload, notes, self.name, received)
 
 
 def _states(c: Context) -> Tensor:

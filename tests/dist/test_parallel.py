@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from dist_helpers import BITS, digests, recipe
 from gcs_server import GcsServer
+from safetensors.torch import load_file
 
 from exl2ray.convert import convert
 from exl2ray.progress import Silent
@@ -68,7 +69,7 @@ def test_workers_that_find_their_own_states_change_no_byte(
     convert(recipe(model, work, gpus=2, ray_address=cluster.address, propagate=propagate), Silent())
     assert digests(work) == quiet[propagate]
     events, _ = read_events(Store.open(str(work)))
-    assert [e["fields"]["peak"] for e in events if e["name"] == "states"] == [0]
+    assert [e["fields"]["peak"] for e in events if e["name"] == "states"] == [0] * (1 + (propagate == "reference"))
 
 
 def test_sensitivities_are_shared_out_too(model: Path, tmp_path: Path, cluster: Any) -> None:
@@ -221,3 +222,26 @@ def test_work_directory_in_a_bucket(kind: str, model: Path, tmp_path: Path, requ
     assert store.get("measurement.json") == (local / "measurement.json").read_bytes()
     assert [n for n in store.list("quant/4.0/states") if n.endswith(".safetensors")]
     assert [p.state for p in read_status(root).passes] == ["finished"] * 3
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "reference"])
+def test_what_workers_send_each_other_is_counted(propagate: str, model: Path, tmp_path: Path, cluster: Any) -> None:
+    """Nothing for one worker. For two: states of whole sets of rows through the object store, Hessians and packed tensors
+    within a group."""
+    moved = {}
+    for workers in (1, 2):
+        work = tmp_path / str(workers)
+        convert(recipe(model, work, gpus=workers, ray_address=cluster.address, propagate=propagate), Silent())
+        events, _ = read_events(Store.open(str(work)))
+        calls = [e["fields"] for e in events if e["name"] == "finished"]
+        moved[workers] = {m: sum(c["received"] for c in calls if c["method"] == m) for m in ("enter", "chain")}
+        in_items = sum(e["fields"]["received"] for e in events if e["name"] == "item")
+        assert in_items == moved[workers]["chain"]
+        assert len([c for c in calls if c["method"] == "measure"]) >= 4
+    assert moved[1] == {"enter": 0, "chain": 0}
+    rows = load_file(tmp_path / "2" / "calibration.safetensors")
+    states = {name: rows[name].numel() * 64 * 2 for name in ("measure", "quantize")}
+    assert moved[2]["enter"] > 0
+    assert (moved[2]["chain"] > 0) == (propagate == "quantized")
+    if propagate == "quantized":
+        assert moved[2]["enter"] % states["measure"] == 0
