@@ -1,18 +1,30 @@
 #!/usr/bin/env python3
-"""What the items of a conversion would take on one H200, from FLOP counts and rates: for `simulate.py`, until measured.
+"""What the items of a conversion take on one H200, for `simulate.py`: from FLOP counts and rates, where nothing was measured.
 
     python scripts/estimate_costs.py > scripts/costs.json
+    python scripts/estimate_costs.py --observed FILE      with what `scaling.py --costs FILE` saw, in place of observed.json
 
 Counts are exact for the reference's option tables (19 for attention, 17 for an MLP, 13 to 15 distinct ones per linear). Rates
-are those that large products reach on an H200, times ``REACHED``: what is lost between the products. Fields: `schedules.py`.
+are those that large products reach on an H200, times ``REACHED``: what is lost between the products. Calls that were measured
+keep the shares of these estimates and take the time that was seen (`observed.py`). Fields: `schedule_costs.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from observed import Observed
+from schedule_costs import Costs
+
+OBSERVED = Path(__file__).with_name("observed.json")
 REACHED = 0.7
 FORWARD = 700e12 * REACHED  # FLOP/s of fp16 products
 HESSIAN = 767e12 * REACHED  # fp16 inputs, float32 sums
@@ -23,7 +35,7 @@ GRID_EVALUATIONS = 97  # per weight and option
 ROW_SECONDS = 15e-6  # per row of a single solve, which launches and not FLOPs hold up
 LOAD_GB_S = 4.0  # source weights, from a page cache or a fast file system
 
-MEASURE_ROWS, QUANTIZE_ROWS, REPORTED_ROWS, LENGTH = 16, 100, 19, 2048
+MEASURE_ROWS, QUANTIZE_ROWS, REPORTED_ROWS, LENGTH = 19, 115, 19, 2048  # of the built-in calibration set
 OPTIONS = {"attention": 19, "mlp": 17, "moe": 17}
 DISTINCT = {"q": 14, "k": 14, "v": 15, "o": 14, "gate": 13, "up": 13, "down": 14}
 CACHED = 0.85  # of the scoring FLOPs remain when projections of equal options are kept
@@ -128,6 +140,7 @@ def costs(s: Shape) -> dict[str, Any]:
         "quantize_state_gb": QUANTIZE_ROWS * LENGTH * s.hidden * 2 / 1e9,
         "quantize_rows": QUANTIZE_ROWS,
         "modules": out,
+        "perplexity_s": sum(m["reported_s"] + m["load_s"] * BITS / 16 for m in out.values()),
     }
 
 
@@ -137,17 +150,20 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def estimate() -> dict[str, Any]:
-    return {
-        "source": "estimated from FLOP counts and rates of one H200 by scripts/estimate_costs.py; nothing here was measured",
+def estimate(observed: Path = OBSERVED) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "source": "estimated from FLOP counts and rates of one H200",
         "transfer_gb_s": 8.0,
         "nccl_gb_s": 150.0,
         "message_s": 0.003,
         "driver_s": 0.003,
         "store_gb": 100.0,
-        "models": {name: rounded(costs(shape)) for name, shape in SHAPES.items()},
+        "models": {name: costs(shape) for name, shape in SHAPES.items()},
     }
+    return rounded(asdict(Observed.load(observed).corrected(Costs.parse(value))))  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":
-    print(json.dumps(estimate(), indent=1))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--observed", type=Path, default=OBSERVED)
+    print(json.dumps(estimate(parser.parse_args().observed), indent=1))

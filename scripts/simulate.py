@@ -3,10 +3,11 @@
 
     python scripts/simulate.py                    the table
     python scripts/simulate.py --write-docs       the same, into docs/scaling.md
-    python scripts/simulate.py --costs MINE.json  other costs; `schedules.py` says what the fields mean
+    python scripts/simulate.py --costs MINE.json  other costs; `schedule_costs.py` says what the fields mean
+    python scripts/simulate.py --ship             with states shipped between workers, as on CPUs
 
-Passes: "measure", quantisation on "reference" states, quantisation on "quantized" states of one bitrate. "swept" stands for
-the same with sweeps of their own, which are not built: see `schedules.py`.
+Passes: "measure", quantisation on "reference" states, quantisation on "quantized" states of one bitrate, and a "ladder" of
+three. `scaling.py --compare` prints the same beside what was measured.
 """
 
 from __future__ import annotations
@@ -14,51 +15,66 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from schedules import Costs, Result, fan, gang
+from schedule_costs import Costs
+from schedules import Result, fan, gang, ladder
 
 ROOT = Path(__file__).resolve().parents[1]
 COSTS, DOCS = ROOT / "scripts" / "costs.json", ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- table of scripts/simulate.py -->\n", "<!-- end of table -->\n"
 GPUS = (1, 2, 4, 8, 16, 32, 64)
-PASSES = ("measure", "measure, swept", "reference", "reference, swept", "quantized")
+PASSES = ("measure", "reference", "quantized", "ladder")
+BITRATES = 3  # of a ladder
+COUNTS = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)  # among which enough GPUs are looked for
 ENOUGH = 0.95  # of the best speed-up
+
+
+def predict(costs: Costs, model: str, kind: str, gpus: int, layers: int | None = None, ship: bool = False) -> Result:
+    """One pass of a model, perhaps of ``layers`` layers only."""
+    made = costs.models[model]
+    if layers is not None:
+        made = replace(made, layers=layers)
+    if kind == "ladder":
+        return Result(ladder(costs, made, gpus, BITRATES), gang(costs, made, max(1, gpus // BITRATES)).front)
+    if kind == "quantized":
+        return gang(costs, made, gpus)
+    return fan(costs, made, gpus, kind == "measure", ship)
 
 
 class Simulation:
     """Results by model, pass and number of GPUs, each computed once."""
 
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+    def __init__(self, costs: Costs, ship: bool = False) -> None:
+        self.costs, self.ship = costs, ship
         self.result = cache(self._result)
 
     def _result(self, model: str, kind: str, gpus: int) -> Result:
-        name, _, how = kind.partition(", ")
-        if name == "quantized":
-            return gang(self.costs, self.costs.models[model], gpus)
-        return fan(self.costs, self.costs.models[model], gpus, name == "measure", how == "swept")
+        return predict(self.costs, model, kind, gpus, ship=self.ship)
 
     def speed_up(self, model: str, kind: str, gpus: int) -> float:
         return self.result(model, kind, 1).seconds / self.result(model, kind, gpus).seconds
 
     def enough(self, model: str, kind: str) -> int:
         """The smallest number of GPUs with nearly the best speed-up: of 1 to 16 and some above."""
-        ups = {n: self.speed_up(model, kind, n) for n in (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)}
+        ups = {n: self.speed_up(model, kind, n) for n in COUNTS}
         return next(n for n, up in ups.items() if up >= ENOUGH * max(ups.values()))
 
     def limit(self, model: str, kind: str) -> str:
         """What more GPUs do not shorten."""
         r = self.result(model, kind, max(GPUS))
         total = sum(r.front.values())
-        if kind != "quantized" and total < 0.8 * r.seconds:
+        chained = kind in ("quantized", "ladder")
+        if not chained and total < 0.8 * r.seconds:
             return "fewer modules than GPUs"
         largest = sorted(r.front.items(), key=lambda p: -p[1])[:3]
         shares = ", ".join(f"{name} {100 * s / total:.0f} %" for name, s in largest)
-        return f"{'each module' if kind == 'quantized' else 'one module after another'}: {shares}"
+        way = "one module after another" if self.ship else "the way through the model"
+        return f"{'each module' if chained else way}: {shares}"
 
     def table(self, gpus: Sequence[int] = GPUS) -> str:
         """Markdown: seconds on one GPU, speed-up on several, how many are enough, and why."""
@@ -84,9 +100,10 @@ def with_table(page: str, content: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--costs", type=Path, default=COSTS)
+    parser.add_argument("--ship", action="store_true", help="ship states between workers, as on CPUs")
     parser.add_argument("--write-docs", action="store_true", help=f"put the table into {DOCS.relative_to(ROOT)}")
     args = parser.parse_args()
-    content = Simulation(Costs.load(args.costs)).table()
+    content = Simulation(Costs.load(args.costs), args.ship).table()
     if args.write_docs:
         DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8"), content), encoding="utf-8")
     else:
