@@ -2,7 +2,7 @@
 
 A file of them: {"source", "driver_s", "models": {model: {work: {kind of module: {method: [first, later]}}}}}. Works: measure,
 reference, quantized. Methods: enter, measure, quantize, chain, perplexity; "module" stands for enter and what follows it.
-``later``: median; ``first``: a worker's first call of this kind. Null where none was seen.
+``later``: median; ``first``: a worker's first call of this kind; null where it cannot be told apart.
 """
 
 from __future__ import annotations
@@ -122,4 +122,6 @@ def times(calls: list[Call]) -> Times:
             others.append(call.seconds)
         else:
             firsts[call.worker] = call.seconds
-    return round(mean(firsts.values()), 5), round(median(others), 5) if others else None
+    if not others:  # of a single layer: no telling what the first one takes in addition
+        return None, round(mean(firsts.values()), 5)
+    return round(mean(firsts.values()), 5), round(median(others), 5)

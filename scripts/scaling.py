@@ -145,6 +145,7 @@ class Bench:
         self.counts = sorted({min(n, available(args.device)) for n in args.gpus})
         self.place = Path(tempfile.mkdtemp(prefix="exl2ray-scaling-", dir=self._where()))
         self.measurements: dict[str, Path] = {}
+        self.late = False  # the budget has ended while something ran
         self.ray = self._start_ray()
 
     def _start_ray(self) -> Cluster:
@@ -206,11 +207,13 @@ class Bench:
             try:
                 with self._limited():
                     self._execute(run)
-            except OutOfTime:
-                self._leave_out(run, "stopped: the time was used up")
             except Exl2RayError as e:
                 self.results.failed = True
                 self._leave_out(run, f"failed: {e}")
+            except BaseException:  # Ray wraps what a signal handler raises into a SystemError
+                if not self.late:
+                    raise
+                self._leave_out(run, "stopped: the time was used up")
 
     def _execute(self, run: Run) -> None:
         model = self._model(run.model)
@@ -249,6 +252,7 @@ class Bench:
         """OutOfTime in this thread when the budget ends."""
 
         def stop(number: int, frame: FrameType | None) -> None:
+            self.late = True
             raise OutOfTime
 
         before = signal.signal(signal.SIGALRM, stop)
@@ -270,11 +274,10 @@ class Bench:
         return observe(source, [(names[f.run.model], self.shapes[f.run.model].layers, f) for f in runs])
 
     def _own_costs(self) -> Costs:
-        """The simulation's costs, those of models that it does not know estimated, corrected by this run's calls."""
-        costs = Costs.load(simulate.COSTS)
-        unknown = {m: s for m, s in self.shapes.items() if s.full not in costs.models}
-        models = {m: ModelCosts.parse(estimated(s)) for m, s in unknown.items()}
-        return self.observed().corrected(replace(costs, models={**costs.models, **models}))
+        """The simulation's costs of the models that have run on one GPU, corrected by the calls of these runs."""
+        costs, seen = Costs.load(simulate.COSTS), self.observed()
+        known = {s.full or m: costs.models.get(s.full) or ModelCosts.parse(estimated(s)) for m, s in self.shapes.items()}
+        return seen.corrected(replace(costs, models={m: c for m, c in known.items() if m in seen.models}))
 
     def _predicted(self, run: Run, costs: Costs) -> float | None:
         """Seconds that the simulation says; None for models that it does not know."""
@@ -377,9 +380,7 @@ def main() -> int:
     bench = Bench(args, Output(args.out))
     try:
         bench.run()
-    except OutOfTime:
-        bench.output.say("warning", message="the time was used up before the first run")
-    except Exception as e:  # what was measured so far is still to be shown
+    except (OutOfTime, Exception) as e:  # what was measured so far is still to be shown
         bench.results.failed = True
         bench.output.say("error", message=f"{type(e).__name__}: {e}", trace=traceback.format_exc())
     finally:

@@ -98,8 +98,8 @@ Chosen = tuple[float, Callable[[], None]]  # seconds, and what is true afterward
 
 @dataclass
 class Fan:
-    """Nothing is shipped, as on GPUs (``exl2ray.dist.fan.Fan``): a worker takes the next module that nobody has and goes
-    there by itself, through the modules between; then it works on the module.
+    """Nothing is shipped, as on GPUs (``exl2ray.dist.fan.Fan``): a worker takes one module after another; where somebody else
+    has been, the second half of the largest stretch that another one has in front of it. It goes there by itself.
     """
 
     items: list[Item]
@@ -110,6 +110,7 @@ class Fan:
     context: dict[int, int] = field(default_factory=dict)  # worker -> module that it has entered
     readers: dict[int, Reader] = field(default_factory=dict)
     met: set[tuple[int, int]] = field(default_factory=set)  # (worker, kind of module)
+    last: dict[int, int] = field(default_factory=dict)  # worker -> module that it took last
 
     def choices(self) -> tuple[Callable[[int], Chosen | None], ...]:
         return (self.own_part, self.enter_next, self.enter_again)
@@ -157,11 +158,37 @@ class Fan:
         return item.part_s(), done
 
     def enter_next(self, worker: int) -> Chosen | None:
-        """The first module that nobody has."""
-        for index, item in enumerate(self.items):
-            if not item.parts and not item.entering:
-                return self.enter(worker, index)
-        return None
+        """The module after the worker's last one, a stretch that has no worker, or the second half of the largest."""
+        free = self.stretches()
+        if not free:
+            return None
+        begun = {last + 1 for other, last in self.last.items() if other != worker}
+        unclaimed = [s for s in free if s.start not in begun]
+        mine = [s for s in unclaimed if s.start == self.last.get(worker, -1) + 1]
+        if mine or unclaimed:
+            index = (mine or unclaimed)[0].start
+        else:
+            stretch = max(free, key=self.size)
+            half = next(k for k in stretch if 2 * self.size(range(stretch.start, k + 1)) >= self.size(stretch))
+            index = min(half + 1, stretch.stop - 1)
+        self.last[worker] = index
+        return self.enter(worker, index)
+
+    def stretches(self) -> list[range]:
+        """Modules that nobody has, without gaps."""
+        out: list[range] = []
+        for k, item in enumerate(self.items):
+            if item.parts or item.entering:
+                continue
+            if out and out[-1].stop == k:
+                out[-1] = range(out[-1].start, k + 1)
+            else:
+                out.append(range(k, k + 1))
+        return out
+
+    def size(self, stretch: range) -> float:
+        """The driver divides by weights, and reading takes a time in proportion to them."""
+        return sum(self.items[k].costs.load_s for k in stretch)
 
     def enter_again(self, worker: int) -> Chosen | None:
         """A module with parts that nobody has begun: the oldest first."""

@@ -90,15 +90,15 @@ def test_larger_groups_are_never_slower_where_sending_is_free(costs: Costs) -> N
 
 def test_speed_up_grows_with_the_gpus(simulation: simulate.Simulation) -> None:
     """From two on: the first further GPU brings loading and shipping that one did not have. Powers of two, because a group of
-    six has as many rows on its largest member as one of four. 2 % for the end of a pass, where one worker more may meet the
-    last modules at a worse moment. Not of the measurement: there the last modules are divided, and a worker that is ahead of
-    one has to start from the first module to help with it.
+    six has as many rows on its largest member as one of four. 3 % for the end of a pass, where one worker more may meet the
+    last modules at a worse moment. Fans with shipping: without it, workers may have to start again from the first module.
     """
+    shipping = simulate.Simulation(simulation.costs, ship=True)
     for model in simulation.costs.models:
-        for kind in (k for k in simulate.PASSES if k != "measure"):
-            ups = [simulation.speed_up(model, kind, n) for n in simulate.GPUS[1:]]
+        for kind in simulate.PASSES:
+            ups = [shipping.speed_up(model, kind, n) for n in simulate.GPUS[1:]]
             for fewer, more in pairwise(ups):
-                assert more >= fewer * 0.98, (model, kind, ups)
+                assert more >= fewer * 0.97, (model, kind, ups)
             assert simulation.speed_up(model, kind, 1) == 1.0
 
 
