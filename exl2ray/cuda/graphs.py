@@ -41,7 +41,8 @@ class GraphCache:
     """Recorded batches of one process."""
 
     seen: set[Shape] = field(default_factory=set)
-    recorded: dict[Shape, _Recorded] = field(default_factory=dict)
+    recorded: dict[tuple[Shape, int], _Recorded] = field(default_factory=dict)  # by shape and lane
+    lane: int = 0  # of the work that goes on now (`exl2ray.cuda.lanes`)
     enabled: bool = True
     limit_bytes: int | None = None  # None: GRAPH_SHARE of the device
 
@@ -51,7 +52,7 @@ class GraphCache:
         limit = self.limit_bytes
         if limit is None:
             limit = int(device_bytes(shape.device) * GRAPH_SHARE)
-        used = sum(s.nbytes for s in self.recorded if s.device == shape.device)
+        used = sum(s.nbytes for s, _ in self.recorded if s.device == shape.device)
         return used + shape.nbytes <= limit
 
     def clear(self) -> None:
@@ -73,6 +74,7 @@ def with_room(work: Callable[[], T], cache: GraphCache = CACHE) -> T:
     except torch.OutOfMemoryError:
         if not cache.recorded:
             raise
+    torch.cuda.synchronize()  # other lanes may be at work in these buffers
     cache.clear()
     cache.enabled = False
     gc.collect()
@@ -90,9 +92,9 @@ def run_batch(
 def _run_batch(
     shape: Shape, r: Tensor | None, perm: Tensor, weights: Sequence[Tensor], bits: Tensor, cache: GraphCache
 ) -> Batch:
-    found = cache.recorded.get(shape)
+    found = cache.recorded.get((shape, cache.lane))
     if found is None and cache.enabled and shape in cache.seen and cache.room(shape):
-        found = cache.recorded[shape] = _record(shape, r, perm, weights, bits)
+        found = cache.recorded[shape, cache.lane] = _record(shape, r, perm, weights, bits)
     if found is not None:
         found.batch.load(r, perm, weights, bits)
         found.graph.replay()

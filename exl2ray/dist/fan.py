@@ -23,6 +23,9 @@ from exl2ray.dist.schedule import Call, Flow
 from exl2ray.dist.session import Session
 
 
+PASSING = 0.1  # cost of going through a module, weights read from disk included, as a share of the cost of measuring it
+
+
 @dataclass
 class Part:
     """One call on an entered module, or, loose, on none.
@@ -148,6 +151,8 @@ class Fan(Flow):
             stretch = max(free, key=self._cost)
             position = next(p for p in stretch if 2 * self._cost(range(stretch.start, p + 1)) >= self._cost(stretch))
             position = min(position + 1, stretch.stop - 1)
+            if not self._worth_going_back(worker, position, self._cost(range(position, stretch.stop))):
+                return None
         self._last[worker] = position
         return self._enter(worker, self.modules[position], False)
 
@@ -164,14 +169,21 @@ class Fan(Flow):
                 out.append(range(p, p + 1))
         return out
 
+    def _worth_going_back(self, worker: int, position: int, cost: float) -> bool:
+        """Whether taking over work of this cost pays for a worker that has to start from the first module to get there."""
+        back = self._last.get(worker, -1) >= position
+        return not back or cost > PASSING * self._cost(range(position))
+
     def _cost(self, positions: range) -> float:
         return sum(self.modules[p].cost for p in positions)
 
     def _enter_again(self, worker: int) -> Call | None:
         """A module whose worker was lost, or with parts that nobody has begun: the oldest first."""
-        for module in self.modules:
+        for position, module in enumerate(self.modules):
             if module.finished or not module.entered:
                 continue
+            if not self.ship and module.holders and not self._worth_going_back(worker, position, module.cost / 2):
+                continue  # who holds it does the rest
             free = sum(p.worker is None and not p.finished for p in module.parts)
             if free > sum(m is module for m in self._entering.values()):
                 return self._enter(worker, module, False)

@@ -37,11 +37,12 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec
 from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
+from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.hessian import Factor, HessianAccumulator
 from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, relative_error
-from exl2ray.quant.measure_moe import describe_coverage, expert_factor, shares_of
+from exl2ray.quant.measure_moe import describe_coverage, expert_factor, lanes_of, shares_of
 from exl2ray.quant.pack import dequantize
-from exl2ray.quant.quantize import quantize_group
+from exl2ray.quant.quantize import quantize_groups, solve_group
 from exl2ray.store.records import FileRef, Record, item_file
 from exl2ray.store.tensors import put_tensors
 
@@ -258,20 +259,24 @@ class Gang:
         mine: dict[str, list[str]] = {}
         writing: dict[str, Future[FileRef]] = {}
         packed: dict[str, dict[str, PackedLinear]] = {}
-        for group, linears in groups.items():
-            if owners[group] != self.comm.rank:
-                continue
-            notes: list[str] = []
-            factor = self._factor(block, hessians, group, settings, notes)
+        own = [group for group in groups if owners[group] == self.comm.rank]
+        if lanes_of(block) > 1:  # they are used on several streams
+            for accumulator in hessians.values():
+                accumulator.h = accumulator.h.to(self.run.device)
+
+        def solve(group: str) -> dict[str, Quantized]:
+            mine[group] = []
+            factor = self._factor(block, hessians, group, settings, mine[group])
             targets = None
             if group in moments:
-                targets = corrected_weights(block, linears, factor, moments.pop(group), settings.correction)
-            packed[group] = quantize_group(block, linears, factor, item.params, settings, targets)
+                targets = corrected_weights(block, groups[group], factor, moments.pop(group), settings.correction)
+            return solve_group(block, groups[group], factor, item.params, settings, targets)
+
+        for group, packed[group] in quantize_groups(block, own, solve):
             key = f"{module.profile_key}.{group}" if len(inputs) > 1 else module.profile_key
             rel = item_file(self.chain.kind, "tensors", key, item.hashes[item.index])
             tensors = {n: t for p in packed[group].values() for n, t in p.tensors().items()}
             writing[group] = self.run.writer.submit(put_tensors, self.run.store, rel, tensors)
-            mine[group] = notes
         done: dict[str, list[str]] = {}
         for member in self.comm.gather(mine):
             done.update(member)

@@ -44,14 +44,19 @@ class LossTable:
         factor: Factor,
         per_token: float,  # 1 / (tokens over which H is a mean), times the share of the tokens that come here
     ) -> None:
-        losses = self._losses[role]
         for j, s in solved.items():
-            name, loss = options[j].desc, squared_error(s, factor) * per_token
-            losses[name] = losses[name] + loss if name in losses else loss
+            _add(self._losses[role], options[j].desc, squared_error(s, factor) * per_token)
         j = shape_option(options)
         if j in solved:
-            chunks = _profile(solved[j], factor) * per_token
-            self._chunks[role] = self._chunks[role] + chunks if role in self._chunks else chunks
+            _add(self._chunks, role, _profile(solved[j], factor) * per_token)
+
+    def include(self, other: LossTable) -> None:
+        """Adds what another table has collected."""
+        for role, losses in other._losses.items():
+            for name, loss in losses.items():
+                _add(self._losses[role], name, loss)
+        for role, chunks in other._chunks.items():
+            _add(self._chunks, role, chunks)
 
     def extra(self) -> dict[str, Any]:
         """What goes into the profile; a part of a module has only the options that it solved."""
@@ -62,6 +67,10 @@ class LossTable:
             if role in self._chunks:
                 linears[role]["shape"] = _pieces(self._chunks[role])
         return {"linears": linears}
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
 
 
 def squared_error(s: Solution, factor: Factor) -> Tensor:

@@ -1,8 +1,9 @@
 """Measuring a mixture-of-experts block: one choice per role for all experts of the layer (converter-algorithm section 15).
 
 Better than the reference: the Hessian of w1 and w3 of an expert comes from the tokens routed to it, as that of w2 does.
-An expert that saw fewer tokens than its Hessian has dimensions borrows: see `expert_factor`. Experts are solved and scored
-one after another: where memory is short, the candidates of one wait in host memory while the next is solved.
+An expert that saw fewer tokens than its Hessian has dimensions borrows: see `expert_factor`. Small experts are solved side by
+side (`exl2ray.cuda.lanes`), large ones one after another: where memory is short, the candidates of one wait in host memory
+while the next is solved.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl2ray.cuda.graphs import SMALL
+from exl2ray.cuda.lanes import COUNT, Lanes
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quant.hessian import Factor, HessianAccumulator
@@ -42,21 +45,39 @@ def measure_experts(
     candidates: list[dict[str, dict[int, Tensor]]] = []
     report = coverage(block, hessians)
     losses, shares = LossTable(), token_shares(block, hessians, x.shape[0] * x.shape[1])
-    for index, expert in enumerate(block.experts.experts):
-        kept: dict[str, dict[int, Tensor]] = {}
-        for group, members in ((f"w13.{index}", (expert.gate, expert.up)), (f"w2.{index}", (expert.down,))):
-            factor = expert_factor(block, hessians, group, settings, notes)
-            if part == (0, 1) and not group.startswith("w13."):
-                del hessians[group]  # a whole table is scored once: what nobody borrows from makes room
-            weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
-            options = {m.role: columns[m.role][0] for m in members}
-            solved = solve_wanted(factor, weights, options, settings.budget_bytes, wanted, settings.offload)
-            for role, found in solved.items():
-                losses.add(role, options[role], found, factor, shares[group])
-                kept[role] = {j: s.weight for j, s in found.items()}
-        candidates.append(kept)
+    tables = [LossTable() for _ in block.experts.experts]
+    device = next(iter(block.weights.values())).device
+    with Lanes(device, 1 if settings.offload else lanes_of(block)) as lanes:
+        for index, expert in enumerate(block.experts.experts):
+            inputs = {f"w13.{index}": (expert.gate, expert.up), f"w2.{index}": (expert.down,)}
+            kept: dict[str, dict[int, Tensor]] = {}
+            with lanes.turn():
+                factors = {group: expert_factor(block, hessians, group, settings, notes) for group in inputs}
+                if part == (0, 1):
+                    del hessians[f"w2.{index}"]  # a whole table is scored once: what nobody borrows from makes room
+                for group, members in inputs.items():
+                    factor = factors.pop(group)
+                    weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
+                    options = {m.role: columns[m.role][0] for m in members}
+                    solved = solve_wanted(factor, weights, options, settings.budget_bytes, wanted, settings.offload)
+                    for role, found in solved.items():
+                        tables[index].add(role, options[role], found, factor, shares[group])
+                        kept[role] = {j: s.weight for j, s in found.items()}
+            candidates.append(kept)
+    for table in tables:
+        losses.include(table)
     notes.insert(0, describe_coverage(report))
     return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": report, **losses.extra()}
+
+
+def lanes_of(block: Any) -> int:
+    """Inputs that are solved at the same time: several for experts whose solver batches leave most of a GPU idle."""
+    if block.module.kind != "moe":
+        return 1
+    gate = block.experts.experts[0].gate
+    columns = MOE_TABLE.columns()
+    weights = gate.in_features * gate.padded_out * sum(len(columns[role][0]) for role in ("w1", "w3"))
+    return COUNT if weights <= SMALL else 1
 
 
 def expert_factor(

@@ -7,19 +7,21 @@ states that the next module is calibrated on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from exl2ray.cuda.lanes import Lanes
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
+from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.hessian import Factor, HessianAccumulator, round_to_nearest
 from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, relative_error
-from exl2ray.quant.measure_moe import coverage, describe_coverage, expert_factor
+from exl2ray.quant.measure_moe import coverage, describe_coverage, expert_factor, lanes_of
 from exl2ray.quant.pack import dequantize, pack, pad_columns
 from exl2ray.quant.solve import quantize_linears
 
@@ -69,7 +71,9 @@ def quantize_after(
     experts = coverage(block, hessians) if block.module.kind == "moe" else []
     notes = [describe_coverage(experts)] if experts else []
     packed: dict[str, PackedLinear] = {}
-    for group, linears in by_input(block.module.linears).items():
+    groups = by_input(block.module.linears)
+
+    def solve(group: str) -> dict[str, Quantized]:
         if block.module.kind == "moe":
             factor = expert_factor(block, hessians, group, settings, notes)
             if not group.startswith("w13."):  # those of w1 and w3 may be borrowed from
@@ -77,7 +81,10 @@ def quantize_after(
         else:
             where = f"{block.module.profile_key} ({group})"
             factor = factorise(hessians.pop(group), settings, where, notes, keeps_order(block.module, group))
-        packed.update(quantize_group(block, linears, factor, params, settings))
+        return solve_group(block, groups[group], factor, params, settings)
+
+    for _, found in quantize_groups(block, list(groups), solve):
+        packed.update(found)
     # A plain tensor per row batch: rows are independent, and the error needs both outputs of a row.
     out = torch.empty_like(x)
     error = 0.0
@@ -92,21 +99,39 @@ def quantize_after(
     return QuantizedModule(ordered, error / x.shape[0], tuple(notes), tuple(experts)), out
 
 
-def quantize_group(
+def quantize_groups(
+    block: Any, groups: Sequence[str], solve: Callable[[str], dict[str, Quantized]]
+) -> Iterator[tuple[str, dict[str, PackedLinear]]]:
+    """Solves inputs one after another, small experts some at a time side by side, and packs: (input, packed linears)."""
+    lanes = lanes_of(block)
+    size = 1 if lanes == 1 else 2 * lanes
+    for start in range(0, len(groups), size):
+        chunk = groups[start : start + size]
+        solved: dict[str, dict[str, Quantized]] = {}
+        with Lanes(next(iter(block.weights.values())).device, lanes) as side_by_side:
+            for group in chunk:
+                with side_by_side.turn():
+                    solved[group] = solve(group)
+        for group in chunk:
+            yield group, pack_group(block, solved.pop(group))
+
+
+def solve_group(
     block: Any,
     linears: list[Any],
     factor: Factor,
     params: Mapping[str, QParams],
     settings: Settings,
     targets: Mapping[str, Tensor] | None = None,
-) -> dict[str, PackedLinear]:
-    """Quantises and packs linears that share an input; puts the weights reconstructed from the packing into the block.
-
-    targets: linear key -> (K, N) to quantise in place of the block's weights.
-    """
+) -> dict[str, Quantized]:
+    """Quantises linears that share an input. targets: linear key -> (K, N) to quantise in place of the block's weights."""
     weights = {x.key: pad_columns((targets or block.weights)[x.key]) for x in linears}
     layouts = {x.key: params[x.key].layout(x.in_features) for x in linears}
-    solved = quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.refine, settings.sweeps)
+    return quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.refine, settings.sweeps)
+
+
+def pack_group(block: Any, solved: Mapping[str, Quantized]) -> dict[str, PackedLinear]:
+    """Packs what `solve_group` found; puts the weights reconstructed from the packing into the block."""
     out: dict[str, PackedLinear] = {}
     for key, q in solved.items():
         packed = pack(key, q, block.biases.get(key))
@@ -140,5 +165,5 @@ def quantize_head(
     else:
         factor = round_to_nearest(accumulator.finish())
         notes.append(f"{head.key}: {factor.note}")
-    packed = quantize_group(block, [head], factor, {head.key: params}, settings)
+    packed = pack_group(block, solve_group(block, [head], factor, {head.key: params}, settings))
     return packed[head.key], tuple(notes)

@@ -37,10 +37,12 @@ def reference(factor: Factor, w: Tensor, layout: object) -> Quantized:
     return quantize_reference(w, factor.perm, feedback_factor(factor), layout)  # type: ignore[arg-type]
 
 
-def load(directory: Path, module: int, dtype: torch.dtype = torch.float32) -> tuple[ModelSpec, Block]:
+def load(
+    directory: Path, module: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[ModelSpec, Block]:
     source = SourceModel(directory)
     spec = load_spec(source)
-    return spec, load_block(spec, spec.modules[module], source, "cpu", dtype)
+    return spec, load_block(spec, spec.modules[module], source, device, dtype)
 
 
 def states(spec: ModelSpec, rows: int = 3, tokens: int = 40, seed: int = 0) -> Tensor:

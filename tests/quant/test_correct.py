@@ -23,7 +23,7 @@ from exl2ray.quant.correct import (
 )
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare, round_to_nearest
 from exl2ray.quant.measure import Settings, reference_pass
-from exl2ray.quant.quantize import quantize_group
+from exl2ray.quant.quantize import pack_group, solve_group
 
 SETTINGS = Settings(batch_rows=2)
 # plain residual; post-norms; residual multiplier; parallel attention and MLP; experts
@@ -207,5 +207,5 @@ def test_targets_are_what_is_quantised(tiny: Callable[[str], Path]) -> None:
     linears = second_linears(block)["o"]
     key = linears[0].key
     target = block.weights[key] + 0.1
-    quantize_group(block, linears, prepare(hessian(64)), {key: parse("1:8b_32g")}, SETTINGS, {key: target})
+    pack_group(block, solve_group(block, linears, prepare(hessian(64)), {key: parse("1:8b_32g")}, SETTINGS, {key: target}))
     assert float((block.weights[key] - target).abs().max()) < 0.01

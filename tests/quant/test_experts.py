@@ -13,6 +13,7 @@ from quant_helpers import load, states
 from exl2ray.dist.tree import TreeSum
 from exl2ray.model.blocks import check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec, Stored
+from exl2ray.quant import measure_moe
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.measure import Settings, reference_pass, score_options
 from exl2ray.quant.measure_moe import STARVED_SHARE, coverage, describe_coverage, shares_of, starved_experts
@@ -109,3 +110,23 @@ def test_expert_layers_fit_20_gb(rows: int, experts: int, hidden: int, width: in
     assert settings.batch_rows >= 2
     kept = peak_bytes(module, replace(settings, offload=False), 2048, resident)
     assert kept["solve"] - peak["solve"] == experts * 40 * hidden * width * 2  # what offloading spares
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_experts_side_by_side_on_a_gpu_have_the_same_results(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times each: the later runs replay what was recorded, on every lane."""
+    found = []
+    for lanes in (1, 1, 1, 4, 4, 4):
+        monkeypatch.setattr(measure_moe, "COUNT", lanes)
+        spec, block = load(tiny("Mixtral"), 2, torch.float16, "cuda")
+        x, settings = states(spec).half().cuda(), Settings(batch_rows=2, refine=True, sweeps=1)
+        y, hessians = reference_pass(block, x, settings, check_states)
+        lists, extra = score_options(block, x, y, hessians, settings)
+        params = {x.key: parse("0.5:4b_32g/0.5:3b_32g s4") for x in block.module.linears}
+        module, out, _ = quantize_block(block, x, params, settings, check_states)
+        packed = [t for p in module.packed for t in p.tensors().values()]
+        found.append((lists, extra, [t.tolist() for t in packed], out.tolist()))
+    assert all(f == found[0] for f in found[1:])
