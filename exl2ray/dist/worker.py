@@ -44,6 +44,7 @@ from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.measure import Settings, profile_of, reference_pass, score_options
 from exl2ray.quant.measure_head import measure_head
 from exl2ray.quant.quantize import quantize_after, quantize_head
+from exl2ray.quant.warm import warm_up
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND, quant_kind
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.store.records import Record, hash_inputs, item_file
@@ -71,7 +72,8 @@ class Worker:
             torch.set_num_threads(setup.threads)
         self.setup = setup
         self.name = f"{socket.gethostname()}:{os.getpid()}"
-        self.runner = Runner(setup)
+        self.runner = Runner(setup)  # reads the first modules in the background meanwhile
+        warm_up(self.runner.device, setup.refine_scales, setup.sweeps)
         if setup.nonce is not None:
             verify_nonce(self.runner.store, *setup.nonce, setup.versions)
         self.checkpoints = Checkpoints(self.runner.records, setup.checkpoint_seconds)

@@ -245,3 +245,20 @@ def test_launches_go_around_numba() -> None:
         call._call_numba(stream_of(x), ()) if through_numba else call(stream_of(x))
     assert torch.equal(direct, ordinary)
     assert elementwise.gated_silu(x[:0], x[:0]).shape == (0, 1000)
+
+
+@pytest.mark.parametrize(("refine", "sweeps"), [(False, 0), (True, 2)])
+def test_warming_up_compiles_every_kernel(refine: bool, sweeps: int) -> None:
+    """With the types that the work itself has: nothing is compiled or loaded afterwards."""
+    from exl2ray.cuda import launch
+    from exl2ray.quant.warm import warm_up
+
+    warm_up(torch.device("cuda"), refine, sweeps)
+    loaded = launch._function.cache_info().misses
+    layout = GroupLayout((5, 3), (128, 64))
+    weight = torch.randn(192, 96, device="cuda").half()
+    factor = prepare(torch.eye(192, device="cuda"))
+    solved = quantize_linears(factor, {"x": weight}, {"x": layout}, refine=refine, sweeps=sweeps)
+    dequantize(pack("x", solved["x"]), "cuda")
+    solve_options(factor, {"q_proj": weight}, {"q_proj": attention_options()[0][:1]})
+    assert launch._function.cache_info().misses == loaded

@@ -1,0 +1,48 @@
+"""Setting up a GPU: what the first module would otherwise wait for.
+
+Handles of cuBLAS and cuSOLVER, their kernels, ours from Numba's cache on disk: seconds of a process's life during which the
+first weights can be read and other workers can start. Everything that follows is done once on tensors of a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from exl2ray.formats.layout import GroupLayout
+from exl2ray.quant.hessian import HessianAccumulator, prepare
+from exl2ray.quant.pack import dequantize, pack
+from exl2ray.quant.qparams import parse
+from exl2ray.quant.solve import quantize_linears, solve_options
+
+ROWS, COLUMNS, TOKENS, HEADS = 256, 64, 64, 4
+
+
+def warm_up(device: torch.device, refine: bool = False, sweeps: int = 0) -> None:
+    """Runs every kernel once; nothing on a CPU. refine, sweeps: as in `exl2ray.quant.measure.Settings`."""
+    if device.type != "cuda":
+        return
+    from exl2ray.cuda import elementwise
+
+    x = torch.linspace(-1, 1, TOKENS * ROWS, device=device).view(1, TOKENS, ROWS).half()
+    weight = torch.linspace(-1, 1, ROWS * COLUMNS, device=device).view(ROWS, COLUMNS).half()
+    angles = torch.zeros(TOKENS, ROWS // HEADS // 2, device=device)
+    n = elementwise.rms_norm(x, torch.ones(ROWS, device=device), 1e-5)
+    q = elementwise.rotate(n.view(1, TOKENS, HEADS, -1), angles, angles, neox=True).transpose(1, 2)
+    branch = F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).reshape(x.shape)
+    branch = elementwise.gated_silu(branch.contiguous(), n)
+    elementwise.residual_errors(x, branch, x)
+    elementwise.distances(branch, x)
+    if sweeps or refine:
+        elementwise.plus_behind(branch, x, n, 1.0)
+    torch.matmul(n, weight)
+
+    accumulator = HessianAccumulator(ROWS, device)
+    accumulator.add(n, 1)
+    factor = prepare(accumulator.finish(), where="warming up")
+    torch.linalg.cholesky_ex(torch.eye(ROWS, dtype=torch.float64, device=device))  # for wide inputs
+    solve_options(factor, {"q_proj": weight}, {"q_proj": [parse("1:4b_128g"), parse("0.5:4b_32g/0.5:3b_32g")]})
+    layout = GroupLayout((4, 3), (128, 128))
+    solved = quantize_linears(factor, {"warm": weight}, {"warm": layout}, refine=refine, sweeps=sweeps)
+    dequantize(pack("warm", solved["warm"]), device)
+    torch.cuda.synchronize(device)
