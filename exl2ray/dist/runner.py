@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,9 @@ from exl2ray.quant.pack import dequantize
 from exl2ray.store.fs import Store
 from exl2ray.store.records import Record, Records
 from exl2ray.store.tensors import get_tensors
+
+
+PACKED_AHEAD = 3  # quantised modules
 
 
 class Runner:
@@ -146,6 +150,20 @@ class Runner:
         for file in self.record(kind, module, inputs_hash).files:
             tensors.update(get_tensors(self.store, file.rel, expect=file))
         return {x.key: PackedLinear.from_tensors(x.key, tensors.get) for x in module.linears}
+
+
+    def packed_in_order(
+        self, kind: str, modules: Sequence[ModuleSpec], hashes: Sequence[str]
+    ) -> Iterator[dict[str, PackedLinear]]:
+        """`packed` of one module after another. Those of the next ones are read and hashed meanwhile."""
+        with ThreadPoolExecutor(PACKED_AHEAD, thread_name_prefix="read-packed") as pool:
+            waiting: deque[Future[dict[str, PackedLinear]]] = deque()
+            for module in modules:
+                waiting.append(pool.submit(self.packed, kind, module, hashes[module.index]))
+                if len(waiting) > PACKED_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
 
 def perplexity_sums(block: Block, x: Tensor, ids: Tensor) -> tuple[float, int]:

@@ -179,9 +179,10 @@ class Worker:
         run, kind = self.runner, quant_kind(item.bits)
         x = run.embedded("quantize")[: self.setup.perplexity_rows].clone()
         block = None
+        packed = run.packed_in_order(kind, [m for m in run.spec.modules[1:] if m.linears], item.hashes)
         for module in run.spec.modules[1:]:
             if module.linears:
-                block = run.load_quantized(module, run.packed(kind, module, item.hashes[module.index]))
+                block = run.load_quantized(module, next(packed))
             else:
                 block = run.load(module)
             if module.kind != "head":
