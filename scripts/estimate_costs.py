@@ -33,7 +33,7 @@ FACTOR = 30e12  # Cholesky of large matrices
 GRID = 2e12  # evaluations of the scale search per second
 GRID_EVALUATIONS = 97  # per weight and option
 ROW_SECONDS = 15e-6  # per row of a single solve, which launches and not FLOPs hold up
-LOAD_GB_S = 4.0  # source weights, from a page cache or a fast file system
+LOAD_GB_S = 8.0  # source weights, from a page cache; 7.6 GB in less than a second on the way of two GPUs (docs/log.md)
 
 MEASURE_ROWS, QUANTIZE_ROWS, REPORTED_ROWS, LENGTH = 19, 115, 19, 2048  # of the built-in calibration set
 OPTIONS = {"attention": 19, "mlp": 17, "moe": 17}

@@ -13,6 +13,7 @@ from schedule_costs import Costs, ModelCosts, ModuleCosts
 
 SHARES = 8  # largest group (exl2ray/dist/tree.py)
 WINDOW_EXTRA = 2  # modules under way beyond one per worker (exl2ray/dist/fan.py), as far as the object store has room
+PASSING = {"measure": 0.05, "quantize": 0.35}  # cost of a module on the way, as a share of its own (exl2ray/dist/fan.py)
 AHEAD = 2  # modules whose weights a worker reads in advance (exl2ray/dist/runner.py)
 
 
@@ -158,7 +159,7 @@ class Fan:
         return item.part_s(), done
 
     def enter_next(self, worker: int) -> Chosen | None:
-        """The module after the worker's last one, a stretch that has no worker, or the second half of the largest."""
+        """The module after the worker's last one, a stretch that has no worker, or the end of one that has."""
         free = self.stretches()
         if not free:
             return None
@@ -168,11 +169,32 @@ class Fan:
         if mine or unclaimed:
             index = (mine or unclaimed)[0].start
         else:
-            stretch = max(free, key=self.size)
-            half = next(k for k in stretch if 2 * self.size(range(stretch.start, k + 1)) >= self.size(stretch))
-            index = min(half + 1, stretch.stop - 1)
+            gain, index = max(self.take_over(worker, s) for s in free)
+            if gain <= 0:
+                return None
         self.last[worker] = index
         return self.enter(worker, index)
+
+    def take_over(self, worker: int, stretch: range) -> tuple[float, int]:
+        """How much sooner a stretch is done if this worker takes over its end, and from where (`exl2ray.dist.fan.Fan`)."""
+        passing, whole = self.passing, self.size(stretch)
+        before = self.size(range(stretch.start - 1, stretch.start)) / 2 if stretch.start else 0.0
+        share = (before + whole * (1 - passing) - self.detour(worker, stretch.start)) / (2 - passing)
+        index, taken = stretch.stop - 1, self.size(range(stretch.stop - 1, stretch.stop))
+        while index > stretch.start and taken + self.size(range(index - 1, index)) <= share:
+            index -= 1
+            taken += self.size(range(index, index + 1))
+        alone = before + whole
+        return alone - max(alone - taken, self.detour(worker, index) + taken), index
+
+    def detour(self, worker: int, index: int) -> float:
+        """What the driver takes the way to a module for: from behind the worker's last one, or from the first one."""
+        here = self.last.get(worker, -1) + 1
+        return self.passing * self.size(range(here if here <= index else 0, index))
+
+    @property
+    def passing(self) -> float:
+        return PASSING["measure" if self.items[0].measuring else "quantize"]
 
     def stretches(self) -> list[range]:
         """Modules that nobody has, without gaps."""
@@ -194,6 +216,9 @@ class Fan:
         """A module with parts that nobody has begun: the oldest first."""
         for index in range(self.oldest, len(self.items)):
             item = self.items[index]
+            held = index in self.context.values()
+            if held and self.detour(worker, index) > self.size(range(index, index + 1)) / 2:
+                continue
             if item.parts and item.parts - item.begun > item.entering:
                 return self.enter(worker, index)
         return None
@@ -261,6 +286,9 @@ class ShippingFan(Fan):
             self.path[what] += seconds
         seconds, done = self.enter(worker, self.frontier)
         return seconds + ships, done
+
+    def detour(self, worker: int, index: int) -> float:
+        return 0.0
 
     def entered(self, index: int) -> None:
         if index == self.frontier:
