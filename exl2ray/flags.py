@@ -23,7 +23,7 @@ from exl2ray.errors import UsageError
 F = TypeVar("F", bound=Callable[..., Any])
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
-# Flags that `measure` lacks: nothing measured depends on them. (Nor on -r and -l, but the rows for quantising are set aside too.)
+# Flags that `measure` lacks: nothing measured depends on them. (Nor on -r and -l, but rows to quantise are set aside too.)
 CONVERT_ONLY = (
     "bits",
     "head_bits",

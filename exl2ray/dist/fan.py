@@ -94,6 +94,7 @@ class Fan(Flow):
         return all(m.finished for m in self.modules) and all(p.finished for p in self.loose)
 
     def dispatch(self, idle: Sequence[int]) -> list[tuple[int, Call]]:
+        self._forget_the_gone(set(idle))
         calls: list[tuple[int, Call]] = []
         free = list(idle)
         for choose in (self._own_part, self._enter_next, self._enter_again, self._loose_part):  # in this order of use
@@ -104,6 +105,13 @@ class Fan(Flow):
                     calls.append((worker, call))
         self.peak_states = max(self.peak_states, self.states_held())
         return calls
+
+    def _forget_the_gone(self, idle: set[int]) -> None:
+        """A worker that is neither idle nor at work was lost between two calls: what it would have done is for others."""
+        busy = {p.worker for m in self.modules for p in m.parts} | {p.worker for p in self.loose} | set(self._entering)
+        for worker in (set(self._last) | set(self._context)) - idle - busy:
+            self._last.pop(worker, None)
+            self._leave(worker)
 
     def states_held(self) -> int:
         """States in the object store."""
