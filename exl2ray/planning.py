@@ -14,9 +14,11 @@ from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.overrides import Override, counting, overridden
 from exl2ray.quant.allocate import Allocation, Slot, budget, solve
-from exl2ray.quant.frontier import LossCurve, all_options, frontier
+from exl2ray.quant.frontier import ALL, NEAR, LossCurve, all_options, frontier
 from exl2ray.quant.measure_moe import MOE_TABLE
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+
+FEW_GROUPS = 24  # linears up to which every option that is not dominated is tried: there the hull costs a percent or two
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ def allocate_linears(
     are as large as those of `allocate` with that head, whatever the decoder and the head have each.
     """
     groups = [g for g in linear_groups(spec, measurement) if free_head or g.linears[0].role != "lm_head"]
-    found = [frontier(g.curve, partial(_group_bits, g.linears, overrides), _options(g.linears, overrides)) for g in groups]
+    near = NEAR if len(groups) > FEW_GROUPS else ALL
+    found = [
+        frontier(g.curve, partial(_group_bits, g.linears, overrides), _options(g.linears, overrides), near) for g in groups
+    ]
     slots = [
         Slot(g.key, tuple(c.bits for c in options), tuple((g.sensitivity * c.loss) ** 0.5 for c in options))
         for g, options in zip(groups, found, strict=True)

@@ -6,6 +6,7 @@ Costs are those of one GPU, in seconds. Left out: starting workers, the embeddin
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -100,7 +101,7 @@ Chosen = tuple[float, Callable[[], None]]  # seconds, and what is true afterward
 @dataclass
 class Fan:
     """Nothing is shipped, as on GPUs (``exl2ray.dist.fan.Fan``): a worker takes one module after another; where somebody else
-    has been, the second half of the largest stretch that another one has in front of it. It goes there by itself.
+    has been, the end of a stretch that another one has in front of it. It goes there by itself.
     """
 
     items: list[Item]
@@ -112,6 +113,7 @@ class Fan:
     readers: dict[int, Reader] = field(default_factory=dict)
     met: set[tuple[int, int]] = field(default_factory=set)  # (worker, kind of module)
     last: dict[int, int] = field(default_factory=dict)  # worker -> module that it took last
+    sums: list[float] = field(default_factory=list)  # work on the modules before each
 
     def choices(self) -> tuple[Callable[[int], Chosen | None], ...]:
         return (self.own_part, self.enter_next, self.enter_again)
@@ -128,8 +130,6 @@ class Fan:
                         idle.remove(worker)
                         order += 1
                         heapq.heappush(events, (self.now + self.driver_s + chosen[0], order, worker, chosen[1]))
-                    elif choose != self.own_part:
-                        break  # what one worker is not given, no other is
             if not events:
                 return Result(self.now, self.front())
             self.now, _, worker, done = heapq.heappop(events)
@@ -209,8 +209,11 @@ class Fan:
         return out
 
     def size(self, stretch: range) -> float:
-        """The driver divides by weights, and reading takes a time in proportion to them."""
-        return sum(self.items[k].costs.load_s for k in stretch)
+        """Work on modules; the driver divides by weights, to which it is about in proportion."""
+        if not self.sums:
+            works = (i.costs.enter_s(i.measuring) + i.costs.rest_s(i.measuring) for i in self.items)
+            self.sums = [0.0, *itertools.accumulate(works)]
+        return self.sums[stretch.stop] - self.sums[stretch.start]
 
     def enter_again(self, worker: int) -> Chosen | None:
         """A module with parts that nobody has begun: the oldest first."""

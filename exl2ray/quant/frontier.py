@@ -45,6 +45,7 @@ KERNEL_SETS = {
 PAIRS = ((3, 2), (4, 2), (4, 3), (5, 3), (5, 4), (6, 4), (6, 5), (8, 6))
 SHARES = (0.1, 0.25, 0.5, 0.75)
 NEAR = 0.03
+ALL = 1e6  # in its place: whatever no other option beats in both
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,12 @@ def all_options() -> tuple[QParams, ...]:
 
 
 def frontier(
-    curve: LossCurve, bits_of: Callable[[QParams], int], options: Sequence[QParams] | None = None
+    curve: LossCurve, bits_of: Callable[[QParams], int], options: Sequence[QParams] | None = None, near: float = NEAR
 ) -> list[Candidate]:
     """The options worth choosing from, smallest first; ``bits_of``: storage of an option.
 
-    Those on the lower convex hull of loss over bits, and those that lie within `NEAR` of it: with few linears the hull alone
-    leaves steps that are too large to use a budget up.
+    Those on the lower convex hull of loss over bits, and those that lie within ``near`` of it (relative): with few linears
+    the hull alone leaves steps that are too large to use a budget up.
     """
     tried = [Candidate(q, bits_of(q), curve.loss(q)) for q in (all_options() if options is None else options)]
     better: list[Candidate] = []  # each larger one has a lower loss
@@ -149,7 +150,7 @@ def frontier(
             hull.pop()
         hull.append(c)
     bits, losses = [c.bits for c in hull], [c.loss for c in hull]
-    return [c for c in better if c.loss <= (1 + NEAR) * float(np.interp(c.bits, bits, losses))]
+    return [c for c in better if c.loss <= (1 + near) * float(np.interp(c.bits, bits, losses))]
 
 
 def _slope(a: Candidate, b: Candidate) -> float:
