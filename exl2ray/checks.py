@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from importlib import metadata
@@ -15,6 +14,7 @@ from exl2ray import __version__
 from exl2ray.config import Recipe
 from exl2ray.errors import CalibrationError, StoreError, UsageError
 from exl2ray.formats.claim import existing_shards, refuse_foreign_shards
+from exl2ray.formats.files import sha256_of
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.host import SHARED_MEMORY_FIX, nccl_bytes, nvidia_cards, nvidia_driver_loaded, shared_memory_bytes
@@ -64,14 +64,10 @@ def file_hash(path: str | None) -> str | None:
     """SHA-256 of a file; None for None. CalibrationError if it cannot be read."""
     if path is None:
         return None
-    digest = hashlib.sha256()
     try:
-        with Path(path).open("rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
+        return sha256_of(Path(path))
     except OSError as e:
         raise CalibrationError(f"-c {path}: cannot be read: {e.strerror}", "give a Parquet file with text") from e
-    return digest.hexdigest()
 
 
 def check_output(directory: Path, source: SourceModel | None) -> None:

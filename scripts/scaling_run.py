@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import threading
 import time
@@ -17,6 +16,7 @@ import ray
 
 from exl2ray.config import Recipe
 from exl2ray.convert import convert
+from exl2ray.formats.files import sha256_of
 from exl2ray.progress import Silent
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
@@ -185,16 +185,8 @@ def files_of(directory: Path) -> list[tuple[str, Path]]:
 
 def digests_of(files: Sequence[tuple[str, Path]]) -> dict[str, str]:
     """SHA-256 by name."""
-
-    def digest(path: Path) -> str:
-        out = hashlib.sha256()
-        with path.open("rb") as f:
-            while chunk := f.read(1 << 24):
-                out.update(chunk)
-        return out.hexdigest()
-
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip([name for name, _ in files], pool.map(digest, [path for _, path in files]), strict=True))
+        return dict(zip([name for name, _ in files], pool.map(sha256_of, [path for _, path in files]), strict=True))
 
 
 def clear(*directories: Path) -> None:

@@ -1,8 +1,9 @@
-"""Atomic local files: a reader sees the old content or the new one, never a part of it."""
+"""Local files: atomic writing (a reader sees the old content or the new one, never a part of it), hashes."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from exl2ray.errors import StoreError
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content, read in pieces. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from exl2ray.errors import FormatError, StoreError, UsageError
-from exl2ray.formats.files import atomic_file, fsync_directory, write_error
+from exl2ray.formats.files import atomic_file, fsync_directory, sha256_of, write_error
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
 
@@ -97,17 +97,9 @@ class Shard:
             found = (directory / self.name).stat()
             if found.st_size != self.size:
                 return False
-            return found.st_mtime_ns == self.mtime_ns or _sha256(directory / self.name) == self.sha256
+            return found.st_mtime_ns == self.mtime_ns or sha256_of(directory / self.name) == self.sha256
         except OSError:
             return False
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(8 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_shards(
