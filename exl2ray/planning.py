@@ -18,6 +18,7 @@ from exl2ray.quant.frontier import ALL, NEAR, LossCurve, all_options, frontier
 from exl2ray.quant.measure_moe import MOE_TABLE
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 
+HEAD_SHARE = 0.2  # of what as many weights of a layer cost: no forward pass of all rows goes through the head
 FEW_GROUPS = 24  # linears up to which every option that is not dominated is tried: there the hull costs a percent or two
 
 
@@ -258,5 +259,6 @@ def total_bits(params: QParams, in_features: int, out_features: int, has_bias: b
 
 
 def module_cost(module: ModuleSpec) -> float:
-    """Weights of a module's linears: what deadlines and the balance of workers go by."""
-    return float(sum(x.in_features * x.out_features for x in module.linears))
+    """Weights of a module's linears: what deadlines and the balance of workers go by. Few rows run through the head."""
+    share = HEAD_SHARE if module.kind == "head" else 1.0
+    return share * float(sum(x.in_features * x.out_features for x in module.linears))

@@ -238,6 +238,7 @@ class Job:
                     session,
                     window_for(session, self._state_bytes("measure")),
                     ship=self._ships,
+                    limits=self.limits,
                 )
                 self.scheduler.run(fan)
                 self.work.event("states", stage="measure", window=fan.window, peak=fan.peak_states)
@@ -574,7 +575,7 @@ class Job:
             if self.work.records.find(quant_kind(plan.bits), PERPLEXITY, plan.hashes[-1]) is None:
                 done = partial(lambda p, result: finish(p), plan)
                 ready = partial(lambda p: not left[p.bits], plan)
-                loose.append(Part("perplexity", PerplexityItem(plan.bits, plan.hashes), done, ready=ready))
+                loose.append(Part("perplexity", PerplexityItem(plan.bits, plan.hashes), done, ready=ready, joint=True))
             else:
                 finish(plan)
         indices = sorted({i for some in left.values() for i in some})
@@ -585,7 +586,7 @@ class Job:
         if not modules and not loose:
             return None
         window = window_for(self.session, self._state_bytes("quantize"))
-        return Fan("quantize", modules, self.session, window, loose, self._ships)
+        return Fan("quantize", modules, self.session, window, loose, self._ships, self.limits)
 
     # ---- judge -------------------------------------------------------------------------------------------------
 

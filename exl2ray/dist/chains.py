@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal
 
-from exl2ray.dist.comm import serve_rendezvous
 from exl2ray.dist.items import ChainItem, ItemResult, JoinItem
 from exl2ray.dist.schedule import Call, Flow, Limits
 from exl2ray.dist.session import Session
-from exl2ray.dist.tree import SHARES
+from exl2ray.quant.rows import SHARES
 from exl2ray.errors import ClusterError
 from exl2ray.formats.layout import QParams
 
@@ -56,7 +55,6 @@ class _Gang:
     since: float = field(default_factory=time.monotonic)  # of the phase
     first: ItemResult | None = None  # of the first member
     received: int = 0  # bytes, by all members in this call
-    rendezvous: Any = None
     losses: int = 0
     breaks: int = 0
 
@@ -112,15 +110,12 @@ class Chains(Flow):
     def _join(self, gang: _Gang) -> list[tuple[int, Call]]:
         gang.formed, gang.waiting = False, set(gang.members)
         gang.enter("joining")
-        address = None
-        if len(gang.members) > 1:
-            gang.rendezvous, port = serve_rendezvous()
-            address = (self.session.address(), port)
-        link, size = gang.link, len(gang.members)
+        link = gang.link
         cost = sum(x.cost for x in gang.plan.links[: gang.position + 1]) * max(1, link.index)
         shrink = self.shrink.get(link.key, 1)
         attempt = next(self._attempts)
-        items = [JoinItem(gang.plan.bits, gang.plan.hashes, link.index, r, size, address, shrink) for r in range(size)]
+        meetings = self.session.meeting(gang.members)
+        items = [JoinItem(gang.plan.bits, gang.plan.hashes, link.index, meeting, shrink) for meeting in meetings]
         return [
             (worker, Call("join", (item,), link.key, cost, attempt=attempt))
             for worker, item in zip(gang.members, items, strict=True)
@@ -176,7 +171,6 @@ class Chains(Flow):
 
     def _broken(self, gang: _Gang) -> None:
         """Everybody has answered or is gone: on from the first module without a record."""
-        gang.rendezvous = None
         gang.enter("idle")
         gang.breaks += not gang.losses
         if gang.breaks >= MAX_BREAKS:
@@ -196,7 +190,6 @@ class Chains(Flow):
         gang.position += 1
         gang.plan.on_done(link, result)
         if gang.position >= len(gang.plan.links):
-            gang.rendezvous = None
             self._gangs.remove(gang)
 
     def overdue(self) -> list[int]:

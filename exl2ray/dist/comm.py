@@ -2,11 +2,14 @@
 
 NCCL between GPUs, gloo between CPUs and for small Python objects. Members meet at a TCPStore that the driver serves. A call
 that fails because another member is gone raises GroupBroken; nothing here tries again.
+
+Everything between two members goes through batched calls: those share one NCCL communicator, while single sends make a
+communicator for every pair of members, for some tenths of a second each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Protocol
@@ -31,10 +34,11 @@ class Comm(Protocol):
         """Everybody's value, by rank."""
         ...
 
-    def send(self, t: Tensor, to: int) -> None: ...
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        """Sends tensors (tensor, to), fills others (tensor, source), all contiguous and on the group's device, at one go.
 
-    def receive(self, like: Tensor, source: int) -> Tensor:
-        """Fills ``like`` (contiguous)."""
+        What two members send each other arrives in the order in which it is listed.
+        """
         ...
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
@@ -52,11 +56,9 @@ class Solo:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def send(self, t: Tensor, to: int) -> None:
-        raise GroupBroken(f"a group of one has no member {to}")
-
-    def receive(self, like: Tensor, source: int) -> Tensor:
-        raise GroupBroken(f"a group of one has no member {source}")
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        if sends or receives:
+            raise GroupBroken("a group of one has no other members")
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
         return t
@@ -78,6 +80,13 @@ class Group:
             torch_dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=STEP_SECONDS)
             )
+            if self._cuda:  # communicators and connections are made on first use: now, while there is nothing to wait for
+                torch_dist.all_reduce(torch.zeros(1, device=device))
+                greetings = [torch.zeros(1, device=device) for _ in range(2 * size)]
+                others = [r for r in range(size) if r != rank]
+                self.exchange([(greetings[r], r) for r in others], [(greetings[size + r], r) for r in others])
+                torch.cuda.synchronize(device)
+        self.received = 0
 
     def gather(self, value: Any) -> list[Any]:
         out: list[Any] = [None] * self.size
@@ -85,15 +94,15 @@ class Group:
             torch_dist.all_gather_object(out, value)
         return out
 
-    def send(self, t: Tensor, to: int) -> None:
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        plan = [torch_dist.P2POp(torch_dist.isend, _bytes_of(t), to) for t, to in sends if t.numel()]
+        plan += [torch_dist.P2POp(torch_dist.irecv, _bytes_of(t), source) for t, source in receives if t.numel()]
+        if not plan:
+            return
         with _broken_if_it_fails():
-            torch_dist.send(t.contiguous(), to)
-
-    def receive(self, like: Tensor, source: int) -> Tensor:
-        with _broken_if_it_fails():
-            torch_dist.recv(like, source)
-        self.received += like.nbytes
-        return like
+            for work in torch_dist.batch_isend_irecv(plan):
+                work.wait()
+        self.received += sum(t.nbytes for t, _ in receives)
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
         with _broken_if_it_fails():
@@ -112,6 +121,11 @@ class Group:
         if torch_dist.is_initialized():
             with suppress(RuntimeError):
                 torch_dist.destroy_process_group()
+
+
+def _bytes_of(t: Tensor) -> Tensor:
+    """The memory of a contiguous tensor: not every backend knows every dtype."""
+    return t.view(-1).view(torch.uint8)
 
 
 def serve_rendezvous() -> tuple[Any, int]:

@@ -7,20 +7,26 @@ forward is one that measuring needs anyway. Modules that are finished already ar
 
 With ``ship`` the states after a module travel to whoever enters the next one. States at the entry of a module stay in the
 object store until it is finished. The window bounds them: a module is entered only if it is less than ``window`` modules
-ahead of the oldest unfinished one. Without ``ship`` nothing travels: every worker goes through the modules by itself. So that
-it passes through few of them, it takes one after another; a worker with nothing in front of it takes over the end of the
-stretch that another one has in front of it. That is the quicker way on GPUs (docs/architecture.md).
+ahead of the oldest unfinished one.
+
+Without ``ship`` every worker goes through the modules by itself, which is the quicker way on GPUs (docs/architecture.md). The
+modules are cut into stretches, one for each worker, and workers of one machine begin with a sweep: together they run the
+source model as far as the last stretch and hand each other the states that their stretches begin with (`exl2ray.dist.sweep`).
+A worker with nothing in front of it any more takes over the end of the stretch that another one has in front of it. Without a
+sweep (several machines, or it failed) workers find the way to their stretches alone.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from exl2ray.dist.items import EnterItem, ItemResult, RowSet
-from exl2ray.dist.schedule import Call, Flow
-from exl2ray.dist.session import Session
+from exl2ray.dist.items import EnterItem, ItemResult, RowSet, SweepItem
+from exl2ray.dist.schedule import Call, Flow, Limits
+from exl2ray.dist.session import Session, host_of
+from exl2ray.quant.rows import SHARES
 
 
 # Cost of going through a module, weights read included, as a share of that of the work on it (docs/log.md, four H200).
@@ -31,7 +37,8 @@ PASSING: dict[RowSet, float] = {"measure": 0.05, "quantize": 0.35}
 class Part:
     """One call on an entered module, or, loose, on none.
 
-    ``found`` looks whether the result is in the work directory after all; ``ready``: whether a loose part can be done.
+    ``found`` looks whether the result is in the work directory after all; ``ready``: whether a loose part can be done; ``joint``:
+    whether all workers can do it together.
     """
 
     method: str
@@ -39,6 +46,7 @@ class Part:
     on_done: Callable[[ItemResult], None]
     found: Callable[[], ItemResult | None] = lambda: None
     ready: Callable[[], bool] = lambda: True
+    joint: bool = False
     worker: int | None = None  # who works on it
     finished: bool = False
 
@@ -62,6 +70,18 @@ class Module:
         return self.entered and all(p.finished for p in self.parts)
 
 
+@dataclass
+class _Joint:
+    """A call that several workers make together. ``part``: what it is for, None for the sweep; ``first``: the member that
+    answers for all. ``broken``: since when it is known to have failed."""
+
+    waiting: set[int]
+    first: int
+    part: Part | None = None
+    result: ItemResult | None = None
+    broken: float | None = None
+
+
 class Fan(Flow):
     """``modules``: those with work, in order. ``window``, ``ship``: see above. ``loose``: what else there is to do."""
 
@@ -73,9 +93,10 @@ class Fan(Flow):
         window: int,
         loose: Sequence[Part] = (),
         ship: bool = True,
+        limits: Limits | None = None,
     ) -> None:
         super().__init__()
-        self.ship = ship
+        self.ship, self.limits = ship, limits or Limits()
         self.passing = PASSING[rows]
         self.rows, self.session, self.window = rows, session, max(2, window)
         self.modules, self.loose = list(modules), list(loose)
@@ -84,6 +105,9 @@ class Fan(Flow):
         self._context: dict[int, Module] = {}  # worker -> module whose context it holds
         self._advancing: int | None = None  # worker at the frontier
         self._last: dict[int, int] = {}  # without shipping: worker -> position of the module that it entered last
+        self._joint: _Joint | None = None
+        self._begun = False
+        self._starts: dict[int, int] = {}  # worker -> position of its stretch, of which it has the states after a sweep
         self._front: tuple[int, Any] = (0, None)  # states for the frontier: (index, reference)
         self.peak_states = 0  # most states that were held at a time
 
@@ -95,7 +119,9 @@ class Fan(Flow):
 
     def dispatch(self, idle: Sequence[int]) -> list[tuple[int, Call]]:
         self._forget_the_gone(set(idle))
-        calls: list[tuple[int, Call]] = []
+        calls = self._begin(idle) or self._loose_together(idle)
+        if self._joint is not None:
+            return calls
         free = list(idle)
         for choose in (self._own_part, self._enter_next, self._enter_again, self._loose_part):  # in this order of use
             for worker in list(free):
@@ -106,12 +132,83 @@ class Fan(Flow):
         self.peak_states = max(self.peak_states, self.states_held())
         return calls
 
+    def _begin(self, idle: Sequence[int]) -> list[tuple[int, Call]]:
+        """Cuts the modules into stretches, the first time; calls of the sweep to their starts, if there is to be one."""
+        if self._begun or self.ship or not self.modules:
+            return []
+        self._begun = True
+        members = list(idle)[:SHARES]
+        starts = stretches([m.cost for m in self.modules], len(members))
+        self._starts = dict(zip(members, starts, strict=True))
+        self._last = {worker: start - 1 for worker, start in self._starts.items()}
+        if not self._can_join(members):
+            return []
+        stops = tuple((self.modules[start].index, rank) for rank, start in enumerate(starts))
+        items = [SweepItem(self.rows, stops, meeting) for meeting in self.session.meeting(members)]
+        return self._together(members, "sweep", items, "sweep", self.passing * self._cost(range(starts[-1])), None)
+
+    def _loose_together(self, idle: Sequence[int]) -> list[tuple[int, Call]]:
+        """A loose part as a call of all workers, once there is nothing else to do."""
+        members = list(idle)[:SHARES]
+        part = next((p for p in self.loose if p.joint and p.worker is None and not p.finished and p.ready()), None)
+        nothing_else = all(m.finished for m in self.modules) and not any(p.worker is not None for p in self.loose)
+        if self.ship or part is None or not nothing_else or self._joint is not None or not self._can_join(members):
+            return []
+        for worker in members:
+            self._leave(worker)
+        part.worker = members[0]
+        items = [replace(part.item, meeting=meeting) for meeting in self.session.meeting(members)]
+        return self._together(members, part.method, items, part.method, sum(m.cost for m in self.modules), part)
+
+    def _can_join(self, members: Sequence[int]) -> bool:
+        """Whether these workers can make a group: some, on one machine."""
+        return len(members) > 1 and len({host_of(self.session.name(w)) for w in members}) == 1
+
+    def _together(
+        self, members: Sequence[int], method: str, items: Sequence[Any], key: str, cost: float, part: Part | None
+    ) -> list[tuple[int, Call]]:
+        first = Call(method, (items[0],), key, cost)
+        calls = [first, *(Call(method, (item,), key, cost, attempt=first.attempt) for item in items[1:])]
+        self._joint = _Joint(set(members), members[0], part)
+        return list(zip(members, calls, strict=True))
+
+    def _answered(self, worker: int, result: ItemResult | None) -> None:
+        """One member of a joint call less to wait for. After a failure (None) the others may wait for this one: `overdue`."""
+        joint = self._joint
+        if joint is None:
+            return
+        joint.waiting.discard(worker)
+        if result is None and joint.broken is None:
+            joint.broken = time.monotonic()
+        if worker == joint.first:
+            joint.result = result
+        if joint.waiting:
+            return
+        self._joint = None
+        if joint.part is None:
+            return
+        joint.part.worker = None
+        if joint.broken is None and joint.result is not None:
+            self._finish(None, joint.part, joint.result)
+        else:
+            joint.part.joint = False  # by one worker, then
+
+    def overdue(self) -> list[int]:
+        joint = self._joint
+        late = joint is not None and joint.broken is not None and time.monotonic() - joint.broken > self.limits.grace
+        return list(joint.waiting) if joint is not None and late else []
+
     def _forget_the_gone(self, idle: set[int]) -> None:
         """A worker that is neither idle nor at work was lost between two calls: what it would have done is for others."""
         busy = {p.worker for m in self.modules for p in m.parts} | {p.worker for p in self.loose} | set(self._entering)
+        busy |= self._joint.waiting if self._joint is not None else set()
         for worker in (set(self._last) | set(self._context)) - idle - busy:
-            self._last.pop(worker, None)
+            self._forget(worker)
             self._leave(worker)
+
+    def _forget(self, worker: int) -> None:
+        self._last.pop(worker, None)
+        self._starts.pop(worker, None)
 
     def states_held(self) -> int:
         """States in the object store."""
@@ -152,6 +249,10 @@ class Fan(Flow):
         free = self._stretches()
         if not free:
             return None
+        start = self._starts.pop(worker, None)
+        if start is not None and any(start in s for s in free):
+            self._last[worker] = start
+            return self._enter(worker, self.modules[start], False)
         begin = {last + 1 for w, last in self._last.items() if w != worker}
         mine = [s for s in free if s.start == self._last.get(worker, -1) + 1 and s.start not in begin]
         unclaimed = [s for s in free if s.start not in begin]
@@ -197,6 +298,8 @@ class Fan(Flow):
     def _way(self, worker: int, position: int) -> float:
         """Cost of getting to a module: from behind the worker's last one, or from the first one."""
         here = self._last.get(worker, -1) + 1
+        if self._starts.get(worker) == position:
+            return 0.0
         return self.passing * self._cost(range(here if here <= position else 0, position))
 
     def _cost(self, positions: range) -> float:
@@ -234,6 +337,9 @@ class Fan(Flow):
     # ---- what came of it ---------------------------------------------------------------------------------------
 
     def finished(self, worker: int, call: Call, result: Any, second: Any) -> None:
+        if self._joint is not None and worker in self._joint.waiting:
+            self._answered(worker, result)
+            return
         if call.method == "enter":
             self._entered(worker, second)
             return
@@ -246,19 +352,23 @@ class Fan(Flow):
         self._context[worker] = module
         module.holders.add(worker)
         if not module.entered:
-            left = sum(not m.entered for m in self.modules)
+            parts = self._split(worker, module)
             module.entered = True
-            module.parts = module.make_parts(self._split(left))
+            module.parts = module.make_parts(parts)
             self._frontier += 1
             if self.ship:
                 self._front = (module.index + 1, states)
         if self._advancing == worker:
             self._advancing = None
 
-    def _split(self, left: int) -> int:
-        """Parts of a module when ``left`` modules (this one included) are left: more than one once workers would idle."""
-        workers = self.session.size
-        return 1 if left >= workers else -(-workers // left)
+    def _split(self, worker: int, module: Module) -> int:
+        """Parts of a module that is entered: more than one once workers would idle, or, without shipping, for those that do."""
+        workers, left = self.session.size, sum(not m.entered for m in self.modules)
+        if self.ship:
+            return 1 if left >= workers else -(-workers // left)
+        position = self.modules.index(module)
+        helpers = [w for w in self.session.idle() if w != worker and self._way(w, position) <= module.cost / 2]
+        return 1 + len(helpers) // left
 
     def _finish(self, module: Module | None, part: Part, result: ItemResult) -> None:
         part.finished, part.worker = True, None
@@ -268,7 +378,10 @@ class Fan(Flow):
 
     def lost(self, worker: int, call: Call, alive: bool) -> None:
         if not alive:
-            self._last.pop(worker, None)
+            self._forget(worker)
+        if self._joint is not None and worker in self._joint.waiting:
+            self._answered(worker, None)
+            return
         if call.method == "enter":
             self._entering.pop(worker, None)
             if self._advancing == worker:
@@ -297,6 +410,36 @@ class Fan(Flow):
         module = self._context.pop(worker, None)
         if module is not None:
             module.holders.discard(worker)
+
+
+def stretches(costs: Sequence[float], count: int) -> list[int]:
+    """Where each of ``count`` runs of consecutive items begins, so that the most expensive one is as cheap as can be.
+
+    Of fewer items than runs, several runs begin at the same one.
+    """
+    if len(costs) <= count:
+        return [k * len(costs) // count for k in range(count)]
+    low, high = max(costs), sum(costs)
+    starts = _runs_within(costs, count, high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = _runs_within(costs, count, middle)
+        if found is None:
+            low = middle
+        else:
+            high, starts = middle, found
+    return starts or [0]
+
+
+def _runs_within(costs: Sequence[float], count: int, limit: float) -> list[int] | None:
+    """Starts of ``count`` runs, none of which costs more than ``limit``; None if that takes more runs."""
+    starts, cost = [0], costs[0]
+    for i in range(1, len(costs)):
+        if cost + costs[i] > limit or len(costs) - i <= count - len(starts):
+            starts.append(i)
+            cost = 0.0
+        cost += costs[i]
+    return starts if len(starts) <= count else None
 
 
 def window_for(session: Session, state_bytes: int) -> int:

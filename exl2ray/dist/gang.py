@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from exl2ray.dist.checkpoints import Chain, Checkpoints
-from exl2ray.dist.comm import Comm, Group, Solo
+from exl2ray.dist.comm import Comm, Solo
 from exl2ray.dist.items import ChainItem, JoinItem
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
-from exl2ray.dist.tree import SHARES, Node, TreeSum, owner_shares, share_rows
+from exl2ray.dist.spreading import spread
+from exl2ray.dist.tree import Node, TreeSum, owner_shares
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, check_states
@@ -39,10 +40,11 @@ from exl2ray.model.spec import LinearSpec, ModuleSpec
 from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, relative_error
+from exl2ray.quant.measure import Settings, by_input, factorise, keeps_order, reference_pass, relative_error
 from exl2ray.quant.measure_moe import describe_coverage, expert_factor, lanes_of, shares_of
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.quantize import quantize_groups, solve_group
+from exl2ray.quant.rows import SHARES, batches, share_rows
 from exl2ray.store.records import FileRef, Record, item_file
 from exl2ray.store.tensors import put_tensors
 
@@ -78,13 +80,10 @@ class Gang:
 
     # ---- forming -----------------------------------------------------------------------------------------------
 
-    def join(self, item: JoinItem) -> None:
-        """Meets the other members, takes over shares that they hold, brings all of its own to module ``item.index``."""
-        self.comm.close()
-        self.comm = Solo()
-        if item.address is not None:
-            self.comm = Group(item.address, item.rank, item.size, self.run.device)
-        wanted = [s for s in owner_shares(item.rank, item.size) if len(self.rows[s])]
+    def join(self, item: JoinItem, comm: Comm) -> None:
+        """Takes over shares that other members hold, brings all of its own to module ``item.index``."""
+        self.comm = comm
+        wanted = [s for s in owner_shares(comm.rank, comm.size) if len(self.rows[s])]
         self._exchange_shares(item)
         self.shares = {s: self.shares[s] for s in wanted if s in self.shares}
         self._restore([s for s in wanted if s not in self.shares], item.index)
@@ -105,15 +104,12 @@ class Gang:
                     continue
                 source = -best[1]
                 if source == self.comm.rank:
-                    for t in usable[s].tensors().values():
-                        if t.numel():
-                            self.comm.send(t.to(self.run.device), rank)
+                    sent = [t.to(self.run.device).contiguous() for t in usable[s].tensors().values()]
+                    self.comm.exchange([(t, rank) for t in sent], [])
                 elif rank == self.comm.rank:
                     index, dtype, *shapes = held[source][s]
                     received = [torch.empty(shape, dtype=dtype, device=self.run.device) for shape in shapes]
-                    for t in received:
-                        if t.numel():
-                            self.comm.receive(t, source)
+                    self.comm.exchange([], [(t, source) for t in received])
                     self.shares[s] = Share(index, *map(self.run.place, received))
 
     def _restore(self, shares: Sequence[int], index: int) -> None:
@@ -272,18 +268,24 @@ class Gang:
                 targets = corrected_weights(block, groups[group], factor, moments.pop(group), settings.correction)
             return solve_group(block, groups[group], factor, item.params, settings, targets)
 
-        for group, packed[group] in quantize_groups(block, own, solve):
+        for group, packed[group] in quantize_groups(block, own, solve, keep=True):
             key = f"{module.profile_key}.{group}" if len(inputs) > 1 else module.profile_key
             rel = item_file(self.chain.kind, "tensors", key, item.hashes[item.index])
             tensors = {n: t for p in packed[group].values() for n, t in p.tensors().items()}
-            writing[group] = self.run.writer.submit(put_tensors, self.run.store, rel, tensors)
+            writing[group] = self.run.writer.submit(self._write, rel, tensors)
         done: dict[str, list[str]] = {}
         for member in self.comm.gather(mine):
             done.update(member)
         if self.comm.size > 1:
             for group, linears in groups.items():
-                self._spread(block, linears, packed.get(group), owners[group])
+                mine_too = packed.get(group)
+                for key, p in spread(self.comm, linears, mine_too, owners[group], self.run.device).items():
+                    if mine_too is None:
+                        block.set_weight(key, dequantize(p, self.run.device))
         return writing, [n for g in groups for n in done[g]]
+
+    def _write(self, rel: str, tensors: dict[str, Tensor]) -> FileRef:
+        return put_tensors(self.run.store, rel, {name: t.cpu() for name, t in tensors.items()})
 
     def _coverage(self, module: ModuleSpec, trees: dict[str, TreeSum]) -> list[dict[str, float]]:
         """Tokens routed to each expert, over all members; empty for a dense module."""
@@ -337,41 +339,12 @@ class Gang:
         """Sends the sums of one member to the owner. ``nodes``: what that member has."""
         for node, (rows, tokens, routed, columns) in sorted(nodes.items()):
             if source == self.comm.rank:
-                self.comm.send(tree.take(node).h.to(self.run.device), owner)
+                self.comm.exchange([(tree.take(node).h.to(self.run.device), owner)], [])
             elif owner == self.comm.rank:
                 received = HessianAccumulator(k, self.run.device, columns)
-                self.comm.receive(received.h, source)
+                self.comm.exchange([], [(received.h, source)])
                 received.rows, received.tokens, received.routed = rows, tokens, routed
                 tree.add_node(node, received)
-
-    def _spread(
-        self, block: Block, linears: list[LinearSpec], packed: dict[str, PackedLinear] | None, owner: int
-    ) -> None:
-        """Broadcasts the packed tensors of some linears; members that do not have them decode them into the block."""
-        layout = None
-        if packed is not None:
-            layout = [(n, tuple(t.shape), t.dtype) for p in packed.values() for n, t in p.tensors().items()]
-        described: list[tuple[str, tuple[int, ...], torch.dtype]] = self.comm.gather(layout)[owner]
-        sizes = [torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in described]
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + -(-size // 16) * 16)  # aligned, so that any dtype can be viewed in place
-        flat = torch.zeros(starts[-1], dtype=torch.uint8, device=self.run.device)
-        if packed is not None:
-            everything = [t for p in packed.values() for t in p.tensors().values()]
-            for t, start, size in zip(everything, starts, sizes, strict=False):
-                flat[start : start + size].copy_(t.contiguous().view(-1).view(torch.uint8))
-        self.comm.broadcast(flat, owner)
-        if packed is not None:
-            return
-        flat = flat.cpu()  # where packed tensors live; decoding takes them to the device again
-        found = {
-            name: flat[start : start + size].view(dtype).view(shape)
-            for (name, shape, dtype), start, size in zip(described, starts, sizes, strict=False)
-        }
-        for linear in linears:
-            p = PackedLinear.from_tensors(linear.key, found.get)
-            block.set_weight(linear.key, dequantize(p, self.run.device))
 
     def _commit(
         self, item: ChainItem, module: ModuleSpec, payload: dict[str, Any], writing: dict[str, Future[FileRef]]

@@ -29,9 +29,36 @@ class WorkerSetup:
     refine_scales: bool = False  # scale codes by the loss after feedback
     sweeps: int = 0  # of coordinate descent over the integers
     rotate: bool = False  # the residual stream
+    alone: bool = True  # no other workers are expected
     threads: int | None = None  # torch threads on CPU, the same whatever the number of workers; None: torch's choice
     nonce: tuple[str, str] | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A group that a worker belongs to: where its members meet (host, port), its rank, their number. Default: it is alone.
+
+    ``serial`` tells meetings apart: ports are used again.
+    """
+
+    place: tuple[str, int] | None = None
+    rank: int = 0
+    size: int = 1
+    serial: int = 0
+
+
+@dataclass(frozen=True)
+class SweepItem:
+    """Run the source model with the group, and give states to whoever needs them.
+
+    stops: (index of a module, rank of the member that wants the states at its entry), by index. ``shrink`` as in EnterItem.
+    """
+
+    rows: RowSet
+    stops: tuple[tuple[int, int], ...]
+    meeting: Meeting
+    shrink: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,22 +117,18 @@ class PerplexityItem:
 
     bits: float
     hashes: tuple[str, ...]
+    meeting: Meeting = Meeting()
     shrink: int = 1
 
 
 @dataclass(frozen=True)
 class JoinItem:
-    """Form a group that quantises one bitrate together and bring its states to the entry of module ``index``.
-
-    ``address``: (host, port) of the rendezvous store; None for a group of one.
-    """
+    """Form a group that quantises one bitrate together and bring its states to the entry of module ``index``."""
 
     bits: float
     hashes: tuple[str, ...]
     index: int
-    rank: int
-    size: int
-    address: tuple[str, int] | None
+    meeting: Meeting
     shrink: int = 1
 
 

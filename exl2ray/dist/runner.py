@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -20,9 +20,10 @@ from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_ahead, whole_tensors
-from exl2ray.quant.measure import Settings, batches
+from exl2ray.quant.measure import Settings
 from exl2ray.quant.memory import settings_for, states_fit, sums_on_host
 from exl2ray.quant.pack import dequantize
+from exl2ray.quant.rows import batches, shared_batches
 from exl2ray.store.fs import Store
 from exl2ray.store.records import Record, Records
 from exl2ray.store.tensors import get_tensors
@@ -47,7 +48,8 @@ class Runner:
         self._rows: dict[str, Tensor] = {}
         self._homes: dict[int, torch.device] = {}
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # files, while the GPU goes on
-        self._fetch(self.spec.modules[:3])  # while other workers start
+        if setup.alone or self.device.type == "cpu":
+            self.expect(0)  # a group shares the reading out
         self.crowded = False  # the GPU ran out of memory once: states stay on the host from then on
 
     def load(self, module: ModuleSpec, state_dtype: torch.dtype | None = None) -> Block:
@@ -57,6 +59,14 @@ class Runner:
         block = load_block(self.spec, module, self.ahead, self.device, self.dtype, state_dtype)
         self._fetch(self.spec.modules[module.index + 1 : module.index + 3])
         return block
+
+    def load_from(self, source: Any, module: ModuleSpec) -> Block:
+        """The module with its source weights, as ``source`` reads them."""
+        return load_block(self.spec, module, source, self.device, self.dtype)
+
+    def expect(self, index: int) -> None:
+        """Starts to read the modules from here on in the background."""
+        self._fetch(self.spec.modules[index : index + 3])
 
     def _fetch(self, modules: Sequence[ModuleSpec]) -> None:
         self.ahead.fetch([name for m in modules for name in whole_tensors(m)])
@@ -96,9 +106,12 @@ class Runner:
             self._rows = {k: t.clone() for k, t in get_tensors(self.store, self.setup.calibration).items()}
         return self._rows[name]
 
-    def embedded(self, name: str) -> Tensor:
-        """States (R, T, hidden) at the entry of module 1. All rows at once: noise rows need the others' statistics."""
-        return self.place(self.load(self.spec.modules[0]).forward(self.rows(name)))
+    def embedded(self, name: str, block: Block | None = None) -> Tensor:
+        """States (R, T, hidden) at the entry of module 1. All rows at once: noise rows need the others' statistics.
+
+        block: module 0, if it has been read.
+        """
+        return self.place((block or self.load(self.spec.modules[0])).forward(self.rows(name)))
 
     def home(self, nbytes: int) -> torch.device:
         """Where states of this size are kept: on the device if every module has room beside them, else on the host."""
@@ -121,10 +134,15 @@ class Runner:
         """States where they are kept; on a CPU a copy."""
         return x.clone() if self.device.type == "cpu" else x.to(self.home(x.numel() * x.element_size()))
 
-    def advance(self, block: Block, x: Tensor, settings: Settings) -> Tensor:
-        """Output of a block for all rows, where x lives."""
+    def advance_all(self, block: Block, x: Tensor, shrink: int = 1) -> Tensor:
+        """Output of a block for a whole set of rows, the same bits as if they were spread over workers."""
+        settings = self.settings(block.module, x, shrink)
+        return self.advance(block, x, settings, shared_batches(len(x), settings.batch_rows))
+
+    def advance(self, block: Block, x: Tensor, settings: Settings, slices: Iterable[slice] | None = None) -> Tensor:
+        """Output of a block for all rows, where x lives. slices: the batches of rows; None: as large as ``settings`` has."""
         out: Tensor | None = None
-        for part in batches(x.shape[0], settings.batch_rows):
+        for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
             y = block.forward(x[part].to(self.device))
             check_states(y, f"output of {block.module.profile_key}")
             if out is None:

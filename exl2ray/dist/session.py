@@ -9,6 +9,7 @@ as soon as it runs. See docs/architecture.md for the facts about Ray behind thes
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -16,15 +17,17 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from exl2ray.dist.comm import RENDEZVOUS_SECONDS, serve_rendezvous
 from exl2ray.dist.faults import DeviceFailed, translate
-from exl2ray.dist.items import WorkerSetup
+from exl2ray.dist.items import Meeting, WorkerSetup
 from exl2ray.dist.network import use_interface_of
 from exl2ray.errors import ClusterError, Exl2RayError
+from exl2ray.quant.rows import SHARES
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import LOGS
 
@@ -32,8 +35,10 @@ OBJECT_STORE_BYTES = 256 << 20  # beside the states that travel
 _MIN_STORE_BYTES = 80 << 20
 START_SECONDS = 600  # until the first worker runs, or until one runs again after all were lost
 GATHER_SECONDS = 5.0  # at the start, for more workers than the first
+GATHER_GPUS_SECONDS = 30.0  # the same where the GPUs for all of them are there
 GROW_SECONDS = 10.0
 MAX_START_FAILURES = 5  # in a row
+_SERIALS = itertools.count(1)  # of meetings
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,8 @@ class Session(Protocol):
         """Size of the store for states between workers; None where there is none."""
         ...
 
-    def address(self) -> str:
-        """Where workers reach this process."""
+    def meeting(self, workers: Sequence[int]) -> list[Meeting]:
+        """Where these workers meet as a group, one for each, by rank. Workers that have met and are well need not again."""
         ...
 
     def log_place(self) -> str: ...
@@ -141,8 +146,8 @@ class InlineSession:
     def store_bytes(self) -> int | None:
         return None
 
-    def address(self) -> str:
-        return "127.0.0.1"
+    def meeting(self, workers: Sequence[int]) -> list[Meeting]:
+        return [Meeting()]
 
     def log_place(self) -> str:
         return "this process"
@@ -183,6 +188,7 @@ class RaySession:
         self.notes: list[str] = []
         self._setup, self._make = setup, make
         self._slots: dict[int, _Slot] = {}
+        self._meetings: dict[tuple[str, ...], tuple[Any, Meeting]] = {}  # names of workers by rank -> (store, meeting)
         self._failures = 0
         self._alive_at = self._grown_at = time.monotonic()
         try:
@@ -192,6 +198,7 @@ class RaySession:
                 )
             self._grow = setup.device == "cuda" and workers is None
             count = workers or (self._gpus() if setup.device == "cuda" else 1)
+            self._setup = replace(setup, alone=count == 1)
             options = claim or ({"num_gpus": 1, "num_cpus": 1} if setup.device == "cuda" else {"num_cpus": 1})
             # Ray ships the class by value; wrapping a factory lets tests use workers of their own.
             self._actor = self._ray.remote(
@@ -199,7 +206,9 @@ class RaySession:
             )(_Host)
             for worker in range(count):
                 self._start(worker)
-            self._await_first()
+            self._await_first(GATHER_GPUS_SECONDS if 0 < count <= self._gpus() else GATHER_SECONDS)
+            if setup.device == "cuda":
+                self._introduce()
         except BaseException:
             self.close()
             raise
@@ -210,15 +219,33 @@ class RaySession:
         actor = self._actor.remote(self._make, self._setup)
         self._slots[worker] = _Slot(actor, actor.start.remote())
 
-    def _await_first(self) -> None:
+    def _await_first(self, patience: float) -> None:
         """Waits for one worker, and a little for more, so that errors of the set-up show at once and as they are."""
         first: float | None = None
         while self.starting():
-            if first is not None and time.monotonic() - first > GATHER_SECONDS:
+            if first is not None and time.monotonic() - first > patience:
                 return
             self.wait(0.2)
             if first is None and self.idle():
                 first = time.monotonic()
+
+    def _introduce(self) -> None:
+        """Makes one group of the workers of one machine, while they are reading: connecting GPUs takes a second or two."""
+        members = self.idle()
+        if not 2 <= len(members) <= SHARES or len({host_of(self.name(w)) for w in members}) > 1:
+            return
+        for worker, meeting in zip(members, self.meeting(members), strict=True):
+            self.submit(worker, "meet", meeting)
+        deadline = time.monotonic() + RENDEZVOUS_SECONDS
+        while busy := [w for w in members if self._slots[w].ready and self._slots[w].call is not None]:
+            outcome = self.wait(0.2)
+            if outcome is not None and isinstance(outcome.value, (Lost, Exception)):
+                reason = outcome.value.reason if isinstance(outcome.value, Lost) else _line(outcome.value)
+                self.notes.append(f"worker {outcome.worker} cannot connect to the others: {reason}")
+            if time.monotonic() > deadline:
+                self.notes.append(f"{len(busy)} workers could not connect to the others in {RENDEZVOUS_SECONDS} s: started anew")
+                for worker in busy:
+                    self.kill(worker)
 
     @property
     def size(self) -> int:
@@ -261,6 +288,8 @@ class RaySession:
             return None
         if isinstance(value, DeviceFailed):
             value = Lost(value.message)
+        if isinstance(value, (Lost, Exception)):
+            self._part(worker)
         if isinstance(value, Lost):
             self._replace(worker)
         return Outcome(worker, value, second)
@@ -328,6 +357,7 @@ class RaySession:
     def _replace(self, worker: int) -> None:
         """Whatever kind of loss was reported: the process must be gone before another takes its place."""
         slot = self._slots[worker]
+        self._part(worker)
         self._ray.kill(slot.actor, no_restart=True)
         host, _, pid = slot.name.rpartition(":")
         if pid.isdigit() and host == socket.gethostname() and self._is_ours(int(pid)):
@@ -347,8 +377,20 @@ class RaySession:
         sizes = [n["Resources"].get("object_store_memory", 0) for n in nodes]
         return int(min(sizes)) if sizes else None
 
-    def address(self) -> str:
-        return str(self._ray.util.get_node_ip_address())
+    def meeting(self, workers: Sequence[int]) -> list[Meeting]:
+        if len(workers) == 1:
+            return [Meeting()]
+        names = tuple(self.name(w) for w in workers)
+        if names not in self._meetings:
+            store, port = serve_rendezvous()
+            place = (str(self._ray.util.get_node_ip_address()), port)
+            self._meetings[names] = (store, Meeting(place, 0, len(names), next(_SERIALS)))
+        _, meeting = self._meetings[names]
+        return [replace(meeting, rank=rank) for rank in range(len(names))]
+
+    def _part(self, worker: int) -> None:
+        """A call of this worker failed, so it has left its group (`_Host.call`); the others need another one."""
+        self._meetings = {names: m for names, m in self._meetings.items() if self.name(worker) not in names}
 
     def log_place(self) -> str:
         try:
@@ -405,6 +447,11 @@ def _write_log(root: str, method: str, text: str) -> None:
     with contextlib.suppress(Exl2RayError):
         name = f"{LOGS}/{socket.gethostname()}-{os.getpid()}-{time.strftime('%Y%m%dT%H%M%S')}.log"
         Store.open(root).put(name, f"{method}\n{text}".encode())
+
+
+def host_of(name: str) -> str:
+    """Of host:pid."""
+    return name.rpartition(":")[0]
 
 
 def _line(e: BaseException) -> str:

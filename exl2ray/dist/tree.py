@@ -1,9 +1,9 @@
 """Sums of Hessians with the same bits whoever holds which rows.
 
-Floating-point addition is not associative, so the order is fixed: rows are cut into SHARES ranges, and the sums of the
-shares are added pairwise along a binary tree. A member adds up the subtrees inside its run of shares and sends one matrix
-for each; the owner adds what remains. An alternative, adding shares one after another, needs a matrix
-per share on the wire; letting the collective add them is cheapest and gives other bits for every number of members.
+Floating-point addition is not associative, so the order is fixed: rows are cut into shares (`exl2ray.quant.rows`), and the
+sums of the shares are added pairwise along a binary tree. A member adds up the subtrees inside its run of shares and sends
+one matrix for each; the owner adds what remains. An alternative, adding shares one after another, needs a matrix per share
+on the wire; letting the collective add them is cheapest and gives other bits for every number of members.
 """
 
 from __future__ import annotations
@@ -13,14 +13,9 @@ from torch import Tensor
 
 from exl2ray.errors import NumericError
 from exl2ray.quant.hessian import HessianAccumulator
+from exl2ray.quant.rows import SHARES
 
-SHARES = 8  # a power of two; the largest group. Holds log2(SHARES) + 1 partial Hessians at most at a time
 Node = tuple[int, int]  # (level, position): covers shares position * 2^level .. (position + 1) * 2^level - 1
-
-
-def share_rows(rows: int) -> list[range]:
-    """The calibration rows of each share; empty ranges where there are fewer rows than shares."""
-    return [range(s * rows // SHARES, (s + 1) * rows // SHARES) for s in range(SHARES)]
 
 
 def owner_shares(rank: int, size: int) -> range:

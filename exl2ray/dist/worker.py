@@ -21,6 +21,7 @@ from torch import Tensor
 
 from exl2ray.dist.arrays import Shipped, from_shipped, to_shipped
 from exl2ray.dist.checkpoints import Chain, Checkpoints
+from exl2ray.dist.comm import Comm, Group, Solo
 from exl2ray.dist.gang import Gang
 from exl2ray.dist.items import (
     ChainItem,
@@ -28,14 +29,18 @@ from exl2ray.dist.items import (
     ItemResult,
     JoinItem,
     MeasureItem,
+    Meeting,
     PerplexityItem,
     QuantizeItem,
     RowSet,
     SensitivityItem,
+    SweepItem,
     WorkerSetup,
 )
+from exl2ray.dist.perplexity import quantized_perplexity
 from exl2ray.dist.probing import sensitivity_name, sensitivity_record, sweep
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
+from exl2ray.dist.sweep import SharedReading, states_at
 from exl2ray.errors import ClusterError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.measurement import ModuleProfile
@@ -44,6 +49,7 @@ from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.measure import Settings, profile_of, reference_pass, score_options
 from exl2ray.quant.measure_head import measure_head
 from exl2ray.quant.quantize import quantize_after, quantize_head
+from exl2ray.quant.rows import shared_batches
 from exl2ray.quant.warm import warm_up
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND, quant_kind
 from exl2ray.store.nonce import verify_nonce
@@ -78,7 +84,11 @@ class Worker:
             verify_nonce(self.runner.store, *setup.nonce, setup.versions)
         self.checkpoints = Checkpoints(self.runner.records, setup.checkpoint_seconds)
         self.context: Context | None = None
+        self.found: tuple[RowSet, int, Tensor] | None = None  # states at the entry of a module, from a sweep
         self.gang: Gang | None = None
+        self.comm: Comm = Solo()
+        self.reading: SharedReading | None = None  # of the group, until its first sweep
+        self._met = Meeting()
         self.received = 0  # bytes of states that came through the object store
 
     def ping(self) -> dict[str, Any]:
@@ -87,7 +97,26 @@ class Worker:
         name = torch.cuda.get_device_name(self.runner.device) if cuda else "CPU"
         return {"worker": self.name, "device": name, "threads": torch.get_num_threads()}
 
+    def meet(self, meeting: Meeting) -> None:
+        """Connects to the other members of a group, and begins to read this member's part of the first weights."""
+        self._group(meeting)
+        self.reading = SharedReading(self.runner, self.comm)
+        self.reading.expect(0)
+
     # ---- modules on reference states ---------------------------------------------------------------------------
+
+    def sweep(self, item: SweepItem) -> ItemResult:
+        """Runs the source model with the group; keeps the states that are for this member, for `enter`."""
+        begin = time.monotonic()
+        self.context = self.found = None
+        self._leave_gang()
+        comm = self._group(item.meeting)
+        before, reading = comm.received, self.reading or SharedReading(self.runner, comm)
+        self.reading = None
+        found = states_at(self.runner, comm, reading, item)
+        if found is not None:
+            self.found = (item.rows, *found)
+        return self._result("sweep", begin, f"member {comm.rank + 1} of {comm.size}", {}, received=comm.received - before)
 
     def enter(self, item: EnterItem, entry: Shipped | None = None) -> tuple[ItemResult, Shipped | None]:
         """Reference forward of one module: its result, and the states after it if they are to be shipped."""
@@ -100,7 +129,7 @@ class Worker:
         if module.kind == "head":
             self.context = Context(item.rows, item.index, block, x, None, {}, settings)
         else:
-            y, hessians = reference_pass(block, x, settings, check_states)
+            y, hessians = reference_pass(block, x, settings, check_states, shared_batches(len(x), settings.batch_rows))
             self.context = Context(item.rows, item.index, block, x, y, hessians, settings)
             if self.checkpoints.due():
                 self.checkpoints.save(self._chain(item.rows), item.index + 1, {None: {"x": y}}, item.keep_from)
@@ -172,32 +201,24 @@ class Worker:
         return self._result(key, begin, detail, payload, tuple(payload["notes"]))
 
     def perplexity(self, item: PerplexityItem) -> ItemResult:
-        """Perplexity of a quantised model that was not calibrated module after module: one forward of a few rows."""
+        """Perplexity of a quantised model that was not calibrated module after module; the first member commits it."""
         begin = time.monotonic()
-        self.context = None
+        self.context = self.found = None
         self._leave_gang()
-        run, kind = self.runner, quant_kind(item.bits)
-        x = run.embedded("quantize")[: self.setup.perplexity_rows].clone()
-        block = None
-        packed = run.packed_in_order(kind, [m for m in run.spec.modules[1:] if m.linears], item.hashes)
-        for module in run.spec.modules[1:]:
-            if module.linears:
-                block = run.load_quantized(module, next(packed))
-            else:
-                block = run.load(module)
-            if module.kind != "head":
-                x = run.advance(block, x, run.settings(module, x, item.shrink))
-        if block is None:
-            raise ClusterError("the model has no modules")
-        value = perplexity_of([perplexity_sums(block, x, run.rows("quantize")[: len(x)])])
-        record = Record(kind, PERPLEXITY, item.hashes[-1], {"perplexity": value}, (), time.monotonic() - begin)
-        run.records.commit(record)
-        return self._result(PERPLEXITY, begin, "not a number" if value is None else f"{value:.4g}", record.payload)
+        comm = self._group(item.meeting)
+        before = comm.received
+        value = quantized_perplexity(self.runner, comm, item)
+        payload = {"perplexity": value}
+        if comm.rank == 0:
+            record = Record(quant_kind(item.bits), PERPLEXITY, item.hashes[-1], payload, (), time.monotonic() - begin)
+            self.runner.records.commit(record)
+        shown = "not a number" if value is None else f"{value:.4g}"
+        return self._result(PERPLEXITY, begin, shown, payload, received=comm.received - before)
 
     def sensitivity(self, item: SensitivityItem) -> ItemResult:
         """Probes the linears of some modules in one sweep; commits a record per module."""
         begin = time.monotonic()
-        self.context = None
+        self.context = self.found = None
         self._leave_gang()
         found = sweep(self.runner, item)
         seconds = (time.monotonic() - begin) / max(1, len(item.modules))
@@ -213,16 +234,18 @@ class Worker:
     def join(self, item: JoinItem) -> ItemResult:
         """Forms a group (of one, perhaps) for the chain of one bitrate."""
         begin = time.monotonic()
-        self.context = None
+        self.context = self.found = None
         # A patched model shares hashes of modules with the model before the patch, but not the states between them.
         plan = hash_inputs(hashes=list(item.hashes))[:16]
         chain = Chain(quant_kind(item.bits), f"quantized:{self.setup.calibration_sha256[:32]}:{plan}", item.hashes)
         if self.gang is None or self.gang.chain != chain:
             self._leave_gang()
             self.gang = Gang(self.runner, self.checkpoints, chain)
-        self.gang.join(item)
-        words = f"member {item.rank + 1} of {item.size}"
-        return self._result("group", begin, words, {}, received=self.gang.comm.received)
+        comm = self._group(item.meeting)
+        before = comm.received
+        self.gang.join(item, comm)
+        words = f"member {comm.rank + 1} of {comm.size}"
+        return self._result("group", begin, words, {}, received=comm.received - before)
 
     def chain(self, item: ChainItem) -> ItemResult:
         """One module of the chain; the first member answers for the group."""
@@ -237,22 +260,37 @@ class Worker:
 
     def release(self) -> None:
         """Forget everything that fills memory, after an error."""
-        self.context = None
+        self.context = self.found = None
         self._leave_gang()
+        self._part()
         if self.runner.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _leave_gang(self) -> None:
-        if self.gang is not None:
-            self.gang.comm.close()
-            self.gang = None
+        self.gang = None
+
+    def _group(self, meeting: Meeting) -> Comm:
+        """The connection to a group; the present one, if it is of this meeting."""
+        if self._met != meeting:
+            self._part()
+            if meeting.place is not None:
+                self.comm = Group(meeting.place, meeting.rank, meeting.size, self.runner.device)
+            self._met = meeting
+        return self.comm
+
+    def _part(self) -> None:
+        self.comm.close()
+        self.comm, self.reading, self._met = Solo(), None, Meeting()
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
     def _entry(self, item: EnterItem, entry: Shipped | None) -> Tensor:
         """States at the entry of the item's module. The context is dropped: two sets of states need not fit."""
         held, self.context = self.context, None
+        found, self.found = self.found, None
         run = self.runner
+        if found is not None and found[:2] == (item.rows, item.index):
+            return found[2]
         if held is not None and held.rows == item.rows and held.index == item.index:
             return held.x
         if held is not None and held.rows == item.rows and held.y is not None and item.start <= held.index + 1 <= item.index:
@@ -265,7 +303,7 @@ class Worker:
             index, x = (1, run.embedded(item.rows)) if saved is None else (saved.index, run.place(saved.tensors["x"]))
         del held
         for module in run.spec.modules[index : item.index]:
-            x = run.advance(run.load(module), x, run.settings(module, x, item.shrink))
+            x = run.advance_all(run.load(module), x, item.shrink)
         return x
 
     def _entered(self, rows: RowSet, index: int) -> Context:

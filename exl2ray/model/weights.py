@@ -146,11 +146,13 @@ def read_ahead(source: SourceModel, pin: bool) -> ReadAhead:
         if tensor.dtype in FLOAT_DTYPES:
             check_weights(tensor, f"{source.path}: tensor {name}")
 
-    def pinned(nbytes: int) -> Tensor:
-        with CAPTURING:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-
     return ReadAhead(source, check, pinned, READERS) if pin else ReadAhead(source, check)
+
+
+def pinned(nbytes: int) -> Tensor:
+    """(nbytes,) uint8 in page-locked memory; not while another thread records a CUDA graph."""
+    with CAPTURING:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def _cut(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:

@@ -30,7 +30,8 @@ from torch import Tensor
 from exl2ray.cuda.solver import trailing_precision
 from exl2ray.errors import NumericError
 from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.measure import FLOAT16_MAX, Settings, batches, by_input
+from exl2ray.quant.measure import FLOAT16_MAX, Settings, by_input
+from exl2ray.quant.rows import batches
 
 _CHUNK = 4096  # columns solved at a time
 

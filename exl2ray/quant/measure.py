@@ -10,7 +10,7 @@ projection outputs of distinct options are computed once per batch of rows and c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from exl2ray.quant.hessian import DAMPING, Factor, HessianAccumulator, prepare, 
 from exl2ray.quant.losses import LossTable
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import attention_options, mlp_options, unique
+from exl2ray.quant.rows import batches
 from exl2ray.quant.solve import solve_wanted
 
 WORST_ACCURACY = 1e-6
@@ -138,21 +139,18 @@ def part_range(part: tuple[int, int], rows: int) -> range:
     return range(p * rows // parts, (p + 1) * rows // parts)
 
 
-def batches(rows: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` calibration rows."""
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
-
-
 def reference_pass(
-    block: Any, x: Tensor, settings: Settings, check: Callable[[Tensor, str], int]
+    block: Any, x: Tensor, settings: Settings, check: Callable[[Tensor, str], int], slices: Iterable[slice] | None = None
 ) -> tuple[Tensor, dict[str, HessianAccumulator]]:
-    """Unquantised forward of all rows: output states, and a Hessian per distinct input ("qkv", "down", "w2.3", ...)."""
+    """Unquantised forward of all rows: output states, and a Hessian per distinct input ("qkv", "down", "w2.3", ...).
+
+    slices: the batches of rows; None: as large ones as ``settings`` has.
+    """
     sizes = {linear.input_group: linear.in_features for linear in block.module.linears}
     device = next(iter(block.weights.values())).device
     hessians = {group: HessianAccumulator(k, device) for group, k in sizes.items()}
     y = torch.empty_like(x)
-    for part in batches(x.shape[0], settings.batch_rows):
+    for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
         xb = x[part].to(device)
 
         def capture(group: str, inputs: Tensor, rows: int = xb.shape[0]) -> None:

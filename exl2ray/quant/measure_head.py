@@ -8,9 +8,10 @@ from torch import Tensor
 
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.losses import LossTable
-from exl2ray.quant.measure import Settings, batches, factorise
+from exl2ray.quant.measure import Settings, factorise
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import parse
+from exl2ray.quant.rows import batches
 from exl2ray.quant.solve import solve_wanted
 
 # Few, because a head is as large as several layers; what lies between them can be told (`exl2ray.quant.frontier`).

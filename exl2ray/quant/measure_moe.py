@@ -20,9 +20,10 @@ from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quant.hessian import Factor, HessianAccumulator
 from exl2ray.quant.losses import LossTable
-from exl2ray.quant.measure import Settings, Table, accuracy_of, batches, factorise, part_range, row_errors
+from exl2ray.quant.measure import Settings, Table, accuracy_of, factorise, part_range, row_errors
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import mlp_options
+from exl2ray.quant.rows import batches
 from exl2ray.quant.solve import solve_wanted
 
 MOE_TABLE = Table(("w1", "w3", "w2"), mlp_options())

@@ -19,8 +19,10 @@ from exl2ray.quant.gptq import Quantized
 UNIT = 32
 
 
-def pack(key: str, q: Quantized, bias: Tensor | None = None) -> PackedLinear:
+def pack(key: str, q: Quantized, bias: Tensor | None = None, keep: bool = False) -> PackedLinear:
     """Quantised layer to the tensors on disk, on the CPU. ``bias`` (N or N32,), any float dtype, is stored as float16.
+
+    keep: leaves the tensors where the codes are, except for groups and bias.
 
     Raises NumericError if the bias leaves the range of float16.
     """
@@ -30,13 +32,14 @@ def pack(key: str, q: Quantized, bias: Tensor | None = None) -> PackedLinear:
     offsets = [v for pair in zip(q.layout.bits, q.layout.offsets, strict=True) for v in pair]
     invperm = torch.empty_like(q.perm)
     invperm[q.perm] = torch.arange(q.perm.numel(), device=q.perm.device)
+    device = q.codes.device if keep else torch.device("cpu")
     return PackedLinear(
         key=key,
-        q_weight=pack_rows(q.codes, q.layout).cpu(),
-        q_scale=pack_scale_codes(q.scale_codes).cpu(),
-        q_scale_max=q.scale_max.contiguous().cpu(),
+        q_weight=pack_rows(q.codes, q.layout).to(device),
+        q_scale=pack_scale_codes(q.scale_codes).to(device),
+        q_scale_max=q.scale_max.contiguous().to(device),
         q_groups=torch.tensor(offsets, dtype=torch.int16),
-        q_invperm=invperm.to(torch.int32).cpu(),
+        q_invperm=invperm.to(torch.int32).to(device),
         bias=None if bias is None else _half_bias(key, bias, n),
     )
 

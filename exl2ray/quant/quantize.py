@@ -20,9 +20,10 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.hessian import Factor, HessianAccumulator, round_to_nearest
-from exl2ray.quant.measure import Settings, batches, by_input, factorise, keeps_order, reference_pass, relative_error
+from exl2ray.quant.measure import Settings, by_input, factorise, keeps_order, reference_pass, relative_error
 from exl2ray.quant.measure_moe import coverage, describe_coverage, expert_factor, lanes_of
 from exl2ray.quant.pack import dequantize, pack, pad_columns
+from exl2ray.quant.rows import batches
 from exl2ray.quant.solve import quantize_linears
 
 
@@ -100,9 +101,12 @@ def quantize_after(
 
 
 def quantize_groups(
-    block: Any, groups: Sequence[str], solve: Callable[[str], dict[str, Quantized]]
+    block: Any, groups: Sequence[str], solve: Callable[[str], dict[str, Quantized]], keep: bool = False
 ) -> Iterator[tuple[str, dict[str, PackedLinear]]]:
-    """Solves inputs one after another, small experts some at a time side by side, and packs: (input, packed linears)."""
+    """Solves inputs one after another, small experts some at a time side by side, and packs: (input, packed linears).
+
+    keep: leaves what was packed on its device.
+    """
     lanes = lanes_of(block)
     size = 1 if lanes == 1 else 2 * lanes
     for start in range(0, len(groups), size):
@@ -113,7 +117,7 @@ def quantize_groups(
                 with side_by_side.turn():
                     solved[group] = solve(group)
         for group in chunk:
-            yield group, pack_group(block, solved.pop(group))
+            yield group, pack_group(block, solved.pop(group), keep)
 
 
 def solve_group(
@@ -130,11 +134,14 @@ def solve_group(
     return quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.refine, settings.sweeps)
 
 
-def pack_group(block: Any, solved: Mapping[str, Quantized]) -> dict[str, PackedLinear]:
-    """Packs what `solve_group` found; puts the weights reconstructed from the packing into the block."""
+def pack_group(block: Any, solved: Mapping[str, Quantized], keep: bool = False) -> dict[str, PackedLinear]:
+    """Packs what `solve_group` found; puts the weights reconstructed from the packing into the block.
+
+    keep: leaves the packed tensors on their device.
+    """
     out: dict[str, PackedLinear] = {}
     for key, q in solved.items():
-        packed = pack(key, q, block.biases.get(key))
+        packed = pack(key, q, block.biases.get(key), keep)
         loaded = dequantize(packed, q.weight.device)
         worst = float((loaded.float() - q.weight.float()).abs().max())
         if worst != 0.0:

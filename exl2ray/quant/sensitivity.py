@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import NumericError
-from exl2ray.quant.measure import batches
+from exl2ray.quant.rows import batches
 
 BITS = 3
 GROUP = 32  # rows that share a step

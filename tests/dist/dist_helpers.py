@@ -7,12 +7,13 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from exl2ray.config import Recipe
 from exl2ray.dist.faults import GroupBroken
+from exl2ray.dist.items import Meeting
 from exl2ray.dist.session import Lost, Outcome
 from exl2ray.dist.worker import Worker
 
@@ -86,8 +87,8 @@ class FakeSession:
     def store_bytes(self) -> int | None:
         return None
 
-    def address(self) -> str:
-        return "127.0.0.1"
+    def meeting(self, workers: Sequence[int]) -> list[Meeting]:
+        return [Meeting(("127.0.0.1", 1), rank, len(workers)) for rank in range(len(workers))]
 
     def log_place(self) -> str:
         return "the logs"

@@ -15,8 +15,8 @@ from dist_helpers import FakeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl2ray.dist.fan import Fan, Module, Part
-from exl2ray.dist.faults import WorkerOutOfMemory
+from exl2ray.dist.fan import Fan, Module, Part, stretches
+from exl2ray.dist.faults import GroupBroken, WorkerOutOfMemory
 from exl2ray.dist.items import ItemResult, MeasureItem
 from exl2ray.dist.schedule import Limits, Scheduler
 from exl2ray.dist.session import Lost, MissingArgument
@@ -28,10 +28,12 @@ QUICK = Limits(first=5, floor=0.2, rest=0.01, grace=0.05, patience=0.05)
 class Log:
     """Modules with one measuring part each, and what was finished."""
 
-    def __init__(self, count: int, session: FakeSession, window: int = 4, ship: bool = True) -> None:
+    def __init__(
+        self, count: int, session: FakeSession, window: int = 4, ship: bool = True, limits: Limits | None = None
+    ) -> None:
         self.done: list[tuple[int, tuple[int, int]]] = []
         modules = [Module(i, f"module {i}", 1.0, lambda n, i=i: self.parts(i, n)) for i in range(1, count + 1)]
-        self.fan = Fan("measure", modules, session, window, ship=ship)
+        self.fan = Fan("measure", modules, session, window, ship=ship, limits=limits)
 
     def parts(self, index: int, count: int) -> list[Part]:
         items = [MeasureItem(index, "ab" * 16, (p, count)) for p in range(count)]
@@ -46,6 +48,8 @@ class Log:
 
 
 def answer(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+    if method == "sweep":
+        return ItemResult("sweep", 0.01, "", {})
     result = ItemResult(f"module {args[0].index}", 0.01, "", {})
     return (result, f"states after {args[0].index}") if method == "enter" else result
 
@@ -73,7 +77,7 @@ def test_every_part_is_done_once_whatever_is_lost(count: int, workers: int, wind
 
 
 def test_without_shipping_nobody_waits_for_states() -> None:
-    """All workers begin at once, and no states travel."""
+    """All workers begin at once, and no states travel but in the sweep."""
     asked: list[tuple[int, bool, int]] = []
 
     def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
@@ -105,13 +109,6 @@ def test_without_shipping_workers_go_straight_on(count: int, workers: int, seed:
 
     session = FakeSession(workers, behave, seed)
     log = Log(count, session, ship=False)
-    log.fan.dispatch(list(range(workers)))
-    starts = sorted(m.index for m in log.fan._entering.values())
-    assert starts[0] == 1
-    assert len(starts) == workers
-    assert max(b - a for a, b in zip(starts, [*starts[1:], count + 1], strict=True)) <= -(-count // (workers // 2 + 1)) + 1
-
-    log = Log(count, session, ship=False)
     Scheduler(session).run(log.fan)
     assert log.complete(count)
     whole = {i for i, (_, n) in log.done if n == 1}
@@ -120,13 +117,74 @@ def test_without_shipping_workers_go_straight_on(count: int, workers: int, seed:
     assert jumps <= workers * (3 + count.bit_length())
 
 
+def test_a_sweep_brings_all_workers_to_their_stretches() -> None:
+    """One call each, told where everybody's stretch begins; nobody enters a module before all have answered."""
+    log = Log(16, FakeSession(3, answer), ship=False)
+    calls = log.fan.dispatch([0, 1, 2])
+    assert [c.method for _, c in calls] == ["sweep"] * 3
+    assert len({c.attempt for _, c in calls}) == 1  # a machine that takes all of them down is one loss
+    items = [c.args[0] for _, c in calls]
+    assert [i.meeting.rank for i in items] == [0, 1, 2]
+    assert max(b - a for (a, _), (b, _) in itertools.pairwise((*items[0].stops, (17, 3)))) == 6
+    for worker, call in calls:
+        assert log.fan.dispatch([0, 1, 2]) == []
+        log.fan.finished(worker, call, answer(worker, "sweep", call.args), None)
+    entered = {worker: c.args[0].index for worker, c in log.fan.dispatch([0, 1, 2])}
+    assert entered == {rank: index for index, rank in items[0].stops}
+
+
+@pytest.mark.parametrize("loss", ["killed", "memory", "broken"])
+def test_a_sweep_that_fails_is_left_out(loss: str) -> None:
+    """Its member answers with a loss, the others wait for it for ever: they are ended, and the work goes on without states."""
+    swept: list[int] = []
+
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        if method == "sweep":
+            swept.append(worker)
+            outcome = {"killed": Lost("killed"), "memory": WorkerOutOfMemory("GPU memory"), "broken": GroupBroken("gone")}
+            session.asleep |= {w for w in range(3) if w != worker}
+            return outcome[loss]
+        return answer(worker, method, args)
+
+    session = FakeSession(3, behave)
+    log = Log(9, session, ship=False, limits=QUICK)
+    Scheduler(session, QUICK).run(log.fan)
+    assert log.complete(9)
+    assert len(swept) == 1
+    assert sorted(session.killed) == [w for w in range(3) if w != swept[0]]
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=40), st.integers(1, 8))
+def test_stretches_are_as_even_as_can_be(costs: list[float], count: int) -> None:
+    starts = stretches(costs, count)
+    assert len(starts) == count
+    assert starts[0] == 0
+    assert starts == sorted(starts)
+    assert all(0 <= s < len(costs) for s in starts)
+    if len(costs) <= count:
+        return
+    assert len(set(starts)) == count
+    worst = max(sum(costs[a:b]) for a, b in itertools.pairwise([*starts, len(costs)]))
+
+    def least(first: int, runs: int) -> float:  # by trying everything
+        key = (first, runs)
+        if key not in known:
+            ends = range(first + 1, len(costs) - runs + 2)
+            known[key] = sum(costs[first:]) if runs == 1 else min(max(sum(costs[first:e]), least(e, runs - 1)) for e in ends)
+        return known[key]
+
+    known: dict[tuple[int, int], float] = {}
+    assert worst <= least(0, count) * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("ship", [True, False])
 def test_a_worker_that_vanishes_between_two_calls_is_replaced_by_the_others(ship: bool) -> None:
     """Its node went while it had nothing to do, so no call was lost. It held a module, and a stretch was in front of it."""
     log = Log(60, FakeSession(2, answer), ship=ship)
-    calls = log.fan.dispatch([0, 1])
-    for worker, call in calls:
-        log.fan.finished(worker, call, *answer(worker, "enter", call.args))
+    for _ in range(1 if ship else 2):  # the sweep, then modules
+        for worker, call in log.fan.dispatch([0, 1]):
+            result = answer(worker, call.method, call.args)
+            log.fan.finished(worker, call, *(result if call.method == "enter" else (result, None)))
     for _ in range(1000):
         if log.fan.done:
             break
