@@ -221,7 +221,7 @@ class Bench:
         options = self._options(length)
         if run.work == "ladder":
             options["bits"] = self.shapes[run.model].ladder
-        figure = execute(run, model, self.place, self.measurements.get(run.model), options, self._warn)
+        figure = execute(run, model, self.place, self.measurements.get(run.model), options, self._warn, self.args.events)
         if run.work == "measure":
             self.measurements.setdefault(run.model, self.place / f"{run.model}-measurement-{run.gpus}.json")
         self.results.add(figure)
@@ -372,6 +372,7 @@ def main() -> int:
     parser.add_argument("--place", type=Path, help="where models and work go; /dev/shm, or the temporary folder")
     parser.add_argument("--compare", action="store_true", help="print what scripts/simulate.py says beside it")
     parser.add_argument("--costs", type=Path, help="write the seconds of single calls here, for scripts/estimate_costs.py")
+    parser.add_argument("--events", type=Path, help="a folder for the event logs of all runs")
     parser.add_argument("--no-warm", action="store_true", help="do not compile kernels beforehand")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

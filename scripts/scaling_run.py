@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -118,10 +119,13 @@ class Recorder(Silent):
         return (found[-1] if last else found[0]) if found else None
 
 
-def execute(run: Run, model: Path, place: Path, measurement: Path | None, options: dict[str, Any], warn: Any) -> Figure:
+def execute(
+    run: Run, model: Path, place: Path, measurement: Path | None, options: dict[str, Any], warn: Any, events: Path | None = None
+) -> Figure:
     """Converts ``model`` in a new directory of ``place``, which is removed again.
 
     A measurement is left as ``place/NAME-measurement-GPUS.json``. options: further fields of the recipe, Ray's address too.
+    events: where to put the event log, MODEL-WORK-GPUS.jsonl.
     """
     work, out = place / "work", place / "out"
     clear(work, out)
@@ -140,6 +144,10 @@ def execute(run: Run, model: Path, place: Path, measurement: Path | None, option
         convert(recipe, recorder)
         end = time.monotonic()
         log, _ = read_events(Store.open(str(work)))
+        if events is not None:
+            events.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(e) + "\n" for e in log)
+            (events / f"{run.model}-{run.work}-{run.gpus}.jsonl").write_text(text, encoding="utf-8")
         digests = digests_of([(kept.name.replace(f"-{run.gpus}.", "."), kept)] if measuring else files_of(out))
     finally:
         sampler.switch(False)
