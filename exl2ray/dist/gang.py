@@ -32,6 +32,7 @@ from exl2ray.dist.comm import Comm, Solo
 from exl2ray.dist.items import ChainItem, JoinItem
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.dist.spreading import spread
+from exl2ray.dist.sweep import SharedReading
 from exl2ray.dist.tree import Node, TreeSum, owner_shares
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
@@ -80,13 +81,16 @@ class Gang:
 
     # ---- forming -----------------------------------------------------------------------------------------------
 
-    def join(self, item: JoinItem, comm: Comm) -> None:
-        """Takes over shares that other members hold, brings all of its own to module ``item.index``."""
+    def join(self, item: JoinItem, comm: Comm, reading: SharedReading) -> None:
+        """Takes over shares that other members hold, brings all of its own to module ``item.index``.
+
+        reading: of this group, for weights that all members need at the same time.
+        """
         self.comm = comm
         wanted = [s for s in owner_shares(comm.rank, comm.size) if len(self.rows[s])]
         self._exchange_shares(item)
         self.shares = {s: self.shares[s] for s in wanted if s in self.shares}
-        self._restore([s for s in wanted if s not in self.shares], item.index)
+        self._restore([s for s in wanted if s not in self.shares], item.index, reading)
         while behind := [s for s in self.shares.values() if s.index < item.index]:
             first = min(s.index for s in behind)
             self._step([s for s in behind if s.index == first], self.run.spec.modules[first], item.shrink)
@@ -112,16 +116,20 @@ class Gang:
                     self.comm.exchange([], [(t, source) for t in received])
                     self.shares[s] = Share(index, *map(self.run.place, received))
 
-    def _restore(self, shares: Sequence[int], index: int) -> None:
+    def _restore(self, shares: Sequence[int], index: int, reading: SharedReading) -> None:
         """Shares that no member holds: from checkpoints, else from the token rows."""
-        states = None
-        for s in shares:
-            saved = self.checkpoints.load(self.chain, index, s)
-            if saved is not None:
-                x, other = (self.run.place(saved.tensors[name]) for name in ("x", "other"))
-                self.shares[s] = Share(saved.index, x, other)
-                continue
-            states = self.run.embedded("quantize") if states is None else states
+        saved = {s: self.checkpoints.load(self.chain, index, s) for s in shares}
+        for s, found in saved.items():
+            if found is not None:
+                x, other = (self.run.place(found.tensors[name]) for name in ("x", "other"))
+                self.shares[s] = Share(found.index, x, other)
+        anew = [s for s, found in saved.items() if found is None]
+        together = self.comm.size > 1 and all(self.comm.gather(bool(anew)))
+        if not anew:
+            return
+        block = self.run.load_from(reading, self.run.spec.modules[0]) if together else None
+        states = self.run.embedded("quantize", block)
+        for s in anew:
             x, other = (states[r.start : r.stop].clone() for r in (self.rows[s], self.other_rows[s]))
             self.shares[s] = Share(1, x, other)
 
@@ -272,7 +280,7 @@ class Gang:
             key = f"{module.profile_key}.{group}" if len(inputs) > 1 else module.profile_key
             rel = item_file(self.chain.kind, "tensors", key, item.hashes[item.index])
             tensors = {n: t for p in packed[group].values() for n, t in p.tensors().items()}
-            writing[group] = self.run.writer.submit(self._write, rel, tensors)
+            writing[group] = self.run.writer.submit(put_tensors, self.run.store, rel, tensors)
         done: dict[str, list[str]] = {}
         for member in self.comm.gather(mine):
             done.update(member)
@@ -283,9 +291,6 @@ class Gang:
                     if mine_too is None:
                         block.set_weight(key, dequantize(p, self.run.device))
         return writing, [n for g in groups for n in done[g]]
-
-    def _write(self, rel: str, tensors: dict[str, Tensor]) -> FileRef:
-        return put_tensors(self.run.store, rel, {name: t.cpu() for name, t in tensors.items()})
 
     def _coverage(self, module: ModuleSpec, trees: dict[str, TreeSum]) -> list[dict[str, float]]:
         """Tokens routed to each expert, over all members; empty for a dense module."""

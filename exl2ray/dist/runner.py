@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from exl2ray.store.records import Record, Records
 from exl2ray.store.tensors import get_tensors
 
 
-PACKED_AHEAD = 3  # quantised modules
+PACKED_AHEAD = 5  # quantised modules, each read by a thread of its own
 
 
 class Runner:
@@ -48,8 +49,7 @@ class Runner:
         self._rows: dict[str, Tensor] = {}
         self._homes: dict[int, torch.device] = {}
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # files, while the GPU goes on
-        if setup.alone or self.device.type == "cpu":
-            self.expect(0)  # a group shares the reading out
+        self.expect(0 if setup.alone or self.device.type == "cpu" else 1)  # members of a group share the embedding out
         self.crowded = False  # the GPU ran out of memory once: states stay on the host from then on
 
     def load(self, module: ModuleSpec, state_dtype: torch.dtype | None = None) -> Block:
@@ -162,26 +162,39 @@ class Runner:
             )
         return record
 
-    def packed(self, kind: str, module: ModuleSpec, inputs_hash: str) -> dict[str, PackedLinear]:
-        """Packed tensors of a quantised module, from its record."""
+    def packed(self, kind: str, module: ModuleSpec, inputs_hash: str, deep: bool = True) -> dict[str, PackedLinear]:
+        """Packed tensors of a quantised module, from its record. ``deep``: hashes the files."""
         tensors: dict[str, Tensor] = {}
         for file in self.record(kind, module, inputs_hash).files:
-            tensors.update(get_tensors(self.store, file.rel, expect=file))
+            tensors.update(get_tensors(self.store, file.rel, expect=file, deep=deep))
         return {x.key: PackedLinear.from_tensors(x.key, tensors.get) for x in module.linears}
-
 
     def packed_in_order(
         self, kind: str, modules: Sequence[ModuleSpec], hashes: Sequence[str]
     ) -> Iterator[dict[str, PackedLinear]]:
-        """`packed` of one module after another. Those of the next ones are read and hashed meanwhile."""
-        with ThreadPoolExecutor(PACKED_AHEAD, thread_name_prefix="read-packed") as pool:
-            waiting: deque[Future[dict[str, PackedLinear]]] = deque()
-            for module in modules:
-                waiting.append(pool.submit(self.packed, kind, module, hashes[module.index]))
-                if len(waiting) > PACKED_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        """`packed` of one module after another, the first ones read from now on, the others some way ahead.
+
+        Their hashes are left to whoever writes the model.
+        """
+        pool = ThreadPoolExecutor(PACKED_AHEAD, thread_name_prefix="read-packed")
+        later = iter(modules)
+        waiting: deque[Future[dict[str, PackedLinear]]] = deque()
+
+        def submit(count: int) -> None:
+            for module in islice(later, count):
+                waiting.append(pool.submit(self.packed, kind, module, hashes[module.index], False))
+
+        def results() -> Iterator[dict[str, PackedLinear]]:
+            try:
+                while waiting:
+                    found = waiting.popleft().result()
+                    submit(1)
+                    yield found
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+        submit(PACKED_AHEAD)
+        return results()
 
 
 def perplexity_sums(block: Block, x: Tensor, ids: Tensor) -> tuple[float, int]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from exl2ray.dist.arrays import Shipped, from_shipped, to_shipped
 from exl2ray.dist.checkpoints import Chain, Checkpoints
 from exl2ray.dist.comm import Comm, Group, Solo
+from exl2ray.dist.faults import GroupBroken
 from exl2ray.dist.gang import Gang
 from exl2ray.dist.items import (
     ChainItem,
@@ -37,7 +40,7 @@ from exl2ray.dist.items import (
     SweepItem,
     WorkerSetup,
 )
-from exl2ray.dist.perplexity import quantized_perplexity
+from exl2ray.dist.perplexity import PerplexityPass
 from exl2ray.dist.probing import sensitivity_name, sensitivity_record, sweep
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.dist.sweep import SharedReading, states_at
@@ -49,11 +52,11 @@ from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.measure import Settings, profile_of, reference_pass, score_options
 from exl2ray.quant.measure_head import measure_head
 from exl2ray.quant.quantize import quantize_after, quantize_head
-from exl2ray.quant.rows import shared_batches
+from exl2ray.quant.rows import share_rows, shared_batches
 from exl2ray.quant.warm import warm_up
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND, quant_kind
 from exl2ray.store.nonce import verify_nonce
-from exl2ray.store.records import Record, hash_inputs, item_file
+from exl2ray.store.records import FileRef, Record, hash_inputs, item_file
 from exl2ray.store.tensors import put_tensors
 
 PERPLEXITY = "perplexity"  # key of a record
@@ -87,6 +90,7 @@ class Worker:
         self.found: tuple[RowSet, int, Tensor] | None = None  # states at the entry of a module, from a sweep
         self.gang: Gang | None = None
         self.comm: Comm = Solo()
+        self.passing: PerplexityPass | None = None
         self.reading: SharedReading | None = None  # of the group, until its first sweep
         self._met = Meeting()
         self.received = 0  # bytes of states that came through the object store
@@ -98,10 +102,28 @@ class Worker:
         return {"worker": self.name, "device": name, "threads": torch.get_num_threads()}
 
     def meet(self, meeting: Meeting) -> None:
-        """Connects to the other members of a group, and begins to read this member's part of the first weights."""
+        """Connects to the other members of a group and gets ready for what it does first, for which all members will wait for the
+        slowest: reads this member's part of the first weights, and loads the kernels for the shapes of the first modules."""
         self._group(meeting)
         self.reading = SharedReading(self.runner, self.comm)
         self.reading.expect(0)
+        if self.runner.device.type == "cuda":
+            self._rehearse()
+        self.reading.wait()
+        self.runner.ahead.wait()
+
+    def _rehearse(self) -> None:
+        """Runs the first modules on zeros, in batches as they will come."""
+        run = self.runner
+        for module in run.spec.modules[1:3]:
+            block = run.load(module)
+            for name in ("measure", "quantize"):
+                ids = run.rows(name)
+                for rows in {len(r) for r in share_rows(len(ids)) if len(r)}:
+                    shape = (rows, ids.shape[1], run.spec.hyper.hidden_size)
+                    x = torch.zeros(shape, dtype=getattr(torch, run.spec.hyper.state_dtype), device=run.device)
+                    run.advance(block, x, run.settings(module, x))
+        run.expect(1)
 
     # ---- modules on reference states ---------------------------------------------------------------------------
 
@@ -169,51 +191,69 @@ class Worker:
         c = self._entered("quantize", item.index)
         weights = dict(c.block.weights)  # the next bitrate starts from the source again
         try:
-            packed, payload = self._head(c, item) if c.y is None else self._module(c, item)
+            file, payload = self._head(c, item) if c.y is None else self._module(c, item)
         finally:
             c.block.weights.update(weights)
+        key = c.block.module.profile_key
+        payload["options"] = option_names(item.params)
+        record = Record(quant_kind(item.bits), key, item.inputs_hash, payload, (file.result(),), time.monotonic() - begin)
+        self.runner.records.commit(record)
         detail = f"error {payload['error']:.5f}" if "error" in payload else "head"
-        return self._commit(c.block.module.profile_key, item, packed, payload, begin, detail)
+        return self._result(key, begin, detail, payload, tuple(payload["notes"]))
 
-    def _module(self, c: Context, item: QuantizeItem) -> tuple[list[PackedLinear], dict[str, Any]]:
+    def _module(self, c: Context, item: QuantizeItem) -> tuple[Future[FileRef], dict[str, Any]]:
         hessians = dict(c.hessians)  # kept for the next bitrate
-        result, _ = quantize_after(c.block, c.x, _states(c), hessians, item.params, c.settings, check_states)
+        files: list[Future[FileRef]] = []
+        result, _ = quantize_after(
+            c.block, c.x, _states(c), hessians, item.params, c.settings, check_states,
+            lambda packed: files.append(self._write(c, item, packed)),
+        )  # fmt: skip
         payload: dict[str, Any] = {"error": result.error, "notes": list(result.notes)}
         if result.experts:
             payload["experts"] = [dict(e) for e in result.experts]
-        return list(result.packed), payload
+        return files[0], payload
 
-    def _head(self, c: Context, item: QuantizeItem) -> tuple[list[PackedLinear], dict[str, Any]]:
+    def _head(self, c: Context, item: QuantizeItem) -> tuple[Future[FileRef], dict[str, Any]]:
+        key = c.block.module.linears[0].key
+        source = dict(c.block.weights)
+        packed, notes = quantize_head(c.block, c.x, item.params[key], c.settings, keep=True)
+        file = self._write(c, item, [packed])
+        c.block.weights.update(source)
         ids = self.runner.rows("quantize")[: self.setup.perplexity_rows]
         before = perplexity_of([perplexity_sums(c.block, c.x[: len(ids)], ids)])
-        key = c.block.module.linears[0].key
-        packed, notes = quantize_head(c.block, c.x, item.params[key], c.settings)
-        return [packed], {"reference_perplexity": before, "notes": list(notes)}
+        return file, {"reference_perplexity": before, "notes": list(notes)}
 
-    def _commit(
-        self, key: str, item: QuantizeItem, packed: list[PackedLinear], payload: dict[str, Any], begin: float, detail: str
-    ) -> ItemResult:
-        kind = quant_kind(item.bits)
+    def _write(self, c: Context, item: QuantizeItem, packed: Sequence[PackedLinear]) -> Future[FileRef]:
+        """Writes packed linears while the GPU goes on."""
+        rel = item_file(quant_kind(item.bits), "tensors", c.block.module.profile_key, item.inputs_hash)
         tensors = {name: t for p in packed for name, t in p.tensors().items()}
-        file = put_tensors(self.runner.store, item_file(kind, "tensors", key, item.inputs_hash), tensors)
-        payload["options"] = option_names(item.params)
-        self.runner.records.commit(Record(kind, key, item.inputs_hash, payload, (file,), time.monotonic() - begin))
-        return self._result(key, begin, detail, payload, tuple(payload["notes"]))
+        return self.runner.writer.submit(put_tensors, self.runner.store, rel, tensors)
 
     def perplexity(self, item: PerplexityItem) -> ItemResult:
-        """Perplexity of a quantised model that was not calibrated module after module; the first member commits it."""
+        """Perplexity of a quantised model that was not calibrated module after module, or a part of the way to it.
+
+        The first member commits it.
+        """
         begin = time.monotonic()
         self.context = self.found = None
         self._leave_gang()
         comm = self._group(item.meeting)
         before = comm.received
-        value = quantized_perplexity(self.runner, comm, item)
+        if item.start == 0:
+            self.passing = PerplexityPass(self.runner, comm, item)
+        if self.passing is None or self.passing.hashes != item.hashes or item.start not in (0, self.passing.index):
+            raise GroupBroken(f"this member has no rows at module {item.start}")
+        end = len(self.runner.spec.modules)
+        value = self.passing.go_on(end if item.stop is None else item.stop, item.shrink)
+        received = comm.received - before
+        if item.stop is not None:
+            return self._result(PERPLEXITY, begin, f"up to module {item.stop}", {}, received=received)
+        self.passing = None
         payload = {"perplexity": value}
         if comm.rank == 0:
             record = Record(quant_kind(item.bits), PERPLEXITY, item.hashes[-1], payload, (), time.monotonic() - begin)
             self.runner.records.commit(record)
-        shown = "not a number" if value is None else f"{value:.4g}"
-        return self._result(PERPLEXITY, begin, shown, payload, received=comm.received - before)
+        return self._result(PERPLEXITY, begin, "not a number" if value is None else f"{value:.4g}", payload, received=received)
 
     def sensitivity(self, item: SensitivityItem) -> ItemResult:
         """Probes the linears of some modules in one sweep; commits a record per module."""
@@ -242,8 +282,10 @@ class Worker:
             self._leave_gang()
             self.gang = Gang(self.runner, self.checkpoints, chain)
         comm = self._group(item.meeting)
-        before = comm.received
-        self.gang.join(item, comm)
+        before, reading = comm.received, self.reading or SharedReading(self.runner, comm)
+        self.reading = None
+        self.gang.join(item, comm, reading)
+        reading.close()
         words = f"member {comm.rank + 1} of {comm.size}"
         return self._result("group", begin, words, {}, received=comm.received - before)
 
@@ -260,7 +302,7 @@ class Worker:
 
     def release(self) -> None:
         """Forget everything that fills memory, after an error."""
-        self.context = self.found = None
+        self.context = self.found = self.passing = None
         self._leave_gang()
         self._part()
         if self.runner.device.type == "cuda":
@@ -280,7 +322,7 @@ class Worker:
 
     def _part(self) -> None:
         self.comm.close()
-        self.comm, self.reading, self._met = Solo(), None, Meeting()
+        self.comm, self.reading, self.passing, self._met = Solo(), None, None, Meeting()
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -42,6 +42,10 @@ class ReadAhead:
         self._fetched = {
             name: kept[name] if name in kept else self._pool.submit(self._read, name) for name in names if name in self.source
         }
+
+    def wait(self) -> None:
+        """Until everything that was asked for has been read, or has failed."""
+        wait(self._fetched.values())
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self.source.load(name, allocate=self._allocate)

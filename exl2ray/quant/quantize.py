@@ -64,10 +64,12 @@ def quantize_after(
     params: Mapping[str, QParams],
     settings: Settings,
     check: Callable[[Tensor, str], int],
+    early: Callable[[Sequence[PackedLinear]], None] | None = None,
 ) -> tuple[QuantizedModule, Tensor]:
     """Second half of `quantize_block`, after `reference_pass`: the packed module and the states after it.
 
-    Takes Hessians out of ``hessians`` as it uses them, to make room.
+    Takes Hessians out of ``hessians`` as it uses them, to make room. early: gets the packed linears before the error is
+    known; they stay on their device then.
     """
     experts = coverage(block, hessians) if block.module.kind == "moe" else []
     notes = [describe_coverage(experts)] if experts else []
@@ -84,8 +86,11 @@ def quantize_after(
             factor = factorise(hessians.pop(group), settings, where, notes, keeps_order(block.module, group))
         return solve_group(block, groups[group], factor, params, settings)
 
-    for _, found in quantize_groups(block, list(groups), solve):
+    for _, found in quantize_groups(block, list(groups), solve, keep=early is not None):
         packed.update(found)
+    ordered = tuple(packed[linear.key] for linear in block.module.linears)
+    if early is not None:
+        early(ordered)
     # A plain tensor per row batch: rows are independent, and the error needs both outputs of a row.
     out = torch.empty_like(x)
     error = 0.0
@@ -96,7 +101,6 @@ def quantize_after(
         reference = target[part].to(device)
         error += relative_error(result, reference)
         out[part] = result.to(out.dtype)
-    ordered = tuple(packed[linear.key] for linear in block.module.linears)
     return QuantizedModule(ordered, error / x.shape[0], tuple(notes), tuple(experts)), out
 
 
@@ -160,8 +164,12 @@ def quantize_head(
     params: QParams,
     settings: Settings,
     feedback: bool = True,
+    keep: bool = False,
 ) -> tuple[PackedLinear, tuple[str, ...]]:
-    """Quantises lm_head; on return the block holds the reconstructed weight. ``feedback=False``: round to nearest."""
+    """Quantises lm_head; on return the block holds the reconstructed weight. ``feedback=False``: round to nearest.
+
+    keep: leaves the packed tensors on their device.
+    """
     head = block.module.linears[0]
     notes: list[str] = []
     accumulator = HessianAccumulator(head.in_features, block.weights[head.key].device)
@@ -172,5 +180,5 @@ def quantize_head(
     else:
         factor = round_to_nearest(accumulator.finish())
         notes.append(f"{head.key}: {factor.note}")
-    packed = pack_group(block, solve_group(block, [head], factor, {head.key: params}, settings))
+    packed = pack_group(block, solve_group(block, [head], factor, {head.key: params}, settings), keep)
     return packed[head.key], tuple(notes)

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,6 +67,10 @@ class Store(ABC):
     @abstractmethod
     def put(self, rel: str, data: bytes | memoryview) -> None:
         """Write or replace a file atomically; durable when it returns."""
+
+    def put_parts(self, rel: str, parts: Sequence[bytes | memoryview]) -> None:
+        """As ``put``, with the content in pieces."""
+        self.put(rel, b"".join(parts))
 
     @abstractmethod
     def put_file(self, rel: str, path: str | Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +27,9 @@ class LocalStore(Store):
 
     def put(self, rel: str, data: bytes | memoryview) -> None:
         self.put_stream(rel, [data])
+
+    def put_parts(self, rel: str, parts: Sequence[bytes | memoryview]) -> None:
+        self.put_stream(rel, parts)
 
     def put_file(self, rel: str, path: str | Path) -> None:
         with translated("read", str(path)):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -14,6 +17,10 @@ from exl2ray.store.faults import translated
 from exl2ray.store.fs import Store
 from exl2ray.store.records import FileRef, file_problem
 
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _DAMAGED_HINT = "delete this file: the same command computes it again"
 
 
@@ -25,33 +32,52 @@ def put_tensors(store: Store, rel: str, tensors: Mapping[str, torch.Tensor]) -> 
     """
     if not tensors:
         raise StoreError(f"{store.full_name(rel)}: no tensors to write")
-    seen: set[int] = set()
-    plain = {}
-    for name in sorted(tensors):
-        t = tensors[name].detach().to("cpu").contiguous()
-        address = t.untyped_storage().data_ptr()
-        plain[name] = t.clone() if address in seen else t  # safetensors refuses tensors that share a storage
-        seen.add(address)
-    try:
-        data = safetensors.torch.save(plain)
-    except (ValueError, KeyError, SafetensorError) as e:
-        raise StoreError(f"{store.full_name(rel)}: cannot write as safetensors: {e}") from e
-    store.put(rel, data)
-    return FileRef(rel, hashlib.sha256(data).hexdigest(), len(data))
+    parts = list(_parts(store.full_name(rel), tensors))
+    with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:  # neither hashing nor writing holds the interpreter's lock
+        digest = pool.submit(_sha256, parts)
+        store.put_parts(rel, parts)
+        return FileRef(rel, digest.result(), sum(p.nbytes for p in parts))
+
+
+def _parts(where: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+    """A safetensors file in pieces: the header, then the bytes of one tensor after another, those of wide dtypes first."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    position = 0
+    for name in order:
+        t = tensors[name]
+        if t.dtype not in _DTYPES:
+            raise StoreError(f"{where}: {name} is {t.dtype}, which these files do not hold")
+        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [position, position + t.nbytes]}
+        position += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        if tensors[name].numel():
+            t = tensors[name].detach().cpu().contiguous()
+            yield t.as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
+def _sha256(parts: Iterable[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def get_tensors(
-    store: Store, rel: str, device: str | torch.device = "cpu", expect: FileRef | None = None
+    store: Store, rel: str, device: str | torch.device = "cpu", expect: FileRef | None = None, deep: bool = True
 ) -> dict[str, torch.Tensor]:
     """Tensors of a file written by ``put_tensors``, on ``device``.
 
     Where the store is local the file is mapped: CPU tensors are copy-on-write views of it, read as they are used.
-    ``expect`` is compared first (size and SHA-256, which reads the file once). Raises MissingFileError, or StoreError
-    naming the file if it is truncated, altered or not safetensors.
+    ``expect`` is compared first: size and, if ``deep``, SHA-256, which reads the file once. Raises MissingFileError, or
+    StoreError naming the file if it is truncated, altered or not safetensors.
     """
     name = store.full_name(rel)
     if expect is not None:
-        problem = file_problem(store, expect, deep=store.is_local)
+        problem = file_problem(store, expect, deep=deep and store.is_local)
         if problem or expect.rel != rel:
             raise StoreError(problem or f"{name} was asked for with the reference of {expect.rel}", _DAMAGED_HINT)
     path = store.local_path(rel)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from exl2ray.dist.fan import Fan, Module, Part, stretches
 from exl2ray.dist.faults import GroupBroken, WorkerOutOfMemory
-from exl2ray.dist.items import ItemResult, MeasureItem
+from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem
 from exl2ray.dist.schedule import Limits, Scheduler
 from exl2ray.dist.session import Lost, MissingArgument
 from exl2ray.errors import ClusterError, NumericError, StoreError
@@ -152,6 +152,41 @@ def test_a_sweep_that_fails_is_left_out(loss: str) -> None:
     assert log.complete(9)
     assert len(swept) == 1
     assert sorted(session.killed) == [w for w in range(3) if w != swept[0]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 10**6), st.sampled_from([0.0, 0.1]))
+def test_a_pass_follows_the_modules(count: int, workers: int, seed: int, losses: float) -> None:
+    """It goes on where it has come to, never beyond a module that is not finished, and ends once."""
+    choice = random.Random(seed)
+    passes: list[tuple[int, int, int | None]] = []  # member, start, stop
+    ended: list[ItemResult] = []
+
+    def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
+        if choice.random() < losses:
+            return choice.choice([Lost("killed"), GroupBroken("gone"), StoreError("disk full")])
+        if method != "perplexity":
+            return answer(worker, method, args)
+        item: PerplexityItem = args[0]
+        passes.append((item.meeting.rank, item.start, item.stop))
+        done = {i for i, _ in log.done}
+        assert set(range(1, item.stop or count + 1)) <= done
+        return ItemResult("perplexity", 0.01, "", {} if item.stop else {"perplexity": 2.0})
+
+    session = FakeSession(workers, behave, seed)
+    log = Log(count, session, ship=False, limits=QUICK)
+    every = set(range(1, count + 1))
+    part = Part("perplexity", PerplexityItem(4.0, ()), ended.append, ready=lambda: {i for i, _ in log.done} == every, joint=True)
+    log.fan.loose.append(part)
+    Scheduler(session, Limits(losses=10**6, rest=1e-6, grace=0.01)).run(log.fan)
+    assert log.complete(count)
+    assert len(ended) == 1
+    assert ended[0].payload
+    if not losses:
+        first = [(start, stop) for rank, start, stop in passes if rank == 0]
+        assert first[0][0] == 0
+        assert first[-1][1] is None
+        assert all(b[0] == a[1] for a, b in itertools.pairwise(first))
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=40), st.integers(1, 8))
