@@ -11,7 +11,7 @@ ahead of the oldest unfinished one.
 
 Without ``ship`` every worker goes through the modules by itself, which is the quicker way on GPUs (docs/architecture.md). The
 modules are cut into stretches, one for each worker, and workers of one machine begin with a sweep: together they run the
-source model as far as the last stretch and hand each other the states that their stretches begin with (`exl2ray.dist.sweep`).
+source model and hand each other what their stretches begin with (`exl2ray.dist.sweep`).
 A worker with nothing in front of it any more takes over the end of the stretch that another one has in front of it. Without a
 sweep (several machines, or it failed) workers find the way to their stretches alone.
 """
@@ -155,8 +155,9 @@ class Fan(Flow):
         self._last = {worker: start - 1 for worker, start in self._starts.items()}
         if not self._can_join(members):
             return []
-        stops = tuple((self.modules[start].index, rank) for rank, start in enumerate(starts))
-        items = [SweepItem(self.rows, stops, meeting) for meeting in self.session.meeting(members)]
+        ends = [next((b for b in starts[rank + 1 :] if b > a), len(self.modules)) for rank, a in enumerate(starts)]
+        cut = tuple(tuple(m.index for m in self.modules[a:b]) for a, b in zip(starts, ends, strict=True))
+        items = [SweepItem(self.rows, cut, meeting) for meeting in self.session.meeting(members)]
         return self._together(members, "sweep", items, "sweep", self.passing * self._cost(range(starts[-1])), None)
 
     def _pass_on(self, free: Sequence[int]) -> list[tuple[int, Call]]:

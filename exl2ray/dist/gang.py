@@ -30,10 +30,11 @@ from torch import Tensor
 from exl2ray.dist.checkpoints import Chain, Checkpoints
 from exl2ray.dist.comm import Comm, Solo
 from exl2ray.dist.items import ChainItem, JoinItem
+from exl2ray.dist.reducing import gather_sums
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.dist.spreading import spread
 from exl2ray.dist.sweep import SharedReading
-from exl2ray.dist.tree import Node, TreeSum, owner_shares
+from exl2ray.dist.tree import TreeSum, owner_shares
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, check_states
@@ -332,24 +333,11 @@ class Gang:
             for kind, sums in enumerate((trees, crosses)):
                 if group not in sums:
                     continue
-                for rank in range(self.comm.size):
-                    if rank != owners[group]:
-                        nodes = counts[rank][kind][group]
-                        self._move(sums[group], nodes, linears[0].in_features, rank, owners[group])
+                held = [member[kind][group] for member in counts]
+                gather_sums(self.comm, sums[group], held, owners[group], linears[0].in_features, self.run.device)
                 if owners[group] == self.comm.rank:
                     out[kind][group] = sums[group].total()
         return out[0], out[1], owners
-
-    def _move(self, tree: TreeSum, nodes: dict[Node, tuple[int, int, int, int]], k: int, source: int, owner: int) -> None:
-        """Sends the sums of one member to the owner. ``nodes``: what that member has."""
-        for node, (rows, tokens, routed, columns) in sorted(nodes.items()):
-            if source == self.comm.rank:
-                self.comm.exchange([(tree.take(node).h.to(self.run.device), owner)], [])
-            elif owner == self.comm.rank:
-                received = HessianAccumulator(k, self.run.device, columns)
-                self.comm.exchange([], [(received.h, source)])
-                received.rows, received.tokens, received.routed = rows, tokens, routed
-                tree.add_node(node, received)
 
     def _commit(
         self, item: ChainItem, module: ModuleSpec, payload: dict[str, Any], writing: dict[str, Future[FileRef]]

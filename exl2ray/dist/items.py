@@ -50,13 +50,13 @@ class Meeting:
 
 @dataclass(frozen=True)
 class SweepItem:
-    """Run the source model with the group, and give states to whoever needs them.
+    """Run the source model with the group, and give its members what their own modules begin with.
 
-    stops: (index of a module, rank of the member that wants the states at its entry), by index. ``shrink`` as in EnterItem.
+    stretches: by rank, indices of the modules that a member will work on, in order. ``shrink`` as in EnterItem.
     """
 
     rows: RowSet
-    stops: tuple[tuple[int, int], ...]
+    stretches: tuple[tuple[int, ...], ...]
     meeting: Meeting
     shrink: int = 1
 

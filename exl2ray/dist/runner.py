@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.dist.items import WorkerSetup
+from exl2ray.dist.tree import TreeSum
 from exl2ray.errors import NumericError, StoreError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
@@ -21,10 +22,11 @@ from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_ahead, whole_tensors
-from exl2ray.quant.measure import Settings
-from exl2ray.quant.memory import settings_for, states_fit, sums_on_host
+from exl2ray.quant.hessian import HessianAccumulator
+from exl2ray.quant.measure import Settings, reference_pass
+from exl2ray.quant.memory import room_for_contexts, settings_for, states_fit, sums_on_host
 from exl2ray.quant.pack import dequantize
-from exl2ray.quant.rows import batches, shared_batches
+from exl2ray.quant.rows import batches, share_rows, shared_batches
 from exl2ray.store.fs import Store
 from exl2ray.store.records import Record, Records
 from exl2ray.store.tensors import get_tensors
@@ -130,6 +132,12 @@ class Runner:
         """Whether partial sums of a module's Hessians have to leave the GPU."""
         return sums_on_host(module, self.device, self.setup.target_correction > 0)
 
+    def room(self, nbytes: int) -> int:
+        """Bytes for prepared modules (`exl2ray.dist.sweep`) beside states of ``nbytes``."""
+        if self.home(nbytes).type != self.device.type:
+            return 0
+        return room_for_contexts(self.spec.modules, nbytes, self._longest, self.device)
+
     def place(self, x: Tensor) -> Tensor:
         """States where they are kept; on a CPU a copy."""
         return x.clone() if self.device.type == "cpu" else x.to(self.home(x.numel() * x.element_size()))
@@ -151,6 +159,25 @@ class Runner:
         if out is None:
             raise NumericError(f"{block.module.profile_key}: no calibration rows")
         return out
+
+    def enter(self, block: Block, x: Tensor, shrink: int = 1) -> tuple[Tensor, dict[str, HessianAccumulator]]:
+        """Reference pass over a whole set of rows: states after the block, and a Hessian per input.
+
+        The same bits as if the rows were spread over workers; where partial sums would have to leave the GPU, rows are summed one
+        after another instead.
+        """
+        settings = self.settings(block.module, x, shrink)
+        if self.sums_on_host(block.module):
+            return reference_pass(block, x, settings, check_states, shared_batches(len(x), settings.batch_rows))
+        trees = {x.input_group: TreeSum() for x in block.module.linears}
+        y = torch.empty_like(x)
+        for s, rows in enumerate(share_rows(len(x))):
+            if len(rows):
+                part = slice(rows.start, rows.stop)
+                y[part], hessians = reference_pass(block, x[part], settings, check_states)
+                for group, tree in trees.items():
+                    tree.add(s, hessians.pop(group))
+        return y, {group: tree.total() for group, tree in trees.items()}
 
     def record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:
         """The record of a quantised module; StoreError if it is gone. Its files are hashed by whoever reads them."""

@@ -1,26 +1,37 @@
-"""Running the source model as a group, so that every member gets the states that its work begins with.
+"""Running the source model as a group, so that every member gets what its work begins with.
 
 Work on reference states is independent but for the states at the entry of a module (`exl2ray.dist.fan`). A worker alone has to
 run every module before its own, and to read it, which takes longer. A group shares both out: every member runs its own rows
 (`exl2ray.quant.rows`), and reads its own part of each weight, the rest of which comes from the others. Between GPUs of one
-machine that is many times faster than reading. Batches are those of a worker alone, so the states have the same bits.
+machine that is many times faster than reading. Batches and the order of sums are those of a worker alone, so all results have
+the same bits.
+
+The modules that a member begins with are *prepared* for it: their Hessians are summed in the sweep too, and it gets them with
+the states before and after. So nothing of a reference pass is done twice. Prepared modules wait on the GPU, so their number is
+limited; before later ones a member makes the reference passes alone, from the states that it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from exl2ray.dist.comm import Comm
-from exl2ray.dist.items import SweepItem
+from exl2ray.dist.items import RowSet, SweepItem
+from exl2ray.dist.reducing import gather_sums
 from exl2ray.dist.runner import Runner
-from exl2ray.dist.tree import owner_shares
+from exl2ray.dist.tree import TreeSum, owner_shares
+from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.model.weights import READERS, pinned, whole_tensors
+from exl2ray.quant.hessian import HessianAccumulator
+from exl2ray.quant.measure import reference_pass
+from exl2ray.quant.memory import context_bytes
 from exl2ray.quant.rows import SHARES, share_rows
 
 AHEAD = 6  # modules of which parts are read in advance
@@ -91,53 +102,128 @@ class SharedReading:
         self._parts.clear()
 
 
-def states_at(run: Runner, comm: Comm, reading: SharedReading, item: SweepItem) -> tuple[int, Tensor] | None:
-    """(index of a module, states at its entry) of this member's stop; None if it has none. All members call it."""
-    own = next((index for index, rank in item.stops if rank == comm.rank), None)
-    if own is not None:
-        run.expect(own)  # what this member goes on with
-    last = max(index for index, _ in item.stops)
-    reading.expect(0, last)
-    states = run.embedded(item.rows, run.load_from(reading, run.spec.modules[0]))
-    ranges = share_rows(len(states))
-    shares = {s: states[ranges[s].start : ranges[s].stop].clone() for s in owner_shares(comm.rank, comm.size)}
-    del states
-    found = None
-    for module in run.spec.modules[1 : last + 1]:
-        for index, rank in item.stops:
-            if index == module.index:
-                collected = _collect(run, comm, shares, ranges, rank)
-                found = found if collected is None else (index, collected)
-        if module.index == last:
+@dataclass
+class Prepared:
+    """A module whose reference pass is done: states before and after it (R, T, hidden), Hessians by input."""
+
+    x: Tensor
+    y: Tensor
+    hessians: dict[str, HessianAccumulator]
+
+
+@dataclass
+class Found:
+    """What a sweep leaves with a member. x: states at the entry of module ``index``, unless that one is prepared."""
+
+    rows: RowSet
+    index: int
+    x: Tensor | None
+    prepared: dict[int, Prepared]
+
+
+def sweep_model(run: Runner, comm: Comm, reading: SharedReading, item: SweepItem) -> Found:
+    """All members call it. A member's first modules are prepared, as far as it has room; to the rest it finds its own way."""
+    ids = run.rows(item.rows)
+    nbytes = ids.numel() * run.spec.hyper.hidden_size * getattr(torch, run.spec.hyper.state_dtype).itemsize
+    rooms: list[int] = comm.gather(run.room(nbytes))
+    owners = _owners(run, item.stretches, rooms, nbytes)
+    starts = [stretch[0] for stretch in item.stretches]
+    own = item.stretches[comm.rank]
+    run.expect(own[0])  # what this member goes on with
+    end = max([*starts, *(index + 1 for index in owners)])
+    reading.expect(0, end)
+    sweep = _Sweep(run, comm, item.rows, run.embedded(item.rows, run.load_from(reading, run.spec.modules[0])), item.shrink)
+    found = Found(item.rows, own[0], None, {})
+    for module in run.spec.modules[1 : end + 1]:
+        for rank, start in enumerate(starts):
+            if start == module.index and owners.get(start) != rank:
+                states = sweep.collect(rank)
+                found.x = states if rank == comm.rank else found.x
+        if module.index == end:
             break
-        reading.expect(module.index, last)
+        reading.expect(module.index, end)
         block = run.load_from(reading, module)
-        shares = {
-            s: run.advance(block, x, run.settings(module, x, item.shrink)) if len(x) else x for s, x in shares.items()
-        }
+        owner = owners.get(module.index)
+        if owner is None:
+            sweep.advance(block)
+            continue
+        before = found.prepared.get(module.index - 1)
+        known = owners.get(module.index - 1) == owner
+        x = None if known else sweep.collect(owner)
+        y, hessians = sweep.enter(block, owner)
+        if owner == comm.rank and y is not None:
+            entry = before.y if before is not None else x
+            if entry is None:
+                raise AssertionError("the owner of a module has collected its states")
+            found.prepared[module.index] = Prepared(entry, y, hessians)
     reading.close()
     return found
 
 
-def _collect(run: Runner, comm: Comm, shares: dict[int, Tensor], ranges: list[range], to: int) -> Tensor | None:
-    """All rows of the states, for one member; None for the others."""
-    if comm.rank != to:
-        comm.exchange([(x.to(run.device).contiguous(), to) for x in shares.values()], [])
-        return None
-    some = next(iter(shares.values()))
-    rows, (_, tokens, hidden) = ranges[SHARES - 1].stop, some.shape
-    nbytes = rows * tokens * hidden * some.element_size()
-    out = torch.empty(rows, tokens, hidden, dtype=some.dtype, device=run.home(nbytes))
-    for source in range(comm.size):
-        own = owner_shares(source, comm.size)
-        places = [out[ranges[s].start : ranges[s].stop] for s in own]
-        if source == comm.rank:
-            for s, place in zip(own, places, strict=True):
-                place.copy_(shares[s])
-            continue
-        received = [torch.empty_like(p, device=run.device) if p.device.type != run.device.type else p for p in places]
-        comm.exchange([], [(t, source) for t in received])
-        for t, place in zip(received, places, strict=True):
-            if t is not place:
-                place.copy_(t)
+def _owners(run: Runner, stretches: Sequence[Sequence[int]], rooms: Sequence[int], nbytes: int) -> dict[int, int]:
+    """Module index -> rank of the member that it is prepared for."""
+    out: dict[int, int] = {}
+    for rank, stretch in enumerate(stretches):
+        room = rooms[rank]
+        for index in stretch:
+            module = run.spec.modules[index]
+            room -= context_bytes(module, nbytes)
+            if index in out or room < 0 or module.kind == "head" or run.sums_on_host(module):
+                break
+            out[index] = rank
     return out
+
+
+class _Sweep:
+    """A member's rows on their way through the model."""
+
+    def __init__(self, run: Runner, comm: Comm, rows: RowSet, states: Tensor, shrink: int) -> None:
+        self._run, self._comm, self._shrink = run, comm, shrink
+        self._ranges = share_rows(len(states))
+        shares = owner_shares(comm.rank, comm.size)
+        self._shares = {s: states[self._ranges[s].start : self._ranges[s].stop].clone() for s in shares}
+
+    def advance(self, block: Block) -> None:
+        for s, x in self._shares.items():
+            if len(x):
+                self._shares[s] = self._run.advance(block, x, self._run.settings(block.module, x, self._shrink))
+
+    def enter(self, block: Block, owner: int) -> tuple[Tensor | None, dict[str, HessianAccumulator]]:
+        """Goes through a block. The owner gets the states after it and the Hessians of its inputs."""
+        run, comm = self._run, self._comm
+        sizes = {x.input_group: x.in_features for x in block.module.linears}
+        trees = {group: TreeSum() for group in sizes}
+        for s, x in self._shares.items():
+            if len(x):
+                settings = run.settings(block.module, x, self._shrink)
+                self._shares[s], hessians = reference_pass(block, x, settings, check_states)
+                for group, tree in trees.items():
+                    tree.add(s, hessians.pop(group))
+        held = comm.gather({group: tree.counts() for group, tree in trees.items()})
+        for group, tree in trees.items():
+            gather_sums(comm, tree, [member[group] for member in held], owner, sizes[group], run.device)
+        y = self.collect(owner)
+        return y, {group: tree.total() for group, tree in trees.items()} if owner == comm.rank else {}
+
+    def collect(self, to: int) -> Tensor | None:
+        """All rows of the states, for one member; None for the others."""
+        run, comm, shares = self._run, self._comm, self._shares
+        if comm.rank != to:
+            comm.exchange([(x.to(run.device).contiguous(), to) for x in shares.values()], [])
+            return None
+        some = next(iter(shares.values()))
+        shape = (self._ranges[SHARES - 1].stop, *some.shape[1:])
+        out = torch.empty(shape, dtype=some.dtype, device=run.home(some.element_size() * torch.Size(shape).numel()))
+        for source in range(comm.size):
+            own = owner_shares(source, comm.size)
+            places = [out[self._ranges[s].start : self._ranges[s].stop] for s in own]
+            if source == comm.rank:
+                for s, place in zip(own, places, strict=True):
+                    place.copy_(shares[s])
+                continue
+            received = [torch.empty_like(p, device=run.device) if p.device.type != run.device.type else p for p in places]
+            comm.exchange([], [(t, source) for t in received])
+            for t, place in zip(received, places, strict=True):
+                if t is not place:
+                    place.copy_(t)
+        return out

@@ -17,6 +17,8 @@ from exl2ray.quant.rows import SHARES
 
 Node = tuple[int, int]  # (level, position): covers shares position * 2^level .. (position + 1) * 2^level - 1
 
+Counts = tuple[int, int, int, int]  # calibration rows, tokens, routed tokens, columns
+
 
 def owner_shares(rank: int, size: int) -> range:
     """The shares that a member of a group keeps."""
@@ -53,8 +55,8 @@ class TreeSum:
         left.routed += right.routed
         self.add_node((level + 1, position // 2), left)
 
-    def counts(self) -> dict[Node, tuple[int, int, int, int]]:
-        """(calibration rows, tokens, routed tokens, columns) of the sums at hand."""
+    def counts(self) -> dict[Node, Counts]:
+        """Of the sums at hand."""
         return {node: (h.rows, h.tokens, h.routed, h.h.shape[1]) for node, h in self._nodes.items()}
 
     def take(self, node: Node) -> HessianAccumulator:

@@ -43,16 +43,16 @@ from exl2ray.dist.items import (
 from exl2ray.dist.perplexity import PerplexityPass
 from exl2ray.dist.probing import sensitivity_name, sensitivity_record, sweep
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
-from exl2ray.dist.sweep import SharedReading, states_at
+from exl2ray.dist.sweep import Found, Prepared, SharedReading, sweep_model
 from exl2ray.errors import ClusterError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.measurement import ModuleProfile
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import Settings, profile_of, reference_pass, score_options
+from exl2ray.quant.measure import Settings, profile_of, score_options
 from exl2ray.quant.measure_head import measure_head
 from exl2ray.quant.quantize import quantize_after, quantize_head
-from exl2ray.quant.rows import share_rows, shared_batches
+from exl2ray.quant.rows import share_rows
 from exl2ray.quant.warm import warm_up
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND, quant_kind
 from exl2ray.store.nonce import verify_nonce
@@ -87,7 +87,7 @@ class Worker:
             verify_nonce(self.runner.store, *setup.nonce, setup.versions)
         self.checkpoints = Checkpoints(self.runner.records, setup.checkpoint_seconds)
         self.context: Context | None = None
-        self.found: tuple[RowSet, int, Tensor] | None = None  # states at the entry of a module, from a sweep
+        self.found: Found | None = None  # of a sweep
         self.gang: Gang | None = None
         self.comm: Comm = Solo()
         self.passing: PerplexityPass | None = None
@@ -128,30 +128,30 @@ class Worker:
     # ---- modules on reference states ---------------------------------------------------------------------------
 
     def sweep(self, item: SweepItem) -> ItemResult:
-        """Runs the source model with the group; keeps the states that are for this member, for `enter`."""
+        """Runs the source model with the group; keeps what this member's modules begin with, for `enter`."""
         begin = time.monotonic()
         self.context = self.found = None
         self._leave_gang()
         comm = self._group(item.meeting)
         before, reading = comm.received, self.reading or SharedReading(self.runner, comm)
         self.reading = None
-        found = states_at(self.runner, comm, reading, item)
-        if found is not None:
-            self.found = (item.rows, *found)
-        return self._result("sweep", begin, f"member {comm.rank + 1} of {comm.size}", {}, received=comm.received - before)
+        self.found = sweep_model(self.runner, comm, reading, item)
+        words = f"member {comm.rank + 1} of {comm.size}, {len(self.found.prepared)} modules prepared"
+        return self._result("sweep", begin, words, {}, received=comm.received - before)
 
     def enter(self, item: EnterItem, entry: Shipped | None = None) -> tuple[ItemResult, Shipped | None]:
         """Reference forward of one module: its result, and the states after it if they are to be shipped."""
         begin, before = time.monotonic(), self.received
         self._leave_gang()
-        x = self._entry(item, entry)
         module = self.runner.spec.modules[item.index]
+        prepared = self._prepared(item)
+        x = self._entry(item, entry) if prepared is None else prepared.x
         block = self.runner.load(module)
         settings = self.runner.settings(module, x, item.shrink)
         if module.kind == "head":
             self.context = Context(item.rows, item.index, block, x, None, {}, settings)
         else:
-            y, hessians = reference_pass(block, x, settings, check_states, shared_batches(len(x), settings.batch_rows))
+            y, hessians = self.runner.enter(block, x, item.shrink) if prepared is None else (prepared.y, prepared.hessians)
             self.context = Context(item.rows, item.index, block, x, y, hessians, settings)
             if self.checkpoints.due():
                 self.checkpoints.save(self._chain(item.rows), item.index + 1, {None: {"x": y}}, item.keep_from)
@@ -326,13 +326,22 @@ class Worker:
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
+    def _prepared(self, item: EnterItem) -> Prepared | None:
+        """What a sweep has left for this module; it is used once."""
+        if self.found is None or self.found.rows != item.rows:
+            return None
+        prepared = self.found.prepared.pop(item.index, None)
+        if prepared is not None:
+            self.context = None
+        return prepared
+
     def _entry(self, item: EnterItem, entry: Shipped | None) -> Tensor:
         """States at the entry of the item's module. The context is dropped: two sets of states need not fit."""
         held, self.context = self.context, None
-        found, self.found = self.found, None
-        run = self.runner
-        if found is not None and found[:2] == (item.rows, item.index):
-            return found[2]
+        run, found = self.runner, self.found
+        if found is not None and (found.rows, found.index) == (item.rows, item.index) and found.x is not None:
+            x, found.x = found.x, None
+            return x
         if held is not None and held.rows == item.rows and held.index == item.index:
             return held.x
         if held is not None and held.rows == item.rows and held.y is not None and item.start <= held.index + 1 <= item.index:

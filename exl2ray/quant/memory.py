@@ -66,7 +66,26 @@ def states_fit(
 def states_fit_within(
     modules: Sequence[Any], state_bytes: int, tokens: int, total: int, corrected: bool = False
 ) -> bool:
-    """`states_fit` on a GPU of ``total`` bytes. A pass holds three sets of states: entry, target and output.
+    """`states_fit` on a GPU of ``total`` bytes."""
+    return room_within(modules, state_bytes, tokens, total, corrected) >= 0
+
+
+def room_for_contexts(modules: Sequence[Any], state_bytes: int, tokens: int, device: torch.device) -> int:
+    """Bytes for results of reference passes that wait for their module's turn; on CPUs no limit."""
+    if device.type != "cuda":
+        return 1 << 62
+    return max(0, room_within(modules, state_bytes, tokens, device_bytes(device), False))
+
+
+def context_bytes(module: Any, state_bytes: int) -> int:
+    """What waits for a module's turn: its output states and its Hessians."""
+    return state_bytes + _hessian_bytes(module)
+
+
+def room_within(modules: Sequence[Any], state_bytes: int, tokens: int, total: int, corrected: bool) -> int:
+    """Bytes that the largest module leaves free beside states of ``state_bytes``, on a GPU of ``total`` bytes.
+
+    Negative if they do not fit. A pass holds three sets of states: entry, target and output.
 
     corrected: with corrected targets (`exl2ray.quant.correct`), which take a fourth set, and sums of their own.
     """
@@ -78,7 +97,7 @@ def states_fit_within(
         extra = _correction_bytes(module) if corrected else 0
         worst = max(worst, partial + extra + max(peak_bytes(module, settings, tokens, 0).values()))
     sets = CORRECTED_STATE_SETS if corrected else STATE_SETS
-    return worst + sets * state_bytes <= (ROOM_SHARE - GRAPH_SHARE) * total
+    return int((ROOM_SHARE - GRAPH_SHARE) * total) - worst - sets * state_bytes
 
 
 def sums_on_host(module: Any, device: torch.device, corrected: bool = False) -> bool:

@@ -125,12 +125,15 @@ def test_a_sweep_brings_all_workers_to_their_stretches() -> None:
     assert len({c.attempt for _, c in calls}) == 1  # a machine that takes all of them down is one loss
     items = [c.args[0] for _, c in calls]
     assert [i.meeting.rank for i in items] == [0, 1, 2]
-    assert max(b - a for (a, _), (b, _) in itertools.pairwise((*items[0].stops, (17, 3)))) == 6
+    assert len({i.stretches for i in items}) == 1
+    stretches = items[0].stretches
+    assert [i for stretch in stretches for i in stretch] == list(range(1, 17))
+    assert max(map(len, stretches)) == 6
     for worker, call in calls:
         assert log.fan.dispatch([0, 1, 2]) == []
         log.fan.finished(worker, call, answer(worker, "sweep", call.args), None)
     entered = {worker: c.args[0].index for worker, c in log.fan.dispatch([0, 1, 2])}
-    assert entered == {rank: index for index, rank in items[0].stops}
+    assert entered == {rank: stretch[0] for rank, stretch in enumerate(stretches)}
 
 
 @pytest.mark.parametrize("loss", ["killed", "memory", "broken"])

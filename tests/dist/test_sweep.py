@@ -5,19 +5,26 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import exl2ray.dist.sweep as sweep_module
 from exl2ray.dist.comm import Solo
 from exl2ray.dist.items import Meeting, SweepItem, WorkerSetup
+from exl2ray.dist.reducing import reduction
 from exl2ray.dist.runner import Runner
-from exl2ray.dist.sweep import SharedReading, states_at
-from exl2ray.quant.rows import share_rows, shared_batches
+from exl2ray.dist.sweep import Found, SharedReading, sweep_model
+from exl2ray.dist.tree import TreeSum, owner_shares
+from exl2ray.quant.hessian import HessianAccumulator
+from exl2ray.quant.memory import context_bytes
+from exl2ray.quant.rows import SHARES, share_rows, shared_batches
 from exl2ray.store.fs import Store
 from exl2ray.store.tensors import put_tensors
 
@@ -29,6 +36,8 @@ class Threads:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.said: list[Any] = [None] * size
         self.mail: dict[tuple[int, int], queue.Queue[Tensor]] = {
             (a, b): queue.Queue() for a in range(size) for b in range(size)
         }
@@ -40,6 +49,14 @@ class Threads:
 class _Member:
     def __init__(self, threads: Threads, rank: int) -> None:
         self.rank, self.size, self.received, self._mail = rank, threads.size, 0, threads.mail
+        self._threads = threads
+
+    def gather(self, value: Any) -> list[Any]:
+        self._threads.said[self.rank] = value
+        self._threads.barrier.wait()
+        said = list(self._threads.said)
+        self._threads.barrier.wait()
+        return said
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
         for t, to in sends:
@@ -76,41 +93,72 @@ def setup(model: Path, tmp_path: Path) -> WorkerSetup:
     )  # fmt: skip
 
 
-def alone(run: Runner) -> list[Tensor]:
-    """States at the entry of every module."""
+@dataclass
+class Entered:
+    x: Tensor
+    y: Tensor
+    hessians: dict[str, Tensor]
+
+
+def alone(run: Runner) -> dict[int, Entered]:
+    """What a worker without a group finds at every module with linears but the head."""
     x = run.embedded("measure")
-    out = [x, x]
-    for module in run.spec.modules[1:-1]:
-        x = run.advance_all(run.load(module), x)
-        out.append(x)
+    out = {}
+    for module in run.spec.modules[1:-2]:
+        y, sums = run.enter(run.load(module), x)
+        out[module.index] = Entered(x, y, {group: h.h for group, h in sums.items()})
+        x = y
     return out
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_states_have_the_bits_of_a_worker_alone(size: int, setup: WorkerSetup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "SHARED_BYTES", 1)
-    expected = alone(Runner(setup))
-    indices = [1, 3, 4, 2, 4, 1, 3, 2][:size]  # a group of one: the entry of the first module
-    stops = tuple(sorted((index, rank) for rank, index in enumerate(indices)))
-    read: list[tuple[str, int, int]] = []
-
-    def member(comm: Any) -> Any:
+def gang(size: int, setup: WorkerSetup, stretches: tuple[tuple[int, ...], ...], read: Any = None) -> list[Found]:
+    def member(comm: Any) -> Found:
         run = Runner(setup)
         reading = SharedReading(run, comm)
         load = run.source.load
 
         def noted(name: str, rows: slice | None = None, allocate: Any = None) -> Tensor:
-            if rows is not None:
+            if rows is not None and read is not None:
                 read.append((name, rows.start, rows.stop))
             return load(name, rows, allocate)
 
         reading._source.load = noted  # type: ignore[method-assign]
-        return states_at(run, comm, reading, SweepItem("measure", stops, Meeting(("", 0), comm.rank, size)))
+        return sweep_model(run, comm, reading, SweepItem("measure", stretches, Meeting(("", 0), comm.rank, size)))
 
-    found = together(size, member) if size > 1 else [member(Solo())]
-    for rank, index in enumerate(indices):
-        assert found[rank][0] == index
-        assert torch.equal(found[rank][1], expected[index])
+    return together(size, member) if size > 1 else [member(Solo())]
+
+
+STRETCHES = [
+    ((1, 2, 3, 4),), ((1, 2), (3, 4)), ((1,), (2, 3, 4)), ((1,), (2,), (3, 4)), ((1,), (1,), (2,), (3,), (3,), (4,), (4,), (4,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stretches", STRETCHES, ids=str)
+def test_prepared_modules_have_the_bits_of_a_worker_alone(
+    stretches: tuple[tuple[int, ...], ...], setup: WorkerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "SHARED_BYTES", 1)
+    expected = alone(Runner(setup))
+    read: list[tuple[str, int, int]] = []
+    size = len(stretches)
+    taken: set[int] = set()
+    for found, stretch in zip(gang(size, setup, stretches, read), stretches, strict=True):
+        assert found.index == stretch[0]
+        if stretch[0] in taken:  # somebody else's
+            assert not found.prepared
+            assert found.x is not None
+            assert torch.equal(found.x, expected[stretch[0]].x)
+            continue
+        taken |= set(stretch)
+        assert tuple(found.prepared) == stretch
+        for index, p in found.prepared.items():
+            assert torch.equal(p.x, expected[index].x)
+            assert torch.equal(p.y, expected[index].y)
+            assert p.hessians.keys() == expected[index].hessians.keys()
+            for group, h in p.hessians.items():
+                assert h.rows == ROWS
+                assert h.tokens == ROWS * TOKENS
+                assert torch.equal(h.h, expected[index].hessians[group])
     assert len(set(read)) == len(read)  # nothing was read twice
     source = Runner(setup).source
     for name in {name for name, _, _ in read}:
@@ -119,18 +167,58 @@ def test_states_have_the_bits_of_a_worker_alone(size: int, setup: WorkerSetup, m
         assert [i for a, b in parts for i in range(a, b)] == list(range(source.shape(name)[0]))
 
 
-def test_a_member_without_a_stop_helps(setup: WorkerSetup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "SHARED_BYTES", 1)
-    expected = alone(Runner(setup))
+def test_without_room_a_member_gets_the_states(setup: WorkerSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None at all, or for one module."""
+    run = Runner(setup)
+    expected = alone(run)
+    nbytes = expected[1].x.nbytes
+    one = context_bytes(run.spec.modules[3], nbytes)
+    for room, prepared in ((0, []), (one, [3])):
+        monkeypatch.setattr(Runner, "room", lambda self, n, room=room: room)
+        first, second = gang(2, setup, ((1, 2), (3, 4)))
+        assert list(second.prepared) == prepared
+        if prepared:
+            assert second.x is None
+            assert torch.equal(second.prepared[3].y, expected[3].y)
+        else:
+            assert second.x is not None
+            assert torch.equal(second.x, expected[3].x)
+            assert first.x is not None
+            assert torch.equal(first.x, expected[1].x)
 
-    def member(comm: Any) -> Any:
-        run = Runner(setup)
-        return states_at(run, comm, SharedReading(run, comm), SweepItem("measure", ((4, 1),), Meeting(("", 0), comm.rank, 3)))
 
-    found = together(3, member)
-    assert found[0] is None
-    assert found[2] is None
-    assert torch.equal(found[1][1], expected[4])
+def test_the_entry_of_the_head_is_not_prepared(setup: WorkerSetup) -> None:
+    run = Runner(setup)
+    states = alone(run)[4].y
+    for module in run.spec.modules[5:-1]:
+        states = run.advance_all(run.load(module), states)
+    first, second = gang(2, setup, ((1, 2, 3, 4), (6,)))
+    assert list(first.prepared) == [1, 2, 3, 4]
+    assert not second.prepared
+    assert second.x is not None
+    assert torch.equal(second.x, states)
+
+
+@given(st.integers(1, 120), st.integers(1, SHARES), st.data())
+def test_reductions_bring_everything_to_the_owner(rows: int, size: int, data: st.DataObject) -> None:
+    owner = data.draw(st.integers(0, size - 1))
+    trees = []
+    for rank in range(size):
+        tree = TreeSum()
+        for s in owner_shares(rank, size):
+            if len(share_rows(rows)[s]):
+                h = HessianAccumulator(1)
+                h.rows, h.tokens = len(share_rows(rows)[s]), 2 * len(share_rows(rows)[s])
+                tree.add(s, h)
+        trees.append(tree)
+    moves = reduction([t.counts() for t in trees], owner)
+    for node, source, to, counts in moves:
+        assert trees[source].counts()[node] == counts
+        trees[to].add_node(node, trees[source].take(node))
+    assert all(not t.counts() for rank, t in enumerate(trees) if rank != owner)
+    assert trees[owner].total().rows == rows
+    if size == SHARES and rows >= SHARES:
+        assert sum(to == owner for _, _, to, _ in moves) == 3  # and not seven
 
 
 def test_batches_end_where_shares_end() -> None:
