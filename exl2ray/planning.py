@@ -18,7 +18,7 @@ from exl2ray.quant.frontier import ALL, NEAR, LossCurve, all_options, frontier
 from exl2ray.quant.measure_moe import MOE_TABLE
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 
-HEAD_SHARE = 0.2  # of what as many weights of a layer cost: no forward pass of all rows goes through the head
+HEAD_SHARE = 0.7  # of what as many weights of a layer cost: no forward pass of all rows goes through the head
 FEW_GROUPS = 24  # linears up to which every option that is not dominated is tried: there the hull costs a percent or two
 
 

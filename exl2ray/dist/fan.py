@@ -37,8 +37,8 @@ PASSING: dict[RowSet, float] = {"measure": 0.05, "quantize": 0.35}
 class Part:
     """One call on an entered module, or, loose, on none.
 
-    ``found`` looks whether the result is in the work directory after all; ``ready``: whether a loose part can be done; ``joint``:
-    whether all workers can do it together.
+    ``found`` looks whether the result is in the work directory after all; ``ready``: whether a loose part can be done;
+    ``joint``: whether all workers can do it together.
     """
 
     method: str
@@ -82,16 +82,6 @@ class _Joint:
     broken: float | None = None
 
 
-@dataclass
-class _Pass:
-    """A joint part that goes over the modules as they are finished: who makes it, and how far they have come."""
-
-    part: Part
-    members: tuple[int, ...]
-    reached: int = 0
-    stop: int | None = 0  # of the call in progress
-
-
 class Fan(Flow):
     """``modules``: those with work, in order. ``window``, ``ship``: see above. ``loose``: what else there is to do."""
 
@@ -117,7 +107,7 @@ class Fan(Flow):
         self._last: dict[int, int] = {}  # without shipping: worker -> position of the module that it entered last
         self._joint: _Joint | None = None
         self._begun = False
-        self._pass: _Pass | None = None
+        self._group: tuple[int, ...] = ()  # the members of the sweep
         self._starts: dict[int, int] = {}  # worker -> position of its stretch, of which it has the states after a sweep
         self._front: tuple[int, Any] = (0, None)  # states for the frontier: (index, reference)
         self.peak_states = 0  # most states that were held at a time
@@ -130,8 +120,8 @@ class Fan(Flow):
 
     def dispatch(self, idle: Sequence[int]) -> list[tuple[int, Call]]:
         self._forget_the_gone(set(idle))
-        calls = self._begin(idle)
-        if self._joint is not None and self._joint.part is None:
+        calls = self._begin(idle) or self._loose_together(idle)
+        if self._joint is not None:
             return calls
         free = list(idle)
         for choose in (self._own_part, self._enter_next, self._enter_again, self._loose_part):  # in this order of use
@@ -140,7 +130,6 @@ class Fan(Flow):
                 if call is not None:
                     free.remove(worker)
                     calls.append((worker, call))
-        calls += self._pass_on(free)
         self.peak_states = max(self.peak_states, self.states_held())
         return calls
 
@@ -158,29 +147,23 @@ class Fan(Flow):
         ends = [next((b for b in starts[rank + 1 :] if b > a), len(self.modules)) for rank, a in enumerate(starts)]
         cut = tuple(tuple(m.index for m in self.modules[a:b]) for a, b in zip(starts, ends, strict=True))
         items = [SweepItem(self.rows, cut, meeting) for meeting in self.session.meeting(members)]
+        self._group = tuple(members)
         return self._together(members, "sweep", items, "sweep", self.passing * self._cost(range(starts[-1])), None)
 
-    def _pass_on(self, free: Sequence[int]) -> list[tuple[int, Call]]:
-        """A joint part as far as modules are finished, by workers without other work: half of all at least, to begin with."""
-        if self.ship or self._joint is not None:
+    def _loose_together(self, idle: Sequence[int]) -> list[tuple[int, Call]]:
+        """A loose part as a call of all workers, once there is nothing else to do. Those of the sweep know each other."""
+        part = next((p for p in self.loose if p.joint and not p.finished), None)
+        if self.ship or part is None or self._joint is not None or not all(m.finished for m in self.modules):
             return []
-        going = self._pass
-        if going is None:
-            part = next((p for p in self.loose if p.joint and not p.finished), None)
-            if part is None or 2 * len(free) < self.session.size:
-                return []
-            members = list(free)[:SHARES]
-            going = _Pass(part, tuple(members if self._can_join(members) else members[:1]))
-        going.stop = next((m.index for m in self.modules if not m.finished), None)
-        if not set(going.members) <= set(free) or (going.stop is not None and going.stop <= max(1, going.reached)):
+        members = self._group if self._group and set(self._group) <= set(idle) else tuple(idle[:SHARES])
+        if not self._can_join(members):
+            part.joint = False
             return []
-        for worker in going.members:
+        for worker in members:
             self._leave(worker)
-        self._pass, part = going, going.part
-        part.worker = going.members[0]
-        meetings = self.session.meeting(going.members)
-        items = [replace(part.item, meeting=m, start=going.reached, stop=going.stop) for m in meetings]
-        return self._together(going.members, part.method, items, part.method, sum(m.cost for m in self.modules), part)
+        part.worker = members[0]
+        items = [replace(part.item, meeting=meeting) for meeting in self.session.meeting(members)]
+        return self._together(members, part.method, items, part.method, sum(m.cost for m in self.modules), part)
 
     def _can_join(self, members: Sequence[int]) -> bool:
         """Whether these workers can make a group: some, on one machine."""
@@ -210,13 +193,10 @@ class Fan(Flow):
         if joint.part is None:
             return
         joint.part.worker = None
-        if joint.broken is not None or joint.result is None or self._pass is None:
-            self._pass, joint.part.joint = None, False  # by one worker, then, once all modules are finished
-        elif self._pass.stop is not None:
-            self._pass.reached = self._pass.stop
-        else:
-            self._pass = None
+        if joint.broken is None and joint.result is not None:
             self._finish(None, joint.part, joint.result)
+        else:
+            joint.part.joint = False  # by one worker, then
 
     def overdue(self) -> list[int]:
         joint = self._joint
@@ -227,16 +207,13 @@ class Fan(Flow):
         """A worker that is neither idle nor at work was lost between two calls: what it would have done is for others."""
         busy = {p.worker for m in self.modules for p in m.parts} | {p.worker for p in self.loose} | set(self._entering)
         busy |= self._joint.waiting if self._joint is not None else set()
-        passing = set(self._pass.members) if self._pass is not None else set()
-        for worker in (set(self._last) | set(self._context) | passing) - idle - busy:
+        for worker in (set(self._last) | set(self._context)) - idle - busy:
             self._forget(worker)
             self._leave(worker)
 
     def _forget(self, worker: int) -> None:
         self._last.pop(worker, None)
         self._starts.pop(worker, None)
-        if self._pass is not None and worker in self._pass.members:
-            self._pass = None
 
     def states_held(self) -> int:
         """States in the object store."""
@@ -410,8 +387,6 @@ class Fan(Flow):
         if self._joint is not None and worker in self._joint.waiting:
             self._answered(worker, None)
             return
-        if self._pass is not None and worker in self._pass.members:
-            self._pass = None
         if call.method == "enter":
             self._entering.pop(worker, None)
             if self._advancing == worker:

@@ -113,17 +113,11 @@ class SensitivityItem:
 
 @dataclass(frozen=True)
 class PerplexityItem:
-    """Run the perplexity rows through the quantised model of one bitrate. ``hashes``: inputs hashes of all modules.
-
-    From module ``start``, which the rows have come to in an earlier call of this group (0: from the beginning), up to module
-    ``stop`` (None: to the end).
-    """
+    """Run the perplexity rows through the quantised model of one bitrate. ``hashes``: inputs hashes of all modules."""
 
     bits: float
     hashes: tuple[str, ...]
     meeting: Meeting = Meeting()
-    start: int = 0
-    stop: int | None = None
     shrink: int = 1
 
 

@@ -1,7 +1,7 @@
-"""Perplexity of a quantised model whose modules were calibrated independently: a forward pass of a few rows.
+"""Perplexity of a quantised model whose modules were calibrated independently: one forward pass of a few rows.
 
-The pass need not wait for the last module: workers without other work begin it with the modules that are finished and go on as
-more of them are. They share out the rows, and the reading of packed modules: members take turns in reading one and spreading it.
+A group shares out the rows. Packed modules come from the member that made them, if it still has them on its device; members
+take turns in reading the others.
 """
 
 from __future__ import annotations
@@ -17,47 +17,36 @@ from exl2ray.quant.rows import share_rows
 from exl2ray.store.layout import quant_kind
 
 
-class PerplexityPass:
-    """One member's part. ``index``: the module that its rows have come to."""
-
-    def __init__(self, run: Runner, comm: Comm, item: PerplexityItem) -> None:
-        self.hashes, self.index = item.hashes, 1
-        self._run, self._comm, self._kind = run, comm, quant_kind(item.bits)
-        self._ids = run.rows("quantize")[: run.setup.perplexity_rows]
-        self._ranges = share_rows(len(self._ids))
+def quantized_perplexity(run: Runner, comm: Comm, item: PerplexityItem) -> float | None:
+    """All members call it, and all get the result: None if it is not a finite number."""
+    embedding, *modules = run.spec.modules
+    kind = quant_kind(item.bits)
+    linear = [m for m in modules if m.linears]
+    has: list[set[int]] = comm.gather({m.index for m in linear if run.kept(kind, item.hashes[m.index]) is not None})
+    to_read = [m for m in linear if not any(m.index in indices for indices in has)]
+    owners = {m.index: n % comm.size for n, m in enumerate(to_read)}
+    owners |= {m.index: next(r for r, i in enumerate(has) if m.index in i) for m in linear if m.index not in owners}
+    read = run.packed_in_order(kind, [m for m in to_read if owners[m.index] == comm.rank], item.hashes)
+    ids = run.rows("quantize")[: run.setup.perplexity_rows]
+    if all(comm.gather(run.reported is not None)) and run.reported is not None:
+        states = run.reported
+    else:
         reading = SharedReading(run, comm)
         reading.expect(0, 1)
-        states = run.embedded("quantize", run.load_from(reading, run.spec.modules[0]))
+        states = run.embedded("quantize", run.load_from(reading, embedding))[: len(ids)]
         reading.close()
-        shares = owner_shares(comm.rank, comm.size)
-        self._shares = {s: states[self._ranges[s].start : self._ranges[s].stop].clone() for s in shares}
-
-    def go_on(self, stop: int, shrink: int) -> float | None:
-        """Runs the modules before ``stop``. All members call it. After the head: the perplexity, None if it is not finite."""
-        run, comm = self._run, self._comm
-        modules = run.spec.modules[self.index : stop]
-        linear = [m for m in modules if m.linears]
-        owners = {m.index: n % comm.size for n, m in enumerate(linear)}
-        mine = [m for m in linear if owners[m.index] == comm.rank]
-        packed = run.packed_in_order(self._kind, mine, self.hashes)
-        sums: list[tuple[int, tuple[float, int]]] | None = None
-        for module in modules:
-            if module.linears:
-                owner = owners[module.index]
-                own = next(packed) if owner == comm.rank else None
-                block = run.load_quantized(module, spread(comm, module.linears, own, owner, run.device))
-            else:
-                block = run.load(module)
-            if module.kind == "head":
-                rows = {s: self._ids[self._ranges[s].start : self._ranges[s].stop] for s in self._shares}
-                sums = [(s, perplexity_sums(block, x, rows[s])) for s, x in self._shares.items()]
-            else:
-                for s, x in self._shares.items():
-                    if len(x):
-                        self._shares[s] = run.advance(block, x, run.settings(module, x, shrink))
-        self.index = stop
-        if stop < len(run.spec.modules):
-            return None
-        if sums is None:
-            raise ClusterError("the model has no head")
-        return perplexity_of([v for _, v in sorted(x for member in comm.gather(sums) for x in member)])
+    ranges = share_rows(len(ids))
+    shares = {s: states[ranges[s].start : ranges[s].stop].clone() for s in owner_shares(comm.rank, comm.size)}
+    for module in modules:
+        if module.linears:
+            owner, own = owners[module.index], None
+            if owner == comm.rank:
+                own = next(read) if module in to_read else run.kept(kind, item.hashes[module.index])
+            block = run.load_quantized(module, spread(comm, module.linears, own, owner, run.device))
+        else:
+            block = run.load(module)
+        if module.kind == "head":
+            sums = [(s, perplexity_sums(block, x, ids[ranges[s].start : ranges[s].stop])) for s, x in shares.items()]
+            return perplexity_of([v for _, v in sorted(x for member in comm.gather(sums) for x in member)])
+        shares = {s: run.advance(block, x, run.settings(module, x, item.shrink)) if len(x) else x for s, x in shares.items()}
+    raise ClusterError("the model has no head")

@@ -32,6 +32,8 @@ from exl2ray.store.records import Record, Records
 from exl2ray.store.tensors import get_tensors
 
 
+KEPT_SHARE = 0.2  # of the free memory of a GPU, for modules that it has quantised
+KEPT_ON_CPU = 64 << 20
 PACKED_AHEAD = 5  # quantised modules, each read by a thread of its own
 
 
@@ -52,6 +54,8 @@ class Runner:
         self._homes: dict[int, torch.device] = {}
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # files, while the GPU goes on
         self.expect(0 if setup.alone or self.device.type == "cpu" else 1)  # members of a group share the embedding out
+        self._kept: dict[tuple[str, str], dict[str, PackedLinear]] = {}  # (kind, inputs hash) -> packed linears
+        self.reported: Tensor | None = None
         self.crowded = False  # the GPU ran out of memory once: states stay on the host from then on
 
     def load(self, module: ModuleSpec, state_dtype: torch.dtype | None = None) -> Block:
@@ -133,10 +137,38 @@ class Runner:
         return sums_on_host(module, self.device, self.setup.target_correction > 0)
 
     def room(self, nbytes: int) -> int:
-        """Bytes for prepared modules (`exl2ray.dist.sweep`) beside states of ``nbytes``."""
+        """Bytes for what can be done without, beside states of ``nbytes``."""
         if self.home(nbytes).type != self.device.type:
             return 0
         return room_for_contexts(self.spec.modules, nbytes, self._longest, self.device)
+
+    def keep(self, kind: str, inputs_hash: str, packed: dict[str, PackedLinear]) -> None:
+        """Remembers a quantised module, on its device, for `kept`; forgets the oldest ones beyond a limit."""
+        limit = KEPT_ON_CPU
+        if self.device.type == "cuda":
+            limit = int(KEPT_SHARE * self.room(self.state_bytes("quantize")))
+        self._kept[kind, inputs_hash] = packed
+        while self._kept and sum(t.nbytes for m in self._kept.values() for p in m.values() for t in p.tensors().values()) > limit:
+            del self._kept[next(iter(self._kept))]
+
+    def kept(self, kind: str, inputs_hash: str) -> dict[str, PackedLinear] | None:
+        """A module that this worker has quantised and not forgotten."""
+        return self._kept.get((kind, inputs_hash))
+
+    def keep_reported(self, states: Tensor) -> None:
+        """Remembers the rows at the entry of module 1 whose perplexity is reported."""
+        if self.reported is None:
+            self.reported = states[: self.setup.perplexity_rows].clone()
+
+    def forget(self) -> None:
+        """Gives back what was only remembered to save time."""
+        self._kept.clear()
+        self.reported = None
+
+    def state_bytes(self, name: str) -> int:
+        """Of a set of calibration rows between two modules."""
+        hyper = self.spec.hyper
+        return self.rows(name).numel() * hyper.hidden_size * int(getattr(torch, hyper.state_dtype).itemsize)
 
     def place(self, x: Tensor) -> Tensor:
         """States where they are kept; on a CPU a copy."""

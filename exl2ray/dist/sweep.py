@@ -24,7 +24,7 @@ from torch import Tensor
 from exl2ray.dist.comm import Comm
 from exl2ray.dist.items import RowSet, SweepItem
 from exl2ray.dist.reducing import gather_sums
-from exl2ray.dist.runner import Runner
+from exl2ray.dist.runner import KEPT_SHARE, Runner
 from exl2ray.dist.tree import TreeSum, owner_shares
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.spec import ModuleSpec
@@ -34,6 +34,7 @@ from exl2ray.quant.measure import reference_pass
 from exl2ray.quant.memory import context_bytes
 from exl2ray.quant.rows import SHARES, share_rows
 
+PREPARE_TOKENS = 1 << 17  # of calibration rows: with fewer, adding up Hessians over members takes longer than a pass alone
 AHEAD = 6  # modules of which parts are read in advance
 SHARED_BYTES = 1 << 20  # smaller tensors are read by everybody
 
@@ -124,21 +125,25 @@ class Found:
 def sweep_model(run: Runner, comm: Comm, reading: SharedReading, item: SweepItem) -> Found:
     """All members call it. A member's first modules are prepared, as far as it has room; to the rest it finds its own way."""
     ids = run.rows(item.rows)
-    nbytes = ids.numel() * run.spec.hyper.hidden_size * getattr(torch, run.spec.hyper.state_dtype).itemsize
+    nbytes = run.state_bytes(item.rows)
     rooms: list[int] = comm.gather(run.room(nbytes))
-    owners = _owners(run, item.stretches, rooms, nbytes)
+    owners = _owners(run, item.stretches, rooms, nbytes) if ids.numel() >= PREPARE_TOKENS else {}
     starts = [stretch[0] for stretch in item.stretches]
     own = item.stretches[comm.rank]
     run.expect(own[0])  # what this member goes on with
     end = max([*starts, *(index + 1 for index in owners)])
     reading.expect(0, end)
-    sweep = _Sweep(run, comm, item.rows, run.embedded(item.rows, run.load_from(reading, run.spec.modules[0])), item.shrink)
+    states = run.embedded(item.rows, run.load_from(reading, run.spec.modules[0]))
+    if item.rows == "quantize":
+        run.keep_reported(states)
+    sweep = _Sweep(run, comm, states, item.shrink)
+    del states
     found = Found(item.rows, own[0], None, {})
     for module in run.spec.modules[1 : end + 1]:
         for rank, start in enumerate(starts):
             if start == module.index and owners.get(start) != rank:
-                states = sweep.collect(rank)
-                found.x = states if rank == comm.rank else found.x
+                collected = sweep.collect(rank)
+                found.x = collected if rank == comm.rank else found.x
         if module.index == end:
             break
         reading.expect(module.index, end)
@@ -164,7 +169,7 @@ def _owners(run: Runner, stretches: Sequence[Sequence[int]], rooms: Sequence[int
     """Module index -> rank of the member that it is prepared for."""
     out: dict[int, int] = {}
     for rank, stretch in enumerate(stretches):
-        room = rooms[rank]
+        room = int((1 - KEPT_SHARE) * rooms[rank])
         for index in stretch:
             module = run.spec.modules[index]
             room -= context_bytes(module, nbytes)
@@ -177,7 +182,7 @@ def _owners(run: Runner, stretches: Sequence[Sequence[int]], rooms: Sequence[int
 class _Sweep:
     """A member's rows on their way through the model."""
 
-    def __init__(self, run: Runner, comm: Comm, rows: RowSet, states: Tensor, shrink: int) -> None:
+    def __init__(self, run: Runner, comm: Comm, states: Tensor, shrink: int) -> None:
         self._run, self._comm, self._shrink = run, comm, shrink
         self._ranges = share_rows(len(states))
         shares = owner_shares(comm.rank, comm.size)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,6 @@ from torch import Tensor
 from exl2ray.dist.arrays import Shipped, from_shipped, to_shipped
 from exl2ray.dist.checkpoints import Chain, Checkpoints
 from exl2ray.dist.comm import Comm, Group, Solo
-from exl2ray.dist.faults import GroupBroken
 from exl2ray.dist.gang import Gang
 from exl2ray.dist.items import (
     ChainItem,
@@ -40,7 +39,7 @@ from exl2ray.dist.items import (
     SweepItem,
     WorkerSetup,
 )
-from exl2ray.dist.perplexity import PerplexityPass
+from exl2ray.dist.perplexity import quantized_perplexity
 from exl2ray.dist.probing import sensitivity_name, sensitivity_record, sweep
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.dist.sweep import Found, Prepared, SharedReading, sweep_model
@@ -90,7 +89,6 @@ class Worker:
         self.found: Found | None = None  # of a sweep
         self.gang: Gang | None = None
         self.comm: Comm = Solo()
-        self.passing: PerplexityPass | None = None
         self.reading: SharedReading | None = None  # of the group, until its first sweep
         self._met = Meeting()
         self.received = 0  # bytes of states that came through the object store
@@ -191,69 +189,61 @@ class Worker:
         c = self._entered("quantize", item.index)
         weights = dict(c.block.weights)  # the next bitrate starts from the source again
         try:
-            file, payload = self._head(c, item) if c.y is None else self._module(c, item)
+            writing, payload = self._head(c, item) if c.y is None else self._module(c, item)
         finally:
             c.block.weights.update(weights)
         key = c.block.module.profile_key
         payload["options"] = option_names(item.params)
-        record = Record(quant_kind(item.bits), key, item.inputs_hash, payload, (file.result(),), time.monotonic() - begin)
+        files = tuple(w.result() for w in writing)
+        record = Record(quant_kind(item.bits), key, item.inputs_hash, payload, files, time.monotonic() - begin)
         self.runner.records.commit(record)
         detail = f"error {payload['error']:.5f}" if "error" in payload else "head"
         return self._result(key, begin, detail, payload, tuple(payload["notes"]))
 
-    def _module(self, c: Context, item: QuantizeItem) -> tuple[Future[FileRef], dict[str, Any]]:
+    def _module(self, c: Context, item: QuantizeItem) -> tuple[list[Future[FileRef]], dict[str, Any]]:
         hessians = dict(c.hessians)  # kept for the next bitrate
-        files: list[Future[FileRef]] = []
+        writing: list[Future[FileRef]] = []
         result, _ = quantize_after(
             c.block, c.x, _states(c), hessians, item.params, c.settings, check_states,
-            lambda packed: files.append(self._write(c, item, packed)),
+            lambda group, packed: writing.append(self._write(c, item, f"{c.block.module.profile_key}.{group}", packed)),
         )  # fmt: skip
+        self.runner.keep(quant_kind(item.bits), item.inputs_hash, {p.key: p for p in result.packed})
         payload: dict[str, Any] = {"error": result.error, "notes": list(result.notes)}
         if result.experts:
             payload["experts"] = [dict(e) for e in result.experts]
-        return files[0], payload
+        return writing, payload
 
-    def _head(self, c: Context, item: QuantizeItem) -> tuple[Future[FileRef], dict[str, Any]]:
+    def _head(self, c: Context, item: QuantizeItem) -> tuple[list[Future[FileRef]], dict[str, Any]]:
         key = c.block.module.linears[0].key
         source = dict(c.block.weights)
         packed, notes = quantize_head(c.block, c.x, item.params[key], c.settings, keep=True)
-        file = self._write(c, item, [packed])
+        writing = [self._write(c, item, c.block.module.profile_key, {key: packed})]
+        self.runner.keep(quant_kind(item.bits), item.inputs_hash, {key: packed})
         c.block.weights.update(source)
         ids = self.runner.rows("quantize")[: self.setup.perplexity_rows]
         before = perplexity_of([perplexity_sums(c.block, c.x[: len(ids)], ids)])
-        return file, {"reference_perplexity": before, "notes": list(notes)}
+        return writing, {"reference_perplexity": before, "notes": list(notes)}
 
-    def _write(self, c: Context, item: QuantizeItem, packed: Sequence[PackedLinear]) -> Future[FileRef]:
+    def _write(self, c: Context, item: QuantizeItem, key: str, packed: Mapping[str, PackedLinear]) -> Future[FileRef]:
         """Writes packed linears while the GPU goes on."""
-        rel = item_file(quant_kind(item.bits), "tensors", c.block.module.profile_key, item.inputs_hash)
-        tensors = {name: t for p in packed for name, t in p.tensors().items()}
+        rel = item_file(quant_kind(item.bits), "tensors", key, item.inputs_hash)
+        tensors = {name: t for p in packed.values() for name, t in p.tensors().items()}
         return self.runner.writer.submit(put_tensors, self.runner.store, rel, tensors)
 
     def perplexity(self, item: PerplexityItem) -> ItemResult:
-        """Perplexity of a quantised model that was not calibrated module after module, or a part of the way to it.
-
-        The first member commits it.
-        """
+        """Perplexity of a quantised model that was not calibrated module after module; the first member commits it."""
         begin = time.monotonic()
         self.context = self.found = None
         self._leave_gang()
         comm = self._group(item.meeting)
         before = comm.received
-        if item.start == 0:
-            self.passing = PerplexityPass(self.runner, comm, item)
-        if self.passing is None or self.passing.hashes != item.hashes or item.start not in (0, self.passing.index):
-            raise GroupBroken(f"this member has no rows at module {item.start}")
-        end = len(self.runner.spec.modules)
-        value = self.passing.go_on(end if item.stop is None else item.stop, item.shrink)
-        received = comm.received - before
-        if item.stop is not None:
-            return self._result(PERPLEXITY, begin, f"up to module {item.stop}", {}, received=received)
-        self.passing = None
+        value = quantized_perplexity(self.runner, comm, item)
         payload = {"perplexity": value}
         if comm.rank == 0:
             record = Record(quant_kind(item.bits), PERPLEXITY, item.hashes[-1], payload, (), time.monotonic() - begin)
             self.runner.records.commit(record)
-        return self._result(PERPLEXITY, begin, "not a number" if value is None else f"{value:.4g}", payload, received=received)
+        shown = "not a number" if value is None else f"{value:.4g}"
+        return self._result(PERPLEXITY, begin, shown, payload, received=comm.received - before)
 
     def sensitivity(self, item: SensitivityItem) -> ItemResult:
         """Probes the linears of some modules in one sweep; commits a record per module."""
@@ -302,9 +292,10 @@ class Worker:
 
     def release(self) -> None:
         """Forget everything that fills memory, after an error."""
-        self.context = self.found = self.passing = None
+        self.context = self.found = None
         self._leave_gang()
         self._part()
+        self.runner.forget()
         if self.runner.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -322,7 +313,7 @@ class Worker:
 
     def _part(self) -> None:
         self.comm.close()
-        self.comm, self.reading, self.passing, self._met = Solo(), None, None, Meeting()
+        self.comm, self.reading, self._met = Solo(), None, Meeting()
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
@@ -352,6 +343,8 @@ class Worker:
         else:
             saved = self.checkpoints.load(self._chain(item.rows), item.index)
             index, x = (1, run.embedded(item.rows)) if saved is None else (saved.index, run.place(saved.tensors["x"]))
+            if index == 1 and item.rows == "quantize":
+                run.keep_reported(x)
         del held
         for module in run.spec.modules[index : item.index]:
             x = run.advance_all(run.load(module), x, item.shrink)

@@ -64,12 +64,12 @@ def quantize_after(
     params: Mapping[str, QParams],
     settings: Settings,
     check: Callable[[Tensor, str], int],
-    early: Callable[[Sequence[PackedLinear]], None] | None = None,
+    early: Callable[[str, dict[str, PackedLinear]], None] | None = None,
 ) -> tuple[QuantizedModule, Tensor]:
     """Second half of `quantize_block`, after `reference_pass`: the packed module and the states after it.
 
-    Takes Hessians out of ``hessians`` as it uses them, to make room. early: gets the packed linears before the error is
-    known; they stay on their device then.
+    Takes Hessians out of ``hessians`` as it uses them, to make room. early: gets the packed linears of each input as they are
+    done; all stay on their device then.
     """
     experts = coverage(block, hessians) if block.module.kind == "moe" else []
     notes = [describe_coverage(experts)] if experts else []
@@ -86,11 +86,10 @@ def quantize_after(
             factor = factorise(hessians.pop(group), settings, where, notes, keeps_order(block.module, group))
         return solve_group(block, groups[group], factor, params, settings)
 
-    for _, found in quantize_groups(block, list(groups), solve, keep=early is not None):
+    for group, found in quantize_groups(block, list(groups), solve, keep=early is not None):
         packed.update(found)
-    ordered = tuple(packed[linear.key] for linear in block.module.linears)
-    if early is not None:
-        early(ordered)
+        if early is not None:
+            early(group, found)
     # A plain tensor per row batch: rows are independent, and the error needs both outputs of a row.
     out = torch.empty_like(x)
     error = 0.0
@@ -101,6 +100,7 @@ def quantize_after(
         reference = target[part].to(device)
         error += relative_error(result, reference)
         out[part] = result.to(out.dtype)
+    ordered = tuple(packed[linear.key] for linear in block.module.linears)
     return QuantizedModule(ordered, error / x.shape[0], tuple(notes), tuple(experts)), out
 
 

@@ -93,6 +93,13 @@ def setup(model: Path, tmp_path: Path) -> WorkerSetup:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even these few tokens are worth while, and these small tensors."""
+    monkeypatch.setattr(sweep_module, "PREPARE_TOKENS", 1)
+    monkeypatch.setattr(sweep_module, "SHARED_BYTES", 1)
+
+
 @dataclass
 class Entered:
     x: Tensor
@@ -135,9 +142,8 @@ STRETCHES = [
 
 @pytest.mark.parametrize("stretches", STRETCHES, ids=str)
 def test_prepared_modules_have_the_bits_of_a_worker_alone(
-    stretches: tuple[tuple[int, ...], ...], setup: WorkerSetup, monkeypatch: pytest.MonkeyPatch
+    stretches: tuple[tuple[int, ...], ...], setup: WorkerSetup
 ) -> None:
-    monkeypatch.setattr(sweep_module, "SHARED_BYTES", 1)
     expected = alone(Runner(setup))
     read: list[tuple[str, int, int]] = []
     size = len(stretches)
@@ -173,7 +179,7 @@ def test_without_room_a_member_gets_the_states(setup: WorkerSetup, monkeypatch: 
     expected = alone(run)
     nbytes = expected[1].x.nbytes
     one = context_bytes(run.spec.modules[3], nbytes)
-    for room, prepared in ((0, []), (one, [3])):
+    for room, prepared in ((0, []), (2 * one, [3])):
         monkeypatch.setattr(Runner, "room", lambda self, n, room=room: room)
         first, second = gang(2, setup, ((1, 2), (3, 4)))
         assert list(second.prepared) == prepared
@@ -185,6 +191,13 @@ def test_without_room_a_member_gets_the_states(setup: WorkerSetup, monkeypatch: 
             assert torch.equal(second.x, expected[3].x)
             assert first.x is not None
             assert torch.equal(first.x, expected[1].x)
+
+
+def test_few_tokens_are_not_worth_preparing(setup: WorkerSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = gang(2, setup, ((1, 2), (3, 4)))
+    assert not any(f.prepared for f in found)
+    assert found[1].x is not None
 
 
 def test_the_entry_of_the_head_is_not_prepared(setup: WorkerSetup) -> None:
