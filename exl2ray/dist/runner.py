@@ -32,7 +32,7 @@ from exl2ray.store.records import Record, Records
 from exl2ray.store.tensors import get_tensors
 
 
-KEPT_SHARE = 0.2  # of the free memory of a GPU, for modules that it has quantised
+KEPT_SHARE = 0.1  # of the free memory of a GPU, for modules that it has quantised
 KEPT_ON_CPU = 64 << 20
 PACKED_AHEAD = 5  # quantised modules, each read by a thread of its own
 
@@ -70,9 +70,9 @@ class Runner:
         """The module with its source weights, as ``source`` reads them."""
         return load_block(self.spec, module, source, self.device, self.dtype)
 
-    def expect(self, index: int) -> None:
-        """Starts to read the modules from here on in the background."""
-        self._fetch(self.spec.modules[index : index + 3])
+    def expect(self, index: int, count: int = 3) -> None:
+        """Starts to read ``count`` modules from here on in the background."""
+        self._fetch(self.spec.modules[index : index + count])
 
     def _fetch(self, modules: Sequence[ModuleSpec]) -> None:
         self.ahead.fetch([name for m in modules for name in whole_tensors(m)])

@@ -36,10 +36,22 @@ class HessianAccumulator:
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu", columns: int | None = None) -> None:
-        self.h = torch.zeros(in_features, columns or in_features, dtype=torch.float32, device=device)
+        self._shape, self._device = (in_features, columns or in_features), device
+        self._h: Tensor | None = None
         self.rows = 0
         self.tokens = 0
         self.routed = 0  # of these, tokens that the router sent here; all of them but with --moe-all-experts
+
+    @property
+    def h(self) -> Tensor:
+        """The sum so far."""
+        if self._h is None:
+            self._h = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+        return self._h
+
+    @h.setter
+    def h(self, value: Tensor) -> None:
+        self._h = value
 
     def add(self, x: Tensor, rows: int = 1, routed: int | None = None, y: Tensor | None = None) -> None:
         """Adds inputs ``x`` (..., K), any float dtype, that stem from ``rows`` calibration rows.
@@ -57,7 +69,8 @@ class HessianAccumulator:
         if x.shape[0] == 0:
             return
         if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-            self.h += torch.mm(x.T, y, out_dtype=torch.float32)
+            product = torch.mm(x.T, y, out_dtype=torch.float32)
+            self.h = product if self._h is None else self._h.add_(product)
         else:
             self.h.addmm_(x.float().T, y.float())
 
