@@ -48,7 +48,6 @@ from exl2ray.quant.pack import dequantize
 from exl2ray.quant.quantize import quantize_groups, solve_group
 from exl2ray.quant.rows import SHARES, batches, share_rows
 from exl2ray.store.records import FileRef, Record, item_file
-from exl2ray.store.tensors import put_tensors
 
 
 @dataclass
@@ -281,7 +280,7 @@ class Gang:
             key = f"{module.profile_key}.{group}" if len(inputs) > 1 else module.profile_key
             rel = item_file(self.chain.kind, "tensors", key, item.hashes[item.index])
             tensors = {n: t for p in packed[group].values() for n, t in p.tensors().items()}
-            writing[group] = self.run.writer.submit(put_tensors, self.run.store, rel, tensors)
+            writing[group] = self.run.write(rel, tensors)
         done: dict[str, list[str]] = {}
         for member in self.comm.gather(mine):
             done.update(member)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -28,8 +28,8 @@ from exl2ray.quant.memory import room_for_contexts, settings_for, states_fit, su
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.rows import batches, share_rows, shared_batches
 from exl2ray.store.fs import Store
-from exl2ray.store.records import Record, Records
-from exl2ray.store.tensors import get_tensors
+from exl2ray.store.records import FileRef, Record, Records
+from exl2ray.store.tensors import get_tensors, put_tensors
 
 
 KEPT_SHARE = 0.1  # of the free memory of a GPU, for modules that it has quantised
@@ -52,7 +52,8 @@ class Runner:
         self.spec: ModelSpec = rotated(spec) if setup.rotate else spec
         self._rows: dict[str, Tensor] = {}
         self._homes: dict[int, torch.device] = {}
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")  # files, while the GPU goes on
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._copying = torch.cuda.Stream() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.expect(0 if setup.alone or self.device.type == "cpu" else 1)  # members of a group share the embedding out
         self._kept: dict[tuple[str, str], dict[str, PackedLinear]] = {}  # (kind, inputs hash) -> packed linears
         self.reported: Tensor | None = None
@@ -210,6 +211,22 @@ class Runner:
                 for group, tree in trees.items():
                     tree.add(s, hessians.pop(group))
         return y, {group: tree.total() for group, tree in trees.items()}
+
+    def write(self, rel: str, tensors: Mapping[str, Tensor]) -> Future[FileRef]:
+        """Writes tensors to the work directory in the background; the GPU goes on, also while they are copied from it."""
+        ready = None
+        if self._copying is not None:
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        return self._writer.submit(self._write, rel, tensors, ready)
+
+    def _write(self, rel: str, tensors: Mapping[str, Tensor], ready: torch.cuda.Event | None) -> FileRef:
+        if self._copying is None or ready is None:
+            return put_tensors(self.store, rel, tensors)
+        with torch.cuda.stream(self._copying):
+            self._copying.wait_event(ready)
+            host = {name: t.cpu() for name, t in tensors.items()}
+        return put_tensors(self.store, rel, host)
 
     def record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:
         """The record of a quantised module; StoreError if it is gone. Its files are hashed by whoever reads them."""

@@ -52,11 +52,10 @@ from exl2ray.quant.measure import Settings, profile_of, score_options
 from exl2ray.quant.measure_head import measure_head
 from exl2ray.quant.quantize import quantize_after, quantize_head
 from exl2ray.quant.rows import share_rows
-from exl2ray.quant.warm import warm_up
+from exl2ray.quant.warm import rehearse_solving, warm_up
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND, quant_kind
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.store.records import FileRef, Record, hash_inputs, item_file
-from exl2ray.store.tensors import put_tensors
 
 PERPLEXITY = "perplexity"  # key of a record
 
@@ -111,10 +110,12 @@ class Worker:
         self.runner.ahead.wait()
 
     def _rehearse(self) -> None:
-        """Runs the first modules on zeros, in batches as they will come."""
+        """Runs the first modules on zeros, in batches as they will come, and quantises linears of the first one."""
         run = self.runner
         for module in run.spec.modules[1:3]:
             block = run.load(module)
+            if module.index == 1:
+                rehearse_solving(block, run.settings(module, torch.empty(1, run.rows("quantize").shape[1], 0)))
             for name in ("measure", "quantize"):
                 ids = run.rows(name)
                 for rows in {len(r) for r in share_rows(len(ids)) if len(r)}:
@@ -225,10 +226,10 @@ class Worker:
         return writing, {"reference_perplexity": before, "notes": list(notes)}
 
     def _write(self, c: Context, item: QuantizeItem, key: str, packed: Mapping[str, PackedLinear]) -> Future[FileRef]:
-        """Writes packed linears while the GPU goes on."""
+        """Begins to write packed linears."""
         rel = item_file(quant_kind(item.bits), "tensors", key, item.inputs_hash)
         tensors = {name: t for p in packed.values() for name, t in p.tensors().items()}
-        return self.runner.writer.submit(put_tensors, self.runner.store, rel, tensors)
+        return self.runner.write(rel, tensors)
 
     def perplexity(self, item: PerplexityItem) -> ItemResult:
         """Perplexity of a quantised model that was not calibrated module after module; the first member commits it."""

@@ -6,16 +6,21 @@ first weights can be read and other workers can start. Everything that follows i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quant.hessian import HessianAccumulator, prepare
+from exl2ray.quant.measure import Settings, by_input, factorise
 from exl2ray.quant.pack import dequantize, pack
 from exl2ray.quant.qparams import parse
+from exl2ray.quant.quantize import pack_group, solve_group
 from exl2ray.quant.solve import quantize_linears, solve_options
 
 ROWS, COLUMNS, TOKENS, HEADS = 256, 64, 64, 4
+REHEARSED = parse("1:4b_32g")
 
 
 def warm_up(device: torch.device, refine: bool = False, sweeps: int = 0) -> None:
@@ -46,3 +51,17 @@ def warm_up(device: torch.device, refine: bool = False, sweeps: int = 0) -> None
     solved = quantize_linears(factor, {"warm": weight}, {"warm": layout}, refine=refine, sweeps=sweeps)
     dequantize(pack("warm", solved["warm"]), device)
     torch.cuda.synchronize(device)
+
+
+def rehearse_solving(block: Any, settings: Settings) -> None:
+    """Quantises the linears of a block on uncorrelated inputs, and packs them: products and factorisations of these shapes.
+
+    The block's weights are replaced.
+    """
+    for group, linears in by_input(block.module.linears).items():
+        k = linears[0].in_features
+        accumulator = HessianAccumulator(k, block.weights[linears[0].key].device)
+        accumulator.h = torch.eye(k, device=accumulator.h.device)
+        accumulator.rows = accumulator.tokens = 1
+        factor = factorise(accumulator, settings, f"{block.module.profile_key} ({group}), rehearsed", [])
+        pack_group(block, solve_group(block, linears, factor, {x.key: REHEARSED for x in linears}, settings), keep=True)
