@@ -4,16 +4,18 @@ A launch costs 7 us from Python (`exl2ray.cuda.launch`) and a small product abou
 cost about a microsecond each. That matters for small batches only: experts, single options of narrow linears. Large ones keep
 the GPU busy for longer than their launches take, and recording one takes as long as several hundred milliseconds.
 
-Policy: the first batch of a shape of less than `SMALL` weights runs launch by launch (libraries must be set up before a
-capture); the second is recorded if its buffers fit into what is left of `GRAPH_SHARE` of the device's memory, since they stay
-allocated. All others go on launch by launch, with the same results. Where memory runs out all the same, `with_room` drops
-the recordings and tries once more.
+Policy: batches of a shape of less than `SMALL` weights run launch by launch until `RECORD_AT` of them have been seen:
+recording costs what some dozens of replays save, and most shapes of a quantised model come up a few times only. Then one is
+recorded, if its buffers fit into what is left of `GRAPH_SHARE` of the device's memory, since they stay allocated. All others
+go on launch by launch, with the same results. Where memory runs out all the same, `with_room` drops the recordings and tries
+once more.
 """
 
 from __future__ import annotations
 
 import gc
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -26,6 +28,7 @@ from exl2ray.cuda.solver import Batch, Shape
 
 GRAPH_SHARE = 0.2  # of the device's memory
 SMALL = 100_000_000  # weights of a batch (rows times columns)
+RECORD_AT = 16  # batches of one shape; at the first one, libraries would set themselves up inside the capture
 CAPTURING = threading.Lock()  # held during a capture, and by whoever allocates pinned memory in another thread
 T = TypeVar("T")
 
@@ -40,7 +43,8 @@ class _Recorded:
 class GraphCache:
     """Recorded batches of one process."""
 
-    seen: set[Shape] = field(default_factory=set)
+    seen: Counter[Shape] = field(default_factory=Counter)
+    record_at: int = RECORD_AT
     recorded: dict[tuple[Shape, int], _Recorded] = field(default_factory=dict)  # by shape and lane
     lane: int = 0  # of the work that goes on now (`exl2ray.cuda.lanes`)
     enabled: bool = True
@@ -93,13 +97,13 @@ def _run_batch(
     shape: Shape, r: Tensor | None, perm: Tensor, weights: Sequence[Tensor], bits: Tensor, cache: GraphCache
 ) -> Batch:
     found = cache.recorded.get((shape, cache.lane))
-    if found is None and cache.enabled and shape in cache.seen and cache.room(shape):
+    if found is None and cache.enabled and cache.seen[shape] >= cache.record_at - 1 and cache.room(shape):
         found = cache.recorded[shape, cache.lane] = _record(shape, r, perm, weights, bits)
     if found is not None:
         found.batch.load(r, perm, weights, bits)
         found.graph.replay()
         return found.batch
-    cache.seen.add(shape)
+    cache.seen[shape] += 1
     batch = Batch(shape)
     batch.load(r, perm, weights, bits)
     batch.run()

@@ -13,8 +13,8 @@ e, hence e = R^T E; put into x_P = W_P - U[:a, P]^T e[:a] and use the block form
 row-by-row loop (`exl2ray.quant.gptq.quantize_reference`) up to rounding, without ever forming U, and with one wide matrix
 product per panel of `PANEL` rows in place of a rank-1 update per row.
 
-On a GPU the sequence is a few thousand launches that depend only on shapes; `exl2ray.cuda.graphs` replays it as a CUDA graph
-from the second batch of equal shapes on.
+On a GPU the sequence is a few thousand launches that depend only on shapes; for small batches of a shape that comes up often
+`exl2ray.cuda.graphs` replays it as a CUDA graph.
 """
 
 from __future__ import annotations

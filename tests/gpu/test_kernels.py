@@ -36,7 +36,9 @@ def _fresh_graphs() -> Iterator[None]:
     from exl2ray.cuda.graphs import CACHE
 
     CACHE.clear()
+    CACHE.record_at, before = 2, CACHE.record_at
     yield
+    CACHE.record_at = before
     CACHE.clear()
 
 
