@@ -139,11 +139,11 @@ class Fan(Flow):
             return []
         self._begun = True
         members = list(idle)[:SHARES]
+        if not self._can_join(members):
+            return []
         starts = stretches([m.cost for m in self.modules], len(members))
         self._starts = dict(zip(members, starts, strict=True))
         self._last = {worker: start - 1 for worker, start in self._starts.items()}
-        if not self._can_join(members):
-            return []
         ends = [next((b for b in starts[rank + 1 :] if b > a), len(self.modules)) for rank, a in enumerate(starts)]
         cut = tuple(tuple(m.index for m in self.modules[a:b]) for a, b in zip(starts, ends, strict=True))
         items = [SweepItem(self.rows, cut, meeting) for meeting in self.session.meeting(members)]

@@ -229,21 +229,24 @@ class RaySession:
             if first is None and self.idle():
                 first = time.monotonic()
 
-    def _introduce(self) -> None:
-        """Makes one group of the workers of one machine, while they are reading: connecting GPUs takes a second or two."""
+    def _introduce(self, seconds: float = RENDEZVOUS_SECONDS) -> None:
+        """Makes one group of the workers of one machine, while they are reading: connecting GPUs takes a second or two.
+
+        seconds: for all of them to meet; whoever has not then is started anew.
+        """
         members = self.idle()
         if not 2 <= len(members) <= SHARES or len({host_of(self.name(w)) for w in members}) > 1:
             return
         for worker, meeting in zip(members, self.meeting(members), strict=True):
             self.submit(worker, "meet", meeting)
-        deadline = time.monotonic() + RENDEZVOUS_SECONDS
+        deadline = time.monotonic() + seconds
         while busy := [w for w in members if self._slots[w].ready and self._slots[w].call is not None]:
             outcome = self.wait(0.2)
             if outcome is not None and isinstance(outcome.value, (Lost, Exception)):
                 reason = outcome.value.reason if isinstance(outcome.value, Lost) else _line(outcome.value)
                 self.notes.append(f"worker {outcome.worker} cannot connect to the others: {reason}")
             if time.monotonic() > deadline:
-                self.notes.append(f"{len(busy)} workers could not connect to the others in {RENDEZVOUS_SECONDS} s: started anew")
+                self.notes.append(f"{len(busy)} workers could not connect to the others in {seconds:g} s: started anew")
                 for worker in busy:
                     self.kill(worker)
 

@@ -111,7 +111,8 @@ def left(work: Path) -> list[str]:
 
 
 class FaultyWorker(Worker):
-    """Goes wrong as the files in ``<work>.faults`` say, once for each: "<method> <module index> <what> <number>".
+    """Goes wrong as the files in ``<work>.faults`` say, once for each: "<method> <module index> <what> <number>"; the index is 0 for what is not
+    about one module.
 
     what: kill (SIGKILL), stop (SIGSTOP), memory (MemoryError), gpu (torch.OutOfMemoryError), cuda (a CUDA error), full (disk
     full), value (ValueError), commit (SIGKILL after the item was committed), broken (GroupBroken).
@@ -151,10 +152,17 @@ class FaultyWorker(Worker):
             raise ValueError("a defect")
 
     def _around(self, method: str, item: Any, *args: Any) -> Any:
-        self._fault(method, item.index, "before")
+        index = getattr(item, "index", 0)
+        self._fault(method, index, "before")
         result = getattr(Worker, method)(self, item, *args)
-        self._fault(method, item.index, "after")
+        self._fault(method, index, "after")
         return result
+
+    def sweep(self, item: Any) -> Any:
+        return self._around("sweep", item)
+
+    def perplexity(self, item: Any) -> Any:
+        return self._around("perplexity", item)
 
     def enter(self, item: Any, entry: Any = None) -> Any:
         return self._around("enter", item, entry)
@@ -170,3 +178,12 @@ class FaultyWorker(Worker):
 
     def join(self, item: Any) -> Any:
         return self._around("join", item)
+
+
+class Unsocial(Worker):
+    """The second member of a group does not come."""
+
+    def meet(self, meeting: Meeting) -> None:
+        if meeting.rank == 1:
+            raise ValueError("no")
+        super().meet(meeting)

@@ -20,6 +20,7 @@ from exl2ray.convert import convert
 from exl2ray.dist.schedule import Limits
 from exl2ray.errors import ClusterError, Exl2RayError, StoreError
 from exl2ray.progress import Silent
+from exl2ray.steps import Job
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
 
@@ -62,6 +63,19 @@ def test_killed_in_every_kind_of_item(
     assert len(events(work, "lost")) >= 7
     assert {f["key"] for f in events(work, "found")} >= {"model.layers.1.self_attn"}
     assert any("worker was lost" in f["message"] for name, f in reporter.events if name == "warning")
+
+
+def test_failures_of_what_all_workers_do_together(
+    model: Path, tmp_path: Path, cluster: Any, quiet: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweeps of both passes and the perplexity, as on GPUs: the work goes on without, and the bytes are the same."""
+    monkeypatch.setattr(Job, "_ships", False)
+    work = tmp_path / "work"
+    faults(work, "sweep 0 kill", "sweep 0 gpu", "perplexity 0 kill", "perplexity 0 commit")
+    convert(recipe(model, work, gpus=2, ray_address=cluster.address, propagate="reference"), Silent())
+    assert not left(work)
+    assert digests(work) == quiet["reference"]
+    assert {f["method"] for f in events(work, "lost")} >= {"sweep", "perplexity"}
 
 
 def test_memory_and_devices(model: Path, tmp_path: Path, cluster: Any, quiet: dict[str, dict[str, str]]) -> None:

@@ -136,6 +136,16 @@ def test_a_sweep_brings_all_workers_to_their_stretches() -> None:
     assert entered == {rank: stretch[0] for rank, stretch in enumerate(stretches)}
 
 
+def test_workers_of_several_machines_find_their_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession(3, answer)
+    monkeypatch.setattr(session, "name", lambda worker: f"machine{worker % 2}:{worker}")
+    log = Log(16, session, ship=False)
+    assert [c.method for _, c in log.fan.dispatch([0, 1, 2])] == ["enter"] * 3
+    log = Log(16, session, ship=False)
+    Scheduler(session).run(log.fan)
+    assert log.complete(16)
+
+
 @pytest.mark.parametrize("loss", ["killed", "memory", "broken"])
 def test_a_sweep_that_fails_is_left_out(loss: str) -> None:
     """Its member answers with a loss, the others wait for it for ever: they are ended, and the work goes on without states."""
