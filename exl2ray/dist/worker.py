@@ -275,6 +275,8 @@ class Worker:
         comm = self._group(item.meeting)
         before, reading = comm.received, self.reading or SharedReading(self.runner, comm)
         self.reading = None
+        if comm.size > 1:
+            reading.expect(0, 1)
         self.gang.join(item, comm, reading)
         reading.close()
         words = f"member {comm.rank + 1} of {comm.size}"

@@ -1,0 +1,50 @@
+"""What a GPU has room for besides the work on one module; shapes of Llama 70B, 2048 tokens per row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exl2ray.model.spec import LinearSpec, ModuleSpec, Stored
+from exl2ray.quant.memory import context_bytes, room_for_contexts, room_within, states_fit_within, sums_on_host_within
+
+GB = 10**9
+HIDDEN, WIDE = 8192, 28672
+
+
+def module(kind: str, *linears: tuple[str, str, int, int]) -> ModuleSpec:
+    made = tuple(LinearSpec(role, role, k, n, group, Stored("", (n, k))) for role, group, k, n in linears)
+    return ModuleSpec(0, kind, f"model.layers.0.{kind}", 0, made)  # type: ignore[arg-type]
+
+
+ATTENTION = module("attention", ("q_proj", "qkv", HIDDEN, HIDDEN), ("k_proj", "qkv", HIDDEN, 1024),
+                   ("v_proj", "qkv", HIDDEN, 1024), ("o_proj", "o", HIDDEN, HIDDEN))  # fmt: skip
+MLP = module("mlp", ("gate_proj", "gate_up", HIDDEN, WIDE), ("up_proj", "gate_up", HIDDEN, WIDE),
+             ("down_proj", "down", WIDE, HIDDEN))  # fmt: skip
+
+
+def states(rows: int) -> int:
+    return rows * 2048 * HIDDEN * 2
+
+
+@pytest.mark.parametrize("total", [16 * GB, 24 * GB, 80 * GB, 150 * GB])
+@pytest.mark.parametrize("rows", [16, 115])
+def test_room_and_fitting_states_agree(total: int, rows: int) -> None:
+    room = room_within([ATTENTION, MLP], states(rows), 2048, total, False)
+    assert states_fit_within([ATTENTION, MLP], states(rows), 2048, total) == (room >= 0)
+    assert room < total
+    more = room_within([ATTENTION, MLP], states(rows), 2048, total + 10 * GB, False)
+    assert more > room
+
+
+def test_a_large_gpu_prepares_two_layers_of_70b_and_a_small_one_none() -> None:
+    layer = context_bytes(ATTENTION, states(115)) + context_bytes(MLP, states(115))
+    assert context_bytes(MLP, states(115)) == states(115) + 4 * (HIDDEN**2 + WIDE**2)
+    assert 2 * layer < 0.9 * room_within([ATTENTION, MLP], states(115), 2048, int(150.7 * GB), False) < 3 * layer
+    assert room_within([ATTENTION, MLP], states(115), 2048, 24 * GB, False) < 0
+    assert sums_on_host_within(MLP, 24 * GB)
+    assert not sums_on_host_within(MLP, 85 * GB)
+
+
+def test_a_cpu_has_no_limit() -> None:
+    assert room_for_contexts([ATTENTION, MLP], states(115), 2048, torch.device("cpu")) > 1000 * GB
