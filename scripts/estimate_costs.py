@@ -16,6 +16,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,6 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from observed import Observed
 from schedule_costs import Costs
+
+from exl2ray.dist.runner import KEPT_SHARE
+from exl2ray.quant.memory import room_within
 
 OBSERVED = Path(__file__).with_name("observed.json")
 REACHED = 0.7
@@ -33,6 +37,7 @@ FACTOR = 30e12  # Cholesky of large matrices
 GRID = 2e12  # evaluations of the scale search per second
 GRID_EVALUATIONS = 97  # per weight and option
 ROW_SECONDS = 15e-6  # per row of a single solve, which launches and not FLOPs hold up
+MEMORY = 150_000_000_000  # bytes of an H200
 LOAD_GB_S = 8.0  # source weights, from a page cache; 7.6 GB in less than a second on the way of two GPUs (docs/log.md)
 
 MEASURE_ROWS, QUANTIZE_ROWS, REPORTED_ROWS, LENGTH = 19, 115, 19, 2048  # of the built-in calibration set
@@ -40,6 +45,7 @@ OPTIONS = {"attention": 19, "mlp": 17, "moe": 17}
 DISTINCT = {"q": 14, "k": 14, "v": 15, "o": 14, "gate": 13, "up": 13, "down": 14}
 CACHED = 0.85  # of the scoring FLOPs remain when projections of equal options are kept
 BITS = 4.0
+MOE_ROLES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,21 @@ def modules(s: Shape) -> dict[str, tuple[float, list[Input]]]:
     return {"attention": (2.0 * LENGTH * s.hidden, attention), "moe" if s.experts > 1 else "mlp": (0.0, mlp)}
 
 
+def room_gb(s: Shape) -> float:
+    """What a worker leaves for prepared modules, by the sums that it does itself (`exl2ray.dist.sweep`)."""
+    made = []
+    for kind, (_, inputs) in modules(s).items():
+        roles = MOE_ROLES if kind == "moe" else {}
+        linears = []
+        for i, copy in ((x, copy) for x in inputs for copy in range(x.copies)):
+            sizes = {"in_features": i.features, "input_group": (*i.linears, copy)}
+            for role, n in i.linears.items():
+                linears.append(SimpleNamespace(role=roles.get(role, f"{role}_proj"), out_features=n, **sizes))
+        made.append(SimpleNamespace(kind=kind, quantized=True, linears=linears))
+    room = room_within(made, 2 * QUANTIZE_ROWS * LENGTH * s.hidden, LENGTH, MEMORY, False)
+    return (1 - KEPT_SHARE) * max(0, room) / 1e9
+
+
 def costs(s: Shape) -> dict[str, Any]:
     out = {}
     for kind, (core, inputs) in modules(s).items():
@@ -140,6 +161,7 @@ def costs(s: Shape) -> dict[str, Any]:
         "quantize_state_gb": QUANTIZE_ROWS * LENGTH * s.hidden * 2 / 1e9,
         "quantize_rows": QUANTIZE_ROWS,
         "modules": out,
+        "room_gb": room_gb(s),
         "perplexity_s": sum(m["reported_s"] + m["load_s"] * BITS / 16 for m in out.values()),
     }
 
@@ -158,6 +180,8 @@ def estimate(observed: Path = OBSERVED) -> dict[str, Any]:
         "message_s": 0.003,
         "driver_s": 0.003,
         "store_gb": 100.0,
+        "sweep_module_s": 0.005,  # what is left of 3.4 s for 8 modules on two H200 and 3.7 s for 16 on four, `reference`
+        "group_reads": 2.0,  # 3.4 GB in 0.2 s on two H200, 10.3 GB in 0.64 s on four, `measure`, at LOAD_GB_S of one
         "models": {name: costs(shape) for name, shape in SHAPES.items()},
     }
     return rounded(asdict(Observed.load(observed).corrected(Costs.parse(value))))  # type: ignore[no-any-return]

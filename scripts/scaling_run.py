@@ -120,7 +120,8 @@ class Recorder(Silent):
 
 
 def execute(
-    run: Run, model: Path, place: Path, measurement: Path | None, options: dict[str, Any], warn: Any, events: Path | None = None
+    run: Run, model: Path, place: Path, measurement: Path | None, options: dict[str, Any], warn: Any,
+    events: Path | None = None,
 ) -> Figure:
     """Converts ``model`` in a new directory of ``place``, which is removed again.
 

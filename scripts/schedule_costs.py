@@ -63,6 +63,7 @@ class ModelCosts:
     quantize_rows: int
     modules: dict[str, ModuleCosts]  # of one layer, in order
     perplexity_s: float = 0.0  # of one layer: the pass of a finished model that was quantised on reference states
+    room_gb: float = 0.0  # on a GPU, for states and Hessians of modules that a sweep has prepared for it
 
     @staticmethod
     def parse(value: dict[str, Any]) -> ModelCosts:
@@ -81,6 +82,8 @@ class Costs:
     message_s: float  # one exchange of small objects in a group
     driver_s: float  # from the end of an item to the start of the next one on a worker
     store_gb: float  # object store for states
+    sweep_module_s: float  # a module of a sweep, beside forward passes and what is sent: agreeing, many small tensors
+    group_reads: float  # how many times as fast as one worker those of one machine read a module together, at most
     models: dict[str, ModelCosts]
 
     @staticmethod

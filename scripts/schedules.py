@@ -9,20 +9,22 @@ import heapq
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from schedule_costs import Costs, ModelCosts, ModuleCosts
+from sweeps import SHARES, Sweep, largest_share, perplexity_s, sums_s, sweep
 
-SHARES = 8  # largest group (exl2ray/dist/tree.py)
 WINDOW_EXTRA = 2  # modules under way beyond one per worker (exl2ray/dist/fan.py), as far as the object store has room
 PASSING = {"measure": 0.05, "quantize": 0.35}  # cost of a module on the way, as a share of its own (exl2ray/dist/fan.py)
 AHEAD = 2  # modules whose weights a worker reads in advance (exl2ray/dist/runner.py)
+UPLOAD = 0.16  # of load_s: weights of a prepared module that have been read, 0.006 and 0.027 s of a 70B layer on an H200
 
 
 @dataclass(frozen=True)
 class Result:
     """``front``: what nobody gets past, in seconds. Where states are shipped, their way through the model: forward, loading,
-    shipping, driver. Else the way of one worker through all modules: forward, loading. For a group its critical path: load,
-    forward, solve, exchange, first, driver.
+    shipping, driver. After a sweep: sweep. Else the way of one worker through all modules: forward, loading. For a group its
+    critical path: load, forward, solve, exchange, first, driver.
     """
 
     seconds: float
@@ -65,7 +67,7 @@ def serial_s(costs: Costs, model: ModelCosts, kind: str) -> float:
         now = reader.load(index, now + costs.driver_s) + m.enter_s(measuring) + costs.driver_s + m.rest_s(measuring)
         if index < len(model.modules):
             now += m.first_measure_s if measuring else m.first_quantize_s
-    return now if measuring else now + model.layers * model.perplexity_s
+    return now if measuring else now + perplexity_s(costs, model, 1)
 
 
 # ---- fans: measurement, and quantisation on reference states --------------------------------------------------------
@@ -101,19 +103,32 @@ Chosen = tuple[float, Callable[[], None]]  # seconds, and what is true afterward
 @dataclass
 class Fan:
     """Nothing is shipped, as on GPUs (``exl2ray.dist.fan.Fan``): a worker takes one module after another; where somebody else
-    has been, the end of a stretch that another one has in front of it. It goes there by itself.
+    has been, the end of a stretch that another one has in front of it. It goes there by itself, but for the start of its own
+    stretch, to which a sweep has brought it. Of modules that were prepared there only the weights are loaded.
     """
 
     items: list[Item]
     workers: int
     driver_s: float
+    sweep: Sweep = field(default_factory=Sweep)
     now: float = 0.0
     oldest: int = 0  # the first module that is not finished
+    idle: list[int] = field(default_factory=list)
+    reached: dict[int, int] = field(default_factory=dict)  # worker -> module at whose entry its states are
+    starts: dict[int, int] = field(default_factory=dict)  # worker -> start of its stretch, until it goes on from there
+    free: list[range] | None = None  # see stretches
     context: dict[int, int] = field(default_factory=dict)  # worker -> module that it has entered
     readers: dict[int, Reader] = field(default_factory=dict)
     met: set[tuple[int, int]] = field(default_factory=set)  # (worker, kind of module)
     last: dict[int, int] = field(default_factory=dict)  # worker -> module that it took last
     sums: list[float] = field(default_factory=list)  # work on the modules before each
+
+    def __post_init__(self) -> None:
+        if self.sweep.starts:
+            self.now = self.driver_s + self.sweep.seconds
+            self.starts = dict(enumerate(self.sweep.starts))
+            self.reached = dict(self.starts)
+            self.last = {worker: start - 1 for worker, start in self.starts.items()}
 
     def choices(self) -> tuple[Callable[[int], Chosen | None], ...]:
         return (self.own_part, self.enter_next, self.enter_again)
@@ -121,25 +136,27 @@ class Fan:
     def run(self) -> Result:
         order = 0
         events: list[tuple[float, int, int, Callable[[], None]]] = []
-        idle = list(range(self.workers))
+        self.idle = list(range(self.workers))
         while True:
             for choose in self.choices():
-                for worker in list(idle):
+                for worker in list(self.idle):
                     chosen = choose(worker)
                     if chosen is not None:
-                        idle.remove(worker)
+                        self.idle.remove(worker)
                         order += 1
                         heapq.heappush(events, (self.now + self.driver_s + chosen[0], order, worker, chosen[1]))
             if not events:
                 return Result(self.now, self.front())
             self.now, _, worker, done = heapq.heappop(events)
             done()
-            idle = sorted([*idle, worker])
+            self.idle = sorted([*self.idle, worker])
             while self.oldest < len(self.items) and self.items[self.oldest].done:
                 self.oldest += 1
 
     def front(self) -> dict[str, float]:
-        """Whoever works on the last module has gone through all others."""
+        """Whoever works on the last module has gone through all others, or been brought there."""
+        if self.sweep.starts:
+            return {"sweep": self.sweep.seconds}
         reader, now = Reader([i.costs.load_s for i in self.items]), 0.0
         forward = [i.costs.pass_s(i.measuring) for i in self.items]
         for index, seconds in enumerate(forward):
@@ -163,6 +180,10 @@ class Fan:
         free = self.stretches()
         if not free:
             return None
+        start = self.starts.pop(worker, None)
+        if start is not None and any(start in s for s in free):
+            self.last[worker] = start
+            return self.enter(worker, start)
         begun = {last + 1 for other, last in self.last.items() if other != worker}
         unclaimed = [s for s in free if s.start not in begun]
         mine = [s for s in unclaimed if s.start == self.last.get(worker, -1) + 1]
@@ -197,8 +218,10 @@ class Fan:
         return PASSING["measure" if self.items[0].measuring else "quantize"]
 
     def stretches(self) -> list[range]:
-        """Modules that nobody has, without gaps."""
-        out: list[range] = []
+        """Modules that nobody has, without gaps. Kept until somebody takes one."""
+        if self.free is not None:
+            return self.free
+        self.free = out = []
         for k, item in enumerate(self.items):
             if item.parts or item.entering:
                 continue
@@ -219,34 +242,40 @@ class Fan:
         """A module with parts that nobody has begun: the oldest first."""
         for index in range(self.oldest, len(self.items)):
             item = self.items[index]
-            held = index in self.context.values()
-            if held and self.detour(worker, index) > self.size(range(index, index + 1)) / 2:
+            if not item.parts or item.parts - item.begun <= item.entering:
                 continue
-            if item.parts and item.parts - item.begun > item.entering:
+            if index not in self.context.values() or self.near(worker, index):
                 return self.enter(worker, index)
         return None
 
+    def near(self, worker: int, index: int) -> bool:
+        """Whether sharing a module is worth the way to it."""
+        return self.detour(worker, index) <= self.size(range(index, index + 1)) / 2
+
     def enter(self, worker: int, index: int) -> Chosen:
         item = self.items[index]
-        seconds = self.way(worker, index) + item.costs.enter_s(item.measuring)
+        known = self.sweep.owners.get(index) == worker
+        seconds = self.way(worker, index) + (item.costs.load_s * UPLOAD if known else item.costs.enter_s(item.measuring))
         if (worker, id(item.costs)) not in self.met:
             self.met.add((worker, id(item.costs)))
             seconds += item.first_s
         item.entering += 1
+        self.free = None
         self.context.pop(worker, None)
 
         def done() -> None:
             item.entering -= 1
-            item.parts = item.parts or self.split(item)
+            item.parts = item.parts or self.split(index)
             self.context[worker] = index
+            self.reached[worker] = index + 1
             self.entered(index)
 
         return seconds, done
 
-    def split(self, item: Item) -> int:
-        """Towards the end the options of a module are split, so that no worker idles."""
-        left = sum(not i.parts for i in self.items)
-        return 1 if left >= self.workers or not item.measuring else -(-self.workers // left)
+    def split(self, index: int) -> int:
+        """The options of a module that is measured are split for workers that are idle and near."""
+        helpers = sum(self.near(w, index) for w in self.idle) if self.items[index].measuring else 0
+        return 1 + helpers // sum(not i.parts for i in self.items)
 
     def entered(self, index: int) -> None:
         pass
@@ -256,7 +285,7 @@ class Fan:
         if worker not in self.readers:
             self.readers[worker] = Reader([i.costs.load_s for i in self.items])
         begin = now = self.now + self.driver_s
-        here = self.context.get(worker, -1) + 1
+        here = self.reached.get(worker, 0)
         for k in range(here if here <= index else 0, index):
             now = self.readers[worker].load(k, now) + self.items[k].costs.pass_s(self.items[k].measuring)
         return self.readers[worker].load(index, now) - begin
@@ -293,6 +322,11 @@ class ShippingFan(Fan):
     def detour(self, worker: int, index: int) -> float:
         return 0.0
 
+    def split(self, index: int) -> int:
+        """Towards the end the options of a module are split, so that no worker idles."""
+        left = sum(not i.parts for i in self.items)
+        return 1 if left >= self.workers or not self.items[index].measuring else -(-self.workers // left)
+
     def entered(self, index: int) -> None:
         if index == self.frontier:
             self.advancing = False
@@ -303,16 +337,21 @@ class ShippingFan(Fan):
 
 
 def fan(costs: Costs, model: ModelCosts, workers: int, measuring: bool, ship: bool = False) -> Result:
-    """One pass on reference states; with several bitrates the same, solving as often. One worker ships nothing."""
+    """One pass on reference states; with several bitrates the same, solving as often. One worker ships nothing.
+
+    Up to SHARES workers are those of one machine, which begin with a sweep and share the perplexity pass; more are several
+    machines, where every worker finds its own way and one makes that pass.
+    """
     items = [Item(m, measuring) for m in model.chain()]
+    together = not ship and 1 < workers <= SHARES
     if ship and workers > 1:
         state_gb = model.measure_state_gb if measuring else model.quantize_state_gb
         window = max(2, min(workers + WINDOW_EXTRA, int(costs.store_gb * 0.7 / state_gb)))
         made: Fan = ShippingFan(items, workers, costs.driver_s, state_s=state_gb / costs.transfer_gb_s, window=window)
     else:
-        made = Fan(items, workers, costs.driver_s)
+        made = Fan(items, workers, costs.driver_s, sweep(costs, model, workers, measuring) if together else Sweep())
     result = made.run()
-    after = 0.0 if measuring else model.layers * model.perplexity_s  # one worker, when everything else is done
+    after = 0.0 if measuring else perplexity_s(costs, model, workers if together else 1)  # when everything else is done
     return Result(result.seconds + after, result.front)
 
 
@@ -326,16 +365,14 @@ def step(costs: Costs, model: ModelCosts, m: ModuleCosts, size: int) -> dict[str
     quantise; packed tensors are broadcast; all run their rows through the quantised module.
     """
     size = min(size, SHARES, model.quantize_rows)
-    rows = [s * model.quantize_rows // SHARES for s in range(SHARES + 1)]
-    most = max(rows[(r + 1) * SHARES // size] - rows[r * SHARES // size] for r in range(size)) / model.quantize_rows
+    most = largest_share(model.quantize_rows, size)
     owned = [0.0] * size
     for solve in sorted(m.solve_s.values(), reverse=True):  # the most expensive first, to whoever has least
         owned[owned.index(min(owned))] += solve
     exchange = 0.0
     if size > 1:
-        sums = sum(m.hessian_gb.values()) * (size - 1) / costs.nccl_gb_s  # everybody sends to the owner, in turn
         spread = sum(m.packed_gb.values()) / costs.nccl_gb_s
-        exchange = sums + spread + costs.message_s * (4 + len(m.solve_s))
+        exchange = sums_s(costs, m, size) + spread + costs.message_s * (4 + len(m.solve_s))
     forward = (m.forward_s + m.forward_hessian_s + m.reported_s + m.check_s) * most
     return {"forward": forward * m.group, "solve": max(owned) * m.group, "exchange": exchange, "driver": costs.driver_s}
 
@@ -371,8 +408,14 @@ def ladder(costs: Costs, model: ModelCosts, workers: int, bitrates: int) -> floa
     """Seconds of several bitrates (``exl2ray.dist.chains.Chains``): groups share the workers out, and take in those that have
     become free between two modules.
     """
-    chain, now, todo, free = model.chain(), 0.0, bitrates, workers
+    now, todo, free = 0.0, bitrates, workers
     begun = sum(m.first_chain_s for m in model.modules.values())  # all groups at the same time, at the start
+
+    @cache
+    def modules(size: int) -> list[float]:
+        pairs = zip(model.chain(), waits(costs, model, size), strict=True)
+        return [sum(step(costs, model, m, size).values()) + wait for m, wait in pairs]
+
     chains: list[Chain] = []
     while todo or chains:
         while todo and len(chains) < workers:
@@ -385,12 +428,11 @@ def ladder(costs: Costs, model: ModelCosts, workers: int, bitrates: int) -> floa
             more = max(0, min(free, target - c.size))
             c.size, free = c.size + more, free - more
             if c.size:
-                c.end = now + sum(step(costs, model, chain[c.position], c.size).values())
-                c.end += waits(costs, model, c.size)[c.position]
+                c.end = now + modules(c.size)[c.position]
         first = min((c for c in chains if c.end is not None), key=lambda c: c.end or 0.0)
         now, first.end = first.end or now, None
         first.position += 1
-        if first.position == len(chain):
+        if first.position == len(model.modules) * model.layers:
             chains.remove(first)
             free += first.size
     return begun + now

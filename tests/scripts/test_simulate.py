@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from observed import Observed
 from schedule_costs import Costs, ModelCosts, ModuleCosts
 from schedules import SHARES, fan, gang, ladder, serial_s
+from sweeps import perplexity_s, sweep
 
 from exl2ray.dist import tree
 
@@ -47,9 +48,11 @@ def module_costs(draw: st.DrawFn) -> ModuleCosts:
 def all_costs(draw: st.DrawFn) -> Costs:
     kinds = {f"kind{i}": draw(module_costs()) for i in range(draw(st.integers(1, 2)))}
     gb = draw(seconds_(0.1)), draw(seconds_(0.1))
-    model = ModelCosts(draw(st.integers(1, 12)), *gb, draw(st.integers(1, 20)), kinds, draw(seconds_(0, 1)))
-    rates = draw(seconds_(1, 100)), draw(seconds_(1, 100))
-    return Costs("random", *rates, draw(st.floats(0, 0.1)), draw(st.floats(0, 0.1)), draw(seconds_(0.1, 500)), {"m": model})
+    room = draw(seconds_(0, 50))
+    model = ModelCosts(draw(st.integers(1, 12)), *gb, draw(st.integers(1, 20)), kinds, draw(seconds_(0, 1)), room)
+    rates, times = (draw(seconds_(1, 100)), draw(seconds_(1, 100))), (draw(st.floats(0, 0.1)), draw(st.floats(0, 0.1)))
+    sweeps = draw(st.floats(0, 0.1)), draw(st.floats(1, 4))
+    return Costs("random", *rates, *times, draw(seconds_(0.1, 500)), *sweeps, {"m": model})
 
 
 def run(costs: Costs, kind: str, workers: int, ship: bool = False) -> float:
@@ -91,7 +94,8 @@ def test_larger_groups_are_never_slower_where_sending_is_free(costs: Costs) -> N
 def test_speed_up_grows_with_the_gpus(simulation: simulate.Simulation) -> None:
     """From two on: the first further GPU brings loading and shipping that one did not have. Powers of two, because a group of
     six has as many rows on its largest member as one of four. 3 % for the end of a pass, where one worker more may meet the
-    last modules at a worse moment. Fans with shipping: without it, workers may have to start again from the first module.
+    last modules at a worse moment. Fans with shipping: without it, see test_what_a_sweep_is_worth; more than eight GPUs are
+    several machines, without a sweep.
     """
     shipping = simulate.Simulation(simulation.costs, ship=True)
     for model in simulation.costs.models:
@@ -127,15 +131,62 @@ def test_window_bounds_what_is_under_way(simulation: simulate.Simulation) -> Non
     assert fan(small, model, 8, True, True).seconds > 1.2 * fan(simulation.costs, model, 8, True, True).seconds
 
 
-def test_without_shipping_nobody_waits_for_anybody(simulation: simulate.Simulation) -> None:
-    """Two modules of equal work on two GPUs that read nothing: the second one is behind by the forward pass of the first."""
-    model = simulation.costs.models["7B"]
-    free = replace(simulation.costs, driver_s=0.0)
+def free_sweeps(costs: Costs, layers: int, room_gb: float) -> tuple[Costs, ModelCosts, ModuleCosts]:
+    """A model of MLPs alone whose rows can be shared out evenly, where sending and reading cost nothing."""
+    model = costs.models["7B"]
     mlp = replace(model.modules["mlp"], load_s=0.0)
-    two = replace(model, layers=2, modules={"mlp": mlp}, perplexity_s=0.0)
-    one = mlp.enter_s(False) + mlp.rest_s(False)
-    assert fan(free, two, 1, False).seconds == pytest.approx(2 * one)
-    assert fan(free, two, 2, False).seconds == pytest.approx(mlp.forward_s + one)
+    free = replace(costs, driver_s=0.0, nccl_gb_s=float("inf"), message_s=0.0, sweep_module_s=0.0)
+    made = replace(model, layers=layers, modules={"mlp": mlp}, perplexity_s=0.0, quantize_rows=8, room_gb=room_gb)
+    return free, made, mlp
+
+
+def test_prepared_modules_are_not_entered_again(simulation: simulate.Simulation) -> None:
+    """With room for all, two GPUs share the reference passes and the work after them, and do nothing else."""
+    free, model, mlp = free_sweeps(simulation.costs, 4, 1000.0)
+    for workers in (2, 4):
+        alone = 4 * (mlp.enter_s(False) + mlp.rest_s(False))
+        assert fan(free, model, workers, False).seconds == pytest.approx(alone / workers)
+
+
+def test_without_room_owners_go_through_their_modules_alone(simulation: simulate.Simulation) -> None:
+    free, model, mlp = free_sweeps(simulation.costs, 4, 0.0)
+    found = sweep(free, model, 2, False)
+    assert (list(found.starts), found.owners) == ([0, 2], {})
+    assert found.seconds == pytest.approx(2 * mlp.forward_s / 2)
+    own = 2 * (mlp.enter_s(False) + mlp.rest_s(False))
+    assert fan(free, model, 2, False).seconds == pytest.approx(found.seconds + own)
+
+
+def test_room_bounds_what_is_prepared(simulation: simulate.Simulation) -> None:
+    """Of the 70B shape a GPU has room for two layers; partial sums of an MLP of 405B leave it, which ends there."""
+    for name, least, most in (("70B", 4, 5), ("405B", 0, 1), ("Mixtral 8x7B", 0, 0)):
+        found = sweep(simulation.costs, simulation.costs.models[name], 8, False)
+        for worker, start in enumerate(found.starts):
+            own = [k for k, w in found.owners.items() if w == worker]
+            assert own == list(range(start, start + len(own)))
+            assert least <= len(own) <= most, (name, worker)
+    assert sweep(simulation.costs, simulation.costs.models["70B"], 8, True).owners == {}
+
+
+def test_a_sweep_takes_about_what_was_seen(simulation: simulate.Simulation) -> None:
+    """Seconds on H200, 70B shape: 4 layers on two, 8 on four."""
+    model = simulation.costs.models["70B"]
+    for layers, size, measuring, seen in ((4, 2, True, 0.2), (8, 4, True, 0.64), (4, 2, False, 3.41), (8, 4, False, 3.72)):
+        took = sweep(simulation.costs, replace(model, layers=layers), size, measuring).seconds
+        assert took == pytest.approx(seen, rel=0.1, abs=0.1)
+    for layers, size, seen in ((4, 2, 0.32), (8, 4, 0.39)):
+        assert perplexity_s(simulation.costs, replace(model, layers=layers), size) == pytest.approx(seen, rel=0.1)
+
+
+def test_what_a_sweep_is_worth(simulation: simulate.Simulation) -> None:
+    """Two GPUs of one machine measure more than 1.8 times as fast; up to eight, more are faster."""
+    for model in simulation.costs.models:
+        assert simulation.speed_up(model, "measure", 2) > 1.8
+        for kind in ("measure", "reference"):
+            ups = [simulation.speed_up(model, kind, n) for n in range(1, 9)]
+            assert all(more >= 0.97 * fewer for fewer, more in pairwise(ups)), (model, kind, ups)
+            assert ups[1] > 1.7
+            assert ups[3] > 3.0
 
 
 def test_a_ladder_shares_the_gpus_out(simulation: simulate.Simulation) -> None:

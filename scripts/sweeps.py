@@ -1,0 +1,81 @@
+"""What the workers of one machine do together, simulated: the sweep before a fan, the perplexity pass after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from schedule_costs import Costs, ModelCosts, ModuleCosts
+
+from exl2ray.dist.fan import stretches
+
+SHARES = 8  # largest group (exl2ray/dist/tree.py)
+SOURCE_BITS, PACKED_BITS = 16, 4  # of weights, in the source and in `ModuleCosts.packed_gb`
+HOST_SUMS_GB = 7.5  # of Hessians, with more of which partial sums wait in host memory (exl2ray/quant/memory.py, 150 GB)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """``starts``: where each worker's stretch begins; ``owners``: prepared module -> the worker that it is prepared for."""
+
+    seconds: float = 0.0
+    starts: Sequence[int] = ()
+    owners: dict[int, int] = field(default_factory=dict)
+
+
+def largest_share(rows: int, size: int) -> float:
+    """Of ``rows`` calibration rows, the part of the member of a group that has most of them."""
+    ends = [s * rows // SHARES for s in range(SHARES + 1)]
+    return max(ends[(r + 1) * SHARES // size] - ends[r * SHARES // size] for r in range(size)) / rows
+
+
+def sums_s(costs: Costs, m: ModuleCosts, size: int) -> float:
+    """Adding up Hessians: siblings meet level by level (`exl2ray.dist.reducing`), and the owner receives one per level."""
+    return sum(m.hessian_gb.values()) * (size - 1).bit_length() / costs.nccl_gb_s
+
+
+def sweep(costs: Costs, model: ModelCosts, size: int, measuring: bool) -> Sweep:
+    """All modules up to the start of the last stretch, or the last prepared one (`exl2ray.dist.sweep`).
+
+    Every member runs its rows, and reads its part of each weight while the modules before are run; the rest comes from the
+    others. It gets all rows of the states that its stretch begins with; of a prepared module the Hessians too, and the
+    states after it. The embedding is left out.
+    """
+    chain = model.chain()
+    starts = stretches([m.enter_s(measuring) + m.rest_s(measuring) for m in chain], size)
+    owners = {} if measuring else prepared(model, chain, starts)
+    share, others = largest_share(model.quantize_rows, size), (size - 1) / size
+    collect = others * (model.measure_state_gb if measuring else model.quantize_state_gb) / costs.nccl_gb_s
+    read = now = 0.0
+    for index, m in enumerate(chain[: max([*starts, *(k + 1 for k in owners)])]):
+        read += m.load_s / min(size, costs.group_reads)
+        weights = others * sum(m.packed_gb.values()) * SOURCE_BITS / PACKED_BITS
+        now = max(now, read) + costs.sweep_module_s + weights / costs.nccl_gb_s + collect * (index in starts)
+        if index in owners:
+            now += share * m.enter_s(measuring) + sums_s(costs, m, size) + collect
+        else:
+            now += share * m.pass_s(measuring)
+    return Sweep(now, starts, owners)
+
+
+def prepared(model: ModelCosts, chain: Sequence[ModuleCosts], starts: Sequence[int]) -> dict[int, int]:
+    """Module -> worker: the first modules of each stretch, as far as states and Hessians have room on a GPU."""
+    owners: dict[int, int] = {}
+    for worker, (start, stop) in enumerate(zip(starts, [*starts[1:], len(chain)], strict=True)):
+        room = model.room_gb
+        for index in range(start, stop):
+            sums = sum(chain[index].hessian_gb.values())
+            room -= model.quantize_state_gb + sums
+            if room < 0 or sums > HOST_SUMS_GB:
+                break
+            owners[index] = worker
+    return owners
+
+
+def perplexity_s(costs: Costs, model: ModelCosts, size: int) -> float:
+    """The pass of a finished model, rows shared out; whoever has made a module sends it to the others."""
+    alone = model.layers * model.perplexity_s
+    if size == 1:
+        return alone
+    sent = sum(sum(m.packed_gb.values()) / costs.nccl_gb_s + costs.message_s for m in model.modules.values())
+    return alone * largest_share(model.quantize_rows, size) + model.layers * sent
