@@ -47,7 +47,7 @@ from scaling_run import Figure, Run, execute
 from schedule_costs import Costs, ModelCosts
 
 import exl2ray.cuda  # noqa: F401  (says where kernels are cached)
-from exl2ray.dist.session import _store_bytes
+from exl2ray.dist.starting import store_bytes
 from exl2ray.errors import Exl2RayError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +156,7 @@ class Bench:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of workers
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would leave one in the home directory
         node = {"num_cpus": max(os.cpu_count() or 1, *self.counts), "include_dashboard": False,
-                "object_store_memory": _store_bytes(states if self.args.device == "cpu" else 0)}  # fmt: skip
+                "object_store_memory": store_bytes(states if self.args.device == "cpu" else 0)}  # fmt: skip
         if self.args.device == "cuda":
             node["num_gpus"] = torch.cuda.device_count()
         return Cluster(initialize_head=True, head_node_args=node)

@@ -42,7 +42,8 @@ from exl2ray.dist.items import (
 from exl2ray.dist.perplexity import quantized_perplexity
 from exl2ray.dist.probing import sensitivity_name, sensitivity_record, sweep
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
-from exl2ray.dist.sweep import Found, Prepared, SharedReading, sweep_model
+from exl2ray.dist.shared_reading import SharedReading
+from exl2ray.dist.sweep import Found, Prepared, sweep_model
 from exl2ray.errors import ClusterError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.measurement import ModuleProfile

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import os, time
-from exl2ray.dist.session import start_ray
+from exl2ray.dist.starting import start_ray
 
 class Mortal:
     def die(self):

@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import exl2ray.dist.shared_reading as reading_module
 import exl2ray.dist.sweep as sweep_module
 from exl2ray.dist.comm import Solo
 from exl2ray.dist.items import Meeting, SweepItem, WorkerSetup
 from exl2ray.dist.reducing import reduction
 from exl2ray.dist.runner import Runner
-from exl2ray.dist.sweep import Found, SharedReading, sweep_model
+from exl2ray.dist.shared_reading import SharedReading
+from exl2ray.dist.sweep import Found, sweep_model
 from exl2ray.dist.tree import TreeSum, owner_shares
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.memory import context_bytes
@@ -97,7 +99,7 @@ def setup(model: Path, tmp_path: Path) -> WorkerSetup:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even these few tokens are worth while, and these small tensors."""
     monkeypatch.setattr(sweep_module, "PREPARE_TOKENS", 1)
-    monkeypatch.setattr(sweep_module, "SHARED_BYTES", 1)
+    monkeypatch.setattr(reading_module, "SHARED_BYTES", 1)
 
 
 @dataclass
