@@ -1,4 +1,4 @@
-"""Workers and how to talk to them: inline in this process, or as Ray actors. The only module that imports ray.
+"""Workers and how to talk to them: inline in this process, or as Ray actors.
 
 The driver submits calls and waits for outcomes; workers are disposable. Ray's own retries are off (max_restarts=0,
 max_task_retries=0): a lost item comes back as `Lost`, the session replaces the worker, and the schedule decides what
