@@ -30,6 +30,7 @@ from torch import Tensor
 from exl2ray.dist.checkpoints import Chain, Checkpoints
 from exl2ray.dist.comm import Comm, Solo
 from exl2ray.dist.items import ChainItem, JoinItem
+from exl2ray.dist.packed_files import PackedFiles
 from exl2ray.dist.reducing import gather_sums
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.dist.spreading import spread
@@ -47,7 +48,7 @@ from exl2ray.quant.measure_moe import describe_coverage, expert_factor, lanes_of
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.quantize import quantize_groups, solve_group
 from exl2ray.quant.rows import SHARES, batches, share_rows
-from exl2ray.store.records import FileRef, Record, item_file
+from exl2ray.store.records import FileRef, Record
 
 
 @dataclass
@@ -261,7 +262,7 @@ class Gang:
         hessians, moments, owners = self._reduce(module, groups, trees, crosses or {})
         settings = self.run.settings(module, torch.empty(1, self.run.rows("quantize").shape[1], 0), item.shrink)
         mine: dict[str, list[str]] = {}
-        writing: dict[str, Future[FileRef]] = {}
+        files = PackedFiles(self.run, self.chain.kind, module.profile_key, item.hashes[item.index])
         packed: dict[str, dict[str, PackedLinear]] = {}
         own = [group for group in groups if owners[group] == self.comm.rank]
         if lanes_of(block) > 1:  # they are used on several streams
@@ -277,10 +278,8 @@ class Gang:
             return solve_group(block, groups[group], factor, item.params, settings, targets)
 
         for group, packed[group] in quantize_groups(block, own, solve, keep=True):
-            key = f"{module.profile_key}.{group}" if len(inputs) > 1 else module.profile_key
-            rel = item_file(self.chain.kind, "tensors", key, item.hashes[item.index])
-            tensors = {n: t for p in packed[group].values() for n, t in p.tensors().items()}
-            writing[group] = self.run.write(rel, tensors)
+            files.add(group, packed[group])
+        writing = files.close()
         done: dict[str, list[str]] = {}
         for member in self.comm.gather(mine):
             done.update(member)
@@ -348,7 +347,7 @@ class Gang:
             files.update(member)
         if self.comm.rank == 0:
             inputs_hash = item.hashes[item.index]
-            ordered = tuple(files[group] for group in by_input(module.linears))
+            ordered = tuple(files[group] for group in by_input(module.linears) if group in files)
             self.run.records.commit(Record(self.chain.kind, module.profile_key, inputs_hash, payload, ordered))
         self.comm.gather(None)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +38,7 @@ from exl2ray.dist.items import (
     SweepItem,
     WorkerSetup,
 )
+from exl2ray.dist.packed_files import PackedFiles
 from exl2ray.dist.perplexity import quantized_perplexity
 from exl2ray.dist.probing import sensitivity_name, sensitivity_record, sweep
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
@@ -49,14 +49,14 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.measurement import ModuleProfile
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import Settings, profile_of, score_options
+from exl2ray.quant.measure import Settings, by_input, profile_of, score_options
 from exl2ray.quant.measure_head import measure_head
 from exl2ray.quant.quantize import quantize_after, quantize_head
 from exl2ray.quant.rows import share_rows
 from exl2ray.quant.warm import rehearse_solving, warm_up
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND, quant_kind
 from exl2ray.store.nonce import verify_nonce
-from exl2ray.store.records import FileRef, Record, hash_inputs, item_file
+from exl2ray.store.records import FileRef, Record, hash_inputs
 
 PERPLEXITY = "perplexity"  # key of a record
 
@@ -204,11 +204,16 @@ class Worker:
 
     def _module(self, c: Context, item: QuantizeItem) -> tuple[list[Future[FileRef]], dict[str, Any]]:
         hessians = dict(c.hessians)  # kept for the next bitrate
+        last = list(by_input(c.block.module.linears))[-1]
+        files = PackedFiles(self.runner, quant_kind(item.bits), c.block.module.profile_key, item.inputs_hash)
         writing: list[Future[FileRef]] = []
-        result, _ = quantize_after(
-            c.block, c.x, _states(c), hessians, item.params, c.settings, check_states,
-            lambda group, packed: writing.append(self._write(c, item, f"{c.block.module.profile_key}.{group}", packed)),
-        )  # fmt: skip
+
+        def done(group: str, packed: dict[str, PackedLinear]) -> None:
+            files.add(group, packed)
+            if group == last:
+                writing.extend(files.close().values())
+
+        result, _ = quantize_after(c.block, c.x, _states(c), hessians, item.params, c.settings, check_states, done)
         self.runner.keep(quant_kind(item.bits), item.inputs_hash, {p.key: p for p in result.packed})
         payload: dict[str, Any] = {"error": result.error, "notes": list(result.notes)}
         if result.experts:
@@ -216,21 +221,17 @@ class Worker:
         return writing, payload
 
     def _head(self, c: Context, item: QuantizeItem) -> tuple[list[Future[FileRef]], dict[str, Any]]:
-        key = c.block.module.linears[0].key
+        linear = c.block.module.linears[0]
         source = dict(c.block.weights)
-        packed, notes = quantize_head(c.block, c.x, item.params[key], c.settings, keep=True)
-        writing = [self._write(c, item, c.block.module.profile_key, {key: packed})]
-        self.runner.keep(quant_kind(item.bits), item.inputs_hash, {key: packed})
+        packed, notes = quantize_head(c.block, c.x, item.params[linear.key], c.settings, keep=True)
+        files = PackedFiles(self.runner, quant_kind(item.bits), c.block.module.profile_key, item.inputs_hash)
+        files.add(linear.input_group, {linear.key: packed})
+        writing = list(files.close().values())
+        self.runner.keep(quant_kind(item.bits), item.inputs_hash, {linear.key: packed})
         c.block.weights.update(source)
         ids = self.runner.rows("quantize")[: self.setup.perplexity_rows]
         before = perplexity_of([perplexity_sums(c.block, c.x[: len(ids)], ids)])
         return writing, {"reference_perplexity": before, "notes": list(notes)}
-
-    def _write(self, c: Context, item: QuantizeItem, key: str, packed: Mapping[str, PackedLinear]) -> Future[FileRef]:
-        """Begins to write packed linears."""
-        rel = item_file(quant_kind(item.bits), "tensors", key, item.inputs_hash)
-        tensors = {name: t for p in packed.values() for name, t in p.tensors().items()}
-        return self.runner.write(rel, tensors)
 
     def perplexity(self, item: PerplexityItem) -> ItemResult:
         """Perplexity of a quantised model that was not calibrated module after module; the first member commits it."""
