@@ -32,7 +32,7 @@ from exl2ray.store.layout import LOGS
 
 START_SECONDS = 600  # until the first worker runs, or until one runs again after all were lost
 GATHER_SECONDS = 5.0  # at the start, for more workers than the first
-GATHER_GPUS_SECONDS = 30.0  # the same where the GPUs for all of them are there
+GATHER_GPUS_SECONDS = 30.0  # the same where the GPUs for all of them are there: whoever is late has no part in the sweep
 GROW_SECONDS = 10.0
 MAX_START_FAILURES = 5  # in a row
 _SERIALS = itertools.count(1)  # of meetings
@@ -203,7 +203,8 @@ class RaySession:
             )(_Host)
             for worker in range(count):
                 self._start(worker)
-            self._await_first(GATHER_GPUS_SECONDS if 0 < count <= self._gpus() else GATHER_SECONDS)
+            there = setup.device == "cuda" and count <= self._gpus()  # else an autoscaler may take minutes
+            self._await_first(GATHER_GPUS_SECONDS if there else GATHER_SECONDS)
             if setup.device == "cuda":
                 self._introduce()
         except BaseException:
