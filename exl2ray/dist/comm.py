@@ -77,9 +77,10 @@ class Group:
         with _broken_if_it_fails():
             host, port = address
             store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
-            torch_dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=STEP_SECONDS)
-            )
+            with _counted_only_if_it_succeeds():
+                torch_dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=STEP_SECONDS)
+                )
             if self._cuda:  # communicators and connections are made on first use: now, while there is nothing to wait for
                 torch_dist.all_reduce(torch.zeros(1, device=device))
                 greetings = [torch.zeros(1, device=device) for _ in range(2 * size)]
@@ -132,6 +133,18 @@ def serve_rendezvous() -> tuple[Any, int]:
     """The store at which a group meets, served by this process for as long as it is referenced, and its port."""
     store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
     return store, int(store.port)
+
+
+@contextmanager
+def _counted_only_if_it_succeeds() -> Iterator[None]:
+    """torch numbers the groups of a process, and members look for each other under the number. A group that could not be formed
+    has been counted, so that this process would wait for ever for members that count from the start."""
+    try:
+        yield
+    except BaseException:
+        with suppress(AttributeError):
+            torch_dist.distributed_c10d._world.group_count = 0
+        raise
 
 
 @contextmanager
