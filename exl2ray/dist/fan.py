@@ -425,7 +425,7 @@ def stretches(costs: Sequence[float], count: int) -> list[int]:
     if len(costs) <= count:
         return [k * len(costs) // count for k in range(count)]
     low, high = max(costs), sum(costs)
-    starts = _runs_within(costs, count, high)
+    starts = list(range(count))
     for _ in range(40):
         middle = (low + high) / 2
         found = _runs_within(costs, count, middle)
@@ -433,7 +433,7 @@ def stretches(costs: Sequence[float], count: int) -> list[int]:
             low = middle
         else:
             high, starts = middle, found
-    return starts or [0]
+    return starts
 
 
 def _runs_within(costs: Sequence[float], count: int, limit: float) -> list[int] | None:

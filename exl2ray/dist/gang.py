@@ -33,8 +33,8 @@ from exl2ray.dist.items import ChainItem, JoinItem
 from exl2ray.dist.packed_files import PackedFiles
 from exl2ray.dist.reducing import gather_sums
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
-from exl2ray.dist.spreading import spread
 from exl2ray.dist.shared_reading import SharedReading
+from exl2ray.dist.spreading import spread
 from exl2ray.dist.tree import TreeSum, owner_shares
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear

@@ -222,16 +222,13 @@ class Worker:
 
     def _head(self, c: Context, item: QuantizeItem) -> tuple[list[Future[FileRef]], dict[str, Any]]:
         linear = c.block.module.linears[0]
-        source = dict(c.block.weights)
+        ids = self.runner.rows("quantize")[: self.setup.perplexity_rows]
+        before = perplexity_of([perplexity_sums(c.block, c.x[: len(ids)], ids)])
         packed, notes = quantize_head(c.block, c.x, item.params[linear.key], c.settings, keep=True)
         files = PackedFiles(self.runner, quant_kind(item.bits), c.block.module.profile_key, item.inputs_hash)
         files.add(linear.input_group, {linear.key: packed})
-        writing = list(files.close().values())
         self.runner.keep(quant_kind(item.bits), item.inputs_hash, {linear.key: packed})
-        c.block.weights.update(source)
-        ids = self.runner.rows("quantize")[: self.setup.perplexity_rows]
-        before = perplexity_of([perplexity_sums(c.block, c.x[: len(ids)], ids)])
-        return writing, {"reference_perplexity": before, "notes": list(notes)}
+        return list(files.close().values()), {"reference_perplexity": before, "notes": list(notes)}
 
     def perplexity(self, item: PerplexityItem) -> ItemResult:
         """Perplexity of a quantised model that was not calibrated module after module; the first member commits it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,22 @@ def made(model: Path, tmp_path: Path) -> WorkerSetup:
     )  # fmt: skip
 
 
+@contextmanager
+def running(make: Any, model: Path, tmp_path: Path, cluster: Any) -> Iterator[RaySession]:
+    """A session of two workers that have started."""
+    session = RaySession(made(model, tmp_path), make, 2, cluster.address, claim={"num_gpus": 1, "num_cpus": 0})
+    try:
+        until_started(session)
+        yield session
+    finally:
+        session.close()
+
+
+def until_started(session: RaySession) -> None:
+    while session.starting():
+        session.wait(0.2)
+
+
 def answers(session: RaySession, count: int) -> list[Any]:
     found: list[Any] = []
     while len(found) < count:
@@ -34,11 +52,7 @@ def answers(session: RaySession, count: int) -> list[Any]:
 
 
 def test_workers_that_have_met_need_not_again(model: Path, tmp_path: Path, cluster: Any) -> None:
-    claim = {"num_gpus": 1, "num_cpus": 0}
-    session = RaySession(made(model, tmp_path), Worker, 2, cluster.address, claim=claim)
-    try:
-        while session.starting():
-            session.wait(0.2)
+    with running(Worker, model, tmp_path, cluster) as session:
         workers = session.idle()
         session._introduce()
         assert session.notes == []
@@ -63,24 +77,15 @@ def test_workers_that_have_met_need_not_again(model: Path, tmp_path: Path, clust
 
         session.kill(workers[1])
         assert session.meeting(workers)[0].serial != anew[0].serial
-    finally:
-        session.close()
 
 
 def test_a_member_that_fails_is_noted(model: Path, tmp_path: Path, cluster: Any) -> None:
     """The others do not wait for it for ever: their store is gone, or they are started anew."""
-    claim = {"num_gpus": 1, "num_cpus": 0}
-    session = RaySession(made(model, tmp_path), Unsocial, 2, cluster.address, claim=claim)
-    try:
-        while session.starting():
-            session.wait(0.2)
+    with running(Unsocial, model, tmp_path, cluster) as session:
         session._introduce(seconds=3.0)
         assert any("cannot connect to the others: no" in note for note in session.notes)
-        while session.starting():
-            session.wait(0.2)
+        until_started(session)
         assert len(session.idle()) == 2
-    finally:
-        session.close()
 
 
 def test_a_worker_in_this_process_is_alone() -> None:
