@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl2ray.dist.host_copies import HostCopies
 from exl2ray.dist.items import WorkerSetup
 from exl2ray.dist.tree import TreeSum
 from exl2ray.errors import NumericError, StoreError
@@ -53,7 +54,7 @@ class Runner:
         self._rows: dict[str, Tensor] = {}
         self._homes: dict[int, torch.device] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._copying = torch.cuda.Stream() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = HostCopies(self.device) if self.device.type == "cuda" else None  # of the writer
         self.expect(0 if setup.alone or self.device.type == "cpu" else 1)  # members of a group share the embedding out
         self._kept: dict[tuple[str, str], dict[str, PackedLinear]] = {}  # (kind, inputs hash) -> packed linears
         self.reported: Tensor | None = None
@@ -212,21 +213,18 @@ class Runner:
                     tree.add(s, hessians.pop(group))
         return y, {group: tree.total() for group, tree in trees.items()}
 
-    def write(self, rel: str, tensors: Mapping[str, Tensor]) -> Future[FileRef]:
+    def write(self, rel: str, tensors: dict[str, Tensor]) -> Future[FileRef]:
         """Writes tensors to the work directory in the background; the GPU goes on, also while they are copied from it."""
         ready = None
-        if self._copying is not None:
+        if self._copies is not None:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         return self._writer.submit(self._write, rel, tensors, ready)
 
-    def _write(self, rel: str, tensors: Mapping[str, Tensor], ready: torch.cuda.Event | None) -> FileRef:
-        if self._copying is None or ready is None:
-            return put_tensors(self.store, rel, tensors)
-        with torch.cuda.stream(self._copying):
-            self._copying.wait_event(ready)
-            host = {name: t.cpu() for name, t in tensors.items()}
-        return put_tensors(self.store, rel, host)
+    def _write(self, rel: str, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> FileRef:
+        if self._copies is not None and ready is not None:
+            tensors = self._copies.copy(tensors, ready)
+        return put_tensors(self.store, rel, tensors)
 
     def record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:
         """The record of a quantised module; StoreError if it is gone. Its files are hashed by whoever reads them."""

@@ -105,6 +105,7 @@ class Worker:
         self._group(meeting)
         self.reading = SharedReading(self.runner, self.comm)
         self.reading.expect(0)
+        self.reading.expect(1)  # later windows lock no more memory than these two together: that would stop the GPU
         if self.runner.device.type == "cuda":
             self._rehearse()
         self.reading.wait()

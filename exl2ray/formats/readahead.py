@@ -35,13 +35,11 @@ class ReadAhead:
 
     def fetch(self, names: Sequence[str]) -> None:
         """Starts reading whole tensors, in this order; what an earlier call fetched and is not among them is dropped."""
-        kept = {name: future for name, future in self._fetched.items() if name in names}
-        for name, future in self._fetched.items():
-            if name not in kept:
-                future.cancel()
-        self._fetched = {
-            name: kept[name] if name in kept else self._pool.submit(self._read, name) for name in names if name in self.source
-        }
+        for name in [n for n in self._fetched if n not in names]:
+            self._fetched.pop(name).cancel()  # its memory is free before the first new one wants some
+        for name in names:
+            if name not in self._fetched and name in self.source:
+                self._fetched[name] = self._pool.submit(self._read, name)
 
     def wait(self) -> None:
         """Until everything that was asked for has been read, or has failed."""

@@ -23,7 +23,7 @@ from exl2ray.quant.hessian import Factor, HessianAccumulator, round_to_nearest
 from exl2ray.quant.measure import Settings, by_input, factorise, keeps_order, reference_pass, relative_error
 from exl2ray.quant.measure_moe import coverage, describe_coverage, expert_factor, lanes_of
 from exl2ray.quant.pack import dequantize, pack, pad_columns
-from exl2ray.quant.rows import batches
+from exl2ray.quant.rows import batches, shared_batches
 from exl2ray.quant.solve import quantize_linears
 
 
@@ -94,7 +94,7 @@ def quantize_after(
     out = torch.empty_like(x)
     error = 0.0
     device = next(iter(block.weights.values())).device
-    for part in batches(x.shape[0], settings.batch_rows):
+    for part in shared_batches(x.shape[0], settings.batch_rows):  # shapes that the reference pass had: some need setting up
         result = block.forward(x[part].to(device))
         check(result, f"quantised output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
         reference = target[part].to(device)

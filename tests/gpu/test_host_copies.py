@@ -1,0 +1,55 @@
+"""Copies from a GPU through a small buffer: the same values, whatever their shape, and other threads go on meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from exl2ray.dist.host_copies import BUFFER_BYTES, HostCopies
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+def recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def test_values_arrive() -> None:
+    device = torch.device("cuda")
+    tensors = {
+        "larger than the buffer": torch.arange(BUFFER_BYTES // 2 + 12345, dtype=torch.int32, device=device),
+        "scalar": torch.tensor(2.5, dtype=torch.float16, device=device),
+        "empty": torch.empty(0, 8, dtype=torch.float16, device=device),
+        "a view": torch.arange(12, device=device).reshape(3, 4).t(),
+        "on the host": torch.arange(5),
+    }
+    found = HostCopies(device).copy(tensors, recorded())
+    for name, t in tensors.items():
+        assert found[name].device.type == "cpu"
+        assert found[name].shape == t.shape
+        assert found[name].dtype == t.dtype
+        assert torch.equal(found[name], t.cpu()), name
+
+
+def test_kernels_are_launched_meanwhile() -> None:
+    device = torch.device("cuda")
+    copies = HostCopies(device)
+    large = {"t": torch.zeros(1 << 30, dtype=torch.uint8, device=device)}
+    small = torch.zeros(16, device=device)
+    ready = recorded()
+    copies.copy(large, ready)
+    thread = threading.Thread(target=copies.copy, args=(large, ready))
+    begin = time.perf_counter()
+    thread.start()
+    longest = 0.0
+    while thread.is_alive():
+        launch = time.perf_counter()
+        small.add_(1)
+        longest = max(longest, time.perf_counter() - launch)
+    whole = time.perf_counter() - begin
+    assert longest < whole / 4, f"a launch took {longest:.3f} s of {whole:.3f} s"
