@@ -59,6 +59,16 @@ def test_a_single_changed_file_is_seen() -> None:
     assert not results.equal
 
 
+def test_of_repeated_runs_the_fastest_counts_and_no_difference_is_forgotten() -> None:
+    results, run = Results(), Run("70b", "reference", 2)
+    results.add(figure(replace(run, gpus=1), digests={"4.0/a": "x"}))
+    for seconds, digest in ((9.0, "x"), (7.0, "other"), (8.0, "x")):
+        results.add(figure(run, seconds, digests={"4.0/a": digest}))
+    assert results.figures[run].seconds == 7.0
+    assert results.verdict[run] == "1 DIFFER"
+    assert not results.equal
+
+
 def test_time_without_a_call() -> None:
     def event(seconds: float, name: str, worker: str) -> dict[str, object]:
         fields = {"method": "measure", "key": "k", "worker": worker, "seconds": 1.0, "received": 7}
