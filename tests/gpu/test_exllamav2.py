@@ -32,17 +32,20 @@ def model_dir(request: pytest.FixtureRequest) -> Path:
     return shared / "models" / "tiny-llama-7m"
 
 
-@pytest.fixture(scope="module", params=[2.6, 3.0, 4.5, 6.0])
+VARIANTS = {"2.6": {}, "3.0": {}, "4.5": {}, "6.0": {}, "4.0 rotated": {"rotate": True}, "4.0 best": {"quality": "best"}}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def converted(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from exl2ray.config import Recipe
     from exl2ray.convert import convert
     from exl2ray.progress import Silent
 
     root = tmp_path_factory.mktemp("exl2")
-    bits: float = request.param
+    bits = float(request.param.split()[0])
     recipe = Recipe(
         str(model_dir), str(root / "work"), bits=(bits,), compile_full=str(root / "out"), device="cuda",
-        executor="inline", length=512, measurement_length=512,
+        executor="inline", length=512, measurement_length=512, **VARIANTS[request.param],
     )  # fmt: skip
     convert(recipe, Silent())
     return root / "out"
