@@ -177,6 +177,7 @@ def test_nodes_come_and_go(model: Path, tmp_path: Path, quiet: dict[str, dict[st
                 time.sleep(12)  # the pending worker starts there
             if name == "item" and fields["stage"] == "quantize 4.0" and fields["done"] == 2:
                 cluster.remove_node(node[0], allow_graceful=False)
+                time.sleep(4)  # its worker notices; without it the little that is left could be done by then
 
     try:
         reporter = ComeAndGo()
