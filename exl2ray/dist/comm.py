@@ -45,6 +45,10 @@ class Comm(Protocol):
         """Fills ``t`` (contiguous) everywhere with the source's values."""
         ...
 
+    def gather_tensors(self, t: Tensor) -> Tensor:
+        """Everybody's ``t`` (contiguous), by rank: (size, *t.shape). Shapes are equal."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -62,6 +66,9 @@ class Solo:
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
         return t
+
+    def gather_tensors(self, t: Tensor) -> Tensor:
+        return t[None]
 
     def close(self) -> None:
         pass
@@ -111,6 +118,13 @@ class Group:
         if self.rank != source:
             self.received += t.nbytes
         return t
+
+    def gather_tensors(self, t: Tensor) -> Tensor:
+        out = torch.empty(self.size, *t.shape, dtype=t.dtype, device=t.device)
+        with _broken_if_it_fails():
+            torch_dist.all_gather(list(out), t)
+        self.received += (self.size - 1) * t.nbytes
+        return out
 
     def close(self) -> None:
         """Leaves without waiting for the others: some of them may be gone."""

@@ -19,7 +19,7 @@ token rows and go forward through packed modules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +29,14 @@ from torch import Tensor
 
 from exl2ray.dist.checkpoints import Chain, Checkpoints
 from exl2ray.dist.comm import Comm, Solo
+from exl2ray.dist.factorising import TOGETHER_ROWS, factorise_together
 from exl2ray.dist.items import ChainItem, JoinItem
 from exl2ray.dist.packed_files import PackedFiles
 from exl2ray.dist.reducing import gather_sums
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.dist.shared_reading import SharedReading
 from exl2ray.dist.spreading import spread
-from exl2ray.dist.tree import TreeSum, owner_shares
+from exl2ray.dist.tree import Counts, Node, TreeSum, owner_shares
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, check_states
@@ -253,15 +254,15 @@ class Gang:
     ) -> tuple[dict[str, Future[FileRef]], list[str]]:
         """Sums Hessians on their owners; quantises and spreads the linears on these inputs, and starts to write them.
 
-        crosses: sums for corrected targets. Returns the files of this member by input, as they will be, and all members'
-        notes in order.
+        crosses: sums for corrected targets. Returns the files of this member by their first linear, as they will be, and all
+        members' notes in order.
         """
         module = block.module
         inputs = by_input(module.linears)
         groups = {group: inputs[group] for group in trees}
-        hessians, moments, owners = self._reduce(module, groups, trees, crosses or {})
         settings = self.run.settings(module, torch.empty(1, self.run.rows("quantize").shape[1], 0), item.shrink)
         mine: dict[str, list[str]] = {}
+        hessians, moments, factors, owners = self._reduce(module, groups, trees, crosses or {}, settings, mine)
         files = PackedFiles(self.run, self.chain.kind, module.profile_key, item.hashes[item.index])
         packed: dict[str, dict[str, PackedLinear]] = {}
         own = [group for group in groups if owners[group] == self.comm.rank]
@@ -270,15 +271,15 @@ class Gang:
                 accumulator.h = accumulator.h.to(self.run.device)
 
         def solve(group: str) -> dict[str, Quantized]:
-            mine[group] = []
-            factor = self._factor(block, hessians, group, settings, mine[group])
+            notes = mine.setdefault(group, [])
+            factor = factors.pop(group, None) or self._factor(block, hessians, group, settings, notes)
             targets = None
             if group in moments:
                 targets = corrected_weights(block, groups[group], factor, moments.pop(group), settings.correction)
             return solve_group(block, groups[group], factor, item.params, settings, targets)
 
         for group, packed[group] in quantize_groups(block, own, solve, keep=True):
-            files.add(group, packed[group])
+            files.add(packed[group])
         writing = files.close()
         done: dict[str, list[str]] = {}
         for member in self.comm.gather(mine):
@@ -312,8 +313,7 @@ class Gang:
             return factor
         own = hessians.pop(group)
         own.h = own.h.to(self.run.device)
-        where = f"{block.module.profile_key} ({group})" if block.module.kind != "head" else block.module.linears[0].key
-        return factorise(own, settings, where, notes, keeps_order(block.module, group))
+        return factorise(own, settings, _name(block.module, group), notes, keeps_order(block.module, group))
 
     def _reduce(
         self,
@@ -321,33 +321,61 @@ class Gang:
         groups: dict[str, list[LinearSpec]],
         trees: dict[str, TreeSum],
         crosses: dict[str, TreeSum],
-    ) -> tuple[dict[str, HessianAccumulator], dict[str, HessianAccumulator], dict[str, int]]:
-        """Sums of the inputs that are ours (Hessians, and those for corrected targets), and the owner of each input."""
+        settings: Settings,
+        mine: dict[str, list[str]],
+    ) -> tuple[dict[str, HessianAccumulator], dict[str, HessianAccumulator], dict[str, Factor], dict[str, int]]:
+        """Of the inputs that are ours: Hessians, sums for corrected targets, and factors of wide Hessians in place of those; the
+        owner of each input. mine: gets notes on our inputs."""
         counts = self.comm.gather([{g: t.counts() for g, t in sums.items()} for sums in (trees, crosses)])
         tokens = {g: sum(c[1] for member in counts for c in member[0][g].values()) for g in groups}
         owners = assign_owners(module, groups, tokens, self.comm.size)
         out: list[dict[str, HessianAccumulator]] = [{}, {}]
+        factors: dict[str, Factor] = {}
         for group, linears in groups.items():
             for kind, sums in enumerate((trees, crosses)):
                 if group not in sums:
                     continue
                 held = [member[kind][group] for member in counts]
+                if kind == 0 and tokens[group] and self._together(module, linears):
+                    notes: list[str] = []
+                    factor = self._factor_together(module, group, sums[group], held, owners[group], settings, notes)
+                    if factor is not None:
+                        factors[group], mine[group] = factor, notes
+                    continue
                 gather_sums(self.comm, sums[group], held, owners[group], linears[0].in_features, self.run.device)
                 if owners[group] == self.comm.rank:
                     out[kind][group] = sums[group].total()
-        return out[0], out[1], owners
+        return out[0], out[1], factors, owners
+
+    def _together(self, module: ModuleSpec, linears: list[LinearSpec]) -> bool:
+        """Whether the Hessian of an input is factorised by all members. Not where memory is short."""
+        wide = linears[0].in_features > TOGETHER_ROWS and module.kind != "moe"
+        return wide and self.comm.size > 1 and not self.run.sums_on_host(module)
+
+    def _factor_together(
+        self,
+        module: ModuleSpec,
+        group: str,
+        tree: TreeSum,
+        held: Sequence[Mapping[Node, Counts]],
+        owner: int,
+        settings: Settings,
+        notes: list[str],
+    ) -> Factor | None:
+        where, natural = _name(module, group), keeps_order(module, group)
+        return factorise_together(self.comm, tree, held, owner, self.run.device, settings.damping, where, notes, natural)
 
     def _commit(
         self, item: ChainItem, module: ModuleSpec, payload: dict[str, Any], writing: dict[str, Future[FileRef]]
     ) -> None:
         """Waits until all files are written; the first member writes the record. Nobody goes on before it is durable."""
-        mine = {group: future.result() for group, future in writing.items()}
+        mine = {key: future.result() for key, future in writing.items()}
         files: dict[str, FileRef] = {}
         for member in self.comm.gather(mine):
             files.update(member)
         if self.comm.rank == 0:
             inputs_hash = item.hashes[item.index]
-            ordered = tuple(files[group] for group in by_input(module.linears) if group in files)
+            ordered = tuple(files[x.key] for x in module.linears if x.key in files)
             self.run.records.commit(Record(self.chain.kind, module.profile_key, inputs_hash, payload, ordered))
         self.comm.gather(None)
 
@@ -387,6 +415,11 @@ class Gang:
 
     def _ids(self, rows: range) -> Tensor:
         return self.run.rows("quantize")[rows.start : rows.stop]
+
+
+def _name(module: ModuleSpec, group: str) -> str:
+    """An input, for messages."""
+    return module.linears[0].key if module.kind == "head" else f"{module.profile_key} ({group})"
 
 
 def assign_owners(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,7 @@ from exl2ray.store.tensors import get_tensors, put_tensors
 
 KEPT_SHARE = 0.1  # of the free memory of a GPU, for modules that it has quantised
 KEPT_ON_CPU = 64 << 20
+WRITERS = 3  # threads that write; hashing keeps one busy at 1 to 2 GB/s
 PACKED_AHEAD = 5  # quantised modules, each read by a thread of its own
 
 
@@ -53,8 +55,9 @@ class Runner:
         self.spec: ModelSpec = rotated(spec) if setup.rotate else spec
         self._rows: dict[str, Tensor] = {}
         self._homes: dict[int, torch.device] = {}
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._copies = HostCopies(self.device) if self.device.type == "cuda" else None  # of the writer
+        copies = [HostCopies(self.device) for _ in range(WRITERS)] if self.device.type == "cuda" else []
+        self._copies = threading.local()  # of each writer
+        self._writer = ThreadPoolExecutor(WRITERS, "write", lambda: setattr(self._copies, "own", copies.pop() if copies else None))
         self.expect(0 if setup.alone or self.device.type == "cpu" else 1)  # members of a group share the embedding out
         self._kept: dict[tuple[str, str], dict[str, PackedLinear]] = {}  # (kind, inputs hash) -> packed linears
         self.reported: Tensor | None = None
@@ -216,14 +219,14 @@ class Runner:
     def write(self, rel: str, tensors: dict[str, Tensor]) -> Future[FileRef]:
         """Writes tensors to the work directory in the background; the GPU goes on, also while they are copied from it."""
         ready = None
-        if self._copies is not None:
+        if self.device.type == "cuda":
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         return self._writer.submit(self._write, rel, tensors, ready)
 
     def _write(self, rel: str, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> FileRef:
-        if self._copies is not None and ready is not None:
-            tensors = self._copies.copy(tensors, ready)
+        if ready is not None:
+            tensors = self._copies.own.copy(tensors, ready)
         return put_tensors(self.store, rel, tensors)
 
     def record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:

@@ -59,6 +59,9 @@ class TreeSum:
         """Of the sums at hand."""
         return {node: (h.rows, h.tokens, h.routed, h.h.shape[1]) for node, h in self._nodes.items()}
 
+    def at(self, node: Node) -> HessianAccumulator:
+        return self._nodes[node]
+
     def take(self, node: Node) -> HessianAccumulator:
         return self._nodes.pop(node)
 

@@ -210,7 +210,7 @@ class Worker:
         writing: list[Future[FileRef]] = []
 
         def done(group: str, packed: dict[str, PackedLinear]) -> None:
-            files.add(group, packed)
+            files.add(packed)
             if group == last:
                 writing.extend(files.close().values())
 
@@ -227,7 +227,7 @@ class Worker:
         before = perplexity_of([perplexity_sums(c.block, c.x[: len(ids)], ids)])
         packed, notes = quantize_head(c.block, c.x, item.params[linear.key], c.settings, keep=True)
         files = PackedFiles(self.runner, quant_kind(item.bits), c.block.module.profile_key, item.inputs_hash)
-        files.add(linear.input_group, {linear.key: packed})
+        files.add({linear.key: packed})
         self.runner.keep(quant_kind(item.bits), item.inputs_hash, {linear.key: packed})
         return list(files.close().values()), {"reference_perplexity": before, "notes": list(notes)}
 

@@ -12,6 +12,7 @@ factorisation are retried in float64 before damping grows, and CUDA errors are n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor
 from exl2ray.cuda.device import device_bytes
 from exl2ray.cuda.graphs import with_room
 from exl2ray.errors import NumericError
+from exl2ray.quant import cholesky
 
 DAMPING = 0.12  # of the mean of diag(H); the reference's value
 _DAMPING_FLOOR = 1e-5
-_ATTEMPTS = 10
+ATTEMPTS = 10
 _BLOCK_ROWS = 2048
-_FACTOR_SHARE = 0.3  # of a GPU's memory, for the two matrices of a factorisation
+_FACTOR_SHARE = 0.3  # of a GPU's memory, for a whole matrix of float64
 FLOAT64_ROWS = 8192  # above this K, float32 loses too much of the small pivots (speed-study, precision)
 
 
@@ -99,14 +101,49 @@ class Factor:
         return f"damping raised to {self.damping:.3g} after {self.attempts} attempts" if self.attempts > 1 else ""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What the diagonal of H tells of its factorisation: the order of rows, the mean, the first damping."""
+
+    perm: Tensor  # (K,) int64
+    mean: float
+    step: float
+
+    def dampings(self) -> Iterator[float]:
+        """One after another, until there is a factor."""
+        return (self.step * times for times in range(1, ATTEMPTS + 1))
+
+    def failure(self, where: str) -> NumericError:
+        k = len(self.perm)
+        return NumericError(
+            f"Hessian of {where or 'a linear layer'} ({k} x {k}) has no Cholesky factor "
+            f"even with damping {self.step * ATTEMPTS:.3g}",
+            "check the calibration data; a higher damping or round-to-nearest for this layer may be needed",
+        )
+
+
+def plan_factor(diagonal: Tensor, rows: int, damping: float, where: str, natural: bool) -> Plan:
+    """diagonal (K,) float32: of the sum over ``rows`` calibration rows. Raises NumericError if it is not finite."""
+    mean_of_rows = diagonal / rows
+    if not bool(torch.isfinite(mean_of_rows).all()):
+        raise NumericError(
+            f"Hessian of {where or 'a linear layer'} is not finite",
+            "the calibration states hold NaN or infinity; look at the module before this one",
+        )
+    mean = float(mean_of_rows.double().mean())
+    return Plan(order_of(diagonal, natural), mean, max(damping * mean, _DAMPING_FLOOR))
+
+
+def order_of(diagonal: Tensor, natural: bool) -> Tensor:
+    """(K,) int64: features by falling diagonal of H (the act-order), ties in natural order; or all as they are."""
+    if natural:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
 def act_order(h: Tensor) -> Tensor:
     """(K,) int64: features by falling diagonal of H, ties in natural order."""
-    return torch.argsort(h.diagonal(), descending=True, stable=True)
-
-
-def natural_order(h: Tensor) -> Tensor:
-    """(K,) int64: features as they are."""
-    return torch.arange(h.shape[0], device=h.device)
+    return order_of(h.diagonal(), natural=False)
 
 
 def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1, natural: bool = False) -> Factor:
@@ -116,37 +153,24 @@ def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1,
     float64, then with 2, 3, ... times the damping. ``natural`` keeps the natural order instead of the act-order. Raises
     NumericError if H is not finite or every attempt fails.
     """
-    diagonal = h.diagonal() / rows
-    if not bool(torch.isfinite(diagonal).all()):
-        raise NumericError(
-            f"Hessian of {where or 'a linear layer'} is not finite",
-            "the calibration states hold NaN or infinity; look at the module before this one",
-        )
-    perm = natural_order(h) if natural else act_order(h)
-    mean = float(diagonal.double().mean())
-    step = max(damping * mean, _DAMPING_FLOOR)
+    plan = plan_factor(h.diagonal(), rows, damping, where, natural)
     attempts = 0
-    for times in range(1, _ATTEMPTS + 1):
+    for added in plan.dampings():
         for dtype in _precisions(h):
             attempts += 1
-            r = with_room(lambda d=step * times, t=dtype: _upper_factor(h, rows, perm, d, t))  # type: ignore[misc]
+            r = with_room(lambda d=added, t=dtype: _upper_factor(h, rows, plan.perm, d, t))  # type: ignore[misc]
             if r is not None:
-                return Factor(perm, r, step * times, attempts, mean)
-    raise NumericError(
-        f"Hessian of {where or 'a linear layer'} ({h.shape[0]} x {h.shape[0]}) has no Cholesky factor "
-        f"even with damping {step * _ATTEMPTS:.3g}",
-        "check the calibration data; a higher damping or round-to-nearest for this layer may be needed",
-    )
+                return Factor(plan.perm, r, added, attempts, plan.mean)
+    raise plan.failure(where)
 
 
 def _precisions(h: Tensor) -> tuple[torch.dtype, ...]:
     """Precisions to factorise in, in order: float64 at once for large K, unless a GPU lacks the memory for it.
 
-    cuSOLVER works on a copy, so a factorisation takes two matrices beside H and R. At K = 28672 that is 13 GB in float64:
-    too much for a 24 GB card that holds the module as well, where float32 has to do.
+    That takes half a matrix of float64 beside H and R, and something for blocks on their way (`exl2ray.quant.cholesky`).
     """
     k = h.shape[0]
-    if h.is_cuda and 2 * k * k * 8 > _FACTOR_SHARE * device_bytes(h.device):
+    if h.is_cuda and k > FLOAT64_ROWS and k * k * 8 > _FACTOR_SHARE * device_bytes(h.device):
         return (torch.float32,)
     return (torch.float64,) if k > FLOAT64_ROWS else (torch.float32, torch.float64)
 
@@ -158,6 +182,8 @@ def _upper_factor(h: Tensor, rows: int, perm: Tensor, damping: float, dtype: tor
     the peak at two matrices of ``dtype`` beside H (the factorisation makes a copy of its own on GPUs).
     """
     k = h.shape[0]
+    if dtype == torch.float64 and k > FLOAT64_ROWS:
+        return cholesky.upper_factor(h, rows, perm, damping)
     order = perm.flip(0)
     a = torch.empty(k, k, dtype=dtype, device=h.device)
     for start in range(0, k, _BLOCK_ROWS):
@@ -186,4 +212,9 @@ def prepare_reference(h: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tens
 
 def round_to_nearest(h: Tensor, natural: bool = False, rows: int = 1) -> Factor:
     """Act-order of H (or the natural order) without feedback: the fallback for a layer whose Hessian cannot be factorised."""
-    return Factor(natural_order(h) if natural else act_order(h), None, 0.0, 0, float(h.diagonal().double().mean()) / rows)
+    return no_feedback(h.diagonal(), natural, rows)
+
+
+def no_feedback(diagonal: Tensor, natural: bool, rows: int) -> Factor:
+    """`round_to_nearest`, from the diagonal (K,) of the sum."""
+    return Factor(order_of(diagonal, natural), None, 0.0, 0, float(diagonal.double().mean()) / rows)

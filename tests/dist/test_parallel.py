@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dist_helpers import BITS, digests, recipe
+from dist_helpers import BITS, WIDE, WideWorker, digests, recipe
 from gcs_server import GcsServer
 from safetensors.torch import load_file
 
 from exl2ray.convert import convert
+from exl2ray.dist.session import RaySession
 from exl2ray.progress import Silent
 from exl2ray.steps import Job
 from exl2ray.store.events import read_events
@@ -70,6 +71,26 @@ def test_workers_that_find_their_own_states_change_no_byte(
     assert digests(work) == quiet[propagate]
     events, _ = read_events(Store.open(str(work)))
     assert [e["fields"]["peak"] for e in events if e["name"] == "states"] == [0] * (1 + (propagate == "reference"))
+
+
+@pytest.mark.parametrize(("workers", "quality"), [(2, "reference"), (3, "reference"), (3, "balanced")])
+def test_wide_hessians_are_factorised_together(
+    workers: int, quality: str, model: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in WIDE.items():
+        monkeypatch.setattr(name, value)
+    one, many = tmp_path / "one", tmp_path / "many"
+    convert(recipe(model, one, quality=quality), Silent())
+
+    def opened(setup: Any, make: Any, executor: str, workers: Any, address: Any, size: int = 0) -> Any:
+        return RaySession(setup, WideWorker, workers, address, size, claim={"num_gpus": 1, "num_cpus": 0})
+
+    monkeypatch.setattr("exl2ray.steps.open_session", opened)
+    convert(recipe(model, many, gpus=workers, ray_address=cluster.address, quality=quality), Silent())
+    assert digests(many) == digests(one)
+    together = Path(f"{many}.together").read_text().splitlines()
+    assert {line.rsplit(" ", 1)[1] for line in together} == {str(workers)}
+    assert {"model.layers.1.mlp (down)", "model.layers.0.self_attn (o)"} <= {line.rsplit(" ", 1)[0] for line in together}
 
 
 def test_sensitivities_are_shared_out_too(model: Path, tmp_path: Path, cluster: Any) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from thread_comm import together
 from torch import Tensor
 
 import exl2ray.dist.shared_reading as reading_module
@@ -31,58 +29,6 @@ from exl2ray.store.fs import Store
 from exl2ray.store.tensors import put_tensors
 
 ROWS, TOKENS = 19, 32
-
-
-class Threads:
-    """A Comm between threads of this process."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=30)
-        self.said: list[Any] = [None] * size
-        self.mail: dict[tuple[int, int], queue.Queue[Tensor]] = {
-            (a, b): queue.Queue() for a in range(size) for b in range(size)
-        }
-
-    def member(self, rank: int) -> Any:
-        return _Member(self, rank)
-
-
-class _Member:
-    def __init__(self, threads: Threads, rank: int) -> None:
-        self.rank, self.size, self.received, self._mail = rank, threads.size, 0, threads.mail
-        self._threads = threads
-
-    def gather(self, value: Any) -> list[Any]:
-        self._threads.said[self.rank] = value
-        self._threads.barrier.wait()
-        said = list(self._threads.said)
-        self._threads.barrier.wait()
-        return said
-
-    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
-        for t, to in sends:
-            assert t.is_contiguous()
-            self._mail[self.rank, to].put(t.clone())
-        for t, source in receives:
-            assert t.is_contiguous()
-            t.copy_(self._mail[source, self.rank].get(timeout=20))
-            self.received += t.nbytes
-
-
-def together(size: int, work: Callable[[Any], Any]) -> list[Any]:
-    """What each member returns."""
-    threads, out = Threads(size), [None] * size
-
-    def run(rank: int) -> None:
-        out[rank] = work(threads.member(rank))
-
-    members = [threading.Thread(target=run, args=(r,)) for r in range(size)]
-    for m in members:
-        m.start()
-    for m in members:
-        m.join(60)
-    return out
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""A group whose members are threads of the test's process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Threads:
+    """A Comm between threads of this process."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.said: list[Any] = [None] * size
+        self.mail: dict[tuple[int, int], queue.Queue[Tensor]] = {
+            (a, b): queue.Queue() for a in range(size) for b in range(size)
+        }
+
+    def member(self, rank: int) -> Any:
+        return _Member(self, rank)
+
+
+class _Member:
+    def __init__(self, threads: Threads, rank: int) -> None:
+        self.rank, self.size, self.received, self._mail = rank, threads.size, 0, threads.mail
+        self._threads = threads
+
+    def gather(self, value: Any) -> list[Any]:
+        self._threads.said[self.rank] = value
+        self._threads.barrier.wait()
+        said = list(self._threads.said)
+        self._threads.barrier.wait()
+        return said
+
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        for t, to in sends:
+            assert t.is_contiguous()
+            self._mail[self.rank, to].put(t.clone())
+        for t, source in receives:
+            assert t.is_contiguous()
+            t.copy_(self._mail[source, self.rank].get(timeout=20))
+            self.received += t.nbytes
+
+    def broadcast(self, t: Tensor, source: int) -> Tensor:
+        others = [r for r in range(self.size) if r != source]
+        if self.rank == source:
+            self.exchange([(t, r) for r in others], [])
+        else:
+            self.exchange([], [(t, source)])
+        return t
+
+    def gather_tensors(self, t: Tensor) -> Tensor:
+        out = torch.empty(self.size, *t.shape, dtype=t.dtype)
+        for rank in range(self.size):
+            out[rank] = self.broadcast(t if rank == self.rank else out[rank], rank)
+        return out
+
+
+def together(size: int, work: Callable[[Any], Any]) -> list[Any]:
+    """What each member returns."""
+    threads, out = Threads(size), [None] * size
+
+    def run(rank: int) -> None:
+        out[rank] = work(threads.member(rank))
+
+    members = [threading.Thread(target=run, args=(r,)) for r in range(size)]
+    for m in members:
+        m.start()
+    for m in members:
+        m.join(60)
+    return out
