@@ -5,8 +5,8 @@
     python scripts/estimate_costs.py --observed FILE      with what `scaling.py --costs FILE` saw, in place of observed.json
 
 Counts are exact for the reference's option tables (19 for attention, 17 for an MLP, 13 to 15 distinct ones per linear). Rates
-are those that large products reach on an H200, times ``REACHED``: what is lost between the products. Calls that were measured
-keep the shares of these estimates and take the time that was seen (`observed.py`). Fields: `schedule_costs.py`.
+are those that modules of 70B reach on an H200. Calls that were measured keep the shares of these estimates and take the time
+that was seen (`observed.py`). Fields: `schedule_costs.py`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from observed import Observed
 from schedule_costs import Costs
+from sweeps import HOST_SUMS_GB
 
+from exl2ray.dist.factorising import TOGETHER_ROWS
 from exl2ray.dist.runner import KEPT_SHARE
+from exl2ray.quant.cholesky import block_count
 from exl2ray.quant.memory import room_within
 
 OBSERVED = Path(__file__).with_name("observed.json")
-REACHED = 0.7
-FORWARD = 700e12 * REACHED  # FLOP/s of fp16 products
-HESSIAN = 767e12 * REACHED  # fp16 inputs, float32 sums
+FORWARD = 620e12  # FLOP/s of fp16 products, as traces of 70B modules on an H200 have it, like the next five
+HESSIAN = 720e12  # fp16 inputs, float32 sums
 TRAILING = 80e12  # wide GPTQ updates: below the 100 of TF32
-FACTOR = 30e12  # Cholesky of large matrices
+FACTOR = 37e12  # Cholesky of large matrices
+BLOCK_SECONDS = 0.00103  # a diagonal block of it, and its inverse
 GRID = 2e12  # evaluations of the scale search per second
 GRID_EVALUATIONS = 97  # per weight and option
-ROW_SECONDS = 15e-6  # per row of a single solve, which launches and not FLOPs hold up
+ROW_SECONDS = 2e-6  # per row of a single solve, which launches and not FLOPs hold up
 MEMORY = 150_000_000_000  # bytes of an H200
 LOAD_GB_S = 8.0  # source weights, from a page cache; 7.6 GB in less than a second on the way of two GPUs (docs/log.md)
 
@@ -85,6 +88,11 @@ class Input:
 
     def factor_s(self) -> float:
         return self.features**3 / 3 / FACTOR + 0.0015
+
+    def wide_serial_s(self) -> float:
+        """What a group waits for while it factorises: factors of diagonal blocks. 0 if one member does it all."""
+        wide = self.features > TOGETHER_ROWS and self.copies == 1 and 4e-9 * self.features**2 <= HOST_SUMS_GB
+        return BLOCK_SECONDS * block_count(self.features) if wide else 0.0
 
     def solve_s(self) -> float:
         """One option of every linear of one copy."""
@@ -152,6 +160,8 @@ def costs(s: Shape) -> dict[str, Any]:
             "reported_s": forward(REPORTED_ROWS),
             "check_s": forward(QUANTIZE_ROWS),
             "solve_s": {name: i.solve_s() for name, i in named.items()},
+            "wide_s": {name: i.factor_s() - i.wide_serial_s() for name, i in named.items() if i.wide_serial_s()},
+            "wide_serial_s": {name: i.wide_serial_s() for name, i in named.items() if i.wide_serial_s()},
             "hessian_gb": {name: i.features**2 * 4 / 1e9 for name, i in named.items()},
             "packed_gb": {name: i.features * sum(i.linears.values()) * BITS / 8 / 1e9 for name, i in named.items()},
         }

@@ -65,6 +65,7 @@ def corrected_module(m: ModuleCosts, kind: str, works: dict[str, Methods]) -> Mo
     m = replace(
         m, forward_s=m.forward_s * enter, forward_hessian_s=m.forward_hessian_s * enter, reported_s=m.reported_s * enter,
         check_s=m.check_s * rest, solve_s={k: s * rest for k, s in m.solve_s.items()}, first_quantize_s=extra(reference),
+        wide_s={k: s * rest for k, s in m.wide_s.items()}, wide_serial_s={k: s * rest for k, s in m.wide_serial_s.items()},
     )  # fmt: skip
     alone = later(chain, "chain")
     if alone is not None:

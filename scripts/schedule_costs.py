@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class ModuleCosts:
     """the same, on reference states"""
     first_chain_s: float = 0.0
     """the same, in a chain on quantised states"""
+    wide_s: dict[str, float] = field(default_factory=dict)
+    """of solve_s, products of factorising wide Hessians, which a group shares out (``exl2ray.dist.factorising``)"""
+    wide_serial_s: dict[str, float] = field(default_factory=dict)
+    """of solve_s, what of these factorisations one member does while the others wait"""
     group: float = 1.0
     """what solving and forward passes take in a chain, over what they take on reference states"""
 

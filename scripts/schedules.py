@@ -361,20 +361,23 @@ def fan(costs: Costs, model: ModelCosts, workers: int, measuring: bool, ship: bo
 def step(costs: Costs, model: ModelCosts, m: ModuleCosts, size: int) -> dict[str, float]:
     """One module in a group, without waiting for weights: seconds of its critical path.
 
-    Every member runs its calibration rows through the source module; Hessians are summed on the owners of the inputs; owners
-    quantise; packed tensors are broadcast; all run their rows through the quantised module.
+    Every member runs its calibration rows through the source module; Hessians are summed on the owners of the inputs, or, if
+    they are wide, as block rows on all members, which factorise them; owners quantise; packed tensors are broadcast; all run
+    their rows through the quantised module.
     """
     size = min(size, SHARES, model.quantize_rows)
     most = largest_share(model.quantize_rows, size)
     owned = [0.0] * size
-    for solve in sorted(m.solve_s.values(), reverse=True):  # the most expensive first, to whoever has least
+    own = {i: s - m.wide_s.get(i, 0.0) - m.wide_serial_s.get(i, 0.0) for i, s in m.solve_s.items()}
+    for solve in sorted(own.values(), reverse=True):  # the most expensive first, to whoever has least
         owned[owned.index(min(owned))] += solve
+    solving = max(owned) + sum(m.wide_s.values()) / size + sum(m.wide_serial_s.values())
     exchange = 0.0
     if size > 1:
         spread = sum(m.packed_gb.values()) / costs.nccl_gb_s
-        exchange = sums_s(costs, m, size) + spread + costs.message_s * (4 + len(m.solve_s))
+        exchange = sums_s(costs, m, size, m.wide_s) + spread + costs.message_s * (4 + len(m.solve_s))
     forward = (m.forward_s + m.forward_hessian_s + m.reported_s + m.check_s) * most
-    return {"forward": forward * m.group, "solve": max(owned) * m.group, "exchange": exchange, "driver": costs.driver_s}
+    return {"forward": forward * m.group, "solve": solving * m.group, "exchange": exchange, "driver": costs.driver_s}
 
 
 def waits(costs: Costs, model: ModelCosts, size: int) -> list[float]:

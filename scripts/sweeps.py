@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from schedule_costs import Costs, ModelCosts, ModuleCosts
@@ -29,9 +29,15 @@ def largest_share(rows: int, size: int) -> float:
     return max(ends[(r + 1) * SHARES // size] - ends[r * SHARES // size] for r in range(size)) / rows
 
 
-def sums_s(costs: Costs, m: ModuleCosts, size: int) -> float:
-    """Adding up Hessians: siblings meet level by level (`exl2ray.dist.reducing`), and the owner receives one per level."""
-    return sum(m.hessian_gb.values()) * (size - 1).bit_length() / costs.nccl_gb_s
+def sums_s(costs: Costs, m: ModuleCosts, size: int, wide: Collection[str] = ()) -> float:
+    """Adding up Hessians: siblings meet level by level (`exl2ray.dist.reducing`), and the owner receives one per level.
+
+    wide: inputs whose Hessians are summed and factorised by all (`exl2ray.dist.factorising`). Members receive
+    the others' parts of their block rows, half a matrix in float32 all together, and each half a one in float64 on the way.
+    """
+    whole = sum(gb for i, gb in m.hessian_gb.items() if i not in wide) * (size - 1).bit_length()
+    parts = sum(m.hessian_gb[i] for i in wide) * (size - 1) / size * 1.5
+    return (whole + parts) / costs.nccl_gb_s
 
 
 def sweep(costs: Costs, model: ModelCosts, size: int, measuring: bool) -> Sweep:

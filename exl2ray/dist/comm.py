@@ -90,6 +90,7 @@ class Group:
                 )
             if self._cuda:  # communicators and connections are made on first use: now, while there is nothing to wait for
                 torch_dist.all_reduce(torch.zeros(1, device=device))
+                self.gather_tensors(self.broadcast(torch.zeros(1, device=device), 0))
                 greetings = [torch.zeros(1, device=device) for _ in range(2 * size)]
                 others = [r for r in range(size) if r != rank]
                 self.exchange([(greetings[r], r) for r in others], [(greetings[size + r], r) for r in others])

@@ -34,10 +34,13 @@ def seconds_(low: float = 0.0, high: float = 10.0) -> st.SearchStrategy[float]:
 def module_costs(draw: st.DrawFn) -> ModuleCosts:
     inputs = [f"input{i}" for i in range(draw(st.integers(1, 3)))]
     measure = draw(seconds_())
+    solve = {i: draw(seconds_()) for i in inputs}
+    wide = {i: draw(st.floats(0, 0.5)) * solve[i] for i in inputs if draw(st.booleans())}
     return ModuleCosts(
         load_s=draw(seconds_(0, 2)), sweep_s=draw(seconds_()), hessian_s=draw(seconds_()), measure_s=measure,
         repeat_s=draw(st.floats(0, 0.5)) * measure, forward_s=draw(seconds_()), forward_hessian_s=draw(seconds_()),
-        reported_s=draw(seconds_()), check_s=draw(seconds_()), solve_s={i: draw(seconds_()) for i in inputs},
+        reported_s=draw(seconds_()), check_s=draw(seconds_()), solve_s=solve, wide_s=wide,
+        wide_serial_s={i: s / 3 for i, s in wide.items()},
         hessian_gb={i: draw(seconds_()) for i in inputs}, packed_gb={i: draw(seconds_()) for i in inputs},
         first_measure_s=draw(seconds_(0, 5)), first_quantize_s=draw(seconds_(0, 5)), first_chain_s=draw(seconds_(0, 5)),
         group=draw(st.floats(0.5, 2)),
