@@ -29,10 +29,9 @@ from torch import Tensor
 
 from exl2ray.dist.checkpoints import Chain, Checkpoints
 from exl2ray.dist.comm import Comm, Solo
-from exl2ray.dist.factorising import TOGETHER_ROWS, factorise_together
 from exl2ray.dist.items import ChainItem, JoinItem
+from exl2ray.dist.owning import Sums, share_out
 from exl2ray.dist.packed_files import PackedFiles
-from exl2ray.dist.reducing import gather_sums
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.dist.shared_reading import SharedReading
 from exl2ray.dist.spreading import spread
@@ -261,28 +260,26 @@ class Gang:
         inputs = by_input(module.linears)
         groups = {group: inputs[group] for group in trees}
         settings = self.run.settings(module, torch.empty(1, self.run.rows("quantize").shape[1], 0), item.shrink)
-        mine: dict[str, list[str]] = {}
-        hessians, moments, factors, owners = self._reduce(module, groups, trees, crosses or {}, settings, mine)
+        owned, owners = share_out(self.run, self.comm, module, groups, Sums(trees, crosses or {}), settings)
         files = PackedFiles(self.run, self.chain.kind, module.profile_key, item.hashes[item.index])
         packed: dict[str, dict[str, PackedLinear]] = {}
         own = [group for group in groups if owners[group] == self.comm.rank]
         if lanes_of(block) > 1:  # they are used on several streams
-            for accumulator in hessians.values():
+            for accumulator in owned.hessians.values():
                 accumulator.h = accumulator.h.to(self.run.device)
 
         def solve(group: str) -> dict[str, Quantized]:
-            notes = mine.setdefault(group, [])
-            factor = factors.pop(group, None) or self._factor(block, hessians, group, settings, notes)
+            factor = owned.factor(block, group, settings, self.run.device)
             targets = None
-            if group in moments:
-                targets = corrected_weights(block, groups[group], factor, moments.pop(group), settings.correction)
+            if group in owned.moments:
+                targets = corrected_weights(block, groups[group], factor, owned.moments.pop(group), settings.correction)
             return solve_group(block, groups[group], factor, item.params, settings, targets)
 
         for group, packed[group] in quantize_groups(block, own, solve, keep=True):
             files.add(packed[group])
         writing = files.close()
         done: dict[str, list[str]] = {}
-        for member in self.comm.gather(mine):
+        for member in self.comm.gather(owned.notes):
             done.update(member)
         if self.comm.size > 1:
             for group, linears in groups.items():
@@ -299,71 +296,6 @@ class Gang:
         groups = [x.input_group for x in module.linears if x.role == "w2"]
         mine = [sum(c[2] for c in trees[g].counts().values()) for g in groups]
         return shares_of([sum(column) for column in zip(*self.comm.gather(mine), strict=True)])
-
-    def _factor(
-        self, block: Block, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]
-    ) -> Factor:
-        if block.module.kind == "moe":
-            for name, own in hessians.items():  # an expert may borrow from all w1/w3, which are small
-                if name == group or name.startswith("w13."):
-                    own.h = own.h.to(self.run.device)
-            factor = expert_factor(block, hessians, group, settings, notes)
-            if not group.startswith("w13."):
-                del hessians[group]
-            return factor
-        own = hessians.pop(group)
-        own.h = own.h.to(self.run.device)
-        return factorise(own, settings, _name(block.module, group), notes, keeps_order(block.module, group))
-
-    def _reduce(
-        self,
-        module: ModuleSpec,
-        groups: dict[str, list[LinearSpec]],
-        trees: dict[str, TreeSum],
-        crosses: dict[str, TreeSum],
-        settings: Settings,
-        mine: dict[str, list[str]],
-    ) -> tuple[dict[str, HessianAccumulator], dict[str, HessianAccumulator], dict[str, Factor], dict[str, int]]:
-        """Of the inputs that are ours: Hessians, sums for corrected targets, and factors of wide Hessians in place of those; the
-        owner of each input. mine: gets notes on our inputs."""
-        counts = self.comm.gather([{g: t.counts() for g, t in sums.items()} for sums in (trees, crosses)])
-        tokens = {g: sum(c[1] for member in counts for c in member[0][g].values()) for g in groups}
-        owners = assign_owners(module, groups, tokens, self.comm.size)
-        out: list[dict[str, HessianAccumulator]] = [{}, {}]
-        factors: dict[str, Factor] = {}
-        for group, linears in groups.items():
-            for kind, sums in enumerate((trees, crosses)):
-                if group not in sums:
-                    continue
-                held = [member[kind][group] for member in counts]
-                if kind == 0 and tokens[group] and self._together(module, linears):
-                    notes: list[str] = []
-                    factor = self._factor_together(module, group, sums[group], held, owners[group], settings, notes)
-                    if factor is not None:
-                        factors[group], mine[group] = factor, notes
-                    continue
-                gather_sums(self.comm, sums[group], held, owners[group], linears[0].in_features, self.run.device)
-                if owners[group] == self.comm.rank:
-                    out[kind][group] = sums[group].total()
-        return out[0], out[1], factors, owners
-
-    def _together(self, module: ModuleSpec, linears: list[LinearSpec]) -> bool:
-        """Whether the Hessian of an input is factorised by all members. Not where memory is short."""
-        wide = linears[0].in_features > TOGETHER_ROWS and module.kind != "moe"
-        return wide and self.comm.size > 1 and not self.run.sums_on_host(module)
-
-    def _factor_together(
-        self,
-        module: ModuleSpec,
-        group: str,
-        tree: TreeSum,
-        held: Sequence[Mapping[Node, Counts]],
-        owner: int,
-        settings: Settings,
-        notes: list[str],
-    ) -> Factor | None:
-        where, natural = _name(module, group), keeps_order(module, group)
-        return factorise_together(self.comm, tree, held, owner, self.run.device, settings.damping, where, notes, natural)
 
     def _commit(
         self, item: ChainItem, module: ModuleSpec, payload: dict[str, Any], writing: dict[str, Future[FileRef]]
@@ -417,37 +349,4 @@ class Gang:
         return self.run.rows("quantize")[rows.start : rows.stop]
 
 
-def _name(module: ModuleSpec, group: str) -> str:
-    """An input, for messages."""
-    return module.linears[0].key if module.kind == "head" else f"{module.profile_key} ({group})"
-
-
-def assign_owners(
-    module: ModuleSpec, groups: dict[str, list[LinearSpec]], tokens: dict[str, int], size: int
-) -> dict[str, int]:
-    """Rank that quantises each input's linears: the most expensive first, each to the least loaded member.
-
-    Cost: a factorisation (K^3 / 3) and the error feedback (K^2 N). An expert that saw fewer tokens than its Hessian has
-    dimensions borrows from all others, so then one member has all of them.
-    """
-    cost = {}
-    for group, linears in groups.items():
-        k, n = linears[0].in_features, sum(x.padded_out for x in linears)
-        cost[group] = k * k * (k / 3 + n)
-    units = [[g] for g in groups]
-    if module.kind == "moe":
-        w13 = [g for g in groups if g.startswith("w13.")]
-        if any(tokens[g] < groups[g][0].in_features for g in w13):
-            units = [w13] + [[g] for g in groups if g not in w13]
-    load = [0.0] * size
-    owners: dict[str, int] = {}
-    for unit in sorted(units, key=lambda u: -sum(cost[g] for g in u)):
-        rank = load.index(min(load))
-        load[rank] += sum(cost[g] for g in unit)
-        owners.update(dict.fromkeys(unit, rank))
-    if len(owners) != len(groups):
-        raise NumericError(f"{module.profile_key}: an input was assigned to nobody")
-    return owners
-
-
-__all__ = ["SHARES", "Gang", "Share", "assign_owners"]
+__all__ = ["SHARES", "Gang", "Share"]
