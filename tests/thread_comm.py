@@ -56,7 +56,7 @@ class _Member:
         return t
 
     def gather_tensors(self, t: Tensor) -> Tensor:
-        out = torch.empty(self.size, *t.shape, dtype=t.dtype)
+        out = torch.empty(self.size, *t.shape, dtype=t.dtype, device=t.device)
         for rank in range(self.size):
             out[rank] = self.broadcast(t if rank == self.rank else out[rank], rank)
         return out
