@@ -245,6 +245,7 @@ class Fan:
             if not item.parts or item.parts - item.begun <= item.entering:
                 continue
             if index not in self.context.values() or self.near(worker, index):
+                self.last[worker] = index
                 return self.enter(worker, index)
         return None
 

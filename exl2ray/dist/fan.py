@@ -28,7 +28,6 @@ from exl2ray.dist.schedule import Call, Flow, Limits
 from exl2ray.dist.session import Session, host_of
 from exl2ray.quant.rows import SHARES
 
-
 # Cost of going through a module, weights read included, as a share of that of the work on it (docs/log.md, four H200).
 PASSING: dict[RowSet, float] = {"measure": 0.05, "quantize": 0.35}
 
@@ -249,8 +248,8 @@ class Fan(Flow):
         return self._enter(worker, module, self.session.size > 1 and self._frontier + 1 < len(self.modules))
 
     def _enter_own(self, worker: int) -> Call | None:
-        """Without shipping: the module after the worker's last one, or the start of a stretch that has no worker, or the end of
-        one that has, so that both come to their ends at the same time."""
+        """Without shipping: the module after the worker's last one, or the start of a stretch that has no worker, or the end
+        of one that has, so that both come to their ends at the same time."""
         free = self._stretches()
         if not free:
             return None
@@ -319,6 +318,8 @@ class Fan(Flow):
                 continue  # who holds it does the rest
             free = sum(p.worker is None and not p.finished for p in module.parts)
             if free > sum(m is module for m in self._entering.values()):
+                if not self.ship:
+                    self._last[worker] = position  # it cannot go back to modules before this one
                 return self._enter(worker, module, False)
         return None
 
@@ -367,7 +368,7 @@ class Fan(Flow):
             self._advancing = None
 
     def _split(self, worker: int, module: Module) -> int:
-        """Parts of a module that is entered: more than one once workers would idle, or, without shipping, for those that do."""
+        """Parts of a module that is entered: more than one if workers would idle, or, without shipping, for those that do."""
         workers, left = self.session.size, sum(not m.entered for m in self.modules)
         if self.ship:
             return 1 if left >= workers else -(-workers // left)

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ from dist_helpers import FakeSession
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from exl2ray.dist.fan import Fan, Module, Part, stretches
+from exl2ray.dist.fan import PASSING, Fan, Module, Part, stretches
 from exl2ray.dist.faults import GroupBroken, WorkerOutOfMemory
 from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem
 from exl2ray.dist.schedule import Limits, Scheduler
-from exl2ray.dist.session import Lost, MissingArgument
+from exl2ray.dist.session import Lost, MissingArgument, Outcome
 from exl2ray.errors import ClusterError, NumericError, StoreError
 
 QUICK = Limits(first=5, floor=0.2, rest=0.01, grace=0.05, patience=0.05)
@@ -117,6 +118,54 @@ def test_without_shipping_workers_go_straight_on(count: int, workers: int, seed:
     assert jumps <= workers * (3 + count.bit_length())
 
 
+class TimedSession(FakeSession):
+    """Workers on machines of their own; the call that would end first does. seconds(worker, method, item): of a call."""
+
+    def __init__(self, size: int, seconds: Callable[[int, str, Any], float]) -> None:
+        super().__init__(size, answer)
+        self._seconds, self.now = seconds, 0.0
+        self._ends: dict[int, float] = {}
+
+    def name(self, worker: int) -> str:
+        return f"machine{worker}:1"
+
+    def submit(self, worker: int, method: str, *args: Any, returns: int = 1) -> None:
+        super().submit(worker, method, *args, returns=returns)
+        self._ends[worker] = self.now + self._seconds(worker, method, args[0])
+
+    def wait(self, timeout_seconds: float) -> Outcome | None:
+        worker = min(self._ends, key=lambda w: self._ends[w])
+        self.now = self._ends.pop(worker)
+        self.asleep = set(self.calls) - {worker}
+        return super().wait(timeout_seconds)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(20, 160), st.integers(2, 40), st.lists(st.floats(0.5, 4.0), min_size=4, max_size=4))
+@example(154, 28, [1.25, 2.0, 1.5, 1.0])
+def test_nobody_goes_far_to_help(count: int, workers: int, costs: list[float]) -> None:
+    """States only go forward: whoever has helped with a later module would begin anew for an earlier one."""
+    reached: dict[int, int] = {}
+    entered: set[int] = set()
+    cost = [costs[i % 4] for i in range(count + 1)]
+
+    def seconds(worker: int, method: str, item: Any) -> float:
+        if method == "measure":
+            return cost[item.index] / item.part[1]
+        here = reached.get(worker, 1)
+        way = PASSING["measure"] * sum(cost[here if here <= item.index else 1 : item.index])
+        assert item.index not in entered or way <= cost[item.index] / 2 + 1e-9
+        reached[worker] = item.index + 1
+        entered.add(item.index)
+        return way + 0.1 * cost[item.index]
+
+    log = Log(count, TimedSession(workers, seconds), ship=False)
+    for module in log.fan.modules:
+        module.cost = cost[module.index]
+    Scheduler(log.fan.session).run(log.fan)
+    assert log.complete(count)
+
+
 def test_a_sweep_brings_all_workers_to_their_stretches() -> None:
     """One call each, told where everybody's stretch begins; nobody enters a module before all have answered."""
     log = Log(16, FakeSession(3, answer), ship=False)
@@ -148,7 +197,7 @@ def test_workers_of_several_machines_find_their_own_way(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("loss", ["killed", "memory", "broken"])
 def test_a_sweep_that_fails_is_left_out(loss: str) -> None:
-    """Its member answers with a loss, the others wait for it for ever: they are ended, and the work goes on without states."""
+    """Its member answers with a loss, the others wait for it for ever: they are ended, and work goes on without states."""
     swept: list[int] = []
 
     def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
@@ -188,7 +237,8 @@ def test_the_last_part_is_done_by_all_workers(count: int, workers: int, seed: in
     session = FakeSession(workers, behave, seed)
     log = Log(count, session, ship=False, limits=QUICK)
     every = set(range(1, count + 1))
-    part = Part("perplexity", PerplexityItem(4.0, ()), ended.append, ready=lambda: {i for i, _ in log.done} == every, joint=True)
+    item = PerplexityItem(4.0, ())
+    part = Part("perplexity", item, ended.append, ready=lambda: {i for i, _ in log.done} == every, joint=True)
     log.fan.loose.append(part)
     Scheduler(session, Limits(losses=10**6, rest=1e-6, grace=0.01)).run(log.fan)
     assert log.complete(count)
