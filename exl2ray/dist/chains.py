@@ -16,9 +16,9 @@ from typing import Any, Literal
 from exl2ray.dist.items import ChainItem, ItemResult, JoinItem
 from exl2ray.dist.schedule import Call, Flow, Limits
 from exl2ray.dist.session import Session
-from exl2ray.quant.rows import SHARES
 from exl2ray.errors import ClusterError
 from exl2ray.formats.layout import QParams
+from exl2ray.quant.rows import SHARES
 
 MAX_BREAKS = 5  # of a group in a row without any worker lost and without a module done
 

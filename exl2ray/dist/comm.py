@@ -152,8 +152,8 @@ def serve_rendezvous() -> tuple[Any, int]:
 
 @contextmanager
 def _counted_only_if_it_succeeds() -> Iterator[None]:
-    """torch numbers the groups of a process, and members look for each other under the number. A group that could not be formed
-    has been counted, so that this process would wait for ever for members that count from the start."""
+    """torch numbers the groups of a process, and members look for each other under the number. A group that could not be
+    formed has been counted, so that this process would wait for ever for members that count from the start."""
     try:
         yield
     except BaseException:

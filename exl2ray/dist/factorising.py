@@ -1,6 +1,6 @@
 """Factorising a wide Hessian as a group, while its sum is still spread over the members.
 
-One member alone takes a quarter of a second for the 28672 inputs of a large MLP, in which all others would have nothing to do.
+One member alone takes a quarter of a second for the 28672 inputs of a large MLP, and all others would have nothing to do.
 Members send each other block rows of their partial sums instead of whole matrices, add them up in the order of the tree, and
 factorise together (`exl2ray.quant.cholesky`): the bits are those of a worker alone.
 """
@@ -64,7 +64,8 @@ def factorise_together(
 def _diagonal(comm: Comm, tree: TreeSum, held: Sequence[Mapping[Node, Counts]]) -> tuple[Tensor, int]:
     """Diagonal (K,) float32 of the whole sum, on the CPU, and its calibration rows."""
     total = TreeSum()
-    for rank, member in enumerate(comm.gather({node: tree.at(node).h.diagonal().contiguous().cpu() for node in held[comm.rank]})):
+    mine = {node: tree.at(node).h.diagonal().contiguous().cpu() for node in held[comm.rank]}
+    for rank, member in enumerate(comm.gather(mine)):
         for node in sorted(member):
             total.add_node(node, _with(member[node][:, None].clone(), held[rank][node]))
     found = total.total()

@@ -19,7 +19,7 @@ token rows and go forward through packed modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -35,16 +35,15 @@ from exl2ray.dist.packed_files import PackedFiles
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.dist.shared_reading import SharedReading
 from exl2ray.dist.spreading import spread
-from exl2ray.dist.tree import Counts, Node, TreeSum, owner_shares
-from exl2ray.errors import NumericError
+from exl2ray.dist.tree import TreeSum, owner_shares
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, check_states
-from exl2ray.model.spec import LinearSpec, ModuleSpec
+from exl2ray.model.spec import ModuleSpec
 from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
 from exl2ray.quant.gptq import Quantized
-from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.measure import Settings, by_input, factorise, keeps_order, reference_pass, relative_error
-from exl2ray.quant.measure_moe import describe_coverage, expert_factor, lanes_of, shares_of
+from exl2ray.quant.hessian import HessianAccumulator
+from exl2ray.quant.measure import Settings, by_input, reference_pass, relative_error
+from exl2ray.quant.measure_moe import describe_coverage, lanes_of, shares_of
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.quantize import quantize_groups, solve_group
 from exl2ray.quant.rows import SHARES, batches, share_rows

@@ -1,8 +1,8 @@
 """Copying what a GPU has made to ordinary memory, without keeping other threads from the GPU.
 
 A copy straight to ordinary memory holds a lock of the driver from beginning to end (0.1 s for 120 MB), and no thread of the
-process can launch a kernel meanwhile. A copy to page-locked memory does not, but locking enough of it for a whole module takes
-as long. So bytes go through a small page-locked buffer.
+process can launch a kernel meanwhile. A copy to page-locked memory does not, but locking enough of it for a whole module
+takes as long. So bytes go through a small page-locked buffer.
 """
 
 from __future__ import annotations

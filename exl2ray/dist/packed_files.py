@@ -15,7 +15,7 @@ LEAST_BYTES = 32 << 20  # of a file: every one is made durable by itself, and a 
 
 
 class PackedFiles:
-    """Files of one module, on one worker. Large linears have one each, so that several are written at a time; small ones share."""
+    """Files of one module, on one worker. Large linears have one each, so that several are written at a time."""
 
     def __init__(self, run: Runner, kind: str, key: str, inputs_hash: str) -> None:
         self._run, self._kind, self._key, self._hash = run, kind, key, inputs_hash

@@ -9,8 +9,8 @@ from __future__ import annotations
 from exl2ray.dist.comm import Comm
 from exl2ray.dist.items import PerplexityItem
 from exl2ray.dist.runner import Runner, perplexity_of, perplexity_sums
-from exl2ray.dist.spreading import spread
 from exl2ray.dist.shared_reading import SharedReading
+from exl2ray.dist.spreading import spread
 from exl2ray.dist.tree import owner_shares
 from exl2ray.errors import ClusterError
 from exl2ray.quant.rows import share_rows

@@ -15,7 +15,7 @@ from exl2ray.quant.rows import SHARES
 def gather_sums(
     comm: Comm, tree: TreeSum, held: Sequence[Mapping[Node, Counts]], owner: int, in_features: int, device: torch.device
 ) -> None:
-    """All members call it; afterwards the owner's tree holds every sum. ``held``: the counts of each member's tree, by rank."""
+    """All members call it; afterwards the owner's tree holds every sum. held: the counts of each member's tree, by rank."""
     for node, source, to, (rows, tokens, routed, columns) in reduction(held, owner):
         if source == comm.rank:
             comm.exchange([(tree.take(node).h.to(device), to)], [])

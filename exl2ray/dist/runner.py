@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -33,7 +33,6 @@ from exl2ray.store.fs import Store
 from exl2ray.store.records import FileRef, Record, Records
 from exl2ray.store.tensors import get_tensors, put_tensors
 
-
 KEPT_SHARE = 0.1  # of the free memory of a GPU, for modules that it has quantised
 KEPT_ON_CPU = 64 << 20
 WRITERS = 3  # threads that write; hashing keeps one busy at 1 to 2 GB/s
@@ -57,7 +56,7 @@ class Runner:
         self._homes: dict[int, torch.device] = {}
         copies = [HostCopies(self.device) for _ in range(WRITERS)] if self.device.type == "cuda" else []
         self._copies = threading.local()  # of each writer
-        self._writer = ThreadPoolExecutor(WRITERS, "write", lambda: setattr(self._copies, "own", copies.pop() if copies else None))
+        self._writer = ThreadPoolExecutor(WRITERS, "write", self._begin_to_write, (copies,))
         self.expect(0 if setup.alone or self.device.type == "cpu" else 1)  # members of a group share the embedding out
         self._kept: dict[tuple[str, str], dict[str, PackedLinear]] = {}  # (kind, inputs hash) -> packed linears
         self.reported: Tensor | None = None
@@ -153,7 +152,7 @@ class Runner:
         if self.device.type == "cuda":
             limit = int(KEPT_SHARE * self.room(self.state_bytes("quantize")))
         self._kept[kind, inputs_hash] = packed
-        while self._kept and sum(t.nbytes for m in self._kept.values() for p in m.values() for t in p.tensors().values()) > limit:
+        while self._kept and sum(packed_bytes(m) for m in self._kept.values()) > limit:
             del self._kept[next(iter(self._kept))]
 
     def kept(self, kind: str, inputs_hash: str) -> dict[str, PackedLinear] | None:
@@ -200,8 +199,8 @@ class Runner:
     def enter(self, block: Block, x: Tensor, shrink: int = 1) -> tuple[Tensor, dict[str, HessianAccumulator]]:
         """Reference pass over a whole set of rows: states after the block, and a Hessian per input.
 
-        The same bits as if the rows were spread over workers; where partial sums would have to leave the GPU, rows are summed one
-        after another instead.
+        The same bits as if the rows were spread over workers; where partial sums would have to leave the GPU, rows are summed
+        one after another instead.
         """
         settings = self.settings(block.module, x, shrink)
         if self.sums_on_host(block.module):
@@ -223,6 +222,11 @@ class Runner:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         return self._writer.submit(self._write, rel, tensors, ready)
+
+    def _begin_to_write(self, copies: list[HostCopies]) -> None:
+        """In each writer, at first."""
+        if copies:
+            self._copies.own = copies.pop()
 
     def _write(self, rel: str, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> FileRef:
         if ready is not None:
@@ -272,6 +276,10 @@ class Runner:
 
         submit(PACKED_AHEAD)
         return results()
+
+
+def packed_bytes(packed: Mapping[str, PackedLinear]) -> int:
+    return sum(t.nbytes for p in packed.values() for t in p.tensors().values())
 
 
 def perplexity_sums(block: Block, x: Tensor, ids: Tensor) -> tuple[float, int]:

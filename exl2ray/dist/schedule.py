@@ -100,7 +100,7 @@ class _Running:
 
 
 class Scheduler:
-    """Runs flows on a session. ``event(name, fields)`` is told of what happens; kinds: started, finished, lost, note, retry."""
+    """Runs flows on a session. ``event(name, fields)`` is told what happens: started, finished, lost, note, retry."""
 
     def __init__(
         self, session: Session, limits: Limits | None = None, event: Callable[..., None] = lambda name, **fields: None

@@ -21,7 +21,7 @@ SHARED_BYTES = 1 << 20  # smaller tensors are read by everybody
 class SharedReading:
     """Weights of a model for all members of a group, which load the same tensors in the same order.
 
-    Stands in for a SourceModel. Tensors that were fetched in advance come complete, on the device; the others are read as usual.
+    Stands in for a SourceModel. Tensors that were fetched in advance come complete, on the device; others are read as usual.
     """
 
     def __init__(self, run: Runner, comm: Comm) -> None:

@@ -20,8 +20,8 @@ def spread(
     owner: int,
     device: torch.device,
 ) -> dict[str, PackedLinear]:
-    """Packed linears by key; the owner passes them in, the others None. All members call it. What comes from elsewhere stays on
-    ``device``, but for the groups, which are read on the host."""
+    """Packed linears by key; the owner passes them in, the others None. All members call it. What comes from elsewhere stays
+    on ``device``, but for the groups, which are read on the host."""
     if comm.size == 1 and packed is not None:
         return dict(packed)
     layout = None

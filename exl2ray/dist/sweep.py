@@ -1,14 +1,14 @@
 """Running the source model as a group, so that every member gets what its work begins with.
 
-Work on reference states is independent but for the states at the entry of a module (`exl2ray.dist.fan`). A worker alone has to
-run every module before its own, and to read it, which takes longer. A group shares both out: every member runs its own rows
-(`exl2ray.quant.rows`), and reads its own part of each weight, the rest of which comes from the others. Between GPUs of one
-machine that is many times faster than reading. Batches and the order of sums are those of a worker alone, so all results have
-the same bits.
+Work on reference states is independent but for the states at the entry of a module (`exl2ray.dist.fan`). A worker alone has
+to run every module before its own, and to read it, which takes longer. A group shares both out: every member runs its own
+rows (`exl2ray.quant.rows`), and reads its own part of each weight, the rest of which comes from the others. Between GPUs of
+one machine that is many times faster than reading. Batches and the order of sums are those of a worker alone, so all results
+have the same bits.
 
 The modules that a member begins with are *prepared* for it: their Hessians are summed in the sweep too, and it gets them with
-the states before and after. So nothing of a reference pass is done twice. Prepared modules wait on the GPU, so their number is
-limited; before later ones a member makes the reference passes alone, from the states that it has.
+the states before and after. So nothing of a reference pass is done twice. Prepared modules wait on the GPU, so their number
+is limited; before later ones a member makes the reference passes alone, from the states that it has.
 """
 
 from __future__ import annotations

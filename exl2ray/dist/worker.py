@@ -100,8 +100,8 @@ class Worker:
         return {"worker": self.name, "device": name, "threads": torch.get_num_threads()}
 
     def meet(self, meeting: Meeting) -> None:
-        """Connects to the other members of a group and gets ready for what it does first, for which all members will wait for the
-        slowest: reads this member's part of the first weights, and loads the kernels for the shapes of the first modules."""
+        """Connects to the other members of a group and gets ready for what it does first, when all will wait for the slowest:
+        reads this member's part of the first weights, and loads the kernels for the shapes of the first modules."""
         self._group(meeting)
         self.reading = SharedReading(self.runner, self.comm)
         self.reading.expect(0)

@@ -111,8 +111,8 @@ def left(work: Path) -> list[str]:
 
 
 class FaultyWorker(Worker):
-    """Goes wrong as the files in ``<work>.faults`` say, once for each: "<method> <module index> <what> <number>"; the index is 0 for what is not
-    about one module.
+    """Goes wrong as the files in ``<work>.faults`` say, once for each: "<method> <module index> <what> <number>"; the index
+    is 0 for what is not about one module.
 
     what: kill (SIGKILL), stop (SIGSTOP), memory (MemoryError), gpu (torch.OutOfMemoryError), cuda (a CUDA error), full (disk
     full), value (ValueError), commit (SIGKILL after the item was committed), broken (GroupBroken).

@@ -32,7 +32,8 @@ def sums(rows: int, spoil: Any = None) -> dict[int, HessianAccumulator]:
     for s, share in enumerate(share_rows(rows)):
         if len(share):
             out[s] = HessianAccumulator(K)
-            out[s].add(torch.randn(len(share), 40, K, generator=torch.Generator().manual_seed(s)) * 3.0 ** (s % 3), len(share))
+            x = torch.randn(len(share), 40, K, generator=torch.Generator().manual_seed(s))
+            out[s].add(x * 3.0 ** (s % 3), len(share))
             if spoil is not None:
                 spoil(out[s].h)
     return out

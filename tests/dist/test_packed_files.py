@@ -31,7 +31,8 @@ def linear(key: str) -> Any:
     codes = torch.randint(0, 16, (64, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(len(key)))
     layout = GroupLayout((4, 4), (32, 32))
     scale_max = torch.ones(2, dtype=torch.float16)
-    return pack(key, Quantized(layout, torch.arange(64), codes, torch.ones(2, 32, dtype=torch.uint8), scale_max, codes.half()))
+    scales = torch.ones(2, 32, dtype=torch.uint8)
+    return pack(key, Quantized(layout, torch.arange(64), codes, scales, scale_max, codes.half()))
 
 
 @pytest.mark.parametrize(("least", "count"), [(1, 7), (2000, 4), (1 << 20, 1)])

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2ray.dist.tree import TreeSum, owner_shares
-from exl2ray.quant.rows import SHARES, share_rows
 from exl2ray.errors import NumericError
 from exl2ray.quant.hessian import HessianAccumulator
+from exl2ray.quant.rows import SHARES, share_rows
 
 
 def accumulators(rows: int) -> dict[int, HessianAccumulator]:
