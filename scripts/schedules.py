@@ -182,7 +182,6 @@ class Fan:
             return None
         start = self.starts.pop(worker, None)
         if start is not None and any(start in s for s in free):
-            self.last[worker] = start
             return self.enter(worker, start)
         begun = {last + 1 for other, last in self.last.items() if other != worker}
         unclaimed = [s for s in free if s.start not in begun]
@@ -193,7 +192,6 @@ class Fan:
             gain, index = max(self.take_over(worker, s) for s in free)
             if gain <= 0:
                 return None
-        self.last[worker] = index
         return self.enter(worker, index)
 
     def take_over(self, worker: int, stretch: range) -> tuple[float, int]:
@@ -245,7 +243,6 @@ class Fan:
             if not item.parts or item.parts - item.begun <= item.entering:
                 continue
             if index not in self.context.values() or self.near(worker, index):
-                self.last[worker] = index
                 return self.enter(worker, index)
         return None
 
@@ -254,7 +251,7 @@ class Fan:
         return self.detour(worker, index) <= self.size(range(index, index + 1)) / 2
 
     def enter(self, worker: int, index: int) -> Chosen:
-        item = self.items[index]
+        item, self.last[worker] = self.items[index], index
         known = self.sweep.owners.get(index) == worker
         seconds = self.way(worker, index) + (item.costs.load_s * UPLOAD if known else item.costs.enter_s(item.measuring))
         if (worker, id(item.costs)) not in self.met:

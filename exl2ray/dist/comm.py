@@ -20,14 +20,13 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from exl2ray.dist.faults import GroupBroken
+from exl2ray.quant.cholesky import Alone, Team
 
 RENDEZVOUS_SECONDS = 120
 STEP_SECONDS = 6 * 3600  # the driver's deadlines are the ones that matter
 
 
-class Comm(Protocol):
-    rank: int
-    size: int
+class Comm(Team, Protocol):
     received: int  # bytes of tensors that came from other members; gathered objects are small and do not count
 
     def gather(self, value: Any) -> list[Any]:
@@ -41,21 +40,13 @@ class Comm(Protocol):
         """
         ...
 
-    def broadcast(self, t: Tensor, source: int) -> Tensor:
-        """Fills ``t`` (contiguous) everywhere with the source's values."""
-        ...
-
-    def gather_tensors(self, t: Tensor) -> Tensor:
-        """Everybody's ``t`` (contiguous), by rank: (size, *t.shape). Shapes are equal."""
-        ...
-
     def close(self) -> None: ...
 
 
-class Solo:
+class Solo(Alone):
     """A group of one."""
 
-    rank, size, received = 0, 1, 0
+    received = 0
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -63,12 +54,6 @@ class Solo:
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
         if sends or receives:
             raise GroupBroken("a group of one has no other members")
-
-    def broadcast(self, t: Tensor, source: int) -> Tensor:
-        return t
-
-    def gather_tensors(self, t: Tensor) -> Tensor:
-        return t[None]
 
     def close(self) -> None:
         pass

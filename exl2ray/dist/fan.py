@@ -245,7 +245,7 @@ class Fan(Flow):
             return None  # only its holder has the states: it comes back to the frontier by itself
         self._advancing = worker
         module.start, module.entry = self._front
-        return self._enter(worker, module, self.session.size > 1 and self._frontier + 1 < len(self.modules))
+        return self._enter(worker, self._frontier, self.session.size > 1 and self._frontier + 1 < len(self.modules))
 
     def _enter_own(self, worker: int) -> Call | None:
         """Without shipping: the module after the worker's last one, or the start of a stretch that has no worker, or the end
@@ -255,8 +255,7 @@ class Fan(Flow):
             return None
         start = self._starts.pop(worker, None)
         if start is not None and any(start in s for s in free):
-            self._last[worker] = start
-            return self._enter(worker, self.modules[start], False)
+            return self._enter(worker, start, False)
         begin = {last + 1 for w, last in self._last.items() if w != worker}
         mine = [s for s in free if s.start == self._last.get(worker, -1) + 1 and s.start not in begin]
         unclaimed = [s for s in free if s.start not in begin]
@@ -267,8 +266,7 @@ class Fan(Flow):
             if found[0] <= 0:
                 return None
             position = found[1]
-        self._last[worker] = position
-        return self._enter(worker, self.modules[position], False)
+        return self._enter(worker, position, False)
 
     def _stretches(self) -> list[range]:
         """Positions of modules that nobody has entered or is entering, without gaps."""
@@ -318,9 +316,7 @@ class Fan(Flow):
                 continue  # who holds it does the rest
             free = sum(p.worker is None and not p.finished for p in module.parts)
             if free > sum(m is module for m in self._entering.values()):
-                if not self.ship:
-                    self._last[worker] = position  # it cannot go back to modules before this one
-                return self._enter(worker, module, False)
+                return self._enter(worker, position, False)
         return None
 
     def _loose_part(self, worker: int) -> Call | None:
@@ -331,9 +327,12 @@ class Fan(Flow):
                 return Call(part.method, (part.item,), part.method, sum(m.cost for m in self.modules))
         return None
 
-    def _enter(self, worker: int, module: Module, ship: bool) -> Call:
+    def _enter(self, worker: int, position: int, ship: bool) -> Call:
+        module = self.modules[position]
         self._leave(worker)
         self._entering[worker] = module
+        if not self.ship:
+            self._last[worker] = position  # its states only go forward
         oldest = next((m.index for m in self.modules if not m.finished), module.index)
         shrink = self.shrink.get(module.key, 1)
         item = EnterItem(self.rows, module.index, module.start, oldest, ship, shrink)

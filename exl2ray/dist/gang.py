@@ -46,7 +46,7 @@ from exl2ray.quant.measure import Settings, by_input, reference_pass, relative_e
 from exl2ray.quant.measure_moe import describe_coverage, lanes_of, shares_of
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.quantize import quantize_groups, solve_group
-from exl2ray.quant.rows import SHARES, batches, share_rows
+from exl2ray.quant.rows import batches, share_rows
 from exl2ray.store.records import FileRef, Record
 
 
@@ -346,6 +346,3 @@ class Gang:
 
     def _ids(self, rows: range) -> Tensor:
         return self.run.rows("quantize")[rows.start : rows.stop]
-
-
-__all__ = ["SHARES", "Gang", "Share"]

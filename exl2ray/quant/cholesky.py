@@ -29,11 +29,11 @@ class Team(Protocol):
     size: int
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
-        """Fills ``t`` everywhere with the source's values."""
+        """Fills ``t`` (contiguous) everywhere with the source's values."""
         ...
 
     def gather_tensors(self, t: Tensor) -> Tensor:
-        """Everybody's ``t``, by rank: (size, *t.shape). Shapes are equal."""
+        """Everybody's ``t`` (contiguous), by rank: (size, *t.shape). Shapes are equal."""
         ...
 
 
@@ -113,7 +113,8 @@ def factorise_rows(held: dict[int, Tensor], k: int, team: Team, device: torch.de
         mine = torch.empty(max((slot + 1 for _, slot in places), default=0), BLOCK, BLOCK, dtype=torch.float64, device=device)
         for slot, i in enumerate(own):
             torch.mm(held[i][:, columns], inverse.T, out=mine[slot])
-        below = _in_order(team.gather_tensors(mine), places) if places else mine.view(0, BLOCK)
+        blocks = team.gather_tensors(mine) if places else mine[None]
+        below = _column(blocks, places)
         for slot, i in enumerate(own):
             held[i][:, columns.stop :].addmm_(mine[slot], below[: (i - j) * BLOCK].T, alpha=-1)
         if r is not None:
@@ -140,10 +141,8 @@ def _places(owners: Sequence[int], size: int) -> list[tuple[int, int]]:
     return out
 
 
-def _in_order(gathered: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-    """Blocks of all members, (size, most, BLOCK, BLOCK), as one column of blocks (rows * BLOCK, BLOCK)."""
-    size, most = gathered.shape[:2]
-    blocks = gathered.view(size * most, BLOCK, BLOCK)
-    if size > 1:
-        blocks = blocks[torch.tensor([rank * most + slot for rank, slot in places], device=blocks.device)]
-    return blocks.view(-1, BLOCK)
+def _column(blocks: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+    """Blocks of all members, (size, most, BLOCK, BLOCK), below each other (rows * BLOCK, BLOCK). Waits for nothing."""
+    if len(blocks) == 1:
+        return blocks[0].view(len(places) * BLOCK, BLOCK)
+    return torch.cat([blocks[rank, slot] for rank, slot in places])

@@ -102,7 +102,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FactorPlan:
     """What the diagonal of H tells of its factorisation: the order of rows, the mean, the first damping."""
 
     perm: Tensor  # (K,) int64
@@ -122,7 +122,7 @@ class Plan:
         )
 
 
-def plan_factor(diagonal: Tensor, rows: int, damping: float, where: str, natural: bool) -> Plan:
+def plan_factor(diagonal: Tensor, rows: int, damping: float, where: str, natural: bool) -> FactorPlan:
     """diagonal (K,) float32: of the sum over ``rows`` calibration rows. Raises NumericError if it is not finite."""
     mean_of_rows = diagonal / rows
     if not bool(torch.isfinite(mean_of_rows).all()):
@@ -131,7 +131,7 @@ def plan_factor(diagonal: Tensor, rows: int, damping: float, where: str, natural
             "the calibration states hold NaN or infinity; look at the module before this one",
         )
     mean = float(mean_of_rows.double().mean())
-    return Plan(order_of(diagonal, natural), mean, max(damping * mean, _DAMPING_FLOOR))
+    return FactorPlan(order_of(diagonal, natural), mean, max(damping * mean, _DAMPING_FLOOR))
 
 
 def order_of(diagonal: Tensor, natural: bool) -> Tensor:
