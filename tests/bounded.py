@@ -4,8 +4,8 @@
     assert run.status == 3 and "GGUF" in run.text
 
 Starting a Python that imports torch takes seconds, a fork of one that has it milliseconds: a server process imports the
-program once and forks for every run. A run is a session of its own; its processes are watched together (resident memory, summed) and
-killed together. What hostile input does to a run, it cannot do to the tests.
+program once and forks for every run. A run is a session of its own; its processes are watched together (resident memory,
+summed) and killed together. What hostile input does to a run, it cannot do to the tests.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def exl2ray(
     server = _server()
     request = {"arguments": [str(a) for a in arguments], "seconds": seconds, "memory": memory,
                "cwd": str(cwd or os.getcwd()), "env": dict(env or {})}  # fmt: skip
-    assert server.stdin is not None and server.stdout is not None
+    assert server.stdin is not None
+    assert server.stdout is not None
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     answer = server.stdout.readline()

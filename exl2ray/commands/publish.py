@@ -13,7 +13,7 @@ from exl2ray import __version__
 from exl2ray.config import bpw_name
 from exl2ray.console import clean, file_size, plural
 from exl2ray.errors import HubError, Interrupted, UsageError
-from exl2ray.formats.hfconfig import read_limited
+from exl2ray.formats.json_file import read_bounded
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.publish.card import PROGRAM, model_card, of_directory
 from exl2ray.publish.figures import Evaluation, read_evaluations, with_evaluation
@@ -189,7 +189,7 @@ def card_text(folder: Folder, repo: str, base_model: str | None, evaluation: Eva
     """README.md as it is published: the directory's own, or a new one, with its publisher and what was asked for."""
     path = folder.files.get(CARD)
     if path is not None:
-        text = read_limited(path, MAX_CARD_BYTES * 2, UsageError, "shorten it").decode("utf-8", errors="replace")
+        text = read_bounded(path, MAX_CARD_BYTES * 2, UsageError, "shorten it").decode("utf-8", errors="replace")
     else:
         text = model_card(of_directory(folder.summary))
     found = read_fields(split_card(text)[0])

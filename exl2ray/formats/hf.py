@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from exl2ray.errors import Exl2RayError, SourceError
-from exl2ray.formats.hfconfig import read_config, read_limited
+from exl2ray.formats.hfconfig import read_config
+from exl2ray.formats.json_file import read_json_object
 from exl2ray.formats.tensorfile import TensorFile, TensorInfo, read_tensor
 
 MAX_INDEX_BYTES = 64 << 20
@@ -137,10 +138,8 @@ def _check_index(directory: Path, present: set[str], error: type[Exl2RayError]) 
         if path.name.startswith("."):
             continue
         try:
-            weight_map = json.loads(read_limited(path, MAX_INDEX_BYTES, error).decode("utf-8"))["weight_map"]
+            weight_map = read_json_object(path, error, max_bytes=MAX_INDEX_BYTES)["weight_map"]
             shards = sorted({str(v) for v in weight_map.values()})
-        except RecursionError as e:
-            raise error(f"{path}: nested too deeply") from e
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise error(f"{path}: not a weight index: {type(e).__name__}: {e}") from e
         missing = [s for s in shards if s not in present]

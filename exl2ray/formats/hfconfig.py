@@ -7,46 +7,22 @@ absent (architectures section 6.4). ``legacy_config`` adds the old keys to a con
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import Exl2RayError, SourceError
-
-MAX_CONFIG_BYTES = 16 << 20
+from exl2ray.formats.json_file import LIMITS, read_json_object
 
 
 def read_config(path: Path, error: type[Exl2RayError] = SourceError) -> dict[str, Any]:
     """Parse config.json: an object whose ``architectures`` holds exactly one name (exl2-format section 2)."""
     hint = "the directory must be a complete Hugging Face model"
-    raw = read_limited(path, MAX_CONFIG_BYTES, error, hint)
-    try:
-        config = json.loads(raw.decode("utf-8"))
-    except RecursionError as e:
-        raise error(f"{path}: nested too deeply") from e
-    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise error(f"{path}: not valid JSON: {e}", hint) from e
-    if not isinstance(config, dict):
-        raise error(f"{path}: a JSON object is needed, this is a {type(config).__name__}", hint)
+    config = read_json_object(path, error, hint, LIMITS["config.json"])
     found = config.get("architectures")
     if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
         raise error(f"{path}: architectures is {str(found)[:80]}; the format needs a list of exactly one name")
     return config
-
-
-def read_limited(path: Path, limit: int, error: type[Exl2RayError], hint: str = "") -> bytes:
-    """All bytes of a regular file of at most ``limit`` bytes; raises ``error`` otherwise."""
-    if not path.is_file():
-        raise error(f"{path}: missing or not a regular file", hint)
-    try:
-        with path.open("rb") as f:
-            raw = f.read(limit + 1)
-    except OSError as e:
-        raise error(f"{path}: cannot be read: {e.strerror or e}") from e
-    if len(raw) > limit:
-        raise error(f"{path}: larger than {limit} bytes")
-    return raw
 
 
 # Keys that the loader reads at the top level only, also for multimodal configs (architectures section 4, "no" rows).

@@ -23,9 +23,8 @@ from typing import Any
 
 from exl2ray.errors import FormatError
 from exl2ray.formats.files import atomic_file
-from exl2ray.formats.hfconfig import read_limited
+from exl2ray.formats.json_file import parse_json_object, read_bounded
 from exl2ray.formats.layout import LinearShape, QParams
-from exl2ray.formats.tensorfile import strict_json_object
 
 MEASURED_MODES = ("self_attn", "mlp", "block_sparse_moe", "parallel_decoder")
 UNMEASURED_MODES = ("norm", "linear", "pos_emb")
@@ -134,13 +133,13 @@ class Measurement:
 def read_measurement(path: str | Path) -> Measurement:
     """Read measurement.json. Raises FormatError naming the file, the entry and the field."""
     path = Path(path)
-    raw = read_limited(path, MAX_MEASUREMENT_BYTES, FormatError, "give the measurement.json of an earlier conversion")
+    raw = read_bounded(path, MAX_MEASUREMENT_BYTES, FormatError, "give the measurement.json of an earlier conversion")
     return parse_measurement(raw, str(path))
 
 
 def parse_measurement(raw: bytes, where: str) -> Measurement:
     """``read_measurement`` for bytes; ``where`` names their origin in messages."""
-    obj = strict_json_object(raw, where, FormatError)
+    obj = parse_json_object(raw, where, FormatError, unique=True)
     entries, extra = obj.get("measurement"), obj.get("exl2ray", {})
     if not isinstance(entries, dict) or not entries:
         raise FormatError(f"{where}: 'measurement' is missing or not a non-empty object", "is this a measurement.json?")

@@ -11,7 +11,6 @@ network mount that goes away is then an error of that read and not a SIGBUS of t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.formats.json_file import parse_json_object
 
 MAX_HEADER_BYTES = 32 << 20  # room for about 200 000 tensors; the largest published models have fewer than 100 000
 MAX_DIMENSIONS = 8
@@ -129,34 +129,6 @@ def _read_into(f: Any, buffer: memoryview, info: TensorInfo, error: type[Exl2Ray
         done += got
 
 
-def strict_json_object(raw: bytes, what: str, error: type[Exl2RayError]) -> dict[str, Any]:
-    """Parse a JSON object, refusing duplicate keys, NaN and deep nesting; ``what`` opens every message."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            keys = [k for k, _ in pairs]
-            seen: set[str] = set()
-            twice = next(k for k in keys if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise error(f"{what}: the key {twice!r} appears twice in one object")
-        return out
-
-    def constant(text: str) -> Any:
-        raise error(f"{what}: {text} is not a JSON number")
-
-    try:
-        obj = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except UnicodeDecodeError as e:
-        raise error(f"{what}: not UTF-8 text (byte {e.start})") from e
-    except RecursionError as e:
-        raise error(f"{what}: nested too deeply") from e
-    except ValueError as e:
-        raise error(f"{what}: not valid JSON: {e}") from e
-    if not isinstance(obj, dict):
-        raise error(f"{what}: a JSON object is needed, this is a {type(obj).__name__}")
-    return obj
-
-
 def _read_header(
     f: BinaryIO, path: Path, file_bytes: int, error: type[Exl2RayError]
 ) -> tuple[dict[str, Any], int]:
@@ -176,7 +148,7 @@ def _read_header(
     raw = f.read(length)
     if len(raw) != length:
         raise error(f"{path}: header ends after {len(raw)} of {length} bytes")
-    return strict_json_object(raw, f"{path}: header", error), 8 + length
+    return parse_json_object(raw, f"{path}: header", error, unique=True), 8 + length
 
 
 def _metadata(obj: Any, path: Path, error: type[Exl2RayError]) -> dict[str, str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import FormatError
-from exl2ray.formats.hfconfig import read_limited
-from exl2ray.formats.tensorfile import strict_json_object
+from exl2ray.formats.json_file import parse_json_object, read_bounded
 
 MAX_BYTES = 64 << 20
 HINT = "write it with: exl2ray eval ... --json > FILE; or take evaluation.json of a work directory"
@@ -79,8 +78,8 @@ def _number(value: Any) -> float | None:
 def read_evaluations(path: str | Path) -> list[tuple[str, Evaluation]]:
     """(model directory as it was given to eval, result) for every entry of a file. Raises FormatError."""
     path = Path(path)
-    raw = read_limited(path, MAX_BYTES, FormatError, HINT)
-    results = strict_json_object(raw, str(path), FormatError).get("results")
+    raw = read_bounded(path, MAX_BYTES, FormatError, HINT)
+    results = parse_json_object(raw, str(path), FormatError, unique=True).get("results")
     if not isinstance(results, list) or not all(isinstance(r, dict) for r in results):
         raise FormatError(f"{path}: 'results' is missing or not a list of objects", HINT)
     return [(str(r.get("model", "")), parse_evaluation(r, f"{path}: results[{i}]")) for i, r in enumerate(results)]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import FormatError
-from exl2ray.formats.hfconfig import read_limited
-from exl2ray.formats.tensorfile import strict_json_object
+from exl2ray.formats.json_file import parse_json_object, read_bounded
 from exl2ray.report.ladder import LadderRow
 from exl2ray.report.values import mapping, number, texts
 from exl2ray.store.fs import Store
@@ -37,7 +36,7 @@ def read_evaluations(store: Store, files: Sequence[str], problems: list[str]) ->
     Raises FormatError for a file that was named and is no result of an evaluation; the other becomes a problem.
     """
     if files:
-        named = [(name, read_limited(Path(name), MAX_BYTES, FormatError, _HINT)) for name in files]
+        named = [(name, read_bounded(Path(name), MAX_BYTES, FormatError, _HINT)) for name in files]
         return [e for name, raw in named for e in parse_evaluations(raw, name)]
     if not store.exists(EVALUATION) or store.size(EVALUATION) > MAX_BYTES:
         return []
@@ -53,7 +52,7 @@ _HINT = "write it with: exl2ray eval ... --json > FILE"
 
 def parse_evaluations(raw: bytes, where: str) -> list[Evaluation]:
     """The results of one file, in their order; FormatError naming the file and the field."""
-    results = strict_json_object(raw, where, FormatError).get("results")
+    results = parse_json_object(raw, where, FormatError, unique=True).get("results")
     if not isinstance(results, list) or not all(isinstance(r, dict) for r in results):
         raise FormatError(f"{where}: 'results' is missing or not a list of objects", _HINT)
     return [_evaluation(r, f"{where}: results[{i}]") for i, r in enumerate(results)]

@@ -1,0 +1,221 @@
+"""JSON from outside: config.json, indexes, tokenizer settings, measurements, headers of weights.
+
+Such files come from downloads, so their size, the depth of their nesting and the length of their numbers are bounded before
+Python's parser sees them, and what is not JSON is named as what it is. Of a key that appears twice the last one counts, as
+for ``transformers``; who cannot have that asks for ``unique`` keys.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from exl2ray.errors import Exl2RayError, SourceError
+
+Error: TypeAlias = type[Exl2RayError]
+
+MAX_DEPTH = 64  # lists and objects within each other; configs and measurements have fewer than 10
+MAX_NUMBER_CHARACTERS = 300  # so every integer fits into a double; 10^30 is as long as integers get in real files
+MIB = 1 << 20
+# What a file of each kind may hold, by name; published ones are smaller by a factor of ten or more.
+LIMITS: Mapping[str, int] = {
+    "config.json": 8 * MIB,
+    "generation_config.json": 1 * MIB,
+    "tokenizer_config.json": 32 * MIB,  # lists every added token
+    "special_tokens_map.json": 8 * MIB,
+    "added_tokens.json": 32 * MIB,
+    "preprocessor_config.json": 1 * MIB,
+    "adapter_config.json": 8 * MIB,
+    "tokenizer.json": 256 * MIB,
+}
+OTHER_LIMIT = 8 * MIB
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+ENCODINGS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+BINARIES = ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a ZIP file"), (b"GGUF", "a GGUF file"), (b"%PDF", "a PDF"))
+
+
+def read_json_object(
+    path: str | Path,
+    error: Error = SourceError,
+    hint: str = "",  # of errors that have no better one
+    max_bytes: int | None = None,  # None: LIMITS of the file's name
+    unique: bool = False,  # refuse keys that appear twice in one object
+) -> dict[str, Any]:
+    """The JSON object in a regular file. Raises ``error`` naming the file, what is wrong and where."""
+    path = Path(path)
+    limit = LIMITS.get(path.name, OTHER_LIMIT) if max_bytes is None else max_bytes
+    return parse_json_object(read_bounded(path, limit, error, hint), str(path), error, hint, unique)
+
+
+def read_bounded(path: str | Path, max_bytes: int, error: Error = SourceError, hint: str = "") -> bytes:
+    """All bytes of a regular file of at most ``max_bytes``; raises ``error`` otherwise. Never waits for a FIFO or device."""
+    path = Path(path)
+    try:
+        info = path.stat()  # before opening: opening a device may do something
+        if not stat.S_ISREG(info.st_mode):
+            raise error(f"{path}: {_file_kind(info.st_mode)}, not a regular file", hint)
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as f:
+            info = os.fstat(f.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise error(f"{path}: {_file_kind(info.st_mode)}, not a regular file", hint)
+            raw = b"" if info.st_size > max_bytes else f.read(max_bytes + 1)
+    except OSError as e:
+        missing = "missing" if e.errno == errno.ENOENT and not path.is_symlink() else f"cannot be read: {e.strerror or e}"
+        raise error(f"{path}: {missing}", hint) from e
+    except ValueError as e:  # a NUL in the name
+        raise error(f"{str(path)!r}: not a file name", hint) from e
+    if max(info.st_size, len(raw)) > max_bytes:
+        raise error(f"{path}: {max(info.st_size, len(raw))} bytes; larger than {max_bytes} bytes, which such a file may have")
+    return raw
+
+
+def parse_json_object(
+    raw: bytes, what: str, error: Error = SourceError, hint: str = "", unique: bool = False
+) -> dict[str, Any]:
+    """``read_json_object`` for bytes; ``what`` names their origin and opens every message."""
+    text = _text(raw, what, error, hint)
+    if _depth_exceeds(raw, MAX_DEPTH):
+        raise error(f"{what}: nested too deeply, more than {MAX_DEPTH} lists and objects within each other", hint)
+
+    odd: list[_Odd] = []  # what the parser met and nobody can use; its place is known only when all is read
+
+    def integer(digits: str) -> Any:
+        return int(digits) if len(digits) <= MAX_NUMBER_CHARACTERS else strange(f"a number of {len(digits)} digits")
+
+    def fraction(digits: str) -> Any:
+        if len(digits) > MAX_NUMBER_CHARACTERS:
+            return strange(f"a number of {len(digits)} characters")
+        value = float(digits)
+        return strange(f"{digits[:40]}, beyond the range of numbers") if math.isinf(value) else value
+
+    def constant(name: str) -> Any:
+        return strange(f"{name}, which is not a JSON number")
+
+    def strange(text: str) -> _Odd:
+        odd.append(_Odd(text))
+        return odd[-1]
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise error(f"{what}: the key {twice[:80]!r} appears twice in one object")
+        return out
+
+    try:
+        obj = json.loads(
+            text, object_pairs_hook=once if unique else None, parse_int=integer, parse_float=fraction,
+            parse_constant=constant,
+        )  # fmt: skip
+    except json.JSONDecodeError as e:
+        raise error(f"{what}: not valid JSON: {_syntax(text, e)}", hint) from e
+    except RecursionError as e:  # whoever called was deep already
+        raise error(f"{what}: nested too deeply", hint) from e
+    if not isinstance(obj, dict):
+        raise error(f"{what}: a JSON object is needed, this is a {type(obj).__name__}", hint)
+    if odd:
+        raise error(f"{what}: {_place(obj, odd[0])} is {odd[0].text}", hint)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(obj, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            raise error(f"{what}: holds half a character (a lone surrogate, {e.object[e.start]!r})", hint) from e
+    return obj
+
+
+# ---- what it is that is not JSON ----------------------------------------------------------------------------------------
+
+
+def _text(raw: bytes, what: str, error: Error, hint: str) -> str:
+    """``raw`` as text; raises ``error`` for what can be told from its first bytes."""
+    if not raw.strip():
+        raise error(f"{what}: is empty: not valid JSON", hint)
+    if not raw.strip(b"\0"):
+        raise error(f"{what}: holds only zeros: not valid JSON", "the download or the copy broke off: fetch it again")
+    if raw.startswith(LFS_POINTER):
+        raise error(f"{what}: a Git LFS pointer, not the file itself", "run `git lfs pull` in the model's folder")
+    for mark, name in ENCODINGS:
+        if raw.startswith(mark):
+            raise error(f"{what}: not valid JSON: {name} text; UTF-8 is needed", "save it again as UTF-8")
+    if raw[:4] in (raw[:1] + b"\0" + raw[2:3] + b"\0", b"\0" + raw[1:2] + b"\0" + raw[3:4]):
+        raise error(f"{what}: not valid JSON: UTF-16 text; UTF-8 is needed", "save it again as UTF-8")
+    for mark, name in BINARIES:
+        if raw.startswith(mark):
+            raise error(f"{what}: not valid JSON: {name}", hint)
+    if re.match(rb"\s*<(!doctype|html|\?xml)", raw[:200], re.IGNORECASE):
+        raise error(f"{what}: not valid JSON: a web page", "the server sent a page in place of the file: fetch it again")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise error(f"{what}: not valid JSON: not UTF-8 (byte {e.start})", hint) from e
+
+
+def _syntax(text: str, e: json.JSONDecodeError) -> str:
+    """What is wrong where; the mistakes of editing by hand by name."""
+    place = f"line {e.lineno} column {e.colno}"
+    rest, before = text[e.pos : e.pos + 16].lstrip(), text[:e.pos].rstrip()[-1:]
+    if not text[e.pos :].strip():
+        return f"cut off at {place}"
+    if rest.startswith(("//", "/*", "#")):
+        return f"a comment at {place}; JSON has none"
+    ahead = re.match(r",\s*[\]}]", text[e.pos : e.pos + 200])  # newer Pythons point at the comma
+    if ahead or (before == "," and rest[:1] in ("]", "}")):
+        return f"a trailing comma before {place}"
+    if rest.startswith("'"):
+        return f"single quotes at {place}; JSON needs double ones"
+    word = re.match(r"(True|False|None|nan|inf|undefined)\b", rest)
+    if word:
+        return f"{word[0]} at {place} is not JSON"
+    return f"{e.msg} at {place}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Odd:
+    text: str
+
+
+def _place(obj: Any, wanted: _Odd) -> str:
+    """Keys on the way to ``wanted``, joined by dots; the last of equal keys counts, so it may be gone."""
+    waiting: list[tuple[Any, tuple[str, ...]]] = [(obj, ())]
+    while waiting:
+        value, keys = waiting.pop()
+        if value is wanted:
+            return ".".join(repr(k[:80])[1:-1] for k in keys)  # control characters shown as text
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        waiting += [(v, (*keys, str(k))) for k, v in entries if isinstance(v, (dict, list, _Odd))]
+    return "a value"
+
+
+def _depth_exceeds(raw: bytes, limit: int) -> bool:
+    """Whether lists and objects are nested more than ``limit`` deep. Linear in time; brackets in strings do not count."""
+    if raw.count(b"[") + raw.count(b"{") <= limit:
+        return False
+    import numpy as np
+
+    # Without escaped backslashes, then without escaped quotes, every quote opens or closes a string.
+    plain = np.frombuffer(raw.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
+    inside, depth = 0, 0
+    for start in range(0, len(plain), 4 * MIB):
+        part = plain[start : start + 4 * MIB]
+        quoted = (np.cumsum(part == ord('"'), dtype=np.uint32) + inside) & 1
+        opening = ((part == ord("[")) | (part == ord("{"))) & (quoted == 0)
+        closing = ((part == ord("]")) | (part == ord("}"))) & (quoted == 0)
+        depths = depth + np.cumsum(opening.astype(np.int8) - closing.astype(np.int8), dtype=np.int64)
+        if int(depths.max()) > limit:
+            return True
+        inside, depth = int(quoted[-1]), int(depths[-1])
+    return False
+
+
+def _file_kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+    return next((name for matches, name in kinds if matches(mode)), "a device")
