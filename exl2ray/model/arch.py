@@ -11,6 +11,8 @@ from typing import Any
 
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
+from exl2ray.model.config_reader import shown
+from exl2ray.model.counts import check_counts
 from exl2ray.model.hyper import Hyper, resolve_hyper
 from exl2ray.model.modules import ModuleBuilder
 from exl2ray.model.rules import Arch, Names
@@ -35,17 +37,17 @@ def find_arch(config: Mapping[str, Any]) -> Arch:
     """Table entry of a config; UnknownArchitectureError lists the known ones."""
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
-        raise SourceError(f"config.json: architectures is {names!r}; exactly one entry is needed")
+        raise SourceError(f"config.json: architectures is {shown(names)}; exactly one entry is needed")
     arch = ARCHITECTURES.get(names[0]) if isinstance(names[0], str) else None
     if arch is None:
         raise UnknownArchitectureError(
-            f"config.json: architecture {names[0]!r} is not supported", "supported: " + ", ".join(sorted(ARCHITECTURES))
+            f"config.json: architecture {shown(names[0])} is not supported", "supported: " + ", ".join(sorted(ARCHITECTURES))
         )
     vision = config.get("vision_config")
     kind = vision.get("model_type") if isinstance(vision, Mapping) else None
     if arch.vision_model is not None and kind != arch.vision_model:
         raise UnknownArchitectureError(
-            f"config.json: {arch.name} with vision_config.model_type {kind!r}",
+            f"config.json: {arch.name} with vision_config.model_type {shown(kind)}",
             f"ExLlamaV2 loads {arch.name} only with {arch.vision_model!r}",
         )
     return arch
@@ -69,6 +71,7 @@ def load_spec(
     Raises UnknownArchitectureError, or SourceError naming config key or tensor.
     """
     arch = find_arch(source.config)
+    check_counts(arch, source.config, source)
     hyper = resolve_hyper(arch, source.config, rope_scale, rope_alpha)
     converted = is_exl2(source.config)
     if converted:

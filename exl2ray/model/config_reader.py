@@ -13,6 +13,9 @@ from typing import Any
 from exl2ray.errors import SourceError
 
 REQUIRED = object()
+MAX_INTEGER = 1 << 31
+MAX_NUMBER = 1e9  # beyond any multiplier, and squares stay far from the end of float32
+HINT = "config.json is broken; fetch it again"
 
 
 class ConfigReader:
@@ -43,28 +46,41 @@ class ConfigReader:
         value = self._found(keys, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-            raise SourceError(f"config.json: {keys[0]} is {value!r}; an integer is needed")
+        number = as_number(value)
+        if number is None or number != int(number):
+            raise SourceError(f"config.json: {keys[0]} is {shown(value)}; an integer is needed", HINT)
+        if abs(number) >= MAX_INTEGER:
+            raise SourceError(f"config.json: {keys[0]} is {shown(value)}, which no model has", HINT)
         return int(value)
 
-    def positive(self, *keys: str, default: Any = REQUIRED) -> Any:
+    def positive(self, *keys: str, default: Any = REQUIRED, most: int = MAX_INTEGER - 1) -> Any:
         value = self.integer(*keys, default=default)
-        if value is not default and not 0 < value < 1 << 31:
-            raise SourceError(f"config.json: {keys[0]} is {value}; a positive integer is needed")
+        if value is not default and value <= 0:
+            raise SourceError(f"config.json: {keys[0]} is {value}; a positive integer is needed", HINT)
+        if value is not default and value > most:
+            raise SourceError(f"config.json: {keys[0]} is {value}; at most {most} is possible", HINT)
         return value
 
-    def number(self, *keys: str, default: Any = REQUIRED) -> Any:
+    def number(
+        self, *keys: str, default: Any = REQUIRED, least: float = -MAX_NUMBER, most: float = MAX_NUMBER
+    ) -> Any:
+        """A number from ``least`` to ``most``; zero too if ``default`` is zero, which then says that there is none."""
         value = self._found(keys, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise SourceError(f"config.json: {keys[0]} is {value!r}; a finite number is needed")
-        return float(value)
+        number = as_number(value)
+        if number is None:
+            raise SourceError(f"config.json: {keys[0]} is {shown(value)}; a finite number is needed", HINT)
+        if not least <= number <= most and not (number == 0 and default == 0):
+            raise SourceError(
+                f"config.json: {keys[0]} is {shown(value)}; a number from {least:g} to {most:g} is needed", HINT
+            )
+        return number
 
     def flag(self, *keys: str) -> bool:
         value = self.raw(*keys)
         if value is not None and not isinstance(value, bool):
-            raise SourceError(f"config.json: {keys[0]} is {value!r}; true or false is needed")
+            raise SourceError(f"config.json: {keys[0]} is {shown(value)}; true or false is needed", HINT)
         return bool(value)
 
     def _found(self, keys: tuple[str, ...], default: Any) -> Any:
@@ -74,6 +90,23 @@ class ConfigReader:
                 raise SourceError(f"config.json: {' / '.join(keys)} is missing", "the config does not fit the weights")
             return default
         return value
+
+
+def as_number(value: Any) -> float | None:
+    """``value`` as a float if it is a finite number, truth values not counted; else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def shown(value: Any) -> str:
+    """A value as it may stand in a message: cut, without control characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _dotted(level: Mapping[str, Any], key: str) -> tuple[Any, bool]:

@@ -9,10 +9,24 @@ from typing import Any
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hfconfig import legacy_config
-from exl2ray.model.config_reader import REQUIRED, ConfigReader
+from exl2ray.model.config_reader import REQUIRED, ConfigReader, shown
+from exl2ray.model.counts import (
+    EXPERTS_KEYS,
+    HEADS_KEYS,
+    HIDDEN_KEYS,
+    KV_HEADS_KEYS,
+    LAYER_KEYS,
+    MAX_EXPERTS,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MLP_KEYS,
+)
 from exl2ray.model.rope import Rope, resolve_rope, scaling_kind
 from exl2ray.model.rules import Arch
 
+TINY = 1e-6  # multipliers and caps below this, 1 / 1e9 included, make everything zero in float16
+MAX_EPS = 0.1  # published models have 1e-12 to 1e-5
 MAX_LENGTH_KEYS = (
     "max_sequence_length",
     "model_max_length",
@@ -77,14 +91,16 @@ def resolve_hyper(
     """
     c = ConfigReader(legacy_config(config), dict(arch.defaults))
     _check_fixed(arch, c)
-    layers = c.positive("num_hidden_layers", "n_layers", "n_layer")
-    hidden = c.positive("hidden_size", "d_model", "n_embd")
-    head_dim = c.positive("head_dim", default=None)
-    heads = c.positive("num_attention_heads", "n_heads", "n_head", default=head_dim and hidden // head_dim)
+    layers = c.positive(*LAYER_KEYS, most=MAX_LAYERS)
+    hidden = c.positive(*HIDDEN_KEYS)
+    head_dim = c.positive("head_dim", default=None, most=MAX_HEAD_DIM)
+    heads = c.positive(*HEADS_KEYS, default=head_dim and hidden // head_dim, most=MAX_HEADS)
     if heads is None:
         raise SourceError("config.json: num_attention_heads is missing")
-    head_dim = head_dim or hidden // heads
-    kv_heads = 1 if arch.single_kv_head else c.positive("num_key_value_heads", "attn_config.kv_n_heads", default=heads)
+    head_dim = head_dim or hidden // heads if heads else 0
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise SourceError(f"config.json: {heads} attention heads cannot share a hidden size of {hidden}")
+    kv_heads = 1 if arch.single_kv_head else c.positive(*KV_HEADS_KEYS, default=heads, most=MAX_HEADS)
     if heads % kv_heads:
         raise SourceError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
     max_seq_len = c.positive(*MAX_LENGTH_KEYS, default=2048)
@@ -109,13 +125,13 @@ def resolve_hyper(
         bias_o=arch.bias_o or (attention_bias and arch.attention_bias_o),
         bias_mlp=arch.bias_mlp or c.flag("mlp_bias"),
         attention_scale=_attention_scale(c, head_dim),
-        attention_softcap=c.number("attn_logit_softcapping", default=0.0) or None,
-        qkv_clip=c.number(arch.qkv_clip_key, default=None) if arch.qkv_clip_key else None,
-        embedding_scale=c.number("scale_emb", "embedding_multiplier", default=1.0)
+        attention_softcap=c.number("attn_logit_softcapping", default=0.0, least=TINY) or None,
+        qkv_clip=c.number(arch.qkv_clip_key, default=None, least=TINY) if arch.qkv_clip_key else None,
+        embedding_scale=c.number("scale_emb", "embedding_multiplier", default=1.0, least=TINY)
         * (math.sqrt(hidden) if arch.sqrt_hidden_embedding else 1.0),
         residual_scale=_residual_scale(c, layers),
         logit_scale=_logit_scale(arch, c, hidden),
-        logit_softcap=c.number("final_logit_softcapping", default=0.0) or None,
+        logit_softcap=c.number("final_logit_softcapping", default=0.0, least=TINY) or None,
         normalize_head=bool(c.integer("norm_head", default=0)),
         tie_embeddings=arch.tied or c.flag("tie_word_embeddings"),
         rope=rope,
@@ -140,7 +156,7 @@ def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
     if arch.loads_as:
         out["architectures"] = [arch.loads_as]
     c = ConfigReader(out, {})
-    hidden = c.positive("hidden_size", "d_model", "n_embd")
+    hidden = c.positive(*HIDDEN_KEYS)
     defaults = dict(arch.defaults)
     if arch.norm.eps is not None and arch.norm.eps_keys and c.raw(*arch.norm.eps_keys) is None:
         defaults[arch.norm.eps_keys[0]] = arch.norm.eps
@@ -158,13 +174,13 @@ def _check_fixed(arch: Arch, c: ConfigReader) -> None:
         value = rule.absent if value is None else value
         if value is not None and value not in rule.allowed:
             raise SourceError(
-                f"config.json: {rule.key} is {value!r}, but {rule.otherwise}",
+                f"config.json: {rule.key} is {shown(value)}, but {rule.otherwise}",
                 f"a {arch.name} of this kind cannot run as EXL2",
             )
     given = c.raw("hidden_act", "hidden_activation", "activation_function")
     if given is not None and not _activation_fits(arch, str(given)):
         raise SourceError(
-            f"config.json: the activation is {given!r}, but the loader runs every {arch.name} with {arch.activation}",
+            f"config.json: the activation is {shown(given)}, but the loader runs every {arch.name} with {arch.activation}",
             "the converted model would be a different one",
         )
 
@@ -177,22 +193,23 @@ def _activation_fits(arch: Arch, given: str) -> bool:
 
 
 def _eps(arch: Arch, c: ConfigReader) -> float:
-    if arch.norm.eps is None:
-        return float(c.number(*arch.norm.eps_keys))
-    return float(c.number(*arch.norm.eps_keys, default=arch.norm.eps) if arch.norm.eps_keys else arch.norm.eps)
+    if not arch.norm.eps_keys:
+        return float(arch.norm.eps or 0.0)
+    default = REQUIRED if arch.norm.eps is None else arch.norm.eps
+    return float(c.number(*arch.norm.eps_keys, default=default, least=0.0, most=MAX_EPS))
 
 
 def _intermediate(arch: Arch, c: ConfigReader, hidden: int) -> int:
     if arch.moe and c.raw("moe_intermediate_size") is not None:
         return int(c.positive("moe_intermediate_size"))
     default = REQUIRED if arch.mlp_factor is None else arch.mlp_factor * hidden
-    return int(c.positive("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner", default=default))
+    return int(c.positive(*MLP_KEYS, default=default))
 
 
 def _experts(arch: Arch, c: ConfigReader) -> tuple[int, int]:
     if not arch.moe:
         return 0, 0
-    experts = c.positive("num_local_experts", "ffn_config.moe_num_experts", "num_experts")
+    experts = c.positive(*EXPERTS_KEYS, most=MAX_EXPERTS)
     per_token = c.positive("num_experts_per_tok", "ffn_config.moe_top_k")
     if per_token > experts:
         raise SourceError(f"config.json: {per_token} experts per token, but only {experts} experts")
@@ -200,26 +217,26 @@ def _experts(arch: Arch, c: ConfigReader) -> tuple[int, int]:
 
 
 def _attention_scale(c: ConfigReader, head_dim: int) -> float:
-    multiplier = c.number("attention_multiplier", default=0.0)
+    multiplier = c.number("attention_multiplier", default=0.0, least=TINY)
     if multiplier:
         return float(multiplier)
-    scalar = c.number("query_pre_attn_scalar", default=0.0)
+    scalar = c.number("query_pre_attn_scalar", default=0.0, least=TINY)
     return float((scalar or head_dim) ** -0.5)
 
 
 def _residual_scale(c: ConfigReader, layers: int) -> float:
-    multiplier = c.number("residual_multiplier", default=0.0)
+    multiplier = c.number("residual_multiplier", default=0.0, least=TINY)
     if multiplier:
         return float(multiplier)
-    depth = c.number("scale_depth", default=0.0)
+    depth = c.number("scale_depth", default=0.0, least=TINY)
     return float(depth / math.sqrt(layers)) if depth else 1.0
 
 
 def _logit_scale(arch: Arch, c: ConfigReader, hidden: int) -> float:
-    scaling = c.number("logits_scaling", default=0.0)
+    scaling = c.number("logits_scaling", default=0.0, least=TINY)
     if scaling:
         return float(1.0 / scaling)
-    scale = float(c.number("logit_scale", default=1.0))
+    scale = float(c.number("logit_scale", default=1.0, least=TINY))
     if arch.scaled_by_model_base:
         scale *= c.positive("dim_model_base", default=hidden) / hidden
     return scale
@@ -254,10 +271,10 @@ def _ropes(
     if arch.rope == "none":
         return None, None, "none"
     theta = c.number("rope_theta", "attn_config.rope_theta", default=10000.0)
-    partial = c.number("partial_rotary_factor", default=1.0)
+    partial = c.number("partial_rotary_factor", default=1.0, least=TINY, most=1.0)
     scaling = c.raw("rope_scaling")
     if scaling is not None and not isinstance(scaling, Mapping):
-        raise SourceError(f"config.json: rope_scaling is {scaling!r}; an object is needed")
+        raise SourceError(f"config.json: rope_scaling is {shown(scaling)}; an object is needed")
     scaling = dict(scaling or {})
     original = c.raw("original_max_position_embeddings")
     if original is not None:

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import SourceError
+from exl2ray.model.config_reader import HINT, MAX_INTEGER, as_number, shown
 from exl2ray.model.rules import RopeStyle
 
 UNSCALED = ("default", "dynamic", "mrope")  # dynamic: only beyond the trained length; mrope: plain RoPE for text
+MIN_THETA, MAX_THETA = 2.0, 1e30  # published models have 1e4 to 1e9
+MIN_FACTOR, MAX_FACTOR = 1e-3, 1e6
 YARN_BETAS = (32, 1)  # rotations at which interpolation starts and ends; the loader does not read the config's
 
 
@@ -39,7 +42,7 @@ def scaling_kind(scaling: Mapping[str, Any]) -> str:
     """Type of a ``rope_scaling`` object; both spellings of the selector, which must not contradict each other."""
     kinds = {str(scaling[k]) for k in ("type", "rope_type") if scaling.get(k)} - {"default"}
     if len(kinds) > 1:
-        raise SourceError(f"config.json: rope_scaling has type and rope_type, which disagree: {sorted(kinds)}")
+        raise SourceError(f"config.json: rope_scaling has type and rope_type, which disagree: {shown(sorted(kinds))}")
     return kinds.pop() if kinds else "default"
 
 
@@ -59,14 +62,17 @@ def resolve_rope(
     rotated share of a head. scale: linear factor that replaces the config's; on top of the other variants. alpha: NTK
     alpha. Raises SourceError for unknown variants and missing keys.
     """
+    if not MIN_THETA <= theta <= MAX_THETA:
+        raise SourceError(
+            f"config.json: rope_theta is {theta:g}; a number from {MIN_THETA:g} to {MAX_THETA:g} is needed", HINT
+        )
     dim = int(head_dim * partial)
     if dim <= 0 or dim % 2:
         raise SourceError(f"RoPE rotates {dim} of {head_dim} dimensions; an even positive number is needed")
     scaling = scaling or {}
     kind = scaling_kind(scaling)
     if alpha is not None:
-        q = head_dim if kind in ("su", "longrope", "llama3", "yarn") else dim
-        theta = theta * alpha ** (q / (q - 2))
+        theta = _stretched(theta, alpha, head_dim if kind in ("su", "longrope", "llama3", "yarn") else dim)
     freq = [theta ** (-2.0 * i / dim) for i in range(dim // 2)]
     magnitude = 1.0
     linear = _number(scaling, "factor") if kind == "linear" else 1.0
@@ -78,26 +84,52 @@ def resolve_rope(
         freq, magnitude = _longrope(freq, scaling, max_seq_len)
     elif kind != "linear" and kind not in UNSCALED:
         raise SourceError(
-            f"config.json: rope_scaling type {kind!r} is unknown",
+            f"config.json: rope_scaling type {shown(kind)} is unknown",
             "EXL2 loaders know linear, llama3, yarn, su, longrope and mrope",
         )
     linear = scale if scale is not None else linear
-    if not (math.isfinite(linear) and linear > 0 and all(math.isfinite(f) for f in freq)):
-        raise SourceError(f"RoPE: scale {linear}, base {theta} give frequencies that are not finite")
+    if not MIN_FACTOR <= linear <= MAX_FACTOR:
+        raise SourceError(f"RoPE: a scale of {linear:g}; a number from {MIN_FACTOR:g} to {MAX_FACTOR:g} is needed")
     return Rope(style, dim, tuple(f / linear for f in freq), magnitude)
 
 
-def _number(scaling: Mapping[str, Any], key: str) -> float:
+def _stretched(theta: float, alpha: float, q: int) -> float:
+    """NTK: the base for ``alpha`` times the context; q: dimensions counted."""
+    if not (MIN_FACTOR <= alpha <= MAX_FACTOR and q > 2):
+        raise SourceError(
+            f"RoPE: alpha {alpha:g} with {q} dimensions; from {MIN_FACTOR:g} to {MAX_FACTOR:g} with more than 2 is possible"
+        )
+    stretched = theta * alpha ** (q / (q - 2))
+    if not MIN_THETA <= stretched <= MAX_THETA:
+        raise SourceError(f"RoPE: alpha {alpha:g} turns the base {theta:g} into {stretched:g}", "give an alpha nearer to 1")
+    return float(stretched)
+
+
+def _number(scaling: Mapping[str, Any], key: str, least: float = MIN_FACTOR, most: float = MAX_FACTOR) -> float:
     value = scaling.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise SourceError(f"config.json: rope_scaling.{key} is {value!r}; a positive number is needed")
-    return float(value)
+    number = as_number(value)
+    if number is None or number <= 0:
+        raise SourceError(f"config.json: rope_scaling.{key} is {shown(value)}; a positive number is needed", HINT)
+    if not least <= number <= most:
+        raise SourceError(
+            f"config.json: rope_scaling.{key} is {shown(value)}; a number from {least:g} to {most:g} is needed", HINT
+        )
+    return number
+
+
+def _original(scaling: Mapping[str, Any]) -> float:
+    """Positions that the model was trained with."""
+    return _number(scaling, "original_max_position_embeddings", 2, MAX_INTEGER)
 
 
 def _llama3(freq: Sequence[float], scaling: Mapping[str, Any]) -> list[float]:
     """Long wavelengths are interpolated by ``factor``, short ones kept, those between blended."""
-    factor, original = _number(scaling, "factor"), _number(scaling, "original_max_position_embeddings")
+    factor, original = _number(scaling, "factor"), _original(scaling)
     low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
+    if low >= high:
+        raise SourceError(
+            f"config.json: rope_scaling.low_freq_factor {low:g} is not smaller than high_freq_factor {high:g}", HINT
+        )
     out = []
     for f in freq:
         wavelength = 2 * math.pi / f
@@ -115,7 +147,7 @@ def _yarn(
     freq: Sequence[float], theta: float, dim: int, scaling: Mapping[str, Any], max_seq_len: int
 ) -> tuple[list[float], float]:
     """YaRN as the loader computes it: correction range from ``max_seq_len``, inactive up to the original length."""
-    factor, original = _number(scaling, "factor"), _number(scaling, "original_max_position_embeddings")
+    factor, original = _number(scaling, "factor"), _original(scaling)
     if max_seq_len <= original:
         return list(freq), 1.0
 
@@ -135,17 +167,20 @@ def _yarn(
 
 def _longrope(freq: Sequence[float], scaling: Mapping[str, Any], max_seq_len: int) -> tuple[list[float], float]:
     """Per-frequency factors: long ones iff the configured length exceeds the original one (as the loader)."""
-    original = _number(scaling, "original_max_position_embeddings")
+    original = _original(scaling)
     longer = max_seq_len > original
     key = "long_factor" if longer else "short_factor"
     factors = scaling.get(key)
     if not isinstance(factors, (list, tuple)) or len(factors) != len(freq):
-        found = f"{len(factors)} entries" if isinstance(factors, (list, tuple)) else repr(factors)
+        found = f"{len(factors)} entries" if isinstance(factors, (list, tuple)) else shown(factors)
         raise SourceError(f"config.json: rope_scaling.{key} has {found}; {len(freq)} numbers are needed")
-    if any(isinstance(x, bool) or not isinstance(x, (int, float)) or not x > 0 for x in factors):
-        raise SourceError(f"config.json: rope_scaling.{key} holds entries that are not positive numbers")
+    numbers = [as_number(x) or 0.0 for x in factors]
+    if not all(MIN_FACTOR <= x <= MAX_FACTOR for x in numbers):
+        raise SourceError(
+            f"config.json: rope_scaling.{key} holds entries that are not numbers from {MIN_FACTOR:g} to {MAX_FACTOR:g}", HINT
+        )
     magnitude = math.sqrt(1 + math.log(max_seq_len / original) / math.log(original)) if longer else 1.0
-    return [f / float(x) for f, x in zip(freq, factors, strict=True)], magnitude
+    return [f / x for f, x in zip(freq, numbers, strict=True)], magnitude
 
 
 class RotaryTable:

@@ -1,0 +1,56 @@
+"""Counts in config.json against what the headers of the weights hold, before anything is made of that length.
+
+A config comes from a download like the weights do, and a number in it is a few bytes whatever it says. Loops and lists over
+layers, experts, heads and dimensions are therefore bounded by the tensors that exist; small differences are left to the
+comparison of every tensor's name and shape (`exl2ray.model.arch`), which says more about them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from exl2ray.errors import SourceError
+from exl2ray.formats.hf import SourceModel
+from exl2ray.model.config_reader import ConfigReader
+from exl2ray.model.rules import Arch
+
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer")
+HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd")
+HEADS_KEYS = ("num_attention_heads", "n_heads", "n_head")
+KV_HEADS_KEYS = ("num_key_value_heads", "attn_config.kv_n_heads")
+EXPERTS_KEYS = ("num_local_experts", "ffn_config.moe_num_experts", "num_experts")
+MLP_KEYS = ("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner")
+# Whatever the weights hold. The largest published models have 126 layers, 384 experts, 128 heads, heads of 576 dimensions.
+MAX_LAYERS, MAX_EXPERTS, MAX_HEADS, MAX_HEAD_DIM = 10_000, 10_000, 4096, 65_536
+SIZES = (HIDDEN_KEYS, ("head_dim",), HEADS_KEYS, KV_HEADS_KEYS, EXPERTS_KEYS, MLP_KEYS, ("vocab_size",))  # some dimension's
+SLACK = 4  # times the tensors that exist may be described: more than that is no download that misses some shards
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,6})\.")
+HINT = "config.json is broken, or of another model than the weights"
+
+
+def check_counts(arch: Arch, config: Mapping[str, Any], source: SourceModel) -> None:
+    """Raises SourceError for a count in config.json that the tensors of ``source`` cannot have; naming both."""
+    c = ConfigReader(config, dict(arch.defaults))
+    longest = max((max(source.shape(n), default=0) for n in source.names()), default=0)
+    for keys in SIZES:
+        value = c.positive(*keys, default=None)
+        if value is not None and value > longest:
+            raise SourceError(
+                f"config.json: {keys[0]} is {value}, but no tensor of the weights is larger than {longest} in any dimension",
+                HINT,
+            )
+    layers = c.positive(*LAYER_KEYS)
+    experts = c.positive(*EXPERTS_KEYS) if arch.moe else 0
+    tensors = len(source.names())
+    most = SLACK * tensors + 4096
+    if layers > min(most, MAX_LAYERS):
+        held = len({m[1] for n in source.names() if (m := LAYER.search(n))})
+        raise SourceError(f"config.json: {LAYER_KEYS[0]} is {layers}, but the weights hold {held} layers", HINT)
+    if not arch.experts_fused and layers * experts * 3 > most:
+        raise SourceError(
+            f"config.json: {EXPERTS_KEYS[0]} is {experts}; in {layers} layers these are {layers * experts * 3} matrices, "
+            f"but the weights hold {tensors} tensors",
+            HINT,
+        )
