@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from exl2ray.config import Recipe
 from exl2ray.convert import OutputSummary
-from exl2ray.errors import Exl2RayError
+from exl2ray.errors import Exl2RayError, StoreError
 from exl2ray.progress import Reporter
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def _evaluated(
     rows = heldout_rows(tokenizer) if recipe.eval_text is None else load_tokens(recipe.eval_text, tokenizer)
     store, identity = Store.open(recipe.out_dir), _identity(recipe, outputs, rows)
     results = _stored(store, identity)
-    plot = Path(recipe.out_dir) / PLOT
-    drawn = results is not None and plot.is_file()
+    drawn = results is not None and store.exists(PLOT)
     if results is None:
         results = _measured(recipe, outputs, rows, device, reporter)
         if not results:
@@ -84,7 +83,7 @@ def _evaluated(
         out.append(replace(o, heldout_perplexity=e.perplexity.value, kl=e.kl.value, top1=e.top1.value))
     if len(results) > 1 and "://" not in recipe.out_dir and not drawn:
         references = (e.reference_perplexity.value for e in by_model.values() if e.reference_perplexity is not None)
-        _plot(plot, Path(recipe.in_dir).name, out, next(references, None), reporter)
+        _plot(Path(store.root) / PLOT, Path(recipe.in_dir).name, out, next(references, None), reporter)
     return out
 
 
@@ -126,7 +125,10 @@ def _identity(recipe: Recipe, outputs: Sequence[OutputSummary], rows: Tensor) ->
     files = []
     for o in outputs:
         for path in map(Path, o.files):
-            found = path.stat()
+            try:
+                found = path.stat()
+            except OSError as e:
+                raise StoreError(f"{path}: cannot be read: {e.strerror}", "the same command writes it again") from e
             files.append([str(path), found.st_size, found.st_mtime_ns])
     tokens = [list(rows.shape), hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
     return hash_inputs(files=files, tokens=tokens, rope=[recipe.rope_scale, recipe.rope_alpha])

@@ -99,16 +99,21 @@ def _place(error: BaseException) -> str:
 
 def _write_log(error: BaseException, run: Invocation) -> str:
     """Keeps the traceback in the logs of the work directory; its path, or "" where that is not possible."""
-    if not run.out_dir or not os.path.isfile(os.path.join(run.out_dir, "job.json")):
+    if not run.out_dir or "://" in run.out_dir:
         return ""
-    path = os.path.join(run.out_dir, "logs", f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
+    from exl2ray.store.fs import Store
+    from exl2ray.store.job import JOB_FILE
+    from exl2ray.store.layout import LOGS
+
+    name = f"{LOGS}/error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as f:
-            f.writelines(traceback.format_exception(error))
-    except OSError:
+        store = Store.open(run.out_dir)
+        if not store.exists(JOB_FILE):
+            return ""
+        store.put(name, "".join(traceback.format_exception(error)).encode(errors="backslashreplace"))
+    except Exl2RayError:
         return ""
-    return path
+    return store.full_name(name)
 
 
 def common(function: F) -> F:

@@ -7,10 +7,11 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from exl2ray.beneath import fsync_handle
 from exl2ray.errors import StoreError
 
 
@@ -31,27 +32,25 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     dot keeps loaders, which take every ``*.safetensors`` file, from seeing it after a crash. Raises StoreError with a
     hint when the disk is full or the directory not writable.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        with temporary.open("xb") as f:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as e:
+        raise write_error(path, e) from e
+    try:
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        with os.fdopen(handle, "w+b") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
-        fsync_directory(path.parent)
+        os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)  # a link of that name is replaced, too
+        fsync_handle(folder)
     except OSError as e:
         raise write_error(path, e) from e
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make renames in ``directory`` durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        with suppress(OSError):  # there is none any more; or, on a disk that fails, the first error counts
+            os.unlink(temporary, dir_fd=folder)
+        os.close(folder)
 
 
 def write_error(path: Path, e: OSError) -> StoreError:

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from exl2ray.beneath import fsync_directory
 from exl2ray.errors import FormatError, StoreError, UsageError
-from exl2ray.formats.files import atomic_file, fsync_directory, sha256_of, write_error
+from exl2ray.formats.files import atomic_file, sha256_of, write_error
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from exl2ray.beneath import reopenable
 from exl2ray.errors import Exl2RayError, FormatError
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.tensorfile import TensorFile
@@ -62,13 +65,24 @@ def linear_shapes(store: Store, chains: Iterable[Chain], problems: list[str]) ->
         if all(linear in out for linear in module.options):
             continue
         for file in module.files:
-            path = store.local_path(file.rel)
             try:
-                if path is not None:
-                    out.update(_shapes_of(TensorFile(path, FormatError)))
+                out.update(_stored_shapes(store, file.rel))
             except Exl2RayError as e:
                 problems.append(e.message)
     return out
+
+
+def _stored_shapes(store: Store, rel: str) -> dict[str, LinearShape]:
+    handle, name = store.descriptor(rel), store.full_name(rel)
+    if handle is None:
+        return {}
+    path = reopenable(handle, Path(name))
+    try:
+        return _shapes_of(TensorFile(path, FormatError))
+    except FormatError as e:
+        raise FormatError(e.message.replace(path, name), e.hint) from e
+    finally:
+        os.close(handle)
 
 
 def _shapes_of(file: TensorFile) -> dict[str, LinearShape]:

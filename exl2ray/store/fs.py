@@ -132,6 +132,14 @@ class Store(ABC):
         """Path of the file where the store is local (for mapping it into memory), else None."""
         return None
 
+    def descriptor(self, rel: str, flags: int = os.O_RDONLY) -> int | None:
+        """Descriptor of the file, which the caller closes, where the store is local, else None."""
+        return None
+
+    def irregular(self, prefixes: Iterable[str]) -> Names:
+        """Names in the root and below ``prefixes`` that are links, pipes, sockets or devices, sorted."""
+        return []
+
     def open_local(self, rel: str, cache: str | Path) -> Path:
         """Path of the file on this machine; fetched into the directory ``cache`` once where the store is remote."""
         path = self.local_path(rel)

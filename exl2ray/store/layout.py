@@ -35,10 +35,19 @@ _OURS = re.compile(
     r"|events/[^/]+\.jsonl|nonce/[^/]+\.json|logs/(.+/)?[^/]+\.(log|out|err|txt|json|jsonl)"
 )
 
+_FOLDERS_OF_OURS = re.compile(
+    r"measure|quant|events|logs|nonce|(measure|quant/[^/]+)(/(records|states|tensors))?|quant/[^/]+/output"
+)
+
 
 def is_ours(rel: str) -> bool:
     """Whether a file of this name, in a directory marked as ours, was made by exl2ray."""
     return _OURS.fullmatch(rel) is not None
+
+
+def is_place_of_ours(rel: str) -> bool:
+    """Whether exl2ray keeps a file, or a folder, under this name: nothing else should stand there."""
+    return is_ours(rel) or rel.startswith("logs/") or _FOLDERS_OF_OURS.fullmatch(rel) is not None
 
 
 def quant_kind(bpw: float) -> str:

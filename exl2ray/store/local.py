@@ -1,15 +1,21 @@
-"""A directory as a store: local disk, or a POSIX file system shared by several machines."""
+"""A directory as a store: local disk, or a POSIX file system shared by several machines.
+
+Names are reached as `exl2ray.beneath` does it: through no link, whoever put it there and whenever.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from exl2ray import beneath
+from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError, translated
 from exl2ray.store.fs import CHUNK_BYTES, TEMP_NAME, TEMP_PREFIX, Names, Store, check_name, temp_name
 
@@ -21,9 +27,23 @@ class LocalStore(Store):
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)  # workers may run in another directory
+        self._real = ""  # with links in the way to it resolved; on first use
 
     def _path(self, rel: str) -> Path:
+        """For messages, and for whoever wants to map the file."""
         return Path(self.root, *check_name(rel).split("/"))
+
+    def _real_root(self) -> str:
+        if not self._real:
+            self._real = beneath.resolved(self.root)
+        return self._real
+
+    @contextmanager
+    def _folder_of(self, rel: str, create: bool = False) -> Iterator[tuple[int, str]]:
+        """The open folder of a name, to be used as dir_fd, and the last part of the name."""
+        *parts, name = check_name(rel).split("/")
+        with beneath.folder(self._real_root(), parts, create=create, listed=create) as handle:
+            yield handle, name
 
     def put(self, rel: str, data: bytes | memoryview) -> None:
         self.put_stream(rel, [data])
@@ -39,38 +59,38 @@ class LocalStore(Store):
 
     def put_stream(self, rel: str, chunks: Iterable[bytes | memoryview]) -> None:
         """As ``put``, piece by piece."""
-        target = self._path(rel)
-        with translated("write", str(target)):
-            temp = self._write_temp(target.parent, chunks)
+        path = self._path(rel)
+        with translated("write", str(path)), self._folder_of(rel, create=True) as (folder, name):
+            temp = self._write_temp(folder, chunks)
             try:
-                os.replace(temp, target)
+                os.replace(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
             except BaseException:
-                _unlink_quietly(temp)
+                _unlink_quietly(folder, temp)
                 raise
-            _fsync_directory(target.parent)
+            beneath.fsync_handle(folder)
 
     def put_new(self, rel: str, data: bytes) -> bool:
-        target = self._path(rel)
-        with translated("write", str(target)):
-            temp = self._write_temp(target.parent, [data])
+        path = self._path(rel)
+        with translated("write", str(path)), self._folder_of(rel, create=True) as (folder, name):
+            temp = self._write_temp(folder, [data])
             try:
                 # link(2) fails when the name exists, also over NFS, and the content is complete the moment it appears.
-                os.link(temp, target)
+                os.link(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
             except FileExistsError:
                 return False
             except OSError as e:
                 if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                     raise
-                return self._create_exclusively(target, data)  # no hard links here (FAT, some FUSE mounts)
+                return self._create_exclusively(folder, name, data)  # no hard links here (FAT, some FUSE mounts)
             finally:
-                _unlink_quietly(temp)
-            _fsync_directory(target.parent)
+                _unlink_quietly(folder, temp)
+            beneath.fsync_handle(folder)
         return True
 
     @staticmethod
-    def _create_exclusively(target: Path, data: bytes) -> bool:
+    def _create_exclusively(folder: int, name: str, data: bytes) -> bool:
         try:
-            fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
         except FileExistsError:
             return False
         try:
@@ -81,10 +101,9 @@ class LocalStore(Store):
         return True
 
     @staticmethod
-    def _write_temp(directory: Path, chunks: Iterable[bytes | memoryview]) -> Path:
-        _make_directories(directory)
-        temp = directory / temp_name()
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    def _write_temp(folder: int, chunks: Iterable[bytes | memoryview]) -> str:
+        temp = temp_name()
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
         try:
             try:
                 for chunk in chunks:
@@ -93,63 +112,86 @@ class LocalStore(Store):
             finally:
                 os.close(fd)
         except BaseException:
-            _unlink_quietly(temp)
+            _unlink_quietly(folder, temp)
             raise
         return temp
 
-    def get(self, rel: str) -> bytes:
+    def descriptor(self, rel: str, flags: int = os.O_RDONLY) -> int:
         path = self._path(rel)
-        with translated("read", str(path)):
-            return path.read_bytes()
+        with translated("open", str(path)), self._folder_of(rel) as (folder, name):
+            return beneath.open_file(folder, name, path, flags)
+
+    def get(self, rel: str) -> bytes:
+        with translated("read", str(self._path(rel))), self.reader(rel) as f:
+            return f.read()
 
     def reader(self, rel: str) -> BinaryIO:
         path = self._path(rel)
-        with translated("read", str(path)):
-            return open(path, "rb")
+        with translated("read", str(path)), self._folder_of(rel) as (folder, name):
+            return os.fdopen(beneath.open_file(folder, name, path), "rb")
 
     def exists(self, rel: str) -> bool:
-        path = self._path(rel)
-        with translated("read", str(path)):
-            return path.is_file()
+        try:
+            return stat.S_ISREG(self._status(rel).st_mode)
+        except MissingFileError:
+            return False
+        except beneath.IrregularFileError:
+            return False  # reading it would be refused, and writing replaces it
 
     def list(self, prefix: str = "") -> Names:
-        top = self._path(prefix) if prefix else Path(self.root)
-        names = []
-        with translated("list", str(top)):
-            for directory, _, files in os.walk(top, onerror=_raise_unless_missing):
-                base = Path(directory).relative_to(self.root)
-                names += [(base / f).as_posix() for f in files if not f.startswith(TEMP_PREFIX)]
+        names: Names = []
+        with translated("list", str(self._path(prefix) if prefix else self.root)):
+            for found in beneath.walk(self._real_root(), prefix.split("/") if prefix else []):
+                names += [found.path(f) for f in found.files if not f.startswith(TEMP_PREFIX)]
         return sorted(names)
 
     def entries(self) -> Names:
         with translated("list", self.root), suppress(FileNotFoundError):
-            return sorted(os.listdir(self.root))
+            with beneath.folder(self._real_root(), listed=True) as folder:
+                return sorted(os.listdir(folder))
         return []
 
+    def irregular(self, prefixes: Iterable[str]) -> Names:
+        names: Names = []
+        with translated("list", self.root), suppress(FileNotFoundError):
+            with beneath.folder(self._real_root(), listed=True) as folder:
+                top = beneath.listed(folder, "")
+            names += top.others
+            for prefix in prefixes:
+                if prefix in top.folders:
+                    for found in beneath.walk(self._real_root(), [prefix]):
+                        names += [found.path(n) for n in found.others]
+        return sorted(names)
+
     def delete(self, rel: str) -> None:
-        path = self._path(rel)
-        with translated("delete", str(path)):
-            path.unlink(missing_ok=True)
+        with translated("delete", str(self._path(rel))), suppress(FileNotFoundError):
+            with self._folder_of(rel) as (folder, name):
+                os.unlink(name, dir_fd=folder)  # of a link: the link
 
     def size(self, rel: str) -> int:
-        path = self._path(rel)
-        with translated("read", str(path)):
-            return path.stat().st_size
+        return self._status(rel).st_size
 
     def mtime(self, rel: str) -> float:
+        return self._status(rel).st_mtime
+
+    def _status(self, rel: str) -> os.stat_result:
         path = self._path(rel)
-        with translated("read", str(path)):
-            return path.stat().st_mtime
+        with translated("read", str(path)), self._folder_of(rel) as (folder, name):
+            return beneath.status(folder, name, path)
 
     def local_path(self, rel: str) -> Path | None:
         return self._path(rel)
 
     def append_line(self, rel: str, line: str) -> None:
         path = self._path(rel)
-        with translated("write", str(path)):
-            _make_directories(path.parent)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        with translated("write", str(path)), self._folder_of(rel, create=True) as (folder, name):
+            fd = beneath.open_file(folder, name, path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             try:
+                if os.fstat(fd).st_nlink > 1:
+                    raise beneath.IrregularFileError(
+                        f"{path} is known under other names too (hard links): a line would be added there as well",
+                        f"move it away; a copy of the work directory should not share it (cp -r, not cp -l): {path}",
+                    )
                 _write_all(fd, line.encode() + b"\n")
             finally:
                 os.close(fd)
@@ -161,25 +203,31 @@ class LocalStore(Store):
             return []
 
     def sweep(self, prefixes: Iterable[str]) -> Names:
-        with translated("list", self.root):
-            found = [Path(self.root, name) for name in self.entries()]
+        stale: Names = []
+        with translated("delete", self.root), suppress(FileNotFoundError):
+            with beneath.folder(self._real_root(), listed=True) as folder:
+                top = beneath.listed(folder, "")
+                stale += _unlink_temporary(top)
             for prefix in prefixes:
-                for directory, _, files in os.walk(self._path(prefix), onerror=_raise_unless_missing):
-                    found += [Path(directory, f) for f in files]
-        stale = [p for p in found if TEMP_NAME.fullmatch(p.name)]
-        for path in stale:
-            with translated("delete", str(path)):
-                path.unlink(missing_ok=True)
-        return [p.relative_to(self.root).as_posix() for p in stale]
+                if prefix in top.folders:
+                    for found in beneath.walk(self._real_root(), [prefix]):
+                        stale += _unlink_temporary(found)
+        return stale
 
     def flush(self) -> None:
         """Nothing is collected: every line is written at once."""
 
     def prune(self, prefixes: Iterable[str]) -> None:
-        for prefix in prefixes:
-            for directory, _, _ in os.walk(self._path(prefix), topdown=False):
-                with suppress(OSError):  # not empty: something in it is not ours
-                    os.rmdir(directory)
+        with suppress(OSError, StoreError):
+            root = self._real_root()
+            with beneath.folder(root, listed=True) as folder:
+                present = beneath.listed(folder, "").folders
+            for prefix in (p for p in prefixes if p in present):
+                for found in beneath.walk(root, [prefix]):
+                    for name in found.folders:
+                        _remove_empty(found.handle, name)
+                with beneath.folder(root) as folder:
+                    _remove_empty(folder, prefix)
 
     def disk_free(self) -> int:
         with translated("read", self.root):
@@ -192,35 +240,20 @@ def _write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _make_directories(directory: Path) -> None:
-    """mkdir -p, with every new directory's entry fsynced in its parent."""
-    missing = []
-    while not directory.is_dir():
-        missing.append(directory)
-        if directory.parent == directory:
-            break
-        directory = directory.parent
-    for new in reversed(missing):
-        new.mkdir(exist_ok=True)
-        _fsync_directory(new.parent)
+def _unlink_temporary(folder: beneath.Listing) -> Names:
+    """Removes what killed writers left in a folder, links of such names included."""
+    stale = [n for n in [*folder.files, *folder.others] if TEMP_NAME.fullmatch(n)]
+    for name in stale:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=folder.handle)
+    return [folder.path(n) for n in stale]
 
 
-def _fsync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network and FUSE mounts cannot
-            raise
-    finally:
-        os.close(fd)
-
-
-def _unlink_quietly(path: Path) -> None:
+def _unlink_quietly(folder: int, name: str) -> None:
     with suppress(OSError):
-        path.unlink()
+        os.unlink(name, dir_fd=folder)
 
 
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+def _remove_empty(folder: int, name: str) -> None:
+    with suppress(OSError):  # not empty: something in it is not ours
+        os.rmdir(name, dir_fd=folder)

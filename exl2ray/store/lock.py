@@ -15,8 +15,6 @@ same content-addressed records, which is waste but no damage.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import secrets
@@ -27,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from exl2ray.beneath import try_flock
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError, translated
 from exl2ray.store.fs import Store
@@ -173,23 +172,33 @@ class DriverLock:
 
     def _replace_stale(self, stale: Holder | None) -> tuple[bool, bool]:
         """Put our lock in place of the one that was judged stale: (whether we did, whether nobody else can have)."""
-        path = self.store.local_path(LOCK_FILE)
-        if path is None:
+        if not self.store.is_local:
             if read_holder(self.store) != stale:
                 return False, False
             self.store.put(LOCK_FILE, self._mine.to_bytes())
             return True, False
-        with translated("take over", str(path)), suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with translated("take over", self.store.full_name(LOCK_FILE)), suppress(MissingFileError):
+            fd = self.store.descriptor(LOCK_FILE, os.O_RDWR)
+            if fd is None:
+                return False, False
             try:
-                guarded = _try_flock(fd)
-                unchanged = os.path.samestat(os.fstat(fd), os.stat(path)) and read_holder(self.store) == stale
+                guarded = try_flock(fd)
+                unchanged = self._is_lock_file(fd) and read_holder(self.store) == stale
                 if unchanged and guarded is not None:
                     self.store.put(LOCK_FILE, self._mine.to_bytes())
                     return True, guarded
             finally:
                 os.close(fd)
         return False, False
+
+    def _is_lock_file(self, fd: int) -> bool:
+        now = self.store.descriptor(LOCK_FILE)
+        if now is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(fd), os.fstat(now))
+        finally:
+            os.close(now)
 
     def _keep_fresh(self) -> None:
         while not self._stop.wait(self.timing.heartbeat):
@@ -208,23 +217,13 @@ class DriverLock:
             if holder is None or holder.token != self._mine.token:
                 self._lost = f"the lock of this driver was {'taken over by ' + str(holder) if holder else 'removed'}"
                 return
-            path = self.store.local_path(LOCK_FILE)
-            if path is None:
+            fd = self.store.descriptor(LOCK_FILE)
+            if fd is None:
                 self.store.put(LOCK_FILE, self._mine.to_bytes())
             else:
-                with translated("refresh", str(path)):
-                    os.utime(path)
+                try:
+                    with translated("refresh", self.store.full_name(LOCK_FILE)):
+                        os.utime(fd)
+                finally:
+                    os.close(fd)
             self._last_beat = time.monotonic()
-
-
-def _try_flock(fd: int) -> bool | None:
-    """True: exclusive now. None: another process has it. False: this file system has no flock."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return None
-    except OSError as e:
-        if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
-            return False
-        raise
-    return True

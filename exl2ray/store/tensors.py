@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from exl2ray.beneath import reopenable
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import translated
 from exl2ray.store.fs import Store
@@ -80,15 +83,18 @@ def get_tensors(
         problem = file_problem(store, expect, deep=deep and store.is_local)
         if problem or expect.rel != rel:
             raise StoreError(problem or f"{name} was asked for with the reference of {expect.rel}", _DAMAGED_HINT)
-    path = store.local_path(rel)
+    handle = store.descriptor(rel)  # a typed error for a missing file
     try:
-        if path is None:
+        if handle is None:
             data = store.get(rel)
             if expect is not None and hashlib.sha256(data).hexdigest() != expect.sha256:
                 raise StoreError(f"{name} does not have the SHA-256 of its record", _DAMAGED_HINT)
             return {k: t.to(device) for k, t in safetensors.torch.load(data).items()}
-        store.size(rel)  # a typed error for a missing file
+        path = reopenable(handle, Path(name))
         with translated("read", name), safe_open(path, framework="pt", device=str(device)) as f:
             return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError, KeyError) as e:
         raise StoreError(f"{name} is not a whole safetensors file: {e}", _DAMAGED_HINT) from e
+    finally:
+        if handle is not None:
+            os.close(handle)

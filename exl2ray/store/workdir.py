@@ -26,7 +26,7 @@ from exl2ray.store.job import (
     mismatch,
     normalise,
 )
-from exl2ray.store.layout import EVENTS, FOLDERS, MEASUREMENT, PLAN, is_ours
+from exl2ray.store.layout import EVENTS, FOLDERS, MEASUREMENT, PLAN, is_ours, is_place_of_ours
 from exl2ray.store.lock import LOCK_FILE, DriverLock, LockTiming
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.records import Records
@@ -85,6 +85,7 @@ class WorkDir:
         try:
             store.sweep(FOLDERS)
             data = _read_job(store)
+            _refuse_or_remove_links(store, remove=data is not None and not resume)
             changes: list[str] = []
             if data is not None and resume:
                 stored, changes = _continue(store, data, wanted, allow_changed, flags or {})
@@ -178,6 +179,21 @@ def _read_job(store: Store) -> bytes | None:
             "give a new or empty directory with -o",
         )
     return None
+
+
+def _refuse_or_remove_links(store: Store, remove: bool) -> None:
+    """Links, pipes, sockets and devices in the places of our files and folders: StoreError, or removed themselves."""
+    found = [n for n in store.irregular(FOLDERS) if is_place_of_ours(n)]
+    if remove:
+        for name in found:
+            store.delete(name)
+    elif found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise StoreError(
+            f"{store.full_name(found[0])}{more}: a link, pipe, socket or device where a file or folder of exl2ray belongs",
+            "look who put it there, then remove it (-nr removes it and all else that exl2ray made); "
+            "to use another disk, let -o lead there",
+        )
 
 
 def _write_job(store: Store, job: Job, versions: Mapping[str, str]) -> StoredJob:

@@ -103,7 +103,7 @@ def test_put_new_is_exclusive_among_threads(tmp_path: Path) -> None:
 
 
 def test_put_new_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*args: object) -> None:
+    def no_links(*args: object, **folders: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)

@@ -313,7 +313,7 @@ def test_nonce_on_another_file_system_or_a_read_only_mount(
         with pytest.raises(StoreError, match="not what the driver wrote"):
             verify_nonce(elsewhere, rel, token)
 
-        def read_only(*args: Any) -> int:
+        def read_only(*args: Any, **folder: Any) -> int:
             raise OSError(30, "Read-only file system")
 
         with monkeypatch.context() as patch:

@@ -1,0 +1,296 @@
+"""Work directories that somebody else has prepared: nothing outside of them is read, written or deleted through them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bounded import exl2ray
+from workdir_cases import Conversion, Victim, contents, snapshot
+
+from exl2ray.beneath import IrregularFileError
+from exl2ray.errors import StoreError
+from exl2ray.report.facts import read_facts
+from exl2ray.store.local import LocalStore
+from exl2ray.store.status import read_status
+
+FOLDER_PLACES = ["logs", "nonce", "measure", "measure/records", "quant", "quant/4.0", "quant/4.0/tensors",
+                 "quant/4.0/records"]  # fmt: skip
+FILE_PLACES = ["job.json", "events.jsonl", "measurement.json", "calibration.safetensors", "driver.lock", "report.html"]
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Victim:
+    return Victim(tmp_path / "victim")
+
+
+@pytest.fixture
+def work(made: Conversion, tmp_path: Path) -> Path:
+    return made.copy_of_work(tmp_path / "work")
+
+
+@pytest.fixture
+def target(made: Conversion, tmp_path: Path) -> Path:
+    return made.copy_of_target(tmp_path / "target")
+
+
+def plant(place: Path, to: Path) -> None:
+    """A link in the place of whatever is there."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.symlink_to(to)
+
+
+# ---- links ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", FOLDER_PLACES)
+def test_a_folder_that_is_a_link(place: str, made: Conversion, work: Path, target: Path, victim: Victim) -> None:
+    plant(work / place, victim.root)
+    before = contents(target)
+    with pytest.raises(StoreError, match=f"{place}.*link"):
+        made.convert(work, target)
+    victim.unharmed()
+    assert not (work / "driver.lock").exists()
+    made.convert(work, target, no_resume=True)
+    victim.unharmed()
+    assert not (work / place).is_symlink()
+    assert contents(target) == before
+
+
+@pytest.mark.parametrize("place", FILE_PLACES)
+def test_a_file_that_is_a_link(place: str, made: Conversion, work: Path, target: Path, victim: Victim) -> None:
+    """The last three are replaced as a whole by whoever writes them; the others are refused when they are read."""
+    if (work / place).exists():
+        victim.file.write_bytes((work / place).read_bytes())  # content that would do
+        victim.before = snapshot(victim.root)
+    plant(work / place, victim.file)
+    with pytest.raises(StoreError, match="link"):
+        made.convert(work, target)
+    victim.unharmed()
+
+
+def test_links_of_links_and_links_inside(made: Conversion, work: Path, target: Path, victim: Victim) -> None:
+    """Also where a link ends inside of the work directory: nobody of ours makes one."""
+    (work / "hop").symlink_to(victim.root)
+    plant(work / "logs", Path("hop"))
+    with pytest.raises(StoreError, match="logs"):
+        made.convert(work, target)
+    plant(work / "logs", Path("measure"))
+    with pytest.raises(StoreError, match="logs"):
+        made.convert(work, target)
+    victim.unharmed()
+
+
+def test_other_links_are_left_alone(made: Conversion, work: Path, target: Path, victim: Victim) -> None:
+    (work / "notes").symlink_to(victim.root)
+    (work / "measure" / "see-also").symlink_to(victim.root)
+    made.convert(work, target)
+    made.convert(work, target, no_resume=True)
+    assert (work / "notes").is_symlink()
+    assert (work / "measure" / "see-also").is_symlink()
+    victim.unharmed()
+
+
+@pytest.mark.parametrize("place", ["measure/records", "measure/states", "quant/4.0/tensors"])
+def test_temporary_files_behind_links_are_not_swept(place: str, work: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    left = outside / ".tmp-exl2ray-1-0123456789ab"
+    left.write_text("of another job")
+    plant(work / place, outside)
+    store = LocalStore(str(work))
+    assert store.sweep(["measure", "quant"]) == []
+    store.prune(["measure", "quant"])
+    assert left.exists()
+
+
+def test_every_way_into_the_store_refuses_links(tmp_path: Path, victim: Victim) -> None:
+    root = tmp_path / "store"
+    root.mkdir()
+    (root / "folder").symlink_to(victim.root)
+    (root / "file").symlink_to(victim.file)
+    store = LocalStore(str(root))
+    ways: list[Callable[[str], object]] = [
+        store.get, store.reader, store.size, store.mtime, store.sha256, store.read_lines, store.descriptor,
+        lambda name: store.append_line(name, "x"),
+    ]  # fmt: skip
+    for way in ways:
+        for name in ("file", "folder/data.txt"):
+            with pytest.raises(IrregularFileError, match="symbolic link"):
+                way(name)
+    for write in (store.put, store.put_new):
+        with pytest.raises(IrregularFileError):
+            write("folder/new", b"x")
+    with pytest.raises(IrregularFileError):
+        store.delete("folder/data.txt")
+    with pytest.raises(IrregularFileError):
+        store.list("folder")
+    assert store.list() == []
+    assert not store.exists("file")
+    store.put("file", b"ours")  # replaces the link itself
+    assert not (root / "file").is_symlink()
+    victim.unharmed()
+
+
+def test_a_folder_that_becomes_a_link_while_files_are_written(tmp_path: Path, victim: Victim) -> None:
+    """Swapped as fast as possible: what is written lands in the folder or nowhere."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is None:
+        pytest.skip("this system cannot exchange two names")
+    root = tmp_path / "store"
+    (root / "place").mkdir(parents=True)
+    (root / "link").symlink_to(victim.root)
+    names = [os.fsencode(root / n) for n in ("place", "link")]
+    store, stop, swaps = LocalStore(str(root)), threading.Event(), 0
+
+    def swap() -> None:
+        nonlocal swaps
+        while not stop.is_set():
+            swaps += exchange(-100, names[0], -100, names[1], 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    done = []
+    try:
+        for i in range(400):
+            for way in (lambda n: store.put(f"place/{n}", b"x"), lambda n: store.append_line(f"place/log{n}", "line"),
+                        lambda n: store.delete("place/data.txt"), lambda n: store.list("place"),
+                        lambda n: store.sweep(["place"])):  # fmt: skip
+                with contextlib.suppress(StoreError):
+                    way(i)
+                    done.append(i)
+    finally:
+        stop.set()
+        thread.join()
+    victim.unharmed()
+    if not swaps:
+        pytest.skip("this file system cannot exchange two names")
+    assert done
+
+
+# ---- pipes, devices, hard links -------------------------------------------------------------------------------------------
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # names of sockets are short
+    try:
+        with socket.socket(socket.AF_UNIX) as s:
+            s.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_socket])
+@pytest.mark.parametrize("place", ["job.json", "events.jsonl", "driver.lock", "measurement.json"])
+def test_nobody_waits_for_a_pipe(
+    place: str, make: Callable[[Path], None], made: Conversion, work: Path, target: Path
+) -> None:
+    (work / place).unlink(missing_ok=True)
+    make(work / place)
+    exl2ray(*made.arguments(work, target), seconds=20).ends_with(7, "pipe" if make is make_pipe else "socket")
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+@pytest.mark.parametrize("place", ["events.jsonl", "measurement.json", "driver.lock"])
+def test_looking_at_a_directory_with_pipes_and_links(command: str, place: str, work: Path, victim: Victim) -> None:
+    for make in (make_pipe, lambda p: p.symlink_to(victim.file)):
+        (work / place).unlink(missing_ok=True)
+        make(work / place)
+        run = exl2ray(command, work)
+        assert run.status in (0, 7), str(run)
+        assert not run.stopped
+        assert "years of work" not in run.text
+    victim.unharmed()
+
+
+def test_a_report_is_not_written_through_a_link(work: Path, victim: Victim) -> None:
+    plant(work / "report.html", victim.file)
+    exl2ray("report", work).ends_with(0, "report.html")
+    victim.unharmed()
+    assert not (work / "report.html").is_symlink()
+
+
+def test_a_log_that_has_another_name_elsewhere(made: Conversion, work: Path, target: Path, victim: Victim) -> None:
+    (work / "events.jsonl").unlink()
+    os.link(victim.file, work / "events.jsonl")
+    with pytest.raises(StoreError, match="hard link"):
+        made.convert(work, target)
+    victim.unharmed()
+
+
+def test_results_that_have_other_names_elsewhere_are_replaced(made: Conversion, work: Path, target: Path) -> None:
+    """`cp -al` of a work directory is no reason to refuse it, and its other copy stays as it is."""
+    copy = work.with_name("copy")
+    shutil.copytree(work, copy, copy_function=os.link)
+    (work / "events.jsonl").unlink()
+    before = snapshot(copy)
+    made.convert(work, target, no_resume=True)
+    assert snapshot(copy) == before
+
+
+# ---- the work directory itself ----------------------------------------------------------------------------------------
+
+
+def test_a_link_of_ones_own_to_a_large_disk(made: Conversion, work: Path, target: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(work)
+    summary, _ = made.convert(tmp_path / "link", target)
+    assert len(summary.outputs) == 1
+    assert read_status(str(tmp_path / "link")).state == "stopped"
+
+
+def test_a_link_to_a_disk_that_is_not_mounted(made: Conversion, target: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "mnt" / "disk")
+    exl2ray(*made.arguments(tmp_path / "link", tmp_path / "new")).ends_with(7, "does not exist", "mounted")
+    assert not (tmp_path / "mnt").exists()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_a_link_where_everybody_may_write(mode: int, made: Conversion, work: Path, target: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "link").symlink_to(work)
+    (tmp_path / "scratch").chmod(mode)
+    before = snapshot(work)
+    exl2ray(*made.arguments(tmp_path / "scratch" / "link", target)).ends_with(7, "everybody may write", str(work))
+    assert snapshot(work) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_link_that_somebody_else_made(made: Conversion, work: Path, target: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(work)
+    os.lchown(tmp_path / "link", 12345, 12345)
+    exl2ray(*made.arguments(tmp_path / "link", target)).ends_with(7, "a link that user 12345 made", str(work))
+
+
+def test_the_report_reads_no_tensors_through_a_link(work: Path, victim: Victim) -> None:
+    tensors = work / "quant" / "4.0" / "tensors"
+    one = sorted(tensors.iterdir())[0]
+    plant(one, victim.file)
+    assert any("symbolic link" in p or "is missing" in p or "link" in p for p in read_facts(str(work), []).problems)
+
+
+def test_an_error_that_nobody_foresaw_is_not_logged_through_a_link(work: Path, victim: Victim) -> None:
+    from exl2ray.program import Invocation, _explain
+
+    plant(work / "logs", victim.root)
+    message, hint, code = _explain(RuntimeError("unforeseen"), Invocation(command="convert", out_dir=str(work)))
+    assert (code, "unforeseen" in message, "--debug" in hint) == (1, True, True)
+    victim.unharmed()
+    (work / "logs").unlink()
+    _, hint, _ = _explain(RuntimeError("unforeseen"), Invocation(command="convert", out_dir=str(work)))
+    assert str(work / "logs") in hint
+
+
