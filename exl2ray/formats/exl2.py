@@ -208,7 +208,7 @@ class Exl2Model(SourceModel):
     the reference copies those of the source model, which no longer describe the weights."""
 
     error = FormatError
-    uses_index = False
+    is_source = False
 
     def keys(self) -> list[str]:
         """Module names of the quantised linears, sorted."""

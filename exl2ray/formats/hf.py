@@ -1,7 +1,8 @@
 """A Hugging Face model directory: safetensors shards and config.json.
 
-``SourceModel`` reads headers only; tensors are loaded one at a time. Every top-level ``*.safetensors`` file counts
-(exl2-format section 2: names are irrelevant), an index json is used only to notice a missing shard.
+``SourceModel`` reads headers only; tensors are loaded one at a time. What may lie in the folder, and how much of it counts, is
+known by `exl2ray.formats.source`: which files are the model's, what its tensors are called under the marks of wrappers, and
+which weights are stored in FP8 or MXFP4, read here as the numbers that they stand for.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from exl2ray.errors import Exl2RayError, SourceError
 from exl2ray.formats.hfconfig import read_config
-from exl2ray.formats.json_file import read_json_object
+from exl2ray.formats.source import architectures, dequantise, names, quantised, shards
+from exl2ray.formats.source.folder import Folder
+from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import TensorFile, TensorInfo, read_tensor
 
-MAX_INDEX_BYTES = 64 << 20
 SAMPLE_BYTES = 1024  # bytes per content sample of a tensor
 SAMPLES = 8  # samples per tensor
 
@@ -26,22 +29,55 @@ SAMPLES = 8  # samples per tensor
 class SourceModel:
     """A directory with safetensors shards and config.json. Opening it reads headers only.
 
+    Shapes, dtypes and sizes are those of the tensors that ``load`` gives. ``notes``: what is worth telling about the folder.
     Raises ``error`` (SourceError; FormatError for EXL2 directories) naming file, tensor and numbers.
     """
 
     error: type[Exl2RayError] = SourceError
-    uses_index = True
+    is_source = True  # of a conversion: a model as transformers reads it
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            hint = "give the folder that holds config.json and *.safetensors"
-            raise self.error(f"{self.path}: not a directory", hint)
-        self.config = read_config(self.path / "config.json", self.error)
-        self.files = {f.name: TensorFile(f, self.error) for f in weight_files(self.path, self.error)}
-        if self.uses_index:
-            _check_index(self.path, set(self.files), self.error)
-        self._tensors = merge_shards(self.files.values(), self.error)
+        refused = refusal(self.path, self.error)
+        if refused is not None:
+            raise refused
+        self.notes: list[str] = []
+        self.absent: dict[str, str] = {}  # tensor -> file, of what an index names and no file has
+        self._scaled: dict[str, dequantise.Scaled] = {}
+        self.config = read_config(self.path / "config.json", self.error, strict=not self.is_source)
+        if self.is_source:
+            self.config, self.notes = architectures.resolved(self.config, str(self.path / "config.json"))
+            self._open_source()
+        else:
+            self.files = {f.name: TensorFile(f, self.error) for f in weight_files(self.path, self.error)}
+            self._tensors = merge_shards(self.files.values(), self.error)
+
+    def _open_source(self) -> None:
+        own, notes = shards.own_files(weight_files(self.path, self.error))
+        files = {f.name: TensorFile(f, self.error) for f in own}
+        index = shards.read_index(self.path, self.error)
+        table, kept, copies = shards.merged(files, index, self.error)
+        self.files = {name: files[name] for name in kept}
+        self.absent = shards.absent_tensors(index, list(files), table)
+        if not self.absent:
+            notes += shards.index_note(index, list(files))
+        stored = names.plain_names(table)
+        marked = sum(plain != name for plain, name in stored.items())
+        if marked:
+            notes.append(f"{marked} tensors have the marks of a wrapper in their names, e.g. {max(stored.values(), key=len)}; left out")
+        tensors = {plain: replace(table[name], name=plain) for plain, name in stored.items()}
+        self._tensors, self._scaled = dequantise.dequantised(tensors, self.config, self.error)
+        found = quantised.description(self._plain_infos(), self.config, Folder(self.path))
+        if found is not None:
+            raise self.error(f"{self.path}: {found[0]}", found[1])
+        if self._scaled:
+            notes.append(dequantise.summary(self._scaled))
+        elif quantised.settings(self.config, Folder(self.path))[0]:
+            notes.append("config.json says that the model is quantised, but its weights are plain numbers: taken as they are")
+        self.notes += [*copies, *notes]
+
+    def _plain_infos(self) -> list[TensorInfo]:
+        return [info for name, info in self._tensors.items() if name not in self._scaled]
 
     @property
     def architecture(self) -> str:
@@ -64,7 +100,7 @@ class SourceModel:
         return self.info(name).shape
 
     def dtype(self, name: str) -> str:
-        """Safetensors name of the stored dtype: "F16", "BF16", "F32", ..."""
+        """Safetensors name of the dtype: "F16", "BF16", "F32", ..."""
         return self.info(name).dtype
 
     def nbytes(self, name: str) -> int:
@@ -77,11 +113,23 @@ class SourceModel:
     def load(
         self, name: str, rows: slice | None = None, allocate: Callable[[int], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """One tensor in its stored dtype, on the CPU; ``rows`` (of dimension 0) reads only that range.
+        """One tensor in the dtype that ``dtype`` says, on the CPU; ``rows`` (of dimension 0) reads only that range.
 
         allocate(n): gives (n,) uint8 to read n bytes into; None: ordinary memory.
         """
-        return read_tensor(self.info(name), rows, self.error, allocate)
+        info, scaled = self.info(name), self._scaled.get(name)
+        if scaled is not None:
+            return scaled.load(rows, self.error, allocate)
+        return read_tensor(info, rows, self.error, allocate)
+
+    def stored(self, name: str) -> list[TensorInfo]:
+        """What the files hold of a tensor: itself, or codes and scales that it is computed from."""
+        info, scaled = self.info(name), self._scaled.get(name)
+        return [info] if scaled is None else scaled.stored
+
+    def is_computed(self, name: str) -> bool:
+        """Whether a tensor is stored otherwise than ``load`` gives it."""
+        return name in self._scaled
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
         """SHA-256 (hex) that changes when the model does, without reading all of it.
@@ -97,7 +145,8 @@ class SourceModel:
         for name in sorted(self.names() if names is None else set(names)):
             info = self.info(name)
             digest.update(f"\n{json.dumps(name)} {info.dtype} {list(info.shape)}\n".encode())
-            digest.update(_content_samples(info, self.error))
+            for part in self.stored(name):
+                digest.update(_content_samples(part, self.error))
         return digest.hexdigest()
 
 
@@ -115,7 +164,7 @@ def weight_files(directory: Path, error: type[Exl2RayError] = SourceError) -> li
             raise error(f"{p}: not a regular file (a dangling link?)", "fetch the shard again")
         found.append(p)
     if not found:
-        raise error(f"{directory}: no *.safetensors file", "convert *.bin or *.pt weights to safetensors first")
+        raise refusal(directory, error) or error(f"{directory}: no *.safetensors file", "fetch the weights")
     return found
 
 
@@ -131,25 +180,6 @@ def merge_shards(files: Iterable[TensorFile], error: type[Exl2RayError] = Source
                 )
             table[name] = info
     return table
-
-
-def _check_index(directory: Path, present: set[str], error: type[Exl2RayError]) -> None:
-    for path in sorted(directory.glob("*.safetensors.index.json")):
-        if path.name.startswith("."):
-            continue
-        try:
-            weight_map = read_json_object(path, error, max_bytes=MAX_INDEX_BYTES)["weight_map"]
-            shards = sorted({str(v) for v in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise error(f"{path}: not a weight index: {type(e).__name__}: {e}") from e
-        missing = [s for s in shards if s not in present]
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise error(
-                f"{path}: names {len(shards)} shards, of which {', '.join(m[:80] for m in missing[:3])}{more} "
-                f"{'is' if len(missing) == 1 else 'are'} missing",
-                "the download is incomplete: fetch the missing shards",
-            )
 
 
 def _content_samples(info: TensorInfo, error: type[Exl2RayError]) -> bytes:

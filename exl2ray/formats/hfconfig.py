@@ -15,11 +15,13 @@ from exl2ray.errors import Exl2RayError, SourceError
 from exl2ray.formats.json_file import LIMITS, read_json_object
 
 
-def read_config(path: Path, error: type[Exl2RayError] = SourceError) -> dict[str, Any]:
-    """Parse config.json: an object whose ``architectures`` holds exactly one name (exl2-format section 2)."""
+def read_config(path: Path, error: type[Exl2RayError] = SourceError, strict: bool = True) -> dict[str, Any]:
+    """Parse config.json: an object; if ``strict`` its ``architectures`` holds exactly one name (exl2-format section 2)."""
     hint = "the directory must be a complete Hugging Face model"
     config = read_json_object(path, error, hint, LIMITS["config.json"])
     found = config.get("architectures")
+    if not strict:
+        return config
     if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
         raise error(f"{path}: architectures is {str(found)[:80]}; the format needs a list of exactly one name")
     return config

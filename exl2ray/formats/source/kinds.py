@@ -1,0 +1,190 @@
+"""Folders that are no Hugging Face model in safetensors: what each of them is, and the one thing to do about it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.formats.source.folder import Folder
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+COMPLETE = "give a folder with config.json, *.safetensors and tokenizer.json, as the Hub has them"
+SAVE = (
+    "load it with transformers and write it anew: "
+    "AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW), and the same with AutoTokenizer"
+)
+SHOWN = 3
+
+Finding = tuple[str, str]  # (what it is and why that cannot work, what to do)
+
+
+def refusal(path: str | Path, error: type[Exl2RayError] = SourceError) -> Exl2RayError | None:
+    """Why the folder at ``path`` cannot hold a model in safetensors; None if it may. Reads names and small files only."""
+    finding = look(Path(path))
+    return None if finding is None else error(f"{path}: {finding[0]}", finding[1])
+
+
+def look(path: Path) -> Finding | None:
+    """As `refusal`, without the path."""
+    if not path.is_dir():
+        return _no_folder(path)
+    folder = Folder(path)
+    for kind in KINDS:
+        finding = kind(folder)
+        if finding is not None:
+            return finding
+    return None
+
+
+def _no_folder(path: Path) -> Finding:
+    hint = "give the folder that holds config.json and *.safetensors"
+    if not path.exists():
+        return "does not exist", hint
+    name = path.name.lower()
+    if name.endswith(".gguf"):
+        return _gguf_text("a GGUF file"), _original(Folder(path.parent))
+    if name.endswith((".safetensors", ".json")):
+        return "a file, not a directory", f"give its folder: -i {shlex.quote(str(path.parent))}"
+    if name.endswith(PICKLES):
+        return "a file of PyTorch weights, not a directory", SAVE
+    return "not a directory", hint
+
+
+def _empty(folder: Folder) -> Finding | None:
+    if folder.files or folder.folders:
+        return None
+    return "an empty folder", "is the download complete, and the path right? " + COMPLETE
+
+
+def _hub_cache(folder: Folder) -> Finding | None:
+    """``models--owner--name`` of the Hub's cache: files lie two levels deeper."""
+    if "snapshots" not in folder.folders or "config.json" in folder:
+        return None
+    snapshots = Folder(folder.path / "snapshots").folders
+    main = Folder(folder.path / "refs").head("main", 100).decode("ascii", "replace").strip()
+    if not snapshots:
+        return "a repository in the Hub's cache, without any snapshot", "the download did not begin: fetch the model"
+    revision = main if main in snapshots else snapshots[-1]
+    others = f" (of {len(snapshots)})" if len(snapshots) > 1 else ""
+    place = shlex.quote(str(folder.path / "snapshots" / revision))
+    return f"a repository in the Hub's cache; the model is in its snapshot{others}", f"give the snapshot: -i {place}"
+
+
+def _diffusion(folder: Folder) -> Finding | None:
+    component = "_class_name" in folder.json("config.json")
+    if "model_index.json" not in folder and not component:
+        return None
+    return "a diffusion pipeline (diffusers), not a language model", "EXL2 holds language models only"
+
+
+def _adapter(folder: Folder) -> Finding | None:
+    """A LoRA or other adapter without the model that it belongs to."""
+    if "adapter_config.json" not in folder or "config.json" in folder:
+        return None
+    kind = folder.json("adapter_config.json").get("peft_type")
+    name = "LoRA" if kind in (None, "LORA") else str(kind)[:20]
+    base = folder.base_model()
+    of = f" for {base}" if base else ""
+    return (
+        f"holds only a {name} adapter{of}, not a model: changes to weights that are elsewhere",
+        "merge it first: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW) (package peft)",
+    )
+
+
+def _gguf_text(what: str) -> str:
+    return f"{what} of llama.cpp: its weights are quantised or laid out for llama.cpp, and cannot be the source of an EXL2 model"
+
+
+def _gguf(folder: Folder) -> Finding | None:
+    found = folder.ending(".gguf")
+    if not found or folder.ending(".safetensors"):
+        return None
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return _gguf_text(f"holds GGUF files ({found[0]}{more})"), _original(folder)
+
+
+def _other_runtime(folder: Folder) -> Finding | None:
+    """Models that were built for another program."""
+    if folder.ending(".safetensors"):
+        return None
+    for test, what in (
+        (lambda f: f.ending(".onnx") or "onnx" in f.folders, "an ONNX model"),
+        (lambda f: "openvino_model.xml" in f, "an OpenVINO model"),
+        (lambda f: "mlc-chat-config.json" in f or "ndarray-cache.json" in f, "a model of MLC-LLM"),
+        (lambda f: f.ending(".engine"), "engines of TensorRT-LLM"),
+        (lambda f: f.ending(".nemo"), "a NeMo archive"),
+        (lambda f: f.ending(".keras") or "tf_model.h5" in f, "TensorFlow weights"),
+        (lambda f: f.ending(".msgpack"), "Flax weights"),
+        (lambda f: "model.bin" in f and f.ending("vocabulary.json", "vocabulary.txt"), "a model of CTranslate2"),
+    ):
+        if test(folder) and not _pickles(folder, but="model.bin"):  # type: ignore[no-untyped-call]
+            return f"{what}, without weights in safetensors", _original(folder)
+    return None
+
+
+def _consolidated(folder: Folder) -> Finding | None:
+    """Weights as Meta and Mistral publish them beside, or in place of, those for transformers."""
+    own = [n for n in folder.files if n.startswith("consolidated.")]
+    if not own or [n for n in folder.ending(".safetensors") if n not in own]:
+        return None
+    script = "convert_llama_weights_to_hf.py" if own[0].endswith(".pth") else "convert_mistral_weights_to_hf.py"
+    return (
+        f"holds weights in the original format of their publisher ({own[0]}, params.json), which name and order tensors "
+        "otherwise than transformers",
+        f"fetch the model-*.safetensors of the same repository, or convert with {script} of transformers",
+    )
+
+
+def _pickles(folder: Folder, but: str = "") -> list[str]:
+    return [n for n in folder.ending(*PICKLES) if n not in (*NOT_WEIGHTS, but) and not n.startswith(("rng_state", "consolidated."))]
+
+
+def _no_safetensors(folder: Folder) -> Finding | None:
+    if folder.ending(".safetensors"):
+        return None
+    found = _pickles(folder)
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        return f"holds PyTorch pickles ({found[0]}{more}), and no *.safetensors file", SAVE
+    inside = [n for n in folder.folders if Folder(folder.path / n).ending(".safetensors")]
+    if inside and "config.json" not in folder:
+        names = ", ".join(inside[:SHOWN]) + (f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else "")
+        place = shlex.quote(str(folder.path / inside[0]))
+        many = f"holds {len(inside)} folders with models ({names}), and no model itself"
+        return (many if len(inside) > 1 else f"holds no model; its folder {inside[0]} does"), f"give one of them: -i {place}"
+    if "config.json" in folder:
+        return "no *.safetensors file: config.json is there, the weights are not", "fetch the weights: the download is incomplete"
+    return "neither config.json nor a *.safetensors file", COMPLETE
+
+
+def _pointers(folder: Folder) -> Finding | None:
+    found = [n for n in (*folder.ending(".safetensors"), "config.json") if folder.is_lfs_pointer(n)]
+    if not found:
+        return None
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    verb = "are Git LFS pointers" if more else "is a Git LFS pointer"
+    return f"{found[0]}{more} {verb}: a line of text in place of the file", "fetch the files: run `git lfs pull` in this folder"
+
+
+def _no_config(folder: Folder) -> Finding | None:
+    if "config.json" in folder:
+        return None
+    if "adapter_model.safetensors" in folder:
+        return "a LoRA adapter, not a model", "merge it into the model that it was trained on (package peft, merge_and_unload)"
+    return (
+        "config.json is missing or not a regular file",
+        "the directory must be a complete Hugging Face model: fetch config.json of the model that the weights belong to",
+    )
+
+
+def _original(folder: Folder) -> str:
+    base = folder.base_model()
+    return "start from the original weights in safetensors" + (f": {base}" if base else "")
+
+
+KINDS: tuple[Callable[[Folder], Finding | None], ...] = (
+    _empty, _hub_cache, _diffusion, _adapter, _pointers, _gguf, _other_runtime, _consolidated, _no_safetensors, _no_config,
+)  # fmt: skip

@@ -1,0 +1,141 @@
+"""Models that are quantised already: which way, and to how many bits.
+
+The tensors decide, since config.json is often out of date: a model that was trained on quantised weights and merged is saved
+in bfloat16 with the old ``quantization_config``. What config.json says gives the name and the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from exl2ray.formats.source.folder import Folder
+from exl2ray.formats.tensorfile import TensorInfo
+
+LABELS = {
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "awq": "AWQ",
+    "bitnet": "BitNet",
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "eetq": "EETQ",
+    "exl2": "EXL2",
+    "exl3": "EXL3",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "fp8": "FP8",
+    "fp_quant": "FP-Quant",
+    "gptq": "GPTQ",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "modelopt": "ModelOpt",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+    "quanto": "Quanto",
+    "quark": "Quark",
+    "quip": "QuIP#",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
+# Ends of names that only one way of quantising has; of several that apply, the first counts.
+MARKS = (
+    (".q_weight", "exl2"),
+    (".trellis", "exl3"),
+    (".qzeros", "gptq"),
+    (".qweight", "gptq"),
+    (".bitsandbytes__nf4", "bitsandbytes"),
+    (".bitsandbytes__fp4", "bitsandbytes"),
+    (".absmax", "bitsandbytes"),
+    (".SCB", "bitsandbytes"),
+    (".W_q", "hqq"),
+    (".codebooks", "aqlm"),
+    (".centroids.weight", "vptq"),
+    (".Qidxs", "quip"),
+    (".dense_weights", "spqr"),
+    ("._data", "quanto"),
+    (".weight_scales", "eetq"),
+    ("qdata", "torchao"),
+    (".weight_global_scale", "nvfp4"),
+    (".weight_scale_2", "nvfp4"),
+    (".weight_packed", "compressed-tensors"),
+)
+INTEGERS = {"I8": "8-bit integers", "U8": "packed bytes", "I32": "packed integers", "U32": "packed integers"}
+BIT_KEYS = ("bits", "w_bit", "wbits", "nbits", "num_bits", "w_bits", "weight_bits", "in_group_bits")
+OLD_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt"))
+
+
+def settings(config: Mapping[str, Any], folder: Folder) -> tuple[str, Mapping[str, Any]]:
+    """(method, settings) of a quantised model, as config.json or a file beside it says; ("", {}) if neither does."""
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("quantization_config", "compression_config"):
+            found = level.get(key)
+            if isinstance(found, Mapping):
+                method = found.get("quant_method") or ("compressed-tensors" if "config_groups" in found else "")
+                return str(method).lower()[:40], found
+    mlx = config.get("quantization")
+    if isinstance(mlx, Mapping) and "group_size" in mlx:
+        return "mlx", mlx
+    for name, method in OLD_FILES:
+        if name in folder:
+            return method, folder.json(name)
+    return "", {}
+
+
+def quantised_by(tensors: Iterable[TensorInfo]) -> str:
+    """How the tensors are quantised, as far as their names and dtypes show; empty: they are plain numbers."""
+    found: set[str] = set()
+    integers = ""
+    for info in tensors:
+        found |= {method for end, method in MARKS if info.name.endswith(end)}
+        if info.dtype in INTEGERS and info.name.endswith(".weight") and len(info.shape) >= 2:
+            integers = INTEGERS[info.dtype]
+    return next((method for _, method in MARKS if method in found), integers)
+
+
+def description(tensors: Iterable[TensorInfo], config: Mapping[str, Any], folder: Folder) -> tuple[str, str] | None:
+    """(what the model is, what to do instead) for one whose weights cannot be read; None if they are plain numbers.
+
+    Tensors that can be dequantised (`dequantise`) are to be left out before.
+    """
+    shown = quantised_by(tensors)
+    if not shown:
+        return None
+    method, said = settings(config, folder)
+    if shown in ("exl2", "exl3", "nvfp4") or not method:
+        label = {"gptq": "GPTQ or AWQ"}.get(shown, LABELS.get(shown, f"quantised ({shown})"))
+    else:
+        label = "MLX" if method == "mlx" else LABELS.get(method, method)
+    form = said.get("format")
+    parts = [str(form)[:40]] if isinstance(form, str) and method == "compressed-tensors" else []
+    bits = bit_width(said)
+    parts += [f"{bits:g} bits"] if bits else []
+    inside = f" ({', '.join(parts)})" if parts else ""
+    base = folder.base_model()
+    name = f"{'an' if label[0] in 'AEFHM' and label[1:2].isupper() else 'a'} {label}"
+    return (
+        f"is {name} model already{inside}: what was lost cannot be brought back, and it would be quantised twice",
+        "start from the original weights" + (f": {base}" if base else ""),
+    )
+
+
+def bit_width(said: Mapping[str, Any], depth: int = 3) -> float | None:
+    """Bits of a weight in the settings of a quantised model, where they say so."""
+    for key, bits in (("load_in_4bit", 4.0), ("load_in_8bit", 8.0), ("_load_in_4bit", 4.0), ("_load_in_8bit", 8.0)):
+        if said.get(key) is True:
+            return bits
+    for key in BIT_KEYS:
+        value = said.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 16:
+            return float(value)
+    for key in ("weights", "quant_type", "quant_algo"):
+        digits = "".join(c for c in str(said.get(key, ""))[:12] if c.isdigit())
+        if isinstance(said.get(key), str) and digits and int(digits[0]) in (1, 2, 3, 4, 6, 8):
+            return float(digits[0])
+    if depth:
+        inner = [v for k, v in said.items() if isinstance(v, Mapping) and "activation" not in str(k)]
+        return next((bits for v in inner if (bits := bit_width(v, depth - 1))), None)
+    return None
