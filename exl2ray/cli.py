@@ -118,7 +118,7 @@ def plan(ctx: click.Context, /, **flags: Any) -> int:
     """What a conversion will make and need, and what would stop it.
 
     Takes the flags of convert and reads config and tensor headers: output size at each bitrate, memory of each pass, disk,
-    time, problems. Exit status 1 if there are any.
+    time, problems. With problems, the exit status is that of the first one, as convert would end.
     """
     from exl2ray.commands import plan as command
     from exl2ray.plan.compose import Wishes
@@ -128,7 +128,7 @@ def plan(ctx: click.Context, /, **flags: Any) -> int:
     given = ctx.get_parameter_source("bits") is click.core.ParameterSource.COMMANDLINE
     run = ctx.find_object(Invocation) or Invocation()
     report = present(run, lambda: command.plan(recipe, wishes, given), command.show, command.plan_json)
-    return 1 if report.problems else 0
+    return report.problems[0][1].exit_code if report.problems else 0
 
 
 @cli.command()

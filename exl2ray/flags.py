@@ -237,9 +237,8 @@ def stored_settings(root: str, given: Iterable[str] = ()) -> dict[str, Any]:
 
 def check_files(recipe: Recipe) -> None:
     """UsageError naming the flag for a path that should exist and does not."""
-    if not os.path.isdir(recipe.in_dir):
-        what = "is not a directory" if os.path.exists(recipe.in_dir) else "does not exist"
-        raise UsageError(f"-i {recipe.in_dir}: {what}", "give the folder that holds config.json and *.safetensors")
+    if not os.path.exists(recipe.in_dir):  # what is there is looked at by the checks of a conversion
+        raise UsageError(f"-i {recipe.in_dir}: does not exist", "give the folder that holds config.json and *.safetensors")
     for flag, path, kind in (
         ("-c", recipe.cal_dataset, "a Parquet file"),
         ("-m", recipe.measurement, "a measurement.json"),

@@ -1,8 +1,8 @@
 """A Hugging Face model directory: safetensors shards and config.json.
 
-``SourceModel`` reads headers only; tensors are loaded one at a time. What may lie in the folder, and how much of it counts, is
-known by `exl2ray.formats.source`: which files are the model's, what its tensors are called under the marks of wrappers, and
-which weights are stored in FP8 or MXFP4, read here as the numbers that they stand for.
+``SourceModel`` reads headers only; tensors are loaded one at a time. What may lie in the folder, and how much of it counts,
+is known by `exl2ray.formats.source`: which files are the model's, what its tensors are called under the marks of wrappers,
+and which weights are stored in FP8 or MXFP4, read here as the numbers that they stand for.
 """
 
 from __future__ import annotations
@@ -64,8 +64,15 @@ class SourceModel:
         stored = names.plain_names(table)
         marked = sum(plain != name for plain, name in stored.items())
         if marked:
-            notes.append(f"{marked} tensors have the marks of a wrapper in their names, e.g. {max(stored.values(), key=len)}; left out")
+            example = max(stored.values(), key=len)
+            notes.append(f"{marked} tensors have the mark of a wrapper in their names, e.g. {example}; read without it")
         tensors = {plain: replace(table[name], name=plain) for plain, name in stored.items()}
+        adapter = names.unmerged(tensors)
+        if adapter:
+            raise self.error(
+                f"{self.path}: {len(adapter)} tensors of an adapter that is not merged, e.g. {adapter[0]}",
+                "merge it and save the model again: merge_and_unload() of peft",
+            )
         self._tensors, self._scaled = dequantise.dequantised(tensors, self.config, self.error)
         found = quantised.description(self._plain_infos(), self.config, Folder(self.path))
         if found is not None:

@@ -27,11 +27,14 @@ from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
 
 REFERENCE_VERSION = "0.3.2"  # level of the format that is written; some tools read it from config.json
+OTHER_QUANTISATION = ("quantization_config", "compression_config", "quantization")  # of the source, in config.json
 OUTPUT_NAME = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors")
 LEFTOVER_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # of a killed run, see atomic_file
-# Weights in other formats, and indexes of the source's shards. The reference leaves out *.safetensors and *.bin only.
+# Weights in other formats, indexes of the source's shards, and settings of an adapter or of another way of quantising, which
+# loaders would take for the output's. The reference leaves out *.safetensors and *.bin only.
 NOT_SIDE_FILES = re.compile(
-    r"\..*|.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)|consolidated\..*|.*\.(safetensors|bin)\.index\.json",
+    r"\..*|.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)|consolidated\..*|.*\.(safetensors|bin)\.index\.json"
+    r"|adapter_config\.json|adapter_model\..*|(quantize_config|quant_config|hf_quant_config)\.json",
     re.IGNORECASE,
 )
 
@@ -257,7 +260,9 @@ def output_config(
     and ``head_bits`` are the requested ones, ``rows`` the calibration rows really used, ``length`` the
     requested row length, ``dataset`` the calibration file (directories are dropped) or None for the built-in set.
     """
-    out = dict(config)
+    out = {key: value for key, value in config.items() if key not in OTHER_QUANTISATION}
+    if isinstance(out.get("text_config"), Mapping):
+        out["text_config"] = {k: v for k, v in out["text_config"].items() if k not in OTHER_QUANTISATION}
     out["quantization_config"] = {
         "quant_method": "exl2",
         "version": REFERENCE_VERSION,

@@ -11,9 +11,12 @@ from typing import Any
 
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.source.architectures import unknown_hint
+from exl2ray.formats.source.shards import index_note
 from exl2ray.model.config_reader import shown
 from exl2ray.model.counts import check_counts
 from exl2ray.model.hyper import Hyper, resolve_hyper
+from exl2ray.model.layout import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in
 from exl2ray.model.modules import ModuleBuilder
 from exl2ray.model.rules import Arch, Names
 from exl2ray.model.spec import (
@@ -41,7 +44,8 @@ def find_arch(config: Mapping[str, Any]) -> Arch:
     arch = ARCHITECTURES.get(names[0]) if isinstance(names[0], str) else None
     if arch is None:
         raise UnknownArchitectureError(
-            f"config.json: architecture {shown(names[0])} is not supported", "supported: " + ", ".join(sorted(ARCHITECTURES))
+            f"config.json: architecture {shown(names[0])} is not supported",
+            unknown_hint(config, "supported: " + ", ".join(sorted(ARCHITECTURES))),
         )
     vision = config.get("vision_config")
     kind = vision.get("model_type") if isinstance(vision, Mapping) else None
@@ -71,22 +75,30 @@ def load_spec(
     Raises UnknownArchitectureError, or SourceError naming config key or tensor.
     """
     arch = find_arch(source.config)
-    check_counts(arch, source.config, source)
+    try:
+        check_counts(arch, source.config, source)
+    except SourceError as e:
+        raise incomplete(source) or e from e  # sizes that nothing has may be those of what is missing
     hyper = resolve_hyper(arch, source.config, rope_scale, rope_alpha)
     converted = is_exl2(source.config)
     if converted:
         hyper = replace(hyper, normalize_head=False)
-    builder = ModuleBuilder(_as_converted(arch, source) if converted else _as_stored(arch, source), hyper, source)
+    stored = _as_converted(arch, source) if converted else _as_stored(arch, source, hyper.tie_embeddings)
+    builder = ModuleBuilder(stored, hyper, source)
     modules = builder.modules()
     copied = _copied(arch, source)
-    found = _misfits(modules, source, with_linears=not converted)
+    layers = count_layers(stored, source, hyper.num_layers)
+    found = _misfits(stored, modules, source, layers, converted, builder.tied)
     if misfits is None:
         _raise_any(source, found)
     else:
         misfits += [SourceError(f"{source.path}: {text}", hint) for text, hint in found.items()]
     used = {s.name for m in modules for s in _stored(m)} | {c.source_name for c in copied}
     unused = () if converted else tuple(n for n in source.names() if n not in used)
-    return ModelSpec(arch, hyper, modules, copied, builder.tied, _warnings(arch, hyper, unused), unused)
+    warnings = (*source.notes, *_warnings(arch, hyper, unused, layers))
+    if source.absent and not found:
+        warnings = (*warnings, *index_note(source.absent, list(source.files)))
+    return ModelSpec(arch, hyper, modules, copied, builder.tied, warnings, unused)
 
 
 def is_exl2(config: Mapping[str, Any]) -> bool:
@@ -110,33 +122,14 @@ def _as_converted(arch: Arch, source: SourceModel) -> Arch:
     )
 
 
-def _as_stored(arch: Arch, source: SourceModel) -> Arch:
+def _as_stored(arch: Arch, source: SourceModel, tied: bool) -> Arch:
     """``arch`` with the source names as this checkpoint spells them: its layout, and SwiGLU-fused Llama files (5.5)."""
-    layouts = arch.source_layouts or ((("", arch.prefix),),)
-    tried = []
-    for layout in layouts:
-        names = Names(**{k: v and relocated(v, layout) for k, v in vars(arch.source).items()})
-        tried.append(f"{names.embed}.weight")
-        if tried[-1] in source:
-            break
-    else:
-        raise SourceError(
-            f"{source.path}: no tensor {' or '.join(tried)}",
-            f"the weights are not those of a {arch.name}; check architectures in config.json",
-        )
-    w12, down = "model.layers.0.mlp.swiglu.w12.weight", "model.layers.0.mlp.down_proj.weight"
-    if not arch.moe and w12 in source and down not in source:
-        fused = "model.layers.{L}.mlp.swiglu.w12"
-        names = replace(names, gate=fused, up=fused, down="model.layers.{L}.mlp.swiglu.w3")
+    names = names_in(arch, source, tied)
+    fused, down = names.up.replace("up_proj", "swiglu.w12"), names.down
+    if not arch.moe and f"{fused.format(L=0)}.weight" in source and f"{down.format(L=0)}.weight" not in source:
+        names = replace(names, gate=fused, up=fused, down=down.replace("down_proj", "swiglu.w3"))
         arch = replace(arch, gate_up_fused=True)
     return replace(arch, source=names)
-
-
-def relocated(name: str, layout: tuple[tuple[str, str], ...]) -> str:
-    for start, actual in layout:
-        if name.startswith(start):
-            return actual + name[len(start) :]
-    return name
 
 
 def _copied(arch: Arch, source: SourceModel) -> tuple[CopiedTensor, ...]:
@@ -154,16 +147,18 @@ def _stored(module: ModuleSpec) -> list[Stored]:
     return linears + [p.stored for p in module.plain]
 
 
-def _misfits(modules: tuple[ModuleSpec, ...], source: SourceModel, with_linears: bool) -> dict[str, str]:
+def _misfits(
+    arch: Arch, modules: tuple[ModuleSpec, ...], source: SourceModel, layers: Layers, converted: bool, tied: bool
+) -> dict[str, str]:
     """What is wrong -> hint: tensors missing or of another shape; without any, linears of sizes that EXL2 cannot hold."""
-    found: dict[str, str] = {}  # a dict, since a fused tensor is part of several linears
-    hint = "the weights do not fit config.json, or are incomplete"
+    wanted: dict[str, Stored] = {}  # a fused tensor is part of several linears
     for module in modules:
-        for s in _stored(module) if with_linears else [p.stored for p in module.plain]:
-            if s.name not in source:
-                found[f"{s.name} is missing"] = hint
-            elif not shape_fits(source.shape(s.name), s.shape):
-                found[f"{s.name} has shape {source.shape(s.name)}, expected {s.shape}"] = hint
+        for s in [p.stored for p in module.plain] if converted else _stored(module):
+            wanted.setdefault(s.name, s)
+    found = missing_tensors(arch, source, [n for n in wanted if n not in source], layers, tied)
+    for name, s in wanted.items():
+        if name in source and not shape_fits(source.shape(name), s.shape):
+            found[f"{name} has shape {source.shape(name)}, expected {s.shape}"] = INCOMPLETE
     if found:
         return found
     hint = f"EXL2 needs multiples of 32, and at most {MAX_IN_FEATURES} input features"
@@ -188,7 +183,7 @@ def shape_fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(found) == len(wanted) and all(w in (-1, f) for f, w in zip(found, wanted, strict=True))
 
 
-def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...]) -> tuple[str, ...]:
+def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers) -> tuple[str, ...]:
     """The loader's differences that matter for this config, and dropped tensors."""
     out = []
     for text in arch.loader_differences:
@@ -212,7 +207,10 @@ def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...]) -> tuple[str, .
             "yarn: the loader computes the correction range from the configured context length and ignores "
             "attention_factor, beta_fast and beta_slow; calibration does as the loader"
         )
-    dropped = [n for n in unused if not n.endswith(BUFFERS)]
+    if layers.surplus:
+        out.append(layers.surplus)
+    # Layers beyond those of config.json have been named above, or are of MTP.
+    dropped = [n for n in unused if not n.endswith(BUFFERS) and layers.number(n) < layers.configured]
     if dropped:
         out.append(f"{len(dropped)} tensors of the source have no place in the output, e.g. {dropped[0]}")
     return tuple(out)

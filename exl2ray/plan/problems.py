@@ -27,6 +27,8 @@ from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.measurement import Measurement, check_against, read_measurement
 from exl2ray.formats.shards import refuse_same_directory, side_files
+from exl2ray.formats.source.folder import Folder
+from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
@@ -116,7 +118,7 @@ def examine(recipe: Recipe) -> Examination:
     found.warnings += [] if idle is None else [idle]
     _examine_directories(found, recipe)
     spec, source = found.spec, found.source
-    if spec is not None and recipe.output_measurement is None:
+    if spec is not None and recipe.output_measurement is None and not found.has("tensors"):  # else linears have no options
         found.overrides = found.attempt("--set", lambda: parse_overrides(recipe.overrides, spec)) or ()
         tables = [slot for module in spec.modules for slot in option_bits(module, found.overrides)]
         for bits in recipe.bits:
@@ -156,6 +158,10 @@ def size_ranges(
 
 
 def _examine_source(found: Examination, recipe: Recipe) -> None:
+    if not os.path.exists(recipe.in_dir):
+        hint = "give the folder that holds config.json and *.safetensors"
+        found.add("source", [UsageError(f"-i {recipe.in_dir}: does not exist", hint)])
+        return
     try:
         source = found.source = SourceModel(recipe.in_dir)
     except SourceError as e:
@@ -187,12 +193,14 @@ def _examine_links(found: Examination, recipe: Recipe) -> None:
 
 def _broken_files(directory: Path) -> list[Exl2RayError]:
     """Every file of a model directory that cannot be read; nothing if each of them can."""
-    errors: list[Exl2RayError] = []
-    if not directory.is_dir():
+    folder, refused = Folder(directory), refusal(directory)
+    errors: list[Exl2RayError] = [] if refused is None else [refused]
+    pointers = {n for n in folder.files if folder.is_lfs_pointer(n)}
+    if refused is not None and not pointers:  # not a model of this kind at all
         return errors
-    checks: list[Callable[[], Any]] = [lambda: read_config(directory / "config.json")]
+    checks: list[Callable[[], Any]] = [lambda: read_config(directory / "config.json", strict=False)]
     try:
-        checks += [lambda f=f: TensorFile(f) for f in weight_files(directory)]  # type: ignore[misc]
+        checks += [lambda f=f: TensorFile(f) for f in weight_files(directory) if f.name not in pointers]  # type: ignore[misc]
     except SourceError as e:
         errors.append(e)
     for check in checks:

@@ -22,6 +22,7 @@ from exl2ray.model.weights import FLOAT_DTYPES, check_weights
 
 PIECE_BYTES = 4096
 MOST_PIECES = 16  # of a tensor
+COMPUTED_ROWS = 2  # looked at, of a tensor that is stored in FP8 or MXFP4
 READS = 16384  # of all tensors, on a model with very many
 _THREADS = 8
 
@@ -39,11 +40,25 @@ def scan_values(source: SourceModel, names: Sequence[str], seed: int = 0) -> lis
     ``names`` that the source lacks are left out. Tensors up to MOST_PIECES pieces of PIECE_BYTES are read whole. The same
     seed looks at the same places.
     """
-    infos = [source.info(name) for name in names if name in source]
+    infos = [source.info(name) for name in names if name in source and not source.is_computed(name)]
     pieces = max(1, min(MOST_PIECES, READS // max(1, len(infos))))
     with ThreadPoolExecutor(_THREADS) as pool:  # waiting for the disk or the network is what takes time
         found = pool.map(lambda part: _scan(source, part, pieces, seed), _by_file(infos))
-    return [e for errors in found for e in errors]
+        scaled = [n for n in names if n in source and source.is_computed(n)]
+        computed = pool.map(lambda name: _rows(source, name, seed), scaled)
+    return [e for errors in (*found, *computed) for e in errors]
+
+
+def _rows(source: SourceModel, name: str, seed: int) -> list[SourceError]:
+    """A tensor that is computed from codes and scales: some of its rows."""
+    rows = source.shape(name)[0]
+    picked = sorted(random.Random(f"{seed}/{name}").sample(range(rows), min(rows, COMPUTED_ROWS)))
+    try:
+        for row in picked:
+            check_weights(source.load(name, slice(row, row + 1)), f"{source.path}: tensor {name}, row {row}")
+    except SourceError as e:
+        return [e]
+    return []
 
 
 def _by_file(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:

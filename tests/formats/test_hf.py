@@ -94,14 +94,13 @@ def test_reading_a_file_that_shrank_is_an_error_not_a_crash(tmp_path: Path) -> N
         m.load("w")
 
 
-def test_index_must_not_name_absent_shards(tmp_path: Path) -> None:
+def test_what_an_index_names_and_no_file_has_is_kept_apart(tmp_path: Path) -> None:
     path = model_directory(tmp_path / "m", {"model-1.safetensors": {"w": torch.zeros(2)}})
     index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
-    assert SourceModel(path).names() == ["w"]
+    assert (SourceModel(path).names(), SourceModel(path).absent, SourceModel(path).notes) == (["w"], {}, [])
     index.write_text(json.dumps({"weight_map": {"w": "model-1.safetensors", "v": "../model-2.safetensors"}}))
-    with pytest.raises(SourceError, match=r"\.\./model-2\.safetensors is missing"):
-        SourceModel(path)
+    assert SourceModel(path).absent == {"v": "../model-2.safetensors"}
     assert Exl2Model(path).names() == ["w"]  # a stale index of the source is normal there
 
 

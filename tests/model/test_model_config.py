@@ -19,17 +19,17 @@ from exl2ray.model.table import ARCHITECTURES
 
 def test_unknown_architecture_lists_the_known_ones(checkpoint: Callable[[], Path]) -> None:
     path = checkpoint()
-    edit_config(path, architectures=["MambaForCausalLM"])
+    edit_config(path, architectures=["MambaForCausalLM"], model_type="mamba")
     with pytest.raises(UnknownArchitectureError, match="'MambaForCausalLM'") as e:
         load_spec(SourceModel(path))
     assert all(name in e.value.hint for name in ARCHITECTURES)
 
 
-@pytest.mark.parametrize("names", [["LlamaForCausalLM", "MistralForCausalLM"], [], "LlamaForCausalLM"])
+@pytest.mark.parametrize("names", [["LlamaForCausalLM", "MistralForCausalLM"], [], "of my own"])
 def test_exactly_one_architecture(names: Any, checkpoint: Callable[[], Path]) -> None:
     path = checkpoint()
-    edit_config(path, architectures=names)
-    with pytest.raises(SourceError, match="architectures"):
+    edit_config(path, architectures=names, model_type="of my own")
+    with pytest.raises(SourceError, match="architecture"):
         load_spec(SourceModel(path))
 
 
@@ -109,7 +109,7 @@ def test_null_hides_a_default_of_the_family(checkpoint: Callable[[str], Path]) -
 def test_missing_layers_are_noticed(checkpoint: Callable[[], Path]) -> None:
     path = checkpoint()
     edit_config(path, num_hidden_layers=3)
-    with pytest.raises(SourceError, match=r"model\.layers\.2\..* is missing"):
+    with pytest.raises(SourceError, match=r"the weights have 2 layers, config.json says 3"):
         load_spec(SourceModel(path))
 
 

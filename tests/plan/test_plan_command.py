@@ -78,7 +78,7 @@ def test_fit_alone_chooses_the_bitrate(llama_8b: Path) -> None:
     assert [s["bits"] for s in both["sizes"]] == [3, found["fit"]["bits"]]
     assert [s["stage"] for s in both["times"][0]["stages"]] == ["start", "measure", "quantize 3.0", "write"]
     nothing = run("-i", str(llama_8b), "--fit", "2GB")
-    assert nothing.exit_code == 1
+    assert nothing.exit_code == 5
     assert "the smallest weights" in nothing.stdout
     assert "--context" in nothing.stdout
 
@@ -97,7 +97,7 @@ def test_all_problems_are_shown_and_the_exit_status_says_so(tiny: Path, tmp_path
     args = ("-i", str(model), "-o", str(tmp_path / "file" / "work"), "-b", "2", "-b", "4.5", *SHORT)
     (tmp_path / "file").write_text("")
     result = run(*args)
-    assert result.exit_code == 1
+    assert result.exit_code == 7
     assert "\n3 problems\n" in result.stdout
     for text in ("1. work directory: ", "2. bitrate: -b 2: ", "3. tokenizer: tokenizer not found", "   -> choose another -o"):
         assert text in result.stdout, text
@@ -113,7 +113,7 @@ def test_many_missing_tensors_fit_on_a_page(tmp_path: Path) -> None:
     some = {n: s for n, s in tensors_of(LLAMA_8B).items() if ".mlp." not in n}
     model = write_header_model(tmp_path / "m", LLAMA_8B, 2, some)
     result = run("-i", str(model))
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert "96 problems" in result.stdout
     assert "and 66 more of tensors" in result.stdout
     assert result.stdout.count("the weights do not fit config.json") == 1
@@ -122,8 +122,8 @@ def test_many_missing_tensors_fit_on_a_page(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     result = run("-i", str(tmp_path / "nowhere"), "-c", str(tmp_path / "none.parquet"))
-    assert result.exit_code == 1
-    assert "nowhere: not a directory" in result.stdout
+    assert result.exit_code == 2
+    assert "nowhere: does not exist" in result.stdout
     assert run().exit_code == 2
 
 
@@ -154,7 +154,7 @@ def test_a_probe_that_fails_is_a_problem(tiny: Path, text: Path, tmp_path: Path,
     monkeypatch.setattr(compose, "probe", broken)
     args = ("-i", str(tiny), "-c", str(text), "-r", "4", "-mr", "2", *SHORT, "--device", "cpu", "--probe")
     result = run(*args)
-    assert result.exit_code == 1
+    assert result.exit_code == 6
     assert "1. probe: Hessian is not finite" in result.stdout
     monkeypatch.setattr(compose, "probe", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     result = run(*args)

@@ -100,7 +100,8 @@ def test_one_problem_is_raised_as_it_is(model: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_architecture_hides_no_other_problem(model: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "architectures": ["GPTNeoXForCausalLM"]}))
+    config |= {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
+    (model / "config.json").write_text(json.dumps(config))
     edit_tensors(model, lambda t: t[DOWN].fill_(float("inf")))
     (model / "tokenizer_config.json").write_text("[]")
     found = examine(recipe(model, tmp_path))
@@ -130,7 +131,8 @@ def test_all_broken_files_are_named(model: Path, tmp_path: Path) -> None:
     found = examine(recipe(model, tmp_path))
     assert topics(found) == ["source"] * 3
     names = [p.error.message.split(":")[0].rsplit("/", 1)[1] for p in found.problems]
-    assert names == ["config.json", "model.safetensors", "more.safetensors"]
+    assert names == ["model", "config.json", "more.safetensors"]
+    assert "model.safetensors is a Git LFS pointer" in found.problems[0].error.message
 
 
 def test_a_problem_of_both_passes_is_told_once(tiny: Path, tmp_path: Path) -> None:

@@ -72,8 +72,8 @@ def resolved(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], lis
                 )
         if names[0] in KNOWN or implied is None:
             return {**config, "architectures": names}, _disagreement(names[0], kind, implied, where)
-        note = f"{where}: architectures is {names[0][:80]!r}, which loaders do not know; by its model_type {kind!r} it is {implied}"
-        return {**config, "architectures": [implied]}, [note]
+        note = f"{where}: architectures is {names[0][:80]!r}, which loaders do not know"
+        return {**config, "architectures": [implied]}, [f"{note}; by its model_type {kind!r} it is {implied}"]
     if len(names) > 1:
         text = ", ".join(n[:40] for n in names[:5])
         raise SourceError(f"{where}: architectures has {len(names)} names ({text})", "leave the one that the weights are of")
@@ -93,7 +93,8 @@ def _disagreement(name: str, kind: Any, implied: str | None, where: str) -> list
         return []
     if {name, implied} == {"LlamaForCausalLM", "YiForCausalLM"}:
         return []
-    return [f"{where}: architectures says {name}, model_type {kind!r} says {implied}; converted as {name}, as ExLlamaV2 loads it"]
+    said = f"{where}: architectures says {name}, model_type {kind!r} says {implied}"
+    return [f"{said}; converted as {name}, as ExLlamaV2 loads it"]
 
 
 def unknown_hint(config: Mapping[str, Any], supported: str) -> str:

@@ -75,7 +75,8 @@ class Scaled:
             b = min(a + chunk, last)
             values = self._codes(slice(a, b), error).reshape(b - a, width)
             factors = self._factors(a, b, width, error)
-            result[a - first : b - first] = (values if factors is None else values * factors).to(dtype).reshape(b - a, *shape[1:])
+            values = values if factors is None else values * factors
+            result[a - first : b - first] = values.to(dtype).reshape(b - a, *shape[1:])
         return result
 
     def _codes(self, rows: slice, error: type[Exl2RayError]) -> Tensor:
@@ -136,7 +137,8 @@ def summary(made: Mapping[str, Scaled]) -> str:
     high, wide = some.block
     per = f"{high} x {wide} block" if high > 1 else f"{wide} columns" if wide else "row" if high else "tensor"
     scale = f"a scale per {per}" if some.scale is not None else "no scale"
-    return f"{len(made)} weights are stored in {kind} with {scale}; they are read as {DTYPES[some.info.dtype]}".replace("torch.", "")
+    dtype = str(DTYPES[some.info.dtype]).removeprefix("torch.")
+    return f"{len(made)} weights are stored in {kind} with {scale}; they are read as {dtype}"
 
 
 def _fp8(
@@ -168,7 +170,7 @@ def _fp8(
         if fits is not None:
             return Scaled(result, info, scale, fits)
     raise error(
-        f"{where} has shape {list(info.shape)}, its scale {scale.name!r} {list(scale.shape)}: not one scale per tensor, row or block",
+        f"{where} has shape {list(info.shape)}, its scale {scale.name!r} {list(scale.shape)}: not per tensor, row or block",
         "blocks of another size are named by quantization_config.weight_block_size in config.json",
     )
 

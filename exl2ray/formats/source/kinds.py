@@ -16,6 +16,7 @@ SAVE = (
     "load it with transformers and write it anew: "
     "AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW), and the same with AutoTokenizer"
 )
+MERGE = "merge it first: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW) (package peft)"
 SHOWN = 3
 
 Finding = tuple[str, str]  # (what it is and why that cannot work, what to do)
@@ -90,12 +91,12 @@ def _adapter(folder: Folder) -> Finding | None:
     of = f" for {base}" if base else ""
     return (
         f"holds only a {name} adapter{of}, not a model: changes to weights that are elsewhere",
-        "merge it first: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW) (package peft)",
+        MERGE,
     )
 
 
 def _gguf_text(what: str) -> str:
-    return f"{what} of llama.cpp: its weights are quantised or laid out for llama.cpp, and cannot be the source of an EXL2 model"
+    return f"{what}: weights as llama.cpp lays them out and mostly quantises them; they cannot be the source of an EXL2 model"
 
 
 def _gguf(folder: Folder) -> Finding | None:
@@ -139,7 +140,8 @@ def _consolidated(folder: Folder) -> Finding | None:
 
 
 def _pickles(folder: Folder, but: str = "") -> list[str]:
-    return [n for n in folder.ending(*PICKLES) if n not in (*NOT_WEIGHTS, but) and not n.startswith(("rng_state", "consolidated."))]
+    others = ("rng_state", "consolidated.")
+    return [n for n in folder.ending(*PICKLES) if n not in (*NOT_WEIGHTS, but) and not n.startswith(others)]
 
 
 def _no_safetensors(folder: Folder) -> Finding | None:
@@ -151,12 +153,14 @@ def _no_safetensors(folder: Folder) -> Finding | None:
         return f"holds PyTorch pickles ({found[0]}{more}), and no *.safetensors file", SAVE
     inside = [n for n in folder.folders if Folder(folder.path / n).ending(".safetensors")]
     if inside and "config.json" not in folder:
-        names = ", ".join(inside[:SHOWN]) + (f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else "")
+        more = f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
+        names = ", ".join(inside[:SHOWN]) + more
         place = shlex.quote(str(folder.path / inside[0]))
         many = f"holds {len(inside)} folders with models ({names}), and no model itself"
-        return (many if len(inside) > 1 else f"holds no model; its folder {inside[0]} does"), f"give one of them: -i {place}"
+        text = many if len(inside) > 1 else f"holds no model; its folder {inside[0]} does"
+        return text, f"give one of them: -i {place}"
     if "config.json" in folder:
-        return "no *.safetensors file: config.json is there, the weights are not", "fetch the weights: the download is incomplete"
+        return "no *.safetensors file: there is a config.json, but no weights", "the download is incomplete: fetch them"
     return "neither config.json nor a *.safetensors file", COMPLETE
 
 
@@ -166,14 +170,14 @@ def _pointers(folder: Folder) -> Finding | None:
         return None
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     verb = "are Git LFS pointers" if more else "is a Git LFS pointer"
-    return f"{found[0]}{more} {verb}: a line of text in place of the file", "fetch the files: run `git lfs pull` in this folder"
+    return f"{found[0]}{more} {verb}: text in place of the file", "fetch the files: `git lfs pull` in this folder"
 
 
 def _no_config(folder: Folder) -> Finding | None:
     if "config.json" in folder:
         return None
     if "adapter_model.safetensors" in folder:
-        return "a LoRA adapter, not a model", "merge it into the model that it was trained on (package peft, merge_and_unload)"
+        return "a LoRA adapter, not a model, and without its adapter_config.json", MERGE
     return (
         "config.json is missing or not a regular file",
         "the directory must be a complete Hugging Face model: fetch config.json of the model that the weights belong to",

@@ -124,9 +124,9 @@ def description(tensors: Iterable[TensorInfo], config: Mapping[str, Any], folder
 
 def bit_width(said: Mapping[str, Any], depth: int = 3) -> float | None:
     """Bits of a weight in the settings of a quantised model, where they say so."""
-    for key, bits in (("load_in_4bit", 4.0), ("load_in_8bit", 8.0), ("_load_in_4bit", 4.0), ("_load_in_8bit", 8.0)):
+    for key, width in (("load_in_4bit", 4.0), ("load_in_8bit", 8.0), ("_load_in_4bit", 4.0), ("_load_in_8bit", 8.0)):
         if said.get(key) is True:
-            return bits
+            return width
     for key in BIT_KEYS:
         value = said.get(key)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 16:
