@@ -289,7 +289,7 @@ def architectures(run: Invocation) -> None:
 @click.option("--message", metavar="TEXT", help="of the commit")
 @click.option("--base-model", metavar="OWNER/NAME", help="the source model on the Hub, for cards that do not name it")
 @click.option("--eval", "evaluations", metavar="FILE", multiple=True, help="output of eval --json, or evaluation.json")
-@click.option("--include", metavar="PATTERN", multiple=True, help="names of files to take although no model has them")
+@click.option("--include", metavar="PATTERN", multiple=True, help="names of other files to take; secrets and links elsewhere stay")
 @click.option("--token-file", metavar="FILE", help="holds the access token; HF_TOKEN or the stored login if absent")
 @click.option("--dry-run", is_flag=True, help="check the directories and list what would go where; needs no network")
 @common
@@ -297,8 +297,9 @@ def architectures(run: Invocation) -> None:
 def publish(run: Invocation, /, **settings: Any) -> None:
     """Upload EXL2 directories to the Hugging Face Hub.
 
-    Directories are verified first, and only files that belong to a model are taken. Several directories go into a branch
-    each, and the card on main lists the branches. After a broken connection the same command sends what is missing.
+    Directories are verified first. Only files that are known as part of a model are taken, the others are named as left
+    out. Several directories go into a branch each, and the card on main lists the branches. After a broken connection the
+    same command sends what is missing.
     """
     from exl2ray.commands import publish as command
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exl2ray import __version__
 from exl2ray.config import bpw_name
-from exl2ray.console import clean, file_size, plural
+from exl2ray.console import clean, file_size, plural, text_table
 from exl2ray.errors import HubError, Interrupted, UsageError
-from exl2ray.formats.json_file import read_bounded
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.publish.card import PROGRAM, model_card, of_directory
 from exl2ray.publish.figures import Evaluation, read_evaluations, with_evaluation
 from exl2ray.publish.folder import Folder, branch_names, read_folder, refuse_secret
 from exl2ray.publish.frontmatter import Value, read_fields, split_card, with_fields
 from exl2ray.publish.index import BranchRow, index_card, with_branches
-from exl2ray.publish.origin import CARD, MAX_CARD_BYTES, REPOSITORY, original_card
+from exl2ray.publish.names import CARD
+from exl2ray.publish.origin import MAX_CARD_BYTES, REPOSITORY, original_card
 from exl2ray.publish.token import read_token, redacted_logs
 
 if TYPE_CHECKING:
@@ -42,7 +45,9 @@ class Upload:
 
 @dataclass(frozen=True)
 class Published:
-    """url, commit: empty for a dry run. changed: False if the branch held all of it already."""
+    """files, left_out: names. nbytes: of all files. sizes: bytes of each name, of files and of what is left out, where it has
+    a size; reasons: why a name is left out. url, commit: empty for a dry run. changed: False if the branch held it already.
+    """
 
     directory: str
     repo: str
@@ -53,6 +58,8 @@ class Published:
     url: str = ""
     commit: str = ""
     changed: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 def publish(
@@ -75,21 +82,40 @@ def publish(
     for flag, name in (("--repo", repo), ("--base-model", base_model)):
         if name is not None and not REPOSITORY.fullmatch(name):
             raise UsageError(f"{flag} {name}: not the name of a repository", "it is OWNER/NAME, as in the Hub's addresses")
-    folders = [read_folder(d, include) for d in directories]
-    branches = branch_names(folders, branch)
-    figures = match_evaluations(folders, evaluations)
-    uploads = [
-        Upload(f, b, card_text(f, repo, base_model, e), e) for f, b, e in zip(folders, branches, figures, strict=True)
-    ]
-    if dry_run:
-        return [_result(u, repo) for u in uploads]
+    with ExitStack() as closing:
+        folders = []
+        for directory in directories:
+            folders.append(read_folder(directory, include))
+            closing.callback(folders[-1].close)
+        _check_include(folders, include)
+        branches = branch_names(folders, branch)
+        figures = match_evaluations(folders, evaluations)
+        uploads = [
+            Upload(f, b, card_text(f, repo, base_model, e), e) for f, b, e in zip(folders, branches, figures, strict=True)
+        ]
+        if dry_run:
+            return [_result(u, repo) for u in uploads]
+        return _send(uploads, repo, private, create, message, token_file, base_model)
+
+
+def _check_include(folders: Sequence[Folder], include: Sequence[str]) -> None:
+    there = {name for f in folders for name in (*f.files, *(x.name for x in f.left_out))}
+    for pattern in include:
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in there):
+            raise UsageError(f"--include {pattern}: there is no such file", "it is compared with names, without folders")
+
+
+def _send(
+    uploads: Sequence[Upload], repo: str, private: bool, create: bool, message: str | None, token_file: str | None,
+    base_model: str | None,
+) -> list[Published]:  # fmt: skip
     try:
         from exl2ray.publish.hub import Hub, stored_token
     except ModuleNotFoundError as e:
         raise UsageError(f"publishing needs a package that is missing: {e.name}", 'pip install "exl2ray[hub]"') from e
     token = read_token(token_file) if token_file is not None else stored_token()
-    for f in folders:
-        refuse_secret(f, token.value)
+    for u in uploads:
+        refuse_secret(u.folder, token.value)
     hub = Hub(repo, token)
     with redacted_logs(token):
         try:
@@ -122,11 +148,18 @@ def _upload(hub: Hub, upload: Upload, message: str | None) -> Published:
     folder = upload.folder
     branch = hub.branch(upload.branch) or _new_branch(hub, upload)
     stale = _stale(hub, branch, folder)
-    files: dict[str, Path | bytes] = {**folder.files, CARD: upload.card.encode("utf-8")}
-    _say(f"{folder.path} -> {hub.repo}, branch {upload.branch}: {plural(len(files), 'file')}, {file_size(folder.nbytes)}")
+    _say(f"{folder.path} -> {hub.repo}, branch {upload.branch}: {_count(upload)}, {file_size(folder.nbytes)}")
     text = message or f"EXL2 at {bpw_name(folder.bits)} bits per weight ({PROGRAM} {__version__})"
-    commit = hub.commit(branch, files, stale, text.replace("{bpw}", bpw_name(folder.bits)))
+    text = text.replace("{bpw}", bpw_name(folder.bits))
+    with tempfile.TemporaryDirectory(prefix="exl2ray-") as names:  # so that progress is shown under the names of files
+        files = {name: f.source(Path(names) / name) for name, f in folder.files.items()}
+        files[CARD] = upload.card.encode("utf-8")
+        commit = hub.commit(branch, files, stale, text, folder.check_unchanged)
     return _result(upload, hub.repo, commit.url, commit.oid, commit.changed)
+
+
+def _count(upload: Upload) -> str:
+    return plural(len({*upload.folder.files, CARD}), "file")
 
 
 def _new_branch(hub: Hub, upload: Upload) -> Branch:
@@ -187,11 +220,11 @@ def _update_index(hub: Hub, uploads: Sequence[Upload], base_model: str | None) -
 
 def card_text(folder: Folder, repo: str, base_model: str | None, evaluation: Evaluation | None) -> str:
     """README.md as it is published: the directory's own, or a new one, with its publisher and what was asked for."""
-    path = folder.files.get(CARD)
-    if path is not None:
-        text = read_bounded(path, MAX_CARD_BYTES * 2, UsageError, "shorten it").decode("utf-8", errors="replace")
-    else:
+    text = folder.card
+    if text is None:
         text = model_card(of_directory(folder.summary))
+    elif folder.files[CARD].nbytes > MAX_CARD_BYTES * 2:
+        raise UsageError(f"{folder.path / CARD}: larger than {MAX_CARD_BYTES >> 19} MiB", "shorten it")
     found = read_fields(split_card(text)[0])
     fields: dict[str, Value] = {}
     if base_model is not None:
@@ -225,8 +258,13 @@ def match_evaluations(folders: Sequence[Folder], paths: Sequence[str]) -> list[E
 
 def _result(upload: Upload, repo: str, url: str = "", commit: str = "", changed: bool = False) -> Published:
     folder = upload.folder
-    names = tuple(sorted({*folder.files, CARD}))
-    return Published(str(folder.path), repo, upload.branch, names, folder.left_out, folder.nbytes, url, commit, changed)
+    sizes = {name: f.nbytes for name, f in folder.files.items()} | {CARD: len(upload.card.encode("utf-8"))}
+    total = sum(sizes.values())
+    sizes |= {x.name: x.nbytes for x in folder.left_out if x.nbytes is not None}
+    return Published(
+        str(folder.path), repo, upload.branch, tuple(sorted({*folder.files, CARD})), tuple(x.name for x in folder.left_out),
+        total, url, commit, changed, sizes, {x.name: x.why for x in folder.left_out},
+    )  # fmt: skip
 
 
 def _say(text: str) -> None:
@@ -235,13 +273,20 @@ def _say(text: str) -> None:
 
 def show(published: Sequence[Published]) -> None:
     for p in published:
-        if p.left_out:
-            print(clean(f"{p.directory}: stays here: {', '.join(p.left_out)}"))
         if not p.url:
-            what = f"{file_size(p.nbytes)} would go to {p.repo}, branch {p.branch}: {', '.join(p.files)}"
-            print(clean(f"{p.directory}: {what}"))
-        else:
+            print(clean(f"{p.directory}: {file_size(p.nbytes)} would go to {p.repo}, branch {p.branch}:"))
+            _table(p, p.files)
+        if p.left_out:
+            print(clean(f"{p.directory}: {plural(len(p.left_out), 'name')} left out:"))
+            _table(p, p.left_out)
+        if p.url:
             print(clean(f"{p.directory}: {p.url}" + ("" if p.changed else " (nothing to change)")))
+
+
+def _table(p: Published, names: Sequence[str]) -> None:
+    rows = [[n, file_size(p.sizes[n]) if n in p.sizes else "-", p.reasons.get(n, "")] for n in names]
+    for line in text_table(["", "", ""], rows)[1:]:
+        print(clean(f"  {line.rstrip()}"))
 
 
 def published_json(published: Sequence[Published]) -> dict[str, Any]:

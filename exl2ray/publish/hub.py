@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +92,17 @@ class Hub:
         with self._typed(f"creating branch {name}"):
             self._api.create_branch(self.repo, branch=name, exist_ok=True)
 
-    def commit(self, branch: Branch, files: Mapping[str, Path | bytes], stale: Sequence[str], message: str) -> Commit:
-        """Uploads ``files`` (name -> where it is, or its content) and removes ``stale`` ones, in a single commit."""
-        adds = [CommitOperationAdd(name, source) for name, source in files.items()]
+    def commit(
+        self, branch: Branch, files: Mapping[str, Path | bytes], stale: Sequence[str], message: str,
+        check: Callable[[], None] = lambda: None,
+    ) -> Commit:  # fmt: skip
+        """Uploads ``files`` (name -> where it is, or its content) and removes ``stale`` ones, in a single commit.
+
+        ``check`` is called once all files are hashed: the Hub takes nothing with another hash.
+        """
+        with self._typed("reading what is to be uploaded"):
+            adds = [CommitOperationAdd(name, source) for name, source in files.items()]
+        check()
         deletes = [CommitOperationDelete(name) for name in stale]
         with self._typed(f"uploading to branch {branch.name}"):
             done = self._api.create_commit(

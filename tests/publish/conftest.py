@@ -6,54 +6,20 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from fake_hub import TOKEN, FakeHub, serving
-from tiny_models import write_model, write_text
-
-from exl2ray.config import Recipe
-from exl2ray.convert import convert
-from exl2ray.progress import Silent
-
-SOURCE_CARD = """\
----
-license: other
-license_name: loopback
-language:
-- no
-- en
-base_model: somebody/an-older-model
-pipeline_tag: text-generation
-tags: [transformers, poetry]
----
-# Tiny model
-
-Made of noise. --- Really.
-"""
+from fake_hub import FakeHub
+from published import convert_source, hub_on_loopback, write_source
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    model = write_model(tmp_path_factory.mktemp("source") / "tiny")
-    (model / "README.md").write_text(SOURCE_CARD)
-    return model
+    return write_source(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="session")
 def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models 4.0bpw and 5.0bpw; not to be changed."""
-    root = tmp_path_factory.mktemp("converted")
-    np.save(root / "eval.npy", np.random.default_rng(0).integers(3, 259, (3, 64)))
-    recipe = Recipe(
-        str(source), str(root / "work"), bits=(4.0, 5.0), compile_full=str(root / "{bpw}bpw"), length=128,
-        measurement_length=128, cal_dataset=str(write_text(root / "text.parquet")), measurement_rows=4, dataset_rows=6,
-        device="cpu", executor="inline", shard_size=0, evaluate="always",
-        eval_text=str(root / "eval.npy"),
-    )  # fmt: skip
-    convert(recipe, Silent())
-    return root
+    return convert_source(source, tmp_path_factory.mktemp("converted"))
 
 
 @pytest.fixture
@@ -67,15 +33,5 @@ def models(converted: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     """The Hub on loopback, a login for it, and plain transfers instead of Xet's."""
-    pytest.importorskip("huggingface_hub", reason="the extra [hub] is not installed")
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with serving(FakeHub()) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # both are of the environment at its import
-        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with hub_on_loopback(monkeypatch, tmp_path) as hub:
         yield hub

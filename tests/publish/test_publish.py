@@ -17,6 +17,7 @@ from fake_hub import TOKEN, FakeHub
 
 from exl2ray.cli import cli
 from exl2ray.commands.publish import publish
+from exl2ray.console import file_size
 from exl2ray.errors import FormatError, HubError, UsageError
 
 REPO = "me/tiny-exl2"
@@ -192,32 +193,41 @@ def test_nothing_is_sent_when_one_directory_is_unsound(hub: FakeHub, models: Pat
     "name",
     ["model.gguf", "pytorch_model.bin", "job.json", "events.jsonl", "id_rsa", "key.pem", "logs/", "wallet.dat", "a\nb.txt"],
 )
-def test_foreign_files_are_listed(models: Path, name: str) -> None:
+def test_foreign_files_are_left_out_and_named(models: Path, name: str) -> None:
     path = models / "4.0bpw" / name.rstrip("/")
     if name.endswith("/"):
         path.mkdir()
     else:
         path.write_bytes(b"x")
-    with pytest.raises(UsageError) as e:
-        send(models / "4.0bpw", dry_run=True)
-    assert name in e.value.message
-    assert "--include" in e.value.hint
+    (done,) = send(models / "4.0bpw", dry_run=True)
+    assert done.left_out == (path.name,)
+    assert done.reasons[path.name]
+    assert path.name not in done.files
 
 
 def test_included_and_hidden_files(models: Path) -> None:
-    for name in ("notes.weird", ".env", "LICENSE", "tokenizer.model", "picture.png"):
+    for name in ("notes.weird", ".env", "LICENSE", "tokenizer.model", "picture.png", "other.png"):
         (models / "4.0bpw" / name).write_bytes(b"x")
+    with (models / "4.0bpw" / "README.md").open("a") as card:
+        card.write("\n![what it does](picture.png)\n")
     (done,) = send(models / "4.0bpw", dry_run=True, include=["*.weird"])
     assert {"notes.weird", "LICENSE", "tokenizer.model", "picture.png"} < set(done.files)
-    assert done.left_out == (".env",)
-    assert ".env" not in done.files
+    assert done.left_out == (".env", "other.png")
+    assert done.sizes["notes.weird"] == 1
     assert done.url == ""
+    with pytest.raises(UsageError, match=r"--include \*\.strange: there is no such file"):
+        send(models / "4.0bpw", dry_run=True, include=["*.strange"])
 
 
-def test_a_file_with_the_token_in_it(hub: FakeHub, models: Path) -> None:
+def test_a_file_with_the_token_in_it(hub: FakeHub, models: Path, tmp_path: Path) -> None:
     hub.add_repo(REPO)
-    (models / "4.0bpw" / "special_tokens_map.json").write_text(f'{{"a": "{TOKEN}"}}')
+    (models / "4.0bpw" / "special_tokens_map.json").write_text('{"a":\n "my.own.hub/token"}')
+    (tmp_path / "token").write_text("my.own.hub/token")
     with pytest.raises(UsageError, match=r"special_tokens_map\.json: holds the access token") as e:
+        send(models / "4.0bpw", token_file=str(tmp_path / "token"))
+    assert "my.own.hub/token" not in str(e.value)
+    (models / "4.0bpw" / "special_tokens_map.json").write_text(f'{{"a":\n "{TOKEN}"}}')
+    with pytest.raises(UsageError, match=r"special_tokens_map\.json, line 2: .* a Hugging Face access token") as e:
         send(models / "4.0bpw")
     assert TOKEN not in str(e.value)
     assert hub.requests == []
@@ -409,6 +419,9 @@ def test_dry_run_as_text(models: Path, capsys: pytest.CaptureFixture[str], monke
         cli.main(words)
     assert e.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    for branch, line in zip(("4.0bpw", "5.0bpw"), lines, strict=True):
-        assert f"would go to {REPO}, branch {branch}: README.md" in line
-    assert all("output.safetensors" in line for line in lines)
+    for branch in ("4.0bpw", "5.0bpw"):
+        assert any(line.endswith(f"would go to {REPO}, branch {branch}:") for line in lines)
+    weights = file_size((models / "4.0bpw" / "output.safetensors").stat().st_size)
+    listed = [line.split() for line in lines if line.startswith("  ")]
+    assert ["output.safetensors", *weights.split()] in listed
+    assert {"README.md", "config.json", "tokenizer.json"} < {w for w, *_ in listed}
