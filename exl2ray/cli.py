@@ -289,7 +289,7 @@ def architectures(run: Invocation) -> None:
 @click.option("--message", metavar="TEXT", help="of the commit")
 @click.option("--base-model", metavar="OWNER/NAME", help="the source model on the Hub, for cards that do not name it")
 @click.option("--eval", "evaluations", metavar="FILE", multiple=True, help="output of eval --json, or evaluation.json")
-@click.option("--include", metavar="PATTERN", multiple=True, help="names of other files to take; secrets and links elsewhere stay")
+@click.option("--include", metavar="PATTERN", multiple=True, help="other files to take; secrets and links elsewhere stay")
 @click.option("--token-file", metavar="FILE", help="holds the access token; HF_TOKEN or the stored login if absent")
 @click.option("--dry-run", is_flag=True, help="check the directories and list what would go where; needs no network")
 @common

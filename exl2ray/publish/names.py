@@ -56,7 +56,9 @@ def is_needed(name: str) -> bool:
 
 NO_SECRETS = frozenset(("special_tokens_map.json", "added_tokens.json"))
 # What is left of a name without these words is looked at.
-HARMLESS = re.compile(r"tokeni[sz](?:ers?|ed|ing|ation)|tiktoken|key(?:boards?|words?|frames?|notes?)|(?:mon|tur|don|hot)keys?")
+HARMLESS = re.compile(
+    r"tokeni[sz](?:ers?|ed|ing|ation)|tiktoken|key(?:boards?|words?|frames?|notes?)|(?:mon|tur|don|hot)keys?"
+)
 SECRET = re.compile(
     r"secret|credential|passw|passphrase|htpasswd|kubeconfig|netrc|pgpass|token|keytab|keystore|key|cookie|oauth|wallet"
     r"|^id_|known_hosts|^_?env$|\.env(?:$|[._-])|^env\.|(?:^|[^a-z])auth(?:$|[^a-z])|service[ _-]?account|^rclone\.conf"

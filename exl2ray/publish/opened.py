@@ -50,7 +50,8 @@ class Opened:
         except OSError:
             now = []
         if not now or any(_identity(s) != self.identity for s in now):
-            raise UsageError(f"{self.path}: changed while it was being published", "run the same command when nothing writes there")
+            hint = "run the same command when nothing writes there"
+            raise UsageError(f"{self.path}: changed while it was being published", hint)
 
     def close(self) -> None:
         if self.descriptor >= 0:
