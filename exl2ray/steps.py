@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,7 +22,7 @@ from exl2ray.dist.chains import ChainPlan, Chains, Link
 from exl2ray.dist.fan import Fan, Module, Part, window_for
 from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem, QuantizeItem, SensitivityItem, WorkerSetup
 from exl2ray.dist.pool import Pool, Task
-from exl2ray.dist.probing import PROBES, divide, probe_rows, sensitivity_key, sensitivity_name, sweep_costs
+from exl2ray.dist.probing import PROBES, deal, sensitivities, sensitivity_key, share_rows_out
 from exl2ray.dist.schedule import Flow, Limits, Scheduler
 from exl2ray.dist.session import Session, open_session
 from exl2ray.dist.worker import PERPLEXITY, Worker, describe, measure_record
@@ -287,55 +287,51 @@ class Job:
         """The measurement with the sensitivities of all linears, measured where they are missing and needed."""
         if self.recipe.allocates != "linear" or has_sensitivities(self.spec, measurement):
             return measurement
-        modules = [m for m in self.spec.modules if m.linears]
-        rows, tokens = probe_rows(self.rows["measure"].kinds, self.rows["measure"].ids.shape[1])
-        common = hash_inputs(**self._source_hash(), rows=self.measure_rows_sha256, probes=[PROBES, list(rows), tokens])
-        hashes = {m.index: hash_inputs(common=common, module=m.profile_key) for m in modules}
-        found: dict[str, Any] = {}
-        for m in modules:
-            record = self.work.records.find(MEASURE, sensitivity_key(m.profile_key), hashes[m.index])
-            if record is not None:
-                found[m.profile_key] = record.payload["sensitivity"]
-        todo = [m for m in modules if m.profile_key not in found]
+        shares, tokens = share_rows_out(self.rows["measure"].kinds, self.rows["measure"].ids.shape[1])
+        probes = [PROBES, [list(rows) for rows in shares.values()], tokens]
+        inputs_hash = hash_inputs(**self._source_hash(), rows=self.measure_rows_sha256, probes=probes)
+        sums = self._stored_sums(shares, inputs_hash)
+        todo = {n: rows for n, rows in shares.items() if n not in sums}
         if todo:
-            self._measure_sensitivities(todo, hashes, rows, tokens, found)
+            self._run_backward(todo, tokens, inputs_hash, sums)
+        found = sensitivities(self.spec, sums, tokens * sum(len(rows) for rows in shares.values()))
         profiles = []
         for p in measurement.profiles:
             more = {"sensitivity": found[p.entry_key]} if p.entry_key in found else {}
             profiles.append(replace(p, extra={**p.extra, **more}))
         return replace(measurement, profiles=tuple(profiles))
 
-    def _measure_sensitivities(
-        self, todo: Sequence[ModuleSpec], hashes: Mapping[int, str], rows: tuple[int, ...], tokens: int, found: dict[str, Any]
+    def _stored_sums(self, shares: Iterable[int], inputs_hash: str) -> dict[int, Any]:
+        """What shares of the backward pass that are finished have found."""
+        records = {n: self.work.records.find(MEASURE, sensitivity_key(n), inputs_hash) for n in shares}
+        return {n: r.payload["sums"] for n, r in records.items() if r is not None}
+
+    def _run_backward(
+        self, todo: Mapping[int, tuple[int, ...]], tokens: int, inputs_hash: str, sums: dict[int, Any]
     ) -> None:
-        """Probes modules in as few sweeps as workers and memory allow; ``found`` gets the results by module."""
-        costs = {m.index: module_cost(m) for m in self.spec.modules}
-        runs = divide(self.spec, todo, costs, self.session.size, len(rows) * tokens)
-        with self._stage("sensitivity", len(runs), 0) as progress:
+        """Runs the shares ``todo`` of the backward pass; ``sums`` gets their results."""
+        # On a GPU every worker reads the model once; on a CPU reading costs little beside a share, which takes long.
+        hands = deal(todo, self.session.size if self.device.type == "cuda" else len(todo))
+        cost = sum(module_cost(m) for m in self.spec.modules)
+        with self._stage("sensitivity", len(hands), 0) as progress:
 
             def done(result: ItemResult) -> None:
-                found.update(result.payload["sensitivities"])
+                sums.update(result.payload["sums"])
                 progress(result)
 
-            def task(run: Sequence[int]) -> Task:
-                item = SensitivityItem(tuple(run), rows, tokens, {i: hashes[i] for i in run})
-                cost = sum(costs.values()) + sum(sweep_costs(self.spec, costs)[i] for i in run)
-                name, found_again = sensitivity_name(self.spec, item), partial(self._found_probes, item)
-                return Task("sensitivity", item, name, cost, done, found_again)
+            def task(hand: dict[int, tuple[int, ...]]) -> Task:
+                item = SensitivityItem(hand, tokens, inputs_hash)
+                return Task("sensitivity", item, item.name, cost * len(hand), done, partial(self._found_sums, item))
 
-            self.scheduler.run(Pool([task(run) for run in runs]))
+            self.scheduler.run(Pool([task(hand) for hand in hands]))
 
-    def _found_probes(self, item: SensitivityItem) -> ItemResult | None:
-        """The result of a sweep whose worker was lost after it had committed all of it."""
-        records: dict[str, Record] = {}
-        for i in item.modules:
-            key = self.spec.modules[i].profile_key
-            record = self.work.records.find(MEASURE, sensitivity_key(key), item.hashes[i])
-            if record is None:
-                return None
-            records[key] = record
-        last = self._found(list(records.values())[-1])
-        return replace(last, payload={"sensitivities": {k: r.payload["sensitivity"] for k, r in records.items()}})
+    def _found_sums(self, item: SensitivityItem) -> ItemResult | None:
+        """The result of a call whose worker was lost after it had committed all of it."""
+        found = self._stored_sums(item.shares, item.inputs_hash)
+        if len(found) < len(item.shares):
+            return None
+        record = self.work.records.find(MEASURE, sensitivity_key(next(iter(item.shares))), item.inputs_hash)
+        return None if record is None else replace(self._found(record), key=item.name, payload={"sums": found})
 
     def _assemble(self, profiles: Mapping[int, ModuleProfile]) -> Measurement:
         out = []

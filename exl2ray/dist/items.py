@@ -99,16 +99,20 @@ class QuantizeItem:
 
 @dataclass(frozen=True)
 class SensitivityItem:
-    """Probe all linears of ``modules`` (indices). ``rows``, ``tokens``: which part of the measurement rows probes run on.
+    """One backward pass over some shares of the measurement rows.
 
-    ``hashes``: module index -> inputs hash of its record.
+    ``shares``: number of a share -> its rows; ``tokens``: how many of each row. ``inputs_hash``: of the shares' records.
     """
 
-    modules: tuple[int, ...]
-    rows: tuple[int, ...]
+    shares: dict[int, tuple[int, ...]]
     tokens: int
-    hashes: dict[int, str]
+    inputs_hash: str
     shrink: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the item is called in messages."""
+        return "gradients of rows " + ", ".join(str(r) for rows in self.shares.values() for r in rows)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""The sensitivity pass: one sweep over the model carries the perturbed copies of its states that were made on the way.
+"""The sensitivity pass: forward through the source model, keeping the states before every module, then backward.
 
-A module is read once per sweep, whatever the number of probes that go through it. Modules are shared out in runs, one sweep
-each, so that several workers can take part and no sweep carries more states than a machine has room for. A probe does not
-depend on what else is carried along: any division into sweeps has the same results.
+Rows of tokens are cut into shares, each computed by itself in batches of one shape. So the results are the same for any
+number of workers, however the shares are dealt out, and a share that is finished never has to be computed again.
 """
 
 from __future__ import annotations
@@ -16,108 +15,113 @@ from exl2ray.dist.items import SensitivityItem
 from exl2ray.dist.runner import Runner
 from exl2ray.errors import NumericError
 from exl2ray.model.blocks import check_states
-from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.quant.sensitivity import Probe, advanced, divergences, head_probe, probes_of
+from exl2ray.model.spec import ModelSpec
+from exl2ray.quant.sensitivity import Sums, add, column_weights, head_backward, module_backward
 from exl2ray.store.layout import MEASURE
 from exl2ray.store.records import Record
 
-CARRIED_BYTES = 8 << 30  # of probes' states in one sweep
-ROWS, TOKENS = 8, 256  # of the tokens that probes run on: many short texts say more than one long one
+ROWS, TOKENS = 16, 512  # of the tokens that the pass runs on: many short texts say more than a few long ones
+SHARE_ROWS = 2
 SYNTHETIC = {"random", "shuffled", "noise"}  # kinds of calibration rows that are no text
 
-PROBES = 1  # changes with what is measured here
+PROBES = 2  # changes with what is measured here
+ModelSums = dict[str, Sums]  # module -> role -> sums over the tokens of a share
 Sensitivities = dict[str, dict[str, list[float]]]  # module -> role -> [KL per token, squared error per token]
 
 
-def sweep(runner: Runner, item: SensitivityItem) -> Sensitivities:
-    """Probes all linears of the modules of an item. Raises NumericError where a probe has no finite result."""
+def backward_pass(runner: Runner, item: SensitivityItem) -> dict[int, ModelSums]:
+    """Sums of the gradients of all linears over each share of an item. Raises NumericError where one is not finite."""
     spec = runner.spec
-    ids = runner.rows("measure")[list(item.rows), : item.tokens]
-    batch = max(1, len(ids) // item.shrink)
-    carried = probe_bytes([spec.modules[i] for i in item.modules], spec, len(item.rows) * item.tokens)
-    home = runner.home(carried)
-    x = runner.load(spec.modules[0], torch.float32).forward(ids).to(home)
-    probes: list[Probe] = []
-    out: Sensitivities = {}
-    for module in spec.modules[1:]:
-        block = runner.load(module, torch.float32)
+    modules = spec.modules[1:]
+    every = [r for rows in item.shares.values() for r in rows]
+    home = runner.home(4 * len(every) * item.tokens * spec.hyper.hidden_size * len(modules))
+    ids = runner.rows("measure")[every, : item.tokens]
+    batches = _batches(item)
+    embedded = runner.load_for_gradients(spec.modules[0], modules[:2]).forward(ids).to(home)
+    kept = [[embedded[b] for b in batches]]
+    for i, module in enumerate(modules[:-1]):  # kept: before each module, the head included
+        block = runner.load_for_gradients(module, modules[i + 1 : i + 3])
+        kept.append([block.forward(x.to(runner.device)).float().to(home) for x in kept[-1]])
+        for x in kept[-1]:
+            check_states(x, f"output of {module.profile_key}")
+    out: dict[int, ModelSums] = {share: {} for share in item.shares}
+    owner = [share for share, rows in item.shares.items() for _ in range(0, len(rows), _batch_rows(item))]
+    gradients: list[torch.Tensor] = []
+    for i in range(len(modules) - 1, -1, -1):
+        module = modules[i]
+        block = runner.load_for_gradients(module, modules[max(0, i - 2) : i][::-1])
+        columns, states = column_weights(block), kept.pop()
         if module.kind == "head":
-            for probe, kl in zip(probes, divergences(block, x, [p.states for p in probes]), strict=True):
-                out.setdefault(probe.key, {})[probe.role] = [kl, probe.error]
-            if module.index in item.modules:
-                out[module.profile_key] = {module.linears[0].role: list(head_probe(block, x))}
-            break
-        for probe in probes:
-            probe.states = advanced(block, probe.states, runner.device, batch)
-        if module.index in item.modules:
-            x, new = probes_of(block, x, runner.device, batch)
-            probes += new
+            signs = [torch.Generator(runner.device).manual_seed(share) for share in owner]
+            found = [head_backward(block, x, g, columns) for x, g in zip(states, signs, strict=True)]
         else:
-            x = advanced(block, x, runner.device, batch)
-        check_states(x, f"output of {module.profile_key}")
-    for key, roles in out.items():
-        for role, values in roles.items():
+            found = [module_backward(block, x, g, columns) for x, g in zip(states, gradients, strict=True)]
+        gradients = [g for g, _ in found]
+        for share, (_, sums) in zip(owner, found, strict=True):
+            if sums:
+                add(out[share].setdefault(module.profile_key, {}), sums)
+        _check(module.profile_key, [sums for _, sums in found])
+    return out
+
+
+def _batch_rows(item: SensitivityItem) -> int:
+    return max(1, SHARE_ROWS // item.shrink)
+
+
+def _batches(item: SensitivityItem) -> list[slice]:
+    """Places, among the rows of all shares, of the rows that are computed together."""
+    out, start = [], 0
+    for rows in item.shares.values():
+        for first in range(0, len(rows), _batch_rows(item)):
+            out.append(slice(start + first, start + min(first + _batch_rows(item), len(rows))))
+        start += len(rows)
+    return out
+
+
+def _check(key: str, found: Sequence[Sums]) -> None:
+    for sums in found:
+        for role, values in sums.items():
             if not all(math.isfinite(v) for v in values):
                 raise NumericError(
-                    f"{key}, {role}: the probe has KL {values[0]} and squared error {values[1]}",
-                    "the model's activations may be too large for float16",
+                    f"{key}, {role}: gradients are not finite (sums {values[0]} and {values[1]})",
+                    "the model's activations may be too large, or its weights are broken",
                 )
+
+
+def sensitivities(spec: ModelSpec, shares: Mapping[int, ModelSums], tokens: int) -> Sensitivities:
+    """The sensitivities that all shares together say; ``tokens`` of all shares. A role without tokens has [0, 0]."""
+    out: Sensitivities = {}
+    for module in spec.modules:
+        if not module.linears:
+            continue
+        total: Sums = {role: [0.0, 0.0] for role in dict.fromkeys(x.role for x in module.linears)}
+        for share in sorted(shares):  # a fixed order: the bits do not depend on who finished first
+            add(total, shares[share].get(module.profile_key, {}))
+        out[module.profile_key] = {role: [v / tokens for v in values] for role, values in total.items()}
     return out
 
 
-def sensitivity_name(spec: ModelSpec, item: SensitivityItem) -> str:
-    """What an item is called in messages."""
-    first, last = (spec.modules[i].profile_key for i in (item.modules[0], item.modules[-1]))
-    return f"sensitivity of {first}" + (f" .. {last}" if last != first else "")
+def sensitivity_key(share: int) -> str:
+    """Key of the record of a share."""
+    return f"sensitivity-{share}"
 
 
-def sensitivity_key(key: str) -> str:
-    """Key of the record of a module's sensitivities."""
-    return f"sensitivity-{key}"
+def sensitivity_record(share: int, sums: ModelSums, inputs_hash: str, seconds: float) -> Record:
+    """The record of one share."""
+    return Record(MEASURE, sensitivity_key(share), inputs_hash, {"sums": sums}, (), seconds)
 
 
-def sensitivity_record(key: str, roles: Mapping[str, Sequence[float]], inputs_hash: str, seconds: float) -> Record:
-    """The record of one module's probes."""
-    return Record(MEASURE, sensitivity_key(key), inputs_hash, {"sensitivity": dict(roles)}, (), seconds)
-
-
-def probe_rows(kinds: Sequence[str], lengths: int) -> tuple[tuple[int, ...], int]:
-    """(row numbers, tokens of each) of the calibration rows that probes run on: text, spread evenly over the set."""
+def share_rows_out(kinds: Sequence[str], length: int) -> tuple[dict[int, tuple[int, ...]], int]:
+    """(share -> row numbers, tokens of each row) of the rows that the pass runs on: text, spread evenly over the set."""
     usable = [i for i, kind in enumerate(kinds) if kind not in SYNTHETIC] or list(range(len(kinds)))
     count = min(ROWS, len(usable))
-    return tuple(usable[i * len(usable) // count] for i in range(count)), min(TOKENS, lengths)
+    rows = [usable[i * len(usable) // count] for i in range(count)]
+    shares = {n: tuple(rows[i : i + SHARE_ROWS]) for n, i in enumerate(range(0, count, SHARE_ROWS))}
+    return shares, min(TOKENS, length)
 
 
-def probe_bytes(modules: Sequence[ModuleSpec], spec: ModelSpec, tokens: int) -> int:
-    """Bytes of the states of all probes of some modules; the head has none."""
-    probes = sum(len({x.role for x in m.linears}) for m in modules if m.quantized)
-    return 4 * probes * tokens * spec.hyper.hidden_size
-
-
-def sweep_costs(spec: ModelSpec, costs: Mapping[int, float]) -> dict[int, float]:
-    """Module index -> cost of its probes: a forward from there to the end for each role. ``costs``: of one forward."""
-    out: dict[int, float] = {}
-    tail = 0.0
-    for module in reversed(spec.modules):
-        tail += costs.get(module.index, 0.0)
-        roles = len({x.role for x in module.linears})
-        if roles:
-            out[module.index] = roles * tail
-    return out
-
-
-def divide(
-    spec: ModelSpec, modules: Sequence[ModuleSpec], costs: Mapping[int, float], workers: int, tokens: int
-) -> list[list[int]]:
-    """Cuts modules (in order) into runs of about equal cost: one per worker, or more if their states need it."""
-    cost = sweep_costs(spec, costs)
-    wanted = max(min(workers, len(modules)), -(-probe_bytes(modules, spec, tokens) // CARRIED_BYTES))
-    share = sum(cost[m.index] for m in modules) / wanted
-    runs: list[list[int]] = []
-    spent = 0.0
-    for module in modules:
-        if not runs or spent >= share * len(runs):
-            runs.append([])
-        runs[-1].append(module.index)
-        spent += cost[module.index]
-    return runs
+def deal(shares: Mapping[int, tuple[int, ...]], hands: int) -> list[dict[int, tuple[int, ...]]]:
+    """Shares in ``hands`` portions of about equal size, or as many as there are shares."""
+    numbers = list(shares)
+    hands = min(hands, len(numbers))
+    return [{n: shares[n] for n in numbers[h::hands]} for h in range(hands)]

@@ -70,6 +70,16 @@ class Runner:
         self._fetch(self.spec.modules[module.index + 1 : module.index + 3])
         return block
 
+    def load_for_gradients(self, module: ModuleSpec, coming: Sequence[ModuleSpec]) -> Block:
+        """The module for a forward or backward pass with gradients; the weights of ``coming`` are read in the background.
+
+        States are float32. On a GPU the linears are bfloat16: gradients leave the range of float16.
+        """
+        dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
+        block = load_block(self.spec, module, self.ahead, self.device, dtype, torch.float32)
+        self._fetch(coming)
+        return block
+
     def load_from(self, source: Any, module: ModuleSpec) -> Block:
         """The module with its source weights, as ``source`` reads them."""
         return load_block(self.spec, module, source, self.device, self.dtype)

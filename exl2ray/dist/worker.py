@@ -40,7 +40,7 @@ from exl2ray.dist.items import (
 )
 from exl2ray.dist.packed_files import PackedFiles
 from exl2ray.dist.perplexity import quantized_perplexity
-from exl2ray.dist.probing import sensitivity_name, sensitivity_record, sweep
+from exl2ray.dist.probing import backward_pass, sensitivity_record
 from exl2ray.dist.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.dist.shared_reading import SharedReading
 from exl2ray.dist.sweep import Found, Prepared, sweep_model
@@ -247,18 +247,16 @@ class Worker:
         return self._result(PERPLEXITY, begin, shown, payload, received=comm.received - before)
 
     def sensitivity(self, item: SensitivityItem) -> ItemResult:
-        """Probes the linears of some modules in one sweep; commits a record per module."""
+        """A backward pass over some shares of rows; commits a record per share."""
         begin = time.monotonic()
         self.context = self.found = None
         self._leave_gang()
-        found = sweep(self.runner, item)
-        seconds = (time.monotonic() - begin) / max(1, len(item.modules))
-        for index in item.modules:
-            key = self.runner.spec.modules[index].profile_key
-            record = sensitivity_record(key, found[key], item.hashes[index], seconds)
-            self.runner.records.commit(record)
-        name = sensitivity_name(self.runner.spec, item)
-        return self._result(name, begin, f"{sum(len(r) for r in found.values())} probes", {"sensitivities": found})
+        found = backward_pass(self.runner, item)
+        seconds = (time.monotonic() - begin) / len(found)
+        for share, sums in found.items():
+            self.runner.records.commit(sensitivity_record(share, sums, item.inputs_hash, seconds))
+        rows = sum(len(r) for r in item.shares.values())
+        return self._result(item.name, begin, f"{rows} rows of {item.tokens} tokens", {"sums": found})
 
     # ---- the chain, alone or in a group ------------------------------------------------------------------------
 

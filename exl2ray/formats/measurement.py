@@ -7,7 +7,7 @@ The schema is the reference's (converter-algorithm section 10), so files can be 
       "exl2ray": { "<module key>.<mode>": {...}, ... } }         ours, only when not empty; the reference ignores it
 
 Ours: "notes"; "experts", their share of the tokens; "linears", losses of single linears (`exl2ray.quant.losses`); and after a
-measurement for --allocation linear "sensitivity": {"<role>": [KL, squared error] of a probe (`exl2ray.quant.sensitivity`)}.
+measurement for --allocation linear "sensitivity": {"<role>": [KL, squared error] (`exl2ray.quant.sensitivity`)}.
 Of a rotated model (--rotate) also "rotation": what identifies the rotation; it stands among the entries of "exl2ray".
 
 An option is ``{"accuracy": float, "total_bits": int, "<role>": {quantisation parameters}, ...}``.

@@ -190,6 +190,9 @@ class HeadBlock(Block):
             capture(head.input_group, n.flatten(0, -2))
         logits = self.bank.linear(head, n).float()
         h = self.spec.hyper
+        if torch.is_grad_enabled() and logits.requires_grad:  # as below, without overwriting what a backward pass needs
+            logits = logits * h.logit_scale
+            return logits if h.logit_softcap is None else h.logit_softcap * torch.tanh(logits / h.logit_softcap)
         if h.logit_scale != 1.0:
             logits = logits.mul_(h.logit_scale)
         if h.logit_softcap is not None:

@@ -22,7 +22,8 @@ Capture = Callable[[str, Tensor], None]  # (input group, inputs (tokens, K) in c
 class LinearBank:
     """Weights of the linears of one module, replaceable one by one.
 
-    weights[key]: (K, N) in compute dtype. biases[key]: (N,) in compute dtype.
+    weights[key]: (K, N) in compute dtype. biases[key]: (N,) in compute dtype. watch: sees the output of every linear, for
+    gradients.
     """
 
     def __init__(self, linears: tuple[LinearSpec, ...], dtype: torch.dtype) -> None:
@@ -30,6 +31,7 @@ class LinearBank:
         self.dtype = dtype
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
+        self.watch: Callable[[str, Tensor], None] | None = None  # called with key and output (..., N) of every linear
 
     def set_weight(self, key: str, weight: Tensor) -> None:
         """Replace a weight by (K, N), or by (K, N32) whose padding columns are cut off."""
@@ -51,9 +53,13 @@ class LinearBank:
             w = self.fitted(spec, weight).to(inputs.device, self.dtype, non_blocking=True)
         bias = self.biases.get(spec.key)
         if bias is None:
-            return torch.matmul(inputs, w)
-        flat = torch.addmm(bias, inputs.reshape(-1, spec.in_features), w)
-        return flat.reshape(*inputs.shape[:-1], spec.out_features)
+            out = torch.matmul(inputs, w)
+        else:
+            out = torch.addmm(bias, inputs.reshape(-1, spec.in_features), w)
+            out = out.reshape(*inputs.shape[:-1], spec.out_features)
+        if self.watch is not None:
+            self.watch(spec.key, out)
+        return out
 
 
 class Half(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +24,8 @@ def activate(kind: Activation, x: Tensor) -> Tensor:
 
 def gated(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up, clamped to +-65504 as at run time; a new tensor."""
+    if torch.is_grad_enabled() and gate.requires_grad:  # what a backward pass needs must not be overwritten
+        return (activate(kind, gate) * up).clamp(-FLOAT16_MAX, FLOAT16_MAX)
     if kind == "silu" and gate.is_cuda:
         from exl2ray.cuda import elementwise
 

@@ -107,7 +107,8 @@ class ExpertBank:
         in_runs: whether experts are computed in runs; None: as `runs_pay` says. Candidate ``weights`` and biases are
         always computed expert by expert.
         """
-        use_runs = self.runs_pay(routing.experts.numel(), h.device) if in_runs is None else in_runs
+        watched = self.bank.watch is not None  # linear by linear
+        use_runs = not watched and self.runs_pay(routing.experts.numel(), h.device) if in_runs is None else in_runs
         if use_runs and not weights and not self.bank.biases:
             outputs, place = self._in_runs(h, routing, capture)
         else:

@@ -1,135 +1,108 @@
 """How much an error in one linear's output changes what the whole model says.
 
-To second order the KL divergence between the source's next-token distributions and those of a model in which one linear is
-quantised is proportional to the squared error of that linear's output, and for errors in several linears it adds up. So one
-number per linear is enough: the sensitivity a = KL / squared error, measured with one perturbation. It is forward-only: a few
-rows of tokens run through the model once as they are and once for every linear of which a perturbed copy was used.
+To second order the KL divergence between the source's next-token distributions and those of a model in which one linear
+makes an error e_t at token t is 1/2 E[(sum_t g_t . e_t)^2], where g_t is the gradient of the log-likelihood with respect to
+the linear's output, and the expectation runs over next tokens drawn from the model itself: 1/2 e' F e with the Fisher
+information F. Errors of rounding are about independent from token to token and from output to output, and those of an output
+have the scale of its column of the weight. So one number per linear is enough, the sensitivity
 
-The perturbation is rounding to `BITS` bits without feedback, less its part along the mean input: what GPTQ leaves has hardly
-any of that, and in v_proj an error that all tokens share counts up to twice as much as one that they do not.
+    a = KL / squared error = 1/2 mean_t sum_n c_n g_tn^2 / N,    c_n: mean square of column n over that of the matrix,
 
-All linears of one role in a module (the experts of a mixture) are perturbed together.
+and all of them follow from one backward pass, module by module, whose cost grows linearly with the depth.
+
+The gradient at the logits is not that of a sampled token but (diag(sqrt p) - p sqrt(p)') z with random signs z. Its second
+moment is the Fisher information of a categorical distribution too, diag(p) - p p', and its fourth moment is smaller: fewer
+tokens are needed.
+
+The linears of one role in a module (the experts of a mixture) count together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exl2ray.errors import NumericError
-from exl2ray.quant.rows import batches
-
-BITS = 3
-GROUP = 32  # rows that share a step
 POSITIONS = 256  # whose logits exist at once
 
-
-@dataclass
-class Probe:
-    """A perturbed copy of the model on its way: key and role of what was perturbed, and the states it has reached.
-
-    error: squared error of the role's outputs, summed over outputs, mean over tokens.
-    """
-
-    key: str
-    role: str
-    error: float
-    states: Tensor  # (R, T, hidden)
+Sums = dict[str, list[float]]  # role -> [sum over tokens of 1/2 sum_n c_n g_n^2, the squared error sum_n c_n behind it]
 
 
-def perturbed(weight: Tensor, mean: Tensor) -> Tensor:
-    """weight (K, N) with the error of `BITS`-bit rounding that is orthogonal to ``mean`` (K,), the mean input. Float32."""
-    w = weight.float()
-    groups = w.view(-1, GROUP, w.shape[1])
-    step = groups.abs().amax(dim=1, keepdim=True) / (2 ** (BITS - 1) - 0.5)
-    codes = torch.round(groups / step.clamp(min=1e-30)).clamp_(-(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1)
-    error = (codes * step).view_as(w) - w
-    direction = mean / torch.linalg.vector_norm(mean).clamp(min=1e-30)
-    out: Tensor = w + error - torch.outer(direction, direction @ error)
+def column_weights(block: Any) -> dict[str, Tensor]:
+    """Linear key -> c (N,) float32, mean 1: mean square of each column of its weight (K, N), relative to the whole matrix."""
+    out = {}
+    for key, weight in block.weights.items():
+        squares = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).square()
+        mean = squares.mean()
+        out[key] = torch.where(mean > 0, squares / mean, torch.ones_like(squares))
     return out
 
 
-def probes_of(block: Any, x: Tensor, device: torch.device, batch_rows: int) -> tuple[Tensor, list[Probe]]:
-    """The states after a module, and one probe for each role of its linears. On return the block is as it was.
-
-    x: (R, T, hidden) float32 states of the source model before the module, on any device.
-    """
-    inputs: dict[str, list[Tensor]] = {}
-
-    def keep(group: str, captured: Tensor) -> None:
-        inputs.setdefault(group, []).append(captured.clone())
-
-    out = advanced(block, x, device, batch_rows, keep)
-    tokens = x.shape[0] * x.shape[1]
-    probes = []
-    for role in dict.fromkeys(linear.role for linear in block.module.linears):
-        kept, total = {}, 0.0
-        for linear in block.module.linears:
-            if linear.role != role or linear.input_group not in inputs:  # no token came to this expert
-                continue
-            kept[linear.key] = w = block.weights[linear.key]
-            changed, squares = _changed(w, inputs[linear.input_group])
-            total += squares
-            block.set_weight(linear.key, changed)
-        states = advanced(block, x, device, batch_rows)
-        for key, w in kept.items():
-            block.set_weight(key, w)
-        probes.append(Probe(block.module.profile_key, role, total / tokens, states))
-    return out, probes
+def module_backward(
+    block: Any,
+    x: Tensor,  # (R, T, hidden) float32: states before the module
+    gradient: Tensor,  # (R, T, hidden) float32: of the log-likelihood with respect to the states after it
+    columns: Mapping[str, Tensor],
+) -> tuple[Tensor, Sums]:
+    """The gradient with respect to the states before a module, float32, and what it says about the module's linears."""
+    return _backward(block, x, lambda y: gradient.to(y.device, y.dtype), columns)
 
 
-def _changed(weight: Tensor, inputs: list[Tensor]) -> tuple[Tensor, float]:
-    """`perturbed` in the weight's own dtype, and the sum over all inputs (tokens, K) of its squared error."""
-    mean = torch.stack([p.float().sum(0) for p in inputs]).sum(0) / sum(len(p) for p in inputs)
-    changed = perturbed(weight, mean).to(weight.dtype)
-    error = changed.float() - weight.float()
-    return changed, sum(float(torch.linalg.vector_norm(p.float() @ error).double() ** 2) for p in inputs)
+def head_backward(
+    head: Any,
+    states: Tensor,  # (R, T, hidden) float32: what the final norm gives
+    generator: torch.Generator,  # of the random signs, on the head's device
+    columns: Mapping[str, Tensor],
+) -> tuple[Tensor, Sums]:
+    """As `module_backward` for the output head, where the gradient begins. A few positions at a time: logits are large."""
+    gradients, total = torch.empty_like(states), Sums()
+    for rows, positions in _slices(states):
+        part, sums = _backward(head, states[rows, positions], lambda y: fisher_root(y.detach(), generator), columns)
+        gradients[rows, positions] = part
+        add(total, sums)
+    return gradients, total
 
 
-def advanced(
-    block: Any, x: Tensor, device: torch.device, batch_rows: int, capture: Callable[[str, Tensor], None] | None = None
-) -> Tensor:
-    """States after a block, float32, where x lives. Each call has the same shapes, so nothing depends on its neighbours."""
-    out: Tensor | None = None
-    for part in batches(len(x), batch_rows):
-        y = block.forward(x[part].to(device)) if capture is None else block.forward(x[part].to(device), capture)
-        if out is None:
-            out = torch.empty((len(x), *y.shape[1:]), dtype=torch.float32, device=x.device)
-        out[part] = y.to(torch.float32)
-    if out is None:
-        raise NumericError(f"{block.module.profile_key}: no rows to probe with")
-    return out
+def fisher_root(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Random vectors (..., V) whose second moment is diag(p) - p p' of p = softmax(logits (..., V))."""
+    p = torch.softmax(logits.float(), dim=-1)
+    signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8)
+    root = p.sqrt().mul_(signs.mul_(2).sub_(1))
+    return root - p * root.sum(-1, keepdim=True)
 
 
-def divergences(head: Any, reference: Tensor, others: list[Tensor]) -> list[float]:
-    """Mean KL(reference || other) in nats per token for each of ``others``; all (R, T, hidden) normed states."""
-    sums = [0.0] * len(others)
-    count = 0
-    for rows, positions in _slices(reference):
-        expected = _log_probabilities(head, reference[rows, positions])
-        count += expected.shape[0] * expected.shape[1]
-        for i, states in enumerate(others):
-            sums[i] += _divergence(expected, _log_probabilities(head, states[rows, positions]))
-    return [s / count for s in sums]
+def add(total: Sums, more: Mapping[str, list[float]]) -> None:
+    """Adds sums of other tokens, in place."""
+    for role, values in more.items():
+        known = total.setdefault(role, [0.0, 0.0])
+        for i, v in enumerate(values):
+            known[i] += v
 
 
-def head_probe(head: Any, reference: Tensor) -> tuple[float, float]:
-    """(mean KL, mean squared error of the logits) of a perturbed head; reference: (R, T, hidden) normed states."""
-    key = head.module.linears[0].key
-    original = head.weights[key]
-    inputs = reference.flatten(0, 1).to(original.device).to(original.dtype)
-    changed, squares = _changed(original, list(torch.split(inputs, POSITIONS)))
-    total = 0.0
-    for rows, positions in _slices(reference):
-        expected = _log_probabilities(head, reference[rows, positions])
-        head.set_weight(key, changed)
-        total += _divergence(expected, _log_probabilities(head, reference[rows, positions]))
-        head.set_weight(key, original)
-    return total / len(inputs), squares / len(inputs)
+def _backward(
+    block: Any, x: Tensor, gradient: Callable[[Tensor], Tensor], columns: Mapping[str, Tensor]
+) -> tuple[Tensor, Sums]:
+    seen: list[tuple[str, Tensor]] = []
+    block.bank.watch = lambda key, out: seen.append((key, out))
+    try:
+        # The plain form of attention: backward passes of the fused ones add up in an order that changes from run to run.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            device = next(iter(block.weights.values())).device if block.weights else x.device
+            inputs = x.detach().to(device).requires_grad_()
+            y = block.forward(inputs)
+            mine, *others = torch.autograd.grad(y, [inputs, *(out for _, out in seen)], gradient(y))
+    finally:
+        block.bank.watch = None
+    roles = {linear.key: linear.role for linear in block.module.linears}
+    sums = Sums()
+    for (key, out), g in zip(seen, others, strict=True):
+        tokens = out.numel() // out.shape[-1]
+        halves = 0.5 * (g.reshape(-1, g.shape[-1]).float().square() @ columns[key]).double().sum()
+        add(sums, {roles[key]: [float(halves), float(tokens * out.shape[-1])]})
+    return mine.detach().to(x.device), sums
 
 
 def _slices(states: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -137,20 +110,3 @@ def _slices(states: Tensor) -> Iterator[tuple[slice, slice]]:
     for r in range(states.shape[0]):
         for start in range(0, states.shape[1], POSITIONS):
             yield slice(r, r + 1), slice(start, start + POSITIONS)
-
-
-def _log_probabilities(head: Any, states: Tensor) -> Tensor:
-    device = head.weights[head.module.linears[0].key].device
-    return torch.log_softmax(head.forward(states.to(device)).float(), dim=-1)
-
-
-def _divergence(p: Tensor, q: Tensor) -> float:
-    """Sum over positions of KL(p || q) from log probabilities.
-
-    sum p (e^d - 1 - d) with d = log q - log p: no term is negative, so that divergences far below the rounding error of a
-    single logarithm come out right.
-    """
-    d = q - p
-    near = d.clamp(-1.0, 1.0)
-    terms = torch.where(d.abs() < 1.0, p.exp() * (torch.expm1(near) - near), q.exp() - p.exp() * (1 + d))
-    return float(terms.double().sum())

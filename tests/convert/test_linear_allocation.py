@@ -92,11 +92,11 @@ def test_nothing_is_measured_twice(linear: Quiet, tmp_path: Path) -> None:
     settings["reuse"] = True
     _, again = run(linear.model, tmp_path / "work", **settings)
     assert not items(again)
-    lost = next((tmp_path / "work" / "measure" / "records").glob("sensitivity-model.layers.1.mlp*"))
+    lost = next((tmp_path / "work" / "measure" / "records").glob("sensitivity-1*"))
     lost.unlink()
     (tmp_path / "work" / "measurement.json").unlink()
     _, again = run(linear.model, tmp_path / "work", **settings)
-    assert items(again) == ["sensitivity: sensitivity of model.layers.1.mlp"]
+    assert items(again) == ["sensitivity: gradients of rows 2, 3"]
     assert (tmp_path / "work" / "measurement.json").read_bytes() == before
 
 

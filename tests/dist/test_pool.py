@@ -1,4 +1,4 @@
-"""Independent items on fake workers, and sweeps of probes: the same results however they are divided."""
+"""Independent items on fake workers, and shares of the backward pass: the same results however they are divided."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from dist_helpers import FakeSession, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl2ray.dist import probing
 from exl2ray.dist.faults import WorkerOutOfMemory
 from exl2ray.dist.items import ItemResult, SensitivityItem
 from exl2ray.dist.pool import Pool, Task
-from exl2ray.dist.probing import CARRIED_BYTES, ROWS, TOKENS, divide, probe_bytes, probe_rows, sweep, sweep_costs
+from exl2ray.dist.probing import ROWS, SHARE_ROWS, TOKENS, backward_pass, deal, sensitivities, share_rows_out
 from exl2ray.dist.runner import Runner
 from exl2ray.dist.schedule import Limits, Scheduler
 from exl2ray.dist.session import InlineSession, Lost
 from exl2ray.errors import ClusterError, NumericError
-from exl2ray.planning import module_cost
 from exl2ray.progress import Silent
 from exl2ray.steps import Job
 
@@ -29,7 +27,7 @@ QUICK = Limits(first=5, floor=0.2, rest=0.01, grace=0.05, patience=0.05)
 
 
 def item(index: int) -> SensitivityItem:
-    return SensitivityItem((index,), (0,), 32, {index: "ab" * 16})
+    return SensitivityItem({index: (0,)}, 32, "ab" * 16)
 
 
 def result(index: int) -> ItemResult:
@@ -47,7 +45,7 @@ def test_every_task_is_done_once_whatever_is_lost(count: int, workers: int, seed
     choice = random.Random(seed)
 
     def behave(worker: int, method: str, args: tuple[Any, ...]) -> Any:
-        return Lost("killed") if choice.random() < 0.15 else result(args[0].modules[0])
+        return Lost("killed") if choice.random() < 0.15 else result(next(iter(args[0].shares)))
 
     done: list[int] = []
     pool = pool_of(count, done)
@@ -79,7 +77,7 @@ def test_less_at_once_after_running_out_of_memory() -> None:
     assert 1 == seen[0] < seen[1]
 
 
-# ---- sweeps -----------------------------------------------------------------------------------------------------------
+# ---- the backward pass ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["model", "moe_model"])
@@ -94,62 +92,69 @@ def runner_of(job: Job) -> Runner:
     return Runner(job.session._setup)
 
 
-def test_sweeps_divided_or_not(job: Job) -> None:
-    modules = [m for m in job.spec.modules if m.linears]
-    hashes = {m.index: "ab" * 16 for m in modules}
+SHARES = {0: (0, 2), 1: (1,), 2: (3, 4)}
+
+
+def test_shares_together_or_alone(job: Job) -> None:
     runner = runner_of(job)
-    whole = sweep(runner, SensitivityItem(tuple(hashes), (0, 2), 32, hashes))
-    assert set(whole) == {m.profile_key for m in modules}
-    for m in modules:
-        assert set(whole[m.profile_key]) == {x.role for x in m.linears}
-    single: dict[str, Any] = {}
-    for index in hashes:
-        single.update(sweep(runner, SensitivityItem((index,), (0, 2), 32, hashes)))
-    assert single == whole
-    smaller = sweep(runner, SensitivityItem(tuple(hashes), (0, 2), 32, hashes, shrink=2))
-    for key, roles in whole.items():
+    whole = backward_pass(runner, SensitivityItem(SHARES, 32, "ab" * 16))
+    alone: dict[int, Any] = {}
+    for share, rows in reversed(SHARES.items()):
+        alone.update(backward_pass(runner, SensitivityItem({share: rows}, 32, "ab" * 16)))
+    assert alone == whole
+    found = sensitivities(job.spec, whole, 5 * 32)
+    assert list(found) == [m.profile_key for m in job.spec.modules if m.linears]
+    for m in job.spec.modules:
+        if m.linears:
+            assert set(found[m.profile_key]) == {x.role for x in m.linears}
+            assert all(min(values) > 0 for values in found[m.profile_key].values())
+    smaller = backward_pass(runner, SensitivityItem(SHARES, 32, "ab" * 16, shrink=2))
+    for key, roles in sensitivities(job.spec, smaller, 5 * 32).items():
         for role, values in roles.items():
-            assert smaller[key][role] == pytest.approx(values, rel=1e-3), (key, role)
-            assert min(values) > 0
+            # one row at a time; random signs at the logits are drawn row by row too
+            assert values == pytest.approx(found[key][role], rel=0.5), (key, role)
 
 
-def test_a_model_without_finite_output_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "divergences", lambda head, x, others: [float("nan")] * len(others))
-    with pytest.raises(NumericError, match="has KL nan"):
-        sweep(runner_of(job), SensitivityItem((1,), (0,), 32, {1: "ab" * 16}))
+def test_gradients_that_are_not_finite_are_refused(job: Job) -> None:
+    runner = runner_of(job)
+    load = runner.load_for_gradients
+
+    def broken(module: Any, coming: Any) -> Any:
+        block = load(module, coming)
+        if module.kind == "head":
+            weight = next(iter(block.weights.values()))
+            weight.mul_(float("inf"))
+        return block
+
+    runner.load_for_gradients = broken  # type: ignore[method-assign]
+    with pytest.raises(NumericError, match="gradients are not finite"):
+        backward_pass(runner, SensitivityItem({0: (0,)}, 32, "ab" * 16))
 
 
-@settings(max_examples=30, deadline=None)
-@given(workers=st.integers(1, 40), bound=st.sampled_from([1, 20_000, CARRIED_BYTES]), data=st.data())
-def test_runs_cover_all_modules_in_order(job: Job, workers: int, bound: int, data: st.DataObject) -> None:
-    every = [m for m in job.spec.modules if m.linears]
-    modules = [m for m in every if data.draw(st.booleans())] or every[:1]
-    costs = {m.index: module_cost(m) for m in job.spec.modules}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exl2ray.dist.probing.CARRIED_BYTES", bound)
-        runs = divide(job.spec, modules, costs, workers, 64)
-    assert [i for run in runs for i in run] == [m.index for m in modules]
-    assert all(runs)
-    assert len(runs) >= min(workers, len(modules)) // 2
-    if bound == CARRIED_BYTES:
-        assert len(runs) <= max(1, workers)
+def test_a_role_without_tokens_has_no_sensitivity(job: Job) -> None:
+    module = next(m for m in job.spec.modules if m.linears)
+    assert set(sensitivities(job.spec, {}, 1)[module.profile_key].values().__iter__().__next__()) == {0.0}
 
 
-def test_costs_and_memory(job: Job) -> None:
-    spec, costs = job.spec, {m.index: 1.0 for m in job.spec.modules}
-    found = sweep_costs(spec, costs)
-    first = next(m for m in spec.modules if m.linears)
-    assert found[first.index] == len({x.role for x in first.linears}) * (len(spec.modules) - first.index)
-    assert found[spec.modules[-1].index] == 1.0
-    assert probe_bytes([first], spec, 10) == 4 * 10 * spec.hyper.hidden_size * len({x.role for x in first.linears})
-    assert probe_bytes(spec.modules[-1:], spec, 10) == 0
+@given(rows=st.integers(1, 40), workers=st.integers(1, 12))
+def test_every_share_is_dealt_once(rows: int, workers: int) -> None:
+    shares, tokens = share_rows_out(["web"] * rows, 2048)
+    assert tokens == TOKENS
+    assert [r for share in shares.values() for r in share] == sorted({r for share in shares.values() for r in share})
+    hands = deal(shares, workers)
+    assert len(hands) == min(workers, len(shares))
+    assert sorted(n for hand in hands for n in hand) == list(shares)
+    assert {n: r for hand in hands for n, r in hand.items()} == shares
+    assert max(map(len, hands)) - min(map(len, hands)) <= 1
 
 
-def test_rows_of_probes_are_text() -> None:
-    kinds = ["web"] * 5 + ["shuffled", "random", "random", "noise"] + ["code"] * 10
-    rows, tokens = probe_rows(kinds, 2048)
+def test_rows_of_the_pass_are_text() -> None:
+    kinds = ["web"] * 5 + ["shuffled", "random", "random", "noise"] + ["code"] * 20
+    shares, tokens = share_rows_out(kinds, 2048)
+    rows = [r for share in shares.values() for r in share]
     assert len(rows) == ROWS == len(set(rows))
+    assert {len(share) for share in shares.values()} == {SHARE_ROWS}
     assert tokens == TOKENS
     assert {kinds[i] for i in rows} == {"web", "code"}
-    assert probe_rows(["parquet"] * 3, 128) == ((0, 1, 2), 128)
-    assert probe_rows(["random"], 32) == ((0,), 32)
+    assert share_rows_out(["parquet"] * 3, 128) == ({0: (0, 1), 1: (2,)}, 128)
+    assert share_rows_out(["random"], 32) == ({0: (0,)}, 32)

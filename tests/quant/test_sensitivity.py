@@ -1,4 +1,6 @@
-"""Probes: what they perturb, what they leave alone, and that one of them tells what smaller errors do."""
+"""The backward pass: its gradients against autograd over the whole model, its sensitivities against the divergence that noise
+in a linear's outputs really causes.
+"""
 
 from __future__ import annotations
 
@@ -7,92 +9,157 @@ from pathlib import Path
 
 import pytest
 import torch
-from quant_helpers import correlated_inputs, load, states, weights
+from quant_helpers import load, states
 from torch import Tensor
 
-from exl2ray.quant.sensitivity import advanced, divergences, head_probe, perturbed, probes_of
+from exl2ray.formats.hf import SourceModel
+from exl2ray.model.arch import load_spec
+from exl2ray.model.blocks import Block, load_block
+from exl2ray.quant.sensitivity import (
+    POSITIONS,
+    Sums,
+    add,
+    column_weights,
+    fisher_root,
+    head_backward,
+    module_backward,
+)
 
-CPU = torch.device("cpu")
+FAMILIES = ["Llama", "Mixtral", "Cohere", "Gemma2"]  # sequential, experts, parallel, softcaps and post norms
 
 
-def reference_kl(p: Tensor, q: Tensor) -> float:
-    """Mean over positions, from logits, in float64."""
+def blocks_of(directory: Path) -> list[Block]:
+    source = SourceModel(directory)
+    spec = load_spec(source)
+    return [load_block(spec, m, source, "cpu", torch.float32, torch.float32) for m in spec.modules]
+
+
+def backward(blocks: list[Block], ids: Tensor, seed: int = 0) -> tuple[Tensor, dict[int, Sums]]:
+    """Gradient at the embedding, and the sums of every module, as the pass has them."""
+    kept = [blocks[0].forward(ids)]
+    for block in blocks[1:-1]:
+        kept.append(block.forward(kept[-1]))
+    generator = torch.Generator().manual_seed(seed)
+    head = blocks[-1]
+    gradient, sums = head_backward(head, kept.pop().float(), generator, column_weights(head))
+    found = {head.module.index: sums}
+    for block in blocks[-2:0:-1]:
+        gradient, sums = module_backward(block, kept.pop(), gradient, column_weights(block))
+        found[block.module.index] = sums
+    return gradient, found
+
+
+def token_ids(blocks: list[Block], rows: int, tokens: int) -> Tensor:
+    size = blocks[0].spec.hyper.vocab_size
+    return torch.randint(0, size, (rows, tokens), generator=torch.Generator().manual_seed(7))
+
+
+def mean_kl(p: Tensor, q: Tensor) -> float:
     a, b = (torch.log_softmax(t.double(), -1) for t in (p, q))
     return float((a.exp() * (a - b)).sum(-1).mean())
 
 
-def test_the_error_is_that_of_rounding_and_not_along_the_mean_input() -> None:
-    k, n = 96, 48
-    x, w = correlated_inputs(k) + 3.0, weights(k, n)
-    mean = x.mean(0)
-    error = perturbed(w.half(), mean) - w
-    assert torch.allclose(mean @ error, torch.zeros(n), atol=1e-4 * float(mean.norm() * error.norm()))
-    relative = float(error.norm() / w.norm())
-    assert 0.1 < relative < 0.35
-    assert torch.isfinite(perturbed(torch.zeros(k, n), mean)).all()
-    assert torch.isfinite(perturbed(w, torch.zeros(k))).all()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_module_by_module_is_the_gradient_of_the_whole_model(tiny: Callable[[str], Path], family: str) -> None:
+    blocks = blocks_of(tiny(family))
+    ids = token_ids(blocks, 2, 24)
+    found, _ = backward(blocks, ids)
+    x = blocks[0].forward(ids).detach().requires_grad_()
+    y = x
+    for block in blocks[1:]:
+        y = block.forward(y)
+    generator = torch.Generator().manual_seed(0)
+    upstream = torch.cat([fisher_root(row.detach(), generator)[None] for row in y])
+    (expected,) = torch.autograd.grad(y, x, upstream)
+    assert float(expected.norm()) > 0
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
 
 
-CASES = [("Llama", 1, 4), ("Llama", 2, 3), ("Mixtral", 2, 3), ("Cohere", 1, 7)]
+def test_the_head_in_slices_of_positions(tiny: Callable[[str], Path]) -> None:
+    """Rows longer than a slice: the states' gradients land where they belong."""
+    head = blocks_of(tiny("Llama"))[-1]
+    x = states(head.spec, rows=2, tokens=POSITIONS + 30).float()
+    gradient, sums = head_backward(head, x, torch.Generator().manual_seed(3), column_weights(head))
+    generator = torch.Generator().manual_seed(3)
+    weight = next(iter(head.weights.values()))
+    for r in range(2):
+        for part in (slice(0, POSITIONS), slice(POSITIONS, POSITIONS + 30)):
+            g = fisher_root(head.forward(x[r : r + 1, part]).detach(), generator)[0]
+            torch.testing.assert_close(gradient[r, part], g @ weight.t(), rtol=1e-4, atol=1e-6)
+    assert sums["lm_head"][1] == x.shape[0] * x.shape[1] * weight.shape[1]
 
 
-@pytest.mark.parametrize(("family", "index", "roles"), CASES)
-def test_probes_of_a_module(tiny: Callable[[str], Path], family: str, index: int, roles: int) -> None:
-    spec, block = load(tiny(family), index)
-    before = {k: w.clone() for k, w in block.weights.items()}
+def test_random_roots_have_the_second_moment_of_the_fisher_information() -> None:
+    logits = torch.tensor([2.0, 0.5, -1.0, 0.0])
+    p = torch.softmax(logits, -1)
+    draws = fisher_root(logits.expand(200_000, 4), torch.Generator().manual_seed(0))
+    found = draws.t() @ draws / len(draws)
+    torch.testing.assert_close(found, torch.diag(p) - torch.outer(p, p), rtol=0, atol=2e-3)
+
+
+# Of experts the last module: noise before another router makes tokens change their experts, which no gradient sees.
+CASES = [("Llama", 1), ("Llama", 4), ("Mixtral", 4), ("Cohere", 1), ("Gemma2", 2)]
+
+
+@pytest.mark.parametrize(("family", "index"), CASES)
+def test_sensitivities_tell_the_divergence_that_noise_causes(tiny: Callable[[str], Path], family: str, index: int) -> None:
+    """Independent noise with the columns' variances on the outputs of one role: KL = sensitivity times squared error."""
+    blocks = blocks_of(tiny(family))
+    ids = token_ids(blocks, 4, 32)
+    total: Sums = {}
+    for seed in range(8):
+        add(total, backward(blocks, ids, seed)[1][index])
+    reference = ids
+    for block in blocks:
+        reference = block.forward(reference)
+    block, g = blocks[index], torch.Generator().manual_seed(11)
+    columns, plain = column_weights(block), block.bank.linear
+    for role, (halves, error) in total.items():
+        keys = {x.key for x in block.module.linears if x.role == role}
+        squares: list[float] = []
+
+        scale = 0.02 * float(reference.std()) * (error / halves / 100) ** 0.5
+        scale = min(max(scale, 1e-3), 3e-2)
+
+        def noisy(linear, inputs, weight=None, keys=keys, squares=squares, scale=scale):  # type: ignore[no-untyped-def]
+            out = plain(linear, inputs, weight)
+            key = linear if isinstance(linear, str) else linear.key
+            if key in keys:
+                noise = scale * columns[key].sqrt() * torch.randn(out.shape, generator=g)
+                squares.append(float(noise.double().square().sum()))
+                out = out + noise
+            return out
+
+        draws, kl = 30, 0.0
+        block.bank.linear = noisy  # type: ignore[method-assign]
+        try:
+            for _ in range(draws):
+                x = ids
+                for b in blocks:
+                    x = b.forward(x)
+                kl += mean_kl(reference, x) / draws
+        finally:
+            block.bank.linear = plain  # type: ignore[method-assign]
+        squared = sum(squares) / draws / ids.numel()
+        assert halves / error == pytest.approx(kl / squared, rel=0.25), role
+
+
+def test_columns_and_dead_weights(tiny: Callable[[str], Path]) -> None:
+    _, block = load(tiny("Llama"), 1)
+    key, weight = next(iter(block.weights.items()))
+    found = column_weights(block)[key]
+    torch.testing.assert_close(found, weight.square().mean(0) / weight.square().mean(), rtol=1e-5, atol=1e-7)
+    block.set_weight(key, torch.zeros_like(weight))
+    assert torch.equal(column_weights(block)[key], torch.ones(weight.shape[1]))
+
+
+def test_nothing_is_left_behind(tiny: Callable[[str], Path]) -> None:
+    """A block that has seen a backward pass computes as before, without recording gradients."""
+    spec, block = load(tiny("Mixtral"), 2)
     x = states(spec).float()
-    out, probes = probes_of(block, x, CPU, len(x))
-    assert len(probes) == roles == len({p.role for p in probes})
-    assert all(torch.equal(block.weights[k], w) for k, w in before.items())
-    assert torch.equal(out, advanced(block, x, CPU, len(x)))
-    for p in probes:
-        assert p.states.shape == x.shape
-        assert p.error > 0
-        assert not torch.equal(p.states, out)
-
-
-def test_the_error_is_the_squared_error_of_the_outputs_per_token(tiny: Callable[[str], Path]) -> None:
-    spec, block = load(tiny("Llama"), 2)
-    x = states(spec).float()
-    inputs: list[Tensor] = []
-    block.forward(x, lambda group, n: inputs.append(n) if group == "down" else None)
-    down = block.module.linear("down_proj")
-    w = block.weights[down.key]
-    error = perturbed(w, inputs[0].mean(0)) - w
-    expected = float((inputs[0] @ error).double().square().sum() / len(inputs[0]))
-    probe = next(p for p in probes_of(block, x, CPU, len(x))[1] if p.role == "down_proj")
-    assert probe.error == pytest.approx(expected, rel=1e-5)
-
-
-def test_divergence_of_equal_near_and_far(tiny: Callable[[str], Path]) -> None:
-    spec, head = load(tiny("Llama"), len(load(tiny("Llama"), 0)[0].modules) - 1)
-    x = states(spec, rows=2, tokens=300).float()  # more than one slice of positions
-    g = torch.Generator().manual_seed(1)
-    noise = torch.randn(x.shape, generator=g)
-    others = [x, x + 1e-4 * noise, x + 0.1 * noise, 30 * noise]
-    found = divergences(head, x, others)
-    assert found[0] == 0.0
-    for kl, other in zip(found[1:], others[1:], strict=True):
-        assert kl == pytest.approx(reference_kl(head.forward(x), head.forward(other)), rel=1e-3)
-    assert found[1] < 1e-6
-
-
-def test_the_head_is_probed_and_left_as_it_was(tiny: Callable[[str], Path]) -> None:
-    spec, head = load(tiny("Llama"), len(load(tiny("Llama"), 0)[0].modules) - 1)
-    key = head.module.linears[0].key
-    x, w = states(spec).float(), head.weights[key].clone()
-    kl, error = head_probe(head, x)
-    assert torch.equal(head.weights[key], w)
-    changed = perturbed(w, x.flatten(0, 1).mean(0))
-    assert kl == pytest.approx(reference_kl(x @ w, x @ changed), rel=1e-3)
-    assert error == pytest.approx(float((x @ (changed - w)).square().sum(-1).mean()), rel=1e-4)
-
-
-def test_a_quarter_of_the_squared_error_is_a_quarter_of_the_divergence(tiny: Callable[[str], Path]) -> None:
-    """What one number per linear rests on."""
-    spec, head = load(tiny("Llama"), len(load(tiny("Llama"), 0)[0].modules) - 1)
-    key = head.module.linears[0].key
-    x, w = states(spec, rows=8).float(), head.weights[key].clone()
-    kl, error = head_probe(head, x)
-    half = w + (perturbed(w, x.flatten(0, 1).mean(0)) - w) / 2
-    assert reference_kl(x @ w, x @ half) == pytest.approx(kl / error * error / 4, rel=0.1)
+    before = block.forward(x)
+    module_backward(block, x, torch.ones_like(x), column_weights(block))
+    after = block.forward(x)
+    assert block.bank.watch is None
+    assert not after.requires_grad
+    assert torch.equal(before, after)
