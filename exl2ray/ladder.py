@@ -58,8 +58,8 @@ def _evaluated(
     from exl2ray.report.evaluations import EVALUATION
     from exl2ray.store.fs import Store
 
-    tokenizer = find_tokenizer([recipe.in_dir])
-    rows = heldout_rows(tokenizer) if recipe.eval_text is None else load_tokens(recipe.eval_text, tokenizer)
+    with find_tokenizer([recipe.in_dir]) as tokenizer:
+        rows = heldout_rows(tokenizer) if recipe.eval_text is None else load_tokens(recipe.eval_text, tokenizer)
     store, identity = Store.open(recipe.out_dir), _identity(recipe, outputs, rows)
     results = _stored(store, identity)
     drawn = results is not None and store.exists(PLOT)

@@ -16,7 +16,7 @@ ROOMS = {
     "formats": set(),
     "cuda": set(),
     "store": set(),
-    "calibration": set(),
+    "calibration": {"formats"},
     "model": {"cuda", "formats"},
     "quant": {"cuda", "formats"},
     "evaluate": {"calibration", "formats", "model", "quant"},

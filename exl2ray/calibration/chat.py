@@ -1,20 +1,22 @@
 """Conversations as text: rendered with the model's own chat template, or plainly when it has none.
 
 An instruct model sees its template's markers in every prompt, so calibration should too. Templates are code that comes
-with the model: they run in Jinja's immutable sandbox, and their output is checked against the conversation.
+with the model: they run in Jinja's immutable sandbox, in a child process with limits, and their output is checked against
+the conversation.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.calibration.text import Conversation
 from exl2ray.errors import CalibrationError
 
@@ -22,6 +24,9 @@ from exl2ray.errors import CalibrationError
 TEMPLATE_DATE = datetime(2024, 7, 26, tzinfo=timezone.utc)
 # Training-only markers of Hugging Face templates; Jinja does not know the tag.
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+MEMORY_BYTES = 256 * MIB  # of the process that renders; Python and Jinja take 25
+COMPILE_SECONDS, RENDER_SECONDS = 2.0, 0.01  # of processor time; published templates take 0.05 and 0.001
+CHARACTERS, CHARACTERS_PER_CHARACTER = 100_000, 20  # of output: for the template's own text, and for the messages
 SPEAKERS = {"user": "User", "assistant": "Assistant"}
 
 
@@ -44,7 +49,9 @@ class ChatRenderer:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = env.from_string(GENERATION_TAG.sub("", template))
-        except TemplateError as e:
+        except MemoryError:
+            raise
+        except Exception as e:  # the parser's recursion has an end, too
             raise CalibrationError(f"chat template: {type(e).__name__}: {e}") from e
 
     def render(self, conversation: Conversation) -> str:
@@ -70,6 +77,8 @@ class ChatRenderer:
         }
         try:
             text = self._template.render(context)
+        except MemoryError:
+            raise
         except Exception as e:  # code of the model's author; it can raise anything
             raise CalibrationError(f"chat template: {type(e).__name__}: {e}") from e
         for role, content in messages:
@@ -78,20 +87,59 @@ class ChatRenderer:
         return text
 
 
+class TemplateProcess:
+    """A ChatRenderer in a child process, started by the first conversation. A limit that was met once holds for good."""
+
+    def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
+        self._template, self._special_tokens = template, dict(special_tokens)
+        self._child: LimitedProcess | None = None
+        self._reason = ""  # why it cannot render anything
+
+    def render(self, conversation: Conversation) -> str:
+        """As ``ChatRenderer.render``; raises CalibrationError for a limit as well."""
+        if self._reason:
+            raise CalibrationError(self._reason)
+        try:
+            if self._child is None:
+                self._child = LimitedProcess("template")
+                start = {"op": "compile", "special_tokens": self._special_tokens}
+                self._ask(start, [self._template.encode("utf-8", "replace")], COMPILE_SECONDS)
+            size = sum(len(content) for _, content in conversation.messages)
+            most = CHARACTERS + CHARACTERS_PER_CHARACTER * size
+            request = {"op": "render", "messages": conversation.messages, "characters": most}
+            return self._ask(request, [], RENDER_SECONDS)[0].decode("utf-8")
+        except ChildError as e:
+            reason = e.reason.removeprefix("CalibrationError: chat template: ")
+            limit = e.ended or reason.startswith("used more")
+            message = f"the chat template {reason}" if limit else f"chat template: {reason}"
+            if limit:
+                self._reason = message
+                self.close()
+            raise CalibrationError(message) from e
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.close()
+        self._reason = self._reason or "chat template: its process was closed"
+
+    def _ask(self, request: Mapping[str, Any], blobs: Sequence[bytes], seconds: float) -> list[bytes]:
+        assert self._child is not None
+        return self._child.ask(request, blobs, cpu_seconds=seconds, memory_bytes=MEMORY_BYTES)[1]
+
+
 class ChatText:
     """Conversations to text, never failing: what the template cannot render becomes plain text, and ``notes`` says so.
 
     A template that cannot render ``sample`` is not used at all (``templated`` is False).
     """
 
-    def __init__(self, template: str | None, special_tokens: Mapping[str, str], sample: Conversation) -> None:
-        self._renderer: ChatRenderer | None = None
+    def __init__(self, renderer: TemplateProcess | ChatRenderer | None, sample: Conversation) -> None:
+        self._renderer: TemplateProcess | ChatRenderer | None = None
         self._failed = 0
         self._reason = ""
-        if template is None:
+        if renderer is None:
             return
         try:
-            renderer = ChatRenderer(template, special_tokens)
             renderer.render(sample)
             self._renderer = renderer
         except CalibrationError as e:

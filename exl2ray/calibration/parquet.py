@@ -64,7 +64,7 @@ def parquet_rows(
             f"use {f'{row_flag} {usable}' if usable else f'a smaller {length_flag}'}, or a larger file",
         )
     tokens = torch.from_numpy(np.concatenate(parts)[:needed]).reshape(rows, length)
-    check_ids(tokens, vocab_size, tokenizer)
+    check_ids(tokens, vocab_size, tokenizer, [file.name] * rows)
     return Rows(tokens, ("parquet",) * rows, str(file))
 
 

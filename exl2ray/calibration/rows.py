@@ -39,6 +39,7 @@ from torch import Tensor
 
 from exl2ray.calibration import generate
 from exl2ray.calibration.chat import ChatText
+from exl2ray.calibration.limited_child import shown
 from exl2ray.calibration.pieces import (
     GENERATED,
     SECOND_PASS,
@@ -58,6 +59,7 @@ Plan = Literal["measure", "quantize"]
 MAX_BUILTIN_LENGTH = 2048
 LENGTH_STEP = 128  # shuffled rows are made of pieces this long
 NOISE_ROWS = {"measure": 5, "quantize": 30}
+MAX_CHARACTERS_PER_ID, ENOUGH_CHARACTERS = 100, 20_000  # of a tokenizer that can be used; real ones have 2 to 8
 LENGTH_FLAGS = {"measure": "-ml/--measurement-length", "quantize": "-l/--length"}
 
 
@@ -152,7 +154,7 @@ def builtin_rows(
             made[row_set.name] = sources.rows(row_set, count, ctx, rng)
     kinds = [name for name, ids in made.items() for _ in ids]
     ids = torch.cat([torch.from_numpy(ids) for ids in made.values()])
-    check_ids(ids, vocab_size, tokenizer)
+    check_ids(ids, vocab_size, tokenizer, kinds)
     if noise:
         ids = torch.cat([ids, torch.full((NOISE_ROWS[plan], ctx), -1)])
         kinds += ["noise"] * NOISE_ROWS[plan]
@@ -171,14 +173,20 @@ def check_length(length: int, flag: str, max_positions: int | None) -> None:
         )
 
 
-def check_ids(ids: Tensor, vocab_size: int, tokenizer: ModelTokenizer) -> None:
-    """Raise SourceError if an id has no embedding row."""
+def check_ids(ids: Tensor, vocab_size: int, tokenizer: ModelTokenizer, kinds: Sequence[str] = ()) -> None:
+    """Raise SourceError if an id (R, T) has no embedding row, naming the token and its row; ``kinds``: of the rows."""
     highest = int(ids.max())
-    if highest >= vocab_size:
-        raise SourceError(
-            f"{tokenizer.path}: calibration text holds token id {highest}; the model has {vocab_size} embedding rows",
-            "the tokenizer is of another model, or tokens were added without resizing the embedding",
-        )
+    if highest < vocab_size:
+        return
+    row = int((ids >= vocab_size).any(dim=1).nonzero()[0, 0])
+    token_id = int(ids[row][ids[row] >= vocab_size][0])
+    text = tokenizer.process.tokens_of([token_id])[0]
+    where = f"row {row} ({kinds[row]})" if kinds else f"row {row}"
+    raise SourceError(
+        f"{tokenizer.path}: {where} of the calibration text holds token {shown(text or '', 40)!r} with token id {token_id}; "
+        f"the model has {vocab_size} embedding rows",
+        "leave out what holds it (chat template: --no-chat-rows), or resize the model's embedding",
+    )
 
 
 def _row_sets(exclude: frozenset[str]) -> tuple[RowSet, ...]:
@@ -204,8 +212,8 @@ class _Sources:
         self._tokenizer = tokenizer
         self._seed = seed
         self._documents = documents
-        template = tokenizer.chat_template if chat_rows else None
-        self._chat = ChatText(template, tokenizer.special_tokens, next(generate.conversations(seed)))
+        self._chat = ChatText(tokenizer.templates if chat_rows else None, next(generate.conversations(seed)))
+        self._characters = self._ids = 0
 
     def rows(self, row_set: RowSet, count: int, ctx: int, rng: random.Random) -> Ids:
         """Int64 (count, ctx) of one set of written text."""
@@ -219,7 +227,7 @@ class _Sources:
             if doc.kind in row_set.kinds:
                 families.setdefault(doc.family, []).append(self._text(row_set, doc))
         texts = interleave(families, rng)
-        pieces = Pieces(texts, row_set.repeat, self._generated(row_set), self._tokenizer.encode, limit=ctx)
+        pieces = Pieces(texts, row_set.repeat, self._generated(row_set), self._encode, limit=ctx)
         if row_set.documents:
             templated = row_set.name == "chat" and self._chat.templated
             bos, eos = (None, None) if templated else (self._tokenizer.bos_id, self._tokenizer.eos_id)
@@ -232,6 +240,17 @@ class _Sources:
                 self.notes.append(f"{row_set.name}: {pieces.used[origin]} of {count * ctx} tokens are {what}")
         if row_set.name == "chat":
             self.notes += self._chat.notes()
+        return ids
+
+    def _encode(self, text: str) -> Ids:
+        """Ids of a text. Raises SourceError for a tokenizer that makes next to nothing of it: rows would never be full."""
+        ids = self._tokenizer.encode(text)
+        self._characters, self._ids = self._characters + len(text), self._ids + len(ids)
+        if self._characters > ENOUGH_CHARACTERS and self._characters > MAX_CHARACTERS_PER_ID * self._ids:
+            raise SourceError(
+                f"{self._tokenizer.path}: the tokenizer makes {self._ids} ids of {self._characters} characters of text",
+                "it is not the tokenizer of a language model: take tokenizer.json from the model's first publisher",
+            )
         return ids
 
     def _text(self, row_set: RowSet, doc: Document) -> str:

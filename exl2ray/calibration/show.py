@@ -63,7 +63,7 @@ def describe_rows(rows: Rows, tokenizer: ModelTokenizer, words: int = 12) -> Row
     for kind in dict.fromkeys(rows.kinds):
         ids = rows.ids[[i for i, k in enumerate(rows.kinds) if k == kind]]
         noise = bool((ids[0] < 0).any())
-        text = "" if noise else tokenizer.tokenizer.decode(ids[0, :FIRST_TOKENS].tolist(), skip_special_tokens=False)
+        text = "" if noise else tokenizer.decode(ids[0, :FIRST_TOKENS].tolist())
         distinct = 0 if noise else torch.unique(ids).numel()
         kinds.append(KindView(kind, ids.shape[0], ids.numel(), distinct, preview(text, words)))
     total, length = rows.ids.shape

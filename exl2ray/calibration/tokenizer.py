@@ -1,173 +1,286 @@
 """The model's tokenizer: ``tokenizer.json``, BOS and EOS ids, special tokens and chat template.
 
 converter-algorithm section 3: text is encoded without automatic BOS/EOS and without templates; added tokens that
-occur literally in the text are matched.
+occur literally in the text are matched. The tokenizer itself lives in a child process with limits
+(`exl2ray.calibration.limited`), since its file comes from a stranger; so do chat templates.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
+from exl2ray.calibration.chat import TemplateProcess
+from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
+from exl2ray.calibration.limited_child import shown
+from exl2ray.calibration.tokenizer_files import (
+    SPECIAL_NAMES,
+    TokenizerFiles,
+    optional_json,
+    read_tokenizer_files,
+    token_text,
+)
 from exl2ray.errors import SourceError
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# Of a process that holds a tokenizer. The largest published ones, 35 MB with 262,000 tokens, take 500 MB and 2 s.
+MEMORY_BYTES, MEMORY_PER_BYTE, MOST_MEMORY_BYTES = 512 * MIB, 12, 1300 * MIB
+MEMORY_PER_TEXT_BYTE = 300  # of the longest text: an encoding keeps pieces, offsets and more of every token
+LOAD_SECONDS, LOAD_SECONDS_PER_MIB = 2.0, 0.15
+BYTES_PER_SECOND = 250_000  # of text; slow tokenizers do four times that
+IDS_PER_BYTE, IDS_PER_TEXT = 16, 1024  # normalisers may lengthen text, but not without end
+SHOWN = 3  # tokens in a message
+
+
+class TokenizerProcess:
+    """The child with one tokenizer. Every method raises SourceError when the child gives up."""
+
+    def __init__(self, files: TokenizerFiles, rows: int) -> None:
+        self._path = files.path
+        self._memory = min(MEMORY_BYTES + MEMORY_PER_BYTE * len(files.content), MOST_MEMORY_BYTES)
+        self._child = LimitedProcess("tokenizer")
+        request = {"op": "load", "stated": files.stated, "named": files.named, "rows": rows, "names": False}
+        seconds = LOAD_SECONDS + LOAD_SECONDS_PER_MIB * len(files.content) / MIB
+        try:
+            self.report, _ = self._child.ask(request, [files.content], cpu_seconds=seconds, memory_bytes=self._memory)
+        except ChildError as e:
+            self._child.close()
+            if e.ended or e.reason.startswith("used more"):
+                raise SourceError(f"{self._path}: loading the tokenizer {e.reason}", _UNUSUAL) from e
+            raise SourceError(
+                f"{self._path}: not a tokenizer file that tokenizers {version('tokenizers')} reads: {e.reason}",
+                "download the file again; if a newer version of the library wrote it: pip install -U tokenizers",
+            ) from e
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Ids of each text, int64 (T,)."""
+        data = [text.encode("utf-8") for text in texts]
+        size = sum(map(len, data))
+        _, blobs, lengths = self._ask(
+            {"op": "encode"}, data, f"{size} bytes of text", cpu_seconds=size / BYTES_PER_SECOND,
+            extra_memory=MEMORY_PER_TEXT_BYTE * max(map(len, data), default=0),
+            answer_bytes=4 * (IDS_PER_BYTE * size + IDS_PER_TEXT * len(data)),
+        )  # fmt: skip
+        ids = np.frombuffer(blobs[0], np.int32).astype(np.int64)
+        return np.split(ids, np.cumsum(lengths)[:-1]) if lengths else []
+
+    def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
+        return self._look_up("ids", tokens=tokens)
+
+    def tokens_of(self, ids: Sequence[int]) -> list[str | None]:
+        return self._look_up("tokens", of=ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        _, blobs, _ = self._ask({"op": "decode", "ids": ids}, [], f"{len(ids)} ids", cpu_seconds=0.1)
+        return blobs[0].decode("utf-8")
+
+    def close(self) -> None:
+        self._child.close()
+
+    def _look_up(self, what: str, **request: Sequence[Any]) -> list[Any]:
+        answer, _, _ = self._ask({"op": "look_up", **request}, [], "a few tokens", cpu_seconds=0.01)
+        return list(answer[what])
+
+    def _ask(
+        self,
+        request: Mapping[str, Any],
+        blobs: Sequence[bytes],
+        what: str,
+        cpu_seconds: float,
+        extra_memory: int = 0,
+        answer_bytes: int = 64 * MIB,
+    ) -> tuple[dict[str, Any], list[bytes], list[int]]:
+        try:
+            answer, out = self._child.ask(
+                request, blobs, cpu_seconds=cpu_seconds, memory_bytes=self._memory + extra_memory, answer_bytes=answer_bytes
+            )
+        except ChildError as e:
+            raise SourceError(f"{self._path}: the tokenizer {e.reason} (with {what})", _UNUSUAL) from e
+        return answer, out, answer.get("lengths", [])
+
+
+_UNUSUAL = "no tokenizer of a real model needs that much: take tokenizer.json from the model's first publisher"
 
 
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """A loaded tokenizer. ``vocab_size`` is its highest id + 1; ids of text are always below it."""
+    """A loaded tokenizer. ``close`` ends its process."""
 
-    tokenizer: Tokenizer
-    path: Path
-    vocab_size: int
+    process: TokenizerProcess
+    path: Path  # of tokenizer.json; the folder, if the vocabulary was converted
+    vocab_size: int  # highest id with an embedding row, + 1
     bos_id: int | None
     eos_id: int | None
     chat_template: str | None  # Jinja source
     special_tokens: Mapping[str, str]  # "bos_token" -> text; what a chat template may refer to
+    warnings: tuple[str, ...]
+    added: Mapping[str, int]  # tokens that are not in tokenizer.json
+    converted: bytes | None  # content of a tokenizer.json that the model does not have
+    templates: TemplateProcess | None  # None without a template
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Ids of ``text``, int64 (T,), without BOS, EOS or any other token that is not in the text."""
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        return self.process.encode([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """``encode`` of each text; the library spreads a batch over the CPU cores."""
-        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [np.asarray(e.ids, dtype=np.int64) for e in encodings]
+        return self.process.encode(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, special tokens included."""
+        return self.process.decode(ids)
+
+    def close(self) -> None:
+        self.process.close()
+        if self.templates is not None:
+            self.templates.close()
+
+    def __enter__(self) -> ModelTokenizer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
 def load_tokenizer(directory: str | Path, config: Mapping[str, Any], vocab_size: int) -> ModelTokenizer:
     """Load the tokenizer of a Hugging Face directory.
 
     ``config`` is the model's config.json, ``vocab_size`` the rows of its embedding (and head). Raises SourceError when
-    tokenizer.json is missing or broken, when any id (added tokens included) is not below ``vocab_size``, or when a BOS
-    or EOS setting is not usable.
+    tokenizer.json is missing or broken, when its vocabulary does not fit into the embedding, or when a BOS or EOS setting is
+    no number. What can be done without (added tokens beyond the embedding, ids out of range) is among ``warnings``.
     """
     root = Path(directory)
-    path = root / "tokenizer.json"
-    tokenizer = _read_tokenizer(path)
-    # Some files store these; both would change the ids of long texts behind our back.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
-    if not vocab:
-        raise SourceError(f"{path}: the vocabulary is empty")
-    token, highest = max(vocab.items(), key=lambda item: item[1])
-    if highest >= vocab_size:
-        raise SourceError(
-            f"{path}: token {token!r} has id {highest}, so the tokenizer needs {highest + 1} embedding rows; "
-            f"the model has {vocab_size}",
-            "the tokenizer is of another model, or tokens were added without resizing the embedding",
-        )
-    settings = _read_json(root / "tokenizer_config.json")
-    lookup = _TokenIds(path, vocab, vocab_size)
-    bos_id = lookup.resolve("bos", config, settings, default=1)
-    eos_id = lookup.resolve("eos", config, settings, default=2)
-    special = {n: t for n in SPECIAL_NAMES if (t := _token_text(settings.get(n))) is not None}
-    for name, token_id in (("bos_token", bos_id), ("eos_token", eos_id)):
-        text = tokenizer.id_to_token(token_id) if token_id is not None else None
-        if text is not None:
-            special.setdefault(name, text)
+    files = read_tokenizer_files(root)
+    process = TokenizerProcess(files, vocab_size)
+    try:
+        report = process.report
+        _check_vocabulary(files.path, report, vocab_size)
+        warnings = _vocabulary_warnings(files.path, report, vocab_size)
+        ends = _EndTokens(root, process, vocab_size, warnings.append)
+        bos_id = ends.resolve("bos", config, files.settings, default=1)
+        eos_id = ends.resolve("eos", config, files.settings, default=2)
+        ends.check_generation_config()
+        special = {n: t for n in SPECIAL_NAMES if (t := token_text(files.settings.get(n))) is not None}
+        for name, token_id in (("bos_token", bos_id), ("eos_token", eos_id)):
+            text = process.tokens_of([token_id])[0] if token_id is not None else None
+            if text is not None:
+                special.setdefault(name, text)
+    except BaseException:
+        process.close()
+        raise
+    template = files.chat_template
     return ModelTokenizer(
-        tokenizer=tokenizer,
-        path=path,
-        vocab_size=highest + 1,
+        process=process,
+        path=files.path,
+        vocab_size=min(report["highest"][0] + 1, vocab_size),
         bos_id=bos_id,
         eos_id=eos_id,
-        chat_template=_chat_template(root, settings),
+        chat_template=template,
         special_tokens=special,
+        warnings=tuple(warnings),
+        added=dict(report["added"]),
+        converted=files.content if files.converted else None,
+        templates=None if template is None else TemplateProcess(template, special),
     )
 
 
+def _check_vocabulary(path: Path, report: Mapping[str, Any], rows: int) -> None:
+    if report["highest"] is None:
+        raise SourceError(f"{path}: the vocabulary is empty")
+    if report["base_highest"] is not None and report["base_highest"][0] >= rows:
+        highest, token = report["base_highest"]
+        raise SourceError(
+            f"{path}: the vocabulary goes up to id {highest} ({shown(token, 40)!r}) and needs {highest + 1} embedding rows; "
+            f"the model has {rows}",
+            "the tokenizer is of another model: take tokenizer.json from where the weights are from",
+        )
+
+
+def _vocabulary_warnings(path: Path, report: Mapping[str, Any], rows: int) -> list[str]:
+    """What is odd about added tokens, for people."""
+    out = []
+    if report["surplus"]:
+        some = _list(f"{shown(t, 40)!r} ({i})" for i, t in report["surplus"])
+        out.append(
+            f"{path}: {report['surplus_count']} added tokens have no embedding row (the model has {rows}): {some}; "
+            "harmless as long as no text holds them"
+        )
+    for text, stated, actual in report["renumbered"][:SHOWN]:
+        out.append(f"{path}: the token {shown(text, 40)!r} has id {actual} for all loaders, not {stated} as its entry says")
+    if report["disagreeing"]:
+        some = _list(
+            f"{shown(t, 40)!r} (stated {i}" + (f", would be {actual})" if actual is not None else ")")
+            for t, i, actual in report["disagreeing"]
+        )
+        root = path.parent if path.suffix else path
+        out.append(f"{root}: added tokens whose stated ids are not those that loaders give them are left out: {some}")
+    if report["without_row"]:
+        some = _list(repr(shown(t, 40)) for t in report["without_row"])
+        out.append(f"{path}: special tokens that are not in the vocabulary, with no embedding row left for them: {some}")
+    return out
+
+
+def _list(texts: Any) -> str:
+    some = list(texts)
+    return ", ".join(some[:SHOWN]) + (", ..." if len(some) > SHOWN else "")
+
+
 @dataclass(frozen=True)
-class _TokenIds:
-    path: Path
-    vocab: Mapping[str, int]
-    vocab_size: int
+class _EndTokens:
+    """Where BOS and EOS come from."""
+
+    root: Path
+    process: TokenizerProcess
+    rows: int
+    warn: Callable[[str], None]
 
     def resolve(self, which: str, config: Mapping[str, Any], settings: Mapping[str, Any], default: int) -> int | None:
-        """Section 3: config.json, else tokenizer config (null there: the model has none), else ``default``."""
-        name = f"{which}_token_id"
+        """Section 3: config.json, else tokenizer config (null there: the model has none), else ``default``.
+
+        Ids without an embedding row are left out, and so are tokens that are none.
+        """
+        name, token_name = f"{which}_token_id", f"{which}_token"
         value = config.get(name)
-        if isinstance(value, list):  # several EOS ids; the first one is used
-            value = value[0] if value else None
-        if value is not None:
-            return self._check(value, f"config.json: {name}")
-        token_name = f"{which}_token"
+        values = value if isinstance(value, list) else [] if value is None else [value]  # of several EOS ids the first
+        usable = self._usable(values, f"config.json: {name}")
+        if usable:
+            return usable[0]
         if token_name in settings:
-            if settings[token_name] is None:
-                return None
-            text = _token_text(settings[token_name])
-            if text is None or text not in self.vocab:
-                raise SourceError(
-                    f"{self.path.parent / 'tokenizer_config.json'}: {token_name} {settings[token_name]!r} "
-                    f"is not a token of {self.path.name}",
-                    f"set {name} in config.json",
-                )
-            return self.vocab[text]
-        return self._check(default, f"default {name}")
+            return None if settings[token_name] is None else self._id_of(settings[token_name], token_name)
+        return default if not values and default < self.rows else None
 
-    def _check(self, value: Any, origin: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise SourceError(f"{self.path.parent}: {origin} is {value!r}, not an integer")
-        if not 0 <= value < self.vocab_size:
-            raise SourceError(
-                f"{self.path.parent}: {origin} is {value}, but the model has {self.vocab_size} embedding rows"
-            )
-        return value
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise SourceError(
-            f"tokenizer not found: {path}",
-            "a model that only has tokenizer.model (SentencePiece) needs a converted one: "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes it",
-        )
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise SourceError(f"{path}: cannot be read: {e}") from e
-    except Exception as e:  # the library raises plain Exception for whatever its parser dislikes
-        raise SourceError(f"{path}: not a tokenizer file: {e}", "download the file again") from e
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        obj = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise SourceError(f"{path}: not a JSON file: {e}") from e
-    if not isinstance(obj, dict):
-        raise SourceError(f"{path}: holds {type(obj).__name__}, not an object")
-    return obj
-
-
-def _token_text(value: Any) -> str | None:
-    """Text of a special token, given as a string or as a serialised added token."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _chat_template(root: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else ``chat_template`` of tokenizer_config.json: a string, or a list with one "default"."""
-    file = root / "chat_template.jinja"
-    if file.is_file():
+    def check_generation_config(self) -> None:
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise SourceError(f"{file}: cannot be read: {e}") from e
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) and template.strip() else None
+            found = optional_json(self.root / "generation_config.json")
+        except SourceError as e:
+            self.warn(e.message)
+            return
+        for name in ("bos_token_id", "eos_token_id"):
+            value = found.get(name)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            self._usable([v for v in values if type(v) is int], f"generation_config.json: {name}")
+
+    def _usable(self, values: Sequence[Any], origin: str) -> list[int]:
+        for value in values:
+            if type(value) is not int:
+                raise SourceError(f"{self.root}: {origin} is {shown(repr(value), 40)}, not an integer")
+        out = [v for v in values if not 0 <= v < self.rows]
+        if out:
+            some = _list(map(str, out))
+            self.warn(f"{self.root}: {origin} {some} has no embedding row (the model has {self.rows}) and is left out")
+        return [v for v in values if 0 <= v < self.rows]
+
+    def _id_of(self, value: Any, token_name: str) -> int | None:
+        text = token_text(value)
+        found = None if text is None else self.process.ids_of([text])[0]
+        if found is not None and found < self.rows:
+            return found
+        why = "is not a token of the vocabulary" if found is None else f"has id {found}, without an embedding row"
+        self.warn(f"{self.root / 'tokenizer_config.json'}: {token_name} {shown(repr(value), 60)} {why}; it is left out")
+        return None

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from exl2ray.calibration.parquet import parquet_rows
-from exl2ray.calibration.rows import Plan, builtin_rows
+from exl2ray.calibration.rows import Plan, Rows, builtin_rows
 from exl2ray.calibration.show import RowsView, describe_rows
-from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.config import Recipe
 from exl2ray.console import clean, show_table
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
+from exl2ray.model.spec import ModelSpec
 
 PASSES: Mapping[str, Plan] = {"measurement": "measure", "quantisation": "quantize"}
 
@@ -21,39 +22,23 @@ def rows_of(recipe: Recipe) -> dict[str, RowsView]:
     """The rows of both passes, by the name of the pass. Raises CalibrationError and SourceError as a conversion would."""
     source = SourceModel(recipe.in_dir)
     spec = load_spec(source)
-    hyper = spec.hyper
-    tokenizer = load_tokenizer(recipe.in_dir, source.config, hyper.vocab_size)
-    settings = {
-        "measure": (recipe.measurement_rows, recipe.measurement_length, "-mr", "-ml"),
-        "quantize": (recipe.dataset_rows, recipe.length, "-r", "-l"),
-    }
-    out = {}
-    for name, plan in PASSES.items():
-        count, length, row_flag, length_flag = settings[plan]
-        if recipe.cal_dataset is None:
-            rows = builtin_rows(
-                tokenizer,
-                plan,
-                length,
-                recipe.seed,
-                hyper.vocab_size,
-                noise=spec.arch.noise_rows is not None,
-                chat_rows=recipe.chat_rows,
-                max_positions=hyper.max_seq_len,
-            )
-        else:
-            rows = parquet_rows(
-                recipe.cal_dataset,
-                tokenizer,
-                count,
-                length,
-                row_flag,
-                length_flag,
-                hyper.vocab_size,
-                max_positions=hyper.max_seq_len,
-            )
-        out[name] = describe_rows(rows, tokenizer)
-    return out
+    with load_tokenizer(recipe.in_dir, source.config, spec.hyper.vocab_size) as tokenizer:
+        return {name: describe_rows(_rows(recipe, spec, tokenizer, plan), tokenizer) for name, plan in PASSES.items()}
+
+
+def _rows(recipe: Recipe, spec: ModelSpec, tokenizer: ModelTokenizer, plan: Plan) -> Rows:
+    measuring, hyper = plan == "measure", spec.hyper
+    length = recipe.measurement_length if measuring else recipe.length
+    if recipe.cal_dataset is None:
+        return builtin_rows(
+            tokenizer, plan, length, recipe.seed, hyper.vocab_size, noise=spec.arch.noise_rows is not None,
+            chat_rows=recipe.chat_rows, max_positions=hyper.max_seq_len,
+        )  # fmt: skip
+    flags = ("-mr", "-ml") if measuring else ("-r", "-l")
+    count = recipe.measurement_rows if measuring else recipe.dataset_rows
+    return parquet_rows(
+        recipe.cal_dataset, tokenizer, count, length, *flags, hyper.vocab_size, max_positions=hyper.max_seq_len
+    )
 
 
 def rows_json(views: Mapping[str, RowsView]) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def evaluate(
         ids = _builtin(heldout_rows(tokenizer, length or DEFAULT_LENGTH), rows, stride)
     else:
         ids = load_tokens(tokens or text or "", tokenizer, rows, length, stride)
+    if tokenizer is not None:
+        tokenizer.close()
     options = RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha)
     reporter = Silent() if quiet or not is_terminal(sys.stdout) else human_reporter()
     try:

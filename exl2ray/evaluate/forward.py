@@ -91,7 +91,8 @@ def open_model(path: str | Path, options: RunOptions | None = None) -> OpenModel
 def _bos_id(root: Path, source: SourceModel, spec: ModelSpec) -> int:
     bos = spec.hyper.bos_token_id
     if bos is None:
-        bos = load_tokenizer(root, source.config, spec.hyper.vocab_size).bos_id
+        with load_tokenizer(root, source.config, spec.hyper.vocab_size) as tokenizer:
+            bos = tokenizer.bos_id
     if bos is None or not 0 <= bos < spec.hyper.vocab_size:
         raise SourceError(
             f"{root}: {spec.arch.name} needs BOS in front of every row, but bos_token_id is {bos}",

@@ -8,7 +8,6 @@ people do keep them on other disks.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,5 +33,6 @@ def link_error(directory: str | Path, name: str, target: Path) -> SourceError:
     link = Path(directory) / name
     return SourceError(
         f"{link}: a link to {target}, outside of the model's folder; its content would become part of the output",
-        f"if it belongs to the model, copy it: {shlex.join(['cp', '--remove-destination', str(target), str(link)])}",
+        # No command: who made the folder chose the target, and a command is soon run.
+        "look at what the link leads to; if that is of the model, put the file itself in its place",
     )

@@ -66,7 +66,7 @@ class Examination:
     spec: ModelSpec | None = None
     overrides: tuple[Override, ...] = ()  # of --set
     measurement: Measurement | None = None  # of -m
-    tokenizer: ModelTokenizer | None = None
+    tokenizer: ModelTokenizer | None = None  # closed
     rows: dict[str, Rows] = field(default_factory=dict)  # "measure", "quantize"
     disks: list[DiskNeed] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -269,10 +269,12 @@ def _examine_calibration(found: Examination, recipe: Recipe) -> None:
     found.tokenizer = tokenizer
     if tokenizer is None:
         return
-    for name in ("measure", "quantize"):
-        rows = found.attempt("calibration", lambda n=name: _rows(found, recipe, tokenizer, vocabulary, n))  # type: ignore[misc]
-        if rows is not None:
-            found.rows[name] = rows
+    found.warnings += tokenizer.warnings
+    with tokenizer:  # its process takes some hundred MB
+        for name in ("measure", "quantize"):
+            rows = found.attempt("calibration", lambda n=name: _rows(found, recipe, tokenizer, vocabulary, n))  # type: ignore[misc]
+            if rows is not None:
+                found.rows[name] = rows
 
 
 def _rows(found: Examination, recipe: Recipe, tokenizer: ModelTokenizer, vocabulary: int, name: str) -> Rows:

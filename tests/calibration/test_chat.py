@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from exl2ray.calibration import generate
-from exl2ray.calibration.chat import ChatRenderer, ChatText, plain_chat
+from exl2ray.calibration.chat import ChatRenderer, ChatText, TemplateProcess, plain_chat
 from exl2ray.calibration.text import Conversation
 from exl2ray.errors import CalibrationError
 
@@ -70,7 +70,7 @@ def test_template_without_a_system_role(start: str) -> None:
 def test_bad_templates(template: str) -> None:
     with pytest.raises(CalibrationError, match="chat template: "):
         ChatRenderer(template, TOKENS).render(CHAT)
-    chat = ChatText(template, TOKENS, sample=CHAT)
+    chat = ChatText(TemplateProcess(template, TOKENS), sample=CHAT)
     assert not chat.templated
     assert chat.text(CHAT) == plain_chat(CHAT)
     (note,) = chat.notes()
@@ -78,7 +78,8 @@ def test_bad_templates(template: str) -> None:
 
 
 def test_single_failures_are_counted() -> None:
-    chat = ChatText("{% if messages | length > 2 %}{{ raise_exception('long') }}{% endif %}" + LOOP, TOKENS, SHORT)
+    template = "{% if messages | length > 2 %}{{ raise_exception('long') }}{% endif %}" + LOOP
+    chat = ChatText(TemplateProcess(template, TOKENS), SHORT)
     assert chat.templated
     assert chat.notes() == []
     assert chat.text(CHAT) == plain_chat(CHAT)
@@ -87,7 +88,7 @@ def test_single_failures_are_counted() -> None:
 
 
 def test_no_template_needs_no_note() -> None:
-    chat = ChatText(None, TOKENS, CHAT)
+    chat = ChatText(None, CHAT)
     assert (chat.templated, chat.notes()) == (False, [])
 
 

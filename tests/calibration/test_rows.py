@@ -83,7 +83,7 @@ def test_model_without_bos_and_eos(make_tokenizer: Callable[..., ModelTokenizer]
 def test_consecutive_rows_are_the_text(tokenizer: ModelTokenizer, documents: Documents) -> None:
     """Joined, the rows of a set read as whole documents one after the other."""
     rows = builtin_rows(tokenizer, "quantize", 2048, 0, 2048, documents=documents)
-    text = tokenizer.tokenizer.decode(of_kind(rows, "code").flatten().tolist())
+    text = tokenizer.decode(of_kind(rows, "code").flatten().tolist())
     written = {d.text.strip("\n") for d in documents if d.kind == "code"}
     assert set(text.split("\n\n\n")[:3]) <= written
 
@@ -103,10 +103,10 @@ def test_chat_template(make_tokenizer: Callable[..., ModelTokenizer], documents:
     # The template writes <s> itself: conversations start with one, not two.
     assert not ((chat[:, :-1] == 1) & (chat[:, 1:] == 1)).any()
     assert (chat[:, 0] == 1).any()
-    assert "[user] " in model.tokenizer.decode(chat[0].tolist())
+    assert "[user] " in model.decode(chat[0].tolist())
     assert not any("plain text" in note for note in rows.notes)
     plain = builtin_rows(model, "quantize", 256, 0, 2048, documents=documents, chat_rows=False)
-    assert "[user] " not in model.tokenizer.decode(of_kind(plain, "chat").flatten().tolist())
+    assert "[user] " not in model.decode(of_kind(plain, "chat").flatten().tolist())
     assert torch.equal(of_kind(plain, "web"), of_kind(rows, "web"))
 
 

@@ -1,0 +1,90 @@
+"""Vocabularies that are no ``tokenizer.json``: SentencePiece's tokenizer.model, vocab.json with merges.txt, tiktoken files.
+
+The transformers library converts them, if it is installed, in a child process with limits and without the network. Nothing
+is written into the model's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
+from exl2ray.errors import SourceError
+from exl2ray.formats.json_file import LFS_POINTER, read_bounded
+
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+OTHERS = ("vocab.json", "tekken.json", "tiktoken.model")
+MAX_BYTES = 32 * MIB
+MEMORY_BYTES = 1400 * MIB
+SECONDS, SECONDS_PER_MIB = 10.0, 4.0  # of which three go to importing transformers
+
+
+def vocabulary_files(root: Path) -> list[str]:
+    """Names of files in ``root`` that a tokenizer could be made of."""
+    found = [name for name in (*SENTENCEPIECE, *OTHERS) if (root / name).exists()]
+    return found + (["merges.txt"] if (root / "merges.txt").exists() else [])
+
+
+def converted_json(root: Path) -> bytes:
+    """Content of the tokenizer.json that transformers makes of ``root``.
+
+    Raises SourceError when there is nothing to convert, or it cannot be converted: what is there, and the one thing to do.
+    """
+    files = vocabulary_files(root)
+    usable = [name for name in files if name != "merges.txt"]
+    if not usable or (usable == ["vocab.json"] and "merges.txt" not in files):
+        beside = f" (there is {' and '.join(files)}, which is not enough)" if files else ""
+        raise SourceError(
+            f"tokenizer not found: {root / 'tokenizer.json'}{beside}", "download tokenizer.json into the model's folder"
+        )
+    size = sum(_checked_size(root / name) for name in files)
+    what = f"{root}: no tokenizer.json, only {' and '.join(files)}"
+    child = LimitedProcess("convert")
+    try:
+        _, blobs = child.ask(
+            {"op": "convert", "directory": os.path.abspath(root)},
+            cpu_seconds=SECONDS + SECONDS_PER_MIB * size / MIB, memory_bytes=MEMORY_BYTES, answer_bytes=256 * MIB,
+        )  # fmt: skip
+    except ChildError as e:
+        if e.reason.startswith(("ModuleNotFoundError", "ImportError")):
+            raise SourceError(f"{what}; converting it needs transformers: {e.reason}", _install_hint(root)) from e
+        raise SourceError(f"{what}; transformers cannot convert it: {e.reason}", _command_hint(root)) from e
+    finally:
+        child.close()
+    return blobs[0]
+
+
+def _checked_size(path: Path) -> int:
+    data = read_bounded(path, MAX_BYTES)
+    if data.startswith(LFS_POINTER):
+        raise SourceError(f"{path}: a Git LFS pointer, not the file itself", "run `git lfs pull` in the model's folder")
+    if not data:
+        raise SourceError(f"{path}: is empty", "download the file again")
+    return len(data)
+
+
+def _install_hint(root: Path) -> str:
+    return f"pip install 'exl2ray[sentencepiece]' and run again, or where transformers is installed: {_command(root)}"
+
+
+def _command_hint(root: Path) -> str:
+    return f"convert it where the model can be loaded: {_command(root)}"
+
+
+def _command(root: Path) -> str:
+    directory = repr(str(root))
+    load = f"AutoTokenizer.from_pretrained({directory})"
+    return f"python -c {shlex.quote(f'from transformers import AutoTokenizer; {load}.save_pretrained({directory})')}"
+
+
+def backend_json(directory: str) -> str:
+    """In the child: the converted tokenizer as JSON. Raises what transformers raises, ImportError if a library is missing."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no form that tokenizer.json could hold")
+    return str(backend.to_str())

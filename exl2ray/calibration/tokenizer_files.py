@@ -1,0 +1,153 @@
+"""The files of a tokenizer in a model's folder: sizes bounded, settings read, tokens that tokenizer.json may lack.
+
+Three files may list tokens besides ``tokenizer.json``: ``added_tokens.json`` (text to id), ``added_tokens_decoder`` in
+``tokenizer_config.json`` (id to text and flags), ``special_tokens_map.json`` (roles to texts, without ids). transformers
+reads all of them, ExLlamaV2 ``tokenizer.json`` and ``added_tokens.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exl2ray.calibration.conversion import converted_json
+from exl2ray.calibration.limited_child import shown
+from exl2ray.errors import SourceError
+from exl2ray.formats.json_file import LFS_POINTER, MIB, read_bounded, read_json_object
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+MAX_TOKENIZER_BYTES = 96 * MIB  # three times the largest that is published
+MAX_TEMPLATE_BYTES = 1 * MIB  # published ones have up to 30 kB
+MAX_ID = 1 << 31
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What the folder says, before the tokenizer itself is looked at."""
+
+    path: Path  # tokenizer.json, or the folder whose vocabulary was converted
+    content: bytes  # of tokenizer.json
+    settings: Mapping[str, Any]  # tokenizer_config.json; special_tokens_map.json for what it does not have
+    stated: tuple[tuple[int, str, dict[str, bool]], ...]  # id, text, flags
+    named: tuple[str, ...]  # texts of special tokens
+    chat_template: str | None
+    converted: bool  # content is not that of a file
+
+
+def read_tokenizer_files(root: Path) -> TokenizerFiles:
+    """Raises SourceError naming the file that is missing, too large, or not what it should be."""
+    path = root / "tokenizer.json"
+    converted = not (path.exists() or path.is_symlink())
+    content = converted_json(root) if converted else read_content(path)
+    settings = optional_json(root / "tokenizer_config.json")
+    special_map = optional_json(root / "special_tokens_map.json")
+    merged = {**{k: v for k, v in special_map.items() if k in (*SPECIAL_NAMES, *SPECIAL_LISTS)}, **settings}
+    stated = [*_decoder_tokens(root / "tokenizer_config.json", settings), *_added_tokens(root, merged)]
+    return TokenizerFiles(
+        path=root if converted else path,
+        content=content,
+        settings=merged,
+        stated=tuple(stated),
+        named=tuple(_special_texts(merged)),
+        chat_template=_chat_template(root, settings),
+        converted=converted,
+    )
+
+
+def read_content(path: Path) -> bytes:
+    """tokenizer.json, checked for what can be told without the tokenizers library."""
+    data = read_bounded(path, MAX_TOKENIZER_BYTES)
+    if data.startswith(LFS_POINTER):
+        raise SourceError(f"{path}: a Git LFS pointer, not the file itself", "run `git lfs pull` in the model's folder")
+    if not data.strip():
+        raise SourceError(f"{path}: is empty", "download the file again")
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise SourceError(
+            f"{path}: begins with a byte order mark, which no loader of tokenizers reads", "save it as UTF-8 without one"
+        )
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise SourceError(f"{path}: not UTF-8 (byte {e.start})", "download the file again") from e
+    return data
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The object in a file that not every model has; empty if it is not there."""
+    return read_json_object(path) if path.exists() or path.is_symlink() else {}
+
+
+def token_text(value: Any) -> str | None:
+    """Text of a special token, given as a string or as a serialised added token."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _decoder_tokens(path: Path, settings: Mapping[str, Any]) -> list[tuple[int, str, dict[str, bool]]]:
+    entries = settings.get("added_tokens_decoder")
+    if entries is None:
+        return []
+    if not isinstance(entries, dict):
+        raise SourceError(f"{path}: added_tokens_decoder is a {type(entries).__name__}, not an object from ids to tokens")
+    out = []
+    for key, entry in entries.items():
+        text = token_text(entry)
+        if text is None or not (key.isascii() and key.isdigit()) or int(key) >= MAX_ID:
+            raise SourceError(
+                f"{path}: added_tokens_decoder: {shown(key, 40)!r} is not an id with the content of a token",
+                "download the file again",
+            )
+        flags = entry if isinstance(entry, dict) else {}
+        out.append((int(key), text, {k: v for k, v in flags.items() if isinstance(v, bool)}))
+    return out
+
+
+def _added_tokens(root: Path, settings: Mapping[str, Any]) -> list[tuple[int, str, dict[str, bool]]]:
+    """added_tokens.json, with the flags that transformers gives such tokens."""
+    path = root / "added_tokens.json"
+    special = set(_special_texts(settings))
+    out = []
+    for text, value in optional_json(path).items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_ID:
+            raise SourceError(f"{path}: {shown(text, 40)!r} has id {shown(repr(value), 40)}", "download the file again")
+        out.append((value, text, {"normalized": text not in special, "special": text in special}))
+    return out
+
+
+def _special_texts(settings: Mapping[str, Any]) -> list[str]:
+    values = [settings.get(name) for name in SPECIAL_NAMES]
+    for name in SPECIAL_LISTS:
+        some = settings.get(name)
+        values += some if isinstance(some, list) else list(some.values()) if isinstance(some, dict) else []
+    return [text for v in values if (text := token_text(v))]
+
+
+def _chat_template(root: Path, settings: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else ``chat_template`` of tokenizer_config.json: a string, or a list with one "default"; else
+    additional_chat_templates/default.jinja.
+    """
+    file = _template_file(root / "chat_template.jinja")
+    if file is not None:
+        return file
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}.get("default")
+    if isinstance(template, str) and template.strip():
+        return template
+    return _template_file(root / "additional_chat_templates" / "default.jinja")
+
+
+def _template_file(path: Path) -> str | None:
+    if not (path.exists() or path.is_symlink()):
+        return None
+    data = read_bounded(path, MAX_TEMPLATE_BYTES)
+    if data.startswith(LFS_POINTER):
+        raise SourceError(f"{path}: a Git LFS pointer, not the file itself", "run `git lfs pull` in the model's folder")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as e:
+        raise SourceError(f"{path}: not UTF-8 (byte {e.start})") from e
