@@ -155,7 +155,7 @@ def run_model(
         states = _advance(opened, module, states, device, options)
         if progress is not None:
             progress(opened.path, module.index + 1, count)
-    head = _load(opened, opened.spec.modules[-1], device, options)
+    head = load_module(opened, opened.spec.modules[-1], device, options)
     if progress is not None:
         progress(opened.path, count, count)
     if opened.bos_id is not None:
@@ -192,7 +192,8 @@ def checked_ids(ids: Tensor, model: OpenModel) -> Tensor:
     return checked
 
 
-def _load(model: OpenModel, module: ModuleSpec, device: torch.device, options: RunOptions) -> Block:
+def load_module(model: OpenModel, module: ModuleSpec, device: torch.device, options: RunOptions) -> Block:
+    """The weights of one module on ``device``; EXL2 linears dequantised."""
     dtype = options.compute_dtype(device)
     state_dtype = torch.float32 if dtype == torch.float32 else None
     return load_block(model.spec, module, model.source, device, dtype, state_dtype, linear_reader(device))
@@ -201,7 +202,7 @@ def _load(model: OpenModel, module: ModuleSpec, device: torch.device, options: R
 @torch.inference_mode()
 def _advance(model: OpenModel, module: ModuleSpec, states: Tensor, device: torch.device, options: RunOptions) -> Tensor:
     """states (R, T) ids or (R, T, hidden) in front of ``module`` -> states behind it; reuses the memory if it can."""
-    block = _load(model, module, device, options)
+    block = load_module(model, module, device, options)
     count, length = states.shape[:2]
     step = max(1, options.batch_tokens // length)
 

@@ -99,13 +99,17 @@ class PositionsBlock(Block):
     table: Tensor  # (positions, hidden)
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
-        length = x.shape[1]
-        if length > self.table.shape[0]:
+        return self.added(x, 0)
+
+    def added(self, x: Tensor, start: int) -> Tensor:
+        """x (R, T, hidden) plus the embeddings of the positions start .. start + T - 1."""
+        stop = start + x.shape[1]
+        if stop > self.table.shape[0]:
             raise CalibrationError(
-                f"rows of {length} tokens, but the model has {self.table.shape[0]} learned positions",
+                f"rows of {stop} tokens, but the model has {self.table.shape[0]} learned positions",
                 f"use -l {self.table.shape[0]} or less",
             )
-        return x + self.table[:length].to(x.dtype)
+        return x + self.table[start:stop].to(x.dtype)
 
 
 class SequentialBlock(Block):

@@ -192,22 +192,23 @@ class RotaryTable:
         self._cos = torch.empty(0, rope.dim // 2, device=device)
         self._sin = self._cos
 
-    def _tables(self, length: int) -> tuple[Tensor, Tensor]:
-        if self._cos.shape[0] < length:
+    def _tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        if self._cos.shape[0] < stop:
             freq = torch.tensor(self.rope.inv_freq, dtype=torch.float64)
-            angles = torch.outer(torch.arange(length, dtype=torch.float64), freq)
+            angles = torch.outer(torch.arange(stop, dtype=torch.float64), freq)
             self._cos = (self.rope.magnitude * angles.cos()).to(self.device, torch.float32)
             self._sin = (self.rope.magnitude * angles.sin()).to(self.device, torch.float32)
-        return self._cos[:length], self._sin[:length]
+        return self._cos[start:stop], self._sin[start:stop]
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate x (R, T, heads, head_dim) by the positions 0 .. T-1, in float32; same shape and dtype."""
+    def rotate(self, x: Tensor, start: int = 0) -> Tensor:
+        """Rotate x (R, T, heads, head_dim) by the positions start .. start + T - 1, in float32; same shape and dtype."""
+        tables = self._tables(start, start + x.shape[1])
         if x.is_cuda:
             from exl2ray.cuda import elementwise
 
             if elementwise.usable(x):
-                return elementwise.rotate(x, *self._tables(x.shape[1]), neox=self.rope.style == "neox")
-        cos, sin = (t[:, None, :] for t in self._tables(x.shape[1]))  # (T, 1, dim / 2)
+                return elementwise.rotate(x, *tables, neox=self.rope.style == "neox")
+        cos, sin = (t[:, None, :] for t in tables)  # (T, 1, dim / 2)
         turned = x[..., : self.rope.dim]
         if self.rope.style == "neox":
             a, b = turned.chunk(2, dim=-1)
