@@ -1,4 +1,5 @@
 # make demo   set up, convert the demo model at 3.0 and 4.5 bits per weight, show what it costs
+# make speak  fetch a small trained model, convert it at 4 bits on the CPU, and ask both the same question
 # make test   everything that runs without a GPU
 # make test-cluster   faults, chaos and submission on Ray clusters of several nodes: minutes of killed processes
 # make check  lint, types and the quick tests
@@ -11,8 +12,10 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_CPU := 2.13.0
 TORCH_PIP ?=
 OUT    := demo-out
+SPEAK  := speak-out
+TEST_PROCESSES := 2
 
-.PHONY: demo test test-cluster check lint types quick clean
+.PHONY: demo speak test test-cluster check lint types quick clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,7 +37,7 @@ demo: $(VENV)/installed
 	@echo; echo "The converted models are in $(OUT)/3.0bpw and $(OUT)/4.5bpw; work files in $(OUT)/work can be deleted."
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not cluster"
+	$(BIN)/python -m pytest -m "not cluster" -n $(TEST_PROCESSES) --dist loadfile
 
 test-cluster: $(VENV)/dev
 	$(BIN)/python -m pytest -m cluster
@@ -46,7 +49,7 @@ types: $(VENV)/dev
 	$(BIN)/mypy
 
 quick: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(BIN)/python -m pytest -m "not slow and not cluster" -n $(TEST_PROCESSES) --dist loadfile
 
 check: lint types quick
 
