@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import Exl2RayError, SourceError
-from exl2ray.formats.json_file import LIMITS, read_json_object
+from exl2ray.formats.json_file import LIMITS, read_json_object, shown
 
 
 def read_config(path: Path, error: type[Exl2RayError] = SourceError, strict: bool = True) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _add(level: dict[str, Any], key: str, value: Any, origin: str) -> None:
         level[key] = value
     elif level[key] != value:
         raise SourceError(
-            f"config.json: {key} is {level[key]!r}, but {origin} says {value!r}",
+            f"config.json: {key} is {shown(level[key])}, but {origin} says {shown(value)}",
             "remove the wrong one: loaders that read different spellings would run different models",
         )
 
@@ -132,7 +132,7 @@ def _one_selector(scaling: Mapping[str, Any], architecture: str) -> dict[str, An
     if out.get("type") and out.get("rope_type"):
         if out["type"] != out["rope_type"]:
             raise SourceError(
-                f"config.json: rope_scaling has type {out['type']!r} and rope_type {out['rope_type']!r}",
+                f"config.json: rope_scaling has type {shown(out['type'])} and rope_type {shown(out['rope_type'])}",
                 "keep the one that the model was trained with",
             )
         del out["type"]

@@ -171,6 +171,8 @@ def check_routers(d: Directory) -> None:
         if name.endswith((".mlp.gate.q_weight", ".block_sparse_moe.gate.q_weight")):
             d.add("router", "a router must not be quantised", name)
     count = config_value(d.config, "num_local_experts", "num_experts")
+    if experts and count is not None and not (_is_size(count) and count <= 10_000):
+        d.add("router", f"num_local_experts is {str(count)[:40]}", file="config.json")
     for block, found in experts.items():
         wanted = count if _is_size(count) and count <= 10_000 else len(found)
         missing = sorted(set(range(wanted)) - found)

@@ -11,9 +11,9 @@ from typing import Any
 
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.json_file import shown
 from exl2ray.formats.source.architectures import unknown_hint
 from exl2ray.formats.source.shards import index_note
-from exl2ray.model.config_reader import shown
 from exl2ray.model.counts import check_counts
 from exl2ray.model.hyper import Hyper, resolve_hyper
 from exl2ray.model.layout import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from exl2ray.errors import SourceError
+from exl2ray.formats.json_file import shown
 
 REQUIRED = object()
 MAX_INTEGER = 1 << 31
@@ -38,6 +39,10 @@ class ConfigReader:
                     hidden.add(key)
         return next((self.defaults[k] for k in keys if k in self.defaults and k not in hidden), None)
 
+    def name(self, *keys: str) -> str:
+        """The key that ``raw`` takes the value from; the first one if there is no value."""
+        return next((k for level in self.levels for k in keys if _dotted(level, k)[0] is not None), keys[0])
+
     def has(self, key: str) -> bool:
         """Whether the key is present, null included."""
         return any(_dotted(level, key)[1] for level in self.levels)
@@ -48,17 +53,17 @@ class ConfigReader:
             return value
         number = as_number(value)
         if number is None or number != int(number):
-            raise SourceError(f"config.json: {keys[0]} is {shown(value)}; an integer is needed", HINT)
+            raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}; an integer is needed", HINT)
         if abs(number) >= MAX_INTEGER:
-            raise SourceError(f"config.json: {keys[0]} is {shown(value)}, which no model has", HINT)
+            raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}, which no model has", HINT)
         return int(value)
 
     def positive(self, *keys: str, default: Any = REQUIRED, most: int = MAX_INTEGER - 1) -> Any:
         value = self.integer(*keys, default=default)
         if value is not default and value <= 0:
-            raise SourceError(f"config.json: {keys[0]} is {value}; a positive integer is needed", HINT)
+            raise SourceError(f"config.json: {self.name(*keys)} is {value}; a positive integer is needed", HINT)
         if value is not default and value > most:
-            raise SourceError(f"config.json: {keys[0]} is {value}; at most {most} is possible", HINT)
+            raise SourceError(f"config.json: {self.name(*keys)} is {value}; at most {most} is possible", HINT)
         return value
 
     def number(
@@ -70,17 +75,17 @@ class ConfigReader:
             return value
         number = as_number(value)
         if number is None:
-            raise SourceError(f"config.json: {keys[0]} is {shown(value)}; a finite number is needed", HINT)
+            raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}; a finite number is needed", HINT)
         if not least <= number <= most and not (number == 0 and default == 0):
             raise SourceError(
-                f"config.json: {keys[0]} is {shown(value)}; a number from {least:g} to {most:g} is needed", HINT
+                f"config.json: {self.name(*keys)} is {shown(value)}; a number from {least:g} to {most:g} is needed", HINT
             )
         return number
 
     def flag(self, *keys: str) -> bool:
         value = self.raw(*keys)
         if value is not None and not isinstance(value, bool):
-            raise SourceError(f"config.json: {keys[0]} is {shown(value)}; true or false is needed", HINT)
+            raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}; true or false is needed", HINT)
         return bool(value)
 
     def _found(self, keys: tuple[str, ...], default: Any) -> Any:
@@ -101,12 +106,6 @@ def as_number(value: Any) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
-
-
-def shown(value: Any) -> str:
-    """A value as it may stand in a message: cut, without control characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _dotted(level: Mapping[str, Any], key: str) -> tuple[Any, bool]:

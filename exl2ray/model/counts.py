@@ -25,7 +25,7 @@ MLP_KEYS = ("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner")
 # Whatever the weights hold. The largest published models have 126 layers, 384 experts, 128 heads, heads of 576 dimensions.
 MAX_LAYERS, MAX_EXPERTS, MAX_HEADS, MAX_HEAD_DIM = 10_000, 10_000, 4096, 65_536
 SIZES = (HIDDEN_KEYS, ("head_dim",), HEADS_KEYS, KV_HEADS_KEYS, EXPERTS_KEYS, MLP_KEYS, ("vocab_size",))  # some dimension's
-SLACK = 4  # times the tensors that exist may be described: more than that is no download that misses some shards
+SLACK = 4  # times what exists may be described, and listed as missing: more is no download that misses some shards
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,6})\.")
 HINT = "config.json is broken, or of another model than the weights"
 
@@ -38,19 +38,18 @@ def check_counts(arch: Arch, config: Mapping[str, Any], source: SourceModel) -> 
         value = c.positive(*keys, default=None)
         if value is not None and value > longest:
             raise SourceError(
-                f"config.json: {keys[0]} is {value}, but no tensor of the weights is larger than {longest} in any dimension",
+                f"config.json: {c.name(*keys)} is {value}, but no tensor of the weights is larger than {longest}",
                 HINT,
             )
     layers = c.positive(*LAYER_KEYS)
     experts = c.positive(*EXPERTS_KEYS) if arch.moe else 0
     tensors = len(source.names())
-    most = SLACK * tensors + 4096
-    if layers > min(most, MAX_LAYERS):
-        held = len({m[1] for n in source.names() if (m := LAYER.search(n))})
-        raise SourceError(f"config.json: {LAYER_KEYS[0]} is {layers}, but the weights hold {held} layers", HINT)
-    if not arch.experts_fused and layers * experts * 3 > most:
+    held = len({m[1] for n in source.names() if (m := LAYER.search(n))})
+    if layers > min(SLACK * held + 64, MAX_LAYERS):
+        raise SourceError(f"config.json: {c.name(*LAYER_KEYS)} is {layers}, but the weights hold {held} layers", HINT)
+    if not arch.experts_fused and layers * experts * 3 > SLACK * tensors + 1024:
         raise SourceError(
-            f"config.json: {EXPERTS_KEYS[0]} is {experts}; in {layers} layers these are {layers * experts * 3} matrices, "
-            f"but the weights hold {tensors} tensors",
+            f"config.json: {c.name(*EXPERTS_KEYS)} is {experts}; in {layers} layers these are "
+            f"{layers * experts * 3} matrices, but the weights hold {tensors} tensors",
             HINT,
         )

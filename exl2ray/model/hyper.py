@@ -9,7 +9,8 @@ from typing import Any
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hfconfig import legacy_config
-from exl2ray.model.config_reader import REQUIRED, ConfigReader, shown
+from exl2ray.formats.json_file import shown
+from exl2ray.model.config_reader import REQUIRED, ConfigReader
 from exl2ray.model.counts import (
     EXPERTS_KEYS,
     HEADS_KEYS,
