@@ -24,7 +24,6 @@ from exl2ray.model.hyper import loader_config
 HUGE = 2**31 - 1
 NAN, INFINITE = "<NaN>", "<1e999>"  # json.dumps writes neither as files have them
 DRY = ("-b", "4", "--device", "cpu", "--executor", "inline", "-l", "128", "-ml", "128", "--dry-run")
-PLAN_FOUND_PROBLEMS = 1
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ LONG = {"original_max_position_embeddings": 2048, "short_factor": [1.0] * 8, "lo
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"num_hidden_layers": HUGE}, "num_hidden_layers is 2147483647, but the weights hold 2 layers"),
     "layers, a few thousand": ({"num_hidden_layers": 9000}, "num_hidden_layers is 9000, but the weights hold 2 layers"),
-    "layers, a few": ({"num_hidden_layers": 40}, "is missing"),
+    "layers, a few": ({"num_hidden_layers": 40}, "the weights have 2 layers, config.json says 40"),
     "layers beyond integers": ({"num_hidden_layers": 10**30}, "which no model has"),
     "layers infinite": ({"num_hidden_layers": INFINITE}, "num_hidden_layers is 1e999"),
     "layers as text": ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; an integer is needed"),
@@ -112,7 +111,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "scalar negative": ({"query_pre_attn_scalar": -4}, "query_pre_attn_scalar is -4"),
     "logits divided by nearly 0": ({"logits_scaling": 1e-308}, "logits_scaling is 1e-308"),
     "architecture of many letters": ({"architectures": ["A" * 100_000]}, "is not supported"),
-    "architectures in each other": ({"architectures": [["LlamaForCausalLM"]]}, "exactly one name"),
+    "architectures in each other": ({"architectures": [["LlamaForCausalLM"]]}, "architectures is [['LlamaForCausalLM']]"),
 }  # fmt: skip
 MIXTRAL_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"num_local_experts": HUGE}, "num_local_experts is 2147483647, but no tensor"),
@@ -160,7 +159,7 @@ def test_a_dry_run_ends_with_it(case: str, spoiled: Callable[..., Path], tmp_pat
 @pytest.mark.parametrize("case", ["layers", "layers, a few", "head_dim", "eps huge"])
 def test_plan_lists_it(case: str, spoiled: Callable[..., Path]) -> None:
     changes, words = CASES[case]
-    exl2ray("plan", "-i", spoiled("llama", **changes), "-b", "4").ends_with(PLAN_FOUND_PROBLEMS, words)
+    exl2ray("plan", "-i", spoiled("llama", **changes), "-b", "4").ends_with(3, words)
 
 
 EXL2_COMMANDS: dict[str, tuple[tuple[str, ...], int]] = {  # a sound inspection does not need the counts
@@ -193,7 +192,7 @@ def test_the_models_are_sound_as_they_are(models: dict[str, Path]) -> None:
 
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "FIFO": (os.mkfifo, "a FIFO, not a regular file"),
-    "directory": (Path.mkdir, "a directory, not a regular file"),
+    "directory": (Path.mkdir, "not a regular file"),
     "of 6 GB": (lambda p: (p.touch(), os.truncate(p, 6 << 30)), "larger than"),
     "of zeros": (lambda p: p.write_bytes(bytes(1 << 20)), "only zeros"),
     "UTF-16": (lambda p: p.write_bytes(json.dumps(LLAMA).encode("utf-16")), "UTF-16"),
