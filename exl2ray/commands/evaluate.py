@@ -21,6 +21,7 @@ from exl2ray.evaluate.metrics import Estimate
 from exl2ray.evaluate.result import EvalResult
 from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
 from exl2ray.formats.files import atomic_file
+from exl2ray.formats.source.kinds import refusal
 from exl2ray.progress import Reporter, Silent
 
 
@@ -47,6 +48,10 @@ def evaluate(
         raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
     if tokens is not None and text is not None:
         raise UsageError("--tokens and --text are two sources of tokens", "give one, or none for the built-in text")
+    for path in (*models, *([reference] if reference is not None else [])):
+        refused = refusal(path)
+        if refused is not None:
+            raise refused
     tokenizer = None
     if tokens is None:
         tokenizer = find_tokenizer([*models, *([reference] if reference is not None else [])])

@@ -22,6 +22,7 @@ from exl2ray.errors import CalibrationError, SourceError, UsageError
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.hfconfig import read_config
+from exl2ray.formats.source.kinds import refusal
 from exl2ray.model.arch import is_exl2, load_spec
 from exl2ray.model.blocks import Block, LinearReader, check_states, load_block
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
@@ -81,9 +82,10 @@ def open_model(path: str | Path, options: RunOptions | None = None) -> OpenModel
     """
     options = options or RunOptions()
     root = Path(path)
-    if not root.is_dir():
-        raise SourceError(f"{root}: not a directory", "--model and --reference take folders with config.json")
-    source = Exl2Model(root) if is_exl2(read_config(root / "config.json")) else SourceModel(root)
+    refused = refusal(root)
+    if refused is not None:
+        raise refused
+    source = Exl2Model(root) if is_exl2(read_config(root / "config.json", strict=False)) else SourceModel(root)
     spec = load_spec(source, options.rope_scale, options.rope_alpha)
     return OpenModel(root, source, spec, _bos_id(root, source, spec) if spec.arch.needs_bos else None)
 

@@ -14,6 +14,8 @@ import torch
 from exl2ray.errors import FormatError
 from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES, Exl2Model, groups_layout
 from exl2ray.formats.layout import GroupLayout
+from exl2ray.formats.source.folder import Folder
+from exl2ray.formats.source.quantised import kind
 
 LAYER = re.compile(r".*\.layers\.(\d+)\.")
 
@@ -74,7 +76,10 @@ def inspect_directory(path: str | Path) -> DirectorySummary:
     model = Exl2Model(path)
     keys = model.keys()
     if not keys:
-        raise FormatError(f"{path}: holds no quantised linear", "this is not an EXL2 model")
+        plain = ("a model without quantised weights", "")
+        what, bits = kind(map(model.info, model.names()), model.config, Folder(path)) or plain
+        hint = "inspect shows EXL2 models only"
+        raise FormatError(f"{path}: {what}{bits}, not an EXL2 one: holds no quantised linear", hint)
     linears = tuple(sorted((_linear(model, key) for key in keys), key=_order))
     quantized = {key + s for key in keys for s in (*QUANTIZED_SUFFIXES, ".bias")}
     plain = [n for n in model.names() if n not in quantized]

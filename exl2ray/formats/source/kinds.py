@@ -113,7 +113,7 @@ def _other_runtime(folder: Folder) -> Finding | None:
         return None
     for test, what in (
         (lambda f: f.ending(".onnx") or "onnx" in f.folders, "an ONNX model"),
-        (lambda f: "openvino_model.xml" in f, "an OpenVINO model"),
+        (lambda f: f.ending("openvino_model.xml"), "an OpenVINO model"),
         (lambda f: "mlc-chat-config.json" in f or "ndarray-cache.json" in f, "a model of MLC-LLM"),
         (lambda f: f.ending(".engine"), "engines of TensorRT-LLM"),
         (lambda f: f.ending(".nemo"), "a NeMo archive"),
@@ -121,7 +121,7 @@ def _other_runtime(folder: Folder) -> Finding | None:
         (lambda f: f.ending(".msgpack"), "Flax weights"),
         (lambda f: "model.bin" in f and f.ending("vocabulary.json", "vocabulary.txt"), "a model of CTranslate2"),
     ):
-        if test(folder) and not _pickles(folder, but="model.bin"):  # type: ignore[no-untyped-call]
+        if test(folder) and not _pickles(folder, but=("model.bin", "openvino_model.bin")):  # type: ignore[no-untyped-call]
             return f"{what}, without weights in safetensors", _original(folder)
     return None
 
@@ -139,9 +139,9 @@ def _consolidated(folder: Folder) -> Finding | None:
     )
 
 
-def _pickles(folder: Folder, but: str = "") -> list[str]:
+def _pickles(folder: Folder, but: tuple[str, ...] = ()) -> list[str]:
     others = ("rng_state", "consolidated.")
-    return [n for n in folder.ending(*PICKLES) if n not in (*NOT_WEIGHTS, but) and not n.startswith(others)]
+    return [n for n in folder.ending(*PICKLES) if n not in (*NOT_WEIGHTS, *but) and not n.startswith(others)]
 
 
 def _no_safetensors(folder: Folder) -> Finding | None:

@@ -96,11 +96,8 @@ def quantised_by(tensors: Iterable[TensorInfo]) -> str:
     return next((method for _, method in MARKS if method in found), integers)
 
 
-def description(tensors: Iterable[TensorInfo], config: Mapping[str, Any], folder: Folder) -> tuple[str, str] | None:
-    """(what the model is, what to do instead) for one whose weights cannot be read; None if they are plain numbers.
-
-    Tensors that can be dequantised (`dequantise`) are to be left out before.
-    """
+def kind(tensors: Iterable[TensorInfo], config: Mapping[str, Any], folder: Folder) -> tuple[str, str] | None:
+    """("a GPTQ model", " (4 bits)") for a model whose weights are not plain numbers; None for others."""
     shown = quantised_by(tensors)
     if not shown:
         return None
@@ -113,11 +110,21 @@ def description(tensors: Iterable[TensorInfo], config: Mapping[str, Any], folder
     parts = [str(form)[:40]] if isinstance(form, str) and method == "compressed-tensors" else []
     bits = bit_width(said)
     parts += [f"{bits:g} bits"] if bits else []
-    inside = f" ({', '.join(parts)})" if parts else ""
+    article = "an" if label[0] in "AEFHM" and label[1:2].isupper() else "a"
+    return f"{article} {label} model", f" ({', '.join(parts)})" if parts else ""
+
+
+def description(tensors: Iterable[TensorInfo], config: Mapping[str, Any], folder: Folder) -> tuple[str, str] | None:
+    """(what the model is, what to do instead) for one that is quantised already; None if its weights are plain numbers.
+
+    Tensors that can be dequantised (`dequantise`) are to be left out before.
+    """
+    found = kind(tensors, config, folder)
+    if found is None:
+        return None
     base = folder.base_model()
-    name = f"{'an' if label[0] in 'AEFHM' and label[1:2].isupper() else 'a'} {label}"
     return (
-        f"is {name} model already{inside}: what was lost cannot be brought back, and it would be quantised twice",
+        f"is {found[0]} already{found[1]}: what was lost cannot be brought back, and it would be quantised twice",
         "start from the original weights" + (f": {base}" if base else ""),
     )
 

@@ -1,0 +1,302 @@
+"""Folders that are no source of an EXL2 model: each is named as what it is, with the one thing to do, before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bounded import exl2ray
+from model_folders import edit_config, read_weights, write_json, write_weights
+
+from exl2ray.errors import FormatError, SourceError
+from exl2ray.formats.exl2 import Exl2Model
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.source.kinds import refusal
+
+Change = Callable[[Path], Any]
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 4976698672\n"
+
+
+def no_weights(f: Path) -> None:
+    (f / "model.safetensors").unlink()
+
+
+def only(*names: str, content: bytes = b"\0" * 64) -> Change:
+    """The folder holds these files and nothing else."""
+
+    def change(f: Path) -> None:
+        for p in f.iterdir():
+            p.unlink()
+        for name in names:
+            (f / name).parent.mkdir(parents=True, exist_ok=True)
+            (f / name).write_bytes(content)
+
+    return change
+
+
+def instead(*names: str, content: bytes = b"\0" * 64) -> Change:
+    """These files in place of the weights."""
+
+    def change(f: Path) -> None:
+        no_weights(f)
+        for name in names:
+            (f / name).parent.mkdir(parents=True, exist_ok=True)
+            (f / name).write_bytes(content)
+
+    return change
+
+
+def adapter(f: Path, kind: str = "LORA") -> None:
+    only()(f)
+    lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(8, 64)}
+    write_weights(f, lora, "adapter_model.safetensors")
+    write_json(f / "adapter_config.json", {"peft_type": kind, "base_model_name_or_path": "some/base", "r": 8})
+
+
+def cache(f: Path, revisions: tuple[str, ...] = ("abc",), main: str = "") -> None:
+    """As the Hub's cache lays out a repository."""
+    files = list(f.iterdir())
+    for name in revisions:
+        (f / "snapshots" / name).mkdir(parents=True)
+        for p in files:
+            os.link(p, f / "snapshots" / name / p.name)
+    for p in files:
+        p.unlink()
+    (f / "snapshots").mkdir(exist_ok=True)
+    (f / "refs").mkdir()
+    if main:
+        (f / "refs" / "main").write_text(main + "\n")
+
+
+def parent(f: Path, *names: str) -> None:
+    files = list(f.iterdir())
+    for name in names:
+        (f / name).mkdir()
+        for p in files:
+            os.link(p, f / name / p.name)
+    for p in files:
+        p.unlink()
+
+
+def model_index(f: Path) -> None:
+    only("unet/diffusion_pytorch_model.safetensors")(f)
+    write_json(f / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+
+
+def card(f: Path, change: Change) -> None:
+    change(f)
+    (f / "README.md").write_text("---\nlicense: mit\nbase_model:\n- owner/original\n---\n# A model\n")
+
+
+# What lies there -> (change of a sound model, words of message and hint)
+FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "empty": (only(), ("an empty folder",)),
+    "readme alone": (only("README.md"), ("neither config.json nor a *.safetensors file",)),
+    "GGUF": (only("m-Q4_K_M.gguf", "m-Q8_0.gguf"), ("GGUF", "m-Q4_K_M.gguf and 1 more", "original weights")),
+    "GGUF beside config": (instead("model.gguf"), ("GGUF", "original weights")),
+    "GGUF whose card names the original": (lambda f: card(f, instead("model.gguf")), ("owner/original",)),
+    "pickles": (instead("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"),
+                ("PyTorch pickles (pytorch_model-00001-of-00002.bin and 1 more)", "save_pretrained")),
+    "a .pt file": (instead("model.pt"), ("PyTorch pickles (model.pt)", "save_pretrained")),
+    "training leftovers": (instead("training_args.bin"), ("no *.safetensors file",)),
+    "Meta's files": (only("params.json", "consolidated.00.pth", "tokenizer.model"),
+                     ("original format of their publisher (consolidated.00.pth", "convert_llama_weights_to_hf.py")),
+    "Mistral's files": (only("params.json", "consolidated.safetensors", "tekken.json"),
+                        ("consolidated.safetensors", "convert_mistral_weights_to_hf.py", "model-*.safetensors")),
+    "adapter": (adapter, ("only a LoRA adapter for some/base", "merge_and_unload")),
+    "another adapter": (lambda f: adapter(f, "IA3"), ("only a IA3 adapter", "merge_and_unload")),
+    "hub cache": (cache, ("Hub's cache", "snapshots/abc")),
+    "hub cache with two": (lambda f: cache(f, ("aaa", "bbb", "ccc"), "bbb"), ("Hub's cache", "(of 3)", "snapshots/bbb")),
+    "hub cache without any": (lambda f: cache(f, ()), ("Hub's cache, without any snapshot",)),
+    "folder of models": (lambda f: parent(f, "one", "two"), ("2 folders with models (one, two)", "model/one")),
+    "model one level deeper": (lambda f: parent(f, "fp16"), ("its folder fp16 does", "model/fp16")),
+    "diffusion pipeline": (model_index, ("diffusion pipeline", "language models only")),
+    "diffusion component": (lambda f: edit_config(f, _class_name="UNet2DConditionModel"), ("diffusion pipeline",)),
+    "LFS pointer": (lambda f: (f / "model.safetensors").write_bytes(LFS), ("Git LFS pointer", "git lfs pull")),
+    "ONNX": (instead("onnx/model.onnx"), ("ONNX", "original weights")),
+    "OpenVINO": (instead("openvino_model.xml", "openvino_model.bin"), ("OpenVINO",)),
+    "MLC": (instead("mlc-chat-config.json", "params_shard_0.dat"), ("MLC-LLM",)),
+    "TensorRT": (instead("rank0.engine"), ("TensorRT-LLM",)),
+    "CTranslate2": (instead("model.bin", "vocabulary.json"), ("CTranslate2",)),
+    "TensorFlow": (instead("tf_model.h5"), ("TensorFlow",)),
+    "Flax": (instead("flax_model.msgpack"), ("Flax",)),
+    "NeMo": (only("model.nemo"), ("NeMo",)),
+    "weights without config": (lambda f: (f / "config.json").unlink(), ("config.json is missing", "fetch config.json")),
+    "config without weights": (no_weights, ("no *.safetensors file", "download is incomplete")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_is_no_source_is_named(case: str, folder: Path) -> None:
+    change, words = FOLDERS[case]
+    change(folder)
+    for error in (SourceError, FormatError):
+        with pytest.raises(error) as e:
+            (SourceModel if error is SourceError else Exl2Model)(folder)
+        for word in (str(folder), *words):
+            assert word in str(e.value), (word, str(e.value))
+        assert e.value.hint
+        assert "check" not in e.value.hint
+
+
+FILES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "GGUF": ("model.gguf", ("a GGUF file",)),
+    "weights": ("model.safetensors", ("a file, not a directory", "give its folder: -i")),
+    "config": ("config.json", ("a file, not a directory", "give its folder: -i")),
+    "pickle": ("pytorch_model.bin", ("a file of PyTorch weights",)),
+    "text": ("notes.txt", ("not a directory",)),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_in_place_of_a_folder(case: str, tmp_path: Path) -> None:
+    name, words = FILES[case]
+    (tmp_path / name).write_bytes(b"x" * 100)
+    error = refusal(tmp_path / name)
+    assert error is not None
+    assert all(word in str(error) for word in (name, *words)), str(error)
+
+
+# ---- quantised already -------------------------------------------------------------------------------------------------
+
+
+def replaced(*tensors: tuple[str, torch.dtype], config: Any = None, files: dict[str, Any] | None = None) -> Change:
+    """Every projection's weight gives way to tensors with these ends and dtypes."""
+
+    def change(f: Path) -> None:
+        found = {}
+        for name, t in read_weights(f).items():
+            if "_proj" not in name:
+                found[name] = t
+            else:
+                for end, dtype in tensors:
+                    found[name.removesuffix(".weight") + end] = torch.ones(4, 8).to(dtype)
+        write_weights(f, found)
+        edit_config(f, **(config or {}))
+        for name, value in (files or {}).items():
+            write_json(f / name, value)
+
+    return change
+
+
+def method(name: str, **settings: Any) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": name, **settings}}
+
+
+I32, I8, U8, U32, F16, I64 = torch.int32, torch.int8, torch.uint8, torch.uint32, torch.float16, torch.int64
+F8 = torch.float8_e4m3fn
+GPTQ = ((".qweight", I32), (".qzeros", I32), (".scales", F16))
+PACKED = ((".weight_packed", I32), (".weight_scale", F16), (".weight_shape", I64))
+GROUP = {"group_0": {"weights": {"num_bits": 4, "type": "int"}, "input_activations": None}}
+PACK_QUANTIZED = method("compressed-tensors", format="pack-quantized", config_groups=GROUP)
+QUANTISED: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "EXL2": (replaced((".q_weight", I32), (".q_scale", I32), config=method("exl2", bits=3.0)),
+             ("an EXL2 model already (3 bits)",)),
+    "EXL3": (replaced((".trellis", I32), (".suh", F16), config=method("exl3", bits=4.0)), ("an EXL3 model", "4 bits")),
+    "GPTQ": (replaced(*GPTQ, (".g_idx", I32), config=method("gptq", bits=4)), ("a GPTQ model already (4 bits)",)),
+    "old GPTQ": (replaced(*GPTQ, files={"quantize_config.json": {"bits": 8}}), ("a GPTQ model already (8 bits)",)),
+    "GPTQ without a word": (replaced(*GPTQ), ("GPTQ or AWQ",)),
+    "AWQ": (replaced(*GPTQ, config=method("awq", bits=4, group_size=128)), ("an AWQ model already (4 bits)",)),
+    "old AWQ": (replaced(*GPTQ, files={"quant_config.json": {"w_bit": 4}}), ("an AWQ model already (4 bits)",)),
+    "AutoRound": (replaced(*GPTQ, config=method("auto-round", bits=2)), ("AutoRound", "2 bits")),
+    "bitsandbytes 4": (
+        replaced((".weight", U8), (".weight.absmax", U8), (".weight.quant_state.bitsandbytes__nf4", U8),
+                 config=method("bitsandbytes", load_in_4bit=True)), ("a bitsandbytes model already (4 bits)",)),
+    "bitsandbytes 8": (replaced((".weight", I8), (".SCB", torch.float32), config=method("bitsandbytes", load_in_8bit=True)),
+                       ("bitsandbytes", "8 bits")),
+    "HQQ": (replaced((".W_q", U8), config=method("hqq", quant_config={"weight_quant_params": {"nbits": 3}})),
+            ("HQQ", "3 bits")),
+    "AQLM": (replaced((".codes", I8), (".codebooks", F16), config=method("aqlm")), ("an AQLM model already",)),
+    "compressed-tensors": (replaced(*PACKED, config=PACK_QUANTIZED),
+                           ("compressed-tensors model already (pack-quantized, 4 bits)",)),
+    "compressed int8": (replaced((".weight", I8), (".weight_scale", F16), config=method(
+        "compressed-tensors", format="int-quantized", config_groups={"g": {"weights": {"num_bits": 8}}})),
+                        ("int-quantized, 8 bits",)),
+    "NVFP4": (replaced((".weight_packed", U8), (".weight_scale", F8), (".weight_global_scale", F16),
+                       config=method("compressed-tensors", format="nvfp4-pack-quantized")), ("NVFP4",)),
+    "EETQ": (replaced((".weight", I8), (".weight_scales", F16), config=method("eetq")), ("an EETQ model",)),
+    "torchao": (replaced((".weight_qdata", U8), (".weight_scale", F16), config=method("torchao", quant_type="int4")),
+                ("torchao",)),
+    "Quanto": (replaced((".weight._data", I8), (".weight._scale", F16), config=method("quanto", weights="int4")),
+               ("Quanto", "4 bits")),
+    "MLX": (replaced((".weight", U32), (".scales", F16), config={"quantization": {"group_size": 64, "bits": 4}}),
+            ("an MLX model already (4 bits)",)),
+    "VPTQ": (replaced((".centroids.weight", F16), (".indices", I32), config=method("vptq")), ("VPTQ",)),
+    "unknown": (replaced((".weight", I8), config=method("brandnew")), ("a brandnew model already",)),
+    "unknown and silent": (replaced((".weight", U32)), ("quantised (packed integers)",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", QUANTISED)
+def test_a_quantised_source_is_named(case: str, folder: Path) -> None:
+    change, words = QUANTISED[case]
+    change(folder)
+    (folder / "README.md").write_text("---\nbase_model: owner/original\n---\n")
+    with pytest.raises(SourceError) as e:
+        SourceModel(folder)
+    for word in (*words, "start from the original weights: owner/original"):
+        assert word in str(e.value), (word, str(e.value))
+
+
+def test_what_config_says_is_of_no_account_where_weights_are_plain(folder: Path) -> None:
+    edit_config(folder, **method("bitsandbytes", load_in_4bit=True))
+    source = SourceModel(folder)
+    assert source.dtype("model.layers.0.mlp.up_proj.weight") == "F16"
+    assert any("its weights are plain numbers" in note for note in source.notes)
+
+
+# ---- other kinds of models ---------------------------------------------------------------------------------------------
+
+OTHERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, ("a classifier or reward model",)),
+    "tagger": ({"architectures": ["LlamaForTokenClassification"]}, ("a tagger",)),
+    "encoder": ({"architectures": ["BertModel"], "model_type": "bert"}, ("'BertModel'", "an encoder, as for embeddings")),
+    "masked": ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, ("an encoder that fills gaps",)),
+    "vision": ({"architectures": ["CLIPModel"], "model_type": "clip"}, ("'CLIPModel'", "a vision model")),
+    "translation": ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True},
+                    ("an encoder and a decoder",)),
+    "unsupported": ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, ("GptOssForCausalLM", "supported: ")),
+    "no name at all": ({"architectures": None, "model_type": None}, ("architectures is None", "LlamaForCausalLM")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_models_that_are_no_known_language_model(case: str, folder: Path) -> None:
+    changes, words = OTHERS[case]
+    edit_config(folder, **changes)
+    exl2ray("plan", "-i", folder, "-b", "4").ends_with(3, *words)
+
+
+# ---- the same answer everywhere ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["GGUF", "pickles", "adapter", "hub cache", "LFS pointer"])
+def test_plan_dry_run_and_convert_say_the_same(case: str, folder: Path, tmp_path: Path) -> None:
+    change, words = FOLDERS[case]
+    change(folder)
+    where = ("-o", tmp_path / "work", "-cf", tmp_path / "out", "-b", "4", "--device", "cpu")
+    for command, *flags in (("plan",), ("convert", "--dry-run"), ("convert",)):
+        exl2ray(command, "-i", folder, *where, *flags).ends_with(3, *words)
+    assert not (tmp_path / "work").exists()
+    exl2ray("eval", "--model", folder).ends_with(3, *words)
+    exl2ray("inspect", folder).ends_with(8, *words)
+
+
+def test_inspect_names_another_way_of_quantising(folder: Path) -> None:
+    QUANTISED["GPTQ"][0](folder)
+    exl2ray("inspect", folder).ends_with(8, "a GPTQ model", "4 bits", "not an EXL2 one")
+    exl2ray("eval", "--model", folder).ends_with(3, "a GPTQ model", "original weights")
+    exl2ray("verify", folder).ends_with(8, "quant_method is 'gptq'")
+
+
+def test_an_exl2_source_is_refused_before_work(folder: Path, tmp_path: Path) -> None:
+    QUANTISED["EXL2"][0](folder)
+    where = ("-o", tmp_path / "work", "-cf", tmp_path / "out", "-b", "4", "--device", "cpu")
+    exl2ray("plan", "-i", folder, "-b", "4").ends_with(3, "is an EXL2 model already (3 bits)", "original weights")
+    exl2ray("convert", "-i", folder, *where).ends_with(3, "is an EXL2 model already (3 bits)")
+    assert not (tmp_path / "work").exists()
+    exl2ray("verify", folder, "-i", folder).ends_with(3, "is an EXL2 model already")
