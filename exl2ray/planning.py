@@ -11,6 +11,7 @@ from exl2ray.config import USUAL_HEAD_BITS, Recipe
 from exl2ray.errors import FormatError
 from exl2ray.formats.layout import WIDTHS, QParams, pad32
 from exl2ray.formats.measurement import Measurement
+from exl2ray.formats.measurement_rules import checked_pair
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.overrides import Override, counting, overridden
 from exl2ray.quant.allocate import Allocation, Slot, budget, solve
@@ -111,9 +112,7 @@ def linear_groups(spec: ModelSpec, measurement: Measurement) -> list[LinearGroup
             where = f"measurement: {module.profile_key!r}, {role}"
             curve = LossCurve(_entry(extra, "linears", role, where), linears[0].in_features, where)
             pair = _entry(extra, "sensitivity", role, where)
-            if not isinstance(pair, list) or len(pair) != 2 or any(type(v) not in (int, float) or not v >= 0 for v in pair):
-                raise FormatError(f"{where}: the sensitivity is not [KL, squared error]")
-            kl, error = pair
+            kl, error = checked_pair(pair, where)
             key = linears[0].key if len(linears) == 1 else f"{module.profile_key}.{role}"
             out.append(LinearGroup(key, linears, curve, kl / error if error > 0 else 0.0))
     return out

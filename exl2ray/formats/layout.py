@@ -15,6 +15,7 @@ from typing import Any
 from exl2ray.errors import FormatError
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bit widths of the format
+MAX_GROUP = 1 << 16  # rows; no linear has more
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,11 @@ class QParams:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise FormatError(f"quantisation parameters {str(obj)[:200]}: {type(e).__name__}: {e}") from e
         if not bits or any(b not in WIDTHS for b in bits) or list(bits) != sorted(set(bits), reverse=True):
-            raise FormatError(f"bits: widths {bits} are not strictly falling members of {WIDTHS}")
+            raise FormatError(f"bits: widths {str(bits)[:80]} are not strictly falling members of {WIDTHS}")
         if len(props) != len(bits) or any(not p > 0 for p in props) or not abs(sum(props) - 1.0) <= 1e-9:
-            raise FormatError(f"bits_prop: shares {props} are not {len(bits)} positive numbers that sum to 1")
-        if any(s <= 0 or s % 32 for s in params.group_sizes):
-            raise FormatError(f"group_size: {params.group_sizes} are not positive multiples of 32")
+            raise FormatError(f"bits_prop: shares {str(props)[:80]} are not {len(bits)} positive numbers that sum to 1")
+        if any(not 0 < s <= MAX_GROUP or s % 32 for s in params.group_sizes):
+            raise FormatError(f"group_size: {str(params.group_sizes)[:80]} are not multiples of 32 up to {MAX_GROUP}")
         if params.scale_bits != 4:
             raise FormatError(f"scale_bits is {params.scale_bits}; the format has 4")
         return params

@@ -25,11 +25,12 @@ from exl2ray.errors import FormatError
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.json_file import parse_json_object, read_bounded
 from exl2ray.formats.layout import LinearShape, QParams
+from exl2ray.formats.measurement_rules import MAX_OPTIONS, refuse_meaningless
 
 MEASURED_MODES = ("self_attn", "mlp", "block_sparse_moe", "parallel_decoder")
 UNMEASURED_MODES = ("norm", "linear", "pos_emb")
 ROTATION = "rotation"  # no entry of a module: those have a dot
-MAX_MEASUREMENT_BYTES = 256 << 20
+MAX_MEASUREMENT_BYTES = 32 << 20  # of the largest published models 10
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def check_against(
         for options in profile.slots():
             for i, option in enumerate(options):
                 _check_bits(f"measurement: {entry_key!r}, option {i}", option, roles, hint)
+    refuse_meaningless(measurement)
 
 
 def _check_bits(place: str, option: OptionProfile, roles: Mapping[str, Sequence[LinearShape]], hint: str) -> None:
@@ -199,6 +201,8 @@ def _check_bits(place: str, option: OptionProfile, roles: Mapping[str, Sequence[
 def _options(value: Any, place: str) -> tuple[OptionProfile, ...]:
     if not isinstance(value, list) or not value:
         raise FormatError(f"{place}: must be a non-empty list of options, is {str(value)[:40]}")
+    if len(value) > MAX_OPTIONS:
+        raise FormatError(f"{place}: {len(value)} options; a module has at most {MAX_OPTIONS}", "is this a measurement.json?")
     options = tuple(_option(o, f"{place}, option {i}") for i, o in enumerate(value))
     roles = set(options[0].params)
     for i, option in enumerate(options):

@@ -23,6 +23,7 @@ from exl2ray.config import Recipe
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
+from exl2ray.formats.json_file import shown
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.measurement import Measurement, check_against, read_measurement
@@ -254,7 +255,7 @@ def check_rotation(measurement: Measurement, spec: ModelSpec, path: str) -> None
         raise UsageError(f"-m {path}: measured without --rotate", "leave out --rotate, or measure again without -m")
     if wanted is None:
         raise UsageError(f"-m {path}: measured with --rotate", "give --rotate here too, or measure again without -m")
-    raise UsageError(f"-m {path}: measured with another rotation, {measurement.rotation}", "measure again without -m")
+    raise UsageError(f"-m {path}: measured with another rotation, {shown(measurement.rotation)}", "measure again without -m")
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------------------

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exl2ray.errors import FormatError
+from exl2ray.errors import FormatError, UsageError
+from exl2ray.formats.json_file import shown
 from exl2ray.formats.layout import WIDTHS, QParams
+from exl2ray.formats.measurement_rules import AGAIN, MOST, is_amount
 from exl2ray.quant.losses import USELESS, piece_rows
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse
 
@@ -45,6 +47,7 @@ KERNEL_SETS = {
 PAIRS = ((3, 2), (4, 2), (4, 3), (5, 3), (5, 4), (6, 4), (6, 5), (8, 6))
 SHARES = (0.1, 0.25, 0.5, 0.75)
 NEAR = 0.03
+MAX_LOSSES = 512  # options of one linear whose losses are kept; measuring leaves some tens
 ALL = 1e6  # in its place: whatever no other option beats in both
 
 
@@ -89,6 +92,18 @@ class LossCurve:
         """The prediction for a linear of level 1."""
         edges, losses = _parts(option, self.in_features)
         return float(np.diff(np.interp(edges, self._bounds, self._mass)) @ losses)
+
+
+def _check_option(name: str, where: str) -> None:
+    """FormatError unless a name of an option is that of one that the format can hold."""
+    try:
+        option = _option(name)
+    except UsageError as e:
+        raise FormatError(f"{where}: a loss of {shown(name)}, which is no option", AGAIN) from e
+    widths = all(b in WIDTHS for b in option.bits) and len(set(option.bits)) == len(option.bits)
+    shares = all(0 < p <= 1 for p in option.props) and abs(sum(option.props) - 1) < 1e-3
+    if not widths or not shares or not all(0 < size < 1 << 31 and size % 32 == 0 for size in option.group_sizes):
+        raise FormatError(f"{where}: a loss of the option {shown(name)}, which the format does not have", AGAIN)
 
 
 @cache
@@ -162,8 +177,12 @@ def _checked(entry: Mapping[str, Any], where: str) -> tuple[dict[str, float], ND
     if not isinstance(losses, Mapping) or not losses:
         raise FormatError(f"{where}: no losses of options", "measure again without -m")
     numbers = [*losses.values(), *(shape if isinstance(shape, list) else [])]
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf for v in numbers):
-        raise FormatError(f"{where}: a loss or shape is not a number from 0 on")
-    if shape is not None and not isinstance(shape, list):
-        raise FormatError(f"{where}: the shape is no list")
+    if not all(map(is_amount, numbers)):
+        raise FormatError(f"{where}: a loss or shape is not a number from 0 to {MOST:g}", AGAIN)
+    if shape is not None and not (isinstance(shape, list) and any(shape)):
+        raise FormatError(f"{where}: the shape is no list, or all of it is 0", AGAIN)
+    if len(losses) > MAX_LOSSES:
+        raise FormatError(f"{where}: losses of {len(losses)} options; there are at most {MAX_LOSSES}", AGAIN)
+    for name in losses:
+        _check_option(name, where)
     return {str(k): float(v) for k, v in losses.items()}, None if shape is None else np.array(shape, dtype=np.float64)
