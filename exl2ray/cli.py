@@ -102,7 +102,9 @@ def _convert(recipe: Recipe, reporter: Any, dry_run: bool) -> None:
         return
     summary = conversion.convert(recipe, reporter)
     if recipe.output_measurement is not None:
-        reporter.event("done", outputs=[], measurement=summary.measurement, seconds=summary.seconds)
+        reporter.event(
+            "done", outputs=[], measurement=summary.measurement, warnings=list(summary.warnings), seconds=summary.seconds
+        )
 
 
 @cli.command(cls=SectionedCommand)

@@ -66,7 +66,7 @@ class Plain:
         if name == "table":
             return [*([f["title"]] if f["title"] else []), *text_table(f["columns"], f["rows"])]
         if name == "done":
-            return [*text_table(*outputs_table(f["outputs"])), f"done in {duration(f['seconds'])}"]
+            return [*text_table(*outputs_table(f["outputs"])), *repeated_warnings(f), done_text(f)]
         return []  # "error" is shown by whoever ends the program
 
     def _item(self, f: Mapping[str, Any]) -> str:
@@ -148,6 +148,17 @@ def job_text(f: Mapping[str, Any]) -> str:
 
 def stage_text(items: int, done: int) -> str:
     return plural(items, "item") + (f", {done} already done" if done else "")
+
+
+def repeated_warnings(f: Mapping[str, Any]) -> list[str]:
+    """The warnings of a "done" event, as lines: what was told an hour ago has scrolled away."""
+    return [f"warning: {text}" for text in f.get("warnings") or ()]
+
+
+def done_text(f: Mapping[str, Any]) -> str:
+    """The last line of a conversion."""
+    count = len(f.get("warnings") or ())
+    return f"done in {duration(f['seconds'])}" + (f", with {plural(count, 'warning')}: read above" if count else "")
 
 
 def plural(count: int, noun: str) -> str:

@@ -50,6 +50,7 @@ class Summary:
     outputs: tuple[OutputSummary, ...]
     measurement: str  # path of measurement.json
     seconds: float
+    warnings: tuple[str, ...] = ()  # those that concern the result, each told before
 
 
 def convert(recipe: Recipe, reporter: Reporter) -> Summary:
@@ -76,7 +77,8 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
         with _terminable(), Job(recipe, reporter) as job:
             measurement = job.measure()
             if recipe.output_measurement is not None:
-                return Summary((), job.export_measurement(measurement), time.monotonic() - start)
+                path = job.export_measurement(measurement)
+                return Summary((), path, time.monotonic() - start, tuple(job.warnings.all(())))
             plans = [job.allocate(measurement, bits) for bits in recipe.bits]
             outputs = job.produce(plans)
         with _terminable():  # the workers are gone, their GPUs free
@@ -118,9 +120,10 @@ def patch(
 def _finished(job: Job, outputs: list[OutputSummary], reporter: Reporter, start: float) -> Summary:
     """Tells of the finished models; raises NumericError for one that is clearly broken."""
     seconds = time.monotonic() - start
-    reporter.event("done", outputs=[o.__dict__ for o in outputs], seconds=seconds)
+    warnings = job.warnings.all(o.bits for o in outputs)
+    reporter.event("done", outputs=[o.__dict__ for o in outputs], warnings=warnings, seconds=seconds)
     job.judge(outputs)
-    return Summary(tuple(outputs), job.measurement_path, seconds)
+    return Summary(tuple(outputs), job.measurement_path, seconds, tuple(warnings))
 
 
 def dry_run(recipe: Recipe, reporter: Reporter) -> None:

@@ -22,11 +22,13 @@ from rich.text import Text
 from exl2ray.console import (
     Clock,
     clean,
+    done_text,
     duration,
     is_numeric,
     job_text,
     outputs_table,
     plural,
+    repeated_warnings,
     stage_text,
 )
 from exl2ray.store.pace import Pace
@@ -80,7 +82,9 @@ class Live:
         elif name == "done":
             self.close()
             self._table("", *outputs_table(f["outputs"]))
-            self._print(f"done in {duration(f['seconds'])}", "bold green")
+            for line in repeated_warnings(f):
+                self._print(line, "bold yellow")
+            self._print(done_text(f), "bold yellow" if f.get("warnings") else "bold green")
         if self._live is not None:
             self._live.refresh()
 

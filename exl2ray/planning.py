@@ -207,6 +207,12 @@ def slot_weights(spec: ModelSpec) -> int:
     return sum(x.in_features * pad32(x.out_features) for m in spec.modules if m.quantized for x in m.linears)
 
 
+def decoder_bpw(spec: ModelSpec, params: Mapping[str, QParams]) -> float:
+    """Bits per weight of the decoder layers with these options, overheads included."""
+    linears = [x for m in spec.modules if m.quantized for x in m.linears]
+    return sum(_bits(x, params[x.key]) for x in linears) / slot_weights(spec)
+
+
 Tables = list[tuple[tuple[str, ...], tuple[tuple[QParams, ...], ...]]]  # (roles, rows with an option for each role)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl2ray.calibration.soundness import baseline
 from exl2ray.checks import file_hash, pick_executor, versions
 from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.convert import OutputSummary
@@ -33,6 +34,7 @@ from exl2ray.formats.measurement import (
     ModuleProfile,
     write_measurement,
 )
+from exl2ray.formats.origin import source_identity
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.overrides import Override, overridden, parse_overrides
 from exl2ray.plan.problems import examine, row_sizes
@@ -42,8 +44,10 @@ from exl2ray.quality import Numerics
 from exl2ray.quant.losses import merged
 from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
+from exl2ray.soundness import ResultWarnings, is_broken, measured_experts, show, unspent_warning
+from exl2ray.source_state import SourceState
 from exl2ray.store.faults import translated
-from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, quant_kind
+from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY, quant_kind
 from exl2ray.store.pace import Pace
 from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.tensors import put_tensors
@@ -52,7 +56,6 @@ from exl2ray.writing import OutputWriter
 
 PROFILE = 3  # what a measured module's record holds; earlier ones, without losses, are not used
 CALIBRATION_KEY = "calibration"  # record of the rows of tokens; every job has one
-HIGH_PERPLEXITY, BROKEN_PERPLEXITY, BROKEN_RATIO = 30.0, 1000.0, 10.0
 
 
 class Job:
@@ -83,9 +86,11 @@ class Job:
             self.reporter.event("note", message=f"quality {recipe.quality}: {', '.join(p for p in parts if p)}")
         if recipe.rotate:
             self.reporter.event("note", message="the residual stream is rotated: other weights, the same function")
-        for warning in (*found.warnings, *self.spec.warnings):
+        for warning in found.warnings:
             self.reporter.event("warning", message=warning)
-        for note in sorted({n for rows in self.rows.values() for n in rows.notes}):
+        self.warnings = ResultWarnings(self.reporter)
+        self.warnings.add((*found.doubts, *self.spec.warnings))
+        for note in (*found.notes, *sorted({n for rows in self.rows.values() for n in rows.notes})):
             self.reporter.event("note", message=note)
 
     # ---- opening -----------------------------------------------------------------------------------------------
@@ -110,11 +115,15 @@ class Job:
         try:
             for note in self.work.notes:
                 self.reporter.event("note", message=note)
+            self.warnings.opened(self.work)
+            self.source_state = SourceState(self.work, self.source, self.job["identity"]["fingerprint"])
+            self.source_state.open()
+            self.warnings.add(self.source_state.warnings)
             self._store_rows()
             self.reporter.event(
                 "start", model=recipe.in_dir, architecture=self.spec.arch.name, modules=len(self.spec.modules),
                 bits=list(recipe.bits), device=str(self.device), workers=recipe.gpus or 0,
-                resumed=any(key != CALIBRATION_KEY for key, _ in self.work.records.scan(MEASURE)),
+                resumed=any(key not in (CALIBRATION_KEY, SOURCE_KEY) for key, _ in self.work.records.scan(MEASURE)),
             )  # fmt: skip
         except BaseException:
             self.work.close()
@@ -244,6 +253,7 @@ class Job:
                 self.work.event("states", stage="measure", window=fan.window, peak=fan.peak_states)
         measurement = self._with_sensitivities(self._assemble(profiles))
         write_measurement_to(self.work, measurement)
+        self.warnings.add(measured_experts(measurement), tell=False)  # each module has
         return measurement
 
     def _measure_parts(
@@ -342,10 +352,11 @@ class Job:
             elif mode in ("norm", "linear", "pos_emb"):
                 out.append(profiles.get(module.index, ModuleProfile(key, mode)))
         rotation = None if self.spec.rotation is None else self.spec.rotation.identity()
-        return Measurement(tuple(out), len(self.spec.modules) - 1, rotation)
+        return Measurement(tuple(out), len(self.spec.modules) - 1, rotation, source_identity(self.source))
 
     def export_measurement(self, measurement: Measurement) -> str:
         """Writes measurement.json where -om asks for it: a file, or a directory to put it into."""
+        self.source_state.check()
         path = Path(self.recipe.output_measurement or "")
         if path.suffix != ".json":
             path = path / MEASUREMENT
@@ -380,6 +391,7 @@ class Job:
         if chosen.predicted_kl is not None:
             message += f"; predicted KL {chosen.predicted_kl:.4g}"
         self.reporter.event("note", message=message)
+        self.warnings.add(unspent_warning(bits, achieved, allocation.unspent, bool(overrides)), bits)
         return Plan(bits, params, hashes, achieved, sum(size.values()) // 8, chosen.predicted_kl)
 
     def patch(self, plan: Plan, overrides: Sequence[Override]) -> Plan:
@@ -445,7 +457,7 @@ class Job:
         if compile_full is not None:
             recipe = replace(recipe, compile_full=compile_full, bits=tuple(p.bits for p in plans))
         fingerprint, rows = self.job["identity"]["fingerprint"], len(self.rows["quantize"].ids)
-        writer = OutputWriter(recipe, self.spec, self.source, self.work, fingerprint, rows, chosen)
+        writer = OutputWriter(recipe, self.spec, self.source, self.work, fingerprint, rows, chosen, self.warnings)
         for plan in plans:
             writer.check(plan)
         with ThreadPoolExecutor(1, "write") as pool:
@@ -454,6 +466,7 @@ class Job:
 
             def complete(plan: Plan) -> None:
                 records = writer.records(plan)
+                self._examine_records(plan, records)
                 found = writer.finished(plan, records)
                 if found is not None:
                     kept[plan.bits] = found
@@ -479,7 +492,15 @@ class Job:
                     outputs.append(kept[plan.bits])
                 names = [Path(f).name for f in outputs[-1].files]
                 self.work.event("written", bits=plan.bits, directory=outputs[-1].directory, files=names)
+            self.source_state.check()
+            self.warnings.add(self.source_state.warnings)
             return outputs
+
+    def _examine_records(self, plan: Plan, records: Mapping[int, Record]) -> None:
+        """What the records of a finished bitrate say against it; for its card, so before that is written."""
+        head, rows = self.spec.modules[-1], self.rows["quantize"].ids
+        known = baseline(rows, row_sizes(self.recipe, self.rows).reported, head.linears[0].out_features)
+        self.warnings.add_records(plan.bits, records, head.index, known)
 
     def quantize(
         self, plans: Sequence[Plan], complete: Callable[[Plan], None], tick: Callable[[], None] = lambda: None
@@ -587,24 +608,15 @@ class Job:
     # ---- judge -------------------------------------------------------------------------------------------------
 
     def judge(self, outputs: list[OutputSummary]) -> None:
-        """Warns of, or refuses, a model whose perplexity on calibration rows shows that something went wrong.
-
-        The files stay where they are. Where the source itself is above a limit, only the ratio to it counts.
-        """
+        """Refuses a model whose perplexity on calibration rows shows that something went wrong. Its files stay there."""
         for out in outputs:
             after, before = out.calibration_perplexity, out.reference_perplexity
-            both = f"calibration perplexity {_show(after)}, of the source model {_show(before)}"
-            where = f"{out.bits:g} bpw: {both}"
-            source_is_fine = before is not None and before <= BROKEN_PERPLEXITY
-            if after is None or (before is not None and after > BROKEN_RATIO * before) or (
-                after > BROKEN_PERPLEXITY and source_is_fine
-            ):
+            if is_broken(after, before):
+                both = f"calibration perplexity {show(after)}, of the source model {show(before)}"
                 raise NumericError(
-                    f"{where}: the quantised model is broken",
+                    f"{out.bits:g} bpw: {both}: the quantised model is broken",
                     f"the files are kept ({', '.join(out.files)}); check the source model and the calibration data",
                 )
-            if after > HIGH_PERPLEXITY and (before is None or before <= HIGH_PERPLEXITY):
-                self.reporter.event("warning", message=f"{where}: above {HIGH_PERPLEXITY:g} is suspicious")
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
@@ -703,10 +715,3 @@ def _coverage(payload: Mapping[str, Any]) -> Sequence[Mapping[str, float]]:
     extra = payload["profile"]["extra"] if "profile" in payload else payload
     experts: Sequence[Mapping[str, float]] = extra.get("experts", ())
     return experts
-
-
-def _show(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.4g}"
-
-
-

@@ -36,6 +36,7 @@ from exl2ray.plan.sizes import plain_shape
 from exl2ray.planning import Plan, head_bits
 from exl2ray.publish.card import CardInfo, converted, model_card, write_card
 from exl2ray.publish.origin import CARD
+from exl2ray.soundness import ResultWarnings
 from exl2ray.store.layout import CALIBRATION, quant_kind
 from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.tensors import get_tensors
@@ -49,7 +50,7 @@ _DTYPE_NAMES = {torch.int32: "I32", torch.int16: "I16", torch.float16: "F16"}
 @dataclass(frozen=True)
 class OutputWriter:
     """Writes the files of a bitrate. ``fingerprint``: of the source. ``calibration_rows`` of the quantisation pass and texts
-    of --set: for config.json.
+    of --set: for config.json. ``warnings``: for the card.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class OutputWriter:
     fingerprint: str
     calibration_rows: int
     overrides: tuple[str, ...] = ()
+    warnings: ResultWarnings | None = None
 
     def records(self, plan: Plan) -> dict[int, Record]:
         """Records of all quantised modules of one bitrate, head included; the head's has both perplexities."""
@@ -152,7 +154,8 @@ class OutputWriter:
         name, patches = self.spec.arch.name, self.overrides[len(self.recipe.overrides) :]
         perplexities = self._perplexities(records)
         info = converted(self.recipe, plan.bits, plan.achieved_bpw, name, rows, paths, *perplexities, patches)
-        return replace(info, head_bits=head_bits(self.recipe, self.spec, plan))
+        warnings = () if self.warnings is None else self.warnings.of(plan.bits)
+        return replace(info, head_bits=head_bits(self.recipe, self.spec, plan), warnings=warnings)
 
     def _config(self, plan: Plan) -> dict[str, Any]:
         """config.json of the output."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exl2ray.config import MAX_BITS, MIN_BITS, Recipe
-from exl2ray.console import show_table
+from exl2ray.console import clean, show_table
 from exl2ray.errors import UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape, QParams, pad32
 from exl2ray.formats.measurement import Measurement, OptionProfile, check_against, read_measurement
+from exl2ray.formats.origin import origin_findings
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.planning import choose, has_sensitivities, linear_groups, slot_weights
 from exl2ray.quant.allocate import Slot, budget, check_reachable
 from exl2ray.quant.allocate import solve as allocate
+from exl2ray.soundness import unspent_warning
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Solution:
     linears: tuple[LinearChoice, ...] = ()
     allocation: str = "module"
     predicted_kl: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def solve(
@@ -78,12 +81,16 @@ def solve(
     for b in bits:
         if not MIN_BITS <= b <= MAX_BITS:
             raise UsageError(f"-b {b:g}: bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
-    spec = load_spec(SourceModel(in_dir))
+    source = SourceModel(in_dir)
+    spec = load_spec(source)
     measurement = read_measurement(measurement_path)
     check_against(measurement, [m.profile_key for m in spec.modules if m.kind != "embedding"], _shapes(spec))
     if allocation == "linear" or (allocation is None and has_sensitivities(spec, measurement)):
-        return [_linear_solution(spec, measurement, b, head_bits) for b in bits]
-    return [_solution(spec, measurement, b, objective, power) for b in bits]
+        solutions = [_linear_solution(spec, measurement, b, head_bits) for b in bits]
+    else:
+        solutions = [_solution(spec, measurement, b, objective, power) for b in bits]
+    warnings, _ = origin_findings(measurement, source)
+    return [replace(s, warnings=(*warnings, *s.warnings)) for s in solutions]
 
 
 def show(solutions: Sequence[Solution]) -> None:
@@ -92,6 +99,7 @@ def show(solutions: Sequence[Solution]) -> None:
             cells = [[c.key, c.option, f"{c.bits_per_weight:.3f}", f"{c.kl:.3g}"] for c in s.linears]
             show_table(f"{s.bits:g} bits per weight", ["linear", "option", "bpw", "KL"], cells)
             print(f"achieved {s.achieved_bpw:.4f} bits per weight; predicted KL {s.predicted_kl:.4g}, {_gap(s)}")
+            _warn(s)
             continue
         rows = [
             [c.key, f"{c.option + 1}/{c.options}", f"{c.bits_per_weight:.3f}", f"{c.error:.6f}", _widths(c.widths)]
@@ -103,6 +111,12 @@ def show(solutions: Sequence[Solution]) -> None:
             f"achieved {s.achieved_bpw:.4f} bits per weight; objective {s.objective} = {s.objective_value:.6g}, "
             f"{_gap(s)}" + ("" if s.predicted_kl is None else f"; predicted KL {s.predicted_kl:.4g}")
         )
+        _warn(s)
+
+
+def _warn(s: Solution) -> None:
+    for text in s.warnings:
+        print(clean(f"warning: {text}"))
 
 
 def _linear_solution(spec: ModelSpec, measurement: Measurement, bits: float, head_bits: int | None) -> Solution:
@@ -114,11 +128,11 @@ def _linear_solution(spec: ModelSpec, measurement: Measurement, bits: float, hea
         weights = sum(x.in_features * pad32(x.out_features) for x in group.linears)
         linears.append(LinearChoice(group.key, q.desc, size / weights, group.sensitivity * group.curve.loss(q)))
         decoder += size if group.linears[0].role != "lm_head" else 0
-    found = chosen.allocation
+    found, achieved = chosen.allocation, decoder / slot_weights(spec)
     return Solution(
-        bits=bits, achieved_bpw=decoder / slot_weights(spec), total_bits=found.total_bits, objective="predicted KL",
+        bits=bits, achieved_bpw=achieved, total_bits=found.total_bits, objective="predicted KL",
         objective_value=found.objective, gap=max(0.0, found.gap), linears=tuple(linears), allocation="linear",
-        predicted_kl=chosen.predicted_kl,
+        predicted_kl=chosen.predicted_kl, warnings=tuple(unspent_warning(bits, achieved, found.unspent, False)),
     )  # fmt: skip
 
 
@@ -149,8 +163,9 @@ def _solution(spec: ModelSpec, measurement: Measurement, bits: float, objective:
         recipe = Recipe("", "", (bits,), allocation="module", objective=objective, objective_power=power)  # type: ignore[arg-type]
         kl = choose(spec, measurement, bits, recipe).predicted_kl
     return Solution(
-        bits, achieved, allocation.total_bits, objective, allocation.objective, gap, choices, predicted_kl=kl
-    )
+        bits, achieved, allocation.total_bits, objective, allocation.objective, gap, choices, predicted_kl=kl,
+        warnings=tuple(unspent_warning(bits, achieved, allocation.unspent, False)),
+    )  # fmt: skip
 
 
 def _choice(module: ModuleSpec, options: Sequence[OptionProfile], index: int, weights: int) -> Choice:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -144,17 +145,34 @@ class SourceModel:
         Covers, per tensor in sorted order: name, dtype, shape, and SAMPLES evenly spaced samples of SAMPLE_BYTES bytes
         (all of it when it is not larger than that). Without ``names`` it covers every tensor and config.json. How
         tensors are spread over shards does not matter: the same model saved with another shard size has the same
-        fingerprint. A change of a few single weights between the samples is not noticed.
+        fingerprint. A change of a few single weights between the samples is not noticed (`exl2ray.formats.file_states` does).
         """
-        digest = hashlib.sha256()
         if names is None:
-            digest.update(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.names() if names is None else set(names)):
-            info = self.info(name)
-            digest.update(f"\n{json.dumps(name)} {info.dtype} {list(info.shape)}\n".encode())
-            for part in self.stored(name):
-                digest.update(_content_samples(part, self.error))
+            return self._fingerprints[0]
+        digest = hashlib.sha256()
+        for part in self._content(names):
+            digest.update(part)
         return digest.hexdigest()
+
+    def weights_fingerprint(self) -> str:
+        """`fingerprint` of all tensors, without config.json."""
+        return self._fingerprints[1]
+
+    @cached_property
+    def _fingerprints(self) -> tuple[str, str]:
+        """(with config.json, without), from one reading."""
+        whole, weights = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()), hashlib.sha256()
+        for part in self._content(self.names()):
+            whole.update(part)
+            weights.update(part)
+        return whole.hexdigest(), weights.hexdigest()
+
+    def _content(self, names: Iterable[str]) -> Iterator[bytes]:
+        for name in sorted(set(names)):
+            info = self.info(name)
+            yield f"\n{json.dumps(name)} {info.dtype} {list(info.shape)}\n".encode()
+            for part in self.stored(name):
+                yield _content_samples(part, self.error)
 
 
 def weight_files(directory: Path, error: type[Exl2RayError] = SourceError) -> list[Path]:

@@ -8,7 +8,8 @@ The schema is the reference's (converter-algorithm section 10), so files can be 
 
 Ours: "notes"; "experts", their share of the tokens; "linears", losses of single linears (`exl2ray.quant.losses`); and after a
 measurement for --allocation linear "sensitivity": {"<role>": [KL, squared error] (`exl2ray.quant.sensitivity`)}.
-Of a rotated model (--rotate) also "rotation": what identifies the rotation; it stands among the entries of "exl2ray".
+Beside the entries of modules stand "source": hashes of what was measured (`exl2ray.formats.origin`), and of a rotated model
+(--rotate) "rotation": what identifies the rotation.
 
 An option is ``{"accuracy": float, "total_bits": int, "<role>": {quantisation parameters}, ...}``.
 """
@@ -29,7 +30,7 @@ from exl2ray.formats.measurement_rules import MAX_OPTIONS, refuse_meaningless
 
 MEASURED_MODES = ("self_attn", "mlp", "block_sparse_moe", "parallel_decoder")
 UNMEASURED_MODES = ("norm", "linear", "pos_emb")
-ROTATION = "rotation"  # no entry of a module: those have a dot
+ROTATION, SOURCE = "rotation", "source"  # no entries of modules: those have a dot
 MAX_MEASUREMENT_BYTES = 32 << 20  # of the largest published models 10
 
 
@@ -101,12 +102,14 @@ class ModuleProfile:
 class Measurement:
     """All entries in file order. ``last_module_idx`` is the index of the last module measured.
 
-    ``rotation`` identifies the rotation of a model that was rotated; None: it was not.
+    ``rotation`` identifies the rotation of a model that was rotated; None: it was not. ``source`` identifies the model; None:
+    not known (other programs and earlier versions do not say).
     """
 
     profiles: tuple[ModuleProfile, ...]
     last_module_idx: int
     rotation: Mapping[str, Any] | None = None
+    source: Mapping[str, Any] | None = None
 
     def __getitem__(self, entry_key: str) -> ModuleProfile:
         for p in self.profiles:
@@ -119,7 +122,8 @@ class Measurement:
             "measurement": {p.entry_key: p.to_json() for p in self.profiles},
             "last_module_idx": self.last_module_idx,
         }
-        extra = {} if self.rotation is None else {ROTATION: dict(self.rotation)}
+        beside = {ROTATION: self.rotation, SOURCE: self.source}
+        extra = {name: dict(value) for name, value in beside.items() if value is not None}
         extra.update({p.entry_key: dict(p.extra) for p in self.profiles if p.extra})
         return {**out, "exl2ray": extra} if extra else out
 
@@ -150,7 +154,7 @@ def parse_measurement(raw: bytes, where: str) -> Measurement:
     if type(index) is not int or index < 0:
         raise FormatError(f"{where}: 'last_module_idx' is {str(index)[:40]}, not a module index")
     profiles = tuple(ModuleProfile.from_json(k, v, extra.get(k), where) for k, v in entries.items())
-    return Measurement(profiles, index, extra.get(ROTATION))
+    return Measurement(profiles, index, extra.get(ROTATION), extra.get(SOURCE))
 
 
 def write_measurement(path: str | Path, measurement: Measurement) -> None:

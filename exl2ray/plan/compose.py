@@ -22,8 +22,9 @@ from exl2ray.plan.probe import ProbeResult, probe
 from exl2ray.plan.problems import Examination, examine, row_sizes
 from exl2ray.plan.sizes import OutputSize, exact_size, freedom_of, size_range
 from exl2ray.plan.times import LOGGED, Timed, Times, estimate, far_below, logged_for
-from exl2ray.planning import choose, option_bits
+from exl2ray.planning import choose, decoder_bpw, option_bits
 from exl2ray.quant.allocate import reachable_range
+from exl2ray.soundness import unspent_warning
 
 GIB = 1 << 30
 USUAL_GPUS = (24 * GIB, 80 * GIB)  # planned for where this machine has none
@@ -118,7 +119,7 @@ def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
     if spec is not None:
         report.layers = spec.hyper.num_layers
         report.warnings += spec.warnings
-    report.warnings += found.warnings
+    report.warnings += [*found.warnings, *found.doubts, *found.notes]
     report.rows = {name: (r.ids.shape[0], r.ids.shape[1]) for name, r in found.rows.items()}
     report.warnings += sorted({n for rows in found.rows.values() for n in rows.notes})
     report.warnings += _not_estimated(recipe)
@@ -178,6 +179,8 @@ class _Planner:
         if measurement is None:
             return size_range(spec, self.source, bits, freedom_of(recipe, wanted), self.shard_bytes)
         chosen = choose(spec, measurement, bits, recipe, wanted)
+        achieved = decoder_bpw(spec, chosen.params)
+        self.report.warnings += unspent_warning(bits, achieved, chosen.allocation.unspent, bool(wanted))
         return exact_size(spec, self.source, bits, chosen.params, self.shard_bytes)
 
     def memory(self, gpu_sizes: Sequence[int]) -> None:

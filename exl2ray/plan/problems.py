@@ -27,6 +27,7 @@ from exl2ray.formats.json_file import shown
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.measurement import Measurement, check_against, read_measurement
+from exl2ray.formats.origin import origin_findings
 from exl2ray.formats.shards import refuse_same_directory, side_files
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
@@ -36,6 +37,8 @@ from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
 from exl2ray.overrides import Override, parse_overrides
 from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs, existing_parent
+from exl2ray.plan.doubts import calibration_doubts, model_doubts
+from exl2ray.plan.flat import flat_warnings
 from exl2ray.plan.memory import RowSizes
 from exl2ray.plan.scan import scan_values, stored_names
 from exl2ray.plan.sizes import OutputSize, freedom_of, size_range
@@ -72,6 +75,8 @@ class Examination:
     disks: list[DiskNeed] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # of what spoils a run without stopping it
+    doubts: list[str] = field(default_factory=list)  # warnings that concern the result
+    notes: list[str] = field(default_factory=list)
 
     def attempt(self, topic: str, check: Callable[[], T]) -> T | None:
         """The result of a check, or None and a problem more."""
@@ -130,11 +135,25 @@ def examine(recipe: Recipe) -> Examination:
     if source is not None:
         names = source.names() if spec is None else stored_names(spec)
         found.add("values", scan_values(source, names, recipe.seed))
+    _examine_soundness(found, recipe)
     if not found.has("tensors", "bitrate"):  # without these, sizes are not known
         _examine_disks(found, recipe)
     if device is not None:
         found.attempt("shared memory", lambda: _check_shared_memory(recipe, device))
     return found
+
+
+def _examine_soundness(found: Examination, recipe: Recipe) -> None:
+    """What makes the result doubtful; looked at where the files can be read."""
+    spec, source = found.spec, found.source
+    found.doubts += calibration_doubts(found.rows)
+    if spec is None or source is None or found.has("tensors", "values"):
+        return
+    found.doubts += flat_warnings(source, spec, recipe.seed)
+    found.doubts += model_doubts(source, spec, found.rows)
+    if found.measurement is not None:
+        warnings, notes = origin_findings(found.measurement, source)
+        found.doubts, found.notes = found.doubts + warnings, found.notes + notes
 
 
 def row_sizes(recipe: Recipe, rows: dict[str, Rows]) -> RowSizes:

@@ -6,6 +6,7 @@ A card is a function of plain facts, without dates, times or places, so a conver
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class CardInfo:
     """Everything that a card says.
 
     bits: requested. achieved_bpw: of the decoder layers, overheads included. calibration: name of the user's file, None
-    for the built-in set. making: None for a model that another program converted.
+    for the built-in set. making: None for a model that another program converted. warnings: those of the conversion.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class CardInfo:
     original: OriginalCard = NO_CARD
     evaluation: Evaluation | None = None
     quantized_by: str = PROGRAM
+    warnings: tuple[str, ...] = ()
 
 
 def model_card(info: CardInfo) -> str:
@@ -65,6 +67,7 @@ def model_card(info: CardInfo) -> str:
         f"# {name}, EXL2 at {bpw_name(info.bits)} bits per weight",
         _introduction(info),
         _facts(info),
+        _warnings(info.warnings),
         evaluation_section(info.evaluation),
         LOADING,
     ]
@@ -110,6 +113,19 @@ def _facts(info: CardInfo) -> str:
         after, before = _perplexity(info.making.perplexity), _perplexity(info.making.reference_perplexity)
         rows.append(("perplexity on calibration rows", f"{after} (source model: {before})"))
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    """What whoever uses the model should know; nothing where nothing was found."""
+    if not warnings:
+        return ""
+    return "\n".join(["## Warnings of the conversion", "", *(f"* {_prose(text)}" for text in warnings)])
+
+
+def _prose(text: str) -> str:
+    """Text that stays text: names of tensors and files may hold what Markdown and HTML read as markup."""
+    plain = "".join(c if c.isprintable() else "?" for c in text)
+    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", plain)
 
 
 def _perplexity(value: float | None) -> str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from exl2ray.errors import BudgetError, UsageError
 
 OBJECTIVES = ("squared", "norm", "product")
+MUCH_LEFT = 0.03  # of a budget; the steps between options leave less, but for models of one or two layers
 _GAP_GOAL = 1e-5
 _SWEEPS = 12
 _MAX_PAIRS = 1_000_000  # pairs of moves looked at in one step of an exchange
@@ -45,6 +46,7 @@ class Allocation:
     objective: float  # sum of f(error)
     bound: float  # proven lower bound of the objective
     gap: float  # (objective - bound) / objective; for "product" the mean excess of log error per slot
+    unspent: float = 0.0  # share of the budget that is left although an option with more bits would fit
 
 
 def solve(slots: Sequence[Slot], budget_bits: int, objective: str = "squared", power: float = 2.0) -> Allocation:
@@ -84,14 +86,26 @@ def solve(slots: Sequence[Slot], budget_bits: int, objective: str = "squared", p
             choice = exact if _value(cost, exact) < value else choice
             value = bound = _value(cost, choice)
     rows = np.arange(len(slots))
+    total = int(bits[rows, choice].sum())
     return Allocation(
         tuple(int(c) for c in choice),
-        int(bits[rows, choice].sum()),
+        total,
         budget_bits,
         value,
         bound,
         _gap(value, bound, objective, len(slots)),
+        _unspent(slots, choice, budget_bits, total),
     )
+
+
+def _unspent(slots: Sequence[Slot], choice: NDArray[np.int64], budget_bits: int, total_bits: int) -> float:
+    """See `Allocation`; 0 for little. The optimum leaves bits only where they lower no error. Measured errors fall with bits
+    nearly everywhere, so much that is left means errors that were not measured, or not on this model."""
+    left = budget_bits - total_bits
+    if left < MUCH_LEFT * budget_bits:
+        return 0.0
+    fits = any(0 < more - s.bits[int(c)] <= left for s, c in zip(slots, choice, strict=True) for more in s.bits)
+    return left / budget_bits if fits else 0.0
 
 
 def budget(weights: int, bits_per_weight: float) -> int:

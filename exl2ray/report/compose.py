@@ -27,7 +27,7 @@ def report_page(facts: Facts) -> Page:
             sections.quality(facts), sections.allocation(facts), sections.curves(facts), sections.chain(facts),
             sections.experts(facts), sections.time(facts),
         ]  # fmt: skip
-    parts = [_summary(facts), _notes(facts), *drawn, _settings(facts)]
+    parts = [_summary(facts), _warnings(facts), _notes(facts), *drawn, _settings(facts)]
     identity = _section(facts, "identity")
     source = str(identity.get("in_dir") or "")
     title = f"Conversion of {PurePath(source).name or facts.root} to EXL2"
@@ -63,6 +63,13 @@ def _summary(facts: Facts) -> Section:
         ])  # fmt: skip
     blocks.append(Table(columns, rows))
     return Section("summary", "Summary", tuple(blocks))
+
+
+def _warnings(facts: Facts) -> Section | None:
+    """What may make the models worse than their bitrates promise."""
+    if not facts.warnings:
+        return None
+    return Section("warnings", "Warnings that concern the result", tuple(Text(w, bad=True) for w in _first(facts.warnings)))
 
 
 def _notes(facts: Facts) -> Section:

@@ -73,6 +73,7 @@ class Facts:
     experts: Mapping[str, Mapping[int, tuple[int, ...]]]  # pass -> layer -> calibration tokens per expert
     evaluations: tuple[Evaluation, ...]
     timeline: Timeline | None
+    warnings: tuple[str, ...]  # that concern the result, as the last run found them
     notes: tuple[Note, ...]
     problems: tuple[str, ...]
 
@@ -111,6 +112,7 @@ def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
         experts=_experts(profiles, chains),
         evaluations=tuple(read_evaluations(store, evaluation_files, problems)),
         timeline=read_timeline(events),
+        warnings=tuple(log.warnings),
         notes=tuple(group_notes([*log.notes, *measured_notes(profiles), *_chain_notes(chains)])),
         problems=tuple(dict.fromkeys(problems)),
     )
@@ -124,6 +126,7 @@ class _Log:
         self.directory: dict[float, str] = {}
         self.items: dict[str, int] = {}  # stage -> items
         self.notes: list[tuple[str, str]] = []  # (place, text)
+        self.warnings: dict[str, None] = {}
         for event in events:
             self._take(str(event["name"]), mapping(event["fields"]))
 
@@ -141,7 +144,10 @@ class _Log:
             self.notes.append((key, f"tried again: {f.get('reason')}"))
         elif name == "note":
             self.notes.append(("", str(f.get("message"))))
+        elif name == "warning":
+            self.warnings[str(f.get("message"))] = None
         elif name == "opened":
+            self.warnings.clear()  # every run finds all of its job again
             self.notes += [("", text) for text in texts(f.get("notes"))]
 
     def choice(self, bits: float) -> list[int]:

@@ -23,8 +23,10 @@ EVENTS = "events.jsonl"
 LOGS = "logs"
 NONCE = "nonce"
 MEASURE = "measure"  # kind of the measurement's records
+SOURCE_KEY = "source"  # key of the record of the source's files
 REFERENCE_KIND = "quant/reference"  # kind of the checkpoints of the source model's states on the quantisation rows
-NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|perplexity|output")  # keys of records that are no module's
+# Keys of records that are no module's.
+NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|source|perplexity|output")
 FOLDERS = ("measure", "quant", "events", "logs", "nonce")
 
 _OURS = re.compile(

@@ -29,6 +29,7 @@ from convert_helpers import (
 from safetensors.torch import load_file
 from tiny_models import VOCAB, write_model
 
+from exl2ray.calibration.soundness import Baseline
 from exl2ray.convert import OutputSummary, convert, dry_run
 from exl2ray.errors import (
     CalibrationError,
@@ -45,6 +46,7 @@ from exl2ray.progress import Silent
 from exl2ray.publish.card import add_evaluation
 from exl2ray.publish.figures import Evaluation, Figure
 from exl2ray.quant.qparams import head_option
+from exl2ray.soundness import output_warnings
 from exl2ray.steps import Job
 from exl2ray.store.local import LocalStore
 
@@ -549,15 +551,12 @@ def test_two_drivers_on_one_directory(quiet: Quiet, tmp_path: Path) -> None:
 
 
 class Judge:
-    """`Job.judge` needs no more of a job than where to report."""
-
-    def __init__(self) -> None:
-        self.reporter = Silent()
+    """`Job.judge` needs nothing of a job; what does not stop it is a warning."""
 
     def __call__(self, after: float | None, before: float | None) -> list[str]:
         out = OutputSummary(4.0, 3.99, "/out", ("/out/output.safetensors",), 1000, after, before)
         Job.judge(self, [out])  # type: ignore[arg-type]
-        return messages(self.reporter, "warning")
+        return output_warnings(after, before, Baseline(50000, 20000.0, 100000))
 
 
 @pytest.mark.parametrize(("after", "before"), [(12.0, 10.0), (30.0, 29.0), (100.0, 40.0), (5000.0, 2000.0), (900.0, 800.0)])
@@ -585,7 +584,7 @@ def test_perplexities_of_broken_models(after: float | None, before: float | None
 def test_a_broken_model_is_an_error_that_keeps_the_files(
     quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exl2ray.steps.BROKEN_RATIO", 0.5)
+    monkeypatch.setattr("exl2ray.soundness.BROKEN_RATIO", 0.5)
     for _ in range(2):  # a resume says the same
         with pytest.raises(NumericError, match=r"calibration perplexity \d+.*of the source model \d+"):
             run(quiet.model, tmp_path / "work", compile_full=str(tmp_path / "out"))

@@ -79,6 +79,7 @@ def test_the_measurement_stays_readable_without_our_part(linear: Quiet, quiet: Q
     assert ours["measurement"] == plain["measurement"]
     assert ours["last_module_idx"] == plain["last_module_idx"]
     assert set(ours) == set(plain) == {"measurement", "last_module_idx", "exl2ray"}
+    assert ours["exl2ray"].pop("source") == plain["exl2ray"].pop("source")
     for key, extra in plain["exl2ray"].items():
         assert extra["linears"] == ours["exl2ray"][key]["linears"]
     assert "sensitivity" not in str(plain)

@@ -1,0 +1,108 @@
+"""The files of a model as they were when a job began: size, time of the last change, and where it is affordable the content.
+
+A fingerprint samples tensors (`SourceModel.fingerprint`): hashing hundreds of gigabytes at every start would cost minutes.
+What it cannot see, single weights that were edited, shows in the time of the file. Whether a file with another time is
+another file, only its hash can tell; that of the content before must have been taken then.
+
+A ``stamp`` is whatever text changes when a file is written: the time in nanoseconds here, an ETag where files are remote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from exl2ray.errors import SourceError
+
+HASHED_BYTES = 4 << 30  # models up to this size are hashed at the start: seconds, and the reading has to be done anyway
+_PIECE_BYTES = 4 << 20
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class FileState:
+    """One file. sha256 (hex) of its content where it was hashed."""
+
+    name: str
+    size: int
+    stamp: str
+    sha256: str | None = None
+
+    def is_as(self, other: FileState) -> bool:
+        """Whether nothing speaks for another content."""
+        return (self.name, self.size, self.stamp) == (other.name, other.size, other.stamp)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of the files of a job with those that are there now.
+
+    states: what there is to remember. altered: names of files with other content. unproven: names of files that were written
+    again, and may have other content or not.
+    """
+
+    states: tuple[FileState, ...]
+    altered: tuple[str, ...] = ()
+    unproven: tuple[str, ...] = ()
+
+
+def file_states(paths: Iterable[Path]) -> tuple[FileState, ...]:
+    """Sizes and times of files, by name. Raises SourceError for one that cannot be looked at."""
+    out = []
+    for path in sorted(paths):
+        try:
+            found = path.stat()
+        except OSError as e:
+            raise SourceError(f"{path}: cannot be read: {e.strerror or e}", "was the model moved or deleted?") from e
+        out.append(FileState(path.name, found.st_size, str(found.st_mtime_ns)))
+    return tuple(out)
+
+
+def with_hashes(states: Sequence[FileState], directory: Path, limit: int = HASHED_BYTES) -> tuple[FileState, ...]:
+    """``states`` with the hash of every file, if they have at most ``limit`` bytes together; else as they are."""
+    if sum(s.size for s in states) > limit:
+        return tuple(states)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = pool.map(lambda s: s.sha256 or file_sha256(directory / s.name), states)
+        return tuple(replace(s, sha256=value) for s, value in zip(states, hashes, strict=True))
+
+
+def compare_states(before: Sequence[FileState], now: Sequence[FileState], directory: Path) -> Comparison:
+    """Hashes the files whose size or stamp differ, where their content before is known."""
+    known = {s.name: s for s in before}
+    kept, altered, unproven = [], [], []
+    for state in now:
+        old = known.get(state.name)
+        if old is not None and state.is_as(old):
+            kept.append(old)
+            continue
+        if old is None or old.sha256 is None:
+            unproven.append(state.name)
+            kept.append(state)
+            continue
+        found = file_sha256(directory / state.name) if state.size == old.size else None
+        if found != old.sha256:
+            altered.append(state.name)
+        kept.append(replace(state, sha256=found))
+    return Comparison(tuple(kept), tuple(altered), tuple(unproven))
+
+
+def from_json(values: Iterable[Mapping[str, Any]]) -> tuple[FileState, ...]:
+    return tuple(FileState(**v) for v in values)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file, read once. Raises SourceError."""
+    digest, buffer = hashlib.sha256(), bytearray(_PIECE_BYTES)
+    view = memoryview(buffer)
+    try:
+        with path.open("rb", buffering=0) as f:
+            while count := f.readinto(view):
+                digest.update(view[:count])
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from e
+    return digest.hexdigest()
