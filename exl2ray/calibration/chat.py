@@ -54,23 +54,24 @@ class ChatRenderer:
         except Exception as e:  # the parser's recursion has an end, too
             raise CalibrationError(f"chat template: {type(e).__name__}: {e}") from e
 
-    def render(self, conversation: Conversation) -> str:
+    def render(self, conversation: Conversation, reply: bool = False) -> str:
         """The templated text. A template without a system role gets the system message inside the first user turn.
 
-        Raises CalibrationError if the template fails on this conversation or drops a user's message.
+        ``reply``: with what begins the assistant's next turn. Raises CalibrationError if the template fails on this
+        conversation or drops a user's message.
         """
         try:
-            return self._render(conversation.messages)
+            return self._render(conversation.messages, reply)
         except CalibrationError:
             if conversation.messages[0][0] != "system":
                 raise
         (_, system), (_, first), *rest = conversation.messages
-        return self._render((("user", f"{system}\n\n{first}"), *rest))
+        return self._render((("user", f"{system}\n\n{first}"), *rest), reply)
 
-    def _render(self, messages: tuple[tuple[str, str], ...]) -> str:
+    def _render(self, messages: tuple[tuple[str, str], ...], reply: bool) -> str:
         context: dict[str, Any] = {
             "messages": [{"role": role, "content": content} for role, content in messages],
-            "add_generation_prompt": False,
+            "add_generation_prompt": reply,
             "tools": None,
             "documents": None,
             **self._special_tokens,
@@ -95,7 +96,7 @@ class TemplateProcess:
         self._child: LimitedProcess | None = None
         self._reason = ""  # why it cannot render anything
 
-    def render(self, conversation: Conversation) -> str:
+    def render(self, conversation: Conversation, reply: bool = False) -> str:
         """As ``ChatRenderer.render``; raises CalibrationError for a limit as well."""
         if self._reason:
             raise CalibrationError(self._reason)
@@ -106,7 +107,7 @@ class TemplateProcess:
                 self._ask(start, [self._template.encode("utf-8", "replace")], COMPILE_SECONDS)
             size = sum(len(content) for _, content in conversation.messages)
             most = CHARACTERS + CHARACTERS_PER_CHARACTER * size
-            request = {"op": "render", "messages": conversation.messages, "characters": most}
+            request = {"op": "render", "messages": conversation.messages, "reply": reply, "characters": most}
             return self._ask(request, [], RENDER_SECONDS)[0].decode("utf-8")
         except ChildError as e:
             reason = e.reason.removeprefix("CalibrationError: chat template: ")

@@ -99,7 +99,7 @@ def template_handlers() -> dict[str, Handler]:
 
     def render(request: dict[str, Any], blobs: list[bytes]) -> Answer:
         messages = tuple((role, content) for role, content in request["messages"])
-        text = renderers[0].render(Conversation("", messages))
+        text = renderers[0].render(Conversation("", messages), request["reply"])
         if len(text) > request["characters"]:
             raise ValueError(f"{len(text)} characters of output for {request['characters']} at most")
         return {}, [text.encode("utf-8", "replace")]

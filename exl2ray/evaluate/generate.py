@@ -53,9 +53,9 @@ def _continued(block: Block, x: Tensor, past: KeyValues, seen: int) -> Tensor:
     """As ``block.forward``, for states of tokens behind ``seen`` others."""
     if isinstance(block, PositionsBlock):
         return block.added(x, seen)
-    if not block.halves or not isinstance(block.halves[0], AttentionHalf):
+    attention, *others = block.halves or (None,)
+    if not isinstance(attention, AttentionHalf):
         return block.forward(x)
-    attention, *others = block.halves
     n = attention.pre(x)
     mixed = attention.continued({linear.role: attention.linear(linear, n) for linear in attention.first}, past)
     out = attention.post(x, attention.linear(attention.second, mixed))
