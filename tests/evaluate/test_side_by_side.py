@@ -94,7 +94,7 @@ def test_command_in_lines_and_in_json(other: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "? The harbour" in shown.output
     assert "? One day" in shown.output
-    assert MARK in shown.output
+    assert MARK.strip() in shown.output
     found = CliRunner().invoke(cli, [*arguments, "--json"])
     lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
     assert [line["prompt"] for line in lines] == ["The harbour", "One day"]
