@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.calibration.soundness import baseline
 from exl2ray.checks import file_hash, pick_executor, versions
 from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
@@ -73,6 +74,7 @@ class Job:
         self.source, self.device, self.rows = found.source, found.device, found.rows
         self.spec: ModelSpec = found.spec
         self._measurement_given = found.measurement
+        self._tokenizer_files = {} if found.tokenizer is None else tokenizer_output(recipe.in_dir, found.tokenizer)
         given = found.measurement
         if given is not None and recipe.allocates == "linear" and not has_sensitivities(self.spec, given):
             # -m of another program, and --allocation was not asked for
@@ -457,7 +459,9 @@ class Job:
         if compile_full is not None:
             recipe = replace(recipe, compile_full=compile_full, bits=tuple(p.bits for p in plans))
         fingerprint, rows = self.job["identity"]["fingerprint"], len(self.rows["quantize"].ids)
-        writer = OutputWriter(recipe, self.spec, self.source, self.work, fingerprint, rows, chosen, self.warnings)
+        writer = OutputWriter(
+            recipe, self.spec, self.source, self.work, fingerprint, rows, chosen, self.warnings, self._tokenizer_files
+        )
         for plan in plans:
             writer.check(plan)
         with ThreadPoolExecutor(1, "write") as pool:

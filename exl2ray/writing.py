@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from exl2ray.dist.worker import PERPLEXITY
 from exl2ray.errors import NumericError, StoreError, UsageError
 from exl2ray.formats.claim import claim, existing_shards, refuse_foreign_shards
 from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.formats.files import atomic_file, holds
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import (
     Shard,
@@ -61,6 +62,7 @@ class OutputWriter:
     calibration_rows: int
     overrides: tuple[str, ...] = ()
     warnings: ResultWarnings | None = None
+    side_files: Mapping[str, bytes] = field(default_factory=dict)  # in place of the source's, or beside them
 
     def records(self, plan: Plan) -> dict[int, Record]:
         """Records of all quantised modules of one bitrate, head included; the head's has both perplexities."""
@@ -95,7 +97,8 @@ class OutputWriter:
             return None
         if self.recipe.compile_full is not None:
             config = target / "config.json"
-            stale = [n for n in stale_side_files(self.recipe.in_dir, target) if n != CARD]
+            stale = [n for n in stale_side_files(self.recipe.in_dir, target) if n not in (CARD, *self.side_files)]
+            stale += [n for n, data in self.side_files.items() if not holds(target / n, data)]
             if stale or not config.is_file() or config.read_bytes() != config_bytes(self._config(plan)):
                 return None
             card = _identity(self._card(plan, records, shards))
@@ -125,6 +128,9 @@ class OutputWriter:
         payload: dict[str, Any] = {"shards": [asdict(s) for s in shards]}
         if complete:
             copy_side_files(self.recipe.in_dir, target)
+            for name, data in self.side_files.items():
+                with atomic_file(target / name) as f:
+                    f.write(data)
             card = self._card(plan, records, shards)
             write_card(target, card)
             write_config(target, self._config(plan))

@@ -100,11 +100,13 @@ class TemplateProcess:
         """As ``ChatRenderer.render``; raises CalibrationError for a limit as well."""
         if self._reason:
             raise CalibrationError(self._reason)
+        compiling = self._child is None
         try:
             if self._child is None:
                 self._child = LimitedProcess("template")
                 start = {"op": "compile", "special_tokens": self._special_tokens}
                 self._ask(start, [self._template.encode("utf-8", "replace")], COMPILE_SECONDS)
+                compiling = False
             size = sum(len(content) for _, content in conversation.messages)
             most = CHARACTERS + CHARACTERS_PER_CHARACTER * size
             request = {"op": "render", "messages": conversation.messages, "reply": reply, "characters": most}
@@ -113,7 +115,7 @@ class TemplateProcess:
             reason = e.reason.removeprefix("CalibrationError: chat template: ")
             limit = e.ended or reason.startswith("used more")
             message = f"the chat template {reason}" if limit else f"chat template: {reason}"
-            if limit:
+            if limit or compiling:
                 self._reason = message
                 self.close()
             raise CalibrationError(message) from e

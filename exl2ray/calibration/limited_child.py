@@ -84,6 +84,11 @@ def shown(text: str, most: int = REASON_CHARACTERS) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(cut.split()))
 
 
+def quoted(text: str, most: int = 40) -> str:
+    """``shown`` between quotation marks: a token, a name."""
+    return f"'{shown(text, most)}'"
+
+
 # ---- chat templates -----------------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from exl2ray.calibration import generate
 from exl2ray.calibration.chat import ChatText
-from exl2ray.calibration.limited_child import shown
+from exl2ray.calibration.limited_child import quoted
 from exl2ray.calibration.pieces import (
     GENERATED,
     SECOND_PASS,
@@ -183,7 +183,7 @@ def check_ids(ids: Tensor, vocab_size: int, tokenizer: ModelTokenizer, kinds: Se
     text = tokenizer.process.tokens_of([token_id])[0]
     where = f"row {row} ({kinds[row]})" if kinds else f"row {row}"
     raise SourceError(
-        f"{tokenizer.path}: {where} of the calibration text holds token {shown(text or '', 40)!r} with token id {token_id}; "
+        f"{tokenizer.path}: {where} of the calibration text holds token {quoted(text or '')} with token id {token_id}; "
         f"the model has {vocab_size} embedding rows",
         "leave out what holds it (chat template: --no-chat-rows), or resize the model's embedding",
     )
@@ -248,7 +248,7 @@ class _Sources:
         self._characters, self._ids = self._characters + len(text), self._ids + len(ids)
         if self._characters > ENOUGH_CHARACTERS and self._characters > MAX_CHARACTERS_PER_ID * self._ids:
             raise SourceError(
-                f"{self._tokenizer.path}: the tokenizer makes {self._ids} ids of {self._characters} characters of text",
+                f"{self._tokenizer.path}: fewer than one id for {MAX_CHARACTERS_PER_ID} characters of ordinary text",
                 "it is not the tokenizer of a language model: take tokenizer.json from the model's first publisher",
             )
         return ids

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from exl2ray.calibration.chat import TemplateProcess
 from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
-from exl2ray.calibration.limited_child import shown
+from exl2ray.calibration.limited_child import quoted, shown
 from exl2ray.calibration.tokenizer_files import (
     SPECIAL_NAMES,
     TokenizerFiles,
@@ -101,11 +101,12 @@ class TokenizerProcess:
                 request, blobs, cpu_seconds=cpu_seconds, memory_bytes=self._memory + extra_memory, answer_bytes=answer_bytes
             )
         except ChildError as e:
-            raise SourceError(f"{self._path}: the tokenizer {e.reason} (with {what})", _UNUSUAL) from e
+            reason = e.reason if e.ended or e.reason.startswith("used more") else f"fails: {e.reason}"
+            raise SourceError(f"{self._path}: the tokenizer {reason} (with {what})", _UNUSUAL) from e
         return answer, out, answer.get("lengths", [])
 
 
-_UNUSUAL = "no tokenizer of a real model needs that much: take tokenizer.json from the model's first publisher"
+_UNUSUAL = "no tokenizer of a real model does that: take tokenizer.json from the model's first publisher"
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class ModelTokenizer:
     special_tokens: Mapping[str, str]  # "bos_token" -> text; what a chat template may refer to
     warnings: tuple[str, ...]
     added: Mapping[str, int]  # tokens that are not in tokenizer.json
+    rejected: frozenset[str]  # tokens whose stated ids are not those of tokenizer.json
     converted: bytes | None  # content of a tokenizer.json that the model does not have
     templates: TemplateProcess | None  # None without a template
 
@@ -185,6 +187,7 @@ def load_tokenizer(directory: str | Path, config: Mapping[str, Any], vocab_size:
         special_tokens=special,
         warnings=tuple(warnings),
         added=dict(report["added"]),
+        rejected=frozenset(t for t, _, _ in report["disagreeing"]),
         converted=files.content if files.converted else None,
         templates=None if template is None else TemplateProcess(template, special),
     )
@@ -196,7 +199,7 @@ def _check_vocabulary(path: Path, report: Mapping[str, Any], rows: int) -> None:
     if report["base_highest"] is not None and report["base_highest"][0] >= rows:
         highest, token = report["base_highest"]
         raise SourceError(
-            f"{path}: the vocabulary goes up to id {highest} ({shown(token, 40)!r}) and needs {highest + 1} embedding rows; "
+            f"{path}: the vocabulary goes up to id {highest} ({quoted(token)}) and needs {highest + 1} embedding rows; "
             f"the model has {rows}",
             "the tokenizer is of another model: take tokenizer.json from where the weights are from",
         )
@@ -206,22 +209,22 @@ def _vocabulary_warnings(path: Path, report: Mapping[str, Any], rows: int) -> li
     """What is odd about added tokens, for people."""
     out = []
     if report["surplus"]:
-        some = _list(f"{shown(t, 40)!r} ({i})" for i, t in report["surplus"])
+        some = _list(f"{quoted(t)} ({i})" for i, t in report["surplus"])
         out.append(
             f"{path}: {report['surplus_count']} added tokens have no embedding row (the model has {rows}): {some}; "
             "harmless as long as no text holds them"
         )
     for text, stated, actual in report["renumbered"][:SHOWN]:
-        out.append(f"{path}: the token {shown(text, 40)!r} has id {actual} for all loaders, not {stated} as its entry says")
+        out.append(f"{path}: the token {quoted(text)} has id {actual} for all loaders, not {stated} as its entry says")
     if report["disagreeing"]:
         some = _list(
-            f"{shown(t, 40)!r} (stated {i}" + (f", would be {actual})" if actual is not None else ")")
+            f"{quoted(t)} (stated {i}" + (f", would be {actual})" if actual is not None else ")")
             for t, i, actual in report["disagreeing"]
         )
         root = path.parent if path.suffix else path
         out.append(f"{root}: added tokens whose stated ids are not those that loaders give them are left out: {some}")
     if report["without_row"]:
-        some = _list(repr(shown(t, 40)) for t in report["without_row"])
+        some = _list(quoted(t) for t in report["without_row"])
         out.append(f"{path}: special tokens that are not in the vocabulary, with no embedding row left for them: {some}")
     return out
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exl2ray.calibration.conversion import converted_json
-from exl2ray.calibration.limited_child import shown
+from exl2ray.calibration.conversion import converted_json, vocabulary_files
+from exl2ray.calibration.limited_child import quoted, shown
 from exl2ray.errors import SourceError
 from exl2ray.formats.json_file import LFS_POINTER, MIB, read_bounded, read_json_object
 
@@ -57,6 +57,11 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
     )
 
 
+def has_tokenizer(root: Path) -> bool:
+    """Whether a folder has a tokenizer.json, or what one can be made of."""
+    return (root / "tokenizer.json").exists() or bool(vocabulary_files(root))
+
+
 def read_content(path: Path) -> bytes:
     """tokenizer.json, checked for what can be told without the tokenizers library."""
     data = read_bounded(path, MAX_TOKENIZER_BYTES)
@@ -98,7 +103,7 @@ def _decoder_tokens(path: Path, settings: Mapping[str, Any]) -> list[tuple[int, 
         text = token_text(entry)
         if text is None or not (key.isascii() and key.isdigit()) or int(key) >= MAX_ID:
             raise SourceError(
-                f"{path}: added_tokens_decoder: {shown(key, 40)!r} is not an id with the content of a token",
+                f"{path}: added_tokens_decoder: {quoted(key)} is not an id with the content of a token",
                 "download the file again",
             )
         flags = entry if isinstance(entry, dict) else {}
@@ -113,7 +118,7 @@ def _added_tokens(root: Path, settings: Mapping[str, Any]) -> list[tuple[int, st
     out = []
     for text, value in optional_json(path).items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_ID:
-            raise SourceError(f"{path}: {shown(text, 40)!r} has id {shown(repr(value), 40)}", "download the file again")
+            raise SourceError(f"{path}: {quoted(text)} has id {shown(repr(value), 40)}", "download the file again")
         out.append((value, text, {"normalized": text not in special, "special": text in special}))
     return out
 

@@ -52,7 +52,7 @@ class LoadedTokenizer:
             "surplus_count": len(surplus),
             "renumbered": self.renumbered[:SHOWN_TOKENS],
             "added": [(t.content, i) for t, i in self.added],
-            "disagreeing": self.disagreeing[:SHOWN_TOKENS],
+            "disagreeing": self.disagreeing,
             "without_row": self.without_row[:SHOWN_TOKENS],
         }
 
@@ -61,6 +61,8 @@ class LoadedTokenizer:
         # Some files store these; both would change the ids of long texts behind our back.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):  # of training: merges left out at random
+            tokenizer.model.dropout = None
         return tokenizer
 
     def _rebuild(self, tokens: Iterable[AddedToken]) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
+from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import CalibrationError, SourceError, UsageError
 from exl2ray.evaluate.forward import open_model
 
@@ -19,9 +20,9 @@ DEFAULT_LENGTH = 2048  # tokens of a row
 
 
 def find_tokenizer(directories: Sequence[str | Path]) -> ModelTokenizer:
-    """Tokenizer of the first of the model directories that has a tokenizer.json; SourceError if none has."""
+    """Tokenizer of the first of the model directories that has one; SourceError if none has."""
     for directory in map(Path, directories):
-        if (directory / "tokenizer.json").is_file():
+        if has_tokenizer(directory):
             model = open_model(directory)
             return load_tokenizer(directory, model.source.config, model.vocab_size)
     raise SourceError(

@@ -64,3 +64,11 @@ def write_error(path: Path, e: OSError) -> StoreError:
         errno.EFBIG: "the file system does not take files of this size: use smaller shards (-ss)",
     }
     return StoreError(f"{path}: cannot be written: {e.strerror or e}", hints.get(e.errno or 0, ""))
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a file is there and has exactly this content."""
+    try:
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    except OSError:
+        return False
