@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -16,8 +16,9 @@ from exl2ray import __version__
 from exl2ray.config import Recipe
 from exl2ray.console import JsonLines, human_reporter, reserved_stdout
 from exl2ray.errors import FormatError, UsageError
-from exl2ray.flags import MEASURE_FIELDS, PLAN_FIELDS, SectionedCommand, dashes, recipe_flags, recipe_from
+from exl2ray.flags import CONVERT_ONLY, MEASURE_FIELDS, SectionedCommand, dashes, notes_from, recipe_flags, recipe_from
 from exl2ray.program import Cli, Invocation, common, present
+from exl2ray.reference_flags import is_given, reference_flags
 
 
 @click.group(cls=Cli, context_settings={"token_normalize_func": dashes}, invoke_without_command=True)
@@ -44,7 +45,7 @@ def main() -> None:
 @cli.command(cls=SectionedCommand)
 @recipe_flags()
 @click.option("--dry-run", is_flag=True, help="check everything that can be checked before work starts, and stop")
-@click.option("-res", "--resume", is_flag=True, hidden=True, expose_value=False)  # the reference takes and ignores it
+@reference_flags
 @common
 @click.pass_context
 def convert(ctx: click.Context, /, dry_run: bool, **_: Any) -> None:
@@ -58,24 +59,30 @@ def convert(ctx: click.Context, /, dry_run: bool, **_: Any) -> None:
 
 @cli.command(cls=SectionedCommand)
 @recipe_flags(MEASURE_FIELDS)
+@recipe_flags(CONVERT_ONLY, required=(), ignored=True)
+@click.option("--dry-run", is_flag=True, help="check everything that can be checked before work starts, and stop")
+@reference_flags
 @common
 @click.pass_context
-def measure(ctx: click.Context, /, output_measurement: str | None, out_dir: str, **_: Any) -> None:
+def measure(ctx: click.Context, /, output_measurement: str | None, out_dir: str, dry_run: bool, **_: Any) -> None:
     """Convert up to measurement.json, and stop.
 
-    It is written to -om, or into the work directory.
+    It is written to -om, or into the work directory. Takes the flags of convert; what concerns only later steps is left out.
     """
+    if is_given(ctx, "measurement"):
+        raise UsageError("-m reuses a measurement, and this command makes one", "give -m to convert, or drop it")
     if output_measurement is None:
         if "://" in out_dir:
             raise UsageError("-om is missing", "with a work directory in an object store, name a local file with -om")
         output_measurement = os.path.join(out_dir, "measurement.json")
-    _run_job(ctx, recipe_from(ctx, output_measurement=output_measurement), dry_run=False)
+    _run_job(ctx, recipe_from(ctx, output_measurement=output_measurement), dry_run)
 
 
 def _run_job(ctx: click.Context, recipe: Recipe, dry_run: bool) -> None:
     run = ctx.find_object(Invocation) or Invocation()
     run.command, run.out_dir = ctx.command.name or "convert", recipe.out_dir
-    _reported(run, lambda reporter: _convert(recipe, reporter, dry_run))
+    notes = notes_from(ctx)
+    _reported(run, lambda reporter: _convert(recipe, reporter, dry_run, notes))
 
 
 def _reported(run: Invocation, work: Callable[[Any], None]) -> None:
@@ -94,9 +101,11 @@ def _closing(reporter: Any, work: Callable[[Any], None]) -> None:
         reporter.close()
 
 
-def _convert(recipe: Recipe, reporter: Any, dry_run: bool) -> None:
+def _convert(recipe: Recipe, reporter: Any, dry_run: bool, notes: Sequence[str]) -> None:
     from exl2ray import convert as conversion
 
+    for note in notes:
+        reporter.event("note", message=note)
     if dry_run:
         conversion.dry_run(recipe, reporter)
         return
@@ -108,12 +117,14 @@ def _convert(recipe: Recipe, reporter: Any, dry_run: bool) -> None:
 
 
 @cli.command(cls=SectionedCommand)
-@recipe_flags(PLAN_FIELDS, required=("in_dir",))
+@recipe_flags(required=())
 @click.option("--fit", metavar="SIZE", help="largest bitrate for a card of this memory: 24GB (10^9 bytes) or 24GiB (2^30)")
 @click.option("--context", type=int, metavar="TOKENS", help="with --fit: tokens in the cache; else the model's, or 32768")
 @click.option("--cache", type=click.Choice(("fp16", "q8", "q6", "q4")), default="fp16", help="with --fit: type of the cache")
 @click.option("--gpu-memory", metavar="SIZE", multiple=True, help="plan for GPUs of this size, not this machine; repeatable")
 @click.option("--probe", is_flag=True, help="time the largest layer and the head on this machine, with the model's weights")
+@click.option("--dry-run", is_flag=True, hidden=True, expose_value=False)  # so that convert's command line can be planned
+@reference_flags
 @common
 @click.pass_context
 def plan(ctx: click.Context, /, **flags: Any) -> int:
@@ -126,10 +137,12 @@ def plan(ctx: click.Context, /, **flags: Any) -> int:
     from exl2ray.plan.compose import Wishes
 
     wishes = Wishes(**{name: flags.pop(name) for name in ("fit", "context", "cache", "gpu_memory", "probe")})
-    recipe = Recipe(**{**flags, "out_dir": flags["out_dir"] or ""})
-    given = ctx.get_parameter_source("bits") is click.core.ParameterSource.COMMANDLINE
+    if flags["in_dir"] is None and flags["out_dir"] is None:
+        raise UsageError("-i is missing", "name the model with -i, or a work directory that knows it with -o")
+    recipe = recipe_from(ctx) if flags["in_dir"] is None else Recipe(**{**flags, "out_dir": flags["out_dir"] or ""})
+    given, notes = is_given(ctx, "bits") or flags["in_dir"] is None, notes_from(ctx)
     run = ctx.find_object(Invocation) or Invocation()
-    report = present(run, lambda: command.plan(recipe, wishes, given), command.show, command.plan_json)
+    report = present(run, lambda: command.plan(recipe, wishes, given, notes), command.show, command.plan_json)
     return report.problems[0][1].exit_code if report.problems else 0
 
 

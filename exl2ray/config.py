@@ -17,6 +17,7 @@ CHOICES = {"--device": "device", "--executor": "executor", "--propagate": "propa
            "--allocation": "allocation",
            "--evaluate": "evaluate", "--quality": "quality", "--scale-search": "scale_search"}  # fmt: skip
 MAX_SWEEPS = 20
+MIN_SHARD, MAX_SHARD = 0.001, 2.0**30  # MiB; more than the one and less than the other has no file
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Recipe:
     """-m: reuse this measurement.json."""
     output_measurement: str | None = None
     """-om: write measurement.json here (a file or a directory) and stop after measuring."""
-    shard_size: int = 8192
+    shard_size: float = 8192
     """-ss: largest output file in MiB; 0 for a single file."""
     rope_scale: float | None = None
     """-rs: linear RoPE scaling factor, overriding the model's."""
@@ -154,8 +155,15 @@ class Recipe:
             raise UsageError(f"--sweeps {self.sweeps}: must lie between 0 and {MAX_SWEEPS}")
         if self.gpus is not None and self.gpus < 1:
             raise UsageError(f"--gpus {self.gpus}: at least one GPU is needed", "use --device cpu to run without GPUs")
-        if self.shard_size < 0:
-            raise UsageError(f"-ss {self.shard_size}: 0 for a single file, else the size in MiB")
+        if not (self.shard_size == 0 or (math.isfinite(self.shard_size) and MIN_SHARD <= self.shard_size <= MAX_SHARD)):
+            raise UsageError(f"-ss {self.shard_size:g}: 0 for a single file, else the size in MiB, {MIN_SHARD:g} or more")
+        if self.shard_size == int(self.shard_size):  # 8192.0 is no change of 8192
+            object.__setattr__(self, "shard_size", int(self.shard_size))
+
+    @property
+    def shard_bytes(self) -> int:
+        """Largest size of an output file; 0 for a single one."""
+        return int(self.shard_size * 2**20)
 
     @property
     def numerics(self) -> Numerics:

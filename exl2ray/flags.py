@@ -19,11 +19,13 @@ from click.core import ParameterSource
 
 from exl2ray.config import Recipe, choices
 from exl2ray.errors import UsageError
+from exl2ray.reference_flags import flag_of, is_given, reference_notes, spelled_out
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
-# Flags that `measure` lacks: nothing measured depends on them. (Nor on -r and -l, but rows to quantise are set aside too.)
+# Flags that mean nothing to `measure`: nothing measured depends on them. (Nor on -r and -l, but rows to quantise are set
+# aside too.) It takes them all the same, so that it can be given the command line of a conversion.
 CONVERT_ONLY = (
     "bits",
     "head_bits",
@@ -40,9 +42,6 @@ CONVERT_ONLY = (
     "reuse",
 )
 MEASURE_FIELDS = tuple(name for name in RECIPE_FIELDS if name not in CONVERT_ONLY)
-PLAN_FIELDS = tuple(
-    name for name in RECIPE_FIELDS if name not in ("output_measurement", "no_resume", "reuse", "checkpoint_seconds")
-)
 SECTIONS = {  # of the help text
     "Model and files": (
         "in_dir",
@@ -145,10 +144,16 @@ def field_docs() -> Mapping[str, tuple[str, str]]:
     return docs
 
 
-def recipe_flags(names: Iterable[str] = RECIPE_FIELDS, required: Iterable[str] = ("out_dir",)) -> Callable[[F], F]:
-    """Decorator: the flags of these fields of ``Recipe``, in this order, with its defaults."""
+def recipe_flags(
+    names: Iterable[str] = RECIPE_FIELDS, required: Iterable[str] = ("out_dir",), ignored: bool = False
+) -> Callable[[F], F]:
+    """Decorator: the flags of these fields of ``Recipe``, in this order, with its defaults.
+
+    ignored: they are taken, and neither shown by --help nor handed on.
+    """
     needed = frozenset(required)
-    options = [click.option(*_names(name), **_attributes(name, name in needed)) for name in names]
+    silent: dict[str, Any] = {"hidden": True, "expose_value": False} if ignored else {}
+    options = [click.option(*_names(name), **_attributes(name, name in needed), **silent) for name in names]
 
     def decorate(function: F) -> F:
         for option in reversed(options):
@@ -182,7 +187,10 @@ def _attributes(name: str, required: bool) -> dict[str, Any]:
 
 
 class SectionedCommand(click.Command):
-    """A command whose help lists the flags of the recipe by topic."""
+    """A command whose help lists the flags of the recipe by topic, and that reads command lines of convert.py."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spelled_out(args, self.get_params(ctx)))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = {p.name: p.get_help_record(ctx) for p in self.get_params(ctx)}
@@ -192,6 +200,13 @@ class SectionedCommand(click.Command):
             if shown:
                 with formatter.section(title):
                     formatter.write_dl(shown)
+
+
+def notes_from(ctx: click.Context) -> list[str]:
+    """What is to be said of flags that a command takes and does not use."""
+    unused = [flag_of(ctx.command.params, name) for name in CONVERT_ONLY if name not in ctx.params and is_given(ctx, name)]
+    said = [f"{', '.join(unused)}: nothing that is measured depends on it; give it to convert"] if unused else []
+    return [*reference_notes(ctx), *said]
 
 
 def recipe_from(ctx: click.Context, **overrides: Any) -> Recipe:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.calibration.soundness import baseline
-from exl2ray.checks import file_hash, pick_executor, versions
+from exl2ray.checks import pick_executor, versions
 from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.convert import OutputSummary
 from exl2ray.dist.chains import ChainPlan, Chains, Link
@@ -37,6 +37,7 @@ from exl2ray.formats.measurement import (
 )
 from exl2ray.formats.origin import source_identity
 from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.opening import allowed_changes, falls_back, job_of
 from exl2ray.overrides import Override, overridden, parse_overrides
 from exl2ray.plan.problems import examine, row_sizes
 from exl2ray.planning import Plan, choose, has_sensitivities, module_cost, slot_weights
@@ -76,8 +77,7 @@ class Job:
         self._measurement_given = found.measurement
         self._tokenizer_files = {} if found.tokenizer is None else tokenizer_output(recipe.in_dir, found.tokenizer)
         given = found.measurement
-        if given is not None and recipe.allocates == "linear" and not has_sensitivities(self.spec, given):
-            # -m of another program, and --allocation was not asked for
+        if falls_back(recipe, self.spec, given):  # --allocation was not asked for
             recipe = self.recipe = replace(recipe, allocation="module")
             self.reporter.event("note", message="-m holds no sensitivities: options are chosen per module")
         self.limits = Limits()
@@ -99,20 +99,13 @@ class Job:
 
     def __enter__(self) -> Job:
         recipe = self.recipe
-        identity = {"fingerprint": self.source.fingerprint(), "architecture": self.spec.arch.name,
-                    "in_dir": str(Path(recipe.in_dir).resolve()),
-                    "cal_dataset": recipe.cal_dataset and str(Path(recipe.cal_dataset).resolve())}  # fmt: skip
-        self.job = recipe.job(identity, file_hash(recipe.cal_dataset))
-        if recipe.measurement is not None:
-            self.job["measure"]["measurement"] = str(Path(recipe.measurement).resolve())
+        self.job = job_of(recipe, self.source, self.spec)
         if self.dry:
             return self
         stored = WorkDir.read_job(recipe.out_dir)
-        # After `measure`, the bitrate of the conversion is still open: naming it is no change of anything.
-        measured = stored is not None and bool(stored.job["output"].get("measure_only"))
         self.work = WorkDir.create_or_resume(
             recipe.out_dir, self.job, resume=not recipe.no_resume, versions=versions(),
-            allow_changed=("quantize", "output") if recipe.reuse or measured else (), flags=JOB_FLAGS,
+            allow_changed=allowed_changes(recipe, stored), flags=JOB_FLAGS,
         )  # fmt: skip
         try:
             for note in self.work.notes:

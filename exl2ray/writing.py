@@ -120,7 +120,7 @@ class OutputWriter:
         complete = self.recipe.compile_full is not None
         shards = None if stored is None else _intact(stored, target)
         if shards is None:
-            entries, limit = self._entries(plan, records), self.recipe.shard_size << 20
+            entries, limit = self._entries(plan, records), self.recipe.shard_bytes
             if complete:
                 names = shard_names(len(plan_shards([e.nbytes for e in entries], limit)))
                 claim(target, self.fingerprint, names)

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from exl2ray.config import Recipe
@@ -19,9 +20,11 @@ WIDEST = 110  # of running text
 STAGES = {"measure": "measure", "quantize": "quantise", "head": "quantise the head"}
 
 
-def plan(recipe: Recipe, wishes: Wishes, bits_given: bool) -> Report:
-    """See `exl2ray.plan.compose.compose`. What the probe is at goes to standard error."""
-    return compose(recipe, wishes, bits_given, lambda text: print(clean(text), file=sys.stderr, flush=True))
+def plan(recipe: Recipe, wishes: Wishes, bits_given: bool, notes: Sequence[str] = ()) -> Report:
+    """See `exl2ray.plan.compose.compose`. What the probe is at goes to standard error. ``notes`` head its own."""
+    report = compose(recipe, wishes, bits_given, lambda text: print(clean(text), file=sys.stderr, flush=True))
+    report.warnings[:0] = notes
+    return report
 
 
 def show(report: Report) -> None:

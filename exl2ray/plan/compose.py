@@ -150,7 +150,7 @@ class _Planner:
     ) -> None:
         self.report, self.recipe, self.found, self.spec, self.source = report, recipe, found, spec, source
         self.rows = row_sizes(recipe, found.rows)
-        self.shard_bytes = recipe.shard_size << 20
+        self.shard_bytes = recipe.shard_bytes
 
     def bitrates(self, memory: int | None, wishes: Wishes, bits_given: bool) -> list[float]:
         """Those asked for that can be reached, and the one that --fit finds."""

@@ -35,6 +35,7 @@ from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
+from exl2ray.opening import check_opening
 from exl2ray.overrides import Override, parse_overrides
 from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs, existing_parent
 from exl2ray.plan.doubts import calibration_doubts, model_doubts
@@ -131,6 +132,8 @@ def examine(recipe: Recipe) -> Examination:
             found.attempt("bitrate", lambda b=bits: check_reachable(b, tables))  # type: ignore[misc]
     if recipe.measurement is not None:
         found.measurement = found.attempt("measurement", lambda: _measurement(recipe, spec))
+    if source is not None and spec is not None and not found.has("work directory", "measurement"):
+        found.attempt("work directory", lambda: check_opening(recipe, source, spec, found.measurement))
     _examine_calibration(found, recipe)
     if source is not None:
         names = source.names() if spec is None else stored_names(spec)
@@ -171,7 +174,7 @@ def size_ranges(
     recipe: Recipe, spec: ModelSpec, source: SourceModel, overrides: Sequence[Override]
 ) -> list[OutputSize]:
     freedom = freedom_of(recipe, overrides)
-    return [size_range(spec, source, b, freedom, recipe.shard_size << 20) for b in recipe.bits]
+    return [size_range(spec, source, b, freedom, recipe.shard_bytes) for b in recipe.bits]
 
 
 # ---- the model --------------------------------------------------------------------------------------------------------
@@ -329,7 +332,7 @@ def _check_target(recipe: Recipe, directory: str, source: SourceModel | None) ->
 
 
 def _check_work(recipe: Recipe) -> None:
-    """A directory of ours, or one that can be made. What an existing job says is looked at when it is opened."""
+    """A directory of ours, or one that can be made. What an existing job says: ``check_opening``."""
     if "://" in recipe.out_dir:
         if recipe.compile_full is None and recipe.output_measurement is None:
             raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
@@ -341,7 +344,9 @@ def _check_work(recipe: Recipe) -> None:
     place = existing_parent(Path(recipe.out_dir))
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise StoreError(f"{recipe.out_dir}: {place} is not a directory that can be written", "choose another -o")
-    if not recipe.no_resume:
+    if recipe.no_resume:
+        WorkDir.check_opening(recipe.out_dir, {}, resume=False)
+    else:
         WorkDir.read_job(recipe.out_dir)
 
 

@@ -100,6 +100,23 @@ def is_stale(
     return age is not None and age > timing.stale
 
 
+def check_lock(store: Store, timing: LockTiming | None = None) -> None:
+    """StoreError if another driver has the lock now. Writes nothing, so the age of a lock is told by this machine's clock."""
+    timing = timing or LockTiming()
+    if store.exists(LOCK_FILE):
+        holder = read_holder(store)
+        if not is_stale(store, holder, timing, time.time) and store.exists(LOCK_FILE):
+            raise _in_use(store, holder, timing)
+
+
+def _in_use(store: Store, holder: Holder | None, timing: LockTiming) -> StoreError:
+    return StoreError(
+        f"{store.root} is in use by {holder or 'another driver'}",
+        "wait for it or stop it; `exl2ray status` shows its progress. "
+        f"If that driver is surely gone, wait {timing.stale:.0f} s or delete {LOCK_FILE}",
+    )
+
+
 class DriverLock:
     """Held from ``acquire`` to ``release``. ``on_beat`` is called by the heartbeat thread as well."""
 
@@ -164,11 +181,7 @@ class DriverLock:
             self.store.delete(LOCK_FILE)
 
     def _refused(self, holder: Holder | None) -> StoreError:
-        return StoreError(
-            f"{self.store.root} is in use by {holder or 'another driver'}",
-            "wait for it or stop it; `exl2ray status` shows its progress. "
-            f"If that driver is surely gone, wait {self.timing.stale:.0f} s or delete {LOCK_FILE}",
-        )
+        return _in_use(self.store, holder, self.timing)
 
     def _replace_stale(self, stale: Holder | None) -> tuple[bool, bool]:
         """Put our lock in place of the one that was judged stale: (whether we did, whether nobody else can have)."""

@@ -17,6 +17,7 @@ from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import TEMP_PREFIX, Store
 from exl2ray.store.job import (
     JOB_FILE,
+    Change,
     Job,
     StoredJob,
     compare_jobs,
@@ -27,7 +28,7 @@ from exl2ray.store.job import (
     normalise,
 )
 from exl2ray.store.layout import EVENTS, FOLDERS, MEASUREMENT, PLAN, is_ours, is_place_of_ours
-from exl2ray.store.lock import LOCK_FILE, DriverLock, LockTiming
+from exl2ray.store.lock import LOCK_FILE, DriverLock, LockTiming, check_lock
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.records import Records
 from exl2ray.store.status import WorkStatus, read_status
@@ -101,6 +102,24 @@ class WorkDir:
         except BaseException:
             lock.release()
             raise
+
+    @staticmethod
+    def check_opening(
+        root: str,
+        job: Mapping[str, Mapping[str, Any]],
+        *,
+        resume: bool,
+        allow_changed: Collection[str] = (),
+        flags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Raises what ``create_or_resume`` would, as far as that can be known without writing anything."""
+        store = Store.open(root)
+        data = _read_job(store)
+        check_lock(store)
+        if data is None or not resume:
+            return
+        _refuse_or_remove_links(store, remove=False)
+        _changes(store, decode_job(data, store.full_name(JOB_FILE)), normalise(job), allow_changed, flags or {})
 
     @staticmethod
     def read_job(root: str) -> StoredJob | None:
@@ -207,16 +226,23 @@ def _continue(
 ) -> tuple[StoredJob, list[str]]:
     """The job to go on with and the names of the settings that were changed (none, or all in ``allow_changed``)."""
     stored = decode_job(data, store.full_name(JOB_FILE))
-    changes = compare_jobs(stored.job, wanted)
+    changes = _changes(store, stored, wanted, allow_changed, flags)
     if not changes:
         return (stored if stored.job == wanted else _replace(store, stored, wanted)), []
-    sections = {c.section for c in changes}
-    if not sections <= set(allow_changed):
-        raise mismatch(store.root, changes, flags, store.exists(MEASUREMENT))
-    if "quantize" in sections:
+    if any(c.section == "quantize" for c in changes):
         store.delete(PLAN)
     _archive(store, data)
     return _replace(store, stored, wanted), [f"{c.section}.{c.name}" for c in changes]
+
+
+def _changes(
+    store: Store, stored: StoredJob, wanted: Job, allow_changed: Collection[str], flags: Mapping[str, str]
+) -> list[Change]:
+    """What is to be changed; JobMismatchError if that is not allowed."""
+    changes = compare_jobs(stored.job, wanted)
+    if not {c.section for c in changes} <= set(allow_changed):
+        raise mismatch(store.root, changes, flags, store.exists(MEASUREMENT))
+    return changes
 
 
 def _replace(store: Store, stored: StoredJob, wanted: Job) -> StoredJob:

@@ -133,7 +133,8 @@ def test_other_flags(run, fake, job_args):
         (["-mrr", "3"], "unexpected extra argument"),
         (["-b", "four"], "'-b'"),
         (["--device", "tpu"], "--device"),
-        (["--bit", "3"], "--bit"),
+        (["--bir", "3"], "--bir"),
+        (["--out", "x"], "--out"),
         (["-om", "m.json", "-cf", "x"], "-om"),
         (["surplus"], "surplus"),
     ],
@@ -151,7 +152,11 @@ def test_measure_writes_into_the_work_directory_or_where_asked(run, fake, job_ar
     assert fake.recipes[0].output_measurement == str(tmp_path / "work" / "measurement.json")
     assert run("measure", *job_args, "-om", "there.json").exit_code == 0
     assert fake.recipes[1].output_measurement == "there.json"
-    assert run("measure", *job_args, "-b", "4").exit_code == 2
+    result = run("measure", *job_args, "-b", "4", "-cf", "x")
+    assert result.exit_code == 0
+    assert "-b, -cf: nothing that is measured depends on it" in result.stdout + result.stderr
+    assert fake.recipes[2].bits == Recipe(in_dir="m", out_dir="w").bits
+    assert run("measure", *job_args, "-m", "m.json").exit_code == 2
     result = run("measure", job_args[0], job_args[1], "-o", "s3://bucket/work")
     assert result.exit_code == 2
     assert "-om" in result.stderr

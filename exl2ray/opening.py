@@ -1,0 +1,55 @@
+"""The job of a recipe, and whether its work directory can be opened for it: what `plan` and `--dry-run` look at, too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from exl2ray.checks import file_hash
+from exl2ray.config import JOB_FLAGS, Recipe
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.measurement import Measurement
+from exl2ray.model.spec import ModelSpec
+from exl2ray.planning import has_sensitivities
+from exl2ray.store.job import StoredJob
+from exl2ray.store.workdir import WorkDir
+
+
+def job_of(recipe: Recipe, source: SourceModel, spec: ModelSpec) -> dict[str, dict[str, Any]]:
+    """The sections of job.json. ``recipe``: with ``--allocation`` as ``falls_back`` has it."""
+    identity = {
+        "fingerprint": source.fingerprint(),
+        "architecture": spec.arch.name,
+        "in_dir": str(Path(recipe.in_dir).resolve()),
+        "cal_dataset": recipe.cal_dataset and str(Path(recipe.cal_dataset).resolve()),
+    }
+    job = recipe.job(identity, file_hash(recipe.cal_dataset))
+    if recipe.measurement is not None:
+        job["measure"]["measurement"] = str(Path(recipe.measurement).resolve())
+    return job
+
+
+def falls_back(recipe: Recipe, spec: ModelSpec, given: Measurement | None) -> bool:
+    """Whether options are chosen per module because ``-m`` is of a program that knows no sensitivities."""
+    return given is not None and recipe.allocates == "linear" and not has_sensitivities(spec, given)
+
+
+def allowed_changes(recipe: Recipe, stored: StoredJob | None) -> tuple[str, ...]:
+    """Sections of the stored job that this run may change."""
+    # After `measure`, the bitrate of the conversion is still open: naming it is no change of anything.
+    measured = stored is not None and bool(stored.job["output"].get("measure_only"))
+    return ("quantize", "output") if recipe.reuse or measured else ()
+
+
+def check_opening(recipe: Recipe, source: SourceModel, spec: ModelSpec, given: Measurement | None) -> None:
+    """Raises the StoreError that resuming the job in a local work directory would end with; writes nothing."""
+    if recipe.no_resume or not recipe.out_dir or "://" in recipe.out_dir:
+        return
+    stored = WorkDir.read_job(recipe.out_dir)
+    if stored is None:  # the fingerprint reads a little of every tensor
+        return
+    if falls_back(recipe, spec, given):
+        recipe = replace(recipe, allocation="module")
+    job, allowed = job_of(recipe, source, spec), allowed_changes(recipe, stored)
+    WorkDir.check_opening(recipe.out_dir, job, resume=True, allow_changed=allowed, flags=JOB_FLAGS)
