@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import side_files
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
+from exl2ray.opening import falls_back
 from exl2ray.plan.disk import DiskNeed
 from exl2ray.plan.fit import Fit, best_fit, check_fit, parse_size
 from exl2ray.plan.memory import Peak, peaks
@@ -89,6 +90,9 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
         raise UsageError("--context is a setting of --fit", "name the memory of the card with --fit 24GB")
     found = examine(recipe)
     report = Report(recipe.in_dir, problems=[(p.topic, p.error) for p in found.problems])
+    if found.spec is not None and falls_back(recipe, found.spec, found.measurement):
+        recipe = replace(recipe, allocation="module")
+        report.warnings.append("-m holds no sensitivities: options are chosen per module")
     _describe(report, found, recipe)
     if found.spec is None or found.source is None or found.has("tensors"):
         return report
