@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.errors import SourceError
@@ -16,6 +17,16 @@ from exl2ray.formats.json_file import LFS_POINTER, read_bounded
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 OTHERS = ("vocab.json", "tekken.json", "tiktoken.model")
+SAMPLES = (
+    "The house stood at the end of the street, and nobody had lived there for years.",
+    "Das Haus stand am Ende der Straße; Äpfel lagen im Gras.",
+    "for (int i = 0; i < 10; i++) { total += values[i]; }",
+    "She wrote: 'In 1987, 3.5 million people watched it.'",
+    "def area(r):\n    return 3.14159 * r ** 2",
+    "Можно ли это прочитать?",
+    "今日は天気がいいですね。",
+    "Ça va, naïve? No: façade.",
+)
 MAX_BYTES = 32 * MIB
 MEMORY_BYTES = 1400 * MIB
 SECONDS, SECONDS_PER_MIB = 10.0, 4.0  # of which three go to importing transformers
@@ -27,8 +38,8 @@ def vocabulary_files(root: Path) -> list[str]:
     return found + (["merges.txt"] if (root / "merges.txt").exists() else [])
 
 
-def converted_json(root: Path) -> bytes:
-    """Content of the tokenizer.json that transformers makes of ``root``.
+def converted_json(root: Path) -> tuple[bytes, list[str]]:
+    """Content of the tokenizer.json that transformers makes of ``root``, and warnings.
 
     Raises SourceError when there is nothing to convert, or it cannot be converted: what is there, and the one thing to do.
     """
@@ -43,7 +54,7 @@ def converted_json(root: Path) -> bytes:
     what = f"{root}: no tokenizer.json, only {' and '.join(files)}"
     child = LimitedProcess("convert")
     try:
-        _, blobs = child.ask(
+        answer, blobs = child.ask(
             {"op": "convert", "directory": os.path.abspath(root)},
             cpu_seconds=SECONDS + SECONDS_PER_MIB * size / MIB, memory_bytes=MEMORY_BYTES, answer_bytes=256 * MIB,
         )  # fmt: skip
@@ -53,7 +64,13 @@ def converted_json(root: Path) -> bytes:
         raise SourceError(f"{what}; transformers cannot convert it: {e.reason}", _command_hint(root)) from e
     finally:
         child.close()
-    return blobs[0]
+    warnings = []
+    if answer["differing"]:
+        warnings.append(
+            f"{what}: as transformers converts it, {answer['differing']} of {len(SAMPLES)} sample lines get other ids than "
+            "SentencePiece gives them, which ExLlamaV2 uses where there is a tokenizer.model"
+        )
+    return blobs[0], warnings
 
 
 def _checked_size(path: Path) -> int:
@@ -79,12 +96,27 @@ def _command(root: Path) -> str:
     return f"python -c {shlex.quote(f'from transformers import AutoTokenizer; {load}.save_pretrained({directory})')}"
 
 
-def backend_json(directory: str) -> str:
-    """In the child: the converted tokenizer as JSON. Raises what transformers raises, ImportError if a library is missing."""
+def backend_json(directory: str) -> tuple[str, int]:
+    """In the child: the converted tokenizer as JSON, and how many of SAMPLES get other ids from SentencePiece.
+
+    Raises what transformers raises, ImportError if a library is missing.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{type(tokenizer).__name__} has no form that tokenizer.json could hold")
-    return str(backend.to_str())
+    return str(backend.to_str()), _differing(directory, backend)
+
+
+def _differing(directory: str, backend: Any) -> int:
+    path = next((p for name in SENTENCEPIECE if (p := Path(directory) / name).is_file()), None)
+    if path is None:
+        return 0
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        return 0
+    original = SentencePieceProcessor(model_file=str(path))
+    return sum(original.encode(text) != backend.encode(text, add_special_tokens=False).ids for text in SAMPLES)

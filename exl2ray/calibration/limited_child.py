@@ -169,6 +169,7 @@ def convert_handlers() -> dict[str, Handler]:
     def convert(request: dict[str, Any], blobs: list[bytes]) -> Answer:
         from exl2ray.calibration.conversion import backend_json
 
-        return {}, [backend_json(request["directory"]).encode()]
+        text, differing = backend_json(request["directory"])
+        return {"differing": differing}, [text.encode()]
 
     return {"convert": convert}

@@ -163,7 +163,7 @@ def load_tokenizer(directory: str | Path, config: Mapping[str, Any], vocab_size:
     try:
         report = process.report
         _check_vocabulary(files.path, report, vocab_size)
-        warnings = _vocabulary_warnings(files.path, report, vocab_size)
+        warnings = [*files.warnings, *_vocabulary_warnings(files.path, report, vocab_size)]
         ends = _EndTokens(root, process, vocab_size, warnings.append)
         bos_id = ends.resolve("bos", config, files.settings, default=1)
         eos_id = ends.resolve("eos", config, files.settings, default=2)

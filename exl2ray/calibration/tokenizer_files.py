@@ -32,18 +32,21 @@ class TokenizerFiles:
     content: bytes  # of tokenizer.json
     settings: Mapping[str, Any]  # tokenizer_config.json; special_tokens_map.json for what it does not have
     stated: tuple[tuple[int, str, dict[str, bool]], ...]  # id, text, flags
-    named: tuple[str, ...]  # texts of special tokens
+    named: tuple[tuple[str, dict[str, bool]], ...]  # special tokens: text, flags
     chat_template: str | None
     converted: bool  # content is not that of a file
+    warnings: tuple[str, ...]
 
 
 def read_tokenizer_files(root: Path) -> TokenizerFiles:
     """Raises SourceError naming the file that is missing, too large, or not what it should be."""
     path = root / "tokenizer.json"
     converted = not (path.exists() or path.is_symlink())
-    content = converted_json(root) if converted else read_content(path)
+    content, warnings = converted_json(root) if converted else (read_content(path), [])
     settings = optional_json(root / "tokenizer_config.json")
     special_map = optional_json(root / "special_tokens_map.json")
+    if "added_tokens_decoder" in settings:  # transformers reads the older file only without the newer entry
+        special_map = {}
     merged = {**{k: v for k, v in special_map.items() if k in (*SPECIAL_NAMES, *SPECIAL_LISTS)}, **settings}
     stated = [*_decoder_tokens(root / "tokenizer_config.json", settings), *_added_tokens(root, merged)]
     return TokenizerFiles(
@@ -51,9 +54,10 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
         content=content,
         settings=merged,
         stated=tuple(stated),
-        named=tuple(_special_texts(merged)),
+        named=tuple(_special_tokens(merged)),
         chat_template=_chat_template(root, settings),
         converted=converted,
+        warnings=tuple(warnings),
     )
 
 
@@ -106,15 +110,14 @@ def _decoder_tokens(path: Path, settings: Mapping[str, Any]) -> list[tuple[int, 
                 f"{path}: added_tokens_decoder: {quoted(key)} is not an id with the content of a token",
                 "download the file again",
             )
-        flags = entry if isinstance(entry, dict) else {}
-        out.append((int(key), text, {k: v for k, v in flags.items() if isinstance(v, bool)}))
+        out.append((int(key), text, _flags(entry)))
     return out
 
 
 def _added_tokens(root: Path, settings: Mapping[str, Any]) -> list[tuple[int, str, dict[str, bool]]]:
     """added_tokens.json, with the flags that transformers gives such tokens."""
     path = root / "added_tokens.json"
-    special = set(_special_texts(settings))
+    special = {text for text, _ in _special_tokens(settings)}
     out = []
     for text, value in optional_json(path).items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_ID:
@@ -123,12 +126,18 @@ def _added_tokens(root: Path, settings: Mapping[str, Any]) -> list[tuple[int, st
     return out
 
 
-def _special_texts(settings: Mapping[str, Any]) -> list[str]:
+def _special_tokens(settings: Mapping[str, Any]) -> list[tuple[str, dict[str, bool]]]:
+    """Text and flags of the special tokens, in the order in which transformers adds those that are missing."""
     values = [settings.get(name) for name in SPECIAL_NAMES]
     for name in SPECIAL_LISTS:
         some = settings.get(name)
         values += some if isinstance(some, list) else list(some.values()) if isinstance(some, dict) else []
-    return [text for v in values if (text := token_text(v))]
+    return [(text, _flags(v)) for v in values if (text := token_text(v))]
+
+
+def _flags(value: Any) -> dict[str, bool]:
+    """Flags of a serialised added token; none for a plain text."""
+    return {k: v for k, v in value.items() if isinstance(v, bool)} if isinstance(value, dict) else {}
 
 
 def _chat_template(root: Path, settings: Mapping[str, Any]) -> str | None:

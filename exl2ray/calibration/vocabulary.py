@@ -27,7 +27,7 @@ class LoadedTokenizer:
         self,
         text: str,  # content of tokenizer.json
         stated: Sequence[Stated],  # tokens with their ids, from files beside it
-        named: Sequence[str],  # special tokens of which only the text is known
+        named: Sequence[tuple[str, dict[str, bool]]],  # special tokens without a stated id
         rows: int,  # of the model's embedding
     ) -> None:
         self._text, self._rows = text, rows
@@ -106,18 +106,22 @@ class LoadedTokenizer:
             self.tokenizer = self._read()
         return wanted
 
-    def _add_named(self, named: Sequence[str]) -> None:
+    def _add_named(self, named: Sequence[tuple[str, dict[str, bool]]]) -> None:
         """Special tokens without a stated id follow all others, as transformers adds them, while there are embedding rows."""
-        tokens = [
-            AddedToken(t, special=True) for t in dict.fromkeys(named) if t and self.tokenizer.token_to_id(t) is None
-        ]
+        present = {t.content for t in self.tokenizer.get_added_tokens_decoder().values()}
+        first: dict[str, dict[str, bool]] = {}
+        for text, flags in named:
+            if text not in present:
+                first.setdefault(text, flags)
+        tokens = [AddedToken(t, **{**{k: f[k] for k in FLAGS if k in f}, "special": True}) for t, f in first.items()]
         if not tokens:
             return
         self.tokenizer.add_tokens(tokens)
         ids = [self.tokenizer.token_to_id(t.content) for t in tokens]
         kept = [(t, i) for t, i in zip(tokens, ids, strict=True) if i is not None and i < self._rows]
         if len(kept) < len(tokens):
-            self.without_row = [t.content for t in tokens[len(kept) :]]
+            without = {t.content for t in tokens} - {t.content for t, _ in kept}
+            self.without_row = [t.content for t in tokens if t.content in without]
             self._rebuild([t for t, _ in [*self.added, *kept]])
         self.added = [*self.added, *kept]
 
