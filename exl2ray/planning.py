@@ -118,6 +118,12 @@ def linear_groups(spec: ModelSpec, measurement: Measurement) -> list[LinearGroup
     return out
 
 
+def insensitive(spec: ModelSpec, measurement: Measurement) -> tuple[list[str], int]:
+    """(linears with a sensitivity of 0, number of all); experts of a role count as one."""
+    groups = linear_groups(spec, measurement)
+    return [g.key for g in groups if g.sensitivity == 0], len(groups)
+
+
 def _entry(extra: Mapping[str, Any], name: str, role: str, where: str) -> Any:
     found = extra.get(name)
     if not isinstance(found, Mapping) or role not in found:

@@ -83,6 +83,17 @@ def unspent_warning(bits: float, achieved: float, unspent: float, overridden: bo
     ]
 
 
+def insensitive_warning(names: Sequence[str], count: int) -> list[str]:
+    """``names``: linears, of ``count``, whose error has no effect on the model by the measurement."""
+    if not names:
+        return []
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return [
+        f"the measurement says that {len(names)} of {count} linears have no effect on the model (sensitivity 0), so they get "
+        f"the fewest bits: {shown}; unless they are empty, it is wrong: measure again without -m"
+    ]
+
+
 def expert_warnings(found: Iterable[tuple[str, Sequence[Mapping[str, float]]]], what: str) -> list[str]:
     """One line for all modules with experts that got few tokens: (module, tokens per expert)."""
     texts = [(key, text) for key, experts in found if (text := starved_experts(experts))]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from exl2ray.errors import JobMismatchError
-from exl2ray.formats.file_states import FileState, compare_states, file_states, from_json, with_hashes
+from exl2ray.formats.file_states import HASHED_BYTES, FileState, compare_states, file_states, from_json, with_hashes
 from exl2ray.formats.hf import SourceModel
 from exl2ray.store.layout import MEASURE, SOURCE_KEY
 from exl2ray.store.records import Record, hash_inputs
@@ -33,7 +33,7 @@ class SourceState:
         record = self._work.records.find(MEASURE, SOURCE_KEY, self._key)
         now = file_states(self._paths)
         if record is None:
-            self._states = with_hashes(now, self._source.path)
+            self._states = with_hashes(now, self._source.path, HASHED_BYTES)
             self._commit()
             return
         self.warnings = list(record.payload["warnings"])

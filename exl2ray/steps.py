@@ -40,13 +40,13 @@ from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.opening import allowed_changes, falls_back, job_of
 from exl2ray.overrides import Override, overridden, parse_overrides
 from exl2ray.plan.problems import examine, row_sizes
-from exl2ray.planning import Plan, choose, has_sensitivities, module_cost, slot_weights
+from exl2ray.planning import Plan, choose, has_sensitivities, insensitive, module_cost, slot_weights
 from exl2ray.progress import Reporter
 from exl2ray.quality import Numerics
 from exl2ray.quant.losses import merged
 from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
-from exl2ray.soundness import ResultWarnings, is_broken, measured_experts, show, unspent_warning
+from exl2ray.soundness import ResultWarnings, insensitive_warning, is_broken, measured_experts, show, unspent_warning
 from exl2ray.source_state import SourceState
 from exl2ray.store.faults import translated
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY, quant_kind
@@ -386,6 +386,8 @@ class Job:
         if chosen.predicted_kl is not None:
             message += f"; predicted KL {chosen.predicted_kl:.4g}"
         self.reporter.event("note", message=message)
+        if self.recipe.allocates == "linear":
+            self.warnings.add(insensitive_warning(*insensitive(self.spec, measurement)), bits)
         self.warnings.add(unspent_warning(bits, achieved, allocation.unspent, bool(overrides)), bits)
         return Plan(bits, params, hashes, achieved, sum(size.values()) // 8, chosen.predicted_kl)
 

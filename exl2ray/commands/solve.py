@@ -14,10 +14,10 @@ from exl2ray.formats.measurement import Measurement, OptionProfile, check_agains
 from exl2ray.formats.origin import origin_findings
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.planning import choose, has_sensitivities, linear_groups, slot_weights
+from exl2ray.planning import choose, has_sensitivities, insensitive, linear_groups, slot_weights
 from exl2ray.quant.allocate import Slot, budget, check_reachable
 from exl2ray.quant.allocate import solve as allocate
-from exl2ray.soundness import unspent_warning
+from exl2ray.soundness import insensitive_warning, unspent_warning
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,11 @@ def _linear_solution(spec: ModelSpec, measurement: Measurement, bits: float, hea
         linears.append(LinearChoice(group.key, q.desc, size / weights, group.sensitivity * group.curve.loss(q)))
         decoder += size if group.linears[0].role != "lm_head" else 0
     found, achieved = chosen.allocation, decoder / slot_weights(spec)
+    doubts = insensitive_warning(*insensitive(spec, measurement)) + unspent_warning(bits, achieved, found.unspent, False)
     return Solution(
         bits=bits, achieved_bpw=achieved, total_bits=found.total_bits, objective="predicted KL",
         objective_value=found.objective, gap=max(0.0, found.gap), linears=tuple(linears), allocation="linear",
-        predicted_kl=chosen.predicted_kl, warnings=tuple(unspent_warning(bits, achieved, found.unspent, False)),
+        predicted_kl=chosen.predicted_kl, warnings=tuple(doubts),
     )  # fmt: skip
 
 

@@ -42,11 +42,12 @@ def model_doubts(source: SourceModel, spec: ModelSpec, rows: Mapping[str, Rows])
 def head_beside_tied_embedding(source: SourceModel, spec: ModelSpec) -> str | None:
     """tie_word_embeddings and a head that is stored all the same. Equal: nothing to say."""
     head, embedding = spec.linears[-1].weight.name, spec.modules[0].plain[0].stored.name
-    if not spec.hyper.tie_embeddings or spec.tied or head not in source or embedding not in source:
+    flag = config_value(source.config, "tie_word_embeddings")
+    if not spec.hyper.tie_embeddings or flag is False or spec.tied or head not in source or embedding not in source:
         return None
     if source.shape(head) == source.shape(embedding) and _equal(source, head, embedding):
         return None
-    how = "tie_word_embeddings is true" if source.config.get("tie_word_embeddings") else f"{spec.arch.name} ties its head"
+    how = "tie_word_embeddings is true" if flag else f"{spec.arch.name} ties its head"
     return (
         f"config.json: {how}, but {head} is stored and is not {embedding}: the stored one is used, as ExLlamaV2 and "
         "transformers 5 do; transformers 4 takes the embedding. If the two were trained apart, set tie_word_embeddings to "

@@ -1,0 +1,593 @@
+"""Models, text and measurements that convert without an error into something bad: each is named, and sound ones are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from bounded import exl2ray
+from safetensors.torch import load_file, save_file
+from tiny_models import HIDDEN, VOCAB, byte_tokenizer, write_model
+
+from exl2ray.calibration.rows import builtin_rows
+from exl2ray.calibration.soundness import Baseline, baseline, row_warnings, unigram_perplexity
+from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.config import Recipe
+from exl2ray.convert import Summary, convert
+from exl2ray.errors import JobMismatchError
+from exl2ray.evaluate.forward import RunOptions, open_model, run_model
+from exl2ray.formats.hf import SourceModel
+from exl2ray.model.arch import load_spec
+from exl2ray.model.spec import Stored
+from exl2ray.plan.flat import Part, flat_parts
+from exl2ray.plan.problems import examine
+from exl2ray.progress import Silent
+from exl2ray.report.compose import report_page
+from exl2ray.report.facts import read_facts
+from exl2ray.report.page import render
+from exl2ray.soundness import output_warnings, source_warnings
+
+Tensors = dict[str, torch.Tensor]
+Edit = Callable[[Tensors], None]
+DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
+EMBED, HEAD, LAYER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1."
+DOWN, QUERY = LAYER + "mlp.down_proj.weight", LAYER + "self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+def parquet(path: Path, *texts: str) -> str:
+    pq.write_table(pa.table({"text": list(texts)}), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Ordinary prose and code, of the project itself."""
+    root = Path(__file__).resolve().parents[2]
+    files = [root / "docs" / "quality.md", root / "docs" / "architecture.md", root / "exl2ray" / "planning.py"]
+    return parquet(tmp_path_factory.mktemp("text") / "rows.parquet", *(f.read_text(encoding="utf-8") for f in files))
+
+
+def edited(source: Path, target: Path, edit: Edit | None = None, **config: Any) -> Path:
+    """A copy with other tensors, and other keys in config.json (None: without the key)."""
+    shutil.copytree(source, target)
+    if edit is not None:
+        tensors = load_file(target / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    settings = {**json.loads((target / "config.json").read_text()), **config}
+    (target / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    return target
+
+
+def recipe(model: Path, out: Path, text: str, **changes: Any) -> Recipe:
+    settings: dict[str, Any] = {
+        "bits": (4.0,), "length": 128, "measurement_length": 128, "executor": "inline", "device": "cpu",
+        "quality": "reference", "evaluate": "never", "cal_dataset": text, "measurement_rows": 2, "dataset_rows": 4,
+    }  # fmt: skip
+    return Recipe(**{"in_dir": str(model), "out_dir": str(out), **settings, **changes})
+
+
+def doubts(model: Path, tmp_path: Path, text: str, **changes: Any) -> list[str]:
+    found = examine(recipe(model, tmp_path / "work", text, **changes))
+    found.raise_any()
+    return found.doubts
+
+
+def fill(pattern: str, value: float = 0.0) -> Edit:
+    """Sets every tensor whose name holds ``pattern`` to one value."""
+
+    def edit(tensors: Tensors) -> None:
+        for name in [n for n in tensors if pattern in n]:
+            tensors[name] = torch.full_like(tensors[name], value)
+
+    return edit
+
+
+# ---- tensors that hold nothing ------------------------------------------------------------------------------------------
+
+
+def half_of_the_rows(tensors: Tensors) -> None:
+    tensors[DOWN][HIDDEN // 2 :] = 0
+
+
+def frequent_rows(name: str) -> Edit:
+    space = byte_tokenizer().token_to_id("Ġ")
+
+    def edit(tensors: Tensors) -> None:
+        tensors[name][space] = 0
+
+    return edit
+
+
+EMPTY: dict[str, tuple[Edit, list[str]]] = {
+    "a layer": (fill(LAYER), ["9 tensors", "one value throughout", "nothing is left of layer 1", QUERY]),
+    "all layers": (fill("model.layers."), ["18 tensors", "nothing is left of layers 0, 1"]),
+    "a projection": (fill(QUERY), ["1 tensor of", f"{QUERY} (0)"]),
+    "an MLP": (fill(LAYER + "mlp"), ["3 tensors", DOWN]),
+    "a constant": (fill(QUERY, 0.25), [f"{QUERY} (0.25)"]),
+    "the head": (fill(HEAD), [f"{HEAD} (0)"]),
+    "the embedding": (fill(EMBED), [f"{EMBED} (0)"]),
+    "an embedding of one value": (fill(EMBED, 1.0), [f"{EMBED} (1)"]),
+    "the last norm": (fill("model.norm"), ["model.norm.weight (0)"]),
+    "a norm of a layer": (fill(LAYER + "input_layernorm"), [f"{LAYER}input_layernorm.weight (0)"]),
+    "half of a projection": (half_of_the_rows, ["long runs", f"{DOWN} (50%)"]),
+    "the row of a frequent token": (frequent_rows(EMBED), [f"{EMBED} holds nothing but zeros for 1 of"]),
+    "the same in the head": (frequent_rows(HEAD), [f"{HEAD} holds nothing but zeros for 1 of"]),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_empty_tensors_are_named(case: str, tiny: Path, text: str, tmp_path: Path) -> None:
+    edit, words = EMPTY[case]
+    (found,) = doubts(edited(tiny, tmp_path / "m", edit), tmp_path, text)
+    for word in words:
+        assert word in found
+
+
+def padding(tensors: Tensors) -> None:
+    tensors[EMBED][VOCAB - 10 :] = 0
+
+
+def pruned(tensors: Tensors) -> None:
+    tensors[DOWN].view(-1, 4)[:, :2] = 0
+
+
+SOUND: dict[str, Edit] = {
+    "norms of ones": fill("norm", 1.0),
+    "padding of the vocabulary": padding,
+    "two of four values pruned": pruned,
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_what_real_models_hold_is_no_reason(case: str, tiny: Path, text: str, tmp_path: Path) -> None:
+    assert doubts(edited(tiny, tmp_path / "m", SOUND[case]), tmp_path, text) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern", "value", "says"),
+    [
+        ("Mixtral", "experts.2.", 0.0, "experts.2.w1"), ("Mixtral", ".gate.weight", 0.0, "gate.weight (0)"),
+        ("Gemma2", "model.norm", -1.0, "model.norm.weight (-1)"), ("Gemma2", "norm", 0.0, ""),
+    ],
+)  # fmt: skip
+def test_families(family: str, pattern: str, value: float, says: str, text: str, tmp_path: Path) -> None:
+    """Experts are looked at one by one; Gemma stores the weights of norms less one."""
+    base = write_model(tmp_path / "base", family, **({"head_dim": 16} if family == "Gemma2" else {}))
+    names = [n for n in load_file(base / "model.safetensors") if pattern in n]
+    if not names:
+        pytest.skip(f"this transformers saves no {pattern} of a {family}")
+    found = doubts(edited(base, tmp_path / "m", fill(pattern, value)), tmp_path, text)
+    assert any(says in f for f in found) if says else found == []
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("part", range(3))
+def test_parts_of_fused_tensors(axis: int, part: int, tmp_path: Path) -> None:
+    """A third of a fused tensor, by rows or by columns, is found, and only that."""
+    whole = torch.randn(48, 48)
+    ranges = [((16 * i, 16 * i + 16),) for i in range(3)]
+    whole.narrow(axis, 16 * part, 16).zero_()
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    save_file({"fused": whole.half()}, tmp_path / "model.safetensors")
+    parts = [Part(Stored("fused", (48, 48), axis, r), "layer 0") for r in ranges]
+    found = flat_parts(SourceModel(tmp_path), parts)
+    assert [(f.part, f.value) for f in found] == [(parts[part], 0.0)]
+
+
+def test_a_single_other_value_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """What looks constant in the sample is read until the end."""
+    large = torch.zeros(1024, 1024, dtype=torch.float16)
+    large[1000, 1001] = 1
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    save_file({"a": large, "b": torch.zeros(1024, 1024)}, tmp_path / "model.safetensors")
+    parts = [Part(Stored(name, (1024, 1024)), "layer 0") for name in ("a", "b")]
+    assert [f.part.stored.name for f in flat_parts(SourceModel(tmp_path), parts)] == ["b"]
+
+
+# ---- config.json and weights --------------------------------------------------------------------------------------------
+
+
+def copy_of_embedding(tensors: Tensors) -> None:
+    tensors[HEAD] = tensors[EMBED].clone()
+
+
+def nearly_a_copy(tensors: Tensors) -> None:
+    copy_of_embedding(tensors)
+    tensors[HEAD][200, 7] += 1
+
+
+def frequencies(theta: float, count: int) -> Edit:
+    def edit(tensors: Tensors) -> None:
+        tensors[LAYER + "self_attn.rotary_emb.inv_freq"] = theta ** -(torch.arange(count) / count)
+
+    return edit
+
+
+LONG: dict[str, Any] = {"max_position_embeddings": 32768}
+NO_THETA: dict[str, Any] = {"rope_theta": None, "rope_parameters": None}
+CONFIGS: dict[str, tuple[Edit | None, dict[str, Any], str]] = {
+    "tied, another head": (None, {"tie_word_embeddings": True}, "is stored and is not model.embed_tokens.weight"),
+    "tied, one value differs": (nearly_a_copy, {"tie_word_embeddings": True}, "the stored one is used"),
+    "tied, a copy": (copy_of_embedding, {"tie_word_embeddings": True}, ""),
+    "untied, a copy": (copy_of_embedding, {"tie_word_embeddings": False}, ""),
+    "long context without base": (None, {**LONG, **NO_THETA}, "no rope_theta"),
+    "long context with base": (None, {**LONG, "rope_parameters": None, "rope_theta": 5e5}, ""),
+    "short context without base": (None, NO_THETA, ""),
+    "stored frequencies": (frequencies(1e4, 8), {}, ""),
+    "of another base": (frequencies(1e6, 8), {}, "made for rope_theta 1e+06"),
+    "of other heads": (frequencies(1e4, 16), {}, "made for heads of 32 channels"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config_beside_weights(case: str, tiny: Path, text: str, tmp_path: Path) -> None:
+    edit, config, says = CONFIGS[case]
+    found = doubts(edited(tiny, tmp_path / "m", edit, **config), tmp_path, text)
+    assert len(found) == bool(says), found
+    assert all(says in f for f in found)
+
+
+def test_the_head_that_is_used_is_that_of_transformers(tiny: Path, text: str, tmp_path: Path) -> None:
+    """Beside tie_word_embeddings transformers takes a stored head that differs, as the warning says."""
+    import transformers
+
+    model = edited(tiny, tmp_path / "m", None, tie_word_embeddings=True)
+    head = transformers.AutoModelForCausalLM.from_pretrained(model).lm_head.weight
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("the warning says what transformers 5 does")
+    assert torch.equal(head.half(), load_file(model / "model.safetensors")[HEAD])
+    assert load_spec(SourceModel(model)).linears[-1].weight.name == HEAD
+
+
+# ---- calibration rows ---------------------------------------------------------------------------------------------------
+
+PAGE = "Pack my box with five dozen jugs of 0123456789, quoth he. "
+ROWS: dict[str, tuple[list[str], str]] = {
+    "one character": (["a" * 9000], "1 distinct token among 512, 100% of them token"),
+    "two characters": (["ab" * 5000], "2 distinct tokens"),
+    "mostly blanks": ([("word" + " " * 30) * 300], "of them token"),
+    "four letters": (["".join("acgt"[(i * i // 3 + i) % 4] for i in range(9000))], "4 distinct tokens"),
+    "a sentence again and again": ([PAGE] * 99, "repeat earlier ones"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_of_hardly_any_text(case: str, tiny: Path, tmp_path: Path) -> None:
+    texts, says = ROWS[case]
+    found = doubts(tiny, tmp_path, parquet(tmp_path / "rows.parquet", *texts))
+    assert len(found) == 2, found  # for measuring and for quantising
+    assert "of the measurement" in found[0]
+    assert "of the quantisation" in found[1]
+    assert says in found[1]
+
+
+def test_rows_that_are_copies_are_counted() -> None:
+    ids = torch.randint(0, 1000, (4, 128)).repeat(3, 1)
+    (found,) = row_warnings(ids, "rows")
+    assert "67%" in found
+    assert "8 of 12 rows are copies" in found
+    noise = torch.full((5, 128), -1)
+    assert row_warnings(torch.cat([ids[:4], noise]), "rows") == []
+    assert row_warnings(noise, "rows") == []
+
+
+# ---- perplexity ---------------------------------------------------------------------------------------------------------
+
+
+def test_unigram_perplexity_of_known_frequencies() -> None:
+    """By hand: a token that stands alone is predicted as a new one, the others by what is left without them."""
+    ids = torch.tensor([[0, 0, 0, 1]])
+    known, new = (3 - 1 + 2 / 4) / (4 - 1 + 2), (0 + 2 / 4) / (4 - 1 + 2)
+    expected = (known * known * new) ** (-1 / 3)
+    assert unigram_perplexity(ids, ids, 4) == pytest.approx(expected)
+    even = torch.arange(16).repeat(2000)[torch.randperm(32000)].view(10, -1)
+    assert unigram_perplexity(even, even, 16) == pytest.approx(16, rel=1e-3)
+    assert unigram_perplexity(even, even[:0], 16) is None
+    assert baseline(torch.full((2, 8), -1), 2, 16) == Baseline(16, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "says"),
+    [(6.0, ""), (60.0, ""), (90.0, ""), (110.0, "not much better"), (610.0, "no better than the frequencies"),
+     (1999.0, "no better than guessing"), (2e4, "no better than guessing"), (None, "")],
+)  # fmt: skip
+def test_steps_of_the_source(perplexity: float | None, says: str) -> None:
+    found = source_warnings(perplexity, Baseline(2000, 600.0, 20000))
+    assert len(found) == bool(says)
+    assert all(says in f for f in found)
+
+
+def test_a_quantised_model_is_held_against_the_same() -> None:
+    known = Baseline(2000, 600.0, 20000)
+    assert output_warnings(90.0, 80.0, known) == []
+    assert "no better than the frequencies" in output_warnings(650.0, 80.0, known)[0]
+    assert "suspicious" in output_warnings(31.0, 12.0, known)[0]
+    assert output_warnings(700.0, 650.0, known) == []  # the source has its own warning
+
+
+def told_of(model: Path, scale: float | None = None) -> list[str]:
+    """What is said of a source, from its perplexity on the rows that a conversion reports."""
+    opened = open_model(model, RunOptions(rope_scale=scale))
+    rows = builtin_rows(load_tokenizer(model, opened.source.config, opened.vocab_size), "quantize", 128, 0, opened.vocab_size)
+    reported = rows.ids[:19]
+    logits = run_model(opened, reported, "cpu", RunOptions(rope_scale=scale)).logits(slice(None), slice(0, -1))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), reported[:, 1:].flatten())
+    return source_warnings(float(loss.exp()), baseline(rows.ids, len(reported), opened.vocab_size))
+
+
+def shuffled_tokenizer(model: Path) -> None:
+    found = json.loads((model / "tokenizer.json").read_text())
+    vocab = found["model"]["vocab"]
+    names = [n for n, i in vocab.items() if i >= 300]
+    for name, number in zip(names, [vocab[n] for n in reversed(names)], strict=True):
+        vocab[name] = number
+    (model / "tokenizer.json").write_text(json.dumps(found))
+
+
+BROKEN: dict[str, tuple[Edit | None, dict[str, Any], float | None, str]] = {
+    "sound": (None, {}, None, ""),
+    "two empty layers": (lambda t: (fill("layers.3.")(t), fill("layers.4.")(t)) and None, {}, None, "not much better"),
+    "RoPE scaled": (None, {}, 1000.0, "not much better"),
+    "another base": (None, {"rope_theta": 100.0, "rope_parameters": None}, None, "not much better"),
+    "eight heads for four": (
+        None, {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}, None, "not much better",
+    ),
+    "an empty head": (fill(HEAD), {}, None, "no better than guessing"),
+    "an epsilon of 0.1": (None, {"rms_norm_eps": 0.1}, None, "no better than the frequencies"),
+    "another tokenizer": (None, {}, None, "no better than guessing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_trained_model(case: str, tmp_path: Path) -> None:
+    edit, config, scale, says = BROKEN[case]
+    model = edited(DEMO, tmp_path / "m", edit, **config)
+    if case == "another tokenizer":
+        shuffled_tokenizer(model)
+    found = told_of(model, scale)
+    assert len(found) == bool(says), found
+    assert all(says in f for f in found)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama-7m", "tiny-mixtral-8m"])
+def test_other_trained_models_have_no_warning(name: str, shared_dir: Path, tmp_path: Path) -> None:
+    model = shared_dir / "models" / name
+    if not model.is_dir():
+        pytest.skip(f"{name} is not there")
+    assert told_of(model) == []
+    found = examine(Recipe(str(model), str(tmp_path / "work"), device="cpu", length=256, measurement_length=256))
+    found.raise_any()
+    assert found.doubts == []
+
+
+def test_the_demo_model_is_planned_without_doubts(tmp_path: Path) -> None:
+    found = examine(Recipe(str(DEMO), str(tmp_path / "work"), device="cpu", length=512, measurement_length=2048))
+    assert (found.doubts, found.notes) == ([], [])
+
+
+# ---- measurements -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tiny: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """measurement.json of the tiny model."""
+    path = tmp_path_factory.mktemp("measured") / "m.json"
+    convert(recipe(tiny, path.parent / "work", text, output_measurement=str(path)), Silent())
+    return path
+
+
+MEASURED_OF: dict[str, tuple[Edit | None, dict[str, Any], str]] = {
+    "the same, elsewhere": (None, {}, ""),
+    "settings of generation": (None, {"eos_token_id": 5, "transformers_version": "9"}, ""),
+    "other weights": (fill(QUERY, 0.5), {}, "another model"),
+    "another base of RoPE": (None, {"rope_theta": 5e5, "rope_parameters": None}, "another config.json"),
+}
+
+
+@pytest.mark.parametrize("case", MEASURED_OF)
+def test_measurements_of_another_model(case: str, tiny: Path, text: str, measured: Path, tmp_path: Path) -> None:
+    edit, config, says = MEASURED_OF[case]
+    model = edited(tiny, tmp_path / "m", edit, **config)
+    found = [d for d in doubts(model, tmp_path, text, measurement=str(measured)) if "-m" in d]
+    assert len(found) == bool(says), found
+    assert all(says in f for f in found)
+    solved = exl2ray("solve", "-i", model, "-m", measured, "-b", "4")
+    solved.ends_with(0, *([f"warning: {found[0]}"] if found else []))
+    assert ("warning" in solved.text) == bool(found)
+
+
+def test_a_measurement_that_does_not_say_of_what(tiny: Path, text: str, measured: Path, tmp_path: Path) -> None:
+    """As the reference writes it, which ignores what we add."""
+    found = json.loads(measured.read_text())
+    assert set(found["exl2ray"]["source"]) == {"weights", "config"}
+    del found["exl2ray"]
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps(found))
+    looked = examine(recipe(tiny, tmp_path / "work", text, measurement=str(plain)))
+    assert looked.doubts == []
+    assert "does not say of which model" in looked.notes[0]
+
+
+def test_an_allocation_without_use_for_its_budget(tiny: Path, measured: Path, tmp_path: Path) -> None:
+    """All modules but one lose nothing by this measurement, with whatever option."""
+    found = json.loads(measured.read_text())
+    for options in [o for o in found["measurement"].values() if o][1:]:
+        for option in options:
+            option["accuracy"] = 1.0
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(found))
+    exl2ray("solve", "-i", tiny, "-m", path, "-b", "6", "--json").ends_with(0, "of its budget unused")
+    sound = exl2ray("solve", "-i", tiny, "-m", measured, "-b", "6", "--json")
+    sound.ends_with(0)
+    assert json.loads(sound.out)["solutions"][0]["warnings"] == []
+
+
+def test_sensitivities_of_nothing(tiny: Path, text: str, tmp_path: Path) -> None:
+    """One linear matters by this measurement, so that all others get the fewest bits."""
+    own = tmp_path / "linear.json"
+    convert(recipe(tiny, tmp_path / "work", text, output_measurement=str(own), allocation="linear"), Silent())
+    found = json.loads(own.read_text())
+    exl2ray("solve", "-i", tiny, "-m", own, "-b", "6", "--json").ends_with(0, '"warnings": []')
+    for key, entry in found["exl2ray"].items():
+        for role in entry.get("sensitivity", ()):
+            if (key, role) != ("model.layers.1.self_attn", "k_proj"):
+                entry["sensitivity"][role] = [0, 0]
+    own.write_text(json.dumps(found))
+    words = ("of its budget unused", "14 of 15 linears have no effect on the model", "model.layers.0.self_attn.q_proj")
+    exl2ray("solve", "-i", tiny, "-m", own, "-b", "6").ends_with(0, *words)
+    again, _ = run(recipe(tiny, tmp_path / "again", text, measurement=str(own), allocation="linear", bits=(6.0,)))
+    assert any("of its budget unused" in w for w in again.warnings)
+    assert any("14 of 15 linears" in w for w in again.warnings)
+
+
+# ---- a source that changes ----------------------------------------------------------------------------------------------
+
+
+def change_between_samples(file: Path) -> None:
+    """Another value for one weight, where no sample of the fingerprint looks."""
+    data = bytearray(file.read_bytes())
+    place = 8 + int.from_bytes(data[:8], "little") + json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])[EMBED][
+        "data_offsets"
+    ][0] + 3000  # fmt: skip
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def begun(tiny: Path, text: str, tmp_path: Path) -> Recipe:
+    """A job whose measurement is done, of a model of its own."""
+    model = edited(tiny, tmp_path / "m")
+    job = recipe(model, tmp_path / "work", text, compile_full=str(tmp_path / "out"))
+    convert(replace(job, compile_full=None, output_measurement=str(tmp_path / "work" / "measurement.json")), Silent())
+    return job
+
+
+def run(job: Recipe) -> tuple[Summary, Silent]:
+    reporter = Silent()
+    return convert(job, reporter), reporter
+
+
+def measured_again(reporter: Silent) -> bool:
+    return any(name == "stage" and f["stage"] == "measure" for name, f in reporter.events)
+
+
+def test_an_edit_between_the_samples_is_refused(begun: Recipe) -> None:
+    before = SourceModel(begun.in_dir).fingerprint()
+    change_between_samples(Path(begun.in_dir) / "model.safetensors")
+    assert SourceModel(begun.in_dir).fingerprint() == before
+    with pytest.raises(JobMismatchError, match=r"model\.safetensors was changed since") as caught:
+        run(begun)
+    assert caught.value.exit_code == 7
+    assert "-nr" in caught.value.hint
+    summary, reporter = run(replace(begun, no_resume=True))
+    assert measured_again(reporter)
+    assert not any("written again" in w for w in summary.warnings)
+
+
+def test_a_touched_or_copied_source_is_the_same(begun: Recipe, tmp_path: Path) -> None:
+    os.utime(Path(begun.in_dir) / "model.safetensors", ns=(1, 1))
+    summary, reporter = run(begun)
+    assert not measured_again(reporter)
+    moved = tmp_path / "moved"
+    shutil.copytree(begun.in_dir, moved)
+    os.utime(moved / "model.safetensors", ns=(2, 2))
+    again, reporter = run(replace(begun, in_dir=str(moved)))
+    assert summary.warnings == again.warnings
+    assert not any("written again" in w for w in again.warnings)
+    assert not measured_again(reporter)
+
+
+def test_what_was_too_large_to_hash_is_a_warning_that_stays(
+    tiny: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exl2ray.source_state.HASHED_BYTES", 1000)
+    model = edited(tiny, tmp_path / "m")
+    job = recipe(model, tmp_path / "work", text, compile_full=str(tmp_path / "out"))
+    first, _ = run(job)
+    assert not any("written again" in w for w in first.warnings)
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    for _ in range(2):  # the second time the file is as at the first
+        summary, _ = run(job)
+        assert sum("written again" in w for w in summary.warnings) == 1
+        assert "written again" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_edit_while_it_is_converted(begun: Recipe) -> None:
+    class Editing(Silent):
+        def event(self, name: str, **fields: Any) -> None:
+            super().event(name, **fields)
+            if name == "item" and fields["done"] == 2:
+                change_between_samples(Path(begun.in_dir) / "model.safetensors")
+
+    with pytest.raises(JobMismatchError, match="while it was converted"):
+        convert(begun, Editing())
+
+
+# ---- who is told --------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_repeats_what_concerns_the_result(tiny: Path, text: str, tmp_path: Path) -> None:
+    """A random model without its last norm: told when found and at the end, on the card, in the report, after a resume."""
+    model = edited(tiny, tmp_path / "m", fill("model.norm"))
+    job = recipe(model, tmp_path / "work", text, compile_full=str(tmp_path / "out"))
+    summary, reporter = run(job)
+    assert len(summary.warnings) == 2
+    assert "model.norm.weight (0)" in summary.warnings[0]
+    assert f"no better than guessing among {VOCAB} tokens" in summary.warnings[1]
+    told = [f["message"] for name, f in reporter.events if name == "warning"]
+    assert [told.count(w) for w in summary.warnings] == [1, 1]
+    assert reporter.events[-1][0] == "done"
+    assert reporter.events[-1][1]["warnings"] == list(summary.warnings)
+    card = (tmp_path / "out" / "README.md").read_text()
+    page = render(report_page(read_facts(str(tmp_path / "work"), ())))
+    assert "## Warnings of the conversion" in card
+    assert "no better than guessing" in card
+    assert str(tmp_path) not in card.split("## How it was made")[0]
+    assert "no better than guessing" in page
+    assert "model.norm.weight (0)" in page
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    again, reporter = run(job)
+    assert again.warnings == summary.warnings
+    assert reporter.events[-1][1]["warnings"] == list(summary.warnings)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == files
+    assert len(read_facts(str(tmp_path / "work"), ()).warnings) == 2
+
+
+def test_the_console_ends_with_them(tiny: Path, text: str, tmp_path: Path) -> None:
+    arguments = ("convert", "-i", tiny, "-o", tmp_path / "work", "-b", "4", "-l", "128", "-ml", "128", "-c", text,
+                 "-r", "4", "-mr", "2", "--device", "cpu", "--executor", "inline", "--quality", "reference")  # fmt: skip
+    done = exl2ray(*arguments, seconds=60)
+    done.ends_with(0, "no better than guessing")
+    last = done.out.splitlines()[-2:]
+    assert last[0].startswith("warning: the source model has perplexity")
+    assert last[1].endswith("with 1 warning: read above")
+    again = exl2ray(*arguments, "--json", seconds=60)
+    assert json.loads(again.out.splitlines()[-1])["warnings"] == [last[0].removeprefix("warning: ")]
+
+
+def test_plan_lists_them(tiny: Path, text: str, tmp_path: Path) -> None:
+    model = edited(tiny, tmp_path / "m", fill(QUERY), tie_word_embeddings=True)
+    words = (f"{QUERY} (0)", "is stored and is not")
+    arguments = ("-l", "128", "-ml", "128", "-c", parquet(tmp_path / "rows.parquet", "a" * 9000), "-r", "4", "-mr", "2")
+    planned = exl2ray("plan", "-i", model, "-b", "4", "--device", "cpu", *arguments)
+    planned.ends_with(0, *words, "1 distinct token")
