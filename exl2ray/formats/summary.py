@@ -76,8 +76,8 @@ def inspect_directory(path: str | Path) -> DirectorySummary:
     model = Exl2Model(path)
     keys = model.keys()
     if not keys:
-        plain = ("a model without quantised weights", "")
-        what, bits = kind(map(model.info, model.names()), model.config, Folder(path)) or plain
+        nothing = ("a model without quantised weights", "")
+        what, bits = kind(map(model.info, model.names()), model.config, Folder(path)) or nothing
         hint = "inspect shows EXL2 models only"
         raise FormatError(f"{path}: {what}{bits}, not an EXL2 one: holds no quantised linear", hint)
     linears = tuple(sorted((_linear(model, key) for key in keys), key=_order))
