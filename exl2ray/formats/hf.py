@@ -21,10 +21,11 @@ from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.source import architectures, dequantise, names, quantised, shards
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
-from exl2ray.formats.tensorfile import TensorFile, TensorInfo, read_tensor
+from exl2ray.formats.tensorfile import TensorFile, TensorInfo, open_files, read_tensor
 
 SAMPLE_BYTES = 1024  # bytes per content sample of a tensor
 SAMPLES = 8  # samples per tensor
+MAX_FILES = 10_000
 
 
 class SourceModel:
@@ -50,12 +51,12 @@ class SourceModel:
             self.config, self.notes = architectures.resolved(self.config, str(self.path / "config.json"))
             self._open_source()
         else:
-            self.files = {f.name: TensorFile(f, self.error) for f in weight_files(self.path, self.error)}
+            self.files = open_files(weight_files(self.path, self.error), self.error)
             self._tensors = merge_shards(self.files.values(), self.error)
 
     def _open_source(self) -> None:
         own, notes = shards.own_files(weight_files(self.path, self.error))
-        files = {f.name: TensorFile(f, self.error) for f in own}
+        files = open_files(own, self.error)
         index = shards.read_index(self.path, self.error)
         table, kept, copies = shards.merged(files, index, self.error)
         self.files = {name: files[name] for name in kept}
@@ -188,6 +189,8 @@ def weight_files(directory: Path, error: type[Exl2RayError] = SourceError) -> li
         if not p.is_file():
             raise error(f"{p}: not a regular file (a dangling link?)", "fetch the shard again")
         found.append(p)
+    if len(found) > MAX_FILES:
+        raise error(f"{directory}: {len(found)} safetensors files; at most {MAX_FILES} can be read", "no model has as many")
     if not found:
         raise refusal(directory, error) or error(f"{directory}: no *.safetensors file", "fetch the weights")
     return found

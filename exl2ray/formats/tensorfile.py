@@ -12,7 +12,7 @@ network mount that goes away is then an error of that read and not a SIGBUS of t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ from exl2ray.errors import Exl2RayError, SourceError
 from exl2ray.formats.json_file import parse_json_object
 
 MAX_HEADER_BYTES = 32 << 20  # room for about 200 000 tensors; the largest published models have fewer than 100 000
+MAX_TENSORS = 200_000  # of a directory; the experts of a quantised model of 480 billion weights are 150 000
 MAX_DIMENSIONS = 8
 MAX_NAME_CHARACTERS = 1024
 
@@ -77,6 +78,8 @@ class TensorFile:
         except OSError as e:
             raise error(f"{self.path}: cannot be read: {e.strerror or e}") from e
         self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", {}), self.path, error)
+        if len(header) > MAX_TENSORS:
+            raise error(f"{self.path}: header: {len(header)} tensors; at most {MAX_TENSORS} can be read")
         self.tensors: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             self.tensors[name] = _tensor_info(name, entry, self.path, data_start, self.file_bytes, error)
@@ -87,6 +90,18 @@ class TensorFile:
         if name not in self.tensors:
             raise self.error(f"{self.path}: has no tensor {name!r}")
         return read_tensor(self.tensors[name], rows, self.error)
+
+
+def open_files(paths: Iterable[Path], error: type[Exl2RayError] = SourceError) -> dict[str, TensorFile]:
+    """The headers of all shards of a model, by file name; ``error`` if they hold more tensors than any model has."""
+    out: dict[str, TensorFile] = {}
+    total = 0
+    for path in paths:
+        out[path.name] = TensorFile(path, error)
+        total += len(out[path.name].tensors)
+        if total > MAX_TENSORS:
+            raise error(f"{path.parent}: more than {MAX_TENSORS} tensors in {len(out)} files", "no model has as many")
+    return out
 
 
 def read_tensor(
@@ -187,6 +202,8 @@ def _tensor_info(
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if nbytes != end - begin:
         raise error(f"{where}: {dtype} {shape} needs {nbytes} bytes, data_offsets [{begin}, {end}] hold {end - begin}")
+    if math.prod(max(n, 1) for n in shape) >= 1 << 63:  # with a zero among them, so that no byte is needed
+        raise error(f"{where}: shape {shape} is beyond what can be counted")
     return TensorInfo(name, path, dtype, tuple(shape), data_start + begin, nbytes)
 
 

@@ -33,7 +33,7 @@ from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES, PackedLinear, check_linear
 from exl2ray.formats.hf import weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.layout import LinearShape
-from exl2ray.formats.tensorfile import DTYPES, TensorFile, TensorInfo
+from exl2ray.formats.tensorfile import DTYPES, MAX_TENSORS, TensorFile, TensorInfo
 from exl2ray.formats.verify_rules import Directory, Problem
 
 NEEDS_PREPROCESSOR = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
@@ -76,6 +76,9 @@ def _read_files(d: Directory) -> None:
         except Exl2RayError as e:
             d.add("file", e.message, file=path.name)
             continue
+        if len(d.tensors) + len(tensors) > MAX_TENSORS:
+            d.add("file", f"more than {MAX_TENSORS} tensors up to here; this file and the next were not read", file=path.name)
+            return
         for name, info in tensors.items():
             if name in d.tensors:
                 d.add("file", f"also in {d.tensors[name].file.name}; which one counts is undefined", name, path.name)

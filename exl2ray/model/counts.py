@@ -33,7 +33,7 @@ HINT = "config.json is broken, or of another model than the weights"
 def check_counts(arch: Arch, config: Mapping[str, Any], source: SourceModel) -> None:
     """Raises SourceError for a count in config.json that the tensors of ``source`` cannot have; naming both."""
     c = ConfigReader(config, dict(arch.defaults))
-    longest = max((max(source.shape(n), default=0) for n in source.names()), default=0)
+    longest = max((max(source.shape(n), default=0) for n in source.names() if source.nbytes(n)), default=0)
     for keys in SIZES:
         value = c.positive(*keys, default=None)
         if value is not None and value > longest:

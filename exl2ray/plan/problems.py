@@ -31,7 +31,7 @@ from exl2ray.formats.origin import origin_findings
 from exl2ray.formats.shards import refuse_same_directory, side_files
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
-from exl2ray.formats.tensorfile import TensorFile
+from exl2ray.formats.tensorfile import MAX_TENSORS, TensorFile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
@@ -194,7 +194,7 @@ def _examine_source(found: Examination, recipe: Recipe) -> None:
     spec = found.spec = found.attempt(
         "architecture", lambda: load_spec(source, recipe.rope_scale, recipe.rope_alpha, misfits)
     )
-    if spec is not None and recipe.rotate:
+    if spec is not None and recipe.rotate and not misfits:
         found.spec = found.attempt("--rotate", lambda: rotated(spec)) or spec
     found.add("tensors", misfits)
 
@@ -222,15 +222,18 @@ def _broken_files(directory: Path) -> list[Exl2RayError]:
     if refused is not None and not pointers:  # not a model of this kind at all
         return errors
     checks: list[Callable[[], Any]] = [lambda: read_config(directory / "config.json", strict=False)]
+    tensors = 0
     try:
         checks += [lambda f=f: TensorFile(f) for f in weight_files(directory) if f.name not in pointers]  # type: ignore[misc]
     except SourceError as e:
         errors.append(e)
     for check in checks:
         try:
-            check()
+            tensors += len(getattr(check(), "tensors", ()))
         except SourceError as e:
             errors.append(e)
+        if tensors > MAX_TENSORS:  # what was found before is told; more would take minutes
+            break
     return errors
 
 
