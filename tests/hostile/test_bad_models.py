@@ -180,6 +180,19 @@ def test_families(family: str, pattern: str, value: float, says: str, text: str,
     assert any(says in f for f in found) if says else found == []
 
 
+def test_weights_that_are_stored_as_codes_and_scales(tiny: Path, text: str, tmp_path: Path) -> None:
+    def to_float8(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.endswith("_proj.weight")]:
+            weight = torch.zeros_like(tensors[name]) if name == QUERY else tensors[name]
+            scale = weight.float().abs().max().clamp(min=1e-3) / 448
+            tensors[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale.view(1, 1)
+
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (found,) = doubts(edited(tiny, tmp_path / "m", to_float8, quantization_config=quantization), tmp_path, text)
+    assert f"1 tensor of the source with one value throughout: {QUERY} (0)" in found
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("part", range(3))
 def test_parts_of_fused_tensors(axis: int, part: int, tmp_path: Path) -> None:
