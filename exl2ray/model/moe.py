@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,39 @@ def route(router: Tensor, h: Tensor, per_token: int) -> Routing:
     return Routing(experts, weights, order, place.view_as(experts), tuple(counts.tolist()))
 
 
+class _Distribute(torch.autograd.Function):
+    """h (tokens, hidden) -> (slots, hidden) in the routing's order. A token's gradient is the sum over its choices, in order:
+    that of an index would be added up in no fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, tokens: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return h[tokens]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (place,), (gradient,) = ctx.saved_tensors, gradients
+        total = gradient[place[:, 0]]
+        for choice in range(1, place.shape[1]):
+            total = total + gradient[place[:, choice]]
+        return total, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """outputs (slots, hidden) in the routing's order -> (tokens, k, hidden); every output has one reader."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, place: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return outputs[place]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return gradients[0].flatten(0, 1)[order], None, None
+
+
 @dataclass(frozen=True)
 class Expert:
     """The three linears of one expert: down(act(gate(x)) * up(x))."""
@@ -114,6 +148,10 @@ class ExpertBank:
         else:
             outputs, place = self._one_by_one(h, routing, weights or {}, capture), routing.place
         total = torch.zeros_like(h, dtype=torch.float32)
+        if torch.is_grad_enabled() and outputs.requires_grad:
+            chosen: Tensor = _Collect.apply(outputs, routing.place, routing.order)  # type: ignore[no-untyped-call]
+            weighted = (chosen * routing.weights[:, :, None]).sum(1)
+            return weighted.to(h.dtype)
         for choice in range(routing.experts.shape[1]):
             total += outputs[place[:, choice]] * routing.weights[:, choice : choice + 1]
         return total.to(h.dtype)
@@ -136,7 +174,11 @@ class ExpertBank:
         self, h: Tensor, routing: Routing, weights: Mapping[str, Tensor], capture: Capture | None
     ) -> Tensor:
         """Outputs of the experts, (slots, hidden), in the routing's order."""
-        inputs = h[routing.tokens]
+        gradients = torch.is_grad_enabled() and h.requires_grad
+        if gradients:
+            inputs: Tensor = _Distribute.apply(h, routing.tokens, routing.place)  # type: ignore[no-untyped-call]
+        else:
+            inputs = h[routing.tokens]
         outputs = torch.empty_like(inputs)
         start = 0
         for expert, count in zip(self.experts, routing.counts, strict=True):

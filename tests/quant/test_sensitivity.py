@@ -163,3 +163,17 @@ def test_nothing_is_left_behind(tiny: Callable[[str], Path]) -> None:
     assert block.bank.watch is None
     assert not after.requires_grad
     assert torch.equal(before, after)
+
+
+def test_gradients_of_experts_are_the_same_in_every_run(tiny: Callable[[str], Path]) -> None:
+    """Tokens meet in their experts: what they add up must have a fixed order, with several threads too."""
+    _, block = load(tiny("Mixtral"), 2)
+    g = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(4, 512, block.spec.hyper.hidden_size, generator=g) for _ in range(2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [module_backward(block, x, gradient, column_weights(block)) for _ in range(4)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(f[0], found[0][0]) and f[1] == found[0][1] for f in found)
