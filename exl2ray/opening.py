@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from exl2ray.checks import file_hash
 from exl2ray.config import JOB_FLAGS, Recipe
+from exl2ray.errors import StoreError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModelSpec
+from exl2ray.plan.disk import existing_parent
 from exl2ray.planning import has_sensitivities
 from exl2ray.store.job import StoredJob
+from exl2ray.store.layout import MEASUREMENT
 from exl2ray.store.workdir import WorkDir
 
 
@@ -40,6 +44,22 @@ def allowed_changes(recipe: Recipe, stored: StoredJob | None) -> tuple[str, ...]
     # After `measure`, the bitrate of the conversion is still open: naming it is no change of anything.
     measured = stored is not None and bool(stored.job["output"].get("measure_only"))
     return ("quantize", "output") if recipe.reuse or measured else ()
+
+
+def measurement_target(wanted: str) -> Path:
+    """Where -om has the measurement written: it names a file, or a directory to put measurement.json into."""
+    path = Path(wanted)
+    return path if path.suffix == ".json" else path / MEASUREMENT
+
+
+def check_measurement_target(wanted: str) -> None:
+    """StoreError if the file that -om asks for could not be written after measuring."""
+    path = measurement_target(wanted)
+    if path.is_dir():
+        raise StoreError(f"-om {wanted}: {path} is a directory", "name a file that ends in .json, or another directory")
+    place = existing_parent(path.parent)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise StoreError(f"-om {wanted}: {place} is not a directory that can be written", "choose another place with -om")
 
 
 def check_opening(recipe: Recipe, source: SourceModel, spec: ModelSpec, given: Measurement | None) -> None:

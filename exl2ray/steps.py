@@ -37,7 +37,7 @@ from exl2ray.formats.measurement import (
 )
 from exl2ray.formats.origin import source_identity
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.opening import allowed_changes, falls_back, job_of
+from exl2ray.opening import allowed_changes, falls_back, job_of, measurement_target
 from exl2ray.overrides import Override, overridden, parse_overrides
 from exl2ray.plan.problems import examine, row_sizes
 from exl2ray.planning import Plan, choose, has_sensitivities, insensitive, module_cost, slot_weights
@@ -352,9 +352,7 @@ class Job:
     def export_measurement(self, measurement: Measurement) -> str:
         """Writes measurement.json where -om asks for it: a file, or a directory to put it into."""
         self.source_state.check()
-        path = Path(self.recipe.output_measurement or "")
-        if path.suffix != ".json":
-            path = path / MEASUREMENT
+        path = measurement_target(self.recipe.output_measurement or "")
         with translated("create", str(path.parent)):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_measurement(path, measurement)

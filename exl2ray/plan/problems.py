@@ -35,7 +35,7 @@ from exl2ray.formats.tensorfile import MAX_TENSORS, TensorFile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
-from exl2ray.opening import check_opening
+from exl2ray.opening import check_measurement_target, check_opening
 from exl2ray.overrides import Override, parse_overrides
 from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs, existing_parent
 from exl2ray.plan.doubts import calibration_doubts, model_doubts
@@ -326,6 +326,9 @@ def _examine_directories(found: Examination, recipe: Recipe) -> None:
         directory = recipe.output_dir(bits)
         if directory is not None:
             found.attempt("output", lambda d=directory: _check_target(recipe, d, found.source))  # type: ignore[misc]
+    wanted = recipe.output_measurement
+    if wanted is not None:
+        found.attempt("output", lambda: check_measurement_target(wanted))
     found.attempt("work directory", lambda: _check_work(recipe))
 
 

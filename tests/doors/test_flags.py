@@ -18,7 +18,7 @@ from tiny_models import write_text
 from exl2ray.cli import cli
 from exl2ray.config import Recipe
 from exl2ray.convert import convert
-from exl2ray.errors import StoreError, UsageError
+from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.flags import recipe_from
 from exl2ray.progress import Silent
 from exl2ray.reference_flags import REFERENCE_FLAGS
@@ -300,3 +300,20 @@ def test_a_job_that_goes_on(base: Path, data: Path, measured: Path, tmp_path: Pa
     exl2ray("plan", *words).ends_with(0)
     exl2ray("plan", "-o", measured, "--device", "cpu", "-c", data).ends_with(0, "no problem found")
     exl2ray("plan", "-b", "4").ends_with(UsageError.exit_code, "-i is missing")
+
+
+@pytest.mark.parametrize("where", ["file/m.json", "file/sub", "folder.json"])
+def test_a_measurement_that_could_not_be_written(where: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """It would come up after all the measuring is done."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    words = [*words_of(recipe(base, tmp_path / "w", data)), "-om", str(tmp_path / where)]
+    for command in ("convert", "measure", "plan"):
+        exl2ray(command, *words, "--dry-run").ends_with(StoreError.exit_code, "-om", "directory")
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_empty_measurement(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text("\n")
+    words = ["-i", base, "-o", tmp_path / "w", "-m", tmp_path / "m.json", "--device", "cpu", "-l", "128", "-ml", "128"]
+    exl2ray("convert", *words, "--dry-run").ends_with(FormatError.exit_code, "m.json: is empty", "-om")
