@@ -2,52 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bounded import exl2ray
-from tiny_models import byte_tokenizer
+from tokenizer_folders import BASE, ROWS, TEXTS, load, put, token_folder
 from tokenizers import Tokenizer
 
 from exl2ray.calibration.chat import plain_chat
 from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.calibration.rows import builtin_rows
-from exl2ray.calibration.text import Conversation, builtin_documents
-from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
+from exl2ray.calibration.text import Conversation
 from exl2ray.errors import SourceError
 
 transformers = pytest.importorskip("transformers")
 
-ROWS, BASE = 272, 259  # rows of the embedding; tokens of the byte tokenizer
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-TEXTS = (
-    "<|im_start|>user\nhi<|im_end|>\n", "a [PAD] b</s>", "x  <|im_end|>  y <|im_start|>z", "<a><b><c> <tool>",
-    "Straße 今日 \t\n", "ABC<|im_start|><|im_start|>", "<s>no</s><unk>",
-)  # fmt: skip
 MARKERS = {"<|im_start|>": BASE, "<|im_end|>": BASE + 1}
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    put(tmp_path, "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": ROWS})
-    put(tmp_path, "tokenizer_config.json", {})
-    return tmp_path
-
-
-def put(folder: Path, name: str, value: Any) -> None:
-    if name == "tokenizer_config.json":
-        value = {"tokenizer_class": "PreTrainedTokenizerFast", **value}
-    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    return token_folder(tmp_path)
 
 
 def token(text: str, **flags: bool) -> dict[str, Any]:
@@ -59,11 +40,6 @@ def in_file(folder: Path, *entries: tuple[str, int]) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"] += [{"id": i, **token(text)} for text, i in entries]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-
-
-def load(folder: Path, rows: int = ROWS, **config: Any) -> ModelTokenizer:
-    tokenizer = load_tokenizer(folder, config, rows)
-    return tokenizer
 
 
 def decoder(*entries: tuple[int, dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -257,91 +233,6 @@ def test_template_with_added_markers(folder: Path) -> None:
         text = tokenizer.templates.render(chat)
         assert text == theirs.apply_chat_template(messages, tokenize=False) != plain_chat(chat)
         assert tokenizer.encode(text).tolist()[0] == BASE
-
-
-# ---- no tokenizer.json ------------------------------------------------------------------------------------------------
-
-
-def sentencepiece_model(folder: Path, kind: str) -> None:
-    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
-    lines = [line for doc in builtin_documents()[:60] for line in doc.text.splitlines() if line]
-    out = io.BytesIO()
-    trainer.train(
-        sentence_iterator=iter(lines), model_writer=out, vocab_size=900, model_type=kind, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(out.getvalue())
-
-
-def test_sentencepiece_alone(folder: Path) -> None:
-    """transformers converts it in memory; the output gets the result, and the ids are SentencePiece's."""
-    (folder / "tokenizer.json").unlink()
-    sentencepiece_model(folder, "bpe")
-    put(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
-    before = sorted(p.name for p in folder.iterdir())
-    with load(folder, rows=900) as tokenizer:
-        assert tokenizer.warnings == ()
-        original = sys.modules["sentencepiece"].SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        for text in ("Some text, and then more.", "two  spaces", "Straße 今日"):
-            assert tokenizer.encode(text).tolist() == original.encode(text)
-    assert sorted(p.name for p in folder.iterdir()) == before
-    written = Tokenizer.from_str(tokenizer_output(folder, tokenizer)["tokenizer.json"].decode())
-    assert written.encode("Some text", add_special_tokens=False).ids == original.encode("Some text")
-
-
-def test_a_conversion_that_sentencepiece_does_not_agree_with(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    sentencepiece_model(folder, "unigram")
-    put(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
-    with load(folder, rows=900) as tokenizer:
-        assert "sample lines get other ids than SentencePiece" in tokenizer.warnings[0]
-
-
-def test_vocabulary_and_merges(folder: Path) -> None:
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    (folder / "tokenizer.json").unlink()
-    put(folder, "vocab.json", {**model["vocab"], "th": BASE, "the": BASE + 1})
-    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "unk_token": "<unk>"}))
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    with load(folder) as tokenizer:
-        for text in ("the other", *TEXTS):
-            assert tokenizer.encode(text).tolist() == theirs.encode(text, add_special_tokens=False)
-
-
-REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
-    "nothing": ({}, r"tokenizer not found.*hint: download tokenizer\.json"),
-    "merges alone": ({"merges.txt": b"a b\n"}, r"there is merges\.txt, which is not enough"),
-    "vocab.json alone": ({"vocab.json": b"{}"}, r"there is vocab\.json, which is not enough"),
-    "pointer": ({"tokenizer.json": POINTER}, r"tokenizer\.json: a Git LFS pointer.*git lfs pull"),
-    "pointer of SentencePiece": ({"tokenizer.model": POINTER}, r"tokenizer\.model: a Git LFS pointer.*git lfs pull"),
-    "empty SentencePiece": ({"tokenizer.model": b""}, r"tokenizer\.model: is empty"),
-    "byte order mark": ({"tokenizer.json": b"\xef\xbb\xbf{}"}, r"byte order mark"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_a_tokenizer(name: str, folder: Path) -> None:
-    files, words = REFUSED[name]
-    (folder / "tokenizer.json").unlink()
-    for file, data in files.items():
-        (folder / file).write_bytes(data)
-    with pytest.raises(SourceError) as e:
-        load(folder)
-    assert re.search(words, str(e.value).replace("\n", " ")), str(e.value)
-
-
-def test_transformers_is_not_installed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands are named: what to install, and how to convert elsewhere."""
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(b"\x0a\x00")
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "transformers.py").write_text("raise ImportError('No module named transformers')")
-    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
-    with pytest.raises(SourceError, match=r"only tokenizer\.model; converting it needs transformers") as e:
-        load(folder)
-    assert "pip install 'exl2ray[sentencepiece]'" in e.value.hint
-    assert "AutoTokenizer" in e.value.hint
 
 
 def test_output_of_a_conversion(folder: Path, base: Path, copy_of: Callable[[Path], Path]) -> None:
