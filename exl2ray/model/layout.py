@@ -37,10 +37,10 @@ def names_in(arch: Arch, source: SourceModel, tied: bool) -> Names:
         tried.append(f"{names.embed}.weight")
         if tried[-1] in source:
             return names
-    stored = {*source.names(), *source.absent}
+    stored = set(source.names())
     root = arch.source.embed[: arch.source.embed.rfind(".") + 1]
     first = f"{arch.source.attn_norm.format(L=0)}.weight".removeprefix(root)
-    roots = sorted({n[: -len(first)] for n in stored if n == first or n.endswith("." + first)}, key=lambda r: (len(r), r))
+    roots = _roots(stored, first) or _roots(source.absent, first)  # what an index alone names may be another model's
     if not roots:
         raise SourceError(
             f"{source.path}: no tensor {' or '.join(tried)}; the weights have {_some(source.names())}",
@@ -55,6 +55,11 @@ def names_in(arch: Arch, source: SourceModel, tied: bool) -> Names:
     if tied and f"{names.embed}.weight" not in stored and f"{names.head}.weight" in stored:
         names = replace(names, embed=names.head)
     return names
+
+
+def _roots(names: Iterable[str], end: str) -> list[str]:
+    """What stands before ``end`` in the names that end in it."""
+    return sorted({n[: -len(end)] for n in names if n == end or n.endswith("." + end)})
 
 
 def _head(arch: Arch, root: str, stored: Iterable[str]) -> Layout:
