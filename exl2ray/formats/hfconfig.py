@@ -50,6 +50,7 @@ TOP_LEVEL_KEYS = (
     "use_qk_norm",
 )
 MROPE_ARCHITECTURES = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+LAYER_TYPES = ("full_attention", "sliding_attention")  # keys of ``rope_parameters`` where layers differ
 PATTERN_ARCHITECTURES = ("Cohere2ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
 
 
@@ -77,6 +78,18 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _add_legacy_keys(level: dict[str, Any], architecture: str) -> None:
     """Write the old spelling of one level (top or text_config) next to the new one."""
+    old = level.get("rope_scaling")
+    if isinstance(old, Mapping) and any(isinstance(old.get(t), Mapping) for t in LAYER_TYPES):
+        raise SourceError(
+            "config.json: rope_scaling has an entry for each type of layer, which loaders do not read there",
+            "call it rope_parameters, as transformers does",
+        )
+    if isinstance(old, Mapping) and not old:
+        del level["rope_scaling"]
+    elif isinstance(old, Mapping):  # transformers 5 takes its new form under the old name as well
+        for key in ("rope_theta", "partial_rotary_factor"):
+            _add(level, key, old.get(key), "rope_scaling")
+        level["rope_scaling"] = {k: v for k, v in old.items() if k not in ("rope_theta", "partial_rotary_factor")}
     rope = level.get("rope_parameters")
     if isinstance(rope, Mapping):
         if isinstance(rope.get("full_attention"), Mapping):  # one entry per layer type, as in Gemma 3
@@ -130,12 +143,18 @@ def _one_selector(scaling: Mapping[str, Any], architecture: str) -> dict[str, An
         out.pop("rope_type", None)
         return {**out, "type": "mrope"}
     if out.get("type") and out.get("rope_type"):
+        if out["type"] != out["rope_type"] and {out["type"], out["rope_type"]} == {"su", "longrope"}:
+            out["type"] = out["rope_type"] = "longrope"  # one thing under its old and its new name
         if out["type"] != out["rope_type"]:
             raise SourceError(
                 f"config.json: rope_scaling has type {shown(out['type'])} and rope_type {shown(out['rope_type'])}",
                 "keep the one that the model was trained with",
             )
         del out["type"]
+    if (out.get("type") or out.get("rope_type")) == "yarn" and "long_factor" in out and "factor" not in out:
+        # The first configs of Phi-3 with long context say "yarn" and mean longrope, as transformers knows.
+        out.pop("rope_type", None)
+        out["type"] = "longrope"
     return out
 
 

@@ -205,7 +205,7 @@ def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers)
     if hyper.rope_kind == "yarn":
         out.append(
             "yarn: the loader computes the correction range from the configured context length and ignores "
-            "attention_factor, beta_fast and beta_slow; calibration does as the loader"
+            "attention_factor, mscale, beta_fast and beta_slow; calibration does as the loader"
         )
     if layers.surplus:
         out.append(layers.surplus)

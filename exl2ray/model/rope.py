@@ -120,6 +120,12 @@ def _number(scaling: Mapping[str, Any], key: str, least: float = MIN_FACTOR, mos
 
 def _original(scaling: Mapping[str, Any]) -> float:
     """Positions that the model was trained with."""
+    if scaling.get("original_max_position_embeddings") is None:
+        raise SourceError(
+            "config.json: rope_scaling.original_max_position_embeddings is missing: the length that the model had before it "
+            "was extended",
+            "copy rope_scaling from config.json of the published model that this one was made from (8192 in Llama 3.1)",
+        )
     return _number(scaling, "original_max_position_embeddings", 2, MAX_INTEGER)
 
 

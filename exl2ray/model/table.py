@@ -198,7 +198,8 @@ _GEMMA3_ARCH = replace(
     ),
     fixed=(
         Fixed("rope_local_base_freq", (10000.0,), "the loader uses 10000 as RoPE base of sliding layers"),
-        Fixed("rope_parameters.sliding_attention.rope_theta", (10000.0,), "as rope_local_base_freq"),
+        Fixed("rope_parameters.sliding_attention.rope_theta", (10000.0,), "the loader uses 10000 on sliding layers"),
+        Fixed("rope_parameters.sliding_attention.rope_type", ("default",), "the loader scales no RoPE of sliding layers"),
         Fixed("use_bidirectional_attention", (False,), "the loader's attention is causal"),
     ),
     loader_differences=(_WINDOW_WIDER,),

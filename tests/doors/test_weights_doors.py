@@ -228,7 +228,7 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "head of a classifier": (edited(lambda t: t.update({"score.weight": t.pop(HEAD)[:2]})),
                              ("lm_head.weight is missing", "gives scores, not one for words")),
     "no embedding": (edited(lambda t: t.pop("model.embed_tokens.weight")), ("model.embed_tokens.weight is missing",)),
-    "weights of another family": (lambda f: renamed(f, lambda n: n.replace("input_layer", "ln").replace("embed_tokens", "wte")),
+    "weights of another family": (lambda f: renamed(f, lambda n: n.replace("input_layer", "ln").replace("embed_", "w")),
                                   ("not those of a LlamaForCausalLM", "lm_head.weight")),
     "two copies, no telling": (two_copies, ("mixes two copies of the weights",)),
     "adapter inside": (edited(lora_inside), ("1 tensors of an adapter that is not merged", "merge_and_unload")),

@@ -1,0 +1,225 @@
+"""config.json as it is published: every spelling of rotary settings, names of architectures, files edited by hand.
+
+Frequencies and the factor on the rotated dimensions are those of the family's class in transformers, from the same config.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from bounded import exl2ray
+from model_folders import edit_config, our_logits, relative_error, transformers_logits
+
+from exl2ray.errors import SourceError
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.hfconfig import legacy_config
+from exl2ray.formats.source.architectures import BY_MODEL_TYPE, resolved
+from exl2ray.model.arch import load_spec
+from exl2ray.model.hyper import loader_config, resolve_hyper
+from exl2ray.model.table import ARCHITECTURES
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "vocab_size": 300, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "norm_epsilon": 1e-5,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "num_experts": 4, "norm_topk_prob": True, "pad_token_id": 0,
+}  # fmt: skip
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
+SHORT = {"short_factor": [1.0 + i / 32 for i in range(32)], "long_factor": [1.0 + i for i in range(32)]}
+SHORT_24 = {name: values[:24] for name, values in SHORT.items()}
+ORIGINAL = {"original_max_position_embeddings": 4096}
+MROPE = {"mrope_section": [8, 12, 12]}
+FULL, SLIDING = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 1e4}
+# (model_type, what config.json says)
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "nothing": ("llama", {}),
+    "theta": ("llama", {"rope_theta": 5e5}),
+    "integer theta": ("llama", {"rope_theta": 500000}),
+    "null": ("llama", {"rope_scaling": None}),
+    "empty": ("llama", {"rope_scaling": {}}),
+    "linear by type": ("llama", {"rope_scaling": {"type": "linear", "factor": 4}}),
+    "linear by rope_type": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "linear by both": ("llama", {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}}),
+    "a null selector": ("llama", {"rope_scaling": {"type": None, "rope_type": "linear", "factor": 2}}),
+    "default": ("llama", {"rope_scaling": {"rope_type": "default"}}),
+    "default by type": ("llama", {"rope_scaling": {"type": "default"}}),
+    "dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    "dynamic by rope_type": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama3": ("llama", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
+    "llama3 by type": ("llama", {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}}),
+    "llama3, transformers 5": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}),
+    "both spellings": ("llama", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3},
+                                 "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}),
+    "theta inside rope_scaling": ("llama", {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}),
+    "theta inside, llama3": ("llama", {"rope_scaling": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}),
+    "su": ("phi3", {**ORIGINAL, "rope_scaling": {"type": "su", **SHORT}}),
+    "longrope": ("phi3", {**ORIGINAL, "rope_scaling": {"type": "longrope", **SHORT}}),
+    "longrope by rope_type": ("phi3", {**ORIGINAL, "rope_scaling": {"rope_type": "longrope", **SHORT}}),
+    "longrope by both": ("phi3", {**ORIGINAL, "rope_scaling": {"rope_type": "longrope", "type": "longrope", **SHORT}}),
+    "longrope, transformers 5": ("phi3", {"rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, **ORIGINAL, **SHORT}}),
+    "longrope called yarn": ("phi3", {**ORIGINAL, "rope_scaling": {"type": "yarn", **SHORT}}),
+    "part of a head": ("phi3", {**ORIGINAL, "partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope", **SHORT_24}}),
+    "part of a head, transformers 5": ("phi3", {**ORIGINAL, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, **SHORT_24}}),
+    "GLM": ("glm4", {}),
+    "GLM, a quarter": ("glm4", {"partial_rotary_factor": 0.25}),
+    "GLM, transformers 5": ("glm4", {"rope_parameters": {**SLIDING, "partial_rotary_factor": 0.5}}),
+    "Gemma 3": ("gemma3_text", {}),
+    "Gemma 3, old": ("gemma3_text", {"rope_theta": 1e6, "rope_local_base_freq": 1e4,
+                                     "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "Gemma 3, by layers": ("gemma3_text", {"rope_parameters": {"full_attention": FULL, "sliding_attention": SLIDING}}),
+    "Gemma 3, one type only": ("gemma3_text", {"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": None}}),
+    "mrope": ("qwen2_vl", {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", **MROPE}}),
+    "mrope as default": ("qwen2_vl", {"rope_theta": 1e6, "rope_scaling": {
+        "type": "default", "rope_type": "default", **MROPE}}),
+    "mrope by both": ("qwen2_vl", {"rope_theta": 1e6, "rope_scaling": {
+        "type": "mrope", "rope_type": "default", **MROPE}}),
+    "mrope, transformers 5": ("qwen2_5_vl", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **MROPE}}),
+    **{f"{kind}, transformers 5": (kind, {"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}) for kind in (
+        "cohere", "cohere2", "gemma", "gemma2", "granite", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "starcoder2",
+    )},
+}  # fmt: skip
+
+
+def rotary(kind: str, config: dict[str, Any]) -> Any:
+    """The rotary embedding of a family as transformers builds it from a config.json."""
+    cls = type(transformers.AutoConfig.for_model(kind))
+    hf = cls.from_dict(json.loads(json.dumps({**config, "model_type": kind})))
+    module = importlib.import_module(cls.__module__.replace("configuration_", "modeling_"))
+    found = [v for n, v in vars(module).items() if n.endswith("RotaryEmbedding") and v.__module__ == module.__name__]
+    return next(v for v in found if "Vision" not in v.__name__)(getattr(hf, "text_config", None) or hf)
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_rotary_settings(case: str) -> None:
+    kind, said = ROPES[case]
+    wanted = rotary(kind, {**SIZES, **said} if "su" != case else {**SIZES, **ROPES["longrope"][1]})
+    config = {**SIZES, **said, "architectures": [BY_MODEL_TYPE[kind]]}
+    hyper = resolve_hyper(ARCHITECTURES[BY_MODEL_TYPE[kind]], config)
+    pairs = [(hyper.rope, "inv_freq", "attention_scaling")]
+    if hyper.local_rope is not None:
+        kinds = ((hyper.rope, "full_attention"), (hyper.local_rope, "sliding_attention"))
+        pairs = [(rope, f"{layers}_inv_freq", f"{layers}_attention_scaling") for rope, layers in kinds]
+    for rope, frequencies, scaling in pairs:
+        assert rope is not None
+        found = torch.tensor(rope.inv_freq)
+        assert torch.allclose(found, getattr(wanted, frequencies).float(), rtol=1e-5, atol=0)
+        assert rope.magnitude == pytest.approx(getattr(wanted, scaling), abs=1e-6)
+    # The output's config.json says it once more, in the spelling that the loader reads, and means the same.
+    written = loader_config(ARCHITECTURES[BY_MODEL_TYPE[kind]], config)
+    again = resolve_hyper(ARCHITECTURES[BY_MODEL_TYPE[kind]], {**written, "architectures": config["architectures"]})
+    assert (again.rope, again.local_rope) == (hyper.rope, hyper.local_rope)
+    selectors = [k for k in ("type", "rope_type") if (written.get("rope_scaling") or {}).get(k)]
+    assert len(selectors) < 2
+
+
+REFUSED_ROPES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "theta twice": ("llama", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}},
+                    ("rope_theta is 500000.0", "says 10000.0")),
+    "theta twice, old name": ("llama", {"rope_theta": 5e5, "rope_scaling": {"rope_theta": 1e4}},
+                              ("rope_scaling says 10000.0",)),
+    "llama3 without its length": ("llama", {"rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+                                  ("original_max_position_embeddings is missing", "8192 in Llama 3.1")),
+    "yarn without its length": ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+                                ("copy rope_scaling from config.json",)),
+    "unknown": ("llama", {"rope_scaling": {"type": "ntk-by-hand", "factor": 2.0}}, ("'ntk-by-hand' is unknown", "yarn")),
+    "two kinds": ("llama", {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+                  ("type 'linear' and rope_type",)),
+    "another local base": ("gemma3_text", {"rope_local_base_freq": 2e4}, ("loader uses 10000",)),
+    "scaled local": ("gemma3_text", {"rope_parameters": {
+        "full_attention": FULL, "sliding_attention": {**FULL, "rope_theta": 1e4}}},
+                     ("rope_type is 'linear'", "scales no RoPE of sliding layers")),
+    "by layers under the old name": ("gemma3_text", {"rope_scaling": {"full_attention": FULL}}, ("call it rope_parameters",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_ROPES)
+def test_rotary_settings_that_cannot_run(case: str) -> None:
+    kind, said, words = REFUSED_ROPES[case]
+    name = BY_MODEL_TYPE[kind]
+    with pytest.raises(SourceError) as e:
+        resolve_hyper(ARCHITECTURES[name], {**SIZES, **said, "architectures": [name]})
+    for word in words:
+        assert word in str(e.value), str(e.value)
+
+
+def test_old_and_new_name_of_longrope_together() -> None:
+    both = {"type": "su", "rope_type": "longrope", **SHORT}
+    said = {**SIZES, "architectures": ["Phi3ForCausalLM"], **ORIGINAL, "rope_scaling": both}
+    assert legacy_config(said)["rope_scaling"]["rope_type"] == "longrope"
+
+
+# ---- architectures -----------------------------------------------------------------------------------------------------
+
+
+def test_every_family_has_a_model_type() -> None:
+    assert set(BY_MODEL_TYPE.values()) == set(ARCHITECTURES)
+
+
+# architectures in config.json -> words of the note; the model is the same Llama
+NAMES: dict[str, tuple[Any, str]] = {
+    "absent": (None, "architectures is absent"),
+    "empty": ([], "architectures is absent"),
+    "derived": (["MyLlamaForCausalLM"], "'MyLlamaForCausalLM', which loaders do not know"),
+    "in a case of old": (["LLaMAForCausalLM"], "'LLaMAForCausalLM', which loaders do not know"),
+    "a string": ("LlamaForCausalLM", ""),
+    "twice": (["LlamaForCausalLM", "LlamaForCausalLM"], ""),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_names_of_architectures(case: str, folder: Path) -> None:
+    names, said = NAMES[case]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": names}))
+    source = SourceModel(folder)
+    assert source.architecture == "LlamaForCausalLM"
+    warnings = load_spec(source).warnings
+    assert any(said in w for w in warnings) if said else not warnings
+    if case != "a string":
+        assert relative_error(our_logits(folder), transformers_logits(folder)) < 2e-6
+
+
+def test_another_family_than_model_type_says_is_told() -> None:
+    config, notes = resolved({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}, "config.json")
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "model_type 'mistral' says MistralForCausalLM" in notes[0]
+    assert resolved({"architectures": ["YiForCausalLM"], "model_type": "llama"}, "config.json")[1] == []
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------------
+
+FILES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "trailing comma": (lambda t: t.rstrip().rstrip("}").rstrip() + ",\n}\n", ("config.json", "a trailing comma before line")),
+    "comment": (lambda t: "{ // edited\n" + t.lstrip()[1:], ("a comment at line 1",)),
+    "single quotes": (lambda t: "{'a': 1}", ("single quotes at line 1",)),
+    "empty": (lambda t: "", ("is empty",)),
+    "web page": (lambda t: "<!DOCTYPE html><html></html>", ("a web page",)),
+    "cut off": (lambda t: t[: len(t) // 2], ("config.json", "line")),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_no_json(case: str, folder: Path) -> None:
+    change, words = FILES[case]
+    path = folder / "config.json"
+    path.write_text(change(path.read_text()))
+    exl2ray("plan", "-i", folder, "-b", "4").ends_with(3, *words)
+
+
+def test_a_byte_order_mark(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    edit = SourceModel(folder).config
+    path.write_bytes(path.read_bytes()[3:])
+    assert SourceModel(folder).config == edit
+    edit_config(folder, rope_scaling={"type": "linear", "factor": 2.0})
+    assert relative_error(our_logits(folder), transformers_logits(folder)) < 2e-6
