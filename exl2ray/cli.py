@@ -16,7 +16,16 @@ from exl2ray import __version__
 from exl2ray.config import Recipe
 from exl2ray.console import JsonLines, human_reporter, reserved_stdout
 from exl2ray.errors import FormatError, UsageError
-from exl2ray.flags import CONVERT_ONLY, MEASURE_FIELDS, SectionedCommand, dashes, notes_from, recipe_flags, recipe_from
+from exl2ray.flags import (
+    CONVERT_ONLY,
+    MEASURE_FIELDS,
+    SectionedCommand,
+    dashes,
+    notes_from,
+    recipe_flags,
+    recipe_from,
+    trust_flag,
+)
 from exl2ray.program import Cli, Invocation, common, present
 from exl2ray.reference_flags import is_given, reference_flags
 
@@ -45,6 +54,7 @@ def main() -> None:
 @cli.command(cls=SectionedCommand)
 @recipe_flags()
 @click.option("--dry-run", is_flag=True, help="check everything that can be checked before work starts, and stop")
+@trust_flag
 @reference_flags
 @common
 @click.pass_context
@@ -61,6 +71,7 @@ def convert(ctx: click.Context, /, dry_run: bool, **_: Any) -> None:
 @recipe_flags(MEASURE_FIELDS)
 @recipe_flags(CONVERT_ONLY, required=(), ignored=True)
 @click.option("--dry-run", is_flag=True, help="check everything that can be checked before work starts, and stop")
+@trust_flag
 @reference_flags
 @common
 @click.pass_context
@@ -174,11 +185,12 @@ def solve(
 @click.option("-b", "--bits", type=float, multiple=True, help="only these of its bitrates")
 @click.option("-cf", "--compile-full", metavar="DIR", help="write here; over the conversion's own output if absent")
 @recipe_flags(("device", "gpus", "ray_address", "executor"), required=())
+@trust_flag
 @common
 @click.pass_obj
 def patch(
     run: Invocation, /, out_dir: str, overrides: tuple[str, ...], bits: tuple[float, ...], compile_full: str | None,
-    **place: Any,
+    trust_work_dir: bool, **place: Any,
 ) -> None:  # fmt: skip
     """Change single linears of a finished conversion.
 
@@ -187,7 +199,7 @@ def patch(
     from exl2ray import convert as conversion
     from exl2ray.flags import stored_settings
 
-    settings = {**stored_settings(out_dir), **place, "out_dir": out_dir, "evaluate": "never"}
+    settings = {**stored_settings(out_dir, trust=trust_work_dir), **place, "out_dir": out_dir, "evaluate": "never"}
     unknown = [b for b in bits if b not in settings["bits"]]
     if unknown:
         have = ", ".join(f"{b:g}" for b in settings["bits"])

@@ -143,7 +143,12 @@ def job_text(f: Mapping[str, Any]) -> str:
         f"{workers} workers" if workers > 1 else "",
         "resumed" if f.get("resumed") else "",
     ]
-    return ", ".join(p for p in parts if p)
+    return ", ".join(p for p in parts if p) + (f"\n{places_text(f)}" if "source" in f else "")
+
+
+def places_text(f: Mapping[str, Any]) -> str:
+    """What is read, and where is written."""
+    return f"source {f['source']} -> target {', '.join(f['targets'])}; work directory {f['work']}"
 
 
 def stage_text(items: int, done: int) -> str:

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from exl2ray.config import Recipe
+from exl2ray.console import places_text
 from exl2ray.dist.faults import DeviceFailed
 from exl2ray.errors import Interrupted
 from exl2ray.progress import Reporter
@@ -60,6 +61,7 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
     what is in the work directory.
     """
     start = time.monotonic()
+    _warn_of_others(recipe, reporter)
     try:
         return _convert(recipe, reporter, start)
     except DeviceFailed as e:
@@ -75,6 +77,7 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
 
     try:
         with _terminable(), Job(recipe, reporter) as job:
+            job.lock_targets()
             measurement = job.measure()
             if recipe.output_measurement is not None:
                 path = job.export_measurement(measurement)
@@ -106,8 +109,10 @@ def patch(
     from exl2ray.steps import Job
 
     start = time.monotonic()
+    _warn_of_others(recipe, reporter)
+    writes = replace(recipe, bits=tuple(bits or recipe.bits), compile_full=compile_full or recipe.compile_full)
     try:
-        with _terminable(), Job(recipe, reporter) as job:
+        with _terminable(), Job(recipe, reporter, writes=writes) as job:
             wanted = parse_overrides(overrides, job.spec)
             measurement = job.measure()
             plans = [job.patch(job.allocate(measurement, b), wanted) for b in bits or recipe.bits]
@@ -115,6 +120,14 @@ def patch(
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; finished modules are in the work directory", "run the same command again") from e
+
+
+def _warn_of_others(recipe: Recipe, reporter: Reporter) -> None:
+    from exl2ray.store.trust import others_who_write
+
+    others = others_who_write(recipe.out_dir, groups=False)
+    if others is not None:
+        reporter.event("warning", message=f"{others}: what is found finished there is used as it is")
 
 
 def _finished(job: Job, outputs: list[OutputSummary], reporter: Reporter, start: float) -> Summary:
@@ -129,8 +142,10 @@ def _finished(job: Job, outputs: list[OutputSummary], reporter: Reporter, start:
 def dry_run(recipe: Recipe, reporter: Reporter) -> None:
     """Checks everything that can be checked before work starts, and says what would be done."""
     from exl2ray.steps import Job
+    from exl2ray.targets import places
 
     with Job(recipe, reporter, dry=True):
+        reporter.event("note", message=places_text(places(recipe)))
         reporter.event("note", message="dry run: nothing was computed or written")
 
 

@@ -130,6 +130,12 @@ def dashes(name: str) -> str:
     return name.replace("_", "-")
 
 
+def trust_flag(function: F) -> F:
+    """Decorator: --trust-work-dir, of the commands that go on with a job."""
+    text = "go on with -o alone although others can write in the work directory, and so in its job"
+    return click.option("--trust-work-dir", is_flag=True, help=text)(function)
+
+
 @cache
 def field_docs() -> Mapping[str, tuple[str, str]]:
     """Field of ``Recipe`` -> (its flag as the docstring names it, help text)."""
@@ -218,14 +224,19 @@ def recipe_from(ctx: click.Context, **overrides: Any) -> Recipe:
     values = {name: ctx.params[name] for name in RECIPE_FIELDS if name in ctx.params}
     if values["in_dir"] is None:
         given = {n for n in values if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
-        values.update({n: v for n, v in stored_settings(values["out_dir"], given).items() if n not in given})
+        stored = stored_settings(values["out_dir"], given, trust=bool(ctx.params.get("trust_work_dir")))
+        values.update({n: v for n, v in stored.items() if n not in given})
     recipe = Recipe(**{**values, **overrides})
     check_files(recipe)
     return recipe
 
 
-def stored_settings(root: str, given: Iterable[str] = ()) -> dict[str, Any]:
-    """Fields of ``Recipe`` as the job in ``root`` has them. ``given``: fields that need not be known from it."""
+def stored_settings(root: str, given: Iterable[str] = (), trust: bool = False) -> dict[str, Any]:
+    """Fields of ``Recipe`` as the job in ``root`` has them. ``given``: fields that need not be known from it.
+
+    StoreError if somebody else can have written that job, unless ``trust`` is given.
+    """
+    from exl2ray.store.trust import refuse_others
     from exl2ray.store.workdir import WorkDir
 
     stored = WorkDir.read_job(root)
@@ -234,6 +245,8 @@ def stored_settings(root: str, given: Iterable[str] = ()) -> dict[str, Any]:
             f"-i is missing, and {root} holds no job to resume",
             "-i MODEL -o WORKDIR starts a conversion; a resume needs only -o",
         )
+    if not trust:
+        refuse_others(root)
     job = stored.job
     out = {}
     for name, (section, setting) in STORED_AT.items():

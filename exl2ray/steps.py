@@ -49,11 +49,13 @@ from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.soundness import ResultWarnings, insensitive_warning, is_broken, measured_experts, show, unspent_warning
 from exl2ray.source_state import SourceState
 from exl2ray.store.faults import translated
+from exl2ray.store.fs import Store
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY, quant_kind
 from exl2ray.store.pace import Pace
-from exl2ray.store.records import Record, hash_inputs
+from exl2ray.store.records import Record, Records, hash_inputs
 from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir
+from exl2ray.targets import Targets, owner_of, places
 from exl2ray.writing import OutputWriter
 
 PROFILE = 3  # what a measured module's record holds; earlier ones, without losses, are not used
@@ -63,11 +65,12 @@ CALIBRATION_KEY = "calibration"  # record of the rows of tokens; every job has o
 class Job:
     """One conversion in progress. A context manager: opens the work directory and the workers, and closes them.
 
-    ``dry``: only the checks; nothing is written and no worker starts.
+    ``dry``: only the checks; nothing is written and no worker starts. ``writes``: the recipe with other outputs, for what is
+    said of them at the start.
     """
 
-    def __init__(self, recipe: Recipe, reporter: Reporter, dry: bool = False) -> None:
-        self.recipe, self.reporter, self.dry = recipe, reporter, dry
+    def __init__(self, recipe: Recipe, reporter: Reporter, dry: bool = False, writes: Recipe | None = None) -> None:
+        self.recipe, self.reporter, self.dry, self.writes = recipe, reporter, dry, writes or recipe
         found = examine(recipe)
         found.raise_any()
         if found.source is None or found.spec is None or found.device is None:
@@ -106,7 +109,9 @@ class Job:
         self.work = WorkDir.create_or_resume(
             recipe.out_dir, self.job, resume=not recipe.no_resume, versions=versions(),
             allow_changed=allowed_changes(recipe, stored), flags=JOB_FLAGS,
+            begin=lambda: self._tell_of_start(stored is not None and not recipe.no_resume),
         )  # fmt: skip
+        self.targets = Targets()
         try:
             for note in self.work.notes:
                 self.reporter.event("note", message=note)
@@ -115,11 +120,6 @@ class Job:
             self.source_state.open()
             self.warnings.add(self.source_state.warnings)
             self._store_rows()
-            self.reporter.event(
-                "start", model=recipe.in_dir, architecture=self.spec.arch.name, modules=len(self.spec.modules),
-                bits=list(recipe.bits), device=str(self.device), workers=recipe.gpus or 0,
-                resumed=any(key not in (CALIBRATION_KEY, SOURCE_KEY) for key, _ in self.work.records.scan(MEASURE)),
-            )  # fmt: skip
         except BaseException:
             self.work.close()
             raise
@@ -134,9 +134,25 @@ class Job:
             if self._session is not None:
                 self._session.close()
         finally:
+            self.targets.close()
             for note in self.work.records.notes:
                 self.reporter.event("note", message=note)
             self.work.close()
+
+    def _tell_of_start(self, resumed: bool) -> None:
+        """Before anything is written: a resume has its source and its targets from a file."""
+        recipe = self.recipe
+        records = Records(Store.open(recipe.out_dir)).scan(MEASURE) if resumed else {}
+        self.reporter.event(
+            "start", model=recipe.in_dir, architecture=self.spec.arch.name, modules=len(self.spec.modules),
+            bits=list(recipe.bits), device=str(self.device), workers=recipe.gpus or 0,
+            resumed=any(key not in (CALIBRATION_KEY, SOURCE_KEY) for key, _ in records), **places(self.writes),
+        )  # fmt: skip
+
+    def lock_targets(self) -> None:
+        """Keeps other conversions out of the outputs until this one ends, so that of two the second does not work in vain."""
+        owner = owner_of(self.recipe, self.job["identity"]["fingerprint"], self.work.id)
+        self.targets.lock(self.recipe, self.recipe.bits, owner)
 
     def _store_rows(self) -> None:
         """Rows of tokens in the work directory, for the workers; their hash is part of every result's identity."""
@@ -453,10 +469,12 @@ class Job:
             recipe = replace(recipe, compile_full=compile_full, bits=tuple(p.bits for p in plans))
         fingerprint, rows = self.job["identity"]["fingerprint"], len(self.rows["quantize"].ids)
         writer = OutputWriter(
-            recipe, self.spec, self.source, self.work, fingerprint, rows, chosen, self.warnings, self._tokenizer_files
-        )
+            recipe, self.spec, self.source, self.work, fingerprint, rows, chosen, self.warnings, self._tokenizer_files,
+            self.targets,
+        )  # fmt: skip
         for plan in plans:
             writer.check(plan)
+        self.targets.lock(recipe, [p.bits for p in plans], writer.owner)
         with ThreadPoolExecutor(1, "write") as pool:
             writing: dict[float, Future[OutputSummary]] = {}
             kept: dict[float, OutputSummary] = {}

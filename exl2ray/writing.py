@@ -14,7 +14,7 @@ from exl2ray.config import Recipe, bpw_name
 from exl2ray.convert import OutputSummary
 from exl2ray.dist.worker import PERPLEXITY
 from exl2ray.errors import NumericError, StoreError, UsageError
-from exl2ray.formats.claim import claim, existing_shards, refuse_foreign_shards
+from exl2ray.formats.claim import existing_shards
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.files import atomic_file, holds
 from exl2ray.formats.hf import SourceModel
@@ -30,6 +30,7 @@ from exl2ray.formats.shards import (
     write_config,
     write_shards,
 )
+from exl2ray.formats.target import Owner, check_claim, check_target, claim_target, release_target, withdraw
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import output_tensors, read_plain
@@ -42,6 +43,7 @@ from exl2ray.store.layout import CALIBRATION, quant_kind
 from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.tensors import get_tensors
 from exl2ray.store.workdir import WorkDir
+from exl2ray.targets import Targets, owner_of
 
 OUTPUT = "output"  # key of the record of a written model
 WRITTEN = 1  # how a model is written; another number when the same tensors would become other files
@@ -63,6 +65,11 @@ class OutputWriter:
     overrides: tuple[str, ...] = ()
     warnings: ResultWarnings | None = None
     side_files: Mapping[str, bytes] = field(default_factory=dict)  # in place of the source's, or beside them
+    targets: Targets = field(default_factory=Targets)  # locked for this conversion
+
+    @property
+    def owner(self) -> Owner:
+        return owner_of(self.recipe, self.fingerprint, self.work.id, self.side_files)
 
     def records(self, plan: Plan) -> dict[int, Record]:
         """Records of all quantised modules of one bitrate, head included; the head's has both perplexities."""
@@ -104,39 +111,57 @@ class OutputWriter:
             card = _identity(self._card(plan, records, shards))
             if card != stored.payload["card"] or not (target / CARD).is_file():
                 return None
+            release_target(target)  # a run that was killed at its very end left the claim
         return self._summary(plan, records, shards)
 
     def check(self, plan: Plan) -> None:
         """Raises UsageError if `write` would, so that nothing is quantised in vain."""
         if self.recipe.compile_full is not None:
-            refuse_foreign_shards(self._target(plan), self.fingerprint)
+            check_target(self._target(plan), self.owner)
 
     def write(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
         """Shards, and with -cf a complete model directory. Reports nothing: it runs beside the scheduler.
 
-        Shards that are there already stay as they are. Raises UsageError if the directory has shards of something else.
+        Shards that are there already stay as they are. With -cf, config.json is gone before anything changes and comes back
+        last. Raises UsageError if the directory has files of something else, StoreError if it is gone.
         """
         target, stored = self._target(plan), self._stored(plan, records)
         complete = self.recipe.compile_full is not None
         shards = None if stored is None else _intact(stored, target)
-        if shards is None:
-            entries, limit = self._entries(plan, records), self.recipe.shard_bytes
+        entries, limit = [] if shards else self._entries(plan, records), self.recipe.shard_bytes
+        if complete:
+            self.targets.check(target)
+            names = [s.name for s in shards or ()] or shard_names(len(plan_shards([e.nbytes for e in entries], limit)))
+            claim_target(target, self.owner, names)
+
+        def begin() -> None:
             if complete:
-                names = shard_names(len(plan_shards([e.nbytes for e in entries], limit)))
-                claim(target, self.fingerprint, names)
-            shards = write_shards(target, entries, limit, ours=[*existing_shards(target), CALIBRATION])
+                withdraw(target)
+
+        if shards is None:
+            shards = write_shards(target, entries, limit, [*existing_shards(target), CALIBRATION], begin)
+        else:
+            begin()
         payload: dict[str, Any] = {"shards": [asdict(s) for s in shards]}
         if complete:
-            copy_side_files(self.recipe.in_dir, target)
-            for name, data in self.side_files.items():
-                with atomic_file(target / name) as f:
-                    f.write(data)
-            card = self._card(plan, records, shards)
-            write_card(target, card)
-            write_config(target, self._config(plan))
-            payload["card"] = _identity(card)
+            payload["card"] = self._complete(plan, records, shards, target)
         self.work.records.commit(Record(quant_kind(plan.bits), OUTPUT, self._contents(records), payload))
         return self._summary(plan, records, shards)
+
+    def _complete(self, plan: Plan, records: Mapping[int, Record], shards: Sequence[Shard], target: Path) -> str:
+        """Everything but the shards, config.json last; the identity of the card."""
+        self.targets.check(target)
+        copy_side_files(self.recipe.in_dir, target)
+        for name, data in self.side_files.items():
+            with atomic_file(target / name) as f:
+                f.write(data)
+        card = self._card(plan, records, shards)
+        write_card(target, card)
+        self.targets.check(target)
+        check_claim(target, self.owner)
+        write_config(target, self._config(plan))
+        release_target(target)
+        return _identity(card)
 
     def _contents(self, records: Mapping[int, Record]) -> str:
         """Hash of all that the shards contain."""

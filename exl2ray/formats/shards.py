@@ -11,21 +11,24 @@ import filecmp
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from exl2ray.beneath import fsync_directory
+from exl2ray.beneath import fsync_directory, make_directories
 from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.formats.files import atomic_file, sha256_of, write_error
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
 
+T = TypeVar("T")
 REFERENCE_VERSION = "0.3.2"  # level of the format that is written; some tools read it from config.json
 OTHER_QUANTISATION = ("quantization_config", "compression_config", "quantization")  # of the source, in config.json
 OUTPUT_NAME = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors")
@@ -98,8 +101,8 @@ class Shard:
         or moved since.
         """
         try:
-            found = (directory / self.name).stat()
-            if found.st_size != self.size:
+            found = os.lstat(directory / self.name)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != self.size:
                 return False
             return found.st_mtime_ns == self.mtime_ns or sha256_of(directory / self.name) == self.sha256
         except OSError:
@@ -107,25 +110,36 @@ class Shard:
 
 
 def write_shards(
-    directory: str | Path, entries: Iterable[TensorEntry], limit_bytes: int = 0, ours: Iterable[str] = ()
-) -> list[Shard]:
+    directory: str | Path, entries: Iterable[TensorEntry], limit_bytes: int = 0, ours: Iterable[str] = (),
+    begin: Callable[[], None] = lambda: None,
+) -> list[Shard]:  # fmt: skip
     """Write ``entries`` as output*.safetensors into ``directory`` (created if absent) and say what was written.
 
     ``ours`` lists files that an earlier run wrote there: those that this run does not write again are removed at the
     end; files of the same names are overwritten. Any other ``*.safetensors`` in the directory is refused, before
-    anything is written, because loaders would read it as a part of the model. Raises StoreError (not writable, disk
-    full), FormatError (duplicate names, or a callable returned another dtype or shape than announced).
+    anything is written, because loaders would read it as a part of the model. ``begin`` is called when nothing speaks
+    against writing any more. Raises StoreError (not writable, disk full), FormatError (duplicate names, or a callable
+    returned another dtype or shape than announced).
     """
     directory, entries, ours = Path(directory), list(entries), set(ours)
     plan = plan_shards([e.nbytes for e in entries], limit_bytes)
     names = shard_names(len(plan))
     _check_target(directory, entries, set(names) | ours)
+    begin()
     shards = [write_tensor_file(directory / n, [entries[i] for i in ii]) for n, ii in zip(names, plan, strict=True)]
     for stale in sorted(ours - set(names)):
         if OUTPUT_NAME.fullmatch(stale):
-            (directory / stale).unlink(missing_ok=True)
-    fsync_directory(directory)
+            _made(directory, lambda n=stale: (directory / n).unlink(missing_ok=True))  # type: ignore[misc]
+    _made(directory, lambda: fsync_directory(directory))
     return shards
+
+
+def _made(path: Path, step: Callable[[], T]) -> T:
+    """What a step of writing returns; StoreError for an OSError."""
+    try:
+        return step()
+    except OSError as e:
+        raise write_error(path, e) from e
 
 
 def _check_target(directory: Path, entries: Sequence[TensorEntry], allowed: set[str]) -> None:
@@ -135,7 +149,7 @@ def _check_target(directory: Path, entries: Sequence[TensorEntry], allowed: set[
             raise FormatError(f"{directory}: tensor {e.name!r} would be written twice")
         seen.add(e.name)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directories(directory)
         for leftover in directory.iterdir():
             if LEFTOVER_NAME.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
@@ -150,7 +164,7 @@ def _check_target(directory: Path, entries: Sequence[TensorEntry], allowed: set[
             "which is not of this conversion; loaders would read it as part of the model",
             "choose an empty output directory, or move those files away",
         )
-    reusable = sum((directory / n).stat().st_size for n in present & allowed)
+    reusable = sum(os.lstat(directory / n).st_size for n in present & allowed)
     needed = sum(e.nbytes for e in entries)
     if needed > free + reusable:
         raise StoreError(
@@ -172,7 +186,7 @@ def write_tensor_file(path: str | Path, entries: Sequence[TensorEntry]) -> Shard
         digest.update(header)
         for e in entries:
             _write_tensor((f.write, digest.update), e, path)
-    found = path.stat()
+    found = _made(path, path.stat)
     return Shard(path.name, found.st_size, digest.hexdigest(), found.st_mtime_ns)
 
 
@@ -221,7 +235,7 @@ def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     source, target = Path(source), Path(target)
     refuse_same_directory(source, target)
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        make_directories(target)
         names = side_files(source)
     except OSError as e:
         raise write_error(target, e) from e

@@ -334,7 +334,7 @@ def _examine_directories(found: Examination, recipe: Recipe) -> None:
 
 def _check_target(recipe: Recipe, directory: str, source: SourceModel | None) -> None:
     refuse_same_directory(recipe.in_dir, directory)
-    check_output(Path(directory), source)
+    check_output(recipe, Path(directory), source)
 
 
 def _check_work(recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ SECTIONS = ("identity", "measure", "quantize", "output")  # each depends on thos
 PLACES = {"identity": frozenset({"in_dir", "cal_dataset"})}  # by section
 FORMAT = 1  # of the work directory; a newer one is refused
 _MARKER = "exl2ray work directory"
+_ID = re.compile(rb'"id": "([0-9a-f]{32})"')
+ID_BYTES = 1024  # the identity stands near the beginning
 _MISSING = "(not set)"
 _START = f'{{\n "{_MARKER}": '.encode()  # first bytes of every job.json of ours, whatever happened to the rest
 
@@ -40,11 +43,14 @@ Job = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class StoredJob:
-    """Content of job.json. ``created``: ISO 8601, UTC. ``versions``: software that started the job."""
+    """Content of job.json. ``created``: ISO 8601, UTC. ``versions``: software that started the job. ``id``: identity of the
+    work directory, which stays when settings change or all is started anew; "" in those of older versions.
+    """
 
     job: Job
     versions: dict[str, str]
     created: str
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,19 @@ def _without_places(job: Job, section: str) -> dict[str, Any]:
 
 def encode_job(stored: StoredJob) -> bytes:
     body = {"job": stored.job, "versions": stored.versions, "created": stored.created}
-    document = {_MARKER: FORMAT, "sha256": hashlib.sha256(canonical_json(body)).hexdigest(), **body}
+    document = {_MARKER: FORMAT, "sha256": hashlib.sha256(canonical_json(body)).hexdigest(), "id": stored.id, **body}
     return json.dumps(document, indent=1).encode() + b"\n"
 
 
 def is_marked(data: bytes) -> bool:
     """Whether these bytes begin like a job.json of ours, be the rest damaged or not."""
     return data.startswith(_START)
+
+
+def stored_id(data: bytes) -> str:
+    """The identity in a job.json, be the rest damaged or not; "" if there is none."""
+    found = _ID.search(data[:ID_BYTES])
+    return "" if found is None else found[1].decode()
 
 
 def decode_job(data: bytes, name: str) -> StoredJob:
@@ -111,7 +123,7 @@ def decode_job(data: bytes, name: str) -> StoredJob:
         body = {k: document[k] for k in ("job", "versions", "created")}
         if hashlib.sha256(canonical_json(body)).hexdigest() != document["sha256"]:
             raise StoreError(f"{name} does not match its checksum: it was edited or damaged", hint)
-        return StoredJob(normalise(body["job"]), dict(body["versions"]), str(body["created"]))
+        return StoredJob(normalise(body["job"]), dict(body["versions"]), str(body["created"]), stored_id(data))
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise StoreError(f"{name} is damaged: {type(e).__name__}: {e}", hint) from e
 

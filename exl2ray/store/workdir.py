@@ -7,7 +7,8 @@ finished item is kept, ``lock.py`` for the one-driver rule.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import secrets
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ from exl2ray.store.job import (
     is_marked,
     mismatch,
     normalise,
+    stored_id,
 )
 from exl2ray.store.layout import EVENTS, FOLDERS, MEASUREMENT, PLAN, is_ours, is_place_of_ours
 from exl2ray.store.lock import LOCK_FILE, DriverLock, LockTiming, check_lock
@@ -50,6 +52,7 @@ class WorkDir:
         self.records = Records(store)
         self.job: Job = stored.job
         self.created = stored.created
+        self.id = stored.id  # what a target's claim names it by
         self.notes: list[str] = []
         self._versions = dict(versions)
         self._lock = lock
@@ -65,6 +68,7 @@ class WorkDir:
         allow_changed: Collection[str] = (),
         flags: Mapping[str, str] | None = None,
         timing: LockTiming | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> WorkDir:
         """Open ``root`` for ``job`` (sections as in ``job.py``).
 
@@ -73,14 +77,17 @@ class WorkDir:
         (``flags``: "section.name" -> flag, for the message), unless all of them are in sections ``allow_changed`` (of
         "quantize", "output"): then the old settings are kept as job-<n>.json, the plan is dropped and the new settings hold.
         ``resume=False`` first deletes what exl2ray made there, and nothing else. StoreError for a directory of somebody
-        else, a damaged job.json, a second driver.
+        else, a damaged job.json, a second driver. ``begin`` is called before anything is written.
         """
         wanted = normalise(job)
         if not REUSABLE.issuperset(allow_changed):
             names = ", ".join(sorted(set(allow_changed) - REUSABLE))
             raise StoreError(f"a change of {names} cannot be allowed: everything depends on it")
         store = Store.open(root)
-        _read_job(store)  # refuses a foreign directory before anything is written into it
+        data = _read_job(store)  # refuses a foreign directory before anything is written into it
+        if data is not None and resume:
+            _changes(store, decode_job(data, store.full_name(JOB_FILE)), wanted, allow_changed, flags or {})
+        begin()
         lock = DriverLock(store, timing, on_beat=store.flush)
         lock.acquire()
         try:
@@ -93,7 +100,7 @@ class WorkDir:
             else:
                 if data is not None:
                     _clear(store)
-                stored = _write_job(store, wanted, versions)
+                stored = _write_job(store, wanted, versions, "" if data is None else stored_id(data))
             work = WorkDir(store, lock, stored, versions)
             mode = "resumed" if data is not None and resume else "created"
             work._note_differences(stored.versions)
@@ -177,6 +184,16 @@ class WorkDir:
         self.close()
 
 
+def work_id(root: str) -> str:
+    """Identity of the work directory at ``root``; "" if it is yet to be made, or unusable."""
+    if not root:
+        return ""
+    try:
+        return stored_id(Store.open(root).get(JOB_FILE))
+    except StoreError:
+        return ""
+
+
 def _read_job(store: Store) -> bytes | None:
     """Bytes of our job.json, None for a new or empty directory; StoreError if the directory is somebody else's."""
     try:
@@ -215,8 +232,8 @@ def _refuse_or_remove_links(store: Store, remove: bool) -> None:
         )
 
 
-def _write_job(store: Store, job: Job, versions: Mapping[str, str]) -> StoredJob:
-    stored = StoredJob(job, dict(versions), timestamp())
+def _write_job(store: Store, job: Job, versions: Mapping[str, str], identity: str) -> StoredJob:
+    stored = StoredJob(job, dict(versions), timestamp(), identity or secrets.token_hex(16))
     store.put(JOB_FILE, encode_job(stored))
     return stored
 
@@ -228,7 +245,7 @@ def _continue(
     stored = decode_job(data, store.full_name(JOB_FILE))
     changes = _changes(store, stored, wanted, allow_changed, flags)
     if not changes:
-        return (stored if stored.job == wanted else _replace(store, stored, wanted)), []
+        return (stored if stored.job == wanted and stored.id else _replace(store, stored, wanted)), []
     if any(c.section == "quantize" for c in changes):
         store.delete(PLAN)
     _archive(store, data)
@@ -247,7 +264,7 @@ def _changes(
 
 def _replace(store: Store, stored: StoredJob, wanted: Job) -> StoredJob:
     """Other settings, or other places of the same things, for the same job."""
-    replaced = StoredJob(wanted, stored.versions, stored.created)
+    replaced = StoredJob(wanted, stored.versions, stored.created, stored.id or secrets.token_hex(16))
     store.put(JOB_FILE, encode_job(replaced))
     return replaced
 

@@ -9,6 +9,7 @@ import shutil
 import weakref
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,14 +152,12 @@ def test_disk_too_small_is_noticed_before_writing(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_disk_full_while_writing_has_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Path.open
+    real = os.open
 
-    def full(self: Path, mode: str = "r", *args: int):
-        if mode != "xb":
-            return real(self, mode, *args)
-        return real(Path("/dev/full"), "wb")
+    def full(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        return real("/dev/full", os.O_WRONLY) if flags & os.O_EXCL else real(path, flags, mode, dir_fd=dir_fd)
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(os, "open", full)
     with pytest.raises(StoreError, match="No space left") as e:
         write_shards(tmp_path, [TensorEntry.of("t", torch.zeros(1 << 16))])
     assert "free space" in e.value.hint

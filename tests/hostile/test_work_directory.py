@@ -7,19 +7,25 @@ import ctypes
 import os
 import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bounded import exl2ray
-from workdir_cases import Conversion, Victim, contents, snapshot
+from workdir_cases import PLACES, Conversion, Victim, contents, snapshot
 
 from exl2ray.beneath import IrregularFileError
+from exl2ray.convert import convert
 from exl2ray.errors import StoreError
+from exl2ray.progress import Silent
 from exl2ray.report.facts import read_facts
+from exl2ray.store.job import decode_job, encode_job
 from exl2ray.store.local import LocalStore
 from exl2ray.store.status import read_status
+from exl2ray.store.trust import refuse_others
 
 FOLDER_PLACES = ["logs", "nonce", "measure", "measure/records", "quant", "quant/4.0", "quant/4.0/tensors",
                  "quant/4.0/records"]  # fmt: skip
@@ -294,3 +300,114 @@ def test_an_error_that_nobody_foresaw_is_not_logged_through_a_link(work: Path, v
     assert str(work / "logs") in hint
 
 
+
+
+# ---- jobs of somebody else ------------------------------------------------------------------------------------------------
+
+TARGET = "home"
+
+
+def rewrite_job(work: Path, victim: Victim, model: Path) -> None:
+    """The job of a directory that came from elsewhere: it reads another model, and writes where the attacker wants it."""
+    stored = decode_job((work / "job.json").read_bytes(), "job.json")
+    stored.job["identity"]["in_dir"] = str(model)
+    stored.job["output"]["compile_full"] = str(victim.root / TARGET)
+    (work / "job.json").write_bytes(encode_job(stored))
+
+
+def give_away(path: Path) -> None:
+    os.chown(path, 12345, 12345)
+
+
+def open_to_everybody(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o002)
+
+
+def open_to_a_group(path: Path) -> None:
+    os.chown(path, -1, 12345)
+    path.chmod(path.stat().st_mode | 0o020)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+@needs_root
+@pytest.mark.parametrize("place", ["", "job.json", "measure", "quant"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(give_away, "belongs to user 12345"), (open_to_everybody, "can be written by everybody"),
+     (open_to_a_group, "can be written by the group 12345")],
+)  # fmt: skip
+def test_a_job_that_others_can_have_written(
+    place: str, change: Callable[[Path], None], words: str, made: Conversion, work: Path, victim: Victim
+) -> None:
+    rewrite_job(work, victim, made.model)
+    change(work / place)
+    before = snapshot(work)
+    patch = ["patch", "-o", str(work), "--set", "*.v_proj=8"]
+    for command in (["convert", "-o", str(work), *PLACES], ["convert", "-o", str(work), "--dry-run"], patch):
+        exl2ray(*command).ends_with(7, words, "--trust-work-dir")
+    victim.unharmed()
+    assert snapshot(work) == before
+    run = exl2ray("convert", "-o", work, "--trust-work-dir", *PLACES)
+    run.ends_with(0, f"source {made.model} -> target {victim.root / TARGET}")
+
+
+@needs_root
+def test_with_i_a_job_of_others_is_only_warned_of(made: Conversion, work: Path, target: Path) -> None:
+    give_away(work / "job.json")
+    exl2ray(*made.arguments(work, target)).ends_with(0, "belongs to user 12345: what is found finished there is used")
+
+
+def test_ones_own_job_is_resumed(made: Conversion, work: Path, victim: Victim) -> None:
+    """Also where a umask of 002 lets the group write, which is this user's alone; and it says first where it writes."""
+    rewrite_job(work, victim, made.model)
+    for path in (work, work / "job.json", work / "quant"):
+        os.chown(path, -1, os.getegid())
+        path.chmod(path.stat().st_mode | 0o020)
+    run = exl2ray("convert", "-o", work, *PLACES)
+    if "can be written by the group" in run.text:
+        pytest.skip("the group of this user has other members")
+    run.ends_with(0)
+    lines = run.out.splitlines()
+    first = min(i for i, line in enumerate(lines) if line.startswith("source "))
+    assert first < min(i for i, line in enumerate(lines) if line.startswith("["))
+
+
+def test_source_and_target_are_said_before_anything_is_written(made: Conversion, tmp_path: Path) -> None:
+    class Looking(Silent):
+        def event(self, name: str, **fields: Any) -> None:
+            super().event(name, **fields)
+            if name == "start":
+                assert not (tmp_path / "work").exists()
+                assert not (tmp_path / "out").exists()
+
+    reporter = Looking()
+    convert(made.recipe(tmp_path / "work", tmp_path / "out"), reporter)
+    (start,) = [fields for name, fields in reporter.events if name == "start"]
+    assert (start["source"], start["targets"]) == (str(made.model), [str(tmp_path / "out")])
+    exl2ray(*made.arguments(tmp_path / "new", tmp_path / "b"), "--dry-run").ends_with(0, f"target {tmp_path / 'b'}")
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("uid", "gid", "mode", "refused"),
+    [(0, 0, 0o755, False), (0, 0, 0o775, False), (4242, 4242, 0o755, False), (4242, 4242, 0o775, False),
+     (4242, 100, 0o775, True), (4242, 4242, 0o777, True), (4243, 4242, 0o755, True), (0, 0, 0o777, True)],
+)  # fmt: skip
+def test_whose_directories_a_plain_user_trusts(uid: int, gid: int, mode: int, refused: bool, work: Path) -> None:
+    """A user without a name, whose group is as nameless, as in a container; 100 is the group of all users."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to others
+        os.chmod(folder, 0o755)
+        place = Path(shutil.copytree(work, Path(folder, "work")))
+        for path in (place, place / "job.json", place / "measure", place / "quant"):
+            os.chown(path, uid, gid)
+            path.chmod(mode & (0o666 if path.is_file() else 0o777))
+        os.setegid(4242)
+        os.seteuid(4242)
+        try:
+            with pytest.raises(StoreError) if refused else contextlib.nullcontext():
+                refuse_others(str(place))
+        finally:
+            os.seteuid(0)
+            os.setegid(0)

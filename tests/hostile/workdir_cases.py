@@ -17,24 +17,27 @@ from exl2ray.progress import Silent
 
 ROWS, LENGTH = 2, 128
 FLAGS = ("-r", str(ROWS), "-mr", str(ROWS), "-l", str(LENGTH), "-ml", str(LENGTH), "--quality", "reference", "--reuse",
-         "--device", "cpu", "--executor", "inline", "--evaluate", "never")  # fmt: skip
+         "-ss", "1", "--device", "cpu", "--executor", "inline", "--evaluate", "never")  # fmt: skip
 PLACES = ("--device", "cpu", "--executor", "inline", "--evaluate", "never")  # of a resume: the rest is in the job
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion at 4 bits; copies of its folders are what tests change."""
+    """A conversion finished at 4 bits, in two shards; its work directory has what 5 bits need, too. Copies of its folders
+    are what tests change.
+    """
 
     model: Path
     text: Path
     work: Path
     target: Path
+    target5: Path  # at 5 bits
 
     def recipe(self, work: Path, target: Path | None, **changes: Any) -> Recipe:
         settings: dict[str, Any] = {
             "bits": (4.0,), "length": LENGTH, "measurement_length": LENGTH, "dataset_rows": ROWS,
             "measurement_rows": ROWS, "executor": "inline", "device": "cpu", "evaluate": "never",
-            "quality": "reference", "cal_dataset": str(self.text), "reuse": True,
+            "quality": "reference", "cal_dataset": str(self.text), "reuse": True, "shard_size": 1,
             "compile_full": None if target is None else str(target),
         }  # fmt: skip
         return Recipe(**{"in_dir": str(self.model), "out_dir": str(work), **settings, **changes})
@@ -56,8 +59,10 @@ class Conversion:
 
 
 def make_conversion(root: Path, model: Path) -> Conversion:
-    made = Conversion(model, write_text(root / "text.parquet"), root / "work", root / "target")
+    made = Conversion(model, write_text(root / "text.parquet"), root / "work", root / "target", root / "target5")
+    made.convert(made.work, made.target5, bits=(5.0,))
     made.convert(made.work, made.target)
+    assert len(list(made.target.glob("output-*-of-00002.safetensors"))) == 2
     return made
 
 

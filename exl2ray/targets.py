@@ -1,0 +1,58 @@
+"""The ``-cf`` directories of a running conversion: locked from its start to its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from exl2ray.config import Recipe
+from exl2ray.formats.target import Owner, TargetLock, locked
+
+
+def owner_of(recipe: Recipe, fingerprint: str, work_id: str, files: Iterable[str] = ()) -> Owner:
+    """The conversion as the claim of a target names it. ``work_id``: identity of its work directory, "" for a new one.
+    ``files``: names that it writes beside those of the source.
+    """
+    own = tuple(path for path in (recipe.measurement, recipe.cal_dataset, recipe.eval_text) if path)
+    work = recipe.out_dir if "://" in recipe.out_dir or not recipe.out_dir else os.path.abspath(recipe.out_dir)
+    return Owner(fingerprint, recipe.in_dir, work_id, work, own, tuple(files))
+
+
+def places(recipe: Recipe) -> dict[str, Any]:
+    """What will be read and where will be written, links resolved: a resume has both from the work directory. source: of the
+    model; targets: of -cf or -om, else the work directory; work.
+    """
+
+    def real(path: str) -> str:
+        return path if "://" in path else os.path.realpath(path)
+
+    outputs = [recipe.output_dir(b) for b in recipe.bits] if recipe.output_measurement is None else []
+    targets = [real(d) for d in outputs if d is not None] or [real(recipe.output_measurement or recipe.out_dir)]
+    return {"source": real(recipe.in_dir), "targets": targets, "work": real(recipe.out_dir)}
+
+
+class Targets:
+    """Locks on directories; ``close`` gives them back."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._held: dict[str, TargetLock] = {}
+
+    def lock(self, recipe: Recipe, bits: Iterable[float], owner: Owner) -> None:
+        """Raises StoreError if another conversion is at one of them, UsageError for what must not be replaced."""
+        for directory in (recipe.output_dir(b) for b in bits):
+            if directory is not None and directory not in self._held:
+                self._held[directory] = self._stack.enter_context(locked(Path(directory), owner))
+
+    def check(self, directory: Path) -> None:
+        """Raises StoreError if a directory that was locked is gone, or locked by somebody else now."""
+        for path, lock in self._held.items():
+            if Path(path) == directory:
+                lock.check()
+
+    def close(self) -> None:
+        self._held.clear()
+        self._stack.close()
