@@ -250,7 +250,7 @@ def test_unusable_tokens(twins: Twins, tokens: torch.Tensor, message: str) -> No
 
 
 def test_directories_and_devices_must_exist(twins: Twins, ids: torch.Tensor, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="not a directory"):
+    with pytest.raises(SourceError, match="does not exist"):
         evaluate(tmp_path / "nothing", None, ids, "cpu")
     with pytest.raises(UsageError, match="--device nonsense"):
         evaluate(twins[0], None, ids, "nonsense")
