@@ -19,6 +19,9 @@ from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError, translated
 from exl2ray.store.fs import CHUNK_BYTES, TEMP_NAME, TEMP_PREFIX, Names, Store, check_name, temp_name
 
+MAX_JSON_BYTES = 64 << 20  # of a job, a record, a measurement
+MAX_LINES_BYTES = 32 << 20  # of events: some 100 000
+
 
 class LocalStore(Store):
     """A directory of a local disk or of a POSIX file system shared by several machines."""
@@ -123,6 +126,9 @@ class LocalStore(Store):
 
     def get(self, rel: str) -> bytes:
         with translated("read", str(self._path(rel))), self.reader(rel) as f:
+            size = os.fstat(f.fileno()).st_size
+            if rel.endswith(".json") and size > MAX_JSON_BYTES:
+                raise StoreError(f"{self._path(rel)}: {size} bytes; files of its kind have at most {MAX_JSON_BYTES}")
             return f.read()
 
     def reader(self, rel: str) -> BinaryIO:
@@ -197,8 +203,13 @@ class LocalStore(Store):
                 os.close(fd)
 
     def read_lines(self, rel: str) -> Names:
+        """The lines; of a file beyond all measure those at its end."""
         try:
-            return self.get(rel).decode(errors="replace").rstrip("\n").split("\n")
+            with translated("read", str(self._path(rel))), self.reader(rel) as f:
+                beyond = os.fstat(f.fileno()).st_size - MAX_LINES_BYTES
+                f.seek(max(0, beyond))
+                lines = f.read(MAX_LINES_BYTES).decode(errors="replace").rstrip("\n").split("\n")
+            return lines[1:] if beyond > 0 else lines
         except MissingFileError:
             return []
 

@@ -64,7 +64,7 @@ class Holder:
             process = Process(**stored["process"])
             holder = Holder(process, float(stored["since"]), str(stored["token"]))
             str(holder)  # raises for a time that no calendar has
-        except (ValueError, KeyError, TypeError, OverflowError, OSError):
+        except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):
             return None
         return holder if isinstance(process.pid, int) and 0 < process.pid < 2**31 else None
 

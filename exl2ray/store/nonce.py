@@ -57,7 +57,7 @@ def verify_nonce(
     try:
         stored = json.loads(data)
         found, expected, driver = stored["token"], dict(stored["versions"]), stored["host"]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise StoreError(f"{store.full_name(rel)} {here} is not what the driver wrote: {type(e).__name__}") from e
     if found != token:
         raise StoreError(

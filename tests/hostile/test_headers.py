@@ -39,7 +39,6 @@ def many(count: int, prefix: str = "") -> dict[str, Any]:
 
 
 HEADERS: dict[str, tuple[Any, str]] = {
-    "more tensors than any model": (many(MAX_TENSORS + 1), f"at most {MAX_TENSORS} can be read"),
     "nothing, but of a huge shape": ({"w": empty([0, 2**62, 2**62])}, "beyond what can be counted"),
     "nothing, but wide": ({"w": empty([2**62, 4, 0])}, "beyond what can be counted"),
     "a scalar that takes no byte": ({"w": empty([])}, "needs 2 bytes"),
@@ -74,7 +73,7 @@ def test_a_header_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
     assert words in e.value.message
     assert len(e.value.message) < 1500
     assert "\x1b" not in e.value.message
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\b", "", "model.layers.-1.x"])
