@@ -135,6 +135,7 @@ def _convert(recipe: Recipe, reporter: Any, dry_run: bool, notes: Sequence[str])
 @click.option("--gpu-memory", metavar="SIZE", multiple=True, help="plan for GPUs of this size, not this machine; repeatable")
 @click.option("--probe", is_flag=True, help="time the largest layer and the head on this machine, with the model's weights")
 @click.option("--dry-run", is_flag=True, hidden=True, expose_value=False)  # so that convert's command line can be planned
+@trust_flag
 @reference_flags
 @common
 @click.pass_context
@@ -147,6 +148,7 @@ def plan(ctx: click.Context, /, **flags: Any) -> int:
     from exl2ray.commands import plan as command
     from exl2ray.plan.compose import Wishes
 
+    flags.pop("trust_work_dir")  # recipe_from reads it
     wishes = Wishes(**{name: flags.pop(name) for name in ("fit", "context", "cache", "gpu_memory", "probe")})
     if flags["in_dir"] is None and flags["out_dir"] is None:
         raise UsageError("-i is missing", "name the model with -i, or a work directory that knows it with -o")

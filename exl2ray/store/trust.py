@@ -30,7 +30,7 @@ def others_who_write(root: str, groups: bool = True) -> str | None:
     if "://" in root and not root.startswith("file://"):
         return None
     root = root.removeprefix("file://")
-    if not os.path.lexists(root):
+    if not os.path.isdir(root):  # what is something else is refused by whoever opens it
         return None
     with translated("read", root):
         real = beneath.resolved(root)
