@@ -125,11 +125,10 @@ def make_directories(directory: str | Path) -> None:
 def folder(root: str, parts: Sequence[str] = (), create: bool = False, listed: bool = False) -> Iterator[int]:
     """Descriptor of the folder ``parts`` below ``root`` (a result of ``resolved``), to be used as ``dir_fd``.
 
-    ``create``: folders that are missing are made, durably. ``listed``: the descriptor can be listed and fsynced.
+    ``create``: folders below the root that are missing are made, durably. ``listed``: the descriptor can be listed and
+    fsynced.
     Raises IrregularFileError for a link on the way, OSError else.
     """
-    if create:
-        make_directories(root)
     handle = _enter(None, root, root, listed and not parts)
     where = root
     try:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -187,8 +188,8 @@ def _sweep(directory: Path) -> None:
 def _lock(directory: Path) -> TargetLock:
     path = directory / LOCK
     for _ in range(_ATTEMPTS):
-        handle = beneath.open_file(None, path, path, os.O_RDWR | os.O_CREAT)
-        got = beneath.try_flock(handle)
+        os.close(beneath.open_file(None, path, path, os.O_RDWR | os.O_CREAT))
+        handle, got = _open_locked(path)
         if got is not None and TargetLock(directory, handle)._is_there():
             return TargetLock(directory, handle)
         os.close(handle)
@@ -198,6 +199,21 @@ def _lock(directory: Path) -> TargetLock:
         f"-cf {directory}: another conversion is writing there",
         "wait for it, or choose another directory: two models cannot share one",
     )
+
+
+def _open_locked(path: Path) -> tuple[int, bool | None]:
+    """Descriptor of the lock file and what `beneath.try_flock` says. Opened for reading, so that it does not keep a disk
+    from being made read-only; for writing where that is what a lock takes (NFS).
+    """
+    handle = beneath.open_file(None, path, path)
+    try:
+        return handle, beneath.try_flock(handle)
+    except OSError as e:
+        os.close(handle)
+        if e.errno != errno.EBADF:
+            raise
+    handle = beneath.open_file(None, path, path, os.O_RDWR)
+    return handle, beneath.try_flock(handle)
 
 
 def claim_target(directory: Path, owner: Owner, shards: Iterable[str]) -> None:

@@ -37,7 +37,8 @@ def translated(action: str, path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as e:
-        raise MissingFileError(f"cannot {action} {path}: no such file or directory") from e
+        hint = "the work directory was deleted or moved, or its disk is gone" if action == "write" else ""
+        raise MissingFileError(f"cannot {action} {path}: no such file or directory", hint) from e
     except OSError as e:
         # Object-store errors of pyarrow are OSErrors without errno; their text names the request that failed.
         reason = e.strerror if e.errno is not None and e.strerror else str(e)

@@ -31,6 +31,7 @@ class LocalStore(Store):
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)  # workers may run in another directory
         self._real = ""  # with links in the way to it resolved; on first use
+        self._made = False  # made once; a directory that is deleted while it is in use is an error
 
     def _path(self, rel: str) -> Path:
         """For messages, and for whoever wants to map the file."""
@@ -45,6 +46,9 @@ class LocalStore(Store):
     def _folder_of(self, rel: str, create: bool = False) -> Iterator[tuple[int, str]]:
         """The open folder of a name, to be used as dir_fd, and the last part of the name."""
         *parts, name = check_name(rel).split("/")
+        if create and not self._made:
+            beneath.make_directories(self._real_root())
+            self._made = True
         with beneath.folder(self._real_root(), parts, create=create, listed=create) as handle:
             yield handle, name
 

@@ -63,13 +63,14 @@ def test_a_directory_with_something_in_it(name: str, made: Conversion, work: Pat
     (target / name).parent.mkdir(parents=True)
     (target / name).write_text("years of work")
     before, work_before = snapshot(target), snapshot(work)
-    for way in ways(made, work, target):
+    for way in ways(made, work, target)[: None if name in ("notes.txt", "output.safetensors") else 2]:
         with pytest.raises(UsageError, match="not written there by exl2ray"):
             way()
     assert snapshot(target) == before
     assert not (tmp_path / "new").exists()
     assert {k for k in snapshot(work) if "quant/" in k} == {k for k in work_before if "quant/" in k}
-    exl2ray("plan", *made.arguments(tmp_path / "new", target)[1:]).ends_with(2, "not written there by exl2ray")
+    if name == "notes.txt":
+        exl2ray("plan", *made.arguments(tmp_path / "new", target)[1:]).ends_with(2, "not written there by exl2ray")
 
 
 @pytest.mark.parametrize("name", [".gitattributes", ".git/HEAD", ".cache/x", ".DS_Store", "lost+found/x", ".nfs01"])
@@ -136,7 +137,7 @@ def test_links_in_the_output(name: str, full: bool, made: Conversion, work: Path
     (target / name).unlink(missing_ok=True)
     (target / name).symlink_to(victim.file)
     before = snapshot(target)
-    for way in ways(made, work, target):
+    for way in ways(made, work, target)[: None if full and name == SHARD else 2]:
         with pytest.raises(StoreError, match="symbolic link"):
             way()
     victim.unharmed()
@@ -271,7 +272,7 @@ def test_killed_at_every_step_of_replacing_a_model(shards: str, made: Conversion
     assert len(changes) == 2, "whole, then none, then whole again"
 
 
-@pytest.mark.parametrize("n", [4, 6, 8, 10, 12])
+@pytest.mark.parametrize("n", [4, 7, 11])
 def test_killed_while_patching_in_place(n: int, made: Conversion, work: Path, target: Path, tmp_path: Path) -> None:
     arguments = ["patch", "-o", str(work), "--set", "*.0.*.v_proj=8", "--device", "cpu", "--executor", "inline", "-cf"]
     models = [contents(target)]

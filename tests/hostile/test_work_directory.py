@@ -210,8 +210,10 @@ def test_nobody_waits_for_a_pipe(
     exl2ray(*made.arguments(work, target), seconds=20).ends_with(7, "pipe" if make is make_pipe else "socket")
 
 
-@pytest.mark.parametrize("command", ["status", "report"])
-@pytest.mark.parametrize("place", ["events.jsonl", "measurement.json", "driver.lock"])
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [("status", "events.jsonl"), ("status", "measurement.json"), ("status", "driver.lock"), ("report", "events.jsonl")],
+)
 def test_looking_at_a_directory_with_pipes_and_links(command: str, place: str, work: Path, victim: Victim) -> None:
     for make in (make_pipe, lambda p: p.symlink_to(victim.file)):
         (work / place).unlink(missing_ok=True)
@@ -332,11 +334,12 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give fi
 
 
 @needs_root
-@pytest.mark.parametrize("place", ["", "job.json", "measure", "quant"])
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [(give_away, "belongs to user 12345"), (open_to_everybody, "can be written by everybody"),
-     (open_to_a_group, "can be written by the group 12345")],
+    ("place", "change", "words"),
+    [("", give_away, "belongs to user 12345"), ("job.json", give_away, "belongs to user 12345"),
+     ("", open_to_everybody, "can be written by everybody"), ("quant", open_to_everybody, "can be written by everybody"),
+     ("job.json", open_to_a_group, "can be written by the group 12345"),
+     ("measure", open_to_a_group, "can be written by the group 12345")],
 )  # fmt: skip
 def test_a_job_that_others_can_have_written(
     place: str, change: Callable[[Path], None], words: str, made: Conversion, work: Path, victim: Victim
