@@ -7,12 +7,14 @@ import logging
 import os
 import secrets
 import signal
+import tempfile
 from typing import Any
 
-from exl2ray.errors import ClusterError
+from exl2ray.errors import ClusterError, StoreError
 
 OBJECT_STORE_BYTES = 256 << 20  # beside the states that travel
 _MIN_STORE_BYTES = 80 << 20
+TEMPORARY_BYTES, TEMPORARY_FILES = 32 << 20, 256
 
 
 def start_ray(address: str | None, state_bytes: int = 0) -> Any:
@@ -38,6 +40,7 @@ def start_ray(address: str | None, state_bytes: int = 0) -> Any:
         hint += "; a cluster with token authentication needs RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"
     else:
         hint = "`exl2ray doctor` says what stands in Ray's way; one device needs no Ray: --executor inline --gpus 1"
+        check_temporary_folder(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
         if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options.update(
@@ -57,6 +60,20 @@ def start_ray(address: str | None, state_bytes: int = 0) -> Any:
                 if handler is not None:
                     signal.signal(number, handler)
     return ray
+
+
+def check_temporary_folder(folder: str) -> None:
+    """StoreError if there is no room for Ray's sockets and logs: it would wait for its own files, and name one of them."""
+    try:
+        stats = os.statvfs(folder)
+    except OSError:
+        return  # Ray takes another one
+    full = stats.f_bavail * stats.f_frsize < TEMPORARY_BYTES or (stats.f_files > 0 and stats.f_favail < TEMPORARY_FILES)
+    if full:
+        raise StoreError(
+            f"{folder}: the folder for temporary files is full, and Ray keeps sockets and logs there",
+            "free space, or name another folder with TMPDIR; then run the same command again",
+        )
 
 
 def store_bytes(state_bytes: int) -> int:

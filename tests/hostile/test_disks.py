@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bounded import exl2ray
 from workdir_cases import Conversion, contents
 
 from exl2ray.convert import convert
@@ -188,6 +189,14 @@ def test_a_full_folder_for_temporary_files(made: Conversion, disk: SmallDisk, tm
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents(tmp_path / "out") == contents(made.target)
+
+
+def test_a_full_folder_for_the_files_of_ray(made: Conversion, disk: SmallDisk, tmp_path: Path) -> None:
+    """It would wait for them for a while, and then name one of them."""
+    disk.fill()
+    arguments = made.arguments(tmp_path / "work", tmp_path / "out", "--executor", "ray", "--gpus", "2")
+    run = exl2ray(*arguments, env={"RAY_TMPDIR": str(disk.path), "RAY_ADDRESS": ""})
+    run.ends_with(7, "folder for temporary files is full", "TMPDIR")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
