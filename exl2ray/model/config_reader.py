@@ -13,6 +13,14 @@ from typing import Any
 from exl2ray.errors import SourceError
 from exl2ray.formats.json_file import shown
 
+# Names of one number in the configs of different families; the first that is given counts.
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer")
+HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd")
+HEADS_KEYS = ("num_attention_heads", "n_heads", "n_head")
+KV_HEADS_KEYS = ("num_key_value_heads", "attn_config.kv_n_heads")
+EXPERTS_KEYS = ("num_local_experts", "ffn_config.moe_num_experts", "num_experts")
+MLP_KEYS = ("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner")
+
 REQUIRED = object()
 MAX_INTEGER = 1 << 31
 MAX_NUMBER = 1e9  # beyond any multiplier, and squares stay far from the end of float32

@@ -13,15 +13,18 @@ from typing import Any
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
-from exl2ray.model.config_reader import ConfigReader
+from exl2ray.model.class_defaults import defaults_of
+from exl2ray.model.config_reader import (
+    EXPERTS_KEYS,
+    HEADS_KEYS,
+    HIDDEN_KEYS,
+    KV_HEADS_KEYS,
+    LAYER_KEYS,
+    MLP_KEYS,
+    ConfigReader,
+)
 from exl2ray.model.rules import Arch
 
-LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer")
-HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd")
-HEADS_KEYS = ("num_attention_heads", "n_heads", "n_head")
-KV_HEADS_KEYS = ("num_key_value_heads", "attn_config.kv_n_heads")
-EXPERTS_KEYS = ("num_local_experts", "ffn_config.moe_num_experts", "num_experts")
-MLP_KEYS = ("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner")
 # Whatever the weights hold. The largest published models have 126 layers, 384 experts, 128 heads, heads of 576 dimensions.
 MAX_LAYERS, MAX_EXPERTS, MAX_HEADS, MAX_HEAD_DIM = 10_000, 10_000, 4096, 65_536
 SIZES = (HIDDEN_KEYS, ("head_dim",), HEADS_KEYS, KV_HEADS_KEYS, EXPERTS_KEYS, MLP_KEYS, ("vocab_size",))  # some dimension's
@@ -32,14 +35,17 @@ HINT = "config.json is broken, or of another model than the weights"
 
 def check_counts(arch: Arch, config: Mapping[str, Any], source: SourceModel) -> None:
     """Raises SourceError for a count in config.json that the tensors of ``source`` cannot have; naming both."""
-    c = ConfigReader(config, dict(arch.defaults))
+    defaults = defaults_of(arch, config)
+    c = ConfigReader(config, defaults)
     longest = max((max(source.shape(n), default=0) for n in source.names() if source.nbytes(n)), default=0)
     for keys in SIZES:
         value = c.positive(*keys, default=None)
         if value is not None and value > longest:
+            absent = next((k for k in keys if k in defaults), None)
+            said = f"{absent} is absent, and {value} by default" if absent else f"{c.name(*keys)} is {value}"
             raise SourceError(
-                f"config.json: {c.name(*keys)} is {value}, but no tensor of the weights is larger than {longest}",
-                HINT,
+                f"config.json: {said}, but no tensor of the weights is larger than {longest}",
+                f"add {absent}, as the config.json of the model has it that these weights were made from" if absent else HINT,
             )
     layers = c.positive(*LAYER_KEYS)
     experts = c.positive(*EXPERTS_KEYS) if arch.moe else 0

@@ -10,19 +10,18 @@ from typing import Any
 from exl2ray.errors import SourceError
 from exl2ray.formats.hfconfig import legacy_config
 from exl2ray.formats.json_file import shown
-from exl2ray.model.config_reader import REQUIRED, ConfigReader
-from exl2ray.model.counts import (
+from exl2ray.model.class_defaults import defaults_of
+from exl2ray.model.config_reader import (
     EXPERTS_KEYS,
     HEADS_KEYS,
     HIDDEN_KEYS,
     KV_HEADS_KEYS,
     LAYER_KEYS,
-    MAX_EXPERTS,
-    MAX_HEAD_DIM,
-    MAX_HEADS,
-    MAX_LAYERS,
     MLP_KEYS,
+    REQUIRED,
+    ConfigReader,
 )
+from exl2ray.model.counts import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 from exl2ray.model.rope import Rope, resolve_rope, scaling_kind
 from exl2ray.model.rules import Arch
 
@@ -90,7 +89,8 @@ def resolve_hyper(
 
     rope_scale, rope_alpha: user overrides, see ``resolve_rope``. Raises SourceError naming the key.
     """
-    c = ConfigReader(legacy_config(config), dict(arch.defaults))
+    config = legacy_config(config)
+    c = ConfigReader(config, defaults_of(arch, config))
     _check_fixed(arch, c)
     layers = c.positive(*LAYER_KEYS, most=MAX_LAYERS)
     hidden = c.positive(*HIDDEN_KEYS)
@@ -156,16 +156,20 @@ def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
     out = legacy_config(config)
     if arch.loads_as:
         out["architectures"] = [arch.loads_as]
+    defaults = defaults_of(arch, out)
     c = ConfigReader(out, {})
-    hidden = c.positive(*HIDDEN_KEYS)
-    defaults = dict(arch.defaults)
+    hidden = ConfigReader(out, defaults).positive(*HIDDEN_KEYS)
     if arch.norm.eps is not None and arch.norm.eps_keys and c.raw(*arch.norm.eps_keys) is None:
         defaults[arch.norm.eps_keys[0]] = arch.norm.eps
     if arch.mlp_factor is not None and c.raw("intermediate_size", "n_inner") is None:
         defaults["n_inner"] = arch.mlp_factor * hidden
     for key, value in defaults.items():
         if c.raw(key) is None and not c.has(key):
-            out[key] = value
+            group, _, inner = key.rpartition(".")
+            if group:
+                out[group] = {**(out.get(group) or {}), inner: value}
+            else:
+                out[key] = value
     return out
 
 

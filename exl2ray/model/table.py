@@ -210,7 +210,6 @@ _PIXTRAL_ARCH = replace(
     source_layouts=_LANGUAGE_MODEL,
     copied=_PIXTRAL_COPIED,
     vision_model="pixtral",
-    defaults=(("num_attention_heads", 32), ("num_key_value_heads", 8), ("rms_norm_eps", 1e-5)),
 )
 _QWEN2_VL_ARCH = replace(
     _QWEN2_ARCH,
@@ -353,7 +352,7 @@ _ENTRIES = (
         rope="gptj",
         defaults=(("head_dim", 128), ("partial_rotary_factor", 0.5)),
     ),
-    replace(_PIXTRAL_ARCH, name="Mistral3ForConditionalGeneration"),
+    replace(_PIXTRAL_ARCH, name="Mistral3ForConditionalGeneration", defaults=(("tie_word_embeddings", True),)),
     replace(_PIXTRAL_ARCH, name="LlavaForConditionalGeneration"),
     replace(_QWEN2_VL_ARCH, name="Qwen2VLForConditionalGeneration"),
     replace(_QWEN2_VL_ARCH, name="Qwen2_5_VLForConditionalGeneration"),

@@ -16,6 +16,7 @@ from exl2ray.calibration.soundness import row_warnings
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.hfconfig import config_value, legacy_config
+from exl2ray.model.class_defaults import defaults_of
 from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import FLOAT_DTYPES
 
@@ -72,7 +73,8 @@ def default_rope_base(source: SourceModel, spec: ModelSpec) -> str | None:
     keys = ("rope_theta", "rope_scaling", "rope_parameters")
     attention = config.get("attn_config")
     given = config_value(config, *keys) is not None or (isinstance(attention, Mapping) and "rope_theta" in attention)
-    if given or spec.hyper.rope is None or spec.hyper.max_seq_len <= LONG_CONTEXT or "rope_theta" in dict(spec.arch.defaults):
+    known = "rope_theta" in defaults_of(spec.arch, config)
+    if given or known or spec.hyper.rope is None or spec.hyper.max_seq_len <= LONG_CONTEXT:
         return None
     return (
         f"config.json has no rope_theta, so that {DEFAULT_THETA:g} is taken, but max_position_embeddings is "

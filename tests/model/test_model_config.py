@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "short_factor has 1 entries; 8 numbers",
     ),
     "hidden size": ("LlamaForCausalLM", {"hidden_size": "96"}, "hidden_size is '96'"),
-    "missing size": ("LlamaForCausalLM", {"vocab_size": None}, "vocab_size is missing"),
+    "missing size": ("LlamaForCausalLM", {"vocab_size": None}, "vocab_size is absent, and 32000 by default"),
     "negative layers": ("LlamaForCausalLM", {"num_hidden_layers": -2}, "num_hidden_layers is -2"),
     "flag": ("LlamaForCausalLM", {"attention_bias": 1}, "attention_bias is 1"),
     "heads": ("LlamaForCausalLM", {"num_key_value_heads": 3}, "cannot share 3"),
