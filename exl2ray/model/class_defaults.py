@@ -62,7 +62,8 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {**_sizes(32000, 4096, 11008, 32, 32, None, 2048), "rms_norm_eps": 1e-6},
     "mistral": {**_sizes(32000, 4096, 14336, 32, 32, 8, 131072), "rms_norm_eps": 1e-6, "sliding_window": 4096},
     "mixtral": {
-        **_sizes(32000, 4096, 14336, 32, 32, 8, 131072), "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2,
+        **_sizes(32000, 4096, 14336, 32, 32, 8, 131072), "rms_norm_eps": 1e-5, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
     },
     "phi3": {**_sizes(32064, 3072, 8192, 32, 32, None, 4096), "rms_norm_eps": 1e-5},
     "qwen2": {**_sizes(151936, 4096, 22016, 32, 32, 32, 32768), "rms_norm_eps": 1e-6},
@@ -70,14 +71,15 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_vl_text": _QWEN2_VL,
     "qwen3": {**_sizes(151936, 4096, 22016, 32, 32, 32, 32768), "rms_norm_eps": 1e-6},
     "qwen3_moe": {
-        **_sizes(151936, 2048, 6144, 24, 32, 4, 32768), "rms_norm_eps": 1e-6, "num_local_experts": 128, "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
+        **_sizes(151936, 2048, 6144, 24, 32, 4, 32768), "rms_norm_eps": 1e-6, "num_local_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     },
     "starcoder2": {**_sizes(49152, 3072, 12288, 30, 24, 2, 4096), "layer_norm_epsilon": 1e-5},
 }  # fmt: skip
 # Text part of a multimodal model whose text_config does not say its type.
 TEXT_TYPES = {
-    "gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral", "qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text",
+    "gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral", "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
 }  # fmt: skip
 _TYPES = {name: kind for kind, name in BY_MODEL_TYPE.items()}
 
