@@ -1,7 +1,7 @@
 """What an absent key of config.json means: the value that the family's config class in transformers has by default.
 
-Publishers leave out what is the default of the class they trained with, and ``save_pretrained`` of some versions does too. The
-same key means different numbers in different families (key/value heads: 8 in Mistral, 2 in GLM-4), so the rule of the
+Publishers leave out what is the default of the class they trained with, and ``save_pretrained`` of some versions does too.
+The same key means different numbers in different families (key/value heads: 8 in Mistral, 2 in GLM-4), so the rule of the
 loader, which knows no families here, would describe another model. Source: configuration classes of transformers 5.
 """
 
