@@ -27,7 +27,9 @@ from exl2ray.flags import (
     trust_flag,
 )
 from exl2ray.program import Cli, Invocation, common, present
+from exl2ray.progress import Reporter
 from exl2ray.reference_flags import is_given, reference_flags
+from exl2ray.streams import Watched, leave_threads, open_missing
 
 
 @click.group(cls=Cli, context_settings={"token_normalize_func": dashes}, invoke_without_command=True)
@@ -42,10 +44,15 @@ def cli(ctx: click.Context) -> None:
 
 def main() -> None:
     """Entry point of the ``exl2ray`` program."""
+    open_missing()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot show
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as e:
+        leave_threads(e.code)
+        raise
 
 
 # ---- conversion -----------------------------------------------------------------------------------------------------
@@ -105,11 +112,12 @@ def _reported(run: Invocation, work: Callable[[Any], None]) -> None:
         _closing(human_reporter(), work)
 
 
-def _closing(reporter: Any, work: Callable[[Any], None]) -> None:
+def _closing(reporter: Reporter, work: Callable[[Any], None]) -> None:
+    watched = Watched(reporter)
     try:
-        work(reporter)
+        work(watched)
     finally:
-        reporter.close()
+        watched.close()
 
 
 def _convert(recipe: Recipe, reporter: Any, dry_run: bool, notes: Sequence[str]) -> None:

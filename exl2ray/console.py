@@ -29,7 +29,7 @@ class JsonLines:
         self._stream = stream
 
     def event(self, name: str, **fields: Any) -> None:
-        print(json_line({"event": name, **fields}), file=self._stream, flush=True)
+        say(self._stream, json_line({"event": name, **fields}))
 
     def close(self) -> None:
         pass
@@ -45,7 +45,7 @@ class Plain:
 
     def event(self, name: str, **fields: Any) -> None:
         for line in self._lines(name, fields):
-            print(clean(line), file=self._stream, flush=True)
+            say(self._stream, clean(line))
 
     def close(self) -> None:
         pass
@@ -78,6 +78,12 @@ class Plain:
             eta = pace.eta_seconds(now)
             parts.append("" if eta is None or f["done"] >= f["items"] else f"ETA {duration(eta)}")
         return "  ".join(p for p in parts if p)
+
+
+def say(stream: TextIO, line: str) -> None:
+    """One line, written at once: lines of several threads do not run into each other."""
+    stream.write(line + "\n")
+    stream.flush()
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
@@ -230,11 +236,15 @@ def reserved_stdout() -> Iterator[TextIO]:
     sys.stdout.flush()
     kept = os.dup(number)
     os.dup2(errors, number)
+    stream = open(os.dup(kept), "w", encoding="utf-8")
     try:
-        with open(os.dup(kept), "w", encoding="utf-8") as stream:
-            yield stream
+        yield stream
+        stream.flush()
     finally:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # if its reader is gone, that has been raised
+            stream.close()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os.dup2(kept, number)
         os.close(kept)
 

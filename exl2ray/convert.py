@@ -12,12 +12,9 @@ there does nothing. Kill the process at any time, run the same command again, an
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from exl2ray.config import Recipe
@@ -25,6 +22,7 @@ from exl2ray.console import places_text
 from exl2ray.dist.faults import DeviceFailed
 from exl2ray.errors import Interrupted
 from exl2ray.progress import Reporter
+from exl2ray.stopping import interruptible
 
 if TYPE_CHECKING:
     from exl2ray.steps import Job
@@ -76,7 +74,7 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
     from exl2ray.steps import Job
 
     try:
-        with _terminable(), Job(recipe, reporter) as job:
+        with interruptible(), Job(recipe, reporter) as job:
             job.lock_targets()
             measurement = job.measure()
             if recipe.output_measurement is not None:
@@ -84,7 +82,7 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
                 return Summary((), path, time.monotonic() - start, tuple(job.warnings.all(())))
             plans = [job.allocate(measurement, bits) for bits in recipe.bits]
             outputs = job.produce(plans)
-        with _terminable():  # the workers are gone, their GPUs free
+        with interruptible():  # the workers are gone, their GPUs free
             if ladder.wanted(recipe):
                 outputs = ladder.evaluate_outputs(recipe, outputs, job.device.type, reporter)
         return _finished(job, outputs, reporter, start)
@@ -112,7 +110,7 @@ def patch(
     _warn_of_others(recipe, reporter)
     writes = replace(recipe, bits=tuple(bits or recipe.bits), compile_full=compile_full or recipe.compile_full)
     try:
-        with _terminable(), Job(recipe, reporter, writes=writes) as job:
+        with interruptible(), Job(recipe, reporter, writes=writes) as job:
             wanted = parse_overrides(overrides, job.spec)
             measurement = job.measure()
             plans = [job.patch(job.allocate(measurement, b), wanted) for b in bits or recipe.bits]
@@ -151,24 +149,6 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> None:
 
 def _resume_hint(recipe: Recipe) -> str:
     return f"resume with: exl2ray convert -o {recipe.out_dir}"
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (a cluster's way to stop a job) ends the run like Ctrl-C: between two commits, with the lock released."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: the caller owns the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 __all__ = ["OutputSummary", "Summary", "convert", "dry_run"]

@@ -15,7 +15,7 @@ class's code; library code only raises.
 | 8 | FormatError | an EXL2 directory, tensor or measurement file breaks a rule of the format |
 | 9 | ClusterError | Ray or its workers: cannot start, item failed repeatedly |
 | 10 | HubError | publishing: the Hub cannot be reached, or refuses |
-| 130 | Interrupted | stopped by the user; the work directory can be resumed |
+| 130 | Interrupted | stopped by SIGINT, SIGTERM or SIGHUP, or as standard output was closed; can be resumed |
 """
 
 from __future__ import annotations

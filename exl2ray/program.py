@@ -5,6 +5,7 @@ Exit codes are those of ``exl2ray.errors``; 1 is an error nobody foresaw.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -16,8 +17,10 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from exl2ray import stopping, streams
 from exl2ray.console import clean, json_line, reserved_stdout
 from exl2ray.errors import Exl2RayError, Interrupted, UsageError
+from exl2ray.streams import last_words
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
@@ -45,28 +48,40 @@ class Cli(click.Group):
         run = Invocation(json="--json" in own, debug="--debug" in own)
         extra.pop("standalone_mode", None)
         try:
-            code = super().main(argv, prog_name or "exl2ray", standalone_mode=False, obj=run, **extra)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more can be said there
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except Exception as e:
-            sys.exit(_report(e, run))
+            with stopping.interruptible():
+                code = super().main(argv, prog_name or "exl2ray", standalone_mode=False, obj=run, **extra)
+                with streams.watched():
+                    sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as e:
+            with stopping.ignored():
+                status = _report(e if isinstance(e, Exception) else click.Abort(), run)
+                streams.leave(status)
         sys.exit(code if isinstance(code, int) else 0)
+
+    # Here, since click ends the program without a word when a pipe breaks.
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with streams.watched():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with streams.watched():
+            return super().invoke(ctx)
 
 
 def _report(error: Exception, run: Invocation) -> int:
     """Shows an error on standard error, as JSON too if asked for; returns the exit code."""
     if run.debug and not isinstance(error, (click.ClickException, click.Abort)):
-        traceback.print_exception(error)
+        last_words("".join(traceback.format_exception(error)).rstrip())
     message, hint, code = _explain(error, run)
     red = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = "" if code == Interrupted.exit_code else "error: "
-    print(f"\033[31m{label}\033[0m" if red and label else label, clean(message), sep="", file=sys.stderr, flush=True)
+    last_words((f"\033[31m{label}\033[0m" if red and label else label) + clean(message))
     if hint:
-        print(clean(f"  hint: {hint}"), file=sys.stderr, flush=True)
+        last_words(clean(f"  hint: {hint}"))
     if run.json:
-        print(json_line({"event": "error", "message": message, "hint": hint, "code": code}), flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            print(json_line({"event": "error", "message": message, "hint": hint, "code": code}), flush=True)
     return code
 
 

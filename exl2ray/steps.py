@@ -48,6 +48,7 @@ from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.soundness import ResultWarnings, insensitive_warning, is_broken, measured_experts, show, unspent_warning
 from exl2ray.source_state import SourceState
+from exl2ray.stopping import shielded
 from exl2ray.store.faults import translated
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY, quant_kind
@@ -130,6 +131,7 @@ class Job:
     ) -> None:
         if self.dry:
             return
+<<<<<<< HEAD
         try:
             if self._session is not None:
                 self._session.close()
@@ -138,6 +140,16 @@ class Job:
             for note in self.work.records.notes:
                 self.reporter.event("note", message=note)
             self.work.close()
+=======
+        with shielded():  # a second signal waits for the lock to be released
+            try:
+                if self._session is not None:
+                    self._session.close()
+                for note in self.work.records.notes:
+                    self.reporter.event("note", message=note)
+            finally:
+                self.work.close()
+>>>>>>> be75d9c (A private Ray refuses strangers, listens on loopback only and hides its files; signals and closed streams stop resumably)
 
     def _tell_of_start(self, resumed: bool) -> None:
         """Before anything is written: a resume has its source and its targets from a file."""

@@ -24,7 +24,7 @@ ROOMS = {
     "report": {"config", "console", "formats", "store"},
     "dist": {"calibration", "config", "formats", "model", "quant", "store"},
 }
-EVERYWHERE = {"errors", "beneath", "__version__"}
+EVERYWHERE = {"errors", "beneath", "stopping", "__version__"}
 ONLY_IN = {"ray": "dist", "numba": "cuda", "huggingface_hub": "publish", "matplotlib": "report"}
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
 HEAVY = {"torch", "ray", "matplotlib", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}

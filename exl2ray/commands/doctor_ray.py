@@ -10,6 +10,7 @@ import tempfile
 from exl2ray.commands.findings import OPEN_FILES, Finding, Level
 from exl2ray.commands.probes import Probe
 from exl2ray.console import duration
+from exl2ray.dist.private import TEMP_PREFIX
 
 
 def ray_start(found: Probe, gpus: int) -> list[Finding]:
@@ -26,15 +27,15 @@ def ray_start(found: Probe, gpus: int) -> list[Finding]:
 
 
 def _ray_fix(error: str) -> str:
-    """What to do about a Ray that does not start; the complaints are those of Ray 2.50 to 2.60."""
+    """What to do about a Ray that does not start; the complaints are those of Ray 2.52 to 2.60."""
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    logs = f"logs: {folder}/ray/session_latest/logs"
+    logs = f"logs: {folder}/{TEMP_PREFIX}*/r/session_latest/logs"
     if "No module named" in error:
         return "pip install exl2ray again: a package is missing"
     if "AF_UNIX path" in error:
         return f"{folder} is too long a path for Ray's sockets: export RAY_TMPDIR=/tmp"
     if "Read-only file system" in error or "Permission denied" in error:
-        return f"Ray must write into {folder}/ray: export RAY_TMPDIR to a directory of your own with a short name"
+        return f"Ray must write into {folder}: export RAY_TMPDIR to a directory of your own with a short name"
     if "No space left" in error:
         return f"{folder} is full: make room, or export RAY_TMPDIR to a directory on another disk"
     if "Too many open files" in error or "timed out during startup" in error:

@@ -58,12 +58,12 @@ print(json.dumps({"package": package, "built_in": built_in}))
 RAY = """
 import json, time
 begin = time.monotonic()
-from exl2ray.dist.session import start_ray
+from exl2ray.dist.starting import start_ray, stop_ray
 ray = start_ray("local")
 answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=60)
 if answer != 42:
     raise RuntimeError(f"a task answered {answer!r}")
-ray.shutdown()
+stop_ray()
 print(json.dumps({"version": ray.__version__, "seconds": time.monotonic() - begin}))
 """
 

@@ -9,6 +9,7 @@ communicator for every pair of members, for some tenths of a second each.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -129,10 +130,18 @@ def _bytes_of(t: Tensor) -> Tensor:
     return t.view(-1).view(torch.uint8)
 
 
-def serve_rendezvous() -> tuple[Any, int]:
-    """The store at which a group meets, served by this process for as long as it is referenced, and its port."""
-    store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-    return store, int(store.port)
+def serve_rendezvous(address: str) -> tuple[Any, int]:
+    """The store at which a group meets, served by this process for as long as it is referenced, and its port.
+
+    address: of this machine; the store, which asks nobody who they are, listens there and at no other.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.bind((address, 0))
+        listening.listen()
+        port = int(listening.getsockname()[1])
+        store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    return store, port
 
 
 @contextmanager

@@ -8,12 +8,13 @@ rules that hold for all of them:
 * a call that ran out of memory is tried once more with smaller batches;
 * a failure of the storage may be that of one machine: it is tried again elsewhere, three times at most;
 * any other exception is deterministic and is raised;
-* the first Ctrl-C (or SIGTERM) stops the submitting and waits for calls in flight, the second ends at once.
+* the first Ctrl-C (or SIGTERM, or SIGHUP) stops the submitting and waits for calls in flight, the second ends at once.
 """
 
 from __future__ import annotations
 
-import signal
+import contextlib
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -24,6 +25,7 @@ from itertools import count
 from types import FrameType
 from typing import Any
 
+from exl2ray import stopping
 from exl2ray.dist.faults import GroupBroken, WorkerOutOfMemory
 from exl2ray.dist.items import ItemResult
 from exl2ray.dist.session import Lost, MissingArgument, Session
@@ -238,21 +240,18 @@ class Scheduler:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """While inside, the first SIGINT or SIGTERM asks for a stop; the second raises KeyboardInterrupt on the spot."""
+        """While inside, the first signal to stop asks for it; the second raises KeyboardInterrupt on the spot."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self._stopping:
-                raise KeyboardInterrupt
+                stopping.interrupt(number, frame)
             self._stopping = True
-            self.event("note", message="stopping: waiting for work in flight (once more to stop at once)")
+            # In a thread, since this one may be in the middle of writing a line.
+            threading.Thread(target=self._announce_stop, daemon=True).start()
 
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: the caller owns the signals
+        with stopping.handled(ask):
             yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+    def _announce_stop(self) -> None:
+        with contextlib.suppress(Exl2RayError):  # nobody reads it any more
+            self.event("note", message="stopping: waiting for work in flight (once more to stop at once)")

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from exl2ray import stopping
 from exl2ray.dist.comm import RENDEZVOUS_SECONDS, serve_rendezvous
 from exl2ray.dist.faults import DeviceFailed, translate
 from exl2ray.dist.items import Meeting, WorkerSetup
 from exl2ray.dist.network import use_interface_of
-from exl2ray.dist.starting import start_ray
+from exl2ray.dist.starting import start_ray, stop_ray
 from exl2ray.errors import ClusterError, Exl2RayError
 from exl2ray.quant.rows import SHARES
 from exl2ray.store.fs import Store
@@ -383,8 +384,9 @@ class RaySession:
             return [Meeting()]
         names = tuple(self.name(w) for w in workers)
         if names not in self._meetings:
-            store, port = serve_rendezvous()
-            place = (str(self._ray.util.get_node_ip_address()), port)
+            address = str(self._ray.util.get_node_ip_address())
+            store, port = serve_rendezvous(address)
+            place = (address, port)
             self._meetings[names] = (store, Meeting(place, 0, len(names), next(_SERIALS)))
         _, meeting = self._meetings[names]
         return [replace(meeting, rank=rank) for rank in range(len(names))]
@@ -401,11 +403,12 @@ class RaySession:
         return f"{folder} on the worker's machine and {self._setup.work_root}/{LOGS}"
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # the cluster may be gone
-            for slot in self._slots.values():
-                self._ray.kill(slot.actor, no_restart=True)
-        self._slots.clear()
-        self._ray.shutdown()
+        with stopping.shielded():
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                for slot in self._slots.values():
+                    self._ray.kill(slot.actor, no_restart=True)
+            self._slots.clear()
+            stop_ray()
 
 
 class MissingArgument(ClusterError):

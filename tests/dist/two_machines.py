@@ -64,7 +64,7 @@ def main() -> None:
     try:
         time.sleep(0.5)  # until it has its namespace
         cable(other.pid)
-        _served, port = serve_rendezvous()
+        _served, port = serve_rendezvous(ADDRESSES[0])
         command = ["nsenter", "-t", str(other.pid), "-n", sys.executable, __file__, "1", ADDRESSES[1], str(port)]
         second = subprocess.Popen(command)
         member(0, ADDRESSES[0], port)

@@ -1,0 +1,107 @@
+"""How signals stop a job: SIGINT (Ctrl-C), SIGTERM (a cluster's way) and SIGHUP (the terminal is gone) do the same.
+
+The first asks for a stop; where work is in flight the scheduler waits for it, elsewhere KeyboardInterrupt is raised. The
+second raises it on the spot. While things are put away (workers ended, the lock released) the first signal waits for the end
+of that, and one more ends the process at once, with the status that is documented for a stop. Whatever the moment, the work
+directory holds what was committed, and nothing half.
+
+A signal that is ignored when the program starts (nohup, a background job of a script) stays ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+from exl2ray.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+Handler = Callable[[int, "FrameType | None"], Any]
+
+
+class _Shield:
+    """Whether things are being put away, and what arrived meanwhile."""
+
+    depth = 0
+    waiting = 0
+
+
+@contextlib.contextmanager
+def handled(handler: Handler) -> Iterator[None]:
+    """While inside, ``handler`` gets the signals that stop a job. Outside of the main thread it does nothing."""
+    before: dict[int, Any] = {}
+    try:
+        for signum in SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                before[signum] = signal.signal(signum, handler)
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While inside, each of the signals raises KeyboardInterrupt; within ``shielded`` once that is over."""
+    with handled(interrupt):
+        yield
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """The handler: raises KeyboardInterrupt, at once or when things have been put away."""
+    if not _Shield.depth:
+        raise KeyboardInterrupt
+    _Shield.waiting += 1
+    if _Shield.waiting > 1:
+        leave_at_once()
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """For putting things away: a signal waits until the end, where it is raised unless an exception is under way already."""
+    late = 0
+    _Shield.depth += 1
+    try:
+        yield
+    finally:
+        _Shield.depth -= 1
+        if not _Shield.depth:
+            late, _Shield.waiting = _Shield.waiting, 0
+    if late:
+        raise KeyboardInterrupt
+
+
+def leave_at_once() -> NoReturn:
+    """Ends the process without putting anything away: files are whole at any moment, and a dead process holds no lock."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"stopped at once, as asked for; the same command resumes the job\n")
+    os._exit(Interrupted.exit_code)
+
+
+def ignored() -> contextlib.AbstractContextManager[None]:
+    """While inside, the signals do nothing: for the last words of a program that ends anyway."""
+    return handled(lambda number, frame: None)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[Callable[[], None]]:
+    """For calls into libraries that take the signals over: yields what puts the handlers back, and does so at the end."""
+    handlers = {s: signal.getsignal(s) for s in SIGNALS}
+
+    def put_back() -> None:
+        with contextlib.suppress(ValueError):  # not in the main thread: nobody touched them
+            for number, handler in handlers.items():
+                if handler is not None:
+                    signal.signal(number, handler)
+
+    try:
+        yield put_back
+    finally:
+        put_back()
