@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS, MEMORY = 10.0, 2 << 30  # of a command that only looks: plan, --dry-run, inspect, verify, solve
 WAITING = 4.0  # times the limit that a run may wait where other processes have the machine
 POLL_SECONDS = 0.01
+CLOSED = "closed"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def exl2ray(
     memory: int = MEMORY,  # bytes
     cwd: str | Path | None = None,
     env: Mapping[str, str] | None = None,  # in addition to this process's
+    output: str = "",  # a file to write to in place of what the Run keeps; CLOSED: a pipe that nobody reads any more
 ) -> Run:
     """Runs the command line with ``arguments`` in a process of its own.
 
@@ -76,7 +78,7 @@ def exl2ray(
     """
     server = _server()
     request = {"arguments": [str(a) for a in arguments], "seconds": seconds, "memory": memory,
-               "cwd": str(cwd or os.getcwd()), "env": dict(env or {})}  # fmt: skip
+               "cwd": str(cwd or os.getcwd()), "env": dict(env or {}), "output": output}  # fmt: skip
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(json.dumps(request) + "\n")
@@ -154,7 +156,7 @@ def _child(request: dict[str, Any], out: int, err: int) -> NoReturn:
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(out, 1)
+    os.dup2(_output(request["output"], out), 1)
     os.dup2(err, 2)
     code: Any = 70
     try:
@@ -176,6 +178,14 @@ def _child(request: dict[str, Any], out: int, err: int) -> NoReturn:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _output(wanted: str, kept: int) -> int:
+    if wanted == CLOSED:
+        reader, writer = os.pipe()
+        os.close(reader)
+        return writer
+    return os.open(wanted, os.O_WRONLY) if wanted else kept
 
 
 def _session(leader: int) -> tuple[int, float]:

@@ -18,6 +18,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -57,8 +58,9 @@ class PrivateRay:
             else:
                 os.environ[name] = value
         _read_environment_again()
+        _end_processes(self.folder)
         if not keep_files:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove(self.folder)
         with contextlib.suppress(OSError):
             os.close(self.lock)
 
@@ -159,6 +161,30 @@ def _locked(folder: Path) -> int:
     return lock
 
 
+def _end_processes(folder: Path) -> None:
+    """Kills what is left of the Ray of this folder. Agents wait a minute for a raylet that was killed, and what had been made
+    when a signal interrupted the start would go on, and write its logs into a folder that is gone.
+    """
+    inside = f"{folder}/"
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid != os.getuid() or int(process.name) == os.getpid():
+                continue
+            outputs = [os.readlink(process / "fd" / n) for n in ("1", "2") if (process / "fd" / n).is_symlink()]
+            command = (process / "cmdline").read_bytes()
+            named = b"/ray/" in command and os.fsencode(f"{inside}r/session_") in command
+            if named or any(name.startswith(inside) for name in outputs):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def _remove(folder: Path) -> None:
+    """The lock goes last: where a process that is about to end still writes into the rest, the next sweep finds it."""
+    rest = folder / "r"
+    shutil.rmtree(rest, ignore_errors=True)
+    if not rest.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sweep(place: Path) -> None:
     """Removes what killed processes of this user left in ``place``: folders of ours whose lock nobody holds."""
     for folder in place.glob(f"{TEMP_PREFIX}*"):
@@ -169,7 +195,8 @@ def _sweep(place: Path) -> None:
             lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                _end_processes(folder)
+                _remove(folder)
             finally:
                 os.close(lock)
 

@@ -1,0 +1,181 @@
+"""Signals and closed streams in the middle of real conversions: the documented status, a word, the same bytes."""
+
+from __future__ import annotations
+
+import multiprocessing.forkserver
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bounded import CLOSED, ROOT, exl2ray
+from stopped_runs import Stopped, context
+from workdir_cases import FLAGS, Conversion
+
+STOPPED = 130
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[ForkServerContext]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as the conversion that results are held against
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield context()
+        multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+class Job:
+    """A conversion that is stopped again and again, and must end with the bytes of the undisturbed one."""
+
+    def __init__(self, forked: ForkServerContext, made: Conversion, root: Path) -> None:
+        self._forked, self.made, self.root = forked, made, root
+        self.work, self.target = root / "work", root / "target"
+
+    def start(self, *more: str, executor: str = "inline", prepare: Any = None) -> Stopped:
+        argv = self.made.arguments(self.work, self.target, "--json", "-b", "4", "--checkpoint-seconds", "0", *more)
+        argv[argv.index("inline")] = executor
+        return Stopped(self._forked, argv, self.root / "err", prepare)
+
+    def was_stopped(self, run: Stopped) -> None:
+        assert run.status() == STOPPED, run.err
+        assert "Traceback" not in run.err
+        assert run.err.count(f"resume with: exl2ray convert -o {self.work}") == 1, run.err
+        assert len(run.err.splitlines()) == 2, run.err
+        assert not (self.work / "driver.lock").exists()
+        assert not run.descendants()
+
+    def ends_the_same(self) -> None:
+        run = self.start()
+        assert run.status() == 0, run.err
+        for kept, now in ((self.made.target, self.target), (self.made.work, self.work)):
+            for file in ("output.safetensors", "measurement.json", "config.json"):
+                if (kept / file).exists():
+                    assert (now / file).read_bytes() == (kept / file).read_bytes(), file
+
+
+@pytest.fixture
+def job(forked: ForkServerContext, made: Conversion, tmp_path: Path) -> Job:
+    return Job(forked, made, tmp_path)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_each_signal_in_the_middle(job: Job, times: int) -> None:
+    for number in SIGNALS:
+        run = job.start()
+        run.until(run.items(1))
+        for _ in range(times):
+            run.signal(number)
+        job.was_stopped(run)
+    job.ends_the_same()
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
+def test_a_signal_before_the_first_module(job: Job, number: int) -> None:
+    run = job.start()
+    run.until(lambda r: bool(r.events("start")))
+    run.signal(number)
+    job.was_stopped(run)
+    job.ends_the_same()
+
+
+def test_an_ignored_signal_stays_ignored(job: Job) -> None:
+    """As under nohup, and as in the background of a script."""
+    run = job.start(prepare=ignore_all)
+    run.until(run.items(1))
+    run.signal(signal.SIGHUP)
+    run.signal(signal.SIGINT)
+    assert run.status() == 0, run.err
+    job.ends_the_same()
+
+
+def ignore_all() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def first_daemon(run: Stopped) -> bool:
+    return run.has("gcs_server")
+
+
+def last_daemon(run: Stopped) -> bool:
+    return run.has("raylet/raylet")
+
+
+def a_worker(run: Stopped) -> bool:
+    return run.has("ray::")
+
+
+def an_item(run: Stopped) -> bool:
+    return bool(run.events("item"))
+
+
+@pytest.mark.slow
+def test_signals_while_ray_starts_and_works(job: Job) -> None:
+    moments = (first_daemon, last_daemon, a_worker, an_item)
+    for moment, number in zip(moments, (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGTERM), strict=True):
+        run = job.start(executor="ray")
+        run.until(moment)
+        run.signal(number)
+        run.signal(number)
+        job.was_stopped(run)
+    job.ends_the_same()
+
+
+# ---- streams --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("errors_too", [False, True])
+def test_a_reader_that_goes_away(job: Job, errors_too: bool) -> None:
+    run = job.start(prepare=errors_into_output if errors_too else None)
+    run.until(run.items(1))
+    run.close_output()
+    if errors_too:
+        assert run.status() == STOPPED
+        assert not (job.work / "driver.lock").exists()
+    else:
+        job.was_stopped(run)
+        assert "standard output was closed" in (job.root / "err").read_text()
+    job.ends_the_same()
+
+
+def errors_into_output() -> None:
+    os.dup2(1, 2)
+
+
+@pytest.mark.parametrize("streams", [(1,), (0, 1, 2)], ids=["stdout", "all"])
+def test_streams_that_are_closed_from_the_start(job: Job, streams: tuple[int, ...]) -> None:
+    """No file that is opened later gets their numbers, and lines into it."""
+    closing = " ".join(f"{n}>&-" for n in streams)
+    argv = job.made.arguments(job.work, job.target, "-b", "4")
+    code = "import sys; from exl2ray.cli import main; sys.argv[0] = 'exl2ray'; main()"
+    command = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-c", code, *argv]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, env=env, timeout=60, capture_output=True).returncode == 0
+    job.ends_the_same()
+
+
+COMMANDS = ["plan", "plan --json", "inspect --json", "--help", "convert --help", "calibration"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_short_commands_whose_reader_is_gone(made: Conversion, tmp_path: Path, command: str) -> None:
+    name, *flags = command.split()
+    arguments = {
+        "plan": ["-i", str(made.model), "-b", "4", "-c", str(made.text), *FLAGS],
+        "inspect": [str(made.target)],
+        "calibration": ["-i", str(made.model), "-c", str(made.text), *FLAGS[:8]],
+    }
+    run = exl2ray(name, *arguments.get(name, []), *flags, output=CLOSED)
+    run.ends_with(STOPPED, "standard output was closed")
+
+
+def test_standard_output_on_a_full_disk(made: Conversion, tmp_path: Path) -> None:
+    run = exl2ray(*made.arguments(tmp_path / "work", None), output="/dev/full")
+    run.ends_with(7, "cannot write to standard output: No space left on device")
+    assert not (tmp_path / "work" / "driver.lock").exists()
