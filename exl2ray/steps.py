@@ -131,25 +131,15 @@ class Job:
     ) -> None:
         if self.dry:
             return
-<<<<<<< HEAD
-        try:
-            if self._session is not None:
-                self._session.close()
-        finally:
-            self.targets.close()
-            for note in self.work.records.notes:
-                self.reporter.event("note", message=note)
-            self.work.close()
-=======
-        with shielded():  # a second signal waits for the lock to be released
+        with shielded():  # a second signal waits for the locks to be released
             try:
                 if self._session is not None:
                     self._session.close()
                 for note in self.work.records.notes:
                     self.reporter.event("note", message=note)
             finally:
+                self.targets.close()
                 self.work.close()
->>>>>>> be75d9c (A private Ray refuses strangers, listens on loopback only and hides its files; signals and closed streams stop resumably)
 
     def _tell_of_start(self, resumed: bool) -> None:
         """Before anything is written: a resume has its source and its targets from a file."""
