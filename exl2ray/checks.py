@@ -12,8 +12,7 @@ import torch
 
 from exl2ray import __version__
 from exl2ray.config import Recipe
-from exl2ray.errors import CalibrationError, StoreError, UsageError
-from exl2ray.formats.files import sha256_of
+from exl2ray.errors import StoreError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.formats.target import check_target
@@ -60,16 +59,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return out
-
-
-def file_hash(path: str | None) -> str | None:
-    """SHA-256 of a file; None for None. CalibrationError if it cannot be read."""
-    if path is None:
-        return None
-    try:
-        return sha256_of(Path(path))
-    except OSError as e:
-        raise CalibrationError(f"-c {path}: cannot be read: {e.strerror}", "give a Parquet file with text") from e
 
 
 def check_output(recipe: Recipe, directory: Path, source: SourceModel | None) -> None:

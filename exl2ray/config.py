@@ -34,8 +34,8 @@ class Recipe:
     """-hb: bits of the output head: 2, 3, 4, 5, 6 or 8; if absent 6, or what --allocation linear finds best."""
     compile_full: str | None = None
     """-cf: directory for the complete model: tensors, config, tokenizer. {bpw} stands for the bitrate."""
-    cal_dataset: str | None = None
-    """-c: Parquet file with calibration text; the built-in set if absent."""
+    cal_dataset: str | tuple[str, ...] | None = None  # a tuple if there are several
+    """-c: calibration text: Parquet, .jsonl, .json or .txt file, folder, hf://datasets/...; FILE:COLUMN; repeatable."""
     dataset_rows: int = 100
     """-r: calibration rows of the quantisation pass, with -c."""
     measurement_rows: int = 16
@@ -102,6 +102,9 @@ class Recipe:
     """--checkpoint-seconds: least time between saved hidden states."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.cal_dataset, tuple):  # one is as if it were the only one there can be, none is none
+            files = self.cal_dataset
+            object.__setattr__(self, "cal_dataset", files if len(files) > 1 else files[0] if files else None)
         if not self.bits:
             raise UsageError("-b: no bitrate given")
         for b in self.bits:
@@ -166,6 +169,17 @@ class Recipe:
         return int(self.shard_size * 2**20)
 
     @property
+    def calibration_data(self) -> tuple[str, ...]:
+        """Every -c; empty for the built-in set."""
+        given = self.cal_dataset
+        return given if isinstance(given, tuple) else () if given is None else (given,)
+
+    @property
+    def calibration_name(self) -> str | None:
+        """The names of the data without their folders, for cards; None for the built-in set."""
+        return ", ".join(map(place_name, self.calibration_data)) or None
+
+    @property
     def numerics(self) -> Numerics:
         """What --quality and the flags beside it come to."""
         return resolve(self.quality, self.propagate, self.target_correction, self.scale_search, self.sweeps)
@@ -189,10 +203,14 @@ class Recipe:
         """Directory of the complete model at one bitrate."""
         return None if self.compile_full is None else self.compile_full.replace("{bpw}", bpw_name(bits))
 
-    def job(self, identity: dict[str, Any], calibration: str | None) -> dict[str, dict[str, Any]]:
-        """The sections of job.json. ``identity``: fingerprint of the source; ``calibration``: hash of the data of -c."""
+    def job(
+        self, identity: dict[str, Any], calibration: str | None, quantising: str | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """The sections of job.json. ``identity``: fingerprint of the source; ``calibration``: hash of the data of -c.
+
+        quantising: of the data that the quantisation pass takes, if another part of it has a hash of its own.
+        """
         data = {
-            "cal_dataset": calibration,
             "seed": self.seed,
             "chat_rows": self.chat_rows,
             "moe_all_experts": self.moe_all_experts,
@@ -205,6 +223,7 @@ class Recipe:
                 **({"rotate": True} if self.rotate else {}),
             },
             "measure": {
+                "cal_dataset": calibration,
                 **data,
                 "rows": self.measurement_rows if self.cal_dataset else None,
                 "length": self.measurement_length,
@@ -212,6 +231,7 @@ class Recipe:
                 "measurement": None,
             },
             "quantize": {
+                "cal_dataset": quantising or calibration,
                 **data,
                 "rows": self.dataset_rows if self.cal_dataset else None,
                 "length": self.length,
@@ -284,6 +304,11 @@ def choices(hint: Any) -> tuple[str, ...]:
         if get_origin(part) is Literal:
             return get_args(part)
     return ()
+
+
+def place_name(place: str) -> str:
+    """A -c without the folders above it."""
+    return place if "://" in place else place.rstrip("/").rpartition("/")[2] or place
 
 
 def bpw_name(bits: float) -> str:

@@ -87,7 +87,7 @@ METAVARS = {
     "in_dir": "DIR",
     "out_dir": "DIR",
     "compile_full": "DIR",
-    "cal_dataset": "FILE",
+    "cal_dataset": "PLACE",
     "eval_text": "FILE",
     "overrides": "PATTERN=BITS",
     "measurement": "FILE",
@@ -186,6 +186,8 @@ def _attributes(name: str, required: bool) -> dict[str, Any]:
     out["show_default"] = out.get("default") is not None
     if choices(hint):
         return {**out, "type": click.Choice(choices(hint))}
+    if any(get_origin(part) is tuple and type(None) in get_args(hint) for part in get_args(hint)):  # one, several or none
+        return {**out, "default": (), "type": str, "multiple": True, "metavar": METAVARS.get(name)}
     if get_origin(hint) is tuple:
         return {**out, "type": get_args(hint)[0], "multiple": True, "metavar": METAVARS.get(name)}
     kinds = [k for k in get_args(hint) or (hint,) if k is not type(None)]
@@ -259,7 +261,8 @@ def stored_settings(root: str, given: Iterable[str] = (), trust: bool = False) -
     if own_data and "cal_dataset" not in given:
         if not job["identity"].get("cal_dataset"):
             raise UsageError(f"the job in {root} uses calibration data of its own", "name the file again with -c")
-        out["cal_dataset"] = job["identity"]["cal_dataset"]
+        place = job["identity"]["cal_dataset"]
+        out["cal_dataset"] = tuple(place) if isinstance(place, list) else place
     return out
 
 
@@ -267,10 +270,11 @@ def check_files(recipe: Recipe) -> None:
     """UsageError naming the flag for a path that should exist and does not."""
     if not os.path.exists(recipe.in_dir):  # what is there is looked at by the checks of a conversion
         raise UsageError(f"-i {recipe.in_dir}: does not exist", "give the folder that holds config.json and *.safetensors")
-    for flag, path, kind in (
-        ("-c", recipe.cal_dataset, "a Parquet file"),
-        ("-m", recipe.measurement, "a measurement.json"),
-    ):
-        if path is not None and not os.path.isfile(path):
-            what = "is a directory" if os.path.isdir(path) else "does not exist"
-            raise UsageError(f"{flag} {path}: {what}", f"give {kind}")
+    for place in recipe.calibration_data:
+        from exl2ray.calibration.data.sources import check_place
+
+        check_place(place)
+    path = recipe.measurement
+    if path is not None and not os.path.isfile(path):
+        what = "is a directory" if os.path.isdir(path) else "does not exist"
+        raise UsageError(f"-m {path}: {what}", "give a measurement.json")

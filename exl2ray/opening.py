@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exl2ray.checks import file_hash
+from exl2ray.calibration.rows import Rows
 from exl2ray.config import JOB_FLAGS, Recipe
+from exl2ray.datasets import data_hashes, stored_places
 from exl2ray.errors import StoreError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import Measurement
@@ -20,15 +22,17 @@ from exl2ray.store.layout import MEASUREMENT
 from exl2ray.store.workdir import WorkDir
 
 
-def job_of(recipe: Recipe, source: SourceModel, spec: ModelSpec) -> dict[str, dict[str, Any]]:
-    """The sections of job.json. ``recipe``: with ``--allocation`` as ``falls_back`` has it."""
+def job_of(
+    recipe: Recipe, source: SourceModel, spec: ModelSpec, rows: Mapping[str, Rows], data: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The sections of job.json. ``recipe``: with ``--allocation`` as ``falls_back`` has it; ``data``: every -c, absolute."""
     identity = {
         "fingerprint": source.fingerprint(),
         "architecture": spec.arch.name,
         "in_dir": str(Path(recipe.in_dir).resolve()),
-        "cal_dataset": recipe.cal_dataset and str(Path(recipe.cal_dataset).resolve()),
+        "cal_dataset": stored_places(data),
     }
-    job = recipe.job(identity, file_hash(recipe.cal_dataset))
+    job = recipe.job(identity, *data_hashes(recipe, rows))
     if recipe.measurement is not None:
         job["measure"]["measurement"] = str(Path(recipe.measurement).resolve())
     return job
@@ -62,7 +66,10 @@ def check_measurement_target(wanted: str) -> None:
         raise StoreError(f"-om {wanted}: {place} is not a directory that can be written", "choose another place with -om")
 
 
-def check_opening(recipe: Recipe, source: SourceModel, spec: ModelSpec, given: Measurement | None) -> None:
+def check_opening(
+    recipe: Recipe, source: SourceModel, spec: ModelSpec, given: Measurement | None, rows: Mapping[str, Rows],
+    data: Sequence[str],
+) -> None:
     """Raises the StoreError that resuming the job in a local work directory would end with; writes nothing."""
     if recipe.no_resume or not recipe.out_dir or "://" in recipe.out_dir:
         return
@@ -71,5 +78,5 @@ def check_opening(recipe: Recipe, source: SourceModel, spec: ModelSpec, given: M
         return
     if falls_back(recipe, spec, given):
         recipe = replace(recipe, allocation="module")
-    job, allowed = job_of(recipe, source, spec), allowed_changes(recipe, stored)
+    job, allowed = job_of(recipe, source, spec, rows, data), allowed_changes(recipe, stored)
     WorkDir.check_opening(recipe.out_dir, job, resume=True, allow_changed=allowed, flags=JOB_FLAGS)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl2ray.calibration.data.taken import described_passes
 from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.calibration.soundness import baseline
 from exl2ray.checks import pick_executor, versions
@@ -78,7 +79,7 @@ class Job:
             raise AssertionError("checks without a problem leave nothing out")
         self.source, self.device, self.rows = found.source, found.device, found.rows
         self.spec: ModelSpec = found.spec
-        self._measurement_given = found.measurement
+        self._measurement_given, self._data = found.measurement, found.data
         self._tokenizer_files = {} if found.tokenizer is None else tokenizer_output(recipe.in_dir, found.tokenizer)
         given = found.measurement
         if falls_back(recipe, self.spec, given):  # --allocation was not asked for
@@ -96,16 +97,17 @@ class Job:
             self.reporter.event("warning", message=warning)
         self.warnings = ResultWarnings(self.reporter)
         self.warnings.add((*found.doubts, *self.spec.warnings))
-        for note in (*found.notes, *sorted({n for rows in self.rows.values() for n in rows.notes})):
+        of_rows = sorted({n for rows in self.rows.values() for n in rows.notes})
+        for note in (*found.notes, *described_passes(self.rows), *of_rows):
             self.reporter.event("note", message=note)
 
     # ---- opening -----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Job:
         recipe = self.recipe
-        self.job = job_of(recipe, self.source, self.spec)
         if self.dry:
             return self
+        self.job = job_of(recipe, self.source, self.spec, self.rows, self._data)
         stored = WorkDir.read_job(recipe.out_dir)
         self.work = WorkDir.create_or_resume(
             recipe.out_dir, self.job, resume=not recipe.no_resume, versions=versions(),

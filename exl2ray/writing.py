@@ -192,7 +192,7 @@ class OutputWriter:
         """config.json of the output."""
         config = output_config(
             loader_config(self.spec.arch, self.source.config), plan.bits, head_bits(self.recipe, self.spec, plan),
-            self.calibration_rows, self.recipe.length, self.recipe.cal_dataset,
+            self.calibration_rows, self.recipe.length, self.recipe.calibration_name,
         )  # fmt: skip
         if self.overrides:  # loaders ignore what they do not know
             config["quantization_config"]["overrides"] = list(self.overrides)

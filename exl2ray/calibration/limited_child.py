@@ -28,7 +28,8 @@ def main(kind: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not look like an answer
-    handlers = {"template": template_handlers, "tokenizer": tokenizer_handlers, "convert": convert_handlers}[kind]()
+    handlers = {"template": template_handlers, "tokenizer": tokenizer_handlers, "convert": convert_handlers,
+                "data": data_handlers}[kind]()  # fmt: skip
     if kind != "convert":
         _limit_files()
     while True:
@@ -173,3 +174,13 @@ def convert_handlers() -> dict[str, Handler]:
         return {"differing": differing}, [text.encode()]
 
     return {"convert": convert}
+
+
+# ---- calibration data ---------------------------------------------------------------------------------------------------
+
+
+def data_handlers() -> dict[str, Handler]:
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives memory back, and notices limits
+    from exl2ray.calibration.data.child import handlers
+
+    return handlers()

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from exl2ray.calibration import generate
 from exl2ray.calibration.chat import ChatText
+from exl2ray.calibration.data.taken import Taken
 from exl2ray.calibration.limited_child import quoted
 from exl2ray.calibration.pieces import (
     GENERATED,
@@ -69,8 +70,10 @@ class Rows:
 
     ids: Tensor  # (R, T) int64; -1 throughout a noise row
     kinds: tuple[str, ...]
-    source: str  # "built-in" or the path of the Parquet file
+    source: str  # "built-in" or what -c names
     notes: tuple[str, ...] = ()
+    taken: tuple[Taken, ...] = ()  # of the user's own data
+    digest: str | None = None  # SHA-256 of the texts of the user's own data that the rows are made of
 
     def __post_init__(self) -> None:
         if self.ids.dtype != torch.int64 or self.ids.ndim != 2 or self.ids.shape[0] != len(self.kinds):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from exl2ray.calibration.data.taken import Taken
 from exl2ray.calibration.rows import Rows
 from exl2ray.calibration.tokenizer import ModelTokenizer
 
@@ -34,6 +35,7 @@ class RowsView:
     vocab_size: int
     kinds: tuple[KindView, ...]
     notes: tuple[str, ...]
+    taken: tuple[Taken, ...]  # of the user's own data
 
 
 def preview(text: str, words: int, columns: int = PREVIEW_COLUMNS) -> str:
@@ -68,4 +70,4 @@ def describe_rows(rows: Rows, tokenizer: ModelTokenizer, words: int = 12) -> Row
         kinds.append(KindView(kind, ids.shape[0], ids.numel(), distinct, preview(text, words)))
     total, length = rows.ids.shape
     used = torch.unique(rows.ids[rows.ids >= 0]).numel()
-    return RowsView(rows.source, total, length, used, tokenizer.vocab_size, tuple(kinds), rows.notes)
+    return RowsView(rows.source, total, length, used, tokenizer.vocab_size, tuple(kinds), rows.notes, rows.taken)

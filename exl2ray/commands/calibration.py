@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from exl2ray.calibration.parquet import parquet_rows
+from exl2ray.calibration.data.stream import CalibrationData
+from exl2ray.calibration.data.taken import describe
 from exl2ray.calibration.rows import Plan, Rows, builtin_rows
 from exl2ray.calibration.show import RowsView, describe_rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.config import Recipe
 from exl2ray.console import clean, show_table
+from exl2ray.datasets import sources_of
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
@@ -23,10 +25,15 @@ def rows_of(recipe: Recipe) -> dict[str, RowsView]:
     source = SourceModel(recipe.in_dir)
     spec = load_spec(source)
     with load_tokenizer(recipe.in_dir, source.config, spec.hyper.vocab_size) as tokenizer:
-        return {name: describe_rows(_rows(recipe, spec, tokenizer, plan), tokenizer) for name, plan in PASSES.items()}
+        with CalibrationData(sources_of(recipe), tokenizer, recipe.chat_rows) as data:
+            return {
+                name: describe_rows(_rows(recipe, spec, tokenizer, plan, data), tokenizer) for name, plan in PASSES.items()
+            }
 
 
-def _rows(recipe: Recipe, spec: ModelSpec, tokenizer: ModelTokenizer, plan: Plan) -> Rows:
+def _rows(
+    recipe: Recipe, spec: ModelSpec, tokenizer: ModelTokenizer, plan: Plan, data: CalibrationData
+) -> Rows:
     measuring, hyper = plan == "measure", spec.hyper
     length = recipe.measurement_length if measuring else recipe.length
     if recipe.cal_dataset is None:
@@ -36,9 +43,7 @@ def _rows(recipe: Recipe, spec: ModelSpec, tokenizer: ModelTokenizer, plan: Plan
         )  # fmt: skip
     flags = ("-mr", "-ml") if measuring else ("-r", "-l")
     count = recipe.measurement_rows if measuring else recipe.dataset_rows
-    return parquet_rows(
-        recipe.cal_dataset, tokenizer, count, length, *flags, hyper.vocab_size, max_positions=hyper.max_seq_len
-    )
+    return data.rows(count, length, *flags, hyper.vocab_size, max_positions=hyper.max_seq_len)
 
 
 def rows_json(views: Mapping[str, RowsView]) -> dict[str, Any]:
@@ -51,6 +56,8 @@ def show(views: Mapping[str, RowsView]) -> None:
         print(f"{view.distinct} of {view.vocab_size} token ids occur")
         rows = [[k.kind, k.rows, k.distinct, k.first_words] for k in view.kinds]
         show_table("", ["kind", "rows", "different ids", "begins"], rows)
+        for taken in view.taken:
+            print(clean(describe(taken)))
         for note in view.notes:
             print(clean(f"note: {note}"))
         print()

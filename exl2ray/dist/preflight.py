@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exl2ray import __version__
+from exl2ray.calibration.data.sources import is_there, split_column
 from exl2ray.errors import Exl2RayError, StoreError
 from exl2ray.store.fs import Store, temp_name
 
@@ -38,7 +39,7 @@ class SharedPath:
 
     flag: str
     path: str
-    role: Literal["model", "file", "output"]
+    role: Literal["model", "file", "data", "output"]
     workers: bool
 
 
@@ -115,6 +116,9 @@ def look(where: str, paths: Sequence[SharedPath], tokens: Mapping[str, tuple[str
         elif p.role == "file":
             if not os.path.isfile(p.path) or not os.access(p.path, os.R_OK):
                 problems.append(Problem(f"{p.flag} {p.path}: not a readable file on {where}", SHARED_HINT))
+        elif p.role == "data":  # a file, a folder or a pattern, perhaps with a column
+            if not is_there(split_column(p.path)[0]):
+                problems.append(Problem(f"{p.flag} {p.path}: does not exist on {where}", SHARED_HINT))
         elif p.path in tokens:
             problems += _joined(p, where, *tokens[p.path])
     return NodeView(tuple(problems), models, installed_versions())

@@ -45,7 +45,7 @@ PATHS = {
     "out_dir": Path("-o", "output", workers=True, stores=True),
     "compile_full": Path("-cf", "output", workers=False),
     "output_measurement": Path("-om", "output", workers=False),
-    "cal_dataset": Path("-c", "file", workers=False),
+    "cal_dataset": Path("-c", "data", workers=False),
     "measurement": Path("-m", "file", workers=False),
 }
 
@@ -54,22 +54,26 @@ def shared_paths(settings: Mapping[str, Any]) -> tuple[SharedPath, ...]:
     """Paths among the settings of a command (fields of ``Recipe``). UsageError for those that no cluster can share."""
     out = []
     for name, kind in PATHS.items():
-        path = settings.get(name)
-        if path is None:
-            continue
-        if "://" in path and not kind.stores:
-            raise UsageError(
-                f"{kind.flag} {path}: only -o may be in an object store",
-                "name a path that every node of the cluster mounts",
-            )
-        local = path.removeprefix("file://")
-        if "://" not in local and not os.path.isabs(local):
-            raise UsageError(
-                f"{kind.flag} {path}: a relative path is another place on the cluster",
-                f"give the absolute path that the cluster's nodes see, as {kind.flag} /shared/{os.path.basename(local)}",
-            )
-        out.append(SharedPath(kind.flag, path.replace("{bpw}", "bpw"), kind.role, kind.workers))
+        value = settings.get(name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if path is not None and not (kind.role == "data" and path.startswith("hf://")):  # the driver fetches those
+                out.append(_shared_path(kind, path))
     return tuple(out)
+
+
+def _shared_path(kind: Path, path: str) -> SharedPath:
+    if "://" in path and not kind.stores:
+        raise UsageError(
+            f"{kind.flag} {path}: only -o may be in an object store",
+            "name a path that every node of the cluster mounts",
+        )
+    local = path.removeprefix("file://")
+    if "://" not in local and not os.path.isabs(local):
+        raise UsageError(
+            f"{kind.flag} {path}: a relative path is another place on the cluster",
+            f"give the absolute path that the cluster's nodes see, as {kind.flag} /shared/{os.path.basename(local)}",
+        )
+    return SharedPath(kind.flag, path.replace("{bpw}", "bpw"), kind.role, kind.workers)
 
 
 def check_settings(command: str, settings: Mapping[str, Any]) -> None:

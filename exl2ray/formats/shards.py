@@ -272,7 +272,7 @@ def output_config(
 
     ``config`` is the source's in the spelling that loaders read: the result of ``model.hyper.loader_config``. ``bits``
     and ``head_bits`` are the requested ones, ``rows`` the calibration rows really used, ``length`` the
-    requested row length, ``dataset`` the calibration file (directories are dropped) or None for the built-in set.
+    requested row length, ``dataset`` the name of the calibration data or None for the built-in set.
     """
     out = {key: value for key, value in config.items() if key not in OTHER_QUANTISATION}
     if isinstance(out.get("text_config"), Mapping):
@@ -285,7 +285,7 @@ def output_config(
         "calibration": {
             "rows": int(rows),
             "length": int(length),
-            "dataset": Path(dataset).name if dataset else "(default)",
+            "dataset": dataset or "(default)",
         },
     }
     return out

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from exl2ray.calibration.data.taken import PASSES, described_passes
 from exl2ray.config import Recipe, bpw_name
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError
 from exl2ray.formats.hf import SourceModel
@@ -65,6 +67,7 @@ class Report:
     source_bytes: int | None = None
     source_files: int | None = None
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    calibration: list[dict[str, Any]] = field(default_factory=list)  # what -c gave to each pass
     reachable_bpw: tuple[float, float] | None = None
     sizes: list[OutputSize] = field(default_factory=list)
     other_bytes: int | None = None  # tokenizer and other files that are copied
@@ -125,6 +128,9 @@ def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
         report.warnings += spec.warnings
     report.warnings += [*found.warnings, *found.doubts, *found.notes]
     report.rows = {name: (r.ids.shape[0], r.ids.shape[1]) for name, r in found.rows.items()}
+    taken = [(PASSES[name], t) for name, rows in found.rows.items() for t in rows.taken]
+    report.calibration = [{"pass": name, **asdict(t)} for name, t in taken]
+    report.warnings += described_passes(found.rows)
     report.warnings += sorted({n for rows in found.rows.values() for n in rows.notes})
     report.warnings += _not_estimated(recipe)
     for need in found.disks:

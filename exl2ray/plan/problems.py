@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from exl2ray.calibration.parquet import parquet_rows
+from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Rows, builtin_rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.checks import check_output, check_shared_memory, idle_gpu, pick_device, pick_executor
 from exl2ray.config import Recipe
+from exl2ray.datasets import sources_of
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
@@ -73,6 +74,7 @@ class Examination:
     measurement: Measurement | None = None  # of -m
     tokenizer: ModelTokenizer | None = None  # closed
     rows: dict[str, Rows] = field(default_factory=dict)  # "measure", "quantize"
+    data: tuple[str, ...] = ()  # every -c, absolute
     disks: list[DiskNeed] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # of what spoils a run without stopping it
@@ -132,9 +134,10 @@ def examine(recipe: Recipe) -> Examination:
             found.attempt("bitrate", lambda b=bits: check_reachable(b, tables))  # type: ignore[misc]
     if recipe.measurement is not None:
         found.measurement = found.attempt("measurement", lambda: _measurement(recipe, spec))
-    if source is not None and spec is not None and not found.has("work directory", "measurement"):
-        found.attempt("work directory", lambda: check_opening(recipe, source, spec, found.measurement))
     _examine_calibration(found, recipe)
+    if source is not None and spec is not None and len(found.rows) == 2 and not found.has("work directory", "measurement"):
+        given, rows, data = found.measurement, found.rows, found.data
+        found.attempt("work directory", lambda: check_opening(recipe, source, spec, given, rows, data))
     if source is not None:
         names = source.names() if spec is None else stored_names(spec)
         found.add("values", scan_values(source, names, recipe.seed))
@@ -297,13 +300,20 @@ def _examine_calibration(found: Examination, recipe: Recipe) -> None:
         return
     found.warnings += tokenizer.warnings
     with tokenizer:  # its process takes some hundred MB
-        for name in ("measure", "quantize"):
-            rows = found.attempt("calibration", lambda n=name: _rows(found, recipe, tokenizer, vocabulary, n))  # type: ignore[misc]
-            if rows is not None:
-                found.rows[name] = rows
+        sources = found.attempt("calibration", lambda: sources_of(recipe))
+        if sources is None:
+            return
+        found.data = tuple(source.given for source in sources)
+        with CalibrationData(sources, tokenizer, recipe.chat_rows) as data:
+            for name in ("measure", "quantize"):
+                rows = found.attempt("calibration", lambda n=name: _rows(found, recipe, tokenizer, vocabulary, n, data))  # type: ignore[misc]
+                if rows is not None:
+                    found.rows[name] = rows
 
 
-def _rows(found: Examination, recipe: Recipe, tokenizer: ModelTokenizer, vocabulary: int, name: str) -> Rows:
+def _rows(
+    found: Examination, recipe: Recipe, tokenizer: ModelTokenizer, vocabulary: int, name: str, data: CalibrationData
+) -> Rows:
     measuring, spec = name == "measure", found.spec
     length = recipe.measurement_length if measuring else recipe.length
     longest = spec.hyper.max_seq_len if spec is not None else None
@@ -315,7 +325,7 @@ def _rows(found: Examination, recipe: Recipe, tokenizer: ModelTokenizer, vocabul
         )  # fmt: skip
     flags = ("-mr", "-ml") if measuring else ("-r", "-l")
     count = recipe.measurement_rows if measuring else recipe.dataset_rows
-    return parquet_rows(recipe.cal_dataset, tokenizer, count, length, *flags, vocabulary, max_positions=longest)
+    return data.rows(count, length, *flags, vocabulary, max_positions=longest)
 
 
 # ---- directories and machine ------------------------------------------------------------------------------------------

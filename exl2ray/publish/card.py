@@ -199,7 +199,7 @@ def converted(
         head_bits=recipe.usual_head_bits,
         file_bytes=sum(p.stat().st_size for p in files),
         files=len(files),
-        calibration=None if recipe.cal_dataset is None else Path(recipe.cal_dataset).name,
+        calibration=recipe.calibration_name,
         rows=rows,
         length=recipe.length,
         making=Making(command(recipe, bits, base, patches), settings(recipe), perplexity, reference_perplexity),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from exl2ray.config import Recipe
+from exl2ray.config import Recipe, place_name
 from exl2ray.flags import METAVARS, STORED_AT, dashes, field_docs
 from exl2ray.formats.links import outside
 from exl2ray.publish.frontmatter import Value, read_fields, split_card
@@ -135,6 +135,8 @@ def _changed(recipe: Recipe) -> dict[str, Any]:
 
 
 def _shown(name: str, value: Any) -> Any:
+    if name == "cal_dataset" and value is not None:
+        return tuple(map(place_name, (value,) if isinstance(value, str) else value))
     return Path(value).name if METAVARS.get(name) == "FILE" and value is not None else value
 
 

@@ -102,7 +102,7 @@ def test_paths_of_a_command() -> None:
         ("-i", "/s/m", "model", True),
         ("-o", "s3://b/w", "output", True),
         ("-cf", "/s/out/bpw", "output", False),
-        ("-c", "/s/c.parquet", "file", False),
+        ("-c", "/s/c.parquet", "data", False),
     ]
 
 

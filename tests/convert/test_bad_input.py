@@ -169,7 +169,7 @@ def test_tokenizer_larger_than_the_head(model: Path, tmp_path: Path) -> None:
 def test_calibration_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_bytes(b"not parquet")
     refused(CalibrationError, r"data\.parquet", model, tmp_path, cal_dataset=str(tmp_path / "data.parquet"))
-    refused(CalibrationError, r"nothing\.parquet", model, tmp_path, cal_dataset=str(tmp_path / "nothing.parquet"))
+    refused(UsageError, r"nothing\.parquet", model, tmp_path, cal_dataset=str(tmp_path / "nothing.parquet"))
 
 
 def test_rows_longer_than_the_model(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,152 @@
+"""In the child: records of JSON lines, and of JSON files, which are read element by element however large they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from exl2ray.calibration.data.plain import MIB, Source
+from exl2ray.calibration.data.problem import DataError
+
+MAX_RECORD = 32 * MIB  # bytes of a line, or of an element of a JSON file
+FIRST_READ = 64 << 10
+LISTS = ("data", "train", "rows", "examples", "instances", "conversations", "documents", "items")
+BLANKS = b" \t\r\n"
+
+
+def records_of_lines(source: Source) -> Iterator[tuple[str, Any]]:
+    """(where, value) of every line that is not empty. Raises DataError with the number of the line."""
+    rest, number = b"", 0
+    while True:
+        end = rest.find(b"\n")
+        more = b""
+        while end < 0:
+            if len(rest) > MAX_RECORD:
+                raise DataError(f"line {number + 1} is longer than {MAX_RECORD >> 20} MiB", "split it into several documents")
+            more = source.read(max(FIRST_READ, len(rest)))
+            if not more:
+                break
+            end = more.find(b"\n")
+            end = end if end < 0 else end + len(rest)
+            rest += more
+        if end < 0 and not rest:
+            return
+        line, _, rest = rest.partition(b"\n") if end >= 0 else (rest, b"", b"")
+        number += 1
+        if line.strip(BLANKS):
+            yield f"line {number}", _parsed(line, f"line {number}")
+
+
+def records_of_json(source: Source) -> Iterator[tuple[str, Any]]:
+    """(where, value) of the elements of a list, or of the one list in an object; the object itself; or JSON lines."""
+    head = source.head.lstrip(BLANKS)
+    if head.startswith(b"["):
+        yield from _elements(source)
+        return
+    first, _, more = head.partition(b"\n")
+    if more.strip(BLANKS) and _is_json(first):
+        yield from records_of_lines(source)
+        return
+    whole = source.read(MAX_RECORD + 1)
+    if len(whole) > MAX_RECORD:
+        raise DataError(f"is one JSON object of more than {MAX_RECORD >> 20} MiB", "write one object per line: JSON lines")
+    value = _parsed(whole, "the file")
+    lists = {k: v for k, v in value.items() if isinstance(v, list)} if isinstance(value, dict) else {}
+    name = next((n for n in LISTS if n in lists), None) or (next(iter(lists)) if len(lists) == 1 == len(value) else None)
+    if name is None or (name == "conversations" and len(value) > 1):
+        yield "the object", value
+        return
+    for i, element in enumerate(lists[name]):
+        yield f"{name}[{i}]", element
+
+
+def _elements(source: Source) -> Iterator[tuple[str, Any]]:
+    """The elements of a top-level list, with as little of the file in memory as one of them takes."""
+    decoder, text, position, number, complete = json.JSONDecoder(), "", 0, 0, False
+    pending = b""
+
+    def more() -> bool:
+        """Appends to ``text``; False at the end of the file."""
+        nonlocal text, position, pending, complete
+        data = pending + source.read(max(FIRST_READ, len(text) - position))
+        good, pending = _whole_characters(data)
+        text, position = text[position:] + _decoded(good, source.position - len(data)), 0
+        complete = len(data) == len(pending) or not data
+        return not complete
+
+    more()
+    position = text.index("[") + 1
+    while True:
+        position = _skip(text, position)
+        if position >= len(text):
+            if not more():
+                raise DataError(f"breaks off behind element {number}", "fetch the file again")
+            continue
+        if text[position] == "]":
+            return
+        if text[position] == "," and number:
+            position = _skip(text, position + 1)
+        try:
+            value, end = decoder.raw_decode(text, position)
+            after = _skip(text, end)
+            if after < len(text) or complete:  # else a number may go on
+                yield f"element {number}", value
+                position, number = after, number + 1
+                continue
+        except ValueError as e:
+            problem: Exception = e
+        except RecursionError as e:
+            raise DataError(f"element {number} is nested too deeply") from e
+        else:
+            problem = EOFError("breaks off")
+        if len(text) - position > MAX_RECORD:
+            raise DataError(f"element {number}: not JSON, or longer than {MAX_RECORD >> 20} MiB: {_short(problem)}")
+        if not more():
+            raise DataError(f"element {number} is not JSON: {_short(problem)}", "is the file complete?")
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _whole_characters(data: bytes) -> tuple[bytes, bytes]:
+    """``data`` up to its last whole character, and the begin of another one."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:
+            length = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return (data, b"") if length <= back else (data[:-back], data[-back:])
+    return data, b""
+
+
+def _decoded(data: bytes, position: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"not UTF-8 at byte {position + e.start}", "iconv -f LATIN1 -t UTF-8 FILE > NEW") from e
+
+
+def _parsed(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except UnicodeDecodeError as e:
+        raise DataError(f"{where}: not UTF-8 at its byte {e.start}", "iconv -f LATIN1 -t UTF-8 FILE > NEW") from e
+    except ValueError as e:
+        raise DataError(f"{where} is not JSON: {_short(e)}", "JSON lines have one object per line") from e
+    except RecursionError as e:
+        raise DataError(f"{where} is nested too deeply") from e
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def _short(e: Exception) -> str:
+    return str(e)[:120]

@@ -1,0 +1,42 @@
+"""What calibration rows were made of, for people and for programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PASSES = {"measure": "measurement", "quantize": "quantisation"}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What rows were made of. documents: that were begun; tokens: of them in the rows."""
+
+    source: str  # as it was named
+    file: str  # below the source
+    format: str  # "Parquet", "JSON lines", "JSON", "text"
+    columns: tuple[str, ...]
+    ignored: tuple[str, ...]
+    form: str  # "text", "messages", "pair"
+    documents: int
+    tokens: int
+
+
+def describe(taken: Taken) -> str:
+    """What was taken, on one line."""
+    what = {"messages": "conversations of ", "pair": "questions and answers of "}.get(taken.form, "")
+    columns = f"column{'s' if len(taken.columns) > 1 else ''} {some(taken.columns)}, " if taken.columns else ""
+    place = taken.source if taken.file == os.path.basename(taken.source) else f"{taken.source}: {taken.file}"
+    return f"{place} ({taken.format}): {what}{columns}{taken.documents:,} documents, {taken.tokens:,} tokens"
+
+
+def described_passes(rows: Mapping[str, Any]) -> list[str]:
+    """What the rows of each pass were made of; ``rows``: `exl2ray.calibration.rows.Rows` by pass."""
+    return [f"{PASSES[name]} calibrates on {describe(taken)}" for name, found in rows.items() for taken in found.taken]
+
+
+def some(names: Iterable[str], most: int = 8) -> str:
+    known = [n if len(n) <= 40 else n[:40] + "..." for n in names]
+    return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")

@@ -1,0 +1,54 @@
+"""Where the calibration data of ``-c`` are: on this machine or on the Hub; and what identifies them in a job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exl2ray.calibration.data.sources import HUB, Source, local_source
+from exl2ray.config import Recipe
+from exl2ray.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from exl2ray.calibration.rows import Rows
+
+
+def sources_of(recipe: Recipe) -> list[Source]:
+    """Every -c of a recipe. Raises UsageError, CalibrationError, and HubError for a Hub that does not answer."""
+    return [source_of(place) for place in recipe.calibration_data]
+
+
+def source_of(place: str) -> Source:
+    """The files that one -c names."""
+    if not place.startswith(HUB):
+        return local_source(place)
+    from exl2ray.hub_data import hub_source
+
+    return hub_source(place)
+
+
+def stored_places(places: Sequence[str]) -> str | list[str] | None:
+    """As job.json keeps them: one as a text, several as a list."""
+    return None if not places else places[0] if len(places) == 1 else list(places)
+
+
+def data_hashes(recipe: Recipe, rows: Mapping[str, Rows]) -> tuple[str | None, str | None]:
+    """What identifies the data in job.json, for the two passes.
+
+    Of one Parquet file without a column it is the SHA-256 of the file, else that of the texts that the rows are made of: a
+    folder may be larger than what is read of it. Raises CalibrationError if the file cannot be read.
+    """
+    measured, quantised = rows["measure"], rows["quantize"]
+    taken = quantised.taken
+    one = recipe.calibration_data[0] if len(recipe.calibration_data) == 1 else None
+    if one is None or [(t.source, t.format) for t in taken] != [(os.path.abspath(one), "Parquet")]:
+        return measured.digest, quantised.digest
+    from exl2ray.formats.files import sha256_of
+
+    try:
+        found = sha256_of(Path(one))
+    except OSError as e:
+        raise CalibrationError(f"-c {one}: cannot be read: {e.strerror}", "give a Parquet file with text") from e
+    return found, found
