@@ -175,6 +175,11 @@ class Recipe:
         return given if isinstance(given, tuple) else () if given is None else (given,)
 
     @property
+    def most_tokens(self) -> int:
+        """Of the rows of either pass, with -c."""
+        return max(self.measurement_rows * self.measurement_length, self.dataset_rows * self.length)
+
+    @property
     def calibration_name(self) -> str | None:
         """The names of the data without their folders, for cards; None for the built-in set."""
         return ", ".join(map(place_name, self.calibration_data)) or None

@@ -25,7 +25,7 @@ def rows_of(recipe: Recipe) -> dict[str, RowsView]:
     source = SourceModel(recipe.in_dir)
     spec = load_spec(source)
     with load_tokenizer(recipe.in_dir, source.config, spec.hyper.vocab_size) as tokenizer:
-        with CalibrationData(sources_of(recipe), tokenizer, recipe.chat_rows) as data:
+        with CalibrationData(sources_of(recipe), tokenizer, recipe.chat_rows, recipe.most_tokens) as data:
             return {
                 name: describe_rows(_rows(recipe, spec, tokenizer, plan, data), tokenizer) for name, plan in PASSES.items()
             }

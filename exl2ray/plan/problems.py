@@ -304,7 +304,7 @@ def _examine_calibration(found: Examination, recipe: Recipe) -> None:
         if sources is None:
             return
         found.data = tuple(source.given for source in sources)
-        with CalibrationData(sources, tokenizer, recipe.chat_rows) as data:
+        with CalibrationData(sources, tokenizer, recipe.chat_rows, recipe.most_tokens) as data:
             for name in ("measure", "quantize"):
                 rows = found.attempt("calibration", lambda n=name: _rows(found, recipe, tokenizer, vocabulary, n, data))  # type: ignore[misc]
                 if rows is not None:

@@ -207,7 +207,7 @@ def test_config_equals_the_references(shared_dir: Path, tmp_path: Path) -> None:
 
 def test_config_replaces_an_old_quantization_config(tmp_path: Path) -> None:
     source = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}, "name": "ü"}
-    written = output_config(source, 4, 8, 10, 512, "some/dir/data.parquet")
+    written = output_config(source, 4, 8, 10, 512, "data.parquet")
     assert written["quantization_config"] == {
         "quant_method": "exl2",
         "version": "0.3.2",

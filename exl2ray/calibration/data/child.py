@@ -19,6 +19,7 @@ from exl2ray.calibration.data.sources import KINDS, kind_by_name
 
 MOST_PIECES = 4096  # in one answer
 SAMPLE, SAMPLE_BYTES = 64, 4 << 20  # records that show which columns there are
+MAX_CHAT = 512 << 10  # characters of a conversation that a template is given
 TEXT, CHAT = "text", "chat"
 
 
@@ -30,9 +31,10 @@ class Piece:
 
 
 class DataReader:
-    """One file. ``described``: what is read of it, as JSON. Raises DataError."""
+    """One file. whole: bytes up to which a document is one piece. described: what is read, as JSON. Raises DataError."""
 
-    def __init__(self, path: str, column: str | None) -> None:
+    def __init__(self, path: str, column: str | None, whole: int) -> None:
+        self._whole = whole
         self.skipped = 0  # records without text
         self._problem: DataError | None = None
         self._pieces = iter(self._open(path, column))
@@ -85,7 +87,7 @@ class DataReader:
 
     def _text(self, source: plain.Source) -> Iterator[Piece]:
         starts = True
-        for data in plain.pieces_of_file(source):
+        for data in plain.pieces_of_file(source, self._whole):
             yield Piece(TEXT, starts, data)
             starts = False
 
@@ -149,7 +151,7 @@ class DataReader:
             self.skipped += 1
             return
         position = 0
-        for data in plain.pieces(text):
+        for data in plain.pieces(text, self._whole):
             try:
                 yield Piece(TEXT, position == 0, plain_utf8(data, position))
             except DataError as e:
@@ -159,9 +161,9 @@ class DataReader:
     def _conversation(self, said: Sequence[tuple[str, str]]) -> Iterator[Piece]:
         if not said:
             self.skipped += 1
-        elif sum(len(content) for _, content in said) > plain.WHOLE_BYTES // 4:  # too much for a template
+        elif sum(len(content) for _, content in said) > MAX_CHAT:  # too much for a template
             text = "\n\n".join(f"{role.capitalize()}: {content}" for role, content in said).encode("utf-8", "replace")
-            for i, data in enumerate(plain.pieces(text)):
+            for i, data in enumerate(plain.pieces(text, self._whole)):
                 yield Piece(TEXT, i == 0, data)
         else:
             yield Piece(CHAT, True, json.dumps(said).encode())
@@ -191,7 +193,7 @@ def _bytes(cell: Any) -> bytes | memoryview | None:
 def _string(cell: Any, where: str) -> bytes:
     data = _bytes(cell) or b""
     try:
-        return plain_utf8(bytes(data[: plain.WHOLE_BYTES]), 0)
+        return plain_utf8(bytes(data[:MAX_CHAT]), 0)
     except DataError as e:
         raise DataError(f"{where}: {e.message}", e.hint) from e
 
@@ -219,7 +221,7 @@ def handlers() -> dict[str, Any]:
     def open_file(request: dict[str, Any], blobs: list[bytes]) -> Answer:
         readers[:] = []
         try:
-            readers.append(DataReader(request["path"], request["column"]))
+            readers.append(DataReader(request["path"], request["column"], request["whole"]))
         except (DataError, MemoryError, RecursionError) as e:
             return _fault(e), []
         return readers[0].described, []

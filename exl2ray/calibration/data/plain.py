@@ -16,7 +16,6 @@ from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE, DataError
 
 MIB = 1 << 20
 HEAD = 4096  # bytes that are looked at
-WHOLE_BYTES = 2 * MIB  # a text up to this size is encoded as a whole, a longer one in pieces
 BLOCK = 256 << 10
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -106,9 +105,9 @@ class Source:
 
 def refuse_others(head: bytes) -> None:
     """DataError for content that is known to be something else than text."""
-    if not head.strip():
+    if not head.strip() and len(head) < HEAD:
         raise DataError("is empty", AGAIN)
-    if not head.strip(b"\0"):
+    if head and not head.strip(b"\0"):
         raise DataError("holds only zeros", f"the download or the copy broke off: {AGAIN}")
     if head.startswith(LFS_POINTER):
         raise DataError("is a Git LFS pointer, not the file itself", "run `git lfs pull` in its folder")
@@ -136,28 +135,28 @@ def checked_text(data: bytes, position: int) -> bytes:
     return data
 
 
-def pieces_of_file(source: Source) -> Iterator[bytes]:
-    """A text file as pieces of at most WHOLE_BYTES, cut behind lines. Line ends of Windows become those of Unix."""
+def pieces_of_file(source: Source, most: int) -> Iterator[bytes]:
+    """A text file as pieces of at most ``most`` bytes, cut behind lines. Line ends of Windows become those of Unix."""
     rest = b""
     while True:
         start = source.position - len(rest)
-        block = source.read(WHOLE_BYTES + 1 - len(rest))
+        block = source.read(most + 1 - len(rest))
         data = rest + block
-        if len(data) <= WHOLE_BYTES:
+        if len(data) <= most:
             if data:
                 yield checked_text(data, start).replace(b"\r\n", b"\n")
             return
-        cut = cut_before(data, WHOLE_BYTES)
+        cut = cut_before(data, most)
         yield checked_text(data[:cut], start).replace(b"\r\n", b"\n")
         rest = data[cut:]
 
 
-def pieces(text: bytes | memoryview) -> Iterator[bytes]:
-    """A document as it is, or as pieces of at most WHOLE_BYTES if it is longer; not checked."""
+def pieces(text: bytes | memoryview, most: int) -> Iterator[bytes]:
+    """A document as it is, or as pieces of at most ``most`` bytes if it is longer; not checked."""
     start = 0
-    while len(text) - start > WHOLE_BYTES:
-        part = bytes(text[start : start + WHOLE_BYTES + 1])
-        cut = cut_before(part, WHOLE_BYTES)
+    while len(text) - start > most:
+        part = bytes(text[start : start + most + 1])
+        cut = cut_before(part, most)
         yield part[:cut]
         start += cut
     yield bytes(text[start:])

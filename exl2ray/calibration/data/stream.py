@@ -25,11 +25,13 @@ from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.calibration.rows import Rows, check_ids, check_length
 from exl2ray.calibration.text import Conversation
 from exl2ray.calibration.tokenizer import ModelTokenizer
-from exl2ray.errors import CalibrationError, UsageError
+from exl2ray.errors import CalibrationError, Exl2RayError, UsageError
 
 Ids = NDArray[np.int64]
 MEMORY_BYTES = 700 * MIB  # of the process that reads; a cell of 120 MB takes 400
-OPEN_SECONDS, NEXT_SECONDS, SECONDS_PER_MIB = 4.0, 0.05, 1.0  # of processor time; ordinary files take a hundredth
+OPEN_SECONDS, NEXT_SECONDS, SECONDS_PER_MIB = 2.5, 0.05, 1.0  # of processor time; ordinary files take a hundredth
+# A document is encoded as a whole up to some megabytes, if that many tokens are asked for; else up to its first part.
+LEAST_WHOLE, MOST_WHOLE, WHOLE_BYTES_PER_TOKEN = 64 << 10, 2 * MIB, 16
 LEAST_BYTES, MOST_BYTES, BYTES_PER_TOKEN = 4 << 10, 2 * MIB, 6  # of text in one answer, by what is still needed
 ENOUGH_BYTES, MAX_BYTES_PER_ID = 4 * MIB, 200  # text of which hardly any token comes is none
 SAMPLE = Conversation("", (("user", "Hello"), ("assistant", "Hello!")))
@@ -61,8 +63,9 @@ class _Chats:
 class _Stream:
     """One source. ``take`` may be asked again: what was encoded is kept."""
 
-    def __init__(self, source: Source, tokenizer: ModelTokenizer, chats: _Chats) -> None:
-        self.source, self._tokenizer, self._chats = source, tokenizer, chats
+    def __init__(self, source: Source, tokenizer: ModelTokenizer, chats: _Chats, whole: int) -> None:
+        self.source, self._tokenizer, self._chats, self._whole = source, tokenizer, chats, whole
+        self._fault: Exl2RayError | None = None  # that ended it
         self.described: list[dict[str, Any]] = []
         self.have = self._bytes = self.skipped = 0
         self._parts: list[_Part] = []
@@ -74,10 +77,16 @@ class _Stream:
 
     def fill(self, count: int) -> int:
         """Reads until there are ``count`` tokens or no more text; how many there are."""
-        while self.have < count and (self._open or self._waiting):
-            if not self._open:
-                self._open_next()
-            self._read(count - self.have)
+        if self.have < count and self._fault is not None:
+            raise self._fault
+        try:
+            while self.have < count and (self._open or self._waiting):
+                if not self._open:
+                    self._open_next()
+                self._read(count - self.have)
+        except Exl2RayError as e:
+            self._fault = e
+            raise
         return self.have
 
     def tokens(self, count: int) -> Ids:
@@ -124,7 +133,8 @@ class _Stream:
             self._child = LimitedProcess("data")
         path = str(file.fetch())
         self._name = path if len(self.source.files) == 1 else f"{self.source.given}: {file.name}"
-        described, _ = self._ask({"op": "open", "path": path, "column": self.source.column}, OPEN_SECONDS)
+        request = {"op": "open", "path": path, "column": self.source.column, "whole": self._whole}
+        described, _ = self._ask(request, OPEN_SECONDS)
         self.described.append({**described, "file": file.name})
         self._open, self._skipped_here = True, 0
 
@@ -167,12 +177,18 @@ class _Stream:
 
 
 class CalibrationData:
-    """The text of one or several ``-c`` for one model. A context manager: it ends its child processes."""
+    """The text of one or several ``-c`` for one model. A context manager: it ends its child processes.
 
-    def __init__(self, sources: Sequence[Source], tokenizer: ModelTokenizer, chat_rows: bool = True) -> None:
+    most_tokens: that ``rows`` will be asked for at most.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], tokenizer: ModelTokenizer, chat_rows: bool = True, most_tokens: int = 1 << 20
+    ) -> None:
         self._tokenizer = tokenizer
         self._chats = _Chats(tokenizer, chat_rows)
-        self._streams = [_Stream(source, tokenizer, self._chats) for source in sources]
+        whole = max(LEAST_WHOLE, min(MOST_WHOLE, most_tokens * WHOLE_BYTES_PER_TOKEN))
+        self._streams = [_Stream(source, tokenizer, self._chats, whole) for source in sources]
 
     def __enter__(self) -> CalibrationData:
         return self
