@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from exl2ray.config import Recipe, choices
 from exl2ray.errors import UsageError
+from exl2ray.pasted import missing_folder_hint
 from exl2ray.reference_flags import flag_of, is_given, reference_notes, spelled_out
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -269,7 +270,7 @@ def stored_settings(root: str, given: Iterable[str] = (), trust: bool = False) -
 def check_files(recipe: Recipe) -> None:
     """UsageError naming the flag for a path that should exist and does not."""
     if not os.path.exists(recipe.in_dir):  # what is there is looked at by the checks of a conversion
-        raise UsageError(f"-i {recipe.in_dir}: does not exist", "give the folder that holds config.json and *.safetensors")
+        raise UsageError(f"-i {recipe.in_dir}: does not exist", missing_folder_hint(recipe.in_dir))
     for place in recipe.calibration_data:
         from exl2ray.calibration.data.sources import check_place
 

@@ -20,6 +20,7 @@ import click
 from exl2ray import stopping, streams
 from exl2ray.console import clean, json_line, reserved_stdout
 from exl2ray.errors import Exl2RayError, Interrupted, UsageError
+from exl2ray.pasted import usage_hint
 from exl2ray.streams import last_words
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,6 +33,7 @@ class Invocation:
 
     json: bool = False
     debug: bool = False
+    argv: tuple[str, ...] = ()
     command: str = ""
     out_dir: str = ""
 
@@ -45,7 +47,7 @@ class Cli(click.Group):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         argv = list(sys.argv[1:] if args is None else args)
         own = argv[: argv.index("--")] if "--" in argv else argv
-        run = Invocation(json="--json" in own, debug="--debug" in own)
+        run = Invocation(json="--json" in own, debug="--debug" in own, argv=tuple(argv))
         extra.pop("standalone_mode", None)
         try:
             with stopping.interruptible():
@@ -95,7 +97,7 @@ def _explain(error: Exception, run: Invocation) -> tuple[str, str, int]:
         return error.message, error.hint, error.exit_code
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx is not None else "exl2ray"
-        return error.format_message(), f"see {path} --help", UsageError.exit_code
+        return error.format_message(), usage_hint(run.argv, path), UsageError.exit_code
     if isinstance(error, click.ClickException):
         return error.format_message(), "", error.exit_code
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

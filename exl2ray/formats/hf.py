@@ -184,7 +184,7 @@ def weight_files(directory: Path, error: type[Exl2RayError] = SourceError) -> li
     except OSError as e:
         raise error(f"{directory}: cannot be listed: {e.strerror or e}") from e
     for p in entries:
-        if not p.name.endswith(".safetensors") or p.name.startswith(".") or p.is_dir():
+        if not p.name.lower().endswith(".safetensors") or p.name.startswith(".") or p.is_dir():
             continue
         if not p.is_file():
             raise error(f"{p}: not a regular file (a dangling link?)", "fetch the shard again")

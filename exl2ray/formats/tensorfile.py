@@ -45,6 +45,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
     "I64": torch.int64,
     "F64": torch.float64,
+    "C64": torch.complex64,  # never a weight: frequencies of RoPE, as some trainers store them
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

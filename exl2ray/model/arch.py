@@ -33,7 +33,10 @@ __all__ = ["CopiedTensor", "LinearSpec", "ModelSpec", "ModuleSpec", "PlainTensor
 
 MAX_IN_FEATURES = 65536  # the loader keeps row permutations in 16 bits
 # Buffers that checkpoints carry and nobody reads; not worth a warning.
-BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+BUFFERS = (
+    ".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias",
+    ".self_attn.masked_bias", "position_ids", "freqs_cis", "num_batches_tracked",
+)  # fmt: skip
 
 
 def find_arch(config: Mapping[str, Any]) -> Arch:

@@ -22,7 +22,7 @@ from exl2ray.model.spec import CopiedTensor, LinearSpec, ModelSpec, ModuleSpec, 
 
 FLOAT16_MAX = 65504.0
 READERS = 4  # threads that read ahead for a GPU: one alone is slower than the forward pass of a module
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def read_stored(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
     tensor = _cut(stored, source)
     if tensor.dtype not in FLOAT_DTYPES:
         raise SourceError(
-            f"{source.path}: tensor {name} has dtype {source.dtype(name)}; float16, bfloat16 or float32 is needed",
+            f"{source.path}: tensor {name} has dtype {source.dtype(name)}; floating-point numbers are needed",
             "the model is quantised already? Start from the original weights",
         )
     if not (isinstance(source, ReadAhead) and source.checked(name)):

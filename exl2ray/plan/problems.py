@@ -38,6 +38,7 @@ from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
 from exl2ray.opening import check_measurement_target, check_opening
 from exl2ray.overrides import Override, parse_overrides
+from exl2ray.pasted import missing_folder_hint
 from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs, existing_parent
 from exl2ray.plan.doubts import calibration_doubts, model_doubts
 from exl2ray.plan.flat import flat_warnings
@@ -185,8 +186,7 @@ def size_ranges(
 
 def _examine_source(found: Examination, recipe: Recipe) -> None:
     if not os.path.exists(recipe.in_dir):
-        hint = "give the folder that holds config.json and *.safetensors"
-        found.add("source", [UsageError(f"-i {recipe.in_dir}: does not exist", hint)])
+        found.add("source", [UsageError(f"-i {recipe.in_dir}: does not exist", missing_folder_hint(recipe.in_dir))])
         return
     try:
         source = found.source = SourceModel(recipe.in_dir)

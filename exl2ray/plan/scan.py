@@ -91,7 +91,7 @@ def _check(source: SourceModel, info: TensorInfo, handle: int, pieces: int, seed
     dtype = DTYPES[info.dtype]
     if dtype not in FLOAT_DTYPES:
         raise SourceError(
-            f"{where} has dtype {info.dtype}; float16, bfloat16 or float32 is needed",
+            f"{where} has dtype {info.dtype}; floating-point numbers are needed",
             "the model is quantised already? Start from the original weights",
         )
     starts, size = _places(info, dtype.itemsize, pieces, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def read_index(directory: Path, error: type[Exl2RayError]) -> dict[str, str]:
     weight_map = read_json_object(path, error, "delete it: the weights are found without", MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict):
         raise error(f"{path}: not a weight index: it has no weight_map", "delete it: the weights are found without")
-    return {str(tensor): str(file) for tensor, file in weight_map.items()}
+    return {str(tensor): posixpath.normpath(str(file)) for tensor, file in weight_map.items()}  # "./model-..."
 
 
 def merged(

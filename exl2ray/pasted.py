@@ -1,0 +1,29 @@
+"""Command lines that people paste: what a page, an editor or another shell made of them, named in the hints of errors."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # hyphens and dashes of print, and the minus sign
+FOLDER = "give the folder that holds config.json and *.safetensors"
+
+
+def usage_hint(argv: Sequence[str], command: str) -> str:
+    """The hint for a command line that cannot be understood. ``command``: what was understood, e.g. "exl2ray convert"."""
+    changed = next((a for a in argv if a[:1] in tuple(DASHES)), None)
+    if changed is not None:
+        return f"{changed!r} begins with a dash of print, not with the '-' of the keyboard: type it anew"
+    if argv and (argv[0].endswith("convert.py") or (argv[0].startswith("-") and command == "exl2ray")):
+        rest = argv[1:] if argv[0].endswith("convert.py") else argv
+        return f"the command comes first: {shlex.join(['exl2ray', 'convert', *rest[:6]])}{' ...' if len(rest) > 6 else ''}"
+    return f"see {command} --help"
+
+
+def missing_folder_hint(path: str) -> str:
+    """The hint for a source folder that does not exist."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded != path and os.path.isdir(expanded):
+        return f"the shell leaves ~ and variables as they are within quotes and after '=': give {shlex.quote(expanded)}"
+    return FOLDER
