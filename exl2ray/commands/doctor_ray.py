@@ -27,7 +27,7 @@ def ray_start(found: Probe, gpus: int) -> list[Finding]:
 
 
 def _ray_fix(error: str) -> str:
-    """What to do about a Ray that does not start; the complaints are those of Ray 2.52 to 2.60."""
+    """What to do about a Ray that does not start; the complaints are those of Ray 2.54 to 2.60."""
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     logs = f"logs: {folder}/{TEMP_PREFIX}*/r/session_latest/logs"
     if "No module named" in error:

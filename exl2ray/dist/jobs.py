@@ -247,7 +247,7 @@ def _hint(text: str) -> str:
     if "does not exist" in text:
         return "the id is printed on submission; `ray job list` knows the others"
     if "is running on the cluster" in text or "not compatible" in text:
-        return "exl2ray needs Ray 2.52 or newer on the cluster, and here"
+        return "exl2ray needs Ray 2.54 or newer on the cluster, and here"
     if "uthenticat" in text or "status code 401" in text or "status code 403" in text:
         return (
             "this cluster asks for its token: export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN=... or have a copy of the "

@@ -31,7 +31,9 @@ from typing import Any
 
 from exl2ray.errors import ClusterError
 
-FIRST_RAY = (2, 52)  # the first that turns away whoever has no token; 2.50 and 2.51 take the settings and ignore them
+# The first that turns away whoever has no token: 2.51 ignores the settings; 2.52 and 2.53 follow them in gRPC, but the agent's
+# HTTP server (with ray[default]) still takes jobs from everybody.
+FIRST_RAY = (2, 54)
 LOOPBACK = "127.0.0.1"
 TEMP_PREFIX = "exl2ray-ray-"
 LOCK = "in-use"  # held by the process whose Ray it is
@@ -94,7 +96,7 @@ def refuse_old(ray: ModuleType) -> None:
     if version < FIRST_RAY:
         wanted = ".".join(map(str, FIRST_RAY))
         raise ClusterError(
-            f"Ray {ray.__version__} lets everybody on the network run code: it knows no tokens",
+            f"Ray {ray.__version__} lets others run code: it asks for no token, or not everywhere",
             f"pip install 'ray>={wanted}'; one device needs no Ray: --executor inline --gpus 1",
         )
 
@@ -170,11 +172,17 @@ def _end_processes(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if process.stat().st_uid != os.getuid() or int(process.name) == os.getpid():
                 continue
-            outputs = [os.readlink(process / "fd" / n) for n in ("1", "2") if (process / "fd" / n).is_symlink()]
             command = (process / "cmdline").read_bytes()
-            named = b"/ray/" in command and os.fsencode(f"{inside}r/session_") in command
-            if named or any(name.startswith(inside) for name in outputs):
+            if not command.startswith(b"ray::") and b"/ray/" not in command:
+                continue  # somebody who reads a log
+            if os.fsencode(f"{inside}r/session_") in command or any(f.startswith(inside) for f in _open_files(process)):
                 os.kill(int(process.name), signal.SIGKILL)
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    for descriptor in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            yield os.readlink(descriptor)
 
 
 def _remove(folder: Path) -> None:

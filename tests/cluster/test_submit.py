@@ -163,7 +163,7 @@ def server(code: int, body: str) -> Iterator[str]:
     [
         (401, "Unauthorized: Missing authentication token", "RAY_AUTH_MODE=token"),
         (403, "Forbidden: Invalid authentication token", "RAY_AUTH_MODE=token"),
-        (200, json.dumps({"ray_version": "1.8.0", "version": "1", "ray_commit": ""}), "Ray 2.52 or newer"),
+        (200, json.dumps({"ray_version": "1.8.0", "version": "1", "ray_commit": ""}), "Ray 2.54 or newer"),
         (200, "<html>some other program</html>", "not the dashboard of a Ray cluster"),
         (200, "{}", "not the dashboard of a Ray cluster"),
         (404, "not here", "not the dashboard of a Ray cluster"),
