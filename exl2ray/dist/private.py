@@ -31,8 +31,8 @@ from typing import Any
 
 from exl2ray.errors import ClusterError
 
-# The first that turns away whoever has no token: 2.51 ignores the settings; 2.52 and 2.53 follow them in gRPC, but the agent's
-# HTTP server (with ray[default]) still takes jobs from everybody.
+# The first that turns away whoever has no token: 2.51 ignores the settings; 2.52 and 2.53 follow them in gRPC, but the HTTP
+# server of the agent (with ray[default]) takes jobs from everybody.
 FIRST_RAY = (2, 54)
 LOOPBACK = "127.0.0.1"
 TEMP_PREFIX = "exl2ray-ray-"
