@@ -168,7 +168,7 @@ def plan(ctx: click.Context, /, **flags: Any) -> int:
 
 
 @cli.command()
-@click.option("-i", "--in-dir", metavar="DIR", required=True, help="the source model; only headers are read")
+@click.option("-i", "--in-dir", metavar="MODEL", required=True, help="the source model; only headers and samples are read")
 @click.option("-m", "--measurement", metavar="FILE", required=True, help="its measurement.json")
 @recipe_flags(("bits", "head_bits", "allocation", "objective", "objective_power"), required=())
 @common
@@ -227,8 +227,8 @@ def patch(
 
 
 @cli.command("eval")
-@click.option("--model", "models", metavar="DIR", multiple=True, required=True, help="EXL2 or fp16 model; repeatable")
-@click.option("--reference", metavar="DIR", help="the model to compare with, for KL divergence and agreement")
+@click.option("--model", "models", metavar="MODEL", multiple=True, required=True, help="EXL2 or fp16 model; repeatable")
+@click.option("--reference", metavar="MODEL", help="the model to compare with, for KL divergence and agreement")
 @click.option("--tokens", metavar="FILE", help=".npy array of token ids, (n,) or (rows, length)")
 @click.option("--text", metavar="FILE", help="UTF-8 text, encoded with the model's tokenizer")
 @click.option("--rows", type=int, help="rows of tokens; all there are if absent")
@@ -294,7 +294,7 @@ def inspect(run: Invocation, directory: str, linears: bool) -> None:
 
 @cli.command()
 @click.argument("directory", metavar="DIR")
-@click.option("-i", "--in-dir", metavar="DIR", help="the source model: compare names and shapes with it, too")
+@click.option("-i", "--in-dir", metavar="MODEL", help="the source model: compare names and shapes with it, too")
 @common
 @click.pass_obj
 def verify(run: Invocation, directory: str, in_dir: str | None) -> int:

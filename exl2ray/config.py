@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from exl2ray.errors import UsageError
 from exl2ray.quality import ALLOCATIONS, Allocated, Numerics, Quality, ScaleSearch, resolve
+from exl2ray.units import parse_size
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8)
 USUAL_HEAD_BITS = 6
@@ -25,7 +26,7 @@ class Recipe:
     """Settings of `exl2ray convert`; the docstring of each field is the help text of its flag."""
 
     in_dir: str
-    """-i: directory of the source model (Hugging Face layout, safetensors)."""
+    """-i: directory of the source model (Hugging Face layout, safetensors), or hf://owner/name, s3:// or gs:// of one."""
     out_dir: str
     """-o: work directory: measurement, quantised tensors, everything needed to resume. May be s3:// or gs://."""
     bits: tuple[float, ...] = (4.125,)
@@ -98,6 +99,8 @@ class Recipe:
     """--evaluate: perplexity and KL divergence of finished models on held-out text: with several -b, always, or never."""
     eval_text: str | None = None
     """--eval-text: text file, or .npy array of token ids, to evaluate on; a built-in text if absent."""
+    source_cache: str = "20GB"
+    """--source-cache: the most that is kept on this disk of weights that -i has elsewhere; 0 keeps none."""
     checkpoint_seconds: float = 120.0
     """--checkpoint-seconds: least time between saved hidden states."""
 
@@ -105,6 +108,7 @@ class Recipe:
         if isinstance(self.cal_dataset, tuple):  # one is as if it were the only one there can be, none is none
             files = self.cal_dataset
             object.__setattr__(self, "cal_dataset", files if len(files) > 1 else files[0] if files else None)
+        parse_size(self.source_cache, "--source-cache")
         if not self.bits:
             raise UsageError("-b: no bitrate given")
         for b in self.bits:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
+from exl2ray.formats.elsewhere import named
 from exl2ray.progress import Reporter
 from exl2ray.store.pace import Pace
 
@@ -91,7 +92,7 @@ def say(stream: TextIO, line: str) -> None:
 
 def json_line(value: Any) -> str:
     """One line of strict JSON: NaN and infinity become null, dataclasses objects, everything unknown text."""
-    return json.dumps(_json_value(value), allow_nan=False)
+    return named(json.dumps(_json_value(value), allow_nan=False))
 
 
 def _json_value(value: Any) -> Any:
@@ -109,7 +110,11 @@ def _json_value(value: Any) -> Any:
 
 
 def clean(text: str) -> str:
-    """Text with escapes for whatever is not printable (names from files may hold anything); line ends stay."""
+    """Text with escapes for whatever is not printable (names from files may hold anything); line ends stay.
+
+    Addresses come in place of the folders that stand for them.
+    """
+    text = named(text)
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 

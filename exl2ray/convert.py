@@ -73,6 +73,7 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
     from exl2ray import ladder
     from exl2ray.steps import Job
 
+    recipe = _on_this_disk(recipe)
     try:
         with interruptible(), Job(recipe, reporter) as job:
             job.lock_targets()
@@ -108,6 +109,7 @@ def patch(
 
     start = time.monotonic()
     _warn_of_others(recipe, reporter)
+    recipe = _on_this_disk(recipe)
     writes = replace(recipe, bits=tuple(bits or recipe.bits), compile_full=compile_full or recipe.compile_full)
     try:
         with interruptible(), Job(recipe, reporter, writes=writes) as job:
@@ -118,6 +120,13 @@ def patch(
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; finished modules are in the work directory", "run the same command again") from e
+
+
+def _on_this_disk(recipe: Recipe) -> Recipe:
+    """With a folder as ``in_dir``, which stands for the address of a model that is elsewhere (`exl2ray.remote.source`)."""
+    from exl2ray.remote.source import localised
+
+    return localised(recipe)
 
 
 def _warn_of_others(recipe: Recipe, reporter: Reporter) -> None:
@@ -142,6 +151,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> None:
     from exl2ray.steps import Job
     from exl2ray.targets import places
 
+    recipe = _on_this_disk(recipe)
     with Job(recipe, reporter, dry=True):
         reporter.event("note", message=places_text(places(recipe)))
         reporter.event("note", message="dry run: nothing was computed or written")

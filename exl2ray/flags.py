@@ -21,6 +21,7 @@ from exl2ray.config import Recipe, choices
 from exl2ray.errors import UsageError
 from exl2ray.pasted import missing_folder_hint
 from exl2ray.reference_flags import flag_of, is_given, reference_notes, spelled_out
+from exl2ray.remote.address import is_remote, parse
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,6 +56,7 @@ SECTIONS = {  # of the help text
         "reuse",
         "rope_scale",
         "rope_alpha",
+        "source_cache",
     ),
     "Quantisation": (
         "bits",
@@ -85,7 +87,7 @@ SECTIONS = {  # of the help text
     "Where it runs": ("device", "gpus", "ray_address", "executor", "checkpoint_seconds"),
 }
 METAVARS = {
-    "in_dir": "DIR",
+    "in_dir": "MODEL",
     "out_dir": "DIR",
     "compile_full": "DIR",
     "cal_dataset": "PLACE",
@@ -93,6 +95,7 @@ METAVARS = {
     "overrides": "PATTERN=BITS",
     "measurement": "FILE",
     "output_measurement": "PATH",
+    "source_cache": "SIZE",
     "ray_address": "ADDRESS",
 }
 # Where a work directory's job.json keeps a setting. The others (-om, --device, ...) are not part of a job.
@@ -269,7 +272,9 @@ def stored_settings(root: str, given: Iterable[str] = (), trust: bool = False) -
 
 def check_files(recipe: Recipe) -> None:
     """UsageError naming the flag for a path that should exist and does not."""
-    if not os.path.exists(recipe.in_dir):  # what is there is looked at by the checks of a conversion
+    if is_remote(recipe.in_dir):
+        parse(recipe.in_dir)
+    elif not os.path.exists(recipe.in_dir):  # what is there is looked at by the checks of a conversion
         raise UsageError(f"-i {recipe.in_dir}: does not exist", missing_folder_hint(recipe.in_dir))
     for place in recipe.calibration_data:
         from exl2ray.calibration.data.sources import check_place

@@ -12,6 +12,7 @@ from exl2ray.calibration.rows import Rows
 from exl2ray.config import JOB_FLAGS, Recipe
 from exl2ray.datasets import data_hashes, stored_places
 from exl2ray.errors import StoreError
+from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModelSpec
@@ -29,7 +30,7 @@ def job_of(
     identity = {
         "fingerprint": source.fingerprint(),
         "architecture": spec.arch.name,
-        "in_dir": str(Path(recipe.in_dir).resolve()),
+        "in_dir": place_of(recipe.in_dir),
         "cal_dataset": stored_places(data),
     }
     job = recipe.job(identity, *data_hashes(recipe, rows))

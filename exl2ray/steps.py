@@ -30,6 +30,7 @@ from exl2ray.dist.schedule import Flow, Limits, Scheduler
 from exl2ray.dist.session import Session, open_session
 from exl2ray.dist.worker import PERPLEXITY, Worker, describe, measure_record
 from exl2ray.errors import NumericError, UsageError
+from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import (
     Measurement,
@@ -47,6 +48,7 @@ from exl2ray.quality import Numerics
 from exl2ray.quant.losses import merged
 from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
+from exl2ray.remote.source import keep
 from exl2ray.soundness import ResultWarnings, insensitive_warning, is_broken, measured_experts, show, unspent_warning
 from exl2ray.source_state import SourceState
 from exl2ray.stopping import shielded
@@ -58,6 +60,7 @@ from exl2ray.store.records import Record, Records, hash_inputs
 from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import Targets, owner_of, places
+from exl2ray.units import parse_size
 from exl2ray.writing import OutputWriter
 
 PROFILE = 3  # what a measured module's record holds; earlier ones, without losses, are not used
@@ -119,6 +122,8 @@ class Job:
             for note in self.work.notes:
                 self.reporter.event("note", message=note)
             self.warnings.opened(self.work)
+            for note in keep(recipe.in_dir, self.work.store):
+                self.reporter.event("note", message=note)
             self.source_state = SourceState(self.work, self.source, self.job["identity"]["fingerprint"])
             self.source_state.open()
             self.warnings.add(self.source_state.warnings)
@@ -175,7 +180,8 @@ class Job:
         if self._session is None:
             recipe = self.recipe
             setup = WorkerSetup(
-                in_dir=str(Path(recipe.in_dir).resolve()),
+                in_dir=place_of(recipe.in_dir),
+                source_cache=parse_size(recipe.source_cache, "--source-cache"),
                 work_root=self.work.store.root,
                 device=self.device.type,
                 rope_scale=recipe.rope_scale,

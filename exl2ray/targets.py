@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.config import Recipe
+from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.target import Owner, TargetLock, locked
 
 
@@ -31,7 +32,7 @@ def places(recipe: Recipe) -> dict[str, Any]:
 
     outputs = [recipe.output_dir(b) for b in recipe.bits] if recipe.output_measurement is None else []
     targets = [real(d) for d in outputs if d is not None] or [real(recipe.output_measurement or recipe.out_dir)]
-    return {"source": real(recipe.in_dir), "targets": targets, "work": real(recipe.out_dir)}
+    return {"source": place_of(real(recipe.in_dir)), "targets": targets, "work": real(recipe.out_dir)}
 
 
 class Targets:

@@ -22,10 +22,13 @@ ROOMS = {
     "evaluate": {"calibration", "formats", "model", "quant"},
     "publish": {"config", "console", "flags", "formats"},
     "report": {"config", "console", "formats", "store"},
-    "dist": {"calibration", "config", "formats", "model", "quant", "store"},
+    "dist": {"calibration", "config", "formats", "model", "quant", "remote", "store"},
+    "remote": {"config", "formats", "publish", "store", "units"},
 }
 EVERYWHERE = {"errors", "beneath", "stopping", "__version__"}
-ONLY_IN = {"ray": {"dist"}, "numba": {"cuda"}, "huggingface_hub": {"publish", "hub_data"}, "matplotlib": {"report"}}
+ONLY_IN = {
+    "ray": {"dist"}, "numba": {"cuda"}, "huggingface_hub": {"publish", "hub_data", "remote"}, "matplotlib": {"report"},
+}  # fmt: skip
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
 HEAVY = {"torch", "ray", "matplotlib", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}
 LIGHT = ["exl2ray", "exl2ray.cli", "exl2ray.config", "exl2ray.errors", "exl2ray.convert", "exl2ray.formats.layout"]

@@ -16,12 +16,14 @@ from exl2ray.datasets import sources_of
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
+from exl2ray.remote.source import localised
 
 PASSES: Mapping[str, Plan] = {"measurement": "measure", "quantisation": "quantize"}
 
 
 def rows_of(recipe: Recipe) -> dict[str, RowsView]:
     """The rows of both passes, by the name of the pass. Raises CalibrationError and SourceError as a conversion would."""
+    recipe = localised(recipe)
     source = SourceModel(recipe.in_dir)
     spec = load_spec(source)
     with load_tokenizer(recipe.in_dir, source.config, spec.hyper.vocab_size) as tokenizer:

@@ -17,7 +17,9 @@ from exl2ray.console import clean, is_terminal, json_line
 from exl2ray.errors import CalibrationError, UsageError
 from exl2ray.evaluate.chat import Answer, Messages, Panel
 from exl2ray.evaluate.forward import RunOptions
+from exl2ray.formats.elsewhere import named
 from exl2ray.formats.json_file import read_bounded
+from exl2ray.remote.source import local
 
 PROMPTS_BYTES = 1 << 20
 MARK = " || "  # where an answer leaves the first model's, on a screen without colours
@@ -43,6 +45,7 @@ def chat(
     questions = [*prompts, *(read_prompts(Path(prompts_file)) if prompts_file is not None else [])]
     if not questions and (out is not None or not is_terminal(sys.stdin)):
         raise UsageError("there is nothing to ask", "give --prompt TEXT or --prompts FILE; in a terminal, type")
+    models = [local(m, flag="MODEL") for m in models]
     panel = Panel(models, _device(device), RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha))
     opening: Messages = (("system", system),) if system is not None else ()
     if system is not None and not panel.templated:
@@ -155,4 +158,4 @@ def summary(answer: Answer) -> str:
 
 
 def _short(name: str) -> str:
-    return Path(name).name or name
+    return Path(named(name)).name or name

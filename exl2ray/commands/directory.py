@@ -12,6 +12,7 @@ from exl2ray.formats.summary import DirectorySummary, LinearSummary, inspect_dir
 from exl2ray.formats.verify import verify_directory
 from exl2ray.formats.verify_rules import Problem
 from exl2ray.model.arch import load_spec
+from exl2ray.remote.source import local
 
 
 def inspect(path: str) -> DirectorySummary:
@@ -100,7 +101,7 @@ def verify(path: str, in_dir: str | None) -> list[Problem]:
     """Problems of the directory; with ``in_dir`` also where it differs from the shapes of its source model."""
     expected = None
     if in_dir is not None:
-        linears = load_spec(SourceModel(in_dir)).linears
+        linears = load_spec(SourceModel(local(in_dir))).linears
         expected = {x.key: LinearShape(x.in_features, x.out_features, x.has_bias) for x in linears}
     return verify_directory(path, expected)
 

@@ -20,9 +20,11 @@ from exl2ray.evaluate.heldout import DEFAULT_LENGTH, heldout_rows
 from exl2ray.evaluate.metrics import Estimate
 from exl2ray.evaluate.result import EvalResult
 from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
+from exl2ray.formats.elsewhere import named
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.progress import Reporter, Silent
+from exl2ray.remote.source import local
 
 
 def evaluate(
@@ -48,6 +50,8 @@ def evaluate(
         raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
     if tokens is not None and text is not None:
         raise UsageError("--tokens and --text are two sources of tokens", "give one, or none for the built-in text")
+    models = [local(m, flag="--model") for m in models]
+    reference = None if reference is None else local(reference, flag="--reference")
     for path in (*models, *([reference] if reference is not None else [])):
         refused = refusal(path)
         if refused is not None:
@@ -81,7 +85,7 @@ def write_positions(path: Path, results: Sequence[EvalResult]) -> None:
 
     Numbers follow the order of the models, whose folders are in ``models``. Entry (r, t) is about token t + 1 of row r.
     """
-    arrays = {"models": np.array([str(r.model) for r in results])}
+    arrays = {"models": np.array([named(str(r.model)) for r in results])}
     for i, r in enumerate(results):
         if r.positions is None:
             continue
@@ -141,7 +145,7 @@ def show(results: Sequence[EvalResult]) -> None:
     show_table("", ["model", "bpw", "size", "perplexity", "KL (nats)", "top-1", "top-5", "time"], rows)
     print(f"{first.predictions} predictions in {first.rows} rows of {first.length} tokens; +- standard error over rows")
     if first.reference is not None and first.reference_perplexity is not None:
-        print(f"reference {first.reference}: perplexity {_figure(first.reference_perplexity, 4)}")
+        print(f"reference {named(str(first.reference))}: perplexity {_figure(first.reference_perplexity, 4)}")
     for text in dict.fromkeys(w for r in results for w in r.warnings):
         print(f"warning: {text}")
 

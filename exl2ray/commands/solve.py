@@ -17,6 +17,7 @@ from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.planning import choose, has_sensitivities, insensitive, linear_groups, slot_weights
 from exl2ray.quant.allocate import Slot, budget, check_reachable
 from exl2ray.quant.allocate import solve as allocate
+from exl2ray.remote.source import local
 from exl2ray.soundness import insensitive_warning, unspent_warning
 
 
@@ -81,7 +82,7 @@ def solve(
     for b in bits:
         if not MIN_BITS <= b <= MAX_BITS:
             raise UsageError(f"-b {b:g}: bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
-    source = SourceModel(in_dir)
+    source = SourceModel(local(in_dir))
     spec = load_spec(source)
     measurement = read_measurement(measurement_path)
     check_against(measurement, [m.profile_key for m in spec.modules if m.kind != "embedding"], _shapes(spec))

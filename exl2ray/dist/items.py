@@ -14,7 +14,7 @@ RowSet = Literal["measure", "quantize"]  # the two sets of calibration rows
 class WorkerSetup:
     """Everything a worker needs to start; the same on every node."""
 
-    in_dir: str
+    in_dir: str  # a path that every node sees, or an address
     work_root: str
     device: str  # "cpu" or "cuda"
     rope_scale: float | None
@@ -28,6 +28,7 @@ class WorkerSetup:
     target_correction: float = 0.0  # strength of corrected targets, in chains on quantised states
     refine_scales: bool = False  # scale codes by the loss after feedback
     sweeps: int = 0  # of coordinate descent over the integers
+    source_cache: int = 0  # bytes kept of a source that is elsewhere
     rotate: bool = False  # the residual stream
     alone: bool = True  # no other workers are expected
     threads: int | None = None  # torch threads on CPU, the same whatever the number of workers; None: torch's choice

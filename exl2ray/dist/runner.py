@@ -29,6 +29,7 @@ from exl2ray.quant.measure import Settings, reference_pass
 from exl2ray.quant.memory import room_for_contexts, settings_for, states_fit, sums_on_host
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.rows import batches, share_rows, shared_batches
+from exl2ray.remote.source import local
 from exl2ray.store.fs import Store
 from exl2ray.store.records import FileRef, Record, Records
 from exl2ray.store.tensors import get_tensors, put_tensors
@@ -48,7 +49,7 @@ class Runner:
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.store = Store.open(setup.work_root)
         self.records = Records(self.store)
-        self.source = SourceModel(setup.in_dir)
+        self.source = SourceModel(local(setup.in_dir, setup.work_root, cache_bytes=setup.source_cache))
         self.ahead = read_ahead(self.source, pin=self.device.type == "cuda")
         spec = load_spec(self.source, setup.rope_scale, setup.rope_alpha)
         self.spec: ModelSpec = rotated(spec) if setup.rotate else spec

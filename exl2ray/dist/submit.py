@@ -19,6 +19,7 @@ from exl2ray.config import Recipe
 from exl2ray.dist.jobs import STOP_SECONDS, Cluster, JobState
 from exl2ray.dist.preflight import Report, Request, SharedPath, model_digest, writable_root
 from exl2ray.errors import ClusterError, Exl2RayError, Interrupted, UsageError
+from exl2ray.remote.address import is_remote, parse
 from exl2ray.store.fs import Store, temp_name
 
 COMMANDS = ("convert", "measure")
@@ -56,8 +57,12 @@ def shared_paths(settings: Mapping[str, Any]) -> tuple[SharedPath, ...]:
     for name, kind in PATHS.items():
         value = settings.get(name)
         for path in value if isinstance(value, tuple) else (value,):
-            if path is not None and not (kind.role == "data" and path.startswith("hf://")):  # the driver fetches those
-                out.append(_shared_path(kind, path))
+            if path is None or (kind.role == "data" and path.startswith("hf://")):  # the driver fetches those
+                continue
+            if name == "in_dir" and is_remote(path):  # every node opens it by its address
+                parse(path)
+                continue
+            out.append(_shared_path(kind, path))
     return tuple(out)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import SourceError
+from exl2ray.formats.elsewhere import STAMP, open_binary, remote_file
 
 HASHED_BYTES = 4 << 30  # models up to this size are hashed at the start: seconds, and the reading has to be done anyway
 _PIECE_BYTES = 4 << 20
@@ -54,6 +55,11 @@ def file_states(paths: Iterable[Path]) -> tuple[FileState, ...]:
     """Sizes and times of files, by name. Raises SourceError for one that cannot be looked at."""
     out = []
     for path in sorted(paths):
+        remote = remote_file(path)
+        if remote is not None:
+            stamp = remote.now()
+            out.append(FileState(path.name, remote.size, stamp, remote.sha256 if stamp == remote.stamp else None))
+            continue
         try:
             found = path.stat()
         except OSError as e:
@@ -63,8 +69,9 @@ def file_states(paths: Iterable[Path]) -> tuple[FileState, ...]:
 
 
 def with_hashes(states: Sequence[FileState], directory: Path, limit: int = HASHED_BYTES) -> tuple[FileState, ...]:
-    """``states`` with the hash of every file, if they have at most ``limit`` bytes together; else as they are."""
-    if sum(s.size for s in states) > limit:
+    """``states`` with the hash of every file, if they are on this disk and have at most ``limit`` bytes together; else as
+    they are."""
+    if sum(s.size for s in states) > limit or any(s.stamp.startswith(STAMP) for s in states):
         return tuple(states)
     with ThreadPoolExecutor(_THREADS) as pool:
         hashes = pool.map(lambda s: s.sha256 or file_sha256(directory / s.name), states)
@@ -80,11 +87,15 @@ def compare_states(before: Sequence[FileState], now: Sequence[FileState], direct
         if old is not None and state.is_as(old):
             kept.append(old)
             continue
+        if old is not None and old.stamp.startswith(STAMP) and state.stamp.startswith(STAMP):
+            altered.append(state.name)  # of remote files the stamp follows the content, and the content is not read for it
+            kept.append(state)
+            continue
         if old is None or old.sha256 is None:
             unproven.append(state.name)
             kept.append(state)
             continue
-        found = file_sha256(directory / state.name) if state.size == old.size else None
+        found = None if state.size != old.size else state.sha256 or file_sha256(directory / state.name)
         if found != old.sha256:
             altered.append(state.name)
         kept.append(replace(state, sha256=found))
@@ -100,8 +111,8 @@ def file_sha256(path: Path) -> str:
     digest, buffer = hashlib.sha256(), bytearray(_PIECE_BYTES)
     view = memoryview(buffer)
     try:
-        with path.open("rb", buffering=0) as f:
-            while count := f.readinto(view):
+        with open_binary(path) as f:
+            while count := f.readinto(view):  # type: ignore[attr-defined]
                 digest.update(view[:count])
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from e

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.formats.elsewhere import THREADS, mount_at, open_binary, remote_file
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.source import architectures, dequantise, names, quantised, shards
 from exl2ray.formats.source.folder import Folder
@@ -169,24 +171,33 @@ class SourceModel:
         return whole.hexdigest(), weights.hexdigest()
 
     def _content(self, names: Iterable[str]) -> Iterator[bytes]:
-        for name in sorted(set(names)):
+        names = sorted(set(names))
+        if mount_at(self.path) is None:
+            samples: Iterator[bytes] = map(self._samples, names)
+        else:  # the network is waited for
+            with ThreadPoolExecutor(THREADS) as pool:
+                samples = iter(list(pool.map(self._samples, names)))
+        for name, sample in zip(names, samples, strict=True):
             info = self.info(name)
             yield f"\n{json.dumps(name)} {info.dtype} {list(info.shape)}\n".encode()
-            for part in self.stored(name):
-                yield _content_samples(part, self.error)
+            yield sample
+
+    def _samples(self, name: str) -> bytes:
+        return b"".join(_content_samples(part, self.error) for part in self.stored(name))
 
 
 def weight_files(directory: Path, error: type[Exl2RayError] = SourceError) -> list[Path]:
     """Every top-level ``*.safetensors`` file, sorted by name; dot files and sub-directories do not count."""
     found = []
     try:
-        entries = sorted(directory.iterdir())
+        mount = mount_at(directory)
+        entries = sorted([*directory.iterdir(), *(directory / n for n in (mount.files if mount is not None else ()))])
     except OSError as e:
         raise error(f"{directory}: cannot be listed: {e.strerror or e}") from e
     for p in entries:
         if not p.name.lower().endswith(".safetensors") or p.name.startswith(".") or p.is_dir():
             continue
-        if not p.is_file():
+        if not p.is_file() and remote_file(p) is None:
             raise error(f"{p}: not a regular file (a dangling link?)", "fetch the shard again")
         found.append(p)
     if len(found) > MAX_FILES:
@@ -217,7 +228,7 @@ def _content_samples(info: TensorInfo, error: type[Exl2RayError]) -> bytes:
         positions, size = [i * (info.nbytes - SAMPLE_BYTES) // (SAMPLES - 1) for i in range(SAMPLES)], SAMPLE_BYTES
     out = []
     try:
-        with info.file.open("rb", buffering=0) as f:
+        with open_binary(info.file) as f:
             for p in positions:
                 f.seek(info.begin + p)
                 out.append(f.read(size))

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.formats.elsewhere import open_binary
 from exl2ray.formats.json_file import parse_json_object
 
 MAX_HEADER_BYTES = 32 << 20  # room for about 200 000 tensors; the largest published models have fewer than 100 000
@@ -72,7 +73,7 @@ class TensorFile:
         self.path = Path(path)
         self.error = error
         try:
-            with self.path.open("rb") as f:
+            with open_binary(self.path, head=True) as f:
                 self.file_bytes = f.seek(0, 2)
                 f.seek(0)
                 header, data_start = _read_header(f, self.path, self.file_bytes, error)
@@ -124,7 +125,7 @@ def read_tensor(
         begin, nbytes, shape = begin + first * row_bytes, count * row_bytes, (count, *shape[1:])
     out = torch.empty(nbytes, dtype=torch.uint8) if allocate is None else allocate(nbytes)
     try:
-        with info.file.open("rb", buffering=0) as f:
+        with open_binary(info.file) as f:
             f.seek(begin)
             _read_into(f, out.numpy().data, info, error)
     except OSError as e:

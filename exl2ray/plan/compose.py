@@ -19,7 +19,7 @@ from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
 from exl2ray.opening import falls_back
 from exl2ray.plan.disk import DiskNeed
-from exl2ray.plan.fit import Fit, best_fit, check_fit, parse_size
+from exl2ray.plan.fit import Fit, best_fit, check_fit
 from exl2ray.plan.memory import Peak, peaks
 from exl2ray.plan.probe import ProbeResult, probe
 from exl2ray.plan.problems import Examination, examine, row_sizes
@@ -27,7 +27,9 @@ from exl2ray.plan.sizes import OutputSize, exact_size, freedom_of, size_range
 from exl2ray.plan.times import LOGGED, Timed, Times, estimate, far_below, logged_for
 from exl2ray.planning import choose, decoder_bpw, option_bits
 from exl2ray.quant.allocate import reachable_range
+from exl2ray.remote.source import localised
 from exl2ray.soundness import unspent_warning
+from exl2ray.units import parse_size
 
 GIB = 1 << 30
 USUAL_GPUS = (24 * GIB, 80 * GIB)  # planned for where this machine has none
@@ -91,6 +93,10 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     memory = parse_size(wishes.fit, "--fit") if wishes.fit is not None else None
     if wishes.context is not None and memory is None:
         raise UsageError("--context is a setting of --fit", "name the memory of the card with --fit 24GB")
+    try:
+        recipe = localised(recipe)
+    except Exl2RayError as e:
+        return Report(recipe.in_dir, problems=[("source", e)])
     found = examine(recipe)
     report = Report(recipe.in_dir, problems=[(p.topic, p.error) for p in found.problems])
     if found.spec is not None and falls_back(recipe, found.spec, found.measurement):

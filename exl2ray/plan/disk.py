@@ -13,6 +13,7 @@ from exl2ray.formats.shards import OUTPUT_NAME, side_files
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.memory import RowSizes, state_bytes
 from exl2ray.plan.sizes import OutputSize
+from exl2ray.remote.source import cached_bytes
 from exl2ray.store.layout import quant_kind
 
 FILE_BYTES = 4096  # of a record, and of the header of a file of packed tensors: more than most take
@@ -53,6 +54,7 @@ def disk_needs(recipe: Recipe, spec: ModelSpec, sizes: Sequence[OutputSize], row
         elif recipe.out_dir:
             here = _existing_output(Path(recipe.out_dir))
             least, most = least + max(0, size.low_bytes - here), most + max(0, size.high_bytes - here)
+    most += cached_bytes(recipe.in_dir)
     work = [_need("work directory", recipe.out_dir, least, max(least, most))] if recipe.out_dir else []
     return work + outputs
 

@@ -7,7 +7,6 @@ measurement: CUDA context and allocator, one decoded copy of the largest linear,
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from exl2ray.errors import BudgetError, UsageError
@@ -23,7 +22,6 @@ CACHE_BITS = {"fp16": 16.0, "q8": 8.5, "q6": 6.5, "q4": 4.5}  # per value; quant
 CONTEXT_BYTES = 512 << 20  # CUDA context, libraries, fragmentation
 CHUNK_TOKENS = 2048  # of a prompt that are processed at once
 STEP = 0.01  # of the bitrate that is named
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,6 @@ class Fit:
     windowed_cache_bytes: int
     allowance_bytes: int
     host_bytes: int  # the embedding table
-
-
-def parse_size(text: str, flag: str) -> int:
-    """Bytes of "24GB", "24 GiB", "23.5G", "800M" or plain bytes; UsageError otherwise."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
-    unit = match[2].lower() if match else "?"
-    if match is None or unit not in UNITS:
-        raise UsageError(f"{flag} {text}: not a size", "as in 24GB (10^9 bytes) or 24GiB (2^30 bytes)")
-    return int(float(match[1]) * UNITS[unit])
 
 
 def best_fit(

@@ -8,7 +8,6 @@ fused tensor each part is looked at for itself.
 
 from __future__ import annotations
 
-import os
 import random
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import SourceError
+from exl2ray.formats.elsewhere import THREADS, Pieces, remote_file
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.tensorfile import DTYPES, TensorInfo
 from exl2ray.model.spec import ModelSpec, Stored
@@ -83,8 +83,11 @@ def flat_parts(source: SourceModel, parts: Sequence[Part], seed: int = 0) -> lis
     for part in parts:
         if not source.is_computed(part.stored.name):
             by_file.setdefault(source.file(part.stored.name), []).append(part)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = [f for some in pool.map(lambda ps: _scan(source, ps, pieces, seed), by_file.values()) for f in some]
+    groups, threads = list(by_file.values()), _THREADS
+    if any(remote_file(path) is not None for path in by_file):  # the network is waited for
+        groups, threads = [[part] for some in groups for part in some], THREADS
+    with ThreadPoolExecutor(threads) as pool:
+        found = [f for some in pool.map(lambda ps: _scan(source, ps, pieces, seed), groups) for f in some]
         rows = pool.map(lambda p: _judged(p, _some_rows(source, p.stored, pieces)), computed)
         found += [f for f in rows if f is not None]
     order = {part: i for i, part in enumerate(parts)}
@@ -105,16 +108,14 @@ def _scan(source: SourceModel, parts: Sequence[Part], pieces: int, seed: int) ->
     """Parts of one file; what cannot be read is left to those who report it."""
     out = []
     try:
-        handle = os.open(source.file(parts[0].stored.name), os.O_RDONLY | os.O_CLOEXEC)
+        handle = Pieces(source.file(parts[0].stored.name))
     except OSError:
         return []
-    try:
+    with handle:
         for part in parts:
             values = _sample(source.info(part.stored.name), part, handle, pieces, seed)
             flat = None if values is None else _judged(part, values)
             out += [] if flat is None else [flat]
-    finally:
-        os.close(handle)
     return out
 
 
@@ -160,7 +161,7 @@ def _some_rows(source: SourceModel, stored: Stored, pieces: int) -> Tensor:
     return values.flatten()
 
 
-def _sample(info: TensorInfo, part: Part, handle: int, pieces: int, seed: int) -> Tensor | None:
+def _sample(info: TensorInfo, part: Part, handle: Pieces, pieces: int, seed: int) -> Tensor | None:
     """Values from ``pieces`` places, one in each of equal parts; None if the file ends early or there are none."""
     dtype = DTYPES[info.dtype]
     runs = _runs(info, part.stored, dtype.itemsize)
@@ -176,7 +177,7 @@ def _sample(info: TensorInfo, part: Part, handle: int, pieces: int, seed: int) -
         begin, length = runs[run]
         start = begin + min(at - (ends[run] - length), length - values) * dtype.itemsize
         try:
-            piece = os.pread(handle, values * dtype.itemsize, info.begin + start)
+            piece = handle.read(values * dtype.itemsize, info.begin + start)
         except OSError:
             return None
         if len(piece) != values * dtype.itemsize:

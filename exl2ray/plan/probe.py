@@ -22,6 +22,7 @@ from exl2ray.dist.arrays import Shipped, to_shipped
 from exl2ray.dist.items import EnterItem, MeasureItem, QuantizeItem, RowSet, WorkerSetup
 from exl2ray.dist.worker import Worker
 from exl2ray.errors import NumericError, StoreError
+from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.layout import QParams
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.plan.disk import existing_parent
@@ -114,7 +115,7 @@ class _Run:
         file = put_tensors(store, CALIBRATION, self.rows)
         self.worker = Worker(
             WorkerSetup(
-                in_dir=recipe.in_dir, work_root=store.root, device=device.type, rope_scale=recipe.rope_scale,
+                in_dir=place_of(recipe.in_dir), work_root=store.root, device=device.type, rope_scale=recipe.rope_scale,
                 rope_alpha=recipe.rope_alpha, damping=recipe.damping, checkpoint_seconds=1e9, calibration=CALIBRATION,
                 calibration_sha256=file.sha256, perplexity_rows=1, moe_all_experts=recipe.moe_all_experts,
                 rotate=recipe.rotate, threads=torch.get_num_threads(), versions=versions(),

@@ -6,7 +6,6 @@ broken is more than a few values.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from exl2ray.errors import SourceError
+from exl2ray.formats.elsewhere import THREADS, Pieces, remote_file
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.tensorfile import DTYPES, TensorInfo
 from exl2ray.model.spec import ModelSpec
@@ -25,6 +25,7 @@ MOST_PIECES = 16  # of a tensor
 COMPUTED_ROWS = 2  # looked at, of a tensor that is stored in FP8 or MXFP4
 READS = 16384  # of all tensors, on a model with very many
 _THREADS = 8
+REMOTE = 8  # tensors of a remote file that a thread looks at
 
 
 def stored_names(spec: ModelSpec) -> list[str]:
@@ -42,7 +43,8 @@ def scan_values(source: SourceModel, names: Sequence[str], seed: int = 0) -> lis
     """
     infos = [source.info(name) for name in names if name in source and not source.is_computed(name)]
     pieces = max(1, min(MOST_PIECES, READS // max(1, len(infos))))
-    with ThreadPoolExecutor(_THREADS) as pool:  # waiting for the disk or the network is what takes time
+    threads = THREADS if infos and remote_file(infos[0].file) is not None else _THREADS
+    with ThreadPoolExecutor(threads) as pool:  # waiting for the disk or the network is what takes time
         found = pool.map(lambda part: _scan(source, part, pieces, seed), _by_file(infos))
         scaled = [n for n in names if n in source and source.is_computed(n)]
         computed = pool.map(lambda name: _rows(source, name, seed), scaled)
@@ -65,28 +67,27 @@ def _by_file(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
     out: dict[Any, list[TensorInfo]] = {}
     for info in infos:
         out.setdefault(info.file, []).append(info)
-    return [sorted(part, key=lambda i: i.begin) for part in out.values()]
+    groups = [sorted(part, key=lambda i: i.begin) for part in out.values()]
+    return [g[i : i + n] for g in groups for n in [REMOTE if remote_file(g[0].file) else len(g)] for i in range(0, len(g), n)]
 
 
 def _scan(source: SourceModel, infos: Sequence[TensorInfo], pieces: int, seed: int) -> list[SourceError]:
     """Tensors of one file."""
     errors = []
     try:
-        handle = os.open(infos[0].file, os.O_RDONLY | os.O_CLOEXEC)
+        handle = Pieces(infos[0].file)
     except OSError as e:
         return [SourceError(f"{infos[0].file}: cannot be read: {e.strerror or e}")]
-    try:
+    with handle:
         for info in infos:
             try:
                 _check(source, info, handle, pieces, seed)
             except SourceError as e:
                 errors.append(e)
-    finally:
-        os.close(handle)
     return errors
 
 
-def _check(source: SourceModel, info: TensorInfo, handle: int, pieces: int, seed: int) -> None:
+def _check(source: SourceModel, info: TensorInfo, handle: Pieces, pieces: int, seed: int) -> None:
     where = f"{source.path}: tensor {info.name}"
     dtype = DTYPES[info.dtype]
     if dtype not in FLOAT_DTYPES:
@@ -98,7 +99,7 @@ def _check(source: SourceModel, info: TensorInfo, handle: int, pieces: int, seed
     raw = bytearray()
     for start in starts:
         try:
-            piece = os.pread(handle, size, info.begin + start)
+            piece = handle.read(size, info.begin + start)
         except OSError as e:
             raise SourceError(f"{where}: cannot be read: {e.strerror or e}") from e
         if len(piece) != size:

@@ -11,6 +11,7 @@ from typing import Any
 
 from exl2ray.config import Recipe, place_name
 from exl2ray.flags import METAVARS, STORED_AT, dashes, field_docs
+from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.links import outside
 from exl2ray.publish.frontmatter import Value, read_fields, split_card
 
@@ -23,6 +24,7 @@ MAX_VALUE = 200  # characters of a kept value
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)")
+ADDRESS = re.compile(r"hf://(?P<id>[^/@]+/[^/@]+)")
 GIT_REMOTE = re.compile(r"^\s*url\s*=\s*\S*?\b(?:huggingface\.co|hf\.co)[/:](?P<id>[^/\s]+/[^/\s]+?)(?:\.git)?/?\s*$", re.M)
 
 
@@ -71,6 +73,10 @@ def base_model_of(in_dir: str | Path) -> str | None:
 
     ``_name_or_path`` in config.json is no help: for a fine-tune it often names the model that was tuned.
     """
+    mount = mount_at(in_dir)
+    if mount is not None:  # its address is the place that it was read from
+        found = ADDRESS.match(mount.address)
+        return found["id"] if found else None
     path = Path(in_dir).absolute()
     for part in (*path.parts, *path.resolve().parts):
         found = CACHE_FOLDER.fullmatch(part)

@@ -10,6 +10,7 @@
     events.jsonl  events/           one line per event (events/ on object stores)
     evaluation.json  ladder.png     the finished models compared
     report.html  logs/  nonce/
+    source.json  source/            of a model that is elsewhere: what it was, its small files, blocks of its shards
 """
 
 from __future__ import annotations
@@ -22,23 +23,26 @@ PLAN = "plan.json"
 EVENTS = "events.jsonl"
 LOGS = "logs"
 NONCE = "nonce"
+SOURCE_FILE = "source.json"
+SOURCE_FOLDER = "source"
 MEASURE = "measure"  # kind of the measurement's records
 SOURCE_KEY = "source"  # key of the record of the source's files
 REFERENCE_KIND = "quant/reference"  # kind of the checkpoints of the source model's states on the quantisation rows
 # Keys of records that are no module's.
 NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|source|perplexity|output")
-FOLDERS = ("measure", "quant", "events", "logs", "nonce")
+FOLDERS = ("measure", "quant", "events", "logs", "nonce", "source")
 
 _OURS = re.compile(
     r"job(-\d+)?\.json|calibration\.safetensors|measurement\.json|plan\.json|events\.jsonl"
     r"|report\.html|evaluation\.json|ladder\.png"
     r"|output(-\d{5}-of-\d{5})?\.safetensors"
     r"|(measure|quant/[^/]+)/(records/[^/]+\.json|(states|tensors)/[^/]+\.safetensors)"
+    r"|source\.json|source/[^/]+|source/(additional_chat_templates|blocks)/[^/]+"
     r"|events/[^/]+\.jsonl|nonce/[^/]+\.json|logs/(.+/)?[^/]+\.(log|out|err|txt|json|jsonl)"
 )
 
 _FOLDERS_OF_OURS = re.compile(
-    r"measure|quant|events|logs|nonce|(measure|quant/[^/]+)(/(records|states|tensors))?|quant/[^/]+/output"
+    r"measure|quant|events|logs|nonce|source(/(additional_chat_templates|blocks))?|(measure|quant/[^/]+)(/(records|states|tensors))?|quant/[^/]+/output"
 )
 
 

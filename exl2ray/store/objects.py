@@ -164,6 +164,11 @@ def _batch_folder(rel: str) -> str:
     return rel.removesuffix(".jsonl")
 
 
+def file_system(scheme: str, bucket: str) -> Any:
+    """The ``pyarrow.fs`` of s3:// or gs://, as the environment says, for reading."""
+    return _s3(bucket, background_writes=False) if scheme == "s3" else _gcs()
+
+
 def _s3(bucket: str, background_writes: bool) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")

@@ -12,8 +12,9 @@ from exl2ray.errors import BudgetError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import find_arch, load_spec
 from exl2ray.model.hyper import Hyper, resolve_hyper
-from exl2ray.plan.fit import STEP, allowance_bytes, best_fit, cache_size, check_fit, parse_size
+from exl2ray.plan.fit import STEP, allowance_bytes, best_fit, cache_size, check_fit
 from exl2ray.plan.sizes import Freedom, size_range
+from exl2ray.units import parse_size
 
 GIB = 1 << 30
 GEMMA: dict[str, Any] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import Exl2RayError
+from exl2ray.formats.elsewhere import mount_at, open_binary, remote_file
 from exl2ray.formats.json_file import read_json_object
 
 LFS_START = b"version https://git-lfs"
@@ -30,8 +31,11 @@ class Folder:
         return self._entries(folders=True)
 
     def _entries(self, folders: bool) -> list[str]:
+        mount = mount_at(self.path)
+        away = () if mount is None else mount.folders if folders else (*mount.files, *mount.others)
         try:
-            return sorted(p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir() == folders)
+            here = {p.name for p in self.path.iterdir() if p.is_dir() == folders}
+            return sorted(n for n in here.union(away) if not n.startswith("."))
         except OSError:
             return []
 
@@ -46,9 +50,9 @@ class Folder:
         """The first ``size`` bytes of a regular file; fewer where it is shorter, none where it cannot be read."""
         path = self.path / name
         try:
-            if not path.is_file():
+            if not path.is_file() and remote_file(path) is None:
                 return b""
-            with path.open("rb") as f:
+            with open_binary(path) as f:
                 return f.read(size)
         except OSError:
             return b""

@@ -1,0 +1,305 @@
+"""Models on the Hub: one commit, listed once; small files through the cache of huggingface_hub, shards by range.
+
+Shards that the cache has are read there. What is downloaded of the others goes into a folder of ours (`blocks`), never into
+that cache, which has no bound. A range comes in two steps: the Hub answers with a signed address elsewhere, which serves for
+some minutes, so that the Hub itself is asked once and not for every piece.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from exl2ray.errors import Exl2RayError, HubError, SourceError, StoreError, UsageError
+from exl2ray.formats.elsewhere import STAMP, RemoteFile
+from exl2ray.formats.json_file import read_json_object
+from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
+from exl2ray.remote.address import Address, redacted
+from exl2ray.remote.blocks import Blocks
+from exl2ray.remote.listing import MAX_NAMES, Entry, Listing, folders_of
+from exl2ray.remote.retry import Passing, patiently
+
+ENDPOINT = "https://huggingface.co"
+SECONDS = 30.0  # without an answer, or between two pieces of one
+KEPT_SECONDS = 600.0  # that a signed address is used
+PIECE_BYTES = 1 << 20
+SAYS = 200  # characters of a server's message that are passed on
+LOGIN = "hf auth login, or set HF_TOKEN"
+NOWHERE = ("", 0.0, "")
+PASSING = (408, 429, 500, 502, 503, 504)
+NETWORK = ("TransportError", "RequestException")  # of httpx, httpx2 and requests: huggingface_hub has used all three
+
+
+class Repository:
+    """Reads one repository. All methods raise typed errors only, without the token."""
+
+    def __init__(self, address: Address, blocks: Blocks) -> None:
+        self.address, self._blocks = address, blocks
+        self._places: dict[str, tuple[str, float, str]] = {}  # name -> signed address, until when it is used, ETag there
+        self._lock = threading.Lock()
+        try:
+            import huggingface_hub  # noqa: F401
+        except ImportError as e:
+            raise UsageError(f"-i {address}: huggingface_hub is not installed", "pip install 'exl2ray[hub]'") from e
+
+    def listing(self) -> Listing:
+        """Of the commit that the revision is now; offline of what the cache has of it."""
+        from huggingface_hub import HfApi, constants
+
+        address = self.address
+        if constants.HF_HUB_OFFLINE:
+            return self._cached_listing()
+
+        def step() -> Any:
+            with self._typed("listing its files"):
+                api, revision = HfApi(endpoint=_endpoint()), address.revision
+                return api.model_info(address.place, revision=revision, files_metadata=True, timeout=SECONDS)
+
+        info = patiently(step)
+        commit, siblings = str(info.sha or ""), info.siblings or []
+        if not re.fullmatch(r"[0-9a-f]{40}", commit) or len(siblings) > MAX_NAMES:
+            raise HubError(f"{address}: the Hub's answer names no commit, or more than {MAX_NAMES} files", "is it the Hub?")
+        prefix = f"{address.path}/" if address.path else ""
+        entries = []
+        for s in siblings:
+            if not s.rfilename.startswith(prefix) or not _is_name(s.rfilename):
+                continue
+            sha = s.lfs.sha256 if s.lfs is not None else None
+            size = s.lfs.size if s.lfs is not None and s.lfs.size is not None else s.size
+            entries.append(Entry(s.rfilename[len(prefix) :], int(size or 0), f"{STAMP}{sha or s.blob_id or commit}", sha))
+        if not entries:
+            raise SourceError(f"{address}: the repository has no folder {address.path}" if prefix else f"{address}: is empty",
+                              f"its folders: {', '.join(folders_of([s.rfilename for s in siblings])[:5]) or 'none'}")
+        self.address = address.at(commit)
+        return self.reopened(tuple(entries))
+
+    def reopened(self, entries: tuple[Entry, ...]) -> Listing:
+        """The listing of a commit that is known."""
+        folders = folders_of([e.name for e in entries])
+        return Listing(self.address, entries, folders, self.fetch, self.open)
+
+    def _cached_listing(self) -> Listing:
+        address = self.address
+        found = self._cached("config.json")
+        hint = "unset HF_HUB_OFFLINE, or fetch it where there is a network: hf download"
+        if found is None:
+            raise HubError(f"{address}: HF_HUB_OFFLINE is set, and the Hub's cache on this machine does not have it", hint)
+        folder = found.parent
+        commit = folder.parents[address.path.count("/")].name if address.path else folder.name
+        if (folder / INDEX).exists():
+            index = read_json_object(folder / INDEX, SourceError, "", MAX_INDEX_BYTES).get("weight_map")
+            wanted = sorted({str(f) for f in index.values()}) if isinstance(index, dict) else []
+            absent = [n for n in wanted if not (folder / n).is_file()]
+            if absent:
+                text = f"{absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+                raise HubError(f"{address}: HF_HUB_OFFLINE is set, and the Hub's cache lacks {text}", hint)
+        self.address = address.at(commit)
+        entries = []
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            name = path.relative_to(folder).as_posix()
+            real = path.resolve().name  # blobs have the name of their ETag
+            sha = real if re.fullmatch(r"[0-9a-f]{64}", real) else None
+            entries.append(Entry(name, path.stat().st_size, f"{STAMP}{real}", sha))
+        return self.reopened(tuple(entries))
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def _name(self, name: str) -> str:
+        return f"{self.address.path}/{name}" if self.address.path else name
+
+    def _cached(self, name: str) -> Path | None:
+        """The file in the Hub's cache on this machine."""
+        from huggingface_hub import try_to_load_from_cache
+
+        with self._typed(name):
+            found = try_to_load_from_cache(self.address.place, self._name(name), revision=self.address.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def fetch(self, entry: Entry) -> bytes:
+        """A small file, through the Hub's cache."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        def step() -> bytes:
+            disable_progress_bars()
+            with self._typed(f"fetching {entry.name}"):
+                path = Path(hf_hub_download(
+                    self.address.place, self._name(entry.name), revision=self.address.revision, etag_timeout=SECONDS,
+                    endpoint=_endpoint(),
+                ))  # fmt: skip
+                if path.stat().st_size != entry.size:
+                    text = f"{self.address}/{entry.name}: {path.stat().st_size} bytes in place of {entry.size}"
+                    raise SourceError(text, f"delete it from the Hub's cache: {path}")
+                return path.read_bytes()
+
+        return patiently(step)
+
+    def open(self, entry: Entry) -> RemoteFile:
+        def read(buffer: memoryview, offset: int) -> None:
+            cached = self._cached(entry.name)
+            if cached is not None and cached.stat().st_size == entry.size:
+                with cached.open("rb", buffering=0) as f:
+                    f.seek(offset)
+                    if f.readinto(buffer) == len(buffer):
+                        return
+            key = f"{self.address}/{entry.name}\0{entry.size}\0{entry.stamp}"
+            self._blocks.read(buffer, offset, entry.size, key, lambda part, begin: self._range(entry, part, begin))
+
+        return RemoteFile(entry.name, entry.size, entry.stamp, read, lambda: entry.stamp, entry.sha256)
+
+    def _range(self, entry: Entry, buffer: memoryview, offset: int) -> None:
+        """Fills the buffer; goes on where a connection broke off."""
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            with self._typed(f"reading {entry.name}"):
+                url, headers = self._place(entry.name)
+                headers["Range"] = f"bytes={offset + done}-{offset + len(buffer) - 1}"
+                headers["Accept-Encoding"] = "identity"
+                with _session().stream("GET", url, headers=headers, follow_redirects=True, timeout=SECONDS) as answer:
+                    self._check(answer, entry, offset + done, url)
+                    for piece in answer.iter_bytes(PIECE_BYTES):
+                        part = piece[: len(buffer) - done]
+                        buffer[done : done + len(part)] = part
+                        done += len(part)
+            if done < len(buffer):
+                text = f"{self.address}/{entry.name}: the answer ended {len(buffer) - done} bytes early"
+                raise Passing(HubError(text, "run the same command again: it goes on from what is there"))
+
+        patiently(step)
+
+    def _place(self, name: str) -> tuple[str, dict[str, str]]:
+        """(where to ask, headers): elsewhere no token is sent."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        with self._lock:
+            known, until, _ = self._places.get(name, NOWHERE)
+        if known and time.monotonic() < until:
+            return known, {}
+        url = hf_hub_url(self.address.place, self._name(name), revision=self.address.revision, endpoint=_endpoint())
+        return url, build_hf_headers()
+
+    def _check(self, answer: Any, entry: Entry, offset: int, asked: str) -> None:
+        """Whether an answer is the range of the file that was listed."""
+        status = answer.status_code
+        known, _, expected = self._places.get(entry.name, NOWHERE)
+        if status >= 400 and asked == known:
+            self._places.pop(entry.name, None)  # the signature is too old
+            raise Passing(HubError(f"{self.address}/{entry.name}: the storage of the Hub answers {status}"), 0.0)
+        if status >= 400:
+            raise _Refused(status, answer.headers)
+        first, here = answer.history[0] if answer.history else answer, answer.headers.get("ETag", "")
+        if asked == known:
+            tag, listed = here, expected
+        else:
+            tag, listed = first.headers.get("X-Linked-ETag", ""), entry.stamp.removeprefix(STAMP)
+            tag = tag or ("" if answer.history else here)
+        total = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        if (tag and _plain(tag) != _plain(listed)) or (total and int(total[2]) != entry.size):
+            raise StoreError(f"{self.address}/{entry.name}: another file than when the conversion began",
+                             "begin anew: another -o, or -nr")  # fmt: skip
+        if status != 206 or total is None or int(total[1]) != offset:
+            raise HubError(f"{self.address}/{entry.name}: the server does not send parts of files (status {status})",
+                           "fetch the model: hf download, and give its folder")  # fmt: skip
+        if answer.history:
+            with self._lock:
+                self._places[entry.name] = str(answer.url), time.monotonic() + KEPT_SECONDS, here
+
+    # ---- errors ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _typed(self, doing: str) -> Iterator[None]:
+        """Turns whatever goes wrong into a typed error. ``from None``: causes may show the headers of requests."""
+        from huggingface_hub import get_token
+
+        from exl2ray.publish.token import Token, redacted_logs
+
+        token = Token(get_token() or "\0", "")
+        try:
+            with redacted_logs(token):
+                yield
+        except (Exl2RayError, Passing):
+            raise
+        except Exception as e:  # of several HTTP libraries
+            raise self._error(e, doing, token) from None
+
+    def _error(self, e: Exception, doing: str, token: Any) -> Exception:
+        from huggingface_hub import errors
+
+        where = f"{self.address}: {doing}"
+        chain: list[BaseException] = [e]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        answer: Any = next((r for c in chain if (r := getattr(c, "response", None)) is not None), None)
+        status = e.status if isinstance(e, _Refused) else getattr(answer, "status_code", None)
+        headers: Any = e.headers if isinstance(e, _Refused) else getattr(answer, "headers", None) or {}
+        says = next((str(m) for c in chain if (m := getattr(c, "server_message", None))), "")
+        says = says or headers.get("X-Error-Message", "") or ("" if status else str(chain[-1]))
+        says = " ".join(redacted(token.redact(says)).split())[:SAYS]
+        code = headers.get("X-Error-Code", "")
+        if any(isinstance(c, errors.OfflineModeIsEnabled) for c in chain):
+            return HubError(f"{where}: HF_HUB_OFFLINE is set, and the Hub's cache does not have it", "unset HF_HUB_OFFLINE")
+        if any(isinstance(c, errors.GatedRepoError) for c in chain) or code == "GatedRepo":
+            page = redacted(f"{_endpoint()}/{self.address.place}")
+            return HubError(f"{where}: the model is gated ({status}): {says}", f"accept its licence at {page}, then {LOGIN}")
+        if any(isinstance(c, errors.RevisionNotFoundError) for c in chain) or code == "RevisionNotFound":
+            revision = self.address.revision or "main"
+            return SourceError(f"{where}: there is no revision {revision}", "leave out @REVISION for the main branch")
+        if any(isinstance(c, errors.HFValidationError) for c in chain):
+            return UsageError(f"{where}: {says}", "the address has the form hf://OWNER/NAME[@REVISION][/FOLDER]")
+        if status in PASSING:
+            hint = "too many requests: wait some minutes" if status == 429 else "run the same command again later"
+            return Passing(HubError(f"{where}: the Hub answers {status}: {says}", hint), _after(headers))
+        if code == "EntryNotFound" or any(isinstance(c, errors.EntryNotFoundError) for c in chain):
+            return SourceError(f"{where}: there is no such file in this commit", "was the repository changed?")
+        if status in (401, 404) and (code == "RepoNotFound" or status == 404 or not token.value.strip("\0")):
+            hint = f"is the name right? if the model is private: {LOGIN}"
+            return SourceError(f"{where}: not found, or not shown to you ({status}): {says}", hint)
+        if status in (401, 403):
+            return HubError(f"{where}: the Hub refuses ({status}): {says}", f"is the token right? {LOGIN}")
+        if status:
+            return HubError(f"{where}: the Hub answers {status}: {says}")
+        what = f"{redacted(_endpoint())} cannot be reached, or broke off: {says}"
+        error = HubError(f"{where}: {what}", "is there a network? run the same command again")
+        names = {base.__name__ for c in chain for base in type(c).__mro__}
+        network = names.intersection(NETWORK) or any(isinstance(c, (ConnectionError, TimeoutError)) for c in chain)
+        return Passing(error) if network else HubError(f"{where}: {type(e).__name__}: {says}")
+
+
+class _Refused(Exception):
+    """An answer with an error's status."""
+
+    def __init__(self, status: int, headers: Any) -> None:
+        super().__init__(f"status {status}")
+        self.status, self.headers = status, headers
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
+
+
+def _plain(tag: str) -> str:
+    return tag.removeprefix("W/").strip('"')
+
+
+def _after(headers: Any) -> float | None:
+    text = str(headers.get("Retry-After", ""))
+    return float(text) if text.isdecimal() and len(text) < 6 else None
+
+
+def _is_name(name: str) -> bool:
+    return name.isprintable() and not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name
+
+
+def _session() -> Any:
+    from huggingface_hub import get_session
+
+    return get_session()

@@ -1,0 +1,81 @@
+"""What lies at an address, and which of it is fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from exl2ray.errors import SourceError
+from exl2ray.formats.elsewhere import RemoteFile
+from exl2ray.formats.json_file import LIMITS, MIB
+from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
+from exl2ray.remote.address import Address
+
+TEMPLATES = "additional_chat_templates"  # the one folder of a model that is looked into
+# Weights in other formats, archives, and what belongs to another program; dot files.
+NOT_FETCHED = re.compile(
+    r"\..*|consolidated\..*|.*\.bin\.index\.json"
+    r"|.*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|onnx|onnx_data|ot|engine|nemo|mlmodel|tflite|pb|npz|npy|pkl"
+    r"|zip|tar|gz|xz|zst|7z|parquet|arrow|mp4|wav|mp3|whl)",
+    re.IGNORECASE,
+)
+FOREIGN = re.compile(r"(consolidated|adapter|optimizer|training_args).*\.safetensors", re.IGNORECASE)
+SMALL_BYTES = 32 * MIB  # of a file that no reader of ours bounds
+FETCHED_BYTES = 1 << 30  # of all small files
+MAX_NAMES = 100_000
+MAX_FILE_BYTES = 1 << 46
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file. ``name``: with folders, relative to the address. stamp: changes with the content. sha256 where it is known."""
+
+    name: str
+    size: int
+    stamp: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """address: with the commit. ``fetch``: content of a small file; ``open``: a shard."""
+
+    address: Address
+    entries: tuple[Entry, ...]
+    folders: tuple[str, ...]
+    fetch: Callable[[Entry], bytes]
+    open: Callable[[Entry], RemoteFile]
+
+    def small(self) -> tuple[list[Entry], list[str]]:
+        """(files to fetch, notes of those that are too large to be what their names say). Raises SourceError."""
+        chosen, notes = [], []
+        for entry in self.entries:
+            folder, _, name = entry.name.rpartition("/")
+            if folder not in ("", TEMPLATES) or NOT_FETCHED.fullmatch(name):
+                continue
+            most = max(SMALL_BYTES, LIMITS.get(name, 0), MAX_INDEX_BYTES if name == INDEX else 0)
+            if entry.size <= most:
+                chosen.append(entry)
+            elif name in LIMITS or name == INDEX:
+                raise SourceError(f"{self.address}: {name}: {entry.size} bytes; larger than {most} bytes, which it may have")
+            else:
+                notes.append(f"{name} ({entry.size >> 20} MiB) is not fetched, nor copied into the output")
+        if sum(e.size for e in chosen) > FETCHED_BYTES:
+            raise SourceError(f"{self.address}: small files of more than {FETCHED_BYTES >> 20} MiB", "is it a model?")
+        return chosen, notes
+
+    def shards(self) -> list[Entry]:
+        """The weights, at the top level."""
+        found = [e for e in self.entries if "/" not in e.name and e.name.lower().endswith(".safetensors")]
+        if any(e.size > MAX_FILE_BYTES for e in found):
+            raise SourceError(f"{self.address}: a file of more than {MAX_FILE_BYTES >> 40} TiB", "no model has one")
+        return found
+
+    def others(self) -> tuple[str, ...]:
+        fetched = {e.name for e in (*self.small()[0], *self.shards())}
+        return tuple(sorted(e.name for e in self.entries if "/" not in e.name and e.name not in fetched))
+
+
+def folders_of(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted({n.partition("/")[0] for n in names if "/" in n}))

@@ -1,0 +1,18 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from exl2ray.errors import UsageError
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of "24GB", "24 GiB", "23.5G", "800M" or plain bytes; UsageError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    unit = match[2].lower() if match else "?"
+    if match is None or unit not in UNITS:
+        raise UsageError(f"{flag} {text}: not a size", "as in 24GB (10^9 bytes) or 24GiB (2^30 bytes)")
+    return int(float(match[1]) * UNITS[unit])
