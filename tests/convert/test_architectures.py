@@ -185,7 +185,8 @@ def test_keys_that_the_loader_reads_are_written(
 
 def test_differences_of_the_loader_are_warned_of_by_name(converted: Callable[[str], Converted]) -> None:
     def warned(name: str) -> str:
-        return "\n".join(messages(converted(name).reporter, "warning"))
+        found = messages(converted(name).reporter, "warning")
+        return "\n".join(m for m in found if not m.startswith("the source model has perplexity"))  # random weights
 
     for name, text in {
         "Qwen3ForCausalLM": "q/k norm: the loader subtracts the mean",
