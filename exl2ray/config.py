@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from exl2ray.errors import UsageError
+from exl2ray.field_checks import check_fields
 from exl2ray.quality import ALLOCATIONS, Allocated, Numerics, Quality, ScaleSearch, resolve
 from exl2ray.units import parse_size
 
@@ -108,6 +109,7 @@ class Recipe:
         if isinstance(self.cal_dataset, tuple):  # one is as if it were the only one there can be, none is none
             files = self.cal_dataset
             object.__setattr__(self, "cal_dataset", files if len(files) > 1 else files[0] if files else None)
+        check_fields(self, get_type_hints(Recipe))
         parse_size(self.source_cache, "--source-cache")
         if not self.bits:
             raise UsageError("-b: no bitrate given")

@@ -18,7 +18,8 @@ import click
 from click.core import ParameterSource
 
 from exl2ray.config import Recipe, choices
-from exl2ray.errors import UsageError
+from exl2ray.errors import StoreError, UsageError
+from exl2ray.field_checks import fits, shown, wanted
 from exl2ray.pasted import missing_folder_hint
 from exl2ray.reference_flags import flag_of, is_given, reference_notes, spelled_out
 from exl2ray.remote.address import is_remote, parse
@@ -255,10 +256,16 @@ def stored_settings(root: str, given: Iterable[str] = (), trust: bool = False) -
         refuse_others(root)
     job = stored.job
     out = {}
+    hints = get_type_hints(Recipe)
     for name, (section, setting) in STORED_AT.items():
         value = job[section].get(setting)
         if value is not None:
             out[name] = tuple(value) if isinstance(value, list) else value
+            if not fits(out[name], hints[name]):
+                raise StoreError(
+                    f"{root}: the job's {section}.{setting} is {shown(value)}; {wanted(hints[name])} is needed",
+                    "job.json is damaged: restore it, or start anew with -nr",
+                )
     if "in_dir" not in out:
         raise UsageError(f"-i is missing, and the job in {root} does not say where its model is", "name it with -i")
     own_data = job["measure"].get("cal_dataset") or job["quantize"].get("cal_dataset")

@@ -21,7 +21,8 @@ from exl2ray.formats.elsewhere import named
 from exl2ray.formats.json_file import read_bounded
 from exl2ray.remote.source import local
 
-PROMPTS_BYTES = 1 << 20
+PROMPTS_BYTES = 1 << 20  # of a file
+PROMPT_BYTES = 1 << 18  # of one question
 MARK = " || "  # where an answer leaves the first model's, on a screen without colours
 
 
@@ -45,6 +46,8 @@ def chat(
     questions = [*prompts, *(read_prompts(Path(prompts_file)) if prompts_file is not None else [])]
     if not questions and (out is not None or not is_terminal(sys.stdin)):
         raise UsageError("there is nothing to ask", "give --prompt TEXT or --prompts FILE; in a terminal, type")
+    for question in (*questions, *([system] if system is not None else [])):
+        _check_text(question)
     models = [local(m, flag="MODEL") for m in models]
     panel = Panel(models, _device(device), RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha))
     opening: Messages = (("system", system),) if system is not None else ()
@@ -57,10 +60,21 @@ def chat(
     histories = [opening] * len(models)
     print("One question a line; end with Ctrl-D." if panel.templated else "No chat template: your text is continued.")
     for question in _typed():
+        _check_text(question)
         asked = ("user", question)
         histories = [(*h, asked) if panel.templated else (asked,) for h in histories]
         answers = _exchange(panel, histories, max_tokens, None)
         histories = [(*h, ("assistant", a.text)) for h, a in zip(histories, answers, strict=True)]
+
+
+def _check_text(text: str) -> None:
+    """UsageError for a prompt that is none: of half characters, or longer than a chat can be."""
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError as e:
+        raise UsageError(f"a prompt holds bytes that are not UTF-8 (at character {e.start})") from e
+    if size > PROMPT_BYTES:
+        raise UsageError(f"a prompt has {size} bytes; at most {PROMPT_BYTES} are taken", "eval --text takes long texts")
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -14,6 +14,7 @@ from exl2ray.formats.verify_rules import Problem
 from exl2ray.model.arch import load_spec
 from exl2ray.remote.source import local
 
+MOST_SHOWN = 1000  # problems of one directory
 
 def inspect(path: str) -> DirectorySummary:
     return inspect_directory(path)
@@ -107,6 +108,8 @@ def verify(path: str, in_dir: str | None) -> list[Problem]:
 
 
 def show_verify(path: str, problems: list[Problem]) -> None:
-    for p in problems:
+    for p in problems[:MOST_SHOWN]:
         print(clean(str(p)))
+    if len(problems) > MOST_SHOWN:
+        print(f"... and {len(problems) - MOST_SHOWN} more; --json shows them all")
     print(clean(f"{path}: {plural(len(problems), 'problem')}" if problems else f"{path}: sound"))

@@ -10,11 +10,12 @@ from typing import Any
 
 from exl2ray.calibration.text import Conversation
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
-from exl2ray.errors import CalibrationError, SourceError
+from exl2ray.errors import CalibrationError, SourceError, UsageError
 from exl2ray.evaluate.forward import OpenModel, RunOptions, checked_device, open_model
 from exl2ray.evaluate.generate import Generator
 from exl2ray.formats.json_file import read_json_object
 
+MOST_PROMPT_TOKENS = 1 << 15  # all of a prompt goes through the model at once
 Messages = tuple[tuple[str, str], ...]  # (role, text)
 
 
@@ -52,6 +53,8 @@ class Speaker:
         templates = self.tokenizer.templates
         text = messages[-1][1] if templates is None else templates.render(Conversation("", messages), reply=True)
         ids: list[int] = self.tokenizer.encode(text).tolist()
+        if len(ids) > MOST_PROMPT_TOKENS:
+            raise UsageError(f"the prompt has {len(ids)} tokens; at most {MOST_PROMPT_TOKENS} are taken")
         bos = self.model.bos_id
         if bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)

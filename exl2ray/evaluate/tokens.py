@@ -15,8 +15,11 @@ from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import CalibrationError, SourceError, UsageError
 from exl2ray.evaluate.forward import open_model
+from exl2ray.formats.json_file import read_bounded
 
 DEFAULT_LENGTH = 2048  # tokens of a row
+MOST_TOKENS = 1 << 26  # that one evaluation takes; on the fastest machines more than a day
+TEXT_BYTES = 64 << 20
 
 
 def find_tokenizer(directories: Sequence[str | Path]) -> ModelTokenizer:
@@ -50,7 +53,7 @@ def load_tokens(
     if not file.is_file():
         raise CalibrationError(f"{file}: missing or not a regular file", "--tokens and --text take a file")
     if file.suffix == ".npy":
-        ids = _load_array(file)
+        ids = _load_array(file, rows, length or DEFAULT_LENGTH, stride)
         if ids.ndim == 2:
             if stride is not None:
                 raise UsageError(f"--stride {stride}: {file} holds separate rows {ids.shape}, not one running text")
@@ -68,16 +71,21 @@ def _check_flags(rows: int | None, length: int | None, stride: int | None) -> No
         raise UsageError(f"--stride {stride} is greater than --length {length or DEFAULT_LENGTH}; tokens would be lost")
 
 
-def _load_array(file: Path) -> NDArray[np.int64]:
+def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -> NDArray[np.int64]:
+    """The ids, no more of them than ``rows`` need."""
     try:
         # Mapped, so that the dtype is looked at before a huge file is read; it refuses pickled objects, which run code.
         array: NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
-    except (OSError, ValueError, EOFError, OverflowError) as e:
-        raise CalibrationError(f"{file}: not a .npy array: {e}", "write it with numpy.save") from e
+    except (OSError, ValueError, EOFError, OverflowError, TypeError, SyntaxError, RecursionError, MemoryError) as e:
+        raise CalibrationError(f"{file}: not a .npy array: {str(e) or type(e).__name__}", "write it with numpy.save") from e
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise CalibrationError(
             f"{file}: {array.dtype} with shape {array.shape}; token ids are integers, (n,) or (rows, length)"
         )
+    if rows is not None:
+        array = array[:rows] if array.ndim == 2 else array[: (rows - 1) * (stride or length) + length]
+    if array.size > MOST_TOKENS:
+        raise CalibrationError(f"{file}: {array.size} token ids; at most {MOST_TOKENS} are evaluated", "lower --rows")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < 1 << 31:
         raise CalibrationError(f"{file}: token ids from {array.min()} to {array.max()}")
     return np.array(array, dtype=np.int64)
@@ -87,8 +95,8 @@ def _encode(file: Path, tokenizer: ModelTokenizer | None) -> NDArray[np.int64]:
     if tokenizer is None:
         raise SourceError(f"{file}: a text needs a tokenizer", "or give token ids as a .npy array with --tokens")
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        text = read_bounded(file, TEXT_BYTES, CalibrationError).decode("utf-8")
+    except UnicodeDecodeError as e:
         raise CalibrationError(f"{file}: not UTF-8 text: {e}", "token ids are recognised by the ending .npy") from e
     return tokenizer.encode(text)
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from exl2ray.formats.regular import open_regular
+
 STAMP = "etag:"  # in front of the stamps of remote files, which follow the content
 HEAD_BYTES = 1 << 18  # read at once where headers are read: most of them fit
 THREADS = 32  # that wait for small pieces of remote files
@@ -91,7 +93,7 @@ def open_binary(path: str | Path, head: bool = False) -> BinaryIO:
     """For reading from chosen positions, without a buffer. ``head``: what begins at the start is read, in one large piece."""
     file = remote_file(path)
     if file is None:
-        return Path(path).open("rb") if head else Path(path).open("rb", buffering=0)
+        return open_regular(path) if head else open_regular(path, buffering=0)
     raw = _Raw(file)
     return io.BufferedReader(raw, HEAD_BYTES) if head else raw  # type: ignore[return-value]
 

@@ -13,12 +13,13 @@ from typing import BinaryIO
 
 from exl2ray.beneath import fsync_handle
 from exl2ray.errors import StoreError
+from exl2ray.formats.regular import open_regular
 
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's content, read in pieces. Raises OSError."""
     digest = hashlib.sha256()
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         while chunk := f.read(8 << 20):
             digest.update(chunk)
     return digest.hexdigest()

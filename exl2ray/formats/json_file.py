@@ -12,13 +12,13 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.formats.regular import NotRegularError, open_regular
 
 Error: TypeAlias = type[Exl2RayError]
 
@@ -59,21 +59,18 @@ def read_bounded(path: str | Path, max_bytes: int, error: Error = SourceError, h
     """All bytes of a regular file of at most ``max_bytes``; raises ``error`` otherwise. Never waits for a FIFO or device."""
     path = Path(path)
     try:
-        info = path.stat()  # before opening: opening a device may do something
-        if not stat.S_ISREG(info.st_mode):
-            raise error(f"{path}: {_file_kind(info.st_mode)}, not a regular file", hint)
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as f:
-            info = os.fstat(f.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                raise error(f"{path}: {_file_kind(info.st_mode)}, not a regular file", hint)
-            raw = b"" if info.st_size > max_bytes else f.read(max_bytes + 1)
+        with open_regular(path) as f:
+            size = os.fstat(f.fileno()).st_size
+            raw = b"" if size > max_bytes else f.read(max_bytes + 1)
+    except NotRegularError as e:
+        raise error(f"{path}: {e.strerror}", hint) from e
     except OSError as e:
         missing = "missing" if e.errno == errno.ENOENT and not path.is_symlink() else f"cannot be read: {e.strerror or e}"
         raise error(f"{path}: {missing}", hint) from e
     except ValueError as e:  # a NUL in the name
         raise error(f"{str(path)!r}: not a file name", hint) from e
-    if max(info.st_size, len(raw)) > max_bytes:
-        raise error(f"{path}: {max(info.st_size, len(raw))} bytes; larger than {max_bytes} bytes, which such a file may have")
+    if max(size, len(raw)) > max_bytes:
+        raise error(f"{path}: {max(size, len(raw))} bytes; larger than {max_bytes} bytes, which such a file may have")
     return raw
 
 
@@ -220,8 +217,3 @@ def _depth_exceeds(raw: bytes, limit: int) -> bool:
             return True
         inside, depth = int(quoted[-1]), int(depths[-1])
     return False
-
-
-def _file_kind(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
-    return next((name for matches, name in kinds if matches(mode)), "a device")

@@ -26,6 +26,7 @@ from exl2ray.beneath import fsync_directory, make_directories
 from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.formats.files import atomic_file, sha256_of, write_error
 from exl2ray.formats.links import link_error, outside_links
+from exl2ray.formats.regular import open_regular
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
 
 T = TypeVar("T")
@@ -242,7 +243,7 @@ def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     for name, real in outside_links(source, [*names, "config.json"]).items():
         raise link_error(source, name, real)
     for name in names:
-        with atomic_file(target / name) as out, (source / name).open("rb") as f:
+        with atomic_file(target / name) as out, open_regular(source / name) as f:
             shutil.copyfileobj(f, out)
     return names
 

@@ -54,6 +54,7 @@ BUILTIN_PERPLEXITY_ROWS = 19  # rows of the built-in measurement set, as the ref
 BUILTIN_ROWS = tuple(sum(getattr(s, plan) for s in ROW_SETS) for plan in ("measure", "quantize"))
 MANY = ("tensors", "values")  # topics whose problems come in numbers: a checkpoint without a layer lacks a dozen
 SHOWN_TENSORS = 5  # in the message of an error; `plan` lists more
+UNKNOWN_TENSORS = 4096  # whose values are looked at in a model of which no architecture is known
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def examine(recipe: Recipe) -> Examination:
         given, rows, data = found.measurement, found.rows, found.data
         found.attempt("work directory", lambda: check_opening(recipe, source, spec, given, rows, data))
     if source is not None:
-        names = source.names() if spec is None else stored_names(spec)
+        names = source.names()[:UNKNOWN_TENSORS] if spec is None else stored_names(spec)
         found.add("values", scan_values(source, names, recipe.seed))
     _examine_soundness(found, recipe)
     if not found.has("tensors", "bitrate"):  # without these, sizes are not known

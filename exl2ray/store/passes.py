@@ -24,6 +24,7 @@ from exl2ray.store.pace import Pace
 
 _MEASURE = "measure"
 _MEASURING = (_MEASURE, "sensitivity")  # what --reuse keeps
+MOST_ITEMS, MOST_PASSES, MOST_SECONDS = 100_000, 256, 1e9  # that are believed of a log
 _ORDER = (*_MEASURING, "quantize", "compile")  # first words of the names of passes: "quantize 4.0"
 
 
@@ -88,7 +89,7 @@ def passes(
             run += 1
             if f.get("changed"):  # the measurement stays, everything after it begins anew
                 found = {k: p for k, p in found.items() if k in _MEASURING}
-        elif name == "stage" and _counts(f):
+        elif name == "stage" and _counts(f) and len(found) < MOST_PASSES:
             found[str(f["stage"])] = _Pass(Pace(f["items"], f["done"], 1, when), run, when, when)
         elif name == "item" and _counts(f) and str(f["stage"]) in found:
             _item(found[str(f["stage"])], f, when)
@@ -117,8 +118,8 @@ def _item(p: _Pass, f: Mapping[str, Any], when: float) -> None:
     p.pace.finished(
         f["done"], when,
         worker if isinstance(worker, str) else "",
-        float(seconds) if isinstance(seconds, (int, float)) else 0.0,
-        workers if isinstance(workers, int) else 0,
+        float(seconds) if isinstance(seconds, (int, float)) and 0 <= seconds < MOST_SECONDS else 0.0,
+        workers if type(workers) is int and 0 < workers <= MOST_ITEMS else 0,
     )  # fmt: skip
     p.last = when
     key = str(f.get("key"))
@@ -163,7 +164,8 @@ def _workers(p: _Pass, state: str) -> tuple[WorkerStatus, ...]:
 
 
 def _counts(f: Mapping[str, Any]) -> bool:
-    return all(isinstance(f.get(k), int) for k in ("items", "done")) and "stage" in f
+    counts = [f.get(k) for k in ("items", "done")]
+    return all(type(n) is int and 0 <= n <= MOST_ITEMS for n in counts) and "stage" in f
 
 
 def _seconds(text: Any) -> float | None:

@@ -93,7 +93,8 @@ def _wanted(stored: StoredJob | None) -> list[str]:
     if names and quantize.get("allocates") == "linear":
         names.append("sensitivity")
     if not output.get("measure_only"):
-        bits = [float(b) for b in quantize.get("bits") or ()]
+        found = quantize.get("bits")  # the job may be anybody's
+        bits = [float(b) for b in found if type(b) in (int, float)] if isinstance(found, list) else []
         names += [f"{step} {b}" for step in ("quantize", "compile") for b in bits]
     return names
 

@@ -148,8 +148,8 @@ def _fp8(
     where = f"{info.file}: tensor {info.name!r}"
     candidates = [info.name + "_scale_inv", info.name + "_scale", info.name.removesuffix("weight") + "scale"]
     scale = next((tensors[c] for c in candidates if c in tensors), None)
-    if not info.shape:
-        raise error(f"{where}: an FP8 number without dimensions")
+    if not info.shape or 0 in info.shape:
+        raise error(f"{where}: an FP8 tensor of shape {list(info.shape)} holds no weights")
     if scale is None:
         if isinstance(config.get("quantization_config"), Mapping):
             raise error(
