@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from exl2ray.formats.json_file import read_bounded
 
 DEFAULT_LENGTH = 2048  # tokens of a row
 MOST_TOKENS = 1 << 26  # that one evaluation takes; on the fastest machines more than a day
+# What numpy's parser of headers, which is Python's, raises for those that are none.
+BROKEN_HEADER = (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, TokenError)
 TEXT_BYTES = 64 << 20
 
 
@@ -76,7 +79,7 @@ def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -
     try:
         # Mapped, so that the dtype is looked at before a huge file is read; it refuses pickled objects, which run code.
         array: NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
-    except (OSError, ValueError, EOFError, OverflowError, TypeError, SyntaxError, RecursionError, MemoryError) as e:
+    except (OSError, EOFError, *BROKEN_HEADER) as e:
         raise CalibrationError(f"{file}: not a .npy array: {str(e) or type(e).__name__}", "write it with numpy.save") from e
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise CalibrationError(
