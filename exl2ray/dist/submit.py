@@ -69,7 +69,7 @@ def shared_paths(settings: Mapping[str, Any]) -> tuple[SharedPath, ...]:
 def _shared_path(kind: Path, path: str) -> SharedPath:
     if "://" in path and not kind.stores:
         raise UsageError(
-            f"{kind.flag} {path}: only -o may be in an object store",
+            f"{kind.flag} {path}: only -i and -o may be in an object store",
             "name a path that every node of the cluster mounts",
         )
     local = path.removeprefix("file://")
