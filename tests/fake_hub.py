@@ -232,6 +232,9 @@ class Handler(BaseHTTPRequestHandler):
 ROUTES: list[tuple[str, str, Any]] = [
     ("GET", rf"/api/models/{REPO}", Handler.info),
     ("GET", rf"/api/models/{REPO}/revision/(?P<branch>.+)", Handler.info),
+    ("GET", rf"/api/datasets/{REPO}", Handler.info),
+    ("GET", rf"/api/datasets/{REPO}/revision/(?P<branch>.+)", Handler.info),
+    ("GETHEAD", rf"/datasets/{REPO}/resolve/(?P<branch>[^/]+)/(?P<name>.+)", Handler.resolve),
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", rf"/api/models/{REPO}/branch/(?P<branch>.+)", Handler.create_branch),
     ("POST", r"/api/validate-yaml", Handler.validate),
