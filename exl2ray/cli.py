@@ -230,7 +230,7 @@ def patch(
 @click.option("--model", "models", metavar="MODEL", multiple=True, required=True, help="EXL2 or fp16 model; repeatable")
 @click.option("--reference", metavar="MODEL", help="the model to compare with, for KL divergence and agreement")
 @click.option("--tokens", metavar="FILE", help=".npy array of token ids, (n,) or (rows, length)")
-@click.option("--text", metavar="FILE", help="UTF-8 text, encoded with the model's tokenizer")
+@click.option("--text", metavar="FILE", help="text, Parquet or JSON lines file, encoded with the model's tokenizer")
 @click.option("--rows", type=int, help="rows of tokens; all there are if absent")
 @click.option("--length", type=int, help="tokens of a row; 2048 if absent, 512 of the built-in text, or as the array has it")
 @click.option("--stride", type=int, help="rows are overlapping windows that start this many tokens apart")

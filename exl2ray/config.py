@@ -99,7 +99,7 @@ class Recipe:
     evaluate: Literal["auto", "always", "never"] = "auto"
     """--evaluate: perplexity and KL divergence of finished models on held-out text: with several -b, always, or never."""
     eval_text: str | None = None
-    """--eval-text: text file, or .npy array of token ids, to evaluate on; a built-in text if absent."""
+    """--eval-text: text, Parquet, .jsonl file, or .npy array of token ids, to evaluate on; a built-in text if absent."""
     source_cache: str = "20GB"
     """--source-cache: the most that is kept on this disk of weights that -i has elsewhere; 0 keeps none."""
     checkpoint_seconds: float = 120.0

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from exl2ray.calibration.data.sources import split_column
 from exl2ray.config import Recipe
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.target import Owner, TargetLock, locked
@@ -17,7 +18,8 @@ def owner_of(recipe: Recipe, fingerprint: str, work_id: str, files: Iterable[str
     """The conversion as the claim of a target names it. ``work_id``: identity of its work directory, "" for a new one.
     ``files``: names that it writes beside those of the source.
     """
-    own = tuple(path for path in (recipe.measurement, recipe.cal_dataset, recipe.eval_text) if path)
+    data = (split_column(place)[0] for place in recipe.calibration_data if "://" not in place)
+    own = tuple(path for path in (recipe.measurement, *data, recipe.eval_text) if path)
     work = recipe.out_dir if "://" in recipe.out_dir or not recipe.out_dir else os.path.abspath(recipe.out_dir)
     return Owner(fingerprint, recipe.in_dir, work_id, work, own, tuple(files))
 

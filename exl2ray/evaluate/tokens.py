@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exl2ray.calibration.data.sources import COMPRESSED, kind_by_name, local_source
+from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import CalibrationError, SourceError, UsageError
@@ -22,7 +24,8 @@ DEFAULT_LENGTH = 2048  # tokens of a row
 MOST_TOKENS = 1 << 26  # that one evaluation takes; on the fastest machines more than a day
 # What numpy's parser of headers, which is Python's, raises for those that are none.
 BROKEN_HEADER = (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, TokenError)
-TEXT_BYTES = 64 << 20
+TEXT_BYTES = 64 << 20  # of a text file, which is encoded as a whole
+MAX_DATA_TOKENS = 1 << 20  # of a data set, which has no end for that purpose
 
 
 def find_tokenizer(directories: Sequence[str | Path]) -> ModelTokenizer:
@@ -44,7 +47,8 @@ def load_tokens(
     length: int | None = None,  # None: DEFAULT_LENGTH, or that of a 2-D array
     stride: int | None = None,
 ) -> Tensor:
-    """Int64 (rows, length) from a ``.npy`` array of ids, (n,) or (R, T) of any integer dtype, or a UTF-8 text file.
+    """Int64 (rows, length) from a ``.npy`` array of ids, (n,) or (R, T) of any integer dtype, a UTF-8 text
+    file, or a Parquet, JSON lines or JSON file as -c takes it.
 
     A running text (flat array, text file) is cut into rows one after the other, or with a stride into windows that
     start ``stride`` tokens apart; what does not fill a row is left out. Rows of a 2-D array are cut to ``length``.
@@ -62,7 +66,8 @@ def load_tokens(
                 raise UsageError(f"--stride {stride}: {file} holds separate rows {ids.shape}, not one running text")
             return _first_rows(file, ids, rows, length)
     else:
-        ids = _encode(file, tokenizer)
+        wanted = None if rows is None else ((rows - 1) * (stride or length or DEFAULT_LENGTH)) + (length or DEFAULT_LENGTH)
+        ids = _encode(file, tokenizer, wanted)
     return _windows(file, ids, rows, length or DEFAULT_LENGTH, stride)
 
 
@@ -94,11 +99,15 @@ def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -
     return np.array(array, dtype=np.int64)
 
 
-def _encode(file: Path, tokenizer: ModelTokenizer | None) -> NDArray[np.int64]:
+def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) -> NDArray[np.int64]:
+    """Ids of a text file, or of a file as -c takes it: its first ``wanted`` tokens, else MAX_DATA_TOKENS at most."""
     if tokenizer is None:
         raise SourceError(f"{file}: a text needs a tokenizer", "or give token ids as a .npy array with --tokens")
+    if kind_by_name(file.name) in ("Parquet", "JSON lines", "JSON") or file.suffix in COMPRESSED:
+        with CalibrationData([local_source(str(file))], tokenizer) as data:
+            return data.tokens(min(wanted or MAX_DATA_TOKENS, MAX_DATA_TOKENS))
     try:
-        text = read_bounded(file, TEXT_BYTES, CalibrationError).decode("utf-8")
+        text = read_bounded(file, TEXT_BYTES, CalibrationError).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         raise CalibrationError(f"{file}: not UTF-8 text: {e}", "token ids are recognised by the ending .npy") from e
     return tokenizer.encode(text)

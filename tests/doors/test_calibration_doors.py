@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bounded import exl2ray
-from fake_hub import TOKEN, FakeHub, serving
+from fake_hub import TOKEN, Branch, FakeHub, serving
 from tiny_models import write_model
 
 from exl2ray.calibration.data.sources import choose_files, local_source, split_column
@@ -29,6 +29,7 @@ TEXTS = [f"document {i} says: a quiet harbour, {'boats and gulls, ' * (i % 5)}ev
 ASKED = [f"What is the number {i}?" for i in range(40)]
 ANSWERS = [f"It is {i}, which follows {i - 1}." for i in range(40)]
 CHATS = [f"<user>{q}\n<assistant>{a}\n" for q, a in zip(ASKED, ANSWERS, strict=True)]
+PAIRED = list(zip(ASKED, ANSWERS, strict=True))
 ROLES = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in zip(ASKED, ANSWERS, strict=True)]
 SHARED = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in zip(ASKED, ANSWERS, strict=True)]
 LISTS = [{"role": ["user", "assistant"], "content": [q, a]} for q, a in zip(ASKED, ANSWERS, strict=True)]
@@ -155,7 +156,7 @@ FILES: dict[str, tuple[str, str, list[str]]] = {  # name, content, texts
     "JSON lines, ShareGPT": ("a.jsonl", lines([{"id": "x", "conversations": c} for c in SHARED]), CHATS),
     "JSON lines, instruction and output": ("a.jsonl", lines(PAIRS), CHATS),
     "JSON lines, system prompts": (
-        "a.jsonl", lines([{"system_prompt": "Be brief.", "question": q, "response": a} for q, a in zip(ASKED, ANSWERS, strict=True)]),
+        "a.jsonl", lines([{"system_prompt": "Be brief.", "question": q, "response": a} for q, a in PAIRED]),
         [f"<system>Be brief.\n{c}" for c in CHATS]),
     "JSON lines in a .json": ("a.json", lines(OBJECTS), TEXTS),
     "JSON lines without an ending": ("data", lines(OBJECTS), TEXTS),
@@ -181,7 +182,8 @@ def test_kinds_of_files(case: str, tokenizer: ModelTokenizer, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("ending", "compress"),
-    [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", lambda d: pa.compress(d, "zstd", asbytes=True))],
+    [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress),
+     ("zst", lambda d: pa.compress(d, "zstd", asbytes=True))],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
 def test_compressed_files(
@@ -312,14 +314,15 @@ def test_plan_says_what_is_taken(model: Path, tmp_path: Path) -> None:
     run.ends_with(0, "quantisation calibrates on", "column text", "512 tokens", "columns n are ignored")
     run = exl2ray("plan", "-i", model, "-b", "4", "-c", path, *FEW, "--device", "cpu", "--json")
     found = json.loads(run.out)["calibration"]
-    assert [(f["pass"], f["columns"], f["tokens"]) for f in found] == [("measurement", ["text"], 256), ("quantisation", ["text"], 512)]
+    tokens = {"measurement": 256, "quantisation": 512}
+    assert [(f["pass"], f["columns"], f["tokens"]) for f in found] == [(p, ["text"], n) for p, n in tokens.items()]
 
 
 def test_calibration_shows_the_sources(model: Path, tmp_path: Path) -> None:
     path = parquet(tmp_path / "x.parquet", {"text": TEXTS, "n": NUMBERS})
     (tmp_path / "b.jsonl").write_text(lines(ROLES))
     run = exl2ray("calibration", "-i", model, "-c", path, "-c", tmp_path / "b.jsonl", *FEW)
-    run.ends_with(0, "x.parquet (Parquet): column text", "b.jsonl (JSON lines): conversations of column messages"[:30])
+    run.ends_with(0, "x.parquet (Parquet): column text", "b.jsonl (JSON lines): conversations, 4 documents")
 
 
 TINY = ("-b", "4", *FEW, "--device", "cpu", "--executor", "inline", "--quality", "reference", "--evaluate", "never")
@@ -329,22 +332,42 @@ def test_a_job_with_several_sources_is_resumed(model: Path, tmp_path: Path) -> N
     path = parquet(tmp_path / "x.parquet", {"text": TEXTS, "story": TEXTS})
     (tmp_path / "b.txt").write_text(WHOLE)
     work, out = tmp_path / "work", tmp_path / "out"
-    both = ("-c", f"{path}:story", "-c", tmp_path / "b.txt")
+    both = ("-c", f"{path}:story", "-c", tmp_path / "b.txt")  # names of columns and several places are kept
     exl2ray("convert", "-i", model, "-o", work, *both, *TINY, "-cf", out, seconds=60).ends_with(0)
     stored = json.loads((work / "job.json").read_text())["job"]
     assert stored["identity"]["cal_dataset"] == [f"{path}:story", str(tmp_path / "b.txt")]
     assert stored["measure"]["cal_dataset"] != stored["quantize"]["cal_dataset"]
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["calibration"]["dataset"] == "x.parquet:story, b.txt"
-    before = {p: p.stat().st_mtime_ns for p in sorted(out.iterdir())}
+    written = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert written["calibration"]["dataset"] == "x.parquet:story, b.txt"
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
     exl2ray("convert", "-o", work, "--device", "cpu", "--executor", "inline", seconds=60).ends_with(0)
-    assert {p: p.stat().st_mtime_ns for p in sorted(out.iterdir())} == before
+    assert {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")} == before
     other = exl2ray("convert", "-i", model, "-o", work, "-c", path, *TINY, "-cf", out, "--dry-run")
     other.ends_with(7, "-c")
-    # More text behind what was taken is no other job; a change in what was taken is.
-    with (tmp_path / "b.txt").open("a") as f:
-        f.write(" more")
-    changed = exl2ray("convert", "-o", work, "--device", "cpu", "--executor", "inline", "--dry-run")
-    assert changed.status in (0, 7), str(changed)
+    (tmp_path / "b.txt").write_text(WHOLE.replace("quiet", "loud"))
+    exl2ray("convert", "-o", work, "--device", "cpu", "--executor", "inline", "--dry-run").ends_with(7, "-c")
+
+
+def test_text_behind_what_was_taken_is_no_other_job(tokenizer: ModelTokenizer, tmp_path: Path) -> None:
+    digests = set()
+    for texts in (TEXTS, [*TEXTS, "more"], ["other", *TEXTS[1:]]):
+        (tmp_path / "a.jsonl").write_text(lines(texts))
+        digests.add(rows_of(tokenizer, tmp_path / "a.jsonl").digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.json", "x.jsonl.gz"])
+def test_texts_to_evaluate_on(name: str, tokenizer: ModelTokenizer, tmp_path: Path) -> None:
+    from exl2ray.evaluate.tokens import load_tokens
+
+    content = {"x.jsonl": lines(OBJECTS).encode(), "x.json": json.dumps(TEXTS).encode()}
+    content["x.jsonl.gz"] = gzip.compress(content["x.jsonl"])
+    if name in content:
+        (tmp_path / name).write_bytes(content[name])
+    else:
+        parquet(tmp_path / name, {"text": TEXTS, "n": NUMBERS})
+    ids = load_tokens(tmp_path / name, tokenizer, rows=3, length=100)
+    assert ids.tolist() == expected(tokenizer, TEXTS, 3, 100)
 
 
 # ---- the Hub ------------------------------------------------------------------------------------------------------------
@@ -361,9 +384,10 @@ def hub() -> Iterator[FakeHub]:
     hub = FakeHub()
     files = {f"data/train-{i:05d}-of-00003.parquet": shard_bytes(TEXTS[i * 20 : i * 20 + 20]) for i in range(3)}
     repo = hub.add_repo("some/texts", **{**files, "README.md": b"# a set", "more/story.txt": WHOLE.encode()})
-    repo.branches["old"] = type(repo.branches["main"])("0" * 40, {"a.jsonl": lines(ROLES).encode()})
+    repo.branches["old"] = Branch("0" * 40, {"a.jsonl": lines(ROLES).encode()})
     scripts = hub.add_repo("some/script", **{"load.py": b"print()"})
-    scripts.branches["refs/convert/parquet"] = type(repo.branches["main"])("1" * 40, {"default/train/0000.parquet": shard_bytes(TEXTS)})
+    made = {"default/train/0000.parquet": shard_bytes(TEXTS)}
+    scripts.branches["refs/convert/parquet"] = Branch("1" * 40, made)
     with serving(hub):
         yield hub
 
@@ -386,7 +410,7 @@ def hub_env(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
     ],
 )
 def test_data_sets_of_the_hub(place: str, words: list[str], hub: FakeHub, model: Path, tmp_path: Path) -> None:
-    run = exl2ray("calibration", "-i", model, "-c", f"hf://datasets/{place}", *FEW[:-2], "-ml", "128", env=hub_env(hub, tmp_path))
+    run = exl2ray("calibration", "-i", model, "-c", f"hf://datasets/{place}", *FEW, env=hub_env(hub, tmp_path))
     run.ends_with(0, *words)
     assert TOKEN not in run.out + run.err
 

@@ -113,7 +113,8 @@ class DataReader:
         if kinds is None:
             if column is not None:
                 raise DataError(f"has no columns: it holds {kind_of_value(sample[0][1])}", f"leave out :{column}", True)
-            choice = Choice(())
+            talk = common_kind(kind_of_value(value) for _, value in sample) == "messages"
+            choice = Choice((), "messages" if talk else "text")
         else:
             choice = choose(kinds, column, joins_strings=False)
         self._describe(kind, choice)

@@ -197,6 +197,12 @@ class CalibrationData:
         for stream in self._streams:
             stream.close()
 
+    def tokens(self, most: int) -> Ids:
+        """The first tokens of the sources, int64 (n,), one source after the other: ``most`` of each, or all there are."""
+        for stream in self._streams:
+            stream.fill(most)
+        return np.concatenate([stream.tokens(most) for stream in self._streams])
+
     def rows(
         self, rows: int, length: int, row_flag: str, length_flag: str, vocab_size: int, max_positions: int | None = None
     ) -> Rows:

@@ -26,10 +26,13 @@ class Taken:
 
 def describe(taken: Taken) -> str:
     """What was taken, on one line."""
-    what = {"messages": "conversations of ", "pair": "questions and answers of "}.get(taken.form, "")
-    columns = f"column{'s' if len(taken.columns) > 1 else ''} {some(taken.columns)}, " if taken.columns else ""
-    place = taken.source if taken.file == os.path.basename(taken.source) else f"{taken.source}: {taken.file}"
-    return f"{place} ({taken.format}): {what}{columns}{taken.documents:,} documents, {taken.tokens:,} tokens"
+    what = {"messages": "conversations", "pair": "questions and answers"}.get(taken.form, "")
+    columns = f"column{'s' if len(taken.columns) > 1 else ''} {some(taken.columns)}" if taken.columns else ""
+    what = " of ".join(part for part in (what, columns) if part)
+    what += ", " if what else ""
+    one = os.path.basename(taken.source).startswith(taken.file)  # a column may stand behind it
+    place = taken.source if one else f"{taken.source}: {taken.file}"
+    return f"{place} ({taken.format}): {what}{taken.documents:,} documents, {taken.tokens:,} tokens"
 
 
 def described_passes(rows: Mapping[str, Any]) -> list[str]:
