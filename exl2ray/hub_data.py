@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ ADDRESS = re.compile(
 FORM = "hf://datasets/OWNER/NAME[@REVISION][/PATH][:COLUMN]"
 CONVERTED = "refs/convert/parquet"
 TIMEOUT = 30.0  # seconds, for answers without data
-MAX_FILE_BYTES = 64 << 30
+MAX_FILE_BYTES = 16 << 30  # of one file, which is fetched whole
 SAYS = 200  # characters of a server's message that are passed on
 
 
@@ -70,11 +70,11 @@ def hub_source(text: str) -> Source:
         )
     given = f"{HUB}datasets/{address.repo}@{commit}" + (f"/{address.path}" if address.path else "")
     given += f":{address.column}" if address.column else ""
-    files = tuple(DataFile(name, lambda name=name: _fetch(address, commit, name, text)) for name in chosen)  # type: ignore[misc]
+    files = tuple(DataFile(name, lambda name=name: _fetch(address, commit, name, names[name])) for name in chosen)  # type: ignore[misc]
     return Source(given, address.repo, files, address.column, notes)
 
 
-def _chosen(address: Address, names: list[str], text: str) -> tuple[list[str], tuple[str, ...]]:
+def _chosen(address: Address, names: Mapping[str, int], text: str) -> tuple[list[str], tuple[str, ...]]:
     path = address.path
     if path in names:
         return [path], ()
@@ -91,18 +91,22 @@ def _chosen(address: Address, names: list[str], text: str) -> tuple[list[str], t
     return choose_files(below, f"-c {text}")
 
 
-def _files(address: Address, revision: str | None) -> tuple[str, list[str]]:
-    """(commit, names of the files) of a revision; of the default one for None."""
+def _files(address: Address, revision: str | None) -> tuple[str, dict[str, int]]:
+    """(commit, files and their bytes, 0 where the Hub does not tell) of a revision; of the default one for None."""
     from huggingface_hub import HfApi
 
     with _typed(address, "listing its files"):
-        info = HfApi().dataset_info(address.repo, revision=revision, timeout=TIMEOUT)
-        return info.sha or "main", [s.rfilename for s in info.siblings or ()]
+        info = HfApi().dataset_info(address.repo, revision=revision, timeout=TIMEOUT, files_metadata=True)
+        sizes = {s.rfilename: int(s.size or 0) for s in info.siblings or ()}
+        return info.sha or "main", {n: size for n, size in sizes.items() if ".." not in n.split("/") and n[:1] not in ("/", "")}
 
 
-def _fetch(address: Address, commit: str, name: str, text: str) -> Path:
+def _fetch(address: Address, commit: str, name: str, size: int) -> Path:
     from huggingface_hub import hf_hub_download
 
+    if size > MAX_FILE_BYTES:
+        hint = f"name another file: {FORM}"
+        raise CalibrationError(f"data set {address.repo}: {name} has {size >> 30} GiB, too much for calibration", hint)
     with _typed(address, f"fetching {name}"):
         return Path(hf_hub_download(address.repo, name, repo_type="dataset", revision=commit, etag_timeout=TIMEOUT))
 
