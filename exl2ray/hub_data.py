@@ -98,7 +98,8 @@ def _files(address: Address, revision: str | None) -> tuple[str, dict[str, int]]
     with _typed(address, "listing its files"):
         info = HfApi().dataset_info(address.repo, revision=revision, timeout=TIMEOUT, files_metadata=True)
         sizes = {s.rfilename: int(s.size or 0) for s in info.siblings or ()}
-        return info.sha or "main", {n: size for n, size in sizes.items() if ".." not in n.split("/") and n[:1] not in ("/", "")}
+        usable = (n for n in sizes if n and not n.startswith("/") and ".." not in n.split("/"))
+        return info.sha or "main", {n: sizes[n] for n in usable}
 
 
 def _fetch(address: Address, commit: str, name: str, size: int) -> Path:
