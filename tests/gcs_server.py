@@ -21,6 +21,10 @@ _PAGE = 3
 _OBJECTS = re.compile(r"(/upload)?/storage/v1/b/([^/]+)/o(?:/([^/]+))?")
 
 
+class _Http(ThreadingHTTPServer):
+    request_queue_size = 256  # connections that come at once wait, and are not dropped
+
+
 class GcsServer:
     """Buckets appear when something is written to them. ``objects``: (bucket, name) -> (content, metadata)."""
 
@@ -29,7 +33,7 @@ class GcsServer:
         self.uploads: dict[str, tuple[str, str, bytearray]] = {}
         self.lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"gcs": self}))
+        self._http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"gcs": self}))
         self._http.daemon_threads = True
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
         self.address = f"http://127.0.0.1:{self._http.server_port}"
@@ -56,6 +60,7 @@ class GcsServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # head and body together: in two packets the second waits for an acknowledgement
     gcs: GcsServer
 
     def log_message(self, *arguments: Any) -> None:

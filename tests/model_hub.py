@@ -56,8 +56,7 @@ class ModelHub:
 
 @contextmanager
 def serving(hub: ModelHub) -> Iterator[ModelHub]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -69,9 +68,18 @@ def serving(hub: ModelHub) -> Iterator[ModelHub]:
         thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # connections that come at once wait, and are not dropped
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients hang up when they have what they want."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: ModelHub
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # head and body together: in two packets the second waits for an acknowledgement
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -18,21 +18,23 @@ from typing import Any, BinaryIO
 from exl2ray.formats.regular import open_regular
 
 STAMP = "etag:"  # in front of the stamps of remote files, which follow the content
-HEAD_BYTES = 1 << 18  # read at once where headers are read: most of them fit
+HEAD_BYTES = 1 << 18  # of a remote file that are read at once for its header: most of them fit
+NEAR_BYTES = 1 << 14  # that are read at once for a sample: the next one may lie near
 THREADS = 32  # that wait for small pieces of remote files
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file that is read in pieces. ``read(buffer, offset)`` fills the buffer; both raise typed errors.
+    """A file that is read in pieces. ``read(buffer, offset, keep)`` fills the buffer; raises typed errors, as ``now`` does.
 
+    keep: whether what is read will be read again, so that it is worth disk.
     stamp: changes when the file does. now: the stamp at this moment. sha256 (hex) where the place tells it.
     """
 
     name: str
     size: int
     stamp: str
-    read: Callable[[memoryview, int], None] = field(compare=False, repr=False)
+    read: Callable[[memoryview, int, bool], None] = field(compare=False, repr=False)
     now: Callable[[], str] = field(compare=False, repr=False)
     sha256: str | None = None
 
@@ -84,18 +86,18 @@ def place_of(folder: str | Path) -> str:
 
 def named(text: str) -> str:
     """``text`` with addresses in place of the folders that stand for them."""
-    for mount in list(_MOUNTS.values()):
+    for mount in list(_MOUNTS.values()):  # folders before those in them: the result is the same
         text = text.replace(str(mount.folder), mount.address)
     return text
 
 
-def open_binary(path: str | Path, head: bool = False) -> BinaryIO:
-    """For reading from chosen positions, without a buffer. ``head``: what begins at the start is read, in one large piece."""
+def open_binary(path: str | Path, ahead: int = 0) -> BinaryIO:
+    """For reading tensors, or headers and samples with ``ahead``: bytes that a remote file gives at once."""
     file = remote_file(path)
     if file is None:
-        return open_regular(path) if head else open_regular(path, buffering=0)
-    raw = _Raw(file)
-    return io.BufferedReader(raw, HEAD_BYTES) if head else raw  # type: ignore[return-value]
+        return open_regular(path) if ahead else open_regular(path, buffering=0)
+    raw = _Raw(file, keep=not ahead)
+    return io.BufferedReader(raw, ahead) if ahead else raw  # type: ignore[return-value]
 
 
 class Pieces:
@@ -110,7 +112,7 @@ class Pieces:
         if self._file is None:
             return os.pread(self._handle, count, offset)
         out = bytearray(max(0, min(count, self._file.size - offset)))
-        self._file.read(memoryview(out), offset)
+        self._file.read(memoryview(out), offset, False)
         return bytes(out)
 
     def __enter__(self) -> Pieces:
@@ -122,8 +124,8 @@ class Pieces:
 
 
 class _Raw(io.RawIOBase):
-    def __init__(self, file: RemoteFile) -> None:
-        self._file, self._at = file, 0
+    def __init__(self, file: RemoteFile, keep: bool) -> None:
+        self._file, self._keep, self._at = file, keep, 0
 
     def readable(self) -> bool:
         return True
@@ -142,6 +144,6 @@ class _Raw(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         count = max(0, min(len(view), self._file.size - self._at))
         if count:
-            self._file.read(view[:count], self._at)
+            self._file.read(view[:count], self._at, self._keep)
             self._at += count
         return count

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from exl2ray.errors import Exl2RayError, SourceError
-from exl2ray.formats.elsewhere import THREADS, mount_at, open_binary, remote_file
+from exl2ray.formats.elsewhere import NEAR_BYTES, THREADS, mount_at, open_binary, remote_file
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.source import architectures, dequantise, names, quantised, shards
 from exl2ray.formats.source.folder import Folder
@@ -228,7 +228,7 @@ def _content_samples(info: TensorInfo, error: type[Exl2RayError]) -> bytes:
         positions, size = [i * (info.nbytes - SAMPLE_BYTES) // (SAMPLES - 1) for i in range(SAMPLES)], SAMPLE_BYTES
     out = []
     try:
-        with open_binary(info.file) as f:
+        with open_binary(info.file, NEAR_BYTES) as f:
             for p in positions:
                 f.seek(info.begin + p)
                 out.append(f.read(size))

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from exl2ray.errors import Exl2RayError, SourceError
-from exl2ray.formats.elsewhere import open_binary
+from exl2ray.formats.elsewhere import HEAD_BYTES, open_binary
 from exl2ray.formats.json_file import parse_json_object
 
 MAX_HEADER_BYTES = 32 << 20  # room for about 200 000 tensors; the largest published models have fewer than 100 000
@@ -73,7 +73,7 @@ class TensorFile:
         self.path = Path(path)
         self.error = error
         try:
-            with open_binary(self.path, head=True) as f:
+            with open_binary(self.path, HEAD_BYTES) as f:
                 self.file_bytes = f.seek(0, 2)
                 f.seek(0)
                 header, data_start = _read_header(f, self.path, self.file_bytes, error)

@@ -27,6 +27,7 @@ from exl2ray.plan.sizes import OutputSize, exact_size, freedom_of, size_range
 from exl2ray.plan.times import LOGGED, Timed, Times, estimate, far_below, logged_for
 from exl2ray.planning import choose, decoder_bpw, option_bits
 from exl2ray.quant.allocate import reachable_range
+from exl2ray.remote.address import redacted
 from exl2ray.remote.source import localised
 from exl2ray.soundness import unspent_warning
 from exl2ray.units import parse_size
@@ -96,7 +97,7 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     try:
         recipe = localised(recipe)
     except Exl2RayError as e:
-        return Report(recipe.in_dir, problems=[("source", e)])
+        return Report(redacted(recipe.in_dir), problems=[("source", e)])
     found = examine(recipe)
     report = Report(recipe.in_dir, problems=[(p.topic, p.error) for p in found.problems])
     if found.spec is not None and falls_back(recipe, found.spec, found.measurement):

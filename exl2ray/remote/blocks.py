@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 BLOCK_BYTES = 8 << 20
-SMALL_BYTES = 1 << 17  # smaller reads, samples and headers mostly, are fetched as they are
+SMALL_BYTES = 1 << 14  # smaller tensors, norms mostly, are fetched as they are
 CHECK_BYTES = 4  # CRC-32 at the end of a block's file
 THREADS = 8
 
@@ -31,10 +31,10 @@ class Blocks:
         self.root, self.limit = root, limit
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
-    def read(self, buffer: memoryview, offset: int, size: int, key: str, fetch: Fetch) -> None:
-        """Fills ``buffer`` from ``offset`` of a file of ``size`` bytes. ``key``: of its content."""
+    def read(self, buffer: memoryview, offset: int, size: int, key: str, fetch: Fetch, keep: bool = True) -> None:
+        """Fills ``buffer`` from ``offset`` of a file of ``size`` bytes. ``key``: of its content. ``keep``: whole blocks."""
         end = offset + len(buffer)
-        if len(buffer) <= SMALL_BYTES and not self._has(key, offset // BLOCK_BYTES):
+        if (not keep or len(buffer) <= SMALL_BYTES) and not self._has(key, offset // BLOCK_BYTES):
             return fetch(buffer, offset)
         jobs = []
         for number in range(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES)):

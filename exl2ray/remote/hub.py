@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from exl2ray.errors import Exl2RayError, HubError, SourceError, StoreError, Usag
 from exl2ray.formats.elsewhere import STAMP, RemoteFile
 from exl2ray.formats.json_file import read_json_object
 from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
+from exl2ray.publish.token import Token, redacted_logs
 from exl2ray.remote.address import Address, redacted
 from exl2ray.remote.blocks import Blocks
 from exl2ray.remote.listing import MAX_NAMES, Entry, Listing, folders_of
@@ -141,15 +143,15 @@ class Repository:
         return patiently(step)
 
     def open(self, entry: Entry) -> RemoteFile:
-        def read(buffer: memoryview, offset: int) -> None:
-            cached = self._cached(entry.name)
-            if cached is not None and cached.stat().st_size == entry.size:
-                with cached.open("rb", buffering=0) as f:
-                    f.seek(offset)
-                    if f.readinto(buffer) == len(buffer):
-                        return
-            key = f"{self.address}/{entry.name}\0{entry.size}\0{entry.stamp}"
-            self._blocks.read(buffer, offset, entry.size, key, lambda part, begin: self._range(entry, part, begin))
+        key = f"{self.address}/{entry.name}\0{entry.size}\0{entry.stamp}"
+        cached = self._cached(entry.name)
+
+        def read(buffer: memoryview, offset: int, keep: bool) -> None:
+            if not _read_cached(cached, entry, buffer, offset):
+                self._blocks.read(buffer, offset, entry.size, key, fetch, keep)
+
+        def fetch(buffer: memoryview, offset: int) -> None:
+            self._range(entry, buffer, offset)
 
         return RemoteFile(entry.name, entry.size, entry.stamp, read, lambda: entry.stamp, entry.sha256)
 
@@ -220,18 +222,15 @@ class Repository:
         """Turns whatever goes wrong into a typed error. ``from None``: causes may show the headers of requests."""
         from huggingface_hub import get_token
 
-        from exl2ray.publish.token import Token, redacted_logs
-
-        token = Token(get_token() or "\0", "")
+        token = _token(get_token() or "\0")
         try:
-            with redacted_logs(token):
-                yield
+            yield
         except (Exl2RayError, Passing):
             raise
         except Exception as e:  # of several HTTP libraries
             raise self._error(e, doing, token) from None
 
-    def _error(self, e: Exception, doing: str, token: Any) -> Exception:
+    def _error(self, e: Exception, doing: str, token: Token) -> Exception:
         from huggingface_hub import errors
 
         where = f"{self.address}: {doing}"
@@ -272,6 +271,31 @@ class Repository:
         names = {base.__name__ for c in chain for base in type(c).__mro__}
         network = names.intersection(NETWORK) or any(isinstance(c, (ConnectionError, TimeoutError)) for c in chain)
         return Passing(error) if network else HubError(f"{where}: {type(e).__name__}: {says}")
+
+
+@cache
+def _token(value: str) -> Token:
+    """The token, from now on masked in what is logged: by any thread, so there is no end to it."""
+    token = Token(value, "")
+    redacted_logs(token).__enter__()
+    return token
+
+
+def _read_cached(path: Path | None, entry: Entry, buffer: memoryview, offset: int) -> bool:
+    """From a file of the Hub's cache; False if it is not there, or no longer."""
+    if path is None:
+        return False
+    try:
+        with path.open("rb", buffering=0) as f:
+            if os.fstat(f.fileno()).st_size != entry.size:
+                return False
+            f.seek(offset)
+            done = 0
+            while done < len(buffer) and (count := f.readinto(buffer[done : done + (1 << 30)])):
+                done += count
+            return done == len(buffer)
+    except OSError:
+        return False
 
 
 class _Refused(Exception):

@@ -67,7 +67,8 @@ class Bucket:
             elif name:
                 folders.add(name.partition("/")[0])
         if not files and not folders:
-            raise SourceError(f"{self.address}: there is nothing", "is the prefix right? it is where config.json lies")
+            hint = "are bucket and prefix right? the prefix is where config.json lies"
+            raise SourceError(f"{self.address}: there is nothing", hint)
         return sorted(set(files)), tuple(sorted(folders))
 
     def _entry(self, name: str, size: int, mtime: int) -> Entry:
@@ -81,7 +82,7 @@ class Bucket:
             return self._described(name, f)
 
     def _described(self, name: str, f: Any) -> Entry:
-        found = {k.decode().lower(): v.decode() for k, v in (f.metadata() or {}).items()}
+        found = {_text(k).lower(): _text(v) for k, v in (f.metadata() or {}).items()}
         mark = found.get("etag") or found.get("md5hash") or found.get("md5_hash") or found.get("generation")
         if not mark:
             mark = str(self._fs.get_file_info(f"{self._base}/{name}").mtime_ns)
@@ -109,8 +110,8 @@ class Bucket:
             if len(buffer) > SMALL_BYTES and now() != entry.stamp:  # while it was read; it may be kept
                 raise self._changed(entry)
 
-        def read(buffer: memoryview, offset: int) -> None:
-            self._blocks.read(buffer, offset, entry.size, key, fetch)
+        def read(buffer: memoryview, offset: int, keep: bool) -> None:
+            self._blocks.read(buffer, offset, entry.size, key, fetch, keep)
 
         return RemoteFile(entry.name, entry.size, entry.stamp, read, now, entry.sha256)
 
@@ -146,3 +147,8 @@ class Bucket:
                 raise SourceError(f"{where}: access is refused: {text}", hint) from None
             hint = f"is there a network, and the endpoint right? ({names})"
             raise Passing(SourceError(f"{where}: cannot be read: {text}", hint)) from None
+
+
+def _text(value: str | bytes) -> str:
+    """Metadata come as bytes or text, as the version of pyarrow has it."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

@@ -36,6 +36,7 @@ BLOCKS = f"{SOURCE_FOLDER}/blocks"
 CACHE_BYTES = 20 * 10**9
 MANIFEST_BYTES = 64 * MIB
 FORMAT = 1
+MAX_FOLDERS = 100
 
 
 @dataclass
@@ -167,6 +168,10 @@ def _made(asked: Address, listing: Listing, small: dict[str, bytes], blocks: Blo
     folders = tuple(f for f in listing.folders if f != TEMPLATES)
     mount = Mount(folder, str(listing.address), files, listing.others(), folders)
     register(mount)
+    for name in folders[:MAX_FOLDERS]:  # what is in them is only named
+        inside = tuple(e.name.partition("/")[2] for e in listing.entries if e.name.startswith(f"{name}/"))
+        (folder / name).mkdir(exist_ok=True)
+        register(Mount(folder / name, f"{mount.address}/{name}", {}, tuple(n for n in inside if "/" not in n)))
     return Opened(asked, listing, mount, blocks, small, notes)
 
 

@@ -165,11 +165,11 @@ def _batch_folder(rel: str) -> str:
 
 
 def file_system(scheme: str, bucket: str) -> Any:
-    """The ``pyarrow.fs`` of s3:// or gs://, as the environment says, for reading."""
-    return _s3(bucket, background_writes=False) if scheme == "s3" else _gcs()
+    """The ``pyarrow.fs`` of s3:// or gs://, as the environment says, for readers that try again themselves."""
+    return _s3(bucket, background_writes=False, attempts=2) if scheme == "s3" else _gcs(seconds=5)
 
 
-def _s3(bucket: str, background_writes: bool) -> Any:
+def _s3(bucket: str, background_writes: bool, attempts: int = _ATTEMPTS) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region is None:
@@ -181,12 +181,12 @@ def _s3(bucket: str, background_writes: bool) -> Any:
         connect_timeout=10,
         request_timeout=60,
         allow_delayed_open=True,  # small objects: one PUT instead of a three-request multipart upload
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
     )
 
 
-def _gcs() -> Any:
-    limit = timedelta(seconds=30)
+def _gcs(seconds: float = 30) -> Any:
+    limit = timedelta(seconds=seconds)
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if not emulator:
         return pafs.GcsFileSystem(retry_time_limit=limit)
