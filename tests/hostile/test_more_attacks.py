@@ -68,7 +68,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "the kernel's log": (lambda p: p.symlink_to("/proc/kmsg"), "/proc/kmsg"),
     "the environment": (lambda p: p.symlink_to("/proc/self/environ"), "/environ"),
 }
-NAMES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+NAMES = ("tokenizer_config.json", "added_tokens.json")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +120,7 @@ def test_scales_of_fp8(case: str, source: Path, tmp_path: Path) -> None:
     exl2ray("plan", "-i", directory, "-b", "4", "--device", "cpu").ends_with(status, says)
 
 
-@pytest.mark.parametrize("size", [[0, 0], [-1, -1], [2**62, 2**62], [True, True], ["a", 1], [32], None, {}, [10**200, 1]])
+@pytest.mark.parametrize("size", [[0, 0], [-1, -1], ["a", 1], [10**200, 1]])
 def test_sizes_of_blocks(size: Any, source: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(source, tmp_path / "model")
     tensors = {**weights(), FP8_KEY: weights()[FP8_KEY].to(torch.float8_e4m3fn), FP8_KEY + "_scale_inv": torch.ones(2, 2)}
@@ -152,8 +152,10 @@ QUANTISED: dict[str, tuple[str, torch.Tensor, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", QUANTISED)
-@pytest.mark.parametrize("command", ["verify", "chat"])
+CHATTED = ("row far outside", "row before the first", "group far outside", "three million columns")  # that compute
+
+
+@pytest.mark.parametrize(("command", "case"), [*(("verify", c) for c in QUANTISED), *(("chat", c) for c in CHATTED)])
 def test_indices_that_lead_outside(command: str, case: str, model: Path, tmp_path: Path) -> None:
     name, tensor, says = QUANTISED[case]
     directory = shutil.copytree(model, tmp_path / "model")
