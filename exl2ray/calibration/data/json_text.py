@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from exl2ray.calibration.data.plain import MIB, Source
+from exl2ray.calibration.data.plain import AGAIN, MIB, Source
 from exl2ray.calibration.data.problem import DataError
 
 MAX_RECORD = 32 * MIB  # bytes of a line, or of an element of a JSON file
@@ -17,25 +17,24 @@ BLANKS = b" \t\r\n"
 
 def records_of_lines(source: Source) -> Iterator[tuple[str, Any]]:
     """(where, value) of every line that is not empty. Raises DataError with the number of the line."""
-    rest, number = b"", 0
+    rest, number, blank = b"", 0, 0
     while True:
-        end = rest.find(b"\n")
-        more = b""
-        while end < 0:
-            if len(rest) > MAX_RECORD:
-                raise DataError(f"line {number + 1} is longer than {MAX_RECORD >> 20} MiB", "split it into several documents")
-            more = source.read(max(FIRST_READ, len(rest)))
-            if not more:
-                break
-            end = more.find(b"\n")
-            end = end if end < 0 else end + len(rest)
-            rest += more
-        if end < 0 and not rest:
+        block = source.read(max(FIRST_READ, len(rest)))
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop() if block else b""
+        for line in lines:
+            number += 1
+            if line.strip(BLANKS):
+                blank = 0
+                yield f"line {number}", _parsed(line, f"line {number}")
+                continue
+            blank += len(line) + 1
+            if blank > MAX_RECORD:
+                raise DataError(f"holds more than {MAX_RECORD >> 20} MiB of blanks before line {number}", AGAIN)
+        if not block:
             return
-        line, _, rest = rest.partition(b"\n") if end >= 0 else (rest, b"", b"")
-        number += 1
-        if line.strip(BLANKS):
-            yield f"line {number}", _parsed(line, f"line {number}")
+        if len(rest) > MAX_RECORD:
+            raise DataError(f"line {number + 1} is longer than {MAX_RECORD >> 20} MiB", "split it into several documents")
 
 
 def records_of_json(source: Source) -> Iterator[tuple[str, Any]]:
