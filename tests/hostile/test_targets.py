@@ -175,7 +175,7 @@ def test_an_output_that_is_a_link_of_ones_own(made: Conversion, work: Path, tmp_
 
 def owner(made: Conversion, job: str) -> Owner:
     source = json.loads((made.target / CLAIM).read_text())["source"]
-    return Owner(source, str(made.model), job, f"/work/of/{job}")
+    return Owner(source, str(made.model), job, f"/jobs/{job}")
 
 
 def test_one_conversion_at_a_time(made: Conversion, work: Path, target: Path) -> None:
