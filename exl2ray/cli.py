@@ -13,10 +13,11 @@ from typing import Any
 import click
 
 from exl2ray import __version__
-from exl2ray.config import Recipe
-from exl2ray.console import JsonLines, human_reporter, reserved_stdout
 from exl2ray.errors import FormatError, UsageError
-from exl2ray.flags import (
+from exl2ray.events import Reporter
+from exl2ray.recipe import Recipe
+from exl2ray.terminal.console import JsonLines, human_reporter, reserved_stdout
+from exl2ray.terminal.flags import (
     CONVERT_ONLY,
     MEASURE_FIELDS,
     SectionedCommand,
@@ -26,10 +27,9 @@ from exl2ray.flags import (
     recipe_from,
     trust_flag,
 )
-from exl2ray.program import Cli, Invocation, common, present
-from exl2ray.progress import Reporter
-from exl2ray.reference_flags import is_given, reference_flags
-from exl2ray.streams import Watched, leave_threads, open_missing
+from exl2ray.terminal.program import Cli, Invocation, common, present
+from exl2ray.terminal.reference_flags import is_given, reference_flags
+from exl2ray.terminal.streams import Watched, leave_threads, open_missing
 
 
 @click.group(cls=Cli, context_settings={"token_normalize_func": dashes}, invoke_without_command=True)
@@ -181,7 +181,7 @@ def solve(
 
     Says what is achieved, and how close to the optimum that is.
     """
-    from exl2ray.commands import solve as command
+    from exl2ray.commands import allocations as command
 
     def compute() -> list[command.Solution]:
         return command.solve(in_dir, measurement, bits, objective, objective_power, allocation, head_bits)
@@ -207,7 +207,7 @@ def patch(
     Quantises again only what --set changes, on what the model produces as it is, and writes the model anew.
     """
     from exl2ray import convert as conversion
-    from exl2ray.flags import stored_settings
+    from exl2ray.terminal.flags import stored_settings
 
     settings = {**stored_settings(out_dir, trust=trust_work_dir), **place, "out_dir": out_dir, "evaluate": "never"}
     unknown = [b for b in bits if b not in settings["bits"]]
@@ -324,7 +324,7 @@ def verify(run: Invocation, directory: str, in_dir: str | None) -> int:
 def calibration(run: Invocation, /, **settings: Any) -> None:
     """The rows of tokens that a conversion would calibrate on."""
     from exl2ray.commands import calibration as command
-    from exl2ray.flags import check_files
+    from exl2ray.terminal.flags import check_files
 
     recipe = Recipe(**settings, out_dir="")
     check_files(recipe)
@@ -379,7 +379,7 @@ def status(run: Invocation, work_dir: str) -> None:
 
     May be asked while it runs, from any machine.
     """
-    from exl2ray.commands import status as command
+    from exl2ray.commands import job_status as command
 
     present(run, lambda: command.status(work_dir), command.show, lambda s: s)
 
@@ -410,7 +410,7 @@ def doctor(run: Invocation, out_dir: str) -> int:
 
     Looks at GPUs, CUDA, Ray, disk, shared memory and versions. Exit status 1 if something would stop a conversion.
     """
-    from exl2ray.commands import doctor as command
+    from exl2ray.doctor import examination as command
 
     findings = present(run, lambda: command.examine(out_dir), command.show, lambda found: {"findings": found})
     return 1 if any(f.level == "problem" for f in findings) else 0

@@ -2,7 +2,7 @@
 
     calibrate   tokens of the calibration rows                       exl2ray.calibration
     measure     every module: cost and error of each option          exl2ray.dist.worker -> exl2ray.quant.measure
-    allocate    one option per module within the budget              exl2ray.quant.allocate
+    allocate    one option per module within the budget              exl2ray.allocation.knapsack
     quantise    module by module, on what the quantised ones produce  exl2ray.dist.worker -> exl2ray.quant.quantize
     write       shards, tokenizer, config.json                       exl2ray.formats.shards
 
@@ -14,42 +14,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from exl2ray.config import Recipe
-from exl2ray.console import places_text
 from exl2ray.dist.faults import DeviceFailed
 from exl2ray.errors import Interrupted
-from exl2ray.progress import Reporter
+from exl2ray.events import Reporter
+from exl2ray.outputs import OutputSummary, Summary
+from exl2ray.recipe import Recipe
 from exl2ray.stopping import interruptible
+from exl2ray.terminal.console import places_text
 
 if TYPE_CHECKING:
     from exl2ray.steps import Job
-
-
-@dataclass(frozen=True)
-class OutputSummary:
-    """One converted model."""
-
-    bits: float  # requested
-    achieved_bpw: float  # of the decoder layers, overheads included
-    directory: str | None  # complete model, None without -cf
-    files: tuple[str, ...]
-    file_bytes: int
-    calibration_perplexity: float | None  # None: not a finite number
-    reference_perplexity: float | None  # of the source model, on the same rows
-    heldout_perplexity: float | None = None  # on held-out text, with the next two, where it was evaluated
-    kl: float | None = None  # mean KL(source || model), nats per token
-    top1: float | None = None  # share of positions where the most probable token is the source's
-
-
-@dataclass(frozen=True)
-class Summary:
-    outputs: tuple[OutputSummary, ...]
-    measurement: str  # path of measurement.json
-    seconds: float
-    warnings: tuple[str, ...] = ()  # those that concern the result, each told before
 
 
 def convert(recipe: Recipe, reporter: Reporter) -> Summary:
@@ -70,7 +47,7 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
 
 
 def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
-    from exl2ray import ladder
+    from exl2ray import afterwards
     from exl2ray.steps import Job
 
     recipe = _on_this_disk(recipe)
@@ -84,8 +61,8 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
             plans = [job.allocate(measurement, bits) for bits in recipe.bits]
             outputs = job.produce(plans)
         with interruptible():  # the workers are gone, their GPUs free
-            if ladder.wanted(recipe):
-                outputs = ladder.evaluate_outputs(recipe, outputs, job.device.type, reporter)
+            if afterwards.wanted(recipe):
+                outputs = afterwards.evaluate_outputs(recipe, outputs, job.device.type, reporter)
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; everything finished so far is in the work directory", _resume_hint(recipe)) from e
@@ -104,7 +81,7 @@ def patch(
     compile_full: where to write; None: over the output of the recipe. Raises UsageError if a bitrate is not finished, or an
     override matches nothing.
     """
-    from exl2ray.overrides import parse_overrides
+    from exl2ray.allocation.overrides import parse_overrides
     from exl2ray.steps import Job
 
     start = time.monotonic()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exl2ray.calibration.data.sources import HUB, Source, local_source
-from exl2ray.config import Recipe
 from exl2ray.errors import CalibrationError
+from exl2ray.recipe import Recipe
 
 if TYPE_CHECKING:
     from exl2ray.calibration.rows import Rows
@@ -24,7 +24,7 @@ def source_of(place: str) -> Source:
     """The files that one -c names."""
     if not place.startswith(HUB):
         return local_source(place)
-    from exl2ray.hub_data import hub_source
+    from exl2ray.remote.hub_data import hub_source
 
     return hub_source(place)
 

@@ -1,4 +1,4 @@
-"""Values of settings against the types that the fields of `exl2ray.config.Recipe` are declared with: a job.json may hold
+"""Values of settings against the types that the fields of `exl2ray.recipe.Recipe` are declared with: a job.json may hold
 anything, and so may what a program gives.
 """
 

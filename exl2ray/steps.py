@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl2ray.allocation.overrides import Override, overridden, parse_overrides
+from exl2ray.allocation.planning import Plan, choose, has_sensitivities, insensitive, module_cost, slot_weights
 from exl2ray.calibration.data.taken import described_passes
 from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.calibration.soundness import baseline
-from exl2ray.checks import pick_executor, versions
-from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
-from exl2ray.convert import OutputSummary
+from exl2ray.devices import pick_executor, versions
 from exl2ray.dist.chains import ChainPlan, Chains, Link
 from exl2ray.dist.fan import Fan, Module, Part, window_for
 from exl2ray.dist.items import ItemResult, MeasureItem, PerplexityItem, QuantizeItem, SensitivityItem, WorkerSetup
@@ -30,6 +30,7 @@ from exl2ray.dist.schedule import Flow, Limits, Scheduler
 from exl2ray.dist.session import Session, open_session
 from exl2ray.dist.worker import PERPLEXITY, Worker, describe, measure_record
 from exl2ray.errors import NumericError, UsageError
+from exl2ray.events import Reporter
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import (
@@ -40,16 +41,15 @@ from exl2ray.formats.measurement import (
 from exl2ray.formats.origin import source_identity
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.opening import allowed_changes, falls_back, job_of, measurement_target
-from exl2ray.overrides import Override, overridden, parse_overrides
+from exl2ray.outputs import OutputSummary
 from exl2ray.plan.problems import examine, row_sizes
-from exl2ray.planning import Plan, choose, has_sensitivities, insensitive, module_cost, slot_weights
-from exl2ray.progress import Reporter
 from exl2ray.quality import Numerics
 from exl2ray.quant.losses import merged
 from exl2ray.quant.measure import profile_of
 from exl2ray.quant.measure_moe import starved_experts
+from exl2ray.recipe import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.remote.source import keep
-from exl2ray.soundness import ResultWarnings, insensitive_warning, is_broken, measured_experts, show, unspent_warning
+from exl2ray.result_warnings import ResultWarnings, insensitive_warning, is_broken, measured_experts, show, unspent_warning
 from exl2ray.source_state import SourceState
 from exl2ray.stopping import shielded
 from exl2ray.store.faults import translated

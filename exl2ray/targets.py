@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.calibration.data.sources import split_column
-from exl2ray.config import Recipe
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.target import Owner, TargetLock, locked
+from exl2ray.recipe import Recipe
 
 
 def owner_of(recipe: Recipe, fingerprint: str, work_id: str, files: Iterable[str] = ()) -> Owner:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2ray.config import Recipe, bpw_name
-from exl2ray.convert import OutputSummary
+from exl2ray.allocation.planning import Plan, head_bits
 from exl2ray.dist.worker import PERPLEXITY
 from exl2ray.errors import NumericError, StoreError, UsageError
 from exl2ray.formats.claim import existing_shards
@@ -34,11 +33,12 @@ from exl2ray.formats.target import Owner, check_claim, check_target, claim_targe
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import output_tensors, read_plain
+from exl2ray.outputs import OutputSummary
 from exl2ray.plan.sizes import plain_shape
-from exl2ray.planning import Plan, head_bits
 from exl2ray.publish.card import CardInfo, converted, model_card, write_card
 from exl2ray.publish.origin import CARD
-from exl2ray.soundness import ResultWarnings
+from exl2ray.recipe import Recipe, bpw_name
+from exl2ray.result_warnings import ResultWarnings
 from exl2ray.store.layout import CALIBRATION, quant_kind
 from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.tensors import get_tensors

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save_file
 
+from exl2ray.allocation.knapsack import Slot, budget, solve
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout, pad32
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import check_states, load_block
 from exl2ray.quant import pack as packing
-from exl2ray.quant.allocate import Slot, budget, solve
 from exl2ray.quant.measure import measure_block
 from exl2ray.quant.memory import settings_for, states_fit
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options

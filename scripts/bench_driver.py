@@ -23,13 +23,13 @@ from typing import Any, ClassVar
 import torch
 
 import exl2ray.steps
-from exl2ray.config import Recipe
 from exl2ray.convert import convert
 from exl2ray.dist.fan import Fan, Module, Part
 from exl2ray.dist.items import EnterItem, ItemResult, MeasureItem, WorkerSetup
 from exl2ray.dist.schedule import Flow, Scheduler
 from exl2ray.dist.session import RaySession
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
+from exl2ray.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_ITEMS_PER_SECOND = 200

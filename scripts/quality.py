@@ -52,17 +52,17 @@ from click.core import ParameterSource  # noqa: E402
 from quality_calibration import Calibration, Experiment  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from exl2ray.allocation.planning import Plan  # noqa: E402
 from exl2ray.cli import convert as convert_command  # noqa: E402
-from exl2ray.config import Recipe  # noqa: E402
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError  # noqa: E402
 from exl2ray.evaluate.forward import ModelOutput, RunOptions, open_model, run_model  # noqa: E402
 from exl2ray.evaluate.metrics import score  # noqa: E402
 from exl2ray.evaluate.sizes import model_size  # noqa: E402
 from exl2ray.evaluate.tokens import load_tokens  # noqa: E402
-from exl2ray.flags import recipe_from  # noqa: E402
+from exl2ray.events import Silent  # noqa: E402
 from exl2ray.formats.hf import SourceModel  # noqa: E402
-from exl2ray.planning import Plan  # noqa: E402
-from exl2ray.progress import Silent  # noqa: E402
+from exl2ray.recipe import Recipe  # noqa: E402
+from exl2ray.terminal.flags import recipe_from  # noqa: E402
 
 # Set by this script, so no part of a variant.
 OURS = ("in_dir", "out_dir", "bits", "compile_full", "cal_dataset", "output_measurement", "measurement", "no_resume")

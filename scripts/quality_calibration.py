@@ -13,9 +13,9 @@ import torch
 from exl2ray.calibration.pieces import uniform_rows
 from exl2ray.calibration.rows import ROW_SETS, Rows
 from exl2ray.calibration.tokenizer import load_tokenizer
-from exl2ray.config import Recipe
 from exl2ray.errors import UsageError
-from exl2ray.progress import Reporter
+from exl2ray.events import Reporter
+from exl2ray.recipe import Recipe
 from exl2ray.steps import Job
 
 WITHOUT = "builtin-without:"

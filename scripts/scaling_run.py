@@ -15,10 +15,10 @@ from typing import Any
 
 import ray
 
-from exl2ray.config import Recipe
 from exl2ray.convert import convert
+from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
-from exl2ray.progress import Silent
+from exl2ray.recipe import Recipe
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
 

@@ -106,9 +106,9 @@ def _server() -> subprocess.Popen[str]:
 
 def _serve() -> None:
     # What the commands import when they run; without it every fork would import it again.
+    import exl2ray.commands.allocations
     import exl2ray.commands.evaluate
     import exl2ray.commands.plan
-    import exl2ray.commands.solve
     import exl2ray.convert
     import exl2ray.steps  # noqa: F401
 

@@ -12,9 +12,9 @@ import torch
 from fake_hub import TOKEN, FakeHub, serving
 from tiny_models import write_model, write_text
 
-from exl2ray.config import Recipe
 from exl2ray.convert import convert
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
+from exl2ray.recipe import Recipe
 
 SOURCE_CARD = """\
 ---

@@ -20,18 +20,19 @@ ROOMS = {
     "model": {"cuda", "formats"},
     "quant": {"cuda", "formats"},
     "evaluate": {"calibration", "formats", "model", "quant"},
-    "publish": {"config", "console", "flags", "formats"},
-    "report": {"config", "console", "formats", "store"},
-    "dist": {"calibration", "config", "formats", "model", "quant", "remote", "store"},
-    "remote": {"config", "formats", "publish", "store", "units"},
+    "allocation": {"formats", "model", "quant", "recipe"},
+    "publish": {"formats", "recipe", "terminal"},
+    "report": {"formats", "recipe", "store", "terminal"},
+    "dist": {"calibration", "formats", "model", "quant", "recipe", "remote", "store"},
+    "remote": {"calibration", "formats", "publish", "recipe", "store", "units"},
 }
 EVERYWHERE = {"errors", "beneath", "stopping", "__version__"}
 ONLY_IN = {
-    "ray": {"dist"}, "numba": {"cuda"}, "huggingface_hub": {"publish", "hub_data", "remote"}, "matplotlib": {"report"},
+    "ray": {"dist"}, "numba": {"cuda"}, "huggingface_hub": {"publish", "remote"}, "matplotlib": {"report"},
 }  # fmt: skip
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
 HEAVY = {"torch", "ray", "matplotlib", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}
-LIGHT = ["exl2ray", "exl2ray.cli", "exl2ray.config", "exl2ray.errors", "exl2ray.convert", "exl2ray.formats.layout"]
+LIGHT = ["exl2ray", "exl2ray.cli", "exl2ray.recipe", "exl2ray.errors", "exl2ray.convert", "exl2ray.formats.layout"]
 
 
 def sources() -> list[Path]:

@@ -10,13 +10,13 @@ from exl2ray.calibration.data.taken import describe
 from exl2ray.calibration.rows import Plan, Rows, builtin_rows
 from exl2ray.calibration.show import RowsView, describe_rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
-from exl2ray.config import Recipe
-from exl2ray.console import clean, show_table
 from exl2ray.datasets import sources_of
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
+from exl2ray.recipe import Recipe
 from exl2ray.remote.source import localised
+from exl2ray.terminal.console import clean, show_table
 
 PASSES: Mapping[str, Plan] = {"measurement": "measure", "quantisation": "quantize"}
 

@@ -13,13 +13,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from exl2ray.console import clean, is_terminal, json_line
 from exl2ray.errors import CalibrationError, UsageError
 from exl2ray.evaluate.chat import Answer, Messages, Panel
 from exl2ray.evaluate.forward import RunOptions
 from exl2ray.formats.elsewhere import named
 from exl2ray.formats.json_file import read_bounded
 from exl2ray.remote.source import local
+from exl2ray.terminal.console import clean, is_terminal, json_line
 
 PROMPTS_BYTES = 1 << 20  # of a file
 PROMPT_BYTES = 1 << 18  # of one question

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from exl2ray.console import clean, file_size, plural, show_table
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.summary import DirectorySummary, LinearSummary, inspect_directory, mean_bpw
@@ -13,6 +12,7 @@ from exl2ray.formats.verify import verify_directory
 from exl2ray.formats.verify_rules import Problem
 from exl2ray.model.arch import load_spec
 from exl2ray.remote.source import local
+from exl2ray.terminal.console import clean, file_size, plural, show_table
 
 MOST_SHOWN = 1000  # problems of one directory
 

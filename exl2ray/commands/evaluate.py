@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exl2ray.console import duration, file_size, human_reporter, is_terminal, show_table
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.compare import evaluate_many
 from exl2ray.evaluate.forward import RunOptions
@@ -20,11 +19,12 @@ from exl2ray.evaluate.heldout import DEFAULT_LENGTH, heldout_rows
 from exl2ray.evaluate.metrics import Estimate
 from exl2ray.evaluate.result import EvalResult
 from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
+from exl2ray.events import Reporter, Silent
 from exl2ray.formats.elsewhere import named
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.source.kinds import refusal
-from exl2ray.progress import Reporter, Silent
 from exl2ray.remote.source import local
+from exl2ray.terminal.console import duration, file_size, human_reporter, is_terminal, show_table
 
 
 def evaluate(

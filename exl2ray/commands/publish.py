@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exl2ray import __version__
-from exl2ray.config import bpw_name
-from exl2ray.console import clean, file_size, plural, text_table
 from exl2ray.errors import HubError, Interrupted, UsageError
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.publish.card import PROGRAM, model_card, of_directory
@@ -25,6 +23,8 @@ from exl2ray.publish.index import BranchRow, index_card, with_branches
 from exl2ray.publish.names import CARD
 from exl2ray.publish.origin import MAX_CARD_BYTES, REPOSITORY, original_card
 from exl2ray.publish.token import read_token, redacted_logs
+from exl2ray.recipe import bpw_name
+from exl2ray.terminal.console import clean, file_size, plural, text_table
 
 if TYPE_CHECKING:
     from exl2ray.publish.hub import Branch, Hub

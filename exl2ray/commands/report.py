@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exl2ray.console import clean, file_size
 from exl2ray.errors import StoreError
 from exl2ray.formats.files import atomic_file
 from exl2ray.report.compose import report_page
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
 from exl2ray.store.fs import Store
+from exl2ray.terminal.console import clean, file_size
 
 REPORT = "report.html"
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TextIO
 
-from exl2ray.console import clean, duration, json_line, reserved_stdout
 from exl2ray.dist import submit as jobs
 from exl2ray.dist.jobs import Cluster, JobState
 from exl2ray.errors import UsageError
-from exl2ray.flags import RECIPE_FIELDS
+from exl2ray.terminal.console import clean, duration, json_line, reserved_stdout
+from exl2ray.terminal.flags import RECIPE_FIELDS
 
 
 def submit(

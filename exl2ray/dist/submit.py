@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from exl2ray import __version__
-from exl2ray.config import Recipe
 from exl2ray.dist.jobs import STOP_SECONDS, Cluster, JobState
 from exl2ray.dist.preflight import Report, Request, SharedPath, model_digest, writable_root
 from exl2ray.errors import ClusterError, Exl2RayError, Interrupted, UsageError
+from exl2ray.recipe import Recipe
 from exl2ray.remote.address import is_remote, parse
 from exl2ray.store.fs import Store, temp_name
 

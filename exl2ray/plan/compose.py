@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from exl2ray.allocation.knapsack import reachable_range
+from exl2ray.allocation.planning import choose, decoder_bpw, option_bits
 from exl2ray.calibration.data.taken import PASSES, described_passes
-from exl2ray.config import Recipe, bpw_name
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import side_files
@@ -25,11 +26,10 @@ from exl2ray.plan.probe import ProbeResult, probe
 from exl2ray.plan.problems import Examination, examine, row_sizes
 from exl2ray.plan.sizes import OutputSize, exact_size, freedom_of, size_range
 from exl2ray.plan.times import LOGGED, Timed, Times, estimate, far_below, logged_for
-from exl2ray.planning import choose, decoder_bpw, option_bits
-from exl2ray.quant.allocate import reachable_range
+from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.remote.address import redacted
 from exl2ray.remote.source import localised
-from exl2ray.soundness import unspent_warning
+from exl2ray.result_warnings import unspent_warning
 from exl2ray.units import parse_size
 
 GIB = 1 << 30

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exl2ray.config import Recipe, bpw_name
 from exl2ray.errors import StoreError
 from exl2ray.formats.shards import OUTPUT_NAME, side_files
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.memory import RowSizes, state_bytes
 from exl2ray.plan.sizes import OutputSize
+from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.remote.source import cached_bytes
 from exl2ray.store.layout import quant_kind
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from exl2ray.checks import versions
-from exl2ray.config import Recipe
+from exl2ray.allocation.planning import option_bits, option_tables
+from exl2ray.devices import versions
 from exl2ray.dist.arrays import Shipped, to_shipped
 from exl2ray.dist.items import EnterItem, MeasureItem, QuantizeItem, RowSet, WorkerSetup
 from exl2ray.dist.worker import Worker
@@ -29,8 +29,8 @@ from exl2ray.plan.disk import existing_parent
 from exl2ray.plan.problems import Examination
 from exl2ray.plan.times import Timed, kind_of
 from exl2ray.plan.work import finishing, measuring, quantizing, seconds, shape_of
-from exl2ray.planning import option_bits, option_tables
 from exl2ray.quant.qparams import head_option
+from exl2ray.recipe import Recipe
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import CALIBRATION
 from exl2ray.store.tensors import put_tensors

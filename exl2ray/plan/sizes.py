@@ -15,17 +15,17 @@ from itertools import pairwise
 
 import torch
 
-from exl2ray.config import USUAL_HEAD_BITS, Recipe
+from exl2ray.allocation.frontier import all_options
+from exl2ray.allocation.knapsack import budget
+from exl2ray.allocation.overrides import Override, counting, overridden
+from exl2ray.allocation.planning import option_bits, option_tables, slot_weights, total_bits
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.shards import TensorEntry, header_bytes, plan_shards
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec, PlainTensor
 from exl2ray.model.weights import output_tensors
-from exl2ray.overrides import Override, counting, overridden
-from exl2ray.planning import option_bits, option_tables, slot_weights, total_bits
-from exl2ray.quant.allocate import budget
-from exl2ray.quant.frontier import all_options
 from exl2ray.quant.qparams import head_option
+from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 
 FILE_OVERHEAD = 8 + 2 + 7  # of a further shard: header length, braces, padding to a multiple of 8
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from exl2ray.allocation.planning import option_tables
 from exl2ray.formats.layout import pad32
 from exl2ray.model.hyper import Hyper
 from exl2ray.model.spec import ModuleSpec
-from exl2ray.planning import option_tables
 
 GRID_EVALUATIONS = 97  # of the scale search, per weight and option
 

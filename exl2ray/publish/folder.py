@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from exl2ray.config import bpw_name
-from exl2ray.console import plural
 from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.claim import CLAIM
 from exl2ray.formats.summary import DirectorySummary, inspect_directory
@@ -25,6 +23,8 @@ from exl2ray.formats.verify import verify_directory
 from exl2ray.publish.names import CARD, is_known, is_needed, looks_secret
 from exl2ray.publish.opened import NotSent, Opened, open_file
 from exl2ray.publish.secrets import find_secret
+from exl2ray.recipe import bpw_name
+from exl2ray.terminal.console import plural
 
 SHOWN = 10  # problems in a message
 OWN = CLAIM.removesuffix(".json")  # our own dot files begin like this, and are not worth a word

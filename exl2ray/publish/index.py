@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exl2ray.console import file_size
 from exl2ray.publish.card import front_matter
 from exl2ray.publish.figures import Evaluation
 from exl2ray.publish.origin import OriginalCard
+from exl2ray.terminal.console import file_size
 
 START, END = "<!-- exl2ray: branches -->", "<!-- exl2ray: end of branches -->"
 HEAD = "| branch | bits per weight | head | size | perplexity | KL (nats) | top-1 |\n|---|---|---|---|---|---|---|"

@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from exl2ray.config import Recipe, place_name
-from exl2ray.flags import METAVARS, STORED_AT, dashes, field_docs
 from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.links import outside
 from exl2ray.publish.frontmatter import Value, read_fields, split_card
+from exl2ray.recipe import Recipe, place_name
+from exl2ray.terminal.flags import METAVARS, STORED_AT, dashes, field_docs
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20

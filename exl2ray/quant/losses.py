@@ -8,7 +8,7 @@ Per linear (per role, for experts) measurement.json keeps, under the key of ours
                              "shape": [mean loss of a row in up to 32 equal pieces of the act-order, relative to all] } }
 
 The shape is nearly the same whatever the width, so the loss of an option that was not tried can be told from these numbers
-(`exl2ray.quant.frontier`).
+(`exl2ray.allocation.frontier`).
 """
 
 from __future__ import annotations

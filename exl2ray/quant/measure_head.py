@@ -14,7 +14,7 @@ from exl2ray.quant.qparams import parse
 from exl2ray.quant.rows import batches
 from exl2ray.quant.solve import solve_wanted
 
-# Few, because a head is as large as several layers; what lies between them can be told (`exl2ray.quant.frontier`).
+# Few, because a head is as large as several layers; what lies between them can be told (`exl2ray.allocation.frontier`).
 OPTIONS = tuple(parse(text) for text in ("1:3b_64g", "1:4b_64g", "1:6b_64g"))
 
 

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exl2ray.config import Recipe
 from exl2ray.errors import StoreError
 from exl2ray.formats.elsewhere import Mount, mount_at, register
 from exl2ray.formats.json_file import MIB, parse_json_object
+from exl2ray.recipe import Recipe
 from exl2ray.remote.address import COMMIT, Address, is_remote, parse
 from exl2ray.remote.blocks import Blocks
 from exl2ray.remote.hub import Repository

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from exl2ray.config import JOB_FLAGS
-from exl2ray.console import file_size, perplexity, plural
+from exl2ray.recipe import JOB_FLAGS
 from exl2ray.report import sections
 from exl2ray.report.facts import Facts, Note
 from exl2ray.report.page import Block, Items, Page, Section, Table, Text
 from exl2ray.report.style import PAGE, drawing
+from exl2ray.terminal.console import file_size, perplexity, plural
 
 _STATES = {
     "running": "A conversion is running in this directory: what follows is what was there when the report was written.",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from exl2ray.console import clean, is_numeric
+from exl2ray.terminal.console import clean, is_numeric
 
 LONG_WORD = 14  # characters
 

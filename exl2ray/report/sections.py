@@ -10,7 +10,6 @@ from pathlib import PurePath
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from exl2ray.console import duration, file_size, perplexity, plural
 from exl2ray.report.chains import ModuleResult
 from exl2ray.report.facts import Bitrate, Facts
 from exl2ray.report.figures import (
@@ -26,6 +25,7 @@ from exl2ray.report.page import Block, Picture, Section, Table, Text
 from exl2ray.report.prediction import PredictedKL, prediction_figure, usable
 from exl2ray.report.style import svg_text
 from exl2ray.report.timeline import busy_share
+from exl2ray.terminal.console import duration, file_size, perplexity, plural
 
 STARVED = COVERAGE_STEPS[0]  # of a fair share; below it, conversions warn
 _SHOWN = 12  # rows of tables that could grow with the model

@@ -18,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from exl2ray.console import clean
+from exl2ray.terminal.console import clean
 
 ACCENT = "#3f7fd0"
 # Readable on white and on near black alike: neither end is much lighter or darker than the other.

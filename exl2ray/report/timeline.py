@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from exl2ray.config import bpw_name
+from exl2ray.recipe import bpw_name
 from exl2ray.report.values import mapping, number
 
 

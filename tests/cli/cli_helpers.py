@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exl2ray.config import Recipe
+from exl2ray.recipe import Recipe
 
 
 def stored_job(recipe: Recipe, **identity: Any) -> dict[str, dict[str, Any]]:

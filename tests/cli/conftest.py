@@ -10,9 +10,9 @@ from click.testing import CliRunner, Result
 
 from exl2ray import convert as conversion
 from exl2ray.cli import cli
-from exl2ray.config import Recipe
 from exl2ray.convert import OutputSummary, Summary
-from exl2ray.progress import Reporter
+from exl2ray.events import Reporter
+from exl2ray.recipe import Recipe
 
 Run = Callable[..., Result]
 

@@ -14,13 +14,14 @@ import torch
 from cli_helpers import stored_job
 from safetensors.torch import save_file
 
-from exl2ray.commands import doctor, probes
-from exl2ray.config import Recipe
+from exl2ray.doctor import examination as doctor
+from exl2ray.doctor import probes
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfile, write_measurement
 from exl2ray.model.arch import load_spec
 from exl2ray.quant.qparams import attention_options, mlp_options, parse
+from exl2ray.recipe import Recipe
 from exl2ray.store.workdir import WorkDir
 
 LAYERS = 6

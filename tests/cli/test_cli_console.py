@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from exl2ray.console import (
+from exl2ray.terminal.console import (
     JsonLines,
     Pace,
     Plain,
@@ -26,7 +26,7 @@ from exl2ray.console import (
     json_line,
     text_table,
 )
-from exl2ray.live import Live
+from exl2ray.terminal.live import Live
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 OUTPUT = {
@@ -257,7 +257,7 @@ def test_clean():
 def test_reserved_stdout_keeps_everything_else_out():
     program = """
 import os, subprocess, sys
-from exl2ray.console import reserved_stdout
+from exl2ray.terminal.console import reserved_stdout
 print("before")
 with reserved_stdout() as out:
     print("python noise")

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from exl2ray import host
-from exl2ray.commands import doctor, doctor_gpu, doctor_ray, probes
-from exl2ray.commands.findings import Finding
+from exl2ray.doctor import examination as doctor
+from exl2ray.doctor import gpu as doctor_gpu
+from exl2ray.doctor import probes, ray_start
+from exl2ray.doctor.findings import Finding
 
 CARD = "NVIDIA RTX A6000, 1 MiB used of 49140 MiB, driver {driver}"
 UNUSABLE = {"version": "2.13.0", "cuda": "13.0", "hip": None, "gpus": [], "broken": {}, "reason": "too old"}
@@ -193,15 +195,15 @@ DEAF = "ClusterError: cannot start or reach Ray at 'local': SystemExit: 15"
     ],
 )  # fmt: skip
 def test_why_ray_does_not_start(error: str, fix: str) -> None:
-    several = only(doctor_ray.ray_start({"error": error}, gpus=2))
+    several = only(ray_start.ray_start({"error": error}, gpus=2))
     assert (several.level, error in several.value, fix in several.fix) == ("problem", True, True), several
-    single = only(doctor_ray.ray_start({"error": error}, gpus=1))
+    single = only(ray_start.ray_start({"error": error}, gpus=1))
     assert single.level == "warning", "one device needs no Ray"
     assert "one device needs no Ray" in single.fix
 
 
 def test_a_ray_that_starts() -> None:
-    (found,) = doctor_ray.ray_start({"version": "2.60.0", "seconds": 7.5}, 1)
+    (found,) = ray_start.ray_start({"version": "2.60.0", "seconds": 7.5}, 1)
     assert (found.level, found.value) == ("ok", "2.60.0, started and ran a task in 7.5 s")
 
 

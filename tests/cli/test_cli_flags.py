@@ -12,10 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2ray.cli import cli
-from exl2ray.config import HEAD_BITS, Recipe
 from exl2ray.errors import StoreError, UsageError
-from exl2ray.flags import CONVERT_ONLY, MEASURE_FIELDS, RECIPE_FIELDS, SECTIONS, STORED_AT, field_docs, stored_settings
+from exl2ray.recipe import HEAD_BITS, Recipe
 from exl2ray.store.workdir import WorkDir
+from exl2ray.terminal.flags import (
+    CONVERT_ONLY,
+    MEASURE_FIELDS,
+    RECIPE_FIELDS,
+    SECTIONS,
+    STORED_AT,
+    field_docs,
+    stored_settings,
+)
 
 # Short and long flags of the reference converter.
 REFERENCE = {

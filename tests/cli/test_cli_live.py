@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from exl2ray.live import WORKER_LINES, Live
+from exl2ray.terminal.live import WORKER_LINES, Live
 
 
 def shown(width: int, workers: list[str]) -> list[str]:

@@ -15,14 +15,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exl2ray.config import Recipe
 from exl2ray.convert import Summary, convert
+from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.formats.verify import verify_directory
 from exl2ray.model.arch import load_spec
-from exl2ray.progress import Silent
+from exl2ray.recipe import Recipe
 
 MEASURED, QUANTISED = 5, 8  # calibration rows
 TENSORS = (".q_weight", ".q_scale", ".q_scale_max", ".q_groups", ".q_invperm", ".bias")

@@ -26,13 +26,13 @@ from tiny_models import write_text
 from exl2ray.convert import Summary
 from exl2ray.errors import JobMismatchError
 from exl2ray.evaluate.compare import evaluate
+from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.hyper import loader_config, resolve_hyper
 from exl2ray.model.table import ARCHITECTURES
 from exl2ray.plan.compose import Wishes, compose
-from exl2ray.progress import Silent
 from exl2ray.quant import measure_moe
 from exl2ray.quant.measure_moe import describe_coverage
 from exl2ray.store.fs import Store

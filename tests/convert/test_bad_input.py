@@ -29,7 +29,7 @@ from exl2ray.errors import (
     UnknownArchitectureError,
     UsageError,
 )
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
 from exl2ray.store import local
 
 Tensors = dict[str, torch.Tensor]

@@ -40,13 +40,13 @@ from exl2ray.errors import (
     UsageError,
 )
 from exl2ray.evaluate.compare import evaluate
+from exl2ray.events import Silent
 from exl2ray.formats.exl2 import Exl2Model, dequantize_numpy
 from exl2ray.formats.measurement import check_against, read_measurement
-from exl2ray.progress import Silent
 from exl2ray.publish.card import add_evaluation
 from exl2ray.publish.figures import Evaluation, Figure
 from exl2ray.quant.qparams import head_option
-from exl2ray.soundness import output_warnings
+from exl2ray.result_warnings import output_warnings
 from exl2ray.steps import Job
 from exl2ray.store.local import LocalStore
 
@@ -584,7 +584,7 @@ def test_perplexities_of_broken_models(after: float | None, before: float | None
 def test_a_broken_model_is_an_error_that_keeps_the_files(
     quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exl2ray.soundness.BROKEN_RATIO", 0.5)
+    monkeypatch.setattr("exl2ray.result_warnings.BROKEN_RATIO", 0.5)
     for _ in range(2):  # a resume says the same
         with pytest.raises(NumericError, match=r"calibration perplexity \d+.*of the source model \d+"):
             run(quiet.model, tmp_path / "work", compile_full=str(tmp_path / "out"))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from convert_helpers import Quiet, contents, items, messages, run
 
-from exl2ray.checks import pick_device, pick_executor
-from exl2ray.config import Recipe
+from exl2ray.devices import pick_device, pick_executor
 from exl2ray.dist.faults import DeviceFailed
 from exl2ray.dist.session import InlineSession
 from exl2ray.errors import UsageError
+from exl2ray.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 
-from exl2ray.config import Recipe
+from exl2ray.allocation.frontier import all_options
+from exl2ray.events import Silent
 from exl2ray.formats.measurement import Measurement, read_measurement
-from exl2ray.progress import Silent
-from exl2ray.quant.frontier import all_options
 from exl2ray.quant.qparams import attention_options, mlp_options
+from exl2ray.recipe import Recipe
 from exl2ray.steps import Job, rows_hash
 from exl2ray.store.records import canonical_json, hash_inputs
 

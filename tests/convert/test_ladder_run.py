@@ -10,11 +10,11 @@ import pytest
 from convert_helpers import Quiet, messages, run
 
 from exl2ray.calibration.text import builtin_documents
-from exl2ray.console import outputs_table
 from exl2ray.errors import CalibrationError
 from exl2ray.evaluate.compare import evaluate
 from exl2ray.evaluate.heldout import heldout_rows, heldout_text
 from exl2ray.evaluate.tokens import find_tokenizer
+from exl2ray.terminal.console import outputs_table
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import write_model
 
-from exl2ray.commands import solve
-from exl2ray.config import Recipe
+from exl2ray.allocation.frontier import KERNEL_SETS, LossCurve
+from exl2ray.allocation.overrides import parse_overrides
+from exl2ray.allocation.planning import allocate_linears, choose, has_sensitivities, linear_groups, predicted_kl
+from exl2ray.commands import allocations as solve
 from exl2ray.errors import BudgetError, FormatError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement, read_measurement, write_measurement
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
-from exl2ray.overrides import parse_overrides
-from exl2ray.planning import allocate_linears, choose, has_sensitivities, linear_groups, predicted_kl
-from exl2ray.quant.frontier import KERNEL_SETS, LossCurve
 from exl2ray.quant.qparams import head_option, parse
+from exl2ray.recipe import Recipe
 
 HEAD = "lm_head"
 

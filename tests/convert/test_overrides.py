@@ -9,15 +9,15 @@ import pytest
 from click.testing import CliRunner
 from convert_helpers import Quiet, contents, items, messages, recipe, run, stages
 
+from exl2ray.allocation.overrides import overridden, parse_override, parse_overrides, smallest_option
 from exl2ray.cli import cli
 from exl2ray.convert import patch
 from exl2ray.errors import UsageError
+from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.summary import inspect_directory
 from exl2ray.formats.verify import verify_directory
 from exl2ray.model.arch import load_spec
-from exl2ray.overrides import overridden, parse_override, parse_overrides, smallest_option
-from exl2ray.progress import Silent
 from exl2ray.quant.qparams import head_option, parse
 
 V = "model.layers.*.self_attn.v_proj=6"

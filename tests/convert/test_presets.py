@@ -10,10 +10,10 @@ import torch
 from convert_helpers import assert_sound, contents, items, messages, recipe, run
 from tiny_models import write_model
 
-from exl2ray.config import Recipe
 from exl2ray.errors import FormatError, UsageError
 from exl2ray.evaluate.compare import evaluate
 from exl2ray.quality import PRESETS, Numerics, resolve
+from exl2ray.recipe import Recipe
 
 ALL = {"target_correction": 0.5, "scale_search": "feedback", "sweeps": 2}
 

@@ -11,7 +11,7 @@ import pytest
 from convert_helpers import Quiet, contents, items, logged, messages, recipe
 
 from exl2ray.convert import convert
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
 
 
 class Killer(Silent):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from exl2ray.config import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.errors import UsageError
+from exl2ray.recipe import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.store.job import SECTIONS, compare_jobs
 
 

@@ -16,13 +16,13 @@ from tiny_models import write_model
 
 from exl2ray.errors import JobMismatchError, UsageError
 from exl2ray.evaluate.compare import evaluate
-from exl2ray.flags import stored_settings
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import read_measurement
 from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.weights import read_plain
 from exl2ray.plan.compose import Wishes, compose
+from exl2ray.terminal.flags import stored_settings
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 IDENTITY = {"method": "hadamard-1", "seed": 0}

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from exl2ray.config import Recipe
 from exl2ray.dist.faults import GroupBroken
 from exl2ray.dist.items import Meeting
 from exl2ray.dist.session import Lost, Outcome
 from exl2ray.dist.worker import Worker
+from exl2ray.recipe import Recipe
 
 BITS = (4.0,)
 

@@ -23,7 +23,7 @@ import exl2ray.steps
 from exl2ray.convert import convert
 from exl2ray.dist.schedule import Limits
 from exl2ray.dist.worker import Worker
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
 

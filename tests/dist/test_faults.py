@@ -19,7 +19,7 @@ import exl2ray.steps
 from exl2ray.convert import convert
 from exl2ray.dist.schedule import Limits
 from exl2ray.errors import ClusterError, Exl2RayError, StoreError
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
 from exl2ray.steps import Job
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
@@ -199,7 +199,7 @@ torch.set_num_threads(1)
 exl2ray.steps.open_session = lambda setup, make, executor, workers=None, address=None, size=0: RaySession(
     setup, make, workers, address, size, claim={{"num_cpus": 1}})
 from exl2ray.convert import convert
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
 
 class Tell(Silent):
     def event(self, name, **fields):

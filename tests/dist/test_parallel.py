@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from exl2ray.convert import convert
 from exl2ray.dist.session import RaySession
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
 from exl2ray.steps import Job
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store

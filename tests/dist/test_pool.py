@@ -20,7 +20,7 @@ from exl2ray.dist.runner import Runner
 from exl2ray.dist.schedule import Limits, Scheduler
 from exl2ray.dist.session import InlineSession, Lost
 from exl2ray.errors import ClusterError, NumericError
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
 from exl2ray.steps import Job
 
 QUICK = Limits(first=5, floor=0.2, rest=0.01, grace=0.05, patience=0.05)

@@ -16,12 +16,12 @@ from bounded import Run, exl2ray
 from tiny_models import write_text
 
 from exl2ray.cli import cli
-from exl2ray.config import Recipe
 from exl2ray.convert import convert
 from exl2ray.errors import FormatError, StoreError, UsageError
-from exl2ray.flags import recipe_from
-from exl2ray.progress import Silent
-from exl2ray.reference_flags import REFERENCE_FLAGS
+from exl2ray.events import Silent
+from exl2ray.recipe import Recipe
+from exl2ray.terminal.flags import recipe_from
+from exl2ray.terminal.reference_flags import REFERENCE_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 # usage of convert.py --help, 0.3.2: (flags, whether a value follows)

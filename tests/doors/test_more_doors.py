@@ -35,7 +35,7 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.class_defaults import CLASS_DEFAULTS
 from exl2ray.model.hyper import Hyper, loader_config, resolve_hyper
 from exl2ray.model.table import ARCHITECTURES
-from exl2ray.pasted import missing_folder_hint, usage_hint
+from exl2ray.terminal.pasted import missing_folder_hint, usage_hint
 
 Change = Callable[[Path], Any]
 NOT_IN_TRANSFORMERS = {"Yi", "gemmoe", "index", "internlm2", "minicpm", "orion"}

@@ -67,9 +67,9 @@ DIFFERENT = 0.02  # at least, of RMSNorm and LayerNorm on q and k: 0.05 on the r
 
 def converted(name: str, root: Path) -> Path:
     """A model of the family at 6 bpw, converted on the GPU."""
-    from exl2ray.config import Recipe
     from exl2ray.convert import convert
-    from exl2ray.progress import Silent
+    from exl2ray.events import Silent
+    from exl2ray.recipe import Recipe
 
     complete_model(name, root / "model")
     config = json.loads((root / "model" / "config.json").read_text())

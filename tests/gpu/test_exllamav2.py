@@ -37,9 +37,9 @@ VARIANTS = {"2.6": {}, "3.0": {}, "4.5": {}, "6.0": {}, "4.0 rotated": {"rotate"
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def converted(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from exl2ray.config import Recipe
     from exl2ray.convert import convert
-    from exl2ray.progress import Silent
+    from exl2ray.events import Silent
+    from exl2ray.recipe import Recipe
 
     root = tmp_path_factory.mktemp("exl2")
     bits = float(request.param.split()[0])

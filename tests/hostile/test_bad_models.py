@@ -21,20 +21,20 @@ from tiny_models import HIDDEN, VOCAB, byte_tokenizer, write_model
 from exl2ray.calibration.rows import builtin_rows
 from exl2ray.calibration.soundness import Baseline, baseline, row_warnings, unigram_perplexity
 from exl2ray.calibration.tokenizer import load_tokenizer
-from exl2ray.config import Recipe
 from exl2ray.convert import Summary, convert
 from exl2ray.errors import JobMismatchError
 from exl2ray.evaluate.forward import RunOptions, open_model, run_model
+from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import Stored
 from exl2ray.plan.flat import Part, flat_parts
 from exl2ray.plan.problems import examine
-from exl2ray.progress import Silent
+from exl2ray.recipe import Recipe
 from exl2ray.report.compose import report_page
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
-from exl2ray.soundness import output_warnings, source_warnings
+from exl2ray.result_warnings import output_warnings, source_warnings
 
 Tensors = dict[str, torch.Tensor]
 Edit = Callable[[Tensors], None]

@@ -18,7 +18,7 @@ from workdir_cases import Conversion, contents
 from exl2ray.convert import convert
 from exl2ray.dist.schedule import Limits
 from exl2ray.errors import StoreError
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
 
 SIZE = 8 << 20
 

@@ -13,12 +13,12 @@ import pytest
 from bounded import exl2ray
 from small_sources import write_source
 
+from exl2ray.allocation.planning import option_tables, total_bits
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams
 from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModuleSpec
-from exl2ray.planning import option_tables, total_bits
 
 Json = dict[str, Any]
 MLP, ATTENTION = "model.layers.0.mlp", "model.layers.1.self_attn"

@@ -20,7 +20,7 @@ from workdir_cases import PLACES, Conversion, Victim, contents, snapshot
 from exl2ray.beneath import IrregularFileError
 from exl2ray.convert import convert
 from exl2ray.errors import StoreError
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
 from exl2ray.report.facts import read_facts
 from exl2ray.store.job import decode_job, encode_job
 from exl2ray.store.local import LocalStore
@@ -291,7 +291,7 @@ def test_the_report_reads_no_tensors_through_a_link(work: Path, victim: Victim) 
 
 
 def test_an_error_that_nobody_foresaw_is_not_logged_through_a_link(work: Path, victim: Victim) -> None:
-    from exl2ray.program import Invocation, _explain
+    from exl2ray.terminal.program import Invocation, _explain
 
     plant(work / "logs", victim.root)
     message, hint, code = _explain(RuntimeError("unforeseen"), Invocation(command="convert", out_dir=str(work)))

@@ -11,9 +11,9 @@ from typing import Any
 
 from tiny_models import write_text
 
-from exl2ray.config import Recipe
 from exl2ray.convert import Summary, convert
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
+from exl2ray.recipe import Recipe
 
 ROWS, LENGTH = 2, 128
 FLAGS = ("-r", str(ROWS), "-mr", str(ROWS), "-l", str(LENGTH), "-ml", str(LENGTH), "--quality", "reference", "--reuse",

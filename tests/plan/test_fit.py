@@ -95,7 +95,7 @@ def test_a_large_card_gets_the_ceiling_and_a_small_one_nothing(llama_70b: Path) 
 
 
 def test_what_the_user_wants_of_single_linears_costs_bitrate(tmp_path: Path) -> None:
-    from exl2ray.overrides import parse_overrides
+    from exl2ray.allocation.overrides import parse_overrides
 
     source = SourceModel(write_header_model(tmp_path / "m", {**LLAMA_8B, "num_hidden_layers": 4}, 1))
     spec = load_spec(source)

@@ -14,11 +14,11 @@ import torch
 from header_models import LLAMA_8B, tensors_of, write_header_model
 from safetensors.torch import load_file, save_file
 
-from exl2ray.config import Recipe
 from exl2ray.convert import convert
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UnknownArchitectureError, UsageError
+from exl2ray.events import Silent
 from exl2ray.plan.problems import Examination, examine
-from exl2ray.progress import Silent
+from exl2ray.recipe import Recipe
 
 Tensors = dict[str, torch.Tensor]
 DOWN = "model.layers.1.mlp.down_proj.weight"

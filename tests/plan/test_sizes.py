@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import write_model
 
-from exl2ray.config import Recipe
+from exl2ray.allocation.overrides import overridden, parse_overrides
+from exl2ray.allocation.planning import allocate, choose, option_tables, total_bits
 from exl2ray.convert import convert
+from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfile, read_measurement
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
-from exl2ray.overrides import overridden, parse_overrides
 from exl2ray.plan.sizes import Freedom, OutputSize, exact_size, freedom_of, size_range
-from exl2ray.planning import allocate, choose, option_tables, total_bits
-from exl2ray.progress import Silent
 from exl2ray.quant.qparams import head_option
+from exl2ray.recipe import Recipe
 
 HEAD_BITS = 6
 

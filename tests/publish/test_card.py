@@ -12,12 +12,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl2ray.config import Recipe
 from exl2ray.publish import origin
 from exl2ray.publish.card import CardInfo, Making, add_evaluation, model_card
 from exl2ray.publish.figures import Evaluation, Figure, with_evaluation
 from exl2ray.publish.frontmatter import read_fields, split_card, with_fields, write_block
 from exl2ray.publish.origin import base_model_of, command, original_card, read_original
+from exl2ray.recipe import Recipe
 
 INFO = CardInfo(
     architecture="LlamaForCausalLM",

@@ -17,8 +17,8 @@ from fake_hub import TOKEN, FakeHub
 
 from exl2ray.cli import cli
 from exl2ray.commands.publish import publish
-from exl2ray.console import file_size
 from exl2ray.errors import FormatError, HubError, UsageError
+from exl2ray.terminal.console import file_size
 
 REPO = "me/tiny-exl2"
 NOTHING: dict[str, Any] = {

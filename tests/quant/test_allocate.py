@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exl2ray.allocation.knapsack import Slot, budget, check_reachable, reachable_range, solve
 from exl2ray.errors import BudgetError, UsageError
 from exl2ray.formats.measurement import Measurement, read_measurement
-from exl2ray.quant.allocate import Slot, budget, check_reachable, reachable_range, solve
 
 OBJECTIVES = [("squared", 2.0), ("norm", 1.5), ("norm", 3.5), ("product", 2.0)]
 

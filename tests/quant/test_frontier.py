@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quant_helpers import hessian, weights
 
+from exl2ray.allocation.frontier import KERNEL_SETS, NEAR, RELATIVE, LossCurve, all_options, frontier, relative
+from exl2ray.allocation.knapsack import Slot, solve
+from exl2ray.allocation.planning import total_bits
 from exl2ray.errors import FormatError
 from exl2ray.formats.layout import QParams
-from exl2ray.planning import total_bits
-from exl2ray.quant.allocate import Slot, solve
-from exl2ray.quant.frontier import KERNEL_SETS, NEAR, RELATIVE, LossCurve, all_options, frontier, relative
 from exl2ray.quant.hessian import prepare
 from exl2ray.quant.losses import LossTable, piece_rows
 from exl2ray.quant.qparams import mlp_options, parse, unique

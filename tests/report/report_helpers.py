@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from exl2ray.config import Recipe
 from exl2ray.formats.layout import LinearShape, QParams
 from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfile
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.recipe import Recipe
 from exl2ray.report.compose import report_page
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render

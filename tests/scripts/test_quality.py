@@ -19,9 +19,9 @@ import torch
 from quality_calibration import Calibration, Experiment
 
 from exl2ray.calibration.rows import ROW_SETS, Rows
-from exl2ray.config import Recipe
 from exl2ray.errors import Exl2RayError, UsageError
-from exl2ray.progress import Silent
+from exl2ray.events import Silent
+from exl2ray.recipe import Recipe
 from exl2ray.store.layout import CALIBRATION
 from exl2ray.store.tensors import get_tensors
 

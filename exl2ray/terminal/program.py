@@ -17,11 +17,12 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from exl2ray import stopping, streams
-from exl2ray.console import clean, json_line, reserved_stdout
+from exl2ray import stopping
 from exl2ray.errors import Exl2RayError, Interrupted, UsageError
-from exl2ray.pasted import usage_hint
-from exl2ray.streams import last_words
+from exl2ray.terminal import streams
+from exl2ray.terminal.console import clean, json_line, reserved_stdout
+from exl2ray.terminal.pasted import usage_hint
+from exl2ray.terminal.streams import last_words
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")

@@ -17,12 +17,12 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
-from exl2ray.config import Recipe, choices
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.field_checks import fits, shown, wanted
-from exl2ray.pasted import missing_folder_hint
-from exl2ray.reference_flags import flag_of, is_given, reference_notes, spelled_out
+from exl2ray.recipe import Recipe, choices
 from exl2ray.remote.address import is_remote, parse
+from exl2ray.terminal.pasted import missing_folder_hint
+from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out
 
 F = TypeVar("F", bound=Callable[..., Any])
 

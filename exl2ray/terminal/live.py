@@ -19,7 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from exl2ray.console import (
+from exl2ray.store.pace import Pace
+from exl2ray.terminal.console import (
     Clock,
     clean,
     done_text,
@@ -31,7 +32,6 @@ from exl2ray.console import (
     repeated_warnings,
     stage_text,
 )
-from exl2ray.store.pace import Pace
 
 ONE_LINE_WIDTH = 120  # columns from which the last item stands in the row of the bar
 QUEUE_WIDTH = 76  # columns from which the number of items left is shown

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 
 from exl2ray import __version__
-from exl2ray.config import Recipe
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.formats.target import check_target
 from exl2ray.host import SHARED_MEMORY_FIX, nccl_bytes, nvidia_cards, nvidia_driver_loaded, shared_memory_bytes
+from exl2ray.recipe import Recipe
 from exl2ray.store.workdir import work_id
 from exl2ray.targets import owner_of
 

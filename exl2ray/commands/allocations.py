@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from exl2ray.config import MAX_BITS, MIN_BITS, Recipe
-from exl2ray.console import clean, show_table
+from exl2ray.allocation.knapsack import Slot, budget, check_reachable
+from exl2ray.allocation.knapsack import solve as allocate
+from exl2ray.allocation.planning import choose, has_sensitivities, insensitive, linear_groups, slot_weights
 from exl2ray.errors import UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape, QParams, pad32
@@ -14,11 +15,10 @@ from exl2ray.formats.measurement import Measurement, OptionProfile, check_agains
 from exl2ray.formats.origin import origin_findings
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.planning import choose, has_sensitivities, insensitive, linear_groups, slot_weights
-from exl2ray.quant.allocate import Slot, budget, check_reachable
-from exl2ray.quant.allocate import solve as allocate
+from exl2ray.recipe import MAX_BITS, MIN_BITS, Recipe
 from exl2ray.remote.source import local
-from exl2ray.soundness import insensitive_warning, unspent_warning
+from exl2ray.result_warnings import insensitive_warning, unspent_warning
+from exl2ray.terminal.console import clean, show_table
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
-from exl2ray.commands.doctor_gpu import driver_fix, gpus, kernels
-from exl2ray.commands.doctor_ray import ray_cluster, ray_start
-from exl2ray.commands.findings import OPEN_FILES, Finding, Level
-from exl2ray.commands.probes import KERNEL, RAY, TORCH, nvidia_smi, run_probe
-from exl2ray.console import clean, file_size, is_terminal, plural, show_table
+from exl2ray.doctor.findings import OPEN_FILES, Finding, Level
+from exl2ray.doctor.gpu import driver_fix, gpus, kernels
+from exl2ray.doctor.probes import KERNEL, RAY, TORCH, nvidia_smi, run_probe
+from exl2ray.doctor.ray_start import ray_cluster, ray_start
 from exl2ray.host import (
     SHARED_MEMORY_FIX,
     container_limit_bytes,
@@ -29,6 +28,7 @@ from exl2ray.host import (
     nccl_bytes,
     shared_memory_bytes,
 )
+from exl2ray.terminal.console import clean, file_size, is_terminal, plural, show_table
 
 PACKAGES = ("torch", "numpy", "numba", "numba-cuda", "ray", "safetensors", "tokenizers", "pyarrow", "click", "rich")
 OPTIONAL = ("numba-cuda", "huggingface-hub")

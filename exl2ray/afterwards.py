@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exl2ray.config import Recipe
-from exl2ray.convert import OutputSummary
 from exl2ray.errors import Exl2RayError, StoreError
-from exl2ray.progress import Reporter
+from exl2ray.events import Reporter
+from exl2ray.outputs import OutputSummary
+from exl2ray.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

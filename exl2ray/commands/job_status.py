@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from exl2ray.config import JOB_FLAGS
-from exl2ray.console import clean, duration, plural, show_table
+from exl2ray.recipe import JOB_FLAGS
 from exl2ray.store.passes import PassStatus
 from exl2ray.store.status import WorkStatus, read_status
+from exl2ray.terminal.console import clean, duration, plural, show_table
 
 
 def status(root: str) -> WorkStatus:

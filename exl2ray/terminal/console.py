@@ -1,6 +1,6 @@
 """How a job is shown: JSON lines for programs, plain lines for files and pipes; ``live.py`` has the terminal's display.
 
-The event vocabulary is that of ``exl2ray.progress``. Nothing here decides what is said, only how.
+The event vocabulary is that of ``exl2ray.events``. Nothing here decides what is said, only how.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
+from exl2ray.events import Reporter
 from exl2ray.formats.elsewhere import named
-from exl2ray.progress import Reporter
 from exl2ray.store.pace import Pace
 
 Clock = Callable[[], float]
@@ -263,7 +263,7 @@ def human_reporter() -> Reporter:
     """The live display on a terminal, plain lines elsewhere; on standard output."""
     if not is_terminal(sys.stdout):
         return Plain(sys.stdout)
-    from exl2ray.live import Live
+    from exl2ray.terminal.live import Live
 
     return Live()
 
@@ -271,7 +271,7 @@ def human_reporter() -> Reporter:
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table on standard output, drawn on a terminal, aligned text elsewhere."""
     if is_terminal(sys.stdout):
-        from exl2ray.live import Live
+        from exl2ray.terminal.live import Live
 
         Live(animated=False).event("table", title=title, columns=columns, rows=rows)
         return

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from exl2ray.calibration.soundness import FEW_EFFECTIVE, Baseline
+from exl2ray.events import Reporter
 from exl2ray.formats.measurement import Measurement
-from exl2ray.progress import Reporter
 from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.store.records import Record
 from exl2ray.store.workdir import WorkDir
@@ -72,7 +72,7 @@ def show(value: float | None) -> str:
 
 
 def unspent_warning(bits: float, achieved: float, unspent: float, overridden: bool) -> list[str]:
-    """``unspent``: share of the budget that is left although richer options would fit (`exl2ray.quant.allocate`)."""
+    """``unspent``: share of the budget that is left although richer options would fit (`exl2ray.allocation.knapsack`)."""
     if not unspent:
         return []
     cause = "--set holds the rest back, or " if overridden else ""

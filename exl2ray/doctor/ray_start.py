@@ -7,10 +7,10 @@ import subprocess
 import sys
 import tempfile
 
-from exl2ray.commands.findings import OPEN_FILES, Finding, Level
-from exl2ray.commands.probes import Probe
-from exl2ray.console import duration
 from exl2ray.dist.private import TEMP_PREFIX
+from exl2ray.doctor.findings import OPEN_FILES, Finding, Level
+from exl2ray.doctor.probes import Probe
+from exl2ray.terminal.console import duration
 
 
 def ray_start(found: Probe, gpus: int) -> list[Finding]:

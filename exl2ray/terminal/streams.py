@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from exl2ray.errors import Exl2RayError, Interrupted, StoreError
-from exl2ray.progress import Reporter
+from exl2ray.events import Reporter
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)  # a pipe's reader, a terminal, the descriptor, a socket
 

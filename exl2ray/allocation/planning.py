@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from exl2ray.config import USUAL_HEAD_BITS, Recipe
+from exl2ray.allocation.frontier import ALL, NEAR, LossCurve, all_options, frontier
+from exl2ray.allocation.knapsack import Allocation, Slot, budget, solve
+from exl2ray.allocation.overrides import Override, counting, overridden
 from exl2ray.errors import FormatError
 from exl2ray.formats.layout import WIDTHS, QParams, pad32
 from exl2ray.formats.measurement import Measurement
 from exl2ray.formats.measurement_rules import checked_pair
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
-from exl2ray.overrides import Override, counting, overridden
-from exl2ray.quant.allocate import Allocation, Slot, budget, solve
-from exl2ray.quant.frontier import ALL, NEAR, LossCurve, all_options, frontier
 from exl2ray.quant.measure_moe import MOE_TABLE
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 
 HEAD_SHARE = 0.7  # of what as many weights of a layer cost: no forward pass of all rows goes through the head
 FEW_GROUPS = 24  # linears up to which every option that is not dominated is tried: there the hull costs a percent or two
@@ -67,9 +67,9 @@ def allocate_linears(
 ) -> tuple[Allocation, dict[str, QParams]]:
     """Solves for one bitrate over single linears (all experts of a role together): the least predicted KL divergence.
 
-    Every linear may get any option of `exl2ray.quant.frontier`. The budget is that of `allocate`: ``bits`` per weight of the
-    decoder. With ``free_head`` the head takes part, and the budget grows by what a head of the usual 6 bits takes: the files
-    are as large as those of `allocate` with that head, whatever the decoder and the head have each.
+    Every linear may get any option of `exl2ray.allocation.frontier`. The budget is that of `allocate`: ``bits`` per weight
+    of the decoder. With ``free_head`` the head takes part, and the budget grows by what a head of the usual 6 bits takes: the
+    files are as large as those of `allocate` with that head, whatever the decoder and the head have each.
     """
     groups = [g for g in linear_groups(spec, measurement) if free_head or g.linears[0].role != "lm_head"]
     near = NEAR if len(groups) > FEW_GROUPS else ALL

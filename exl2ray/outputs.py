@@ -1,0 +1,29 @@
+"""What a conversion has made: the summary of each finished model, and of the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OutputSummary:
+    """One converted model."""
+
+    bits: float  # requested
+    achieved_bpw: float  # of the decoder layers, overheads included
+    directory: str | None  # complete model, None without -cf
+    files: tuple[str, ...]
+    file_bytes: int
+    calibration_perplexity: float | None  # None: not a finite number
+    reference_perplexity: float | None  # of the source model, on the same rows
+    heldout_perplexity: float | None = None  # on held-out text, with the next two, where it was evaluated
+    kl: float | None = None  # mean KL(source || model), nats per token
+    top1: float | None = None  # share of positions where the most probable token is the source's
+
+
+@dataclass(frozen=True)
+class Summary:
+    outputs: tuple[OutputSummary, ...]
+    measurement: str  # path of measurement.json
+    seconds: float
+    warnings: tuple[str, ...] = ()  # those that concern the result, each told before
