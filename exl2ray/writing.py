@@ -21,14 +21,13 @@ from exl2ray.formats.shards import (
     Shard,
     TensorEntry,
     config_bytes,
-    copy_side_files,
     output_config,
     plan_shards,
     shard_names,
-    stale_side_files,
     write_config,
     write_shards,
 )
+from exl2ray.formats.side_files import copy_side_files, stale_side_files
 from exl2ray.formats.target import Owner, check_claim, check_target, claim_target, release_target, withdraw
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec

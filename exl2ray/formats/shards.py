@@ -1,4 +1,4 @@
-"""Writing safetensors shards, and the other files of an EXL2 directory (exl2-format sections 2, 3, 14).
+"""Writing safetensors shards and config.json of an EXL2 directory (exl2-format sections 2, 3, 14).
 
 Shards are streamed: the plan needs names, dtypes and shapes only, every tensor is produced by a callable when its
 turn comes and dropped afterwards, so the peak is about one tensor. The order of steps in a full output directory is
@@ -7,7 +7,6 @@ shards, side files, config.json: without config.json nothing takes an unfinished
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import json
 import math
@@ -25,8 +24,6 @@ import torch
 from exl2ray.beneath import fsync_directory, make_directories
 from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.formats.files import atomic_file, sha256_of, write_error
-from exl2ray.formats.links import link_error, outside_links
-from exl2ray.formats.regular import open_regular
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
 
 T = TypeVar("T")
@@ -34,13 +31,6 @@ REFERENCE_VERSION = "0.3.2"  # level of the format that is written; some tools r
 OTHER_QUANTISATION = ("quantization_config", "compression_config", "quantization")  # of the source, in config.json
 OUTPUT_NAME = re.compile(r"output(-\d{5}-of-\d{5})?\.safetensors")
 LEFTOVER_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # of a killed run, see atomic_file
-# Weights in other formats, indexes of the source's shards, and settings of an adapter or of another way of quantising, which
-# loaders would take for the output's. The reference leaves out *.safetensors and *.bin only.
-NOT_SIDE_FILES = re.compile(
-    r"\..*|.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)|consolidated\..*|.*\.(safetensors|bin)\.index\.json"
-    r"|adapter_config\.json|adapter_model\..*|(quantize_config|quant_config|hf_quant_config)\.json",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -216,48 +206,6 @@ def _write_tensor(sinks: Iterable[Callable[[memoryview], object]], entry: Tensor
     data = flat.view(torch.uint8).numpy().data
     for sink in sinks:
         sink(data)
-
-
-def side_files(source: str | Path) -> list[str]:
-    """Names of the files that `copy_side_files` copies, sorted."""
-    files = (p for p in Path(source).iterdir() if p.is_file() and not NOT_SIDE_FILES.fullmatch(p.name))
-    return sorted(p.name for p in files if p.name != "config.json")
-
-
-def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
-    """Copy what belongs to a model besides weights and config.json; returns the names.
-
-    Every regular file at the top level of ``source``, e.g. tokenizer, chat template, licence.
-    Unlike the reference, also left out are weights in other formats (``*.pt``, ``*.pth``, ``*.gguf``,
-    ``consolidated.*``, ...), the source's weight index files, which no longer describe the weights, and dot files.
-    config.json is written by ``write_config``. Existing files are overwritten. Raises UsageError if both are one
-    directory, SourceError for a link that leads elsewhere (`exl2ray.formats.links`), StoreError if writing fails.
-    """
-    source, target = Path(source), Path(target)
-    refuse_same_directory(source, target)
-    try:
-        make_directories(target)
-        names = side_files(source)
-    except OSError as e:
-        raise write_error(target, e) from e
-    for name, real in outside_links(source, [*names, "config.json"]).items():
-        raise link_error(source, name, real)
-    for name in names:
-        with atomic_file(target / name) as out, open_regular(source / name) as f:
-            shutil.copyfileobj(f, out)
-    return names
-
-
-def stale_side_files(source: str | Path, target: str | Path) -> list[str]:
-    """Names of side files of ``source`` whose copy in ``target`` is missing or has another content."""
-
-    def differs(name: str) -> bool:
-        try:
-            return not filecmp.cmp(Path(source) / name, Path(target) / name, shallow=False)
-        except OSError:
-            return True
-
-    return [name for name in side_files(source) if differs(name)]
 
 
 def refuse_same_directory(source: str | Path, target: str | Path) -> None:

@@ -22,7 +22,8 @@ from exl2ray import beneath
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.formats.claim import CLAIM, Claim, existing_shards, present, read_claim, write_claim
 from exl2ray.formats.files import write_error
-from exl2ray.formats.shards import LEFTOVER_NAME, OUTPUT_NAME, side_files
+from exl2ray.formats.shards import LEFTOVER_NAME, OUTPUT_NAME
+from exl2ray.formats.side_files import side_files
 
 CONFIG, CARD = "config.json", "README.md"
 LOCK = ".exl2ray.lock"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from exl2ray.allocation.planning import choose, decoder_bpw, option_bits
 from exl2ray.calibration.data.taken import PASSES, described_passes
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.shards import side_files
+from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
 from exl2ray.opening import falls_back
@@ -109,7 +108,7 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     planner = _Planner(report, recipe, found, found.spec, found.source)
     bits = planner.bitrates(memory, wishes, bits_given)
     report.sizes = [planner.size(b) for b in bits]
-    report.other_bytes = sum((Path(recipe.in_dir) / name).stat().st_size for name in side_files(recipe.in_dir))
+    report.other_bytes = side_bytes(recipe.in_dir)
     report.disks = found.disks
     if not recipe.out_dir:
         report.disks_not_examined = "the disk of the work directory was not looked at: name it with -o"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exl2ray.errors import StoreError
-from exl2ray.formats.shards import OUTPUT_NAME, side_files
+from exl2ray.formats.shards import OUTPUT_NAME
+from exl2ray.formats.side_files import side_bytes
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.memory import RowSizes, state_bytes
 from exl2ray.plan.sizes import OutputSize
@@ -99,7 +100,7 @@ def _need(what: str, path: str, least: int, most: int) -> DiskNeed:
 def _output(recipe: Recipe, directory: str, size: OutputSize) -> tuple[int, int]:
     """(least, most) bytes to write into an output directory. An earlier output there is replaced."""
     here = _existing_output(Path(directory))
-    files = sum((Path(recipe.in_dir) / name).stat().st_size for name in side_files(recipe.in_dir))
+    files = side_bytes(recipe.in_dir)
     return max(0, size.low_bytes + files - here), max(0, size.high_bytes + files - here)
 
 

@@ -31,7 +31,8 @@ from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.measurement import Measurement, check_against, read_measurement
 from exl2ray.formats.origin import origin_findings
-from exl2ray.formats.shards import refuse_same_directory, side_files
+from exl2ray.formats.shards import refuse_same_directory
+from exl2ray.formats.side_files import examine_side_files
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import MAX_TENSORS, TensorFile
@@ -123,7 +124,7 @@ def examine(recipe: Recipe) -> Examination:
     """All checks, in seconds; raises nothing that is a problem of model, data, flags or disks."""
     found = Examination()
     _examine_source(found, recipe)
-    _examine_links(found, recipe)
+    _examine_side_files(found, recipe)
     device = found.device = found.attempt("device", lambda: pick_device(recipe))
     idle = None if device is None else idle_gpu(device, recipe)
     found.warnings += [] if idle is None else [idle]
@@ -203,13 +204,17 @@ def _examine_source(found: Examination, recipe: Recipe) -> None:
     found.add("tensors", misfits)
 
 
-def _examine_links(found: Examination, recipe: Recipe) -> None:
-    """Links out of the model's folder: refused where content would be copied, a warning for weights."""
+def _examine_side_files(found: Examination, recipe: Recipe) -> None:
+    """Files that would be copied into the output: their sizes and kinds. Links out of the model's folder: refused where
+    content would be copied, a warning for weights."""
     source = found.source
     if source is None:
         return
+    beside = examine_side_files(source.path)
+    found.add("source", beside.refused)
+    found.warnings += beside.warnings
     if recipe.compile_full is not None:
-        copied = outside_links(source.path, ["config.json", *side_files(source.path)])
+        copied = outside_links(source.path, ["config.json", *beside.sizes])
         found.add("source", [link_error(source.path, name, real) for name, real in copied.items()])
     weights = outside_links(source.path, source.files)
     if weights:

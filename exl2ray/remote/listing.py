@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.elsewhere import RemoteFile
-from exl2ray.formats.json_file import LIMITS, MIB
+from exl2ray.formats.json_file import LIMITS
+from exl2ray.formats.side_files import OTHER_BYTES, TOTAL_BYTES
 from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
 from exl2ray.remote.address import Address
 
@@ -21,8 +22,8 @@ NOT_FETCHED = re.compile(
     re.IGNORECASE,
 )
 FOREIGN = re.compile(r"(consolidated|adapter|optimizer|training_args).*\.safetensors", re.IGNORECASE)
-SMALL_BYTES = 32 * MIB  # of a file that no reader of ours bounds
-FETCHED_BYTES = 1 << 30  # of all small files
+SMALL_BYTES = OTHER_BYTES  # of a file that no reader of ours bounds
+FETCHED_BYTES = TOTAL_BYTES  # of all small files
 MAX_NAMES = 100_000
 MAX_FILE_BYTES = 1 << 46
 

@@ -23,7 +23,8 @@ from exl2ray.formats.exl2 import Exl2Model, pack_linear_numpy
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.formats.measurement import read_measurement
-from exl2ray.formats.shards import TensorEntry, copy_side_files, write_tensor_file
+from exl2ray.formats.shards import TensorEntry, write_tensor_file
+from exl2ray.formats.side_files import copy_side_files
 from exl2ray.formats.summary import inspect_directory
 from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.formats.verify import verify_directory

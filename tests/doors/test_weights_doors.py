@@ -34,7 +34,8 @@ from torch import Tensor
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.readahead import ReadAhead
-from exl2ray.formats.shards import output_config, side_files
+from exl2ray.formats.shards import output_config
+from exl2ray.formats.side_files import side_files
 from exl2ray.model.arch import load_spec
 from exl2ray.model.hyper import loader_config
 from exl2ray.plan.scan import scan_values, stored_names

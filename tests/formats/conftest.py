@@ -14,7 +14,8 @@ import torch
 
 from exl2ray.formats.exl2 import pack_linear_numpy
 from exl2ray.formats.layout import GroupLayout, LinearShape, pad32
-from exl2ray.formats.shards import TensorEntry, copy_side_files, output_config, write_config, write_shards
+from exl2ray.formats.shards import TensorEntry, output_config, write_config, write_shards
+from exl2ray.formats.side_files import copy_side_files
 
 HIDDEN, WIDTH, VOCAB, LAYERS = 64, 96, 100, 2
 

@@ -24,7 +24,6 @@ from exl2ray.formats import shards
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import (
     TensorEntry,
-    copy_side_files,
     output_config,
     plan_shards,
     shard_names,
@@ -32,6 +31,7 @@ from exl2ray.formats.shards import (
     write_shards,
     write_tensor_file,
 )
+from exl2ray.formats.side_files import copy_side_files
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,183 @@
+"""The files beside a model's weights: which of them are copied into an output, and how large they may be.
+
+Whoever made the folder chose what lies there, so nothing is believed to be small because of its name. A file that a model
+does not work without has the limit of its kind and is refused beyond it; any other that is too large, too many, or no file at
+all is left out and named.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from exl2ray.beneath import make_directories
+from exl2ray.errors import SourceError
+from exl2ray.formats.files import atomic_file, write_error
+from exl2ray.formats.json_file import LIMITS, MIB
+from exl2ray.formats.links import link_error, outside_links
+from exl2ray.formats.regular import file_kind, open_regular
+from exl2ray.formats.shards import refuse_same_directory
+
+# Weights in other formats, indexes of the source's shards, and settings of an adapter or of another way of quantising, which
+# loaders would take for the output's. The reference leaves out *.safetensors and *.bin only.
+NOT_SIDE_FILES = re.compile(
+    r"\..*|.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)|consolidated\..*|.*\.(safetensors|bin)\.index\.json"
+    r"|adapter_config\.json|adapter_model\..*|(quantize_config|quant_config|hf_quant_config)\.json",
+    re.IGNORECASE,
+)
+# Files whose absence, or half of whose content, would make another model.
+NEEDED: dict[str, int] = {
+    **LIMITS, "processor_config.json": 1 * MIB, "video_preprocessor_config.json": 1 * MIB, "chat_template.json": 2 * MIB,
+    "chat_template.jinja": 1 * MIB, "tokenizer.model": 32 * MIB, "vocab.json": 32 * MIB, "merges.txt": 32 * MIB,
+}  # fmt: skip
+OTHER_BYTES = 32 * MIB  # of a file that none of these is: papers, pictures, code
+TOTAL_BYTES = 1 << 30
+MOST_FILES = 1000
+SHOWN = 3
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """sizes: bytes of the files that are copied, by name, sorted. refused: problems. warnings: what is left out, in words."""
+
+    sizes: dict[str, int]
+    refused: tuple[SourceError, ...]
+    warnings: tuple[str, ...]
+
+
+def examine_side_files(source: str | Path) -> SideFiles:
+    """Looks at sizes and kinds only. Raises OSError for a folder that cannot be listed."""
+    source = Path(source)
+    sizes: dict[str, int] = {}
+    refused: list[SourceError] = []
+    no_files: list[str] = []
+    large: list[str] = []
+    for name, size, what in sorted(_found(source)):
+        most = NEEDED.get(name, OTHER_BYTES)
+        if what:
+            no_files.append(f"{name} ({what})")
+        elif size <= most:
+            sizes[name] = size
+        elif name in NEEDED:
+            refused.append(_too_large(source / name, size, most))
+        else:
+            large.append(f"{name} ({size >> 20} MiB)")
+    beyond = _beyond_total(sizes)
+    warnings = [
+        _left_out(large, f"larger than {OTHER_BYTES >> 20} MiB"),
+        _left_out(beyond, f"beyond {MOST_FILES} files or {TOTAL_BYTES >> 20} MiB together"),
+        _left_out(no_files, "not regular files"),
+    ]
+    kept = {name: size for name, size in sizes.items() if name not in beyond}
+    return SideFiles(kept, tuple(refused), tuple(filter(None, warnings)))
+
+
+def side_files(source: str | Path) -> list[str]:
+    """Names of the files that `copy_side_files` copies, sorted."""
+    return list(examine_side_files(source).sizes)
+
+
+def side_bytes(source: str | Path) -> int:
+    """Bytes of these files."""
+    return sum(examine_side_files(source).sizes.values())
+
+
+def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
+    """Copy what belongs to a model besides weights and config.json; returns the names.
+
+    Every regular file at the top level of ``source``, e.g. tokenizer, chat template, licence, within the limits above.
+    Unlike the reference, also left out are weights in other formats (``*.pt``, ``*.pth``, ``*.gguf``,
+    ``consolidated.*``, ...), the source's weight index files, which no longer describe the weights, and dot files.
+    config.json is written by ``write_config``. Existing files are overwritten. Raises UsageError if both are one
+    directory, SourceError for a link that leads elsewhere (`exl2ray.formats.links`), for a file that is too large, or that
+    is another one than a moment ago, StoreError if writing fails.
+    """
+    source, target = Path(source), Path(target)
+    refuse_same_directory(source, target)
+    try:
+        make_directories(target)
+        found = examine_side_files(source)
+    except OSError as e:
+        raise write_error(target, e) from e
+    if found.refused:
+        raise found.refused[0]
+    for name, real in outside_links(source, [*found.sizes, "config.json"]).items():
+        raise link_error(source, name, real)
+    for name, size in found.sizes.items():
+        with atomic_file(target / name) as out:
+            for piece in _pieces(source / name, size):
+                out.write(piece)
+    return list(found.sizes)
+
+
+def stale_side_files(source: str | Path, target: str | Path) -> list[str]:
+    """Names of side files of ``source`` whose copy in ``target`` is missing or has another content."""
+
+    def same(name: str, size: int) -> bool:
+        copy = Path(target) / name
+        try:
+            if os.lstat(copy).st_size != size or not stat.S_ISREG(os.lstat(copy).st_mode):
+                return False
+            return all(a == b for a, b in zip(_pieces(Path(source) / name, size), _pieces(copy, size), strict=True))
+        except (SourceError, OSError, ValueError):
+            return False
+
+    return [name for name, size in examine_side_files(source).sizes.items() if not same(name, size)]
+
+
+def _found(source: Path) -> Iterator[tuple[str, int, str]]:
+    """(name, bytes, what it is if it is no file) of everything but folders."""
+    with os.scandir(source) as entries:
+        for entry in entries:
+            if entry.name == "config.json" or NOT_SIDE_FILES.fullmatch(entry.name):
+                continue
+            try:
+                found = entry.stat()
+            except OSError as e:
+                yield entry.name, 0, f"a link: {e.strerror or e}" if entry.is_symlink() else str(e.strerror or e)
+                continue
+            if not stat.S_ISDIR(found.st_mode):
+                yield entry.name, found.st_size, "" if stat.S_ISREG(found.st_mode) else file_kind(found.st_mode)
+
+
+def _beyond_total(sizes: dict[str, int]) -> list[str]:
+    """Names that are more than an output takes; what a model needs goes first, then the smallest."""
+    out, total, count = [], 0, 0
+    for name in sorted(sizes, key=lambda n: (n not in NEEDED, sizes[n], n)):
+        if count < MOST_FILES and total + sizes[name] <= TOTAL_BYTES:
+            count, total = count + 1, total + sizes[name]
+        else:
+            out.append(name)
+    return out
+
+
+def _left_out(names: list[str], why: str) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"not copied into the output, {why}: {', '.join(names[:SHOWN])}{more}"
+
+
+def _too_large(path: Path, size: int, most: int) -> SourceError:
+    return SourceError(f"{path}: {size} bytes; larger than {most} bytes, which such a file may have")
+
+
+def _pieces(path: Path, size: int) -> Iterator[bytes]:
+    """The content of a file that had ``size`` bytes when it was looked at. Raises SourceError."""
+    try:
+        with open_regular(path) as f:
+            left = size
+            while piece := f.read(min(PIECE_BYTES, left + 1)):
+                left -= len(piece)
+                if left < 0:
+                    break
+                yield piece
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}", "was the model changed meanwhile?") from e
+    if left:
+        raise SourceError(f"{path}: was written to while it was copied", "run the same command again")
