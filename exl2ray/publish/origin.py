@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.links import outside
 from exl2ray.publish.frontmatter import Value, read_fields, split_card
-from exl2ray.recipe import Recipe, place_name
+from exl2ray.recipe import USUAL_HEAD_BITS, Recipe, place_name
 from exl2ray.terminal.flags import METAVARS, STORED_AT, dashes, field_docs
 
 CARD = "README.md"
@@ -131,7 +131,13 @@ def settings(recipe: Recipe) -> tuple[tuple[str, str], ...]:
 
 
 def _changed(recipe: Recipe) -> dict[str, Any]:
-    """Fields of a job that differ from their defaults, in the order of ``Recipe``."""
+    """Fields of a job that differ from their defaults, in the order of ``Recipe``; the same for the recipe of a command line
+    and for the one that a resume has from the job, which says in full what was left out there.
+    """
+    if recipe.allocates != "linear" and recipe.head_bits == USUAL_HEAD_BITS:
+        recipe = replace(recipe, head_bits=None)
+    if recipe.cal_dataset is None:  # numbers of rows are of -c only, and a job does not keep them otherwise
+        recipe = replace(recipe, dataset_rows=Recipe.dataset_rows, measurement_rows=Recipe.measurement_rows)
     out = {}
     for f in fields(Recipe):
         value = getattr(recipe, f.name)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from exl2ray.cli import cli
 from exl2ray.errors import StoreError, UsageError
+from exl2ray.publish import origin
 from exl2ray.recipe import HEAD_BITS, Recipe
 from exl2ray.store.workdir import WorkDir
 from exl2ray.terminal.flags import (
@@ -281,3 +282,24 @@ def test_a_resumed_job_is_the_stored_one(tmp_path_factory: pytest.TempPathFactor
 
 def test_fields_without_a_default_are_the_two_directories():
     assert [f.name for f in fields(Recipe) if f.default is MISSING] == ["in_dir", "out_dir"]
+
+
+CARDS = (
+    {}, {"head_bits": 6}, {"head_bits": 8}, {"quality": "reference"}, {"quality": "reference", "head_bits": 6},
+    {"quality": "reference", "head_bits": 4}, {"allocation": "module"}, {"allocation": "linear", "head_bits": 6},
+    {"dataset_rows": 7, "measurement_rows": 3}, {"cal_dataset": "d.parquet", "dataset_rows": 7}, {"cal_dataset": ("a", "b/c")},
+    {"measurement": "m.json"}, {"shard_size": 0}, {"sweeps": 2, "target_correction": 0.5}, {"rotate": True, "seed": 5},
+    {"objective": "norm", "objective_power": 3.0}, {"overrides": ("*.v_proj=6", "*=4")}, {"bits": (3.0, 4.0)},
+    {"chat_rows": False, "moe_all_experts": True, "rope_scale": 2.0, "propagate": "reference"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CARDS, ids=str)
+def test_a_resume_has_the_same_card(changes, job_args):
+    """Else a finished job would write it anew, in turn with -o alone and with all flags."""
+    asked = Recipe(in_dir=job_args[1], out_dir=job_args[3], **changes)
+    places = list(asked.calibration_data)
+    make_job(asked, **({"cal_dataset": places[0] if len(places) == 1 else places} if places else {}))
+    resumed = Recipe(**{"out_dir": job_args[3], **stored_settings(job_args[3])})
+    assert origin.command(resumed, 4.0, None) == origin.command(asked, 4.0, None)
+    assert origin.settings(resumed) == origin.settings(asked)
