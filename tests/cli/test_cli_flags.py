@@ -287,7 +287,7 @@ def test_fields_without_a_default_are_the_two_directories():
 CARDS = (
     {}, {"head_bits": 6}, {"head_bits": 8}, {"quality": "reference"}, {"quality": "reference", "head_bits": 6},
     {"quality": "reference", "head_bits": 4}, {"allocation": "module"}, {"allocation": "linear", "head_bits": 6},
-    {"dataset_rows": 7, "measurement_rows": 3}, {"cal_dataset": "d.parquet", "dataset_rows": 7}, {"cal_dataset": ("a", "b/c")},
+    {"dataset_rows": 7, "measurement_rows": 3}, {"cal_dataset": "d.parquet", "dataset_rows": 7}, {"cal_dataset": ("a", "b")},
     {"measurement": "m.json"}, {"shard_size": 0}, {"sweeps": 2, "target_correction": 0.5}, {"rotate": True, "seed": 5},
     {"objective": "norm", "objective_power": 3.0}, {"overrides": ("*.v_proj=6", "*=4")}, {"bits": (3.0, 4.0)},
     {"chat_rows": False, "moe_all_experts": True, "rope_scale": 2.0, "propagate": "reference"},
