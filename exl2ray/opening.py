@@ -33,10 +33,7 @@ def job_of(
         "in_dir": place_of(recipe.in_dir),
         "cal_dataset": stored_places(data),
     }
-    job = recipe.job(identity, *data_hashes(recipe, rows))
-    if recipe.measurement is not None:
-        job["measure"]["measurement"] = str(Path(recipe.measurement).resolve())
-    return job
+    return recipe.job(identity, *data_hashes(recipe, rows))
 
 
 def falls_back(recipe: Recipe, spec: ModelSpec, given: Measurement | None) -> bool:

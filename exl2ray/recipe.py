@@ -1,139 +1,188 @@
-"""The recipe of a conversion: what the user asked for, checked, frozen, and split by what depends on it."""
+"""The recipe of a conversion: what the user asked for, checked, frozen, and split by what depends on it.
+
+Whatever is known of a setting stands in its field, and nowhere else: type and default, and beside them (`setting`) the flag
+as the reference spells it, help text, what its values must be, and which entries of job.json hold it. The flags of the
+command line (`exl2ray.terminal.flags`), docs/cli.md, the messages about a job with other settings and the command on a model
+card follow from there. Help texts are listed by section, in the order of the fields.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from exl2ray.errors import UsageError
-from exl2ray.field_checks import check_fields
+from exl2ray.formats.layout import WIDTHS as HEAD_BITS
 from exl2ray.quality import ALLOCATIONS, Allocated, Numerics, Quality, ScaleSearch, resolve
+from exl2ray.settings import Rule, Setting, setting, settings_of, too_long
 from exl2ray.units import parse_size
 
-HEAD_BITS = (2, 3, 4, 5, 6, 8)
 USUAL_HEAD_BITS = 6
 MIN_BITS, MAX_BITS = 2.0, 9.0  # outside of this no option table reaches; the exact range depends on the model
 LENGTH_STEP = 128
-CHOICES = {"--device": "device", "--executor": "executor", "--propagate": "propagate", "--objective": "objective",
-           "--allocation": "allocation",
-           "--evaluate": "evaluate", "--quality": "quality", "--scale-search": "scale_search"}  # fmt: skip
-MAX_SWEEPS = 20
 MIN_SHARD, MAX_SHARD = 0.001, 2.0**30  # MiB; more than the one and less than the other has no file
+
+FILES, QUANTISE, CALIBRATE, AFTER, PLACE = SECTIONS = (  # of the help text
+    "Model and files", "Quantisation", "Calibration", "Afterwards", "Where it runs",
+)  # fmt: skip
+
+
+def _between(low: float, high: float) -> Rule:
+    return lambda v: low <= v <= high, f"must lie between {low:g} and {high:g}"
+
+
+_POSITIVE: Rule = (lambda v: math.isfinite(v) and v > 0, "must be a positive number")
+_ROWS: Rule = (lambda v: v >= 1, "at least one calibration row is needed")
+_TOKENS: Rule = (lambda v: v >= 1, "a row needs at least one token")
+_BITS: Rule = (lambda v: MIN_BITS <= v <= MAX_BITS, f"bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
+_HEAD: Rule = (lambda v: v in HEAD_BITS, f"the head can have {', '.join(map(str, HEAD_BITS))} bits")
+_SHARD: Rule = (
+    lambda v: v == 0 or MIN_SHARD <= v <= MAX_SHARD, f"0 for a single file, else the size in MiB, {MIN_SHARD:g} or more",
+)  # fmt: skip
+_GPUS: Rule = (lambda v: v >= 1, "at least one GPU is needed; use --device cpu to run without GPUs")
+_SECONDS: Rule = (lambda v: math.isfinite(v) and v >= 0, "must be 0 or a positive number")
+_DAMPING: Rule = (lambda v: 0 < v < 10, "must lie between 0 and 10")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of `exl2ray convert`; the docstring of each field is the help text of its flag."""
+    """Settings of a conversion. Raises UsageError, naming the flag, for values and combinations that cannot be."""
 
-    in_dir: str
-    """-i: directory of the source model (Hugging Face layout, safetensors), or hf://owner/name, s3:// or gs:// of one."""
-    out_dir: str
-    """-o: work directory: measurement, quantised tensors, everything needed to resume. May be s3:// or gs://."""
-    bits: tuple[float, ...] = (4.125,)
-    """-b: target bits per weight of the decoder layers; may be given several times."""
-    head_bits: int | None = None
-    """-hb: bits of the output head: 2, 3, 4, 5, 6 or 8; if absent 6, or what --allocation linear finds best."""
-    compile_full: str | None = None
-    """-cf: directory for the complete model: tensors, config, tokenizer. {bpw} stands for the bitrate."""
-    cal_dataset: str | tuple[str, ...] | None = None  # a tuple if there are several
-    """-c: calibration text: Parquet, .jsonl, .json or .txt file, folder, hf://datasets/...; FILE:COLUMN; repeatable."""
-    dataset_rows: int = 100
-    """-r: calibration rows of the quantisation pass, with -c."""
-    measurement_rows: int = 16
-    """-mr: calibration rows of the measurement pass, with -c."""
-    length: int = 2048
-    """-l: tokens per row of the quantisation pass."""
-    measurement_length: int = 2048
-    """-ml: tokens per row of the measurement pass."""
-    measurement: str | None = None
-    """-m: reuse this measurement.json."""
-    output_measurement: str | None = None
-    """-om: write measurement.json here (a file or a directory) and stop after measuring."""
-    shard_size: float = 8192
-    """-ss: largest output file in MiB; 0 for a single file."""
-    rope_scale: float | None = None
-    """-rs: linear RoPE scaling factor, overriding the model's."""
-    rope_alpha: float | None = None
-    """-ra: NTK-alpha RoPE scaling factor."""
-    rotate: bool = False
-    """--rotate: rotate the residual stream: other weights of the same function and architecture; for models with RMSNorm."""
-    no_resume: bool = False
-    """-nr: start over: delete what exl2ray created in the work directory."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """--device: where to compute."""
-    gpus: int | None = None
-    """--gpus: number of GPUs to use; all that Ray offers if absent."""
-    ray_address: str | None = None
-    """--ray-address: attach to this Ray cluster; else $RAY_ADDRESS, else a private local one."""
-    executor: Literal["auto", "ray", "inline"] = "auto"
-    """--executor: ray, inline (in this process, one device), or auto: ray for a cluster or several GPUs, else inline."""
-    overrides: tuple[str, ...] = ()
-    """--set: PATTERN=BITS or PATTERN=OPTION for linears whose names match; may be given several times."""
-    propagate: Literal["quantized", "reference"] = "quantized"
-    """--propagate: calibrate each module on what the quantised modules before it produce, or on reference states."""
-    seed: int = 0
-    """--seed: of random and shuffled calibration rows."""
-    allocation: Allocated | None = None
-    """--allocation: options per module by its own error, or per linear by its effect on the model; else as --quality says."""
-    objective: Literal["squared", "norm", "product"] = "squared"
-    """--objective: what the allocation per module minimises over the modules' relative errors."""
-    objective_power: float = 2.0
-    """--objective-power: exponent for --objective norm."""
-    quality: Quality = "balanced"
-    """--quality: reference: the plain algorithm; balanced, best: better weights at the same size, for more time."""
-    target_correction: float | None = None
-    """--target-correction: how far weights are fitted to the source model's states, 0 to 1; as --quality says if absent."""
-    scale_search: ScaleSearch | None = None
-    """--scale-search: choose scales by rounding error, or also by the loss after error feedback; else as --quality says."""
-    sweeps: int | None = None
-    """--sweeps: passes of coordinate descent over the rounded weights; as --quality says if absent."""
-    damping: float = 0.12
-    """--damping: added to the Hessian's diagonal, as a share of its mean."""
-    moe_all_experts: bool = False
-    """--moe-all-experts: collect the Hessians of every expert from all tokens; the forward pass stays as routed."""
-    chat_rows: bool = True
-    """--chat-rows/--no-chat-rows: render part of the built-in rows with the model's chat template."""
-    reuse: bool = False
-    """--reuse: accept changed -b, -hb or output settings in an existing work directory and keep the measurement."""
-    evaluate: Literal["auto", "always", "never"] = "auto"
-    """--evaluate: perplexity and KL divergence of finished models on held-out text: with several -b, always, or never."""
-    eval_text: str | None = None
-    """--eval-text: text, Parquet, .jsonl file, or .npy array of token ids, to evaluate on; a built-in text if absent."""
-    source_cache: str = "20GB"
-    """--source-cache: the most that is kept on this disk of weights that -i has elsewhere; 0 keeps none."""
-    checkpoint_seconds: float = 120.0
-    """--checkpoint-seconds: least time between saved hidden states."""
+    in_dir: str = field(metadata=setting(
+        "-i", "directory of the source model (Hugging Face layout, safetensors), or hf://owner/name, s3:// or gs:// of one.",
+        FILES, "MODEL", job="identity.in_dir", decides="identity.fingerprint identity.architecture"))
+    out_dir: str = field(metadata=setting(
+        "-o", "work directory: measurement, quantised tensors, everything needed to resume. May be s3:// or gs://.",
+        FILES, "DIR"))
+    bits: tuple[float, ...] = field(default=(4.125,), metadata=setting(
+        "-b", "target bits per weight of the decoder layers; may be given several times.",
+        QUANTISE, rule=_BITS, job="quantize.bits", measured=False))
+    head_bits: int | None = field(default=None, metadata=setting(
+        "-hb", "bits of the output head: 2, 3, 4, 5, 6 or 8; if absent 6, or what --allocation linear finds best.",
+        QUANTISE, rule=_HEAD, job="quantize.head_bits", measured=False))
+    compile_full: str | None = field(default=None, metadata=setting(
+        "-cf", "directory for the complete model: tensors, config, tokenizer. {bpw} stands for the bitrate.",
+        FILES, "DIR", job="output.compile_full", measured=False))
+    # a tuple if there are several
+    cal_dataset: str | tuple[str, ...] | None = field(default=None, metadata=setting(
+        "-c", "calibration text: Parquet, .jsonl, .json or .txt file, folder, hf://datasets/...; FILE:COLUMN; repeatable.",
+        CALIBRATE, "PLACE", decides="identity.cal_dataset measure.cal_dataset quantize.cal_dataset"))
+    dataset_rows: int = field(default=100, metadata=setting(
+        "-r", "calibration rows of the quantisation pass, with -c.", CALIBRATE, rule=_ROWS, job="quantize.rows"))
+    measurement_rows: int = field(default=16, metadata=setting(
+        "-mr", "calibration rows of the measurement pass, with -c.", CALIBRATE, rule=_ROWS, job="measure.rows"))
+    length: int = field(default=2048, metadata=setting(
+        "-l", "tokens per row of the quantisation pass.", CALIBRATE, rule=_TOKENS, job="quantize.length"))
+    measurement_length: int = field(default=2048, metadata=setting(
+        "-ml", "tokens per row of the measurement pass.", CALIBRATE, rule=_TOKENS, job="measure.length"))
+    measurement: str | None = field(default=None, metadata=setting(
+        "-m", "reuse this measurement.json.", FILES, "FILE", job="measure.measurement", measured=False))
+    output_measurement: str | None = field(default=None, metadata=setting(
+        "-om", "write measurement.json here (a file or a directory) and stop after measuring.",
+        FILES, "PATH", decides="output.measure_only"))
+    shard_size: float = field(default=8192, metadata=setting(
+        "-ss", "largest output file in MiB; 0 for a single file.",
+        FILES, rule=_SHARD, job="output.shard_size", measured=False))
+    no_resume: bool = field(default=False, metadata=setting(
+        "-nr", "start over: delete what exl2ray created in the work directory.", FILES))
+    reuse: bool = field(default=False, metadata=setting(
+        "--reuse", "accept changed -b, -hb or output settings in an existing work directory and keep the measurement.",
+        FILES, measured=False))
+    rope_scale: float | None = field(default=None, metadata=setting(
+        "-rs", "linear RoPE scaling factor, overriding the model's.", FILES, rule=_POSITIVE, job="identity.rope_scale"))
+    rope_alpha: float | None = field(default=None, metadata=setting(
+        "-ra", "NTK-alpha RoPE scaling factor.", FILES, rule=_POSITIVE, job="identity.rope_alpha"))
+    source_cache: str = field(default="20GB", metadata=setting(
+        "--source-cache", "the most that is kept on this disk of weights that -i has elsewhere; 0 keeps none.",
+        FILES, "SIZE"))
+    device: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata=setting("--device", "where to compute.", PLACE))
+    gpus: int | None = field(default=None, metadata=setting(
+        "--gpus", "number of GPUs to use; all that Ray offers if absent.", PLACE, rule=_GPUS))
+    ray_address: str | None = field(default=None, metadata=setting(
+        "--ray-address", "attach to this Ray cluster; else $RAY_ADDRESS, else a private local one.", PLACE, "ADDRESS"))
+    executor: Literal["auto", "ray", "inline"] = field(default="auto", metadata=setting(
+        "--executor", "ray, inline (in this process, one device), or auto: ray for a cluster or several GPUs, else inline.",
+        PLACE))
+    quality: Quality = field(default="balanced", metadata=setting(
+        "--quality", "reference: the plain algorithm; balanced, best: better weights at the same size, for more time.",
+        QUANTISE, job="quantize.quality", decides="quantize.allocates quantize.numerics", measured=False))
+    overrides: tuple[str, ...] = field(default=(), metadata=setting(
+        "--set", "PATTERN=BITS or PATTERN=OPTION for linears whose names match; may be given several times.",
+        QUANTISE, "PATTERN=BITS", job="quantize.overrides"))
+    propagate: Literal["quantized", "reference"] = field(default="quantized", metadata=setting(
+        "--propagate",
+        "calibrate each module on what the quantised modules before it produce, or on reference states.",
+        QUANTISE, job="quantize.propagate", measured=False))
+    allocation: Allocated | None = field(default=None, metadata=setting(
+        "--allocation",
+        "options per module by its own error, or per linear by its effect on the model; else as --quality says.",
+        QUANTISE, job="quantize.allocation"))
+    objective: Literal["squared", "norm", "product"] = field(default="squared", metadata=setting(
+        "--objective", "what the allocation per module minimises over the modules' relative errors.",
+        QUANTISE, job="quantize.objective", measured=False))
+    objective_power: float = field(default=2.0, metadata=setting(
+        "--objective-power", "exponent for --objective norm.",
+        QUANTISE, rule=_POSITIVE, job="quantize.objective_power", measured=False))
+    target_correction: float | None = field(default=None, metadata=setting(
+        "--target-correction",
+        "how far weights are fitted to the source model's states, 0 to 1; as --quality says if absent.",
+        QUANTISE, rule=_between(0, 1), job="quantize.target_correction", measured=False))
+    scale_search: ScaleSearch | None = field(default=None, metadata=setting(
+        "--scale-search",
+        "choose scales by rounding error, or also by the loss after error feedback; else as --quality says.",
+        QUANTISE, job="quantize.scale_search", measured=False))
+    sweeps: int | None = field(default=None, metadata=setting(
+        "--sweeps", "passes of coordinate descent over the rounded weights; as --quality says if absent.",
+        QUANTISE, rule=_between(0, 20), job="quantize.sweeps", measured=False))
+    damping: float = field(default=0.12, metadata=setting(
+        "--damping", "added to the Hessian's diagonal, as a share of its mean.",
+        QUANTISE, rule=_DAMPING, job="measure.damping"))
+    rotate: bool = field(default=False, metadata=setting(
+        "--rotate",
+        "rotate the residual stream: other weights of the same function and architecture; for models with RMSNorm.",
+        QUANTISE, job="identity.rotate"))
+    seed: int = field(default=0, metadata=setting(
+        "--seed", "of random and shuffled calibration rows.", CALIBRATE, job="measure.seed quantize.seed"))
+    chat_rows: bool = field(default=True, metadata=setting(
+        "--chat-rows/--no-chat-rows", "render part of the built-in rows with the model's chat template.",
+        CALIBRATE, job="measure.chat_rows quantize.chat_rows"))
+    moe_all_experts: bool = field(default=False, metadata=setting(
+        "--moe-all-experts",
+        "collect the Hessians of every expert from all tokens; the forward pass stays as routed.",
+        CALIBRATE, job="measure.moe_all_experts quantize.moe_all_experts"))
+    evaluate: Literal["auto", "always", "never"] = field(default="auto", metadata=setting(
+        "--evaluate",
+        "perplexity and KL divergence of finished models on held-out text: with several -b, always, or never.",
+        AFTER))
+    eval_text: str | None = field(default=None, metadata=setting(
+        "--eval-text", "text, Parquet, .jsonl file, or .npy array of token ids, to evaluate on; a built-in text if absent.",
+        AFTER, "FILE"))
+    checkpoint_seconds: float = field(default=120.0, metadata=setting(
+        "--checkpoint-seconds", "least time between saved hidden states.", PLACE, rule=_SECONDS))
 
     def __post_init__(self) -> None:
         if isinstance(self.cal_dataset, tuple):  # one is as if it were the only one there can be, none is none
             files = self.cal_dataset
             object.__setattr__(self, "cal_dataset", files if len(files) > 1 else files[0] if files else None)
-        check_fields(self, get_type_hints(Recipe))
+        for name, about in SETTINGS.items():
+            about.check(getattr(self, name))
+        for flag, path in (("-i", self.in_dir), ("-o", self.out_dir), ("-cf", self.compile_full)):
+            why = too_long(path) if path and "://" not in path else ""
+            if path and why:
+                raise UsageError(f"{flag} {path[:60]}...: {why}", "give a shorter one")
         parse_size(self.source_cache, "--source-cache")
         if not self.bits:
             raise UsageError("-b: no bitrate given")
-        for b in self.bits:
-            if not math.isfinite(b) or not MIN_BITS <= b <= MAX_BITS:
-                raise UsageError(f"-b {b:g}: bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
         if len(set(self.bits)) != len(self.bits):
             raise UsageError(f"-b: a bitrate is given twice: {', '.join(f'{b:g}' for b in self.bits)}")
-        if self.head_bits is not None and self.head_bits not in HEAD_BITS:
-            raise UsageError(f"-hb {self.head_bits}: the head can have {', '.join(map(str, HEAD_BITS))} bits")
-        for flag, value in (("-r", self.dataset_rows), ("-mr", self.measurement_rows)):
-            if value < 1:
-                raise UsageError(f"{flag} {value}: at least one calibration row is needed")
         for flag, value in (("-l", self.length), ("-ml", self.measurement_length)):
-            if value < 1:
-                raise UsageError(f"{flag} {value}: a row needs at least one token")
             if self.cal_dataset is None and value % LENGTH_STEP:
                 raise UsageError(
                     f"{flag} {value}: the built-in calibration set needs a multiple of {LENGTH_STEP}",
                     f"use {flag} {max(LENGTH_STEP, value // LENGTH_STEP * LENGTH_STEP)}, or your own data with -c",
                 )
-        for flag, scale in (("-rs", self.rope_scale), ("-ra", self.rope_alpha)):
-            if scale is not None and not (math.isfinite(scale) and scale > 0):
-                raise UsageError(f"{flag} {scale:g}: must be a positive number")
         if self.output_measurement is not None and self.compile_full is not None:
             raise UsageError("-om stops after measuring, so -cf would have nothing to write", "drop one of them")
         if self.output_measurement is not None and self.measurement is not None:
@@ -143,35 +192,17 @@ class Recipe:
                 f"-cf {self.compile_full}: {len(self.bits)} bitrates would write into one directory",
                 "put {bpw} into the path, as in -cf out/{bpw}",
             )
-        for flag, name in CHOICES.items():
-            known = choices(get_type_hints(Recipe)[name])
-            if getattr(self, name) not in (*known, getattr(Recipe, name)):
-                raise UsageError(f"{flag} {getattr(self, name)}: one of {', '.join(known)} is needed")
-        if not (math.isfinite(self.objective_power) and self.objective_power > 0):
-            raise UsageError(f"--objective-power {self.objective_power:g}: must be a positive number")
-        if not (math.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
-            raise UsageError(f"--checkpoint-seconds {self.checkpoint_seconds:g}: must be 0 or a positive number")
-        if not 0 < self.damping < 10:
-            raise UsageError(f"--damping {self.damping:g}: must lie between 0 and 10")
-        if self.target_correction is not None and not 0 <= self.target_correction <= 1:
-            raise UsageError(f"--target-correction {self.target_correction:g}: must lie between 0 and 1")
         if self.target_correction and self.propagate == "reference":
             raise UsageError(
                 f"--target-correction {self.target_correction:g} needs the states of the quantised model",
                 "leave out --propagate reference, or --target-correction",
             )
-        if self.sweeps is not None and not 0 <= self.sweeps <= MAX_SWEEPS:
-            raise UsageError(f"--sweeps {self.sweeps}: must lie between 0 and {MAX_SWEEPS}")
-        if self.gpus is not None and self.gpus < 1:
-            raise UsageError(f"--gpus {self.gpus}: at least one GPU is needed", "use --device cpu to run without GPUs")
-        if not (self.shard_size == 0 or (math.isfinite(self.shard_size) and MIN_SHARD <= self.shard_size <= MAX_SHARD)):
-            raise UsageError(f"-ss {self.shard_size:g}: 0 for a single file, else the size in MiB, {MIN_SHARD:g} or more")
         if self.shard_size == int(self.shard_size):  # 8192.0 is no change of 8192
             object.__setattr__(self, "shard_size", int(self.shard_size))
 
     @property
     def shard_bytes(self) -> int:
-        """Largest size of an output file; 0 for a single one."""
+        """Largest size of an output file in bytes; 0 for a single one."""
         return int(self.shard_size * 2**20)
 
     @property
@@ -182,7 +213,7 @@ class Recipe:
 
     @property
     def most_tokens(self) -> int:
-        """Of the rows of either pass, with -c."""
+        """The number of tokens of the larger of the two passes, with -c."""
         return max(self.measurement_rows * self.measurement_length, self.dataset_rows * self.length)
 
     @property
@@ -211,110 +242,51 @@ class Recipe:
         return USUAL_HEAD_BITS if self.head_bits is None else self.head_bits
 
     def output_dir(self, bits: float) -> str | None:
-        """Directory of the complete model at one bitrate."""
+        """Directory of the complete model at one bitrate; None without -cf."""
         return None if self.compile_full is None else self.compile_full.replace("{bpw}", bpw_name(bits))
 
     def job(
         self, identity: dict[str, Any], calibration: str | None, quantising: str | None = None
     ) -> dict[str, dict[str, Any]]:
-        """The sections of job.json. ``identity``: fingerprint of the source; ``calibration``: hash of the data of -c.
+        """The sections of job.json, on whose hashes resuming depends.
 
-        quantising: of the data that the quantisation pass takes, if another part of it has a hash of its own.
+        ``identity`` has what the source adds (its fingerprint, ...), ``calibration`` is the hash of the data of -c, and
+        ``quantising`` that of what the quantisation pass takes of it, if that is another one.
         """
-        data = {
-            "seed": self.seed,
-            "chat_rows": self.chat_rows,
-            "moe_all_experts": self.moe_all_experts,
-        }
-        return {
-            "identity": {
-                **identity,
-                "rope_scale": self.rope_scale,
-                "rope_alpha": self.rope_alpha,
-                **({"rotate": True} if self.rotate else {}),
-            },
-            "measure": {
-                "cal_dataset": calibration,
-                **data,
-                "rows": self.measurement_rows if self.cal_dataset else None,
-                "length": self.measurement_length,
-                "damping": self.damping,
-                "measurement": None,
-            },
+        job: dict[str, dict[str, Any]] = {
+            "identity": {},
+            "measure": {"cal_dataset": calibration},
             "quantize": {
                 "cal_dataset": quantising or calibration,
-                **data,
-                "rows": self.dataset_rows if self.cal_dataset else None,
-                "length": self.length,
-                "bits": list(self.bits),
-                "head_bits": None if self.head_is_free else self.usual_head_bits,
-                "allocation": self.allocation,
                 "allocates": self.allocates,
-                "propagate": self.propagate,
-                "objective": self.objective,
-                "objective_power": self.objective_power,
-                "quality": self.quality,
-                "target_correction": self.target_correction,
-                "scale_search": self.scale_search,
-                "sweeps": self.sweeps,
                 "numerics": asdict(self.numerics),
-                **({"overrides": list(self.overrides)} if self.overrides else {}),
             },
-            "output": {
-                "shard_size": self.shard_size,
-                "compile_full": self.compile_full,
-                "measure_only": self.output_measurement is not None,
-            },
+            "output": {"measure_only": self.output_measurement is not None},
         }
+        for name, about in SETTINGS.items():
+            value = self._stored(name)
+            if name in ("rotate", "overrides") and not value:
+                continue  # jobs that were begun before there were these have no such entry
+            for entry in about.job:
+                section, _, key = entry.partition(".")
+                job[section][key] = value
+        job["identity"].update(identity)
+        return job
+
+    def _stored(self, name: str) -> Any:
+        """The value of a field as job.json has it."""
+        if name == "head_bits":
+            return None if self.head_is_free else self.usual_head_bits
+        if name in ("dataset_rows", "measurement_rows") and not self.cal_dataset:
+            return None
+        if name == "measurement" and self.measurement is not None:
+            return str(Path(self.measurement).resolve())
+        value = getattr(self, name)
+        return list(value) if isinstance(value, tuple) else value
 
 
-JOB_FLAGS = {
-    "identity.fingerprint": "-i",
-    "identity.architecture": "-i",
-    "identity.in_dir": "-i",
-    "identity.rope_scale": "-rs",
-    "identity.rope_alpha": "-ra",
-    "identity.rotate": "--rotate",
-    "measure.cal_dataset": "-c",
-    "measure.rows": "-mr",
-    "measure.length": "-ml",
-    "measure.seed": "--seed",
-    "measure.chat_rows": "--chat-rows",
-    "measure.moe_all_experts": "--moe-all-experts",
-    "measure.damping": "--damping",
-    "measure.measurement": "-m",
-    "quantize.cal_dataset": "-c",
-    "quantize.rows": "-r",
-    "quantize.length": "-l",
-    "quantize.seed": "--seed",
-    "quantize.chat_rows": "--chat-rows",
-    "quantize.moe_all_experts": "--moe-all-experts",
-    "quantize.bits": "-b",
-    "quantize.head_bits": "-hb",
-    "quantize.allocation": "--allocation",
-    "quantize.allocates": "--quality",
-    "quantize.propagate": "--propagate",
-    "quantize.objective": "--objective",
-    "quantize.objective_power": "--objective-power",
-    "quantize.quality": "--quality",
-    "quantize.target_correction": "--target-correction",
-    "quantize.scale_search": "--scale-search",
-    "quantize.sweeps": "--sweeps",
-    "quantize.numerics": "--quality",
-    "quantize.overrides": "--set",
-    "output.shard_size": "-ss",
-    "output.compile_full": "-cf",
-    "output.measure_only": "-om",
-    "identity.cal_dataset": "-c",
-}
-
-
-def choices(hint: Any) -> tuple[str, ...]:
-    """The values of a Literal, or of a Literal or None; empty for other types."""
-    for part in (hint, *get_args(hint)):
-        if get_origin(part) is Literal:
-            return get_args(part)
-    return ()
+SETTINGS: dict[str, Setting] = settings_of(Recipe)  # every field by name, in the order of ``Recipe``
+JOB_FLAGS = {entry: about.flag for about in SETTINGS.values() for entry in (*about.job, *about.decides)}
 
 
 def place_name(place: str) -> str:

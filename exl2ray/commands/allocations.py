@@ -18,7 +18,8 @@ from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.recipe import MAX_BITS, MIN_BITS, Recipe
 from exl2ray.remote.source import local
 from exl2ray.result_warnings import insensitive_warning, unspent_warning
-from exl2ray.terminal.console import clean, show_table
+from exl2ray.terminal.console import clean
+from exl2ray.terminal.live import show_table
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Solution:
 
 def solve(
     in_dir: str,
-    measurement_path: str,
+    measurement: str,
     bits: Sequence[float],
     objective: str,
-    power: float,
+    objective_power: float,
     allocation: str | None = None,  # None: linear if the measurement was made for it
     head_bits: int | None = None,
 ) -> list[Solution]:
@@ -84,13 +85,13 @@ def solve(
             raise UsageError(f"-b {b:g}: bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
     source = SourceModel(local(in_dir))
     spec = load_spec(source)
-    measurement = read_measurement(measurement_path)
-    check_against(measurement, [m.profile_key for m in spec.modules if m.kind != "embedding"], _shapes(spec))
-    if allocation == "linear" or (allocation is None and has_sensitivities(spec, measurement)):
-        solutions = [_linear_solution(spec, measurement, b, head_bits) for b in bits]
+    found = read_measurement(measurement)
+    check_against(found, [m.profile_key for m in spec.modules if m.kind != "embedding"], _shapes(spec))
+    if allocation == "linear" or (allocation is None and has_sensitivities(spec, found)):
+        solutions = [_linear_solution(spec, found, b, head_bits) for b in bits]
     else:
-        solutions = [_solution(spec, measurement, b, objective, power) for b in bits]
-    warnings, _ = origin_findings(measurement, source)
+        solutions = [_solution(spec, found, b, objective, objective_power) for b in bits]
+    warnings, _ = origin_findings(found, source)
     return [replace(s, warnings=(*warnings, *s.warnings)) for s in solutions]
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from exl2ray.model.rules import Arch, NormKind
 from exl2ray.model.table import ARCHITECTURES
-from exl2ray.terminal.console import clean, show_table
+from exl2ray.terminal.console import clean
+from exl2ray.terminal.live import show_table
 
 _NORMS: dict[NormKind, str] = {"rms": "RMS", "layer": "Layer"}
 

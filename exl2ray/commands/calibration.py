@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.data.taken import describe
@@ -16,7 +15,8 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
 from exl2ray.recipe import Recipe
 from exl2ray.remote.source import localised
-from exl2ray.terminal.console import clean, show_table
+from exl2ray.terminal.console import clean
+from exl2ray.terminal.live import show_table
 
 PASSES: Mapping[str, Plan] = {"measurement": "measure", "quantisation": "quantize"}
 
@@ -46,10 +46,6 @@ def _rows(
     flags = ("-mr", "-ml") if measuring else ("-r", "-l")
     count = recipe.measurement_rows if measuring else recipe.dataset_rows
     return data.rows(count, length, *flags, hyper.vocab_size, max_positions=hyper.max_seq_len)
-
-
-def rows_json(views: Mapping[str, RowsView]) -> dict[str, Any]:
-    return dict(views)
 
 
 def show(views: Mapping[str, RowsView]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,7 @@ from exl2ray.evaluate.forward import RunOptions
 from exl2ray.formats.elsewhere import named
 from exl2ray.formats.json_file import read_bounded
 from exl2ray.remote.source import local
-from exl2ray.terminal.console import clean, is_terminal, json_line
+from exl2ray.terminal.console import clean, is_terminal, json_line, reserved_stdout
 
 PROMPTS_BYTES = 1 << 20  # of a file
 PROMPT_BYTES = 1 << 18  # of one question
@@ -35,12 +36,21 @@ def chat(
     device: str,
     rope_scale: float | None,
     rope_alpha: float | None,
-    out: TextIO | None,
+    as_json: bool,
 ) -> None:
     """Asks ``models`` everything in ``prompts`` and ``prompts_file``; without any, what the user types until the input ends.
 
-    out: gets one line of JSON per question; None: shown to people on standard output.
+    ``as_json``: one line of JSON per question on standard output, in place of what people read.
     """
+    with reserved_stdout() if as_json else nullcontext() as out:
+        options = RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha)
+        _chat(models, prompts, prompts_file, system, max_tokens, device, options, out)
+
+
+def _chat(
+    models: Sequence[str], prompts: Sequence[str], prompts_file: str | None, system: str | None, max_tokens: int, device: str,
+    options: RunOptions, out: TextIO | None,
+) -> None:  # fmt: skip
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}: at least one token is needed")
     questions = [*prompts, *(read_prompts(Path(prompts_file)) if prompts_file is not None else [])]
@@ -49,7 +59,7 @@ def chat(
     for question in (*questions, *([system] if system is not None else [])):
         _check_text(question)
     models = [local(m, flag="MODEL") for m in models]
-    panel = Panel(models, _device(device), RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha))
+    panel = Panel(models, _device(device), options)
     opening: Messages = (("system", system),) if system is not None else ()
     if system is not None and not panel.templated:
         raise UsageError("--system: the model has no chat template", "leave it out; the prompt is continued as it is")

@@ -7,18 +7,15 @@ from typing import Any
 
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape
-from exl2ray.formats.summary import DirectorySummary, LinearSummary, inspect_directory, mean_bpw
+from exl2ray.formats.summary import DirectorySummary, LinearSummary, mean_bpw
 from exl2ray.formats.verify import verify_directory
 from exl2ray.formats.verify_rules import Problem
 from exl2ray.model.arch import load_spec
 from exl2ray.remote.source import local
-from exl2ray.terminal.console import clean, file_size, plural, show_table
+from exl2ray.terminal.console import clean, file_size, plural
+from exl2ray.terminal.live import show_table
 
 MOST_SHOWN = 1000  # problems of one directory
-
-def inspect(path: str) -> DirectorySummary:
-    return inspect_directory(path)
-
 
 def inspect_json(d: DirectorySummary) -> dict[str, Any]:
     return {

@@ -24,7 +24,8 @@ from exl2ray.formats.elsewhere import named
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
-from exl2ray.terminal.console import duration, file_size, human_reporter, is_terminal, show_table
+from exl2ray.terminal.console import duration, file_size, is_terminal
+from exl2ray.terminal.live import human_reporter, show_table
 
 
 def evaluate(

@@ -6,12 +6,9 @@ from typing import Any
 
 from exl2ray.recipe import JOB_FLAGS
 from exl2ray.store.passes import PassStatus
-from exl2ray.store.status import WorkStatus, read_status
-from exl2ray.terminal.console import clean, duration, plural, show_table
-
-
-def status(root: str) -> WorkStatus:
-    return read_status(root)
+from exl2ray.store.status import WorkStatus
+from exl2ray.terminal.console import clean, duration, plural
+from exl2ray.terminal.live import show_table
 
 
 def show(s: WorkStatus) -> None:

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 from exl2ray.dist import submit as jobs
 from exl2ray.dist.jobs import Cluster, JobState
 from exl2ray.errors import UsageError
+from exl2ray.recipe import SETTINGS
 from exl2ray.terminal.console import clean, duration, json_line, reserved_stdout
-from exl2ray.terminal.flags import RECIPE_FIELDS
 
 
 def submit(
@@ -63,7 +63,7 @@ def _submit(
     wait: bool,
     check: bool,
 ) -> int:
-    recipe = {name: value for name, value in settings.items() if name in RECIPE_FIELDS}
+    recipe = {name: value for name, value in settings.items() if name in SETTINGS}
     jobs.check_settings(command[0], recipe)
     paths = jobs.shared_paths(recipe)
     env = jobs.runtime_env(working_dir)

@@ -28,7 +28,8 @@ from exl2ray.host import (
     nccl_bytes,
     shared_memory_bytes,
 )
-from exl2ray.terminal.console import clean, file_size, is_terminal, plural, show_table
+from exl2ray.terminal.console import clean, file_size, is_terminal, plural
+from exl2ray.terminal.live import show_table
 
 PACKAGES = ("torch", "numpy", "numba", "numba-cuda", "ray", "safetensors", "tokenizers", "pyarrow", "click", "rich")
 OPTIONAL = ("numba-cuda", "huggingface-hub")

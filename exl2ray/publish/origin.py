@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.links import outside
 from exl2ray.publish.frontmatter import Value, read_fields, split_card
-from exl2ray.recipe import USUAL_HEAD_BITS, Recipe, place_name
-from exl2ray.terminal.flags import METAVARS, STORED_AT, dashes, field_docs
+from exl2ray.recipe import SETTINGS, USUAL_HEAD_BITS, Recipe, place_name
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
@@ -125,8 +124,7 @@ def settings(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     for name in dict.fromkeys(names):
         if name not in hidden:
             value = _shown(name, getattr(recipe, name))
-            flag = field_docs()[name][0].partition("/")[0]
-            out.append((flag if flag.startswith("--") else f"--{dashes(name)}", _text(value)))
+            out.append((SETTINGS[name].long, _text(value)))
     return tuple(out)
 
 
@@ -139,22 +137,22 @@ def _changed(recipe: Recipe) -> dict[str, Any]:
     if recipe.cal_dataset is None:  # numbers of rows are of -c only, and a job does not keep them otherwise
         recipe = replace(recipe, dataset_rows=Recipe.dataset_rows, measurement_rows=Recipe.measurement_rows)
     out = {}
-    for f in fields(Recipe):
-        value = getattr(recipe, f.name)
-        if (f.name in STORED_AT or f.name == "cal_dataset") and f.name not in ELSEWHERE and value != f.default:
-            out[f.name] = _shown(f.name, value)
+    for name, about in SETTINGS.items():
+        value = getattr(recipe, name)
+        if (about.job or name == "cal_dataset") and name not in ELSEWHERE and value != about.default:
+            out[name] = _shown(name, value)
     return out
 
 
 def _shown(name: str, value: Any) -> Any:
     if name == "cal_dataset" and value is not None:
         return tuple(map(place_name, (value,) if isinstance(value, str) else value))
-    return Path(value).name if METAVARS.get(name) == "FILE" and value is not None else value
+    return Path(value).name if SETTINGS[name].metavar == "FILE" and value is not None else value
 
 
 def _flag(name: str, value: Any) -> list[str]:
     """Words of a command line: a flag and its value, several of them for a tuple."""
-    flag, _, negative = field_docs()[name][0].partition("/")
+    flag, negative = SETTINGS[name].flag, SETTINGS[name].negative
     if isinstance(value, bool):
         return [flag if value or not negative else negative]
     values = value if isinstance(value, tuple) else (value,)

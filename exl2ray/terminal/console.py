@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
-from exl2ray.events import Reporter
 from exl2ray.formats.elsewhere import named
 from exl2ray.store.pace import Pace
 
@@ -257,22 +256,3 @@ def reserved_stdout() -> Iterator[TextIO]:
 def is_terminal(stream: TextIO) -> bool:
     """Whether a live display makes sense there."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
-def human_reporter() -> Reporter:
-    """The live display on a terminal, plain lines elsewhere; on standard output."""
-    if not is_terminal(sys.stdout):
-        return Plain(sys.stdout)
-    from exl2ray.terminal.live import Live
-
-    return Live()
-
-
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table on standard output, drawn on a terminal, aligned text elsewhere."""
-    if is_terminal(sys.stdout):
-        from exl2ray.terminal.live import Live
-
-        Live(animated=False).event("table", title=title, columns=columns, rows=rows)
-        return
-    Plain(sys.stdout).event("table", title=title, columns=columns, rows=rows)

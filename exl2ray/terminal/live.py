@@ -7,6 +7,7 @@ control characters are escaped.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from exl2ray.events import Reporter
 from exl2ray.store.pace import Pace
 from exl2ray.terminal.console import (
     Clock,
+    Plain,
     clean,
     done_text,
     duration,
     is_numeric,
+    is_terminal,
     job_text,
     outputs_table,
     plural,
@@ -208,3 +212,13 @@ def _worker_lines(pace: Pace) -> list[RenderableType]:
     if len(workers) > WORKER_LINES:
         lines.append(Text(f"    and {len(workers) - WORKER_LINES} more workers", style="dim", no_wrap=True))
     return lines
+
+
+def human_reporter(animated: bool = True) -> Reporter:
+    """The live display on a terminal, plain lines elsewhere; on standard output."""
+    return Live(animated=animated) if is_terminal(sys.stdout) else Plain(sys.stdout)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table on standard output, drawn on a terminal, aligned text elsewhere."""
+    human_reporter(animated=False).event("table", title=title, columns=columns, rows=rows)

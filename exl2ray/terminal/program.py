@@ -17,11 +17,13 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from exl2ray import stopping
+from exl2ray import __version__, stopping
 from exl2ray.errors import Exl2RayError, Interrupted, UsageError
 from exl2ray.terminal import streams
 from exl2ray.terminal.console import clean, json_line, reserved_stdout
+from exl2ray.terminal.flags import SectionedCommand, trust_flag
 from exl2ray.terminal.pasted import usage_hint
+from exl2ray.terminal.reference_flags import dashes, reference_flags
 from exl2ray.terminal.streams import last_words
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -141,8 +143,10 @@ def common(function: F) -> F:
     return click.option("--json", is_flag=True, expose_value=False, help=text)(function)
 
 
-def present(run: Invocation, compute: Callable[[], R], show: Callable[[R], None], to_json: Callable[[R], Any]) -> R:
-    """Computes a result and prints it: as one line of JSON, or by ``show``."""
+def present(
+    run: Invocation, compute: Callable[[], R], show: Callable[[R], None], to_json: Callable[[R], Any] = lambda result: result
+) -> R:
+    """Computes a result, prints it, by ``show`` or as one line of JSON, and returns it."""
     if not run.json:
         result = compute()
         show(result)
@@ -151,3 +155,33 @@ def present(run: Invocation, compute: Callable[[], R], show: Callable[[R], None]
         result = compute()
         print(json_line(to_json(result)), file=out)
     return result
+
+
+# ---- the group and its commands --------------------------------------------------------------------------------------
+
+
+@click.group(cls=Cli, context_settings={"token_normalize_func": dashes}, invoke_without_command=True)
+@click.version_option(__version__, message="exl2ray %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Convert Hugging Face language models to EXL2, on one GPU or on a Ray cluster."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        ctx.exit(UsageError.exit_code)
+
+
+def command(
+    *params: Callable[[Any], Any], name: str | None = None, converts: bool = False
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """Decorator: a command with these flags and those that all have; the function gets the `Invocation` first.
+
+    One that ``converts`` takes the command lines of convert.py, and lists its flags by topic.
+    """
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        decorated = common(click.make_pass_decorator(Invocation, ensure=True)(function))
+        for param in reversed((*params, trust_flag, reference_flags) if converts else params):
+            decorated = param(decorated)
+        return cli.command(name, cls=SectionedCommand if converts else None)(decorated)
+
+    return decorate

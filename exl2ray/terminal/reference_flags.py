@@ -1,7 +1,7 @@
 """The command line of ExLlamaV2's convert.py (0.3.2), as its ``--help`` lists it, and what its flags come to here.
 
-One table for the program, for docs/convert-py.md and for the test that keeps both in step. Command lines that people keep
-in scripts work as they are, spelled in every way that argparse takes: ``--in_dir``, ``--bits=4``, ``-b=4``, ``-b4``,
+Its flags are the short ones of the recipe, and four that have no meaning here. Command lines that people keep in scripts work
+as they are, spelled in every way that argparse takes: ``--in_dir``, ``--bits=4``, ``-b=4``, ``-b4``,
 ``--bit 4``.
 """
 
@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+
+from exl2ray.recipe import SETTINGS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,23 +36,8 @@ class ReferenceFlag:
 
 
 REFERENCE_FLAGS = (
-    ReferenceFlag("-i", "--in_dir", "in_dir"),
-    ReferenceFlag("-o", "--out_dir", "out_dir"),
+    *(ReferenceFlag(s.flag, f"--{name}", name) for name, s in SETTINGS.items() if not s.flag.startswith("--")),
     ReferenceFlag("-res", "--resume", None, "-res: a job is resumed without it where there is one; -nr starts over"),
-    ReferenceFlag("-nr", "--no_resume", "no_resume"),
-    ReferenceFlag("-cf", "--compile_full", "compile_full"),
-    ReferenceFlag("-c", "--cal_dataset", "cal_dataset"),
-    ReferenceFlag("-b", "--bits", "bits"),
-    ReferenceFlag("-ss", "--shard_size", "shard_size"),
-    ReferenceFlag("-rs", "--rope_scale", "rope_scale"),
-    ReferenceFlag("-ra", "--rope_alpha", "rope_alpha"),
-    ReferenceFlag("-hb", "--head_bits", "head_bits"),
-    ReferenceFlag("-om", "--output_measurement", "output_measurement"),
-    ReferenceFlag("-m", "--measurement", "measurement"),
-    ReferenceFlag("-r", "--dataset_rows", "dataset_rows"),
-    ReferenceFlag("-mr", "--measurement_rows", "measurement_rows"),
-    ReferenceFlag("-l", "--length", "length"),
-    ReferenceFlag("-ml", "--measurement_length", "measurement_length"),
     ReferenceFlag("-so", "--status_output", None, "-so: there are no such lines here; --json has the progress for programs"),
     ReferenceFlag(
         "-hsol", "--hidden_state_offload_layers", None,
@@ -60,11 +47,16 @@ REFERENCE_FLAGS = (
 )  # fmt: skip
 
 
+def dashes(name: str) -> str:
+    """``token_normalize_func`` of the commands: ``--in_dir``, as the reference spells it, means ``--in-dir``."""
+    return name.replace("_", "-")
+
+
 def reference_flags(function: F) -> F:
     """Decorator: the flags of convert.py that have no meaning here, not shown by ``--help``."""
     for flag in REFERENCE_FLAGS:
         if flag.field is None:
-            long = flag.long.replace("_", "-")
+            long = dashes(flag.long)
             kind: dict[str, Any] = {"is_flag": True} if flag.type is None else {"type": flag.type}
             function = click.option(flag.name, flag.short, long, hidden=True, expose_value=False, **kind)(function)
     return function
@@ -99,7 +91,7 @@ def spelled_out(args: Sequence[str], params: Iterable[click.Parameter]) -> list[
             return [*out, word, *rest]
         name, equals, value = word.partition("=")
         if word.startswith("--"):
-            name = name.replace("_", "-")
+            name = dashes(name)
             name = name if name in options else _completed(name, options)
         short = name if name in options else word[:2]
         option = options.get(short)
@@ -116,6 +108,6 @@ def spelled_out(args: Sequence[str], params: Iterable[click.Parameter]) -> list[
 
 
 def _completed(name: str, options: Iterable[str]) -> str:
-    known = {flag.long.replace("_", "-") for flag in REFERENCE_FLAGS}
+    known = {dashes(flag.long) for flag in REFERENCE_FLAGS}
     longer = {o for o in options if o.startswith(name)} if len(name) > 2 else set()
     return longer.pop() if len(longer) == 1 and longer <= known else name

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import click
 import pytest
 from cli_helpers import stored_job
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2ray.cli import cli
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.publish import origin
-from exl2ray.recipe import HEAD_BITS, Recipe
+from exl2ray.recipe import HEAD_BITS, SECTIONS, SETTINGS, Recipe
 from exl2ray.store.workdir import WorkDir
-from exl2ray.terminal.flags import (
-    CONVERT_ONLY,
-    MEASURE_FIELDS,
-    RECIPE_FIELDS,
-    SECTIONS,
-    STORED_AT,
-    field_docs,
-    stored_settings,
-)
+from exl2ray.terminal.flags import CONVERT_ONLY, MEASURE_FIELDS, stored_settings
 
 # Short and long flags of the reference converter.
 REFERENCE = {
@@ -64,9 +58,9 @@ def test_every_field_is_a_flag_with_help_and_the_recipes_default():
     for field in fields(Recipe):
         option = params[field.name]
         assert isinstance(option, click.Option)
-        assert option.help == field_docs()[field.name][1]
+        assert option.help == SETTINGS[field.name].help
         assert option.help
-    assert set(field_docs()) == set(RECIPE_FIELDS)
+        assert SETTINGS[field.name].flag in option.opts
 
 
 def test_defaults_are_those_of_the_recipe(run, fake, job_args):
@@ -75,9 +69,13 @@ def test_defaults_are_those_of_the_recipe(run, fake, job_args):
 
 
 def test_sections_of_the_help_hold_every_field_once():
-    listed = [name for names in SECTIONS.values() for name in names]
-    assert sorted(listed) == sorted(RECIPE_FIELDS)
-    assert set(CONVERT_ONLY) | set(MEASURE_FIELDS) == set(RECIPE_FIELDS)
+    help_text = CliRunner().invoke(cli.commands["convert"], ["--help"]).output
+    for title in SECTIONS:
+        assert f"\n{title}:\n" in help_text
+    for setting in SETTINGS.values():
+        assert setting.section in SECTIONS
+        assert len(re.findall(rf"^  (-\w+, )?{setting.long}\b(?!-)", help_text, re.MULTILINE)) == 1, setting.name
+    assert sorted([*CONVERT_ONLY, *MEASURE_FIELDS]) == sorted(SETTINGS)
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -256,9 +254,9 @@ def test_a_job_without_a_place_of_its_model(tmp_path):
 
 def test_every_stored_setting_exists_in_a_job():
     job = stored_job(Recipe(in_dir="m", out_dir="w", overrides=("*.v_proj=6",), rotate=True))
-    for name, (section, setting) in STORED_AT.items():
-        assert name in RECIPE_FIELDS
-        assert setting in job[section]
+    for setting in SETTINGS.values():
+        for section, name in (entry.split(".") for entry in setting.job):
+            assert name in job[section]
 
 
 @settings(max_examples=15, deadline=None)
