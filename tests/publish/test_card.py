@@ -150,7 +150,7 @@ def test_command_and_settings() -> None:
     )  # fmt: skip
     assert command(changed, 3.0, "owner/tiny") == (
         "exl2ray convert -i tiny -o work -b 3 -cf out -hb 8 -c 'my text.parquet' -m measurement.json -ra 2.5"
-        " --set '*.v_proj=6' --set '*.o_proj=5' --objective norm --moe-all-experts --no-chat-rows"
+        " --set '*.v_proj=6' --set '*.o_proj=5' --objective norm --no-chat-rows --moe-all-experts"
     )
     patched = command(Recipe(**base), 4.0, None, ["lm_head=8"]).splitlines()
     assert patched[1] == "exl2ray patch -o work --set lm_head=8 -cf patched"
