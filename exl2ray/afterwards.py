@@ -52,10 +52,10 @@ def _evaluated(
     recipe: Recipe, outputs: Sequence[OutputSummary], device: str, reporter: Reporter
 ) -> list[OutputSummary]:
     from exl2ray.evaluate.heldout import heldout_rows
+    from exl2ray.evaluate.record import EVALUATION, Evaluation, parse_evaluation
     from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
     from exl2ray.publish.card import add_evaluation
-    from exl2ray.publish.figures import Evaluation, parse_evaluation
-    from exl2ray.report.evaluations import EVALUATION
+    from exl2ray.report.ladder import plot_ladder
     from exl2ray.store.fs import Store
 
     with find_tokenizer([recipe.in_dir]) as tokenizer:
@@ -82,8 +82,9 @@ def _evaluated(
             continue
         out.append(replace(o, heldout_perplexity=e.perplexity.value, kl=e.kl.value, top1=e.top1.value))
     if len(results) > 1 and "://" not in recipe.out_dir and not drawn:
-        references = (e.reference_perplexity.value for e in by_model.values() if e.reference_perplexity is not None)
-        _plot(Path(store.root) / PLOT, Path(recipe.in_dir).name, out, next(references, None), reporter)
+        labels = [(f"{o.bits:g}", by_model[path]) for o in outputs if (path := str(Path(o.directory or ""))) in by_model]
+        plot_ladder(labels, Path(store.root) / PLOT, title=Path(recipe.in_dir).name)
+        reporter.event("note", message=f"size against quality: {Path(store.root) / PLOT}")
     return out
 
 
@@ -136,7 +137,7 @@ def _identity(recipe: Recipe, outputs: Sequence[OutputSummary], rows: Tensor) ->
 
 def _stored(store: Store, identity: str) -> list[dict[str, Any]] | None:
     """The results of evaluation.json if they are of these models on these tokens."""
-    from exl2ray.report.evaluations import EVALUATION
+    from exl2ray.evaluate.record import EVALUATION
 
     if not store.exists(EVALUATION):
         return None
@@ -145,14 +146,3 @@ def _stored(store: Store, identity: str) -> list[dict[str, Any]] | None:
         return list(found["results"]) if found["inputs"] == identity else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _plot(
-    path: Path, model: str, outputs: Sequence[OutputSummary], reference: float | None, reporter: Reporter
-) -> None:
-    from exl2ray.report.ladder import LadderRow, plot_ladder
-
-    evaluated = [(o, o.heldout_perplexity) for o in outputs if o.heldout_perplexity is not None]
-    rows = [LadderRow(o.bits, o.file_bytes, value, o.kl, o.top1) for o, value in evaluated]
-    plot_ladder(rows, path, title=model, reference_perplexity=reference)
-    reporter.event("note", message=f"size against quality: {path}")

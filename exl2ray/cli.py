@@ -156,12 +156,13 @@ def status(run: Invocation, work_dir: str) -> None:
     argument("work_dir", metavar="WORKDIR"),
     flag("-o", "--output", metavar="FILE", help="the page; report.html in the work directory if absent"),
     flag("--eval", "evaluations", metavar="FILE", multiple=True, help="what eval --json printed; repeatable"),
+    flag("--paths", "show_paths", is_flag=True, help="whole paths of folders; their names alone if absent"),
 )
 def report(run: Invocation, /, **settings: Any) -> None:
     """A work directory as one HTML page with plots.
 
-    Errors over bits, chosen bits, errors of the quantised modules, perplexity and KL, expert coverage, time per stage and
-    worker, settings and notes. The page needs nothing else, and may be written while the job runs.
+    First whether the models are good, how large they are and what they took; then perplexity and KL, chosen bits, errors,
+    expert coverage, time, notes and settings. The page needs nothing else, and may be written while the job runs.
     """
     from exl2ray.commands import report as command
 

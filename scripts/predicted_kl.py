@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import quality_table  # noqa: E402
 
 from exl2ray.errors import Exl2RayError, UsageError  # noqa: E402
-from exl2ray.report.prediction import PredictedKL, plot_prediction, usable  # noqa: E402
+from exl2ray.report.ladder import PredictedKL, plot_prediction, usable  # noqa: E402
 
 HEADING = "predicted KL: module, -hb 6, linear"  # of the table's last column
 NAMES = ("module", "linear -hb 6", "linear")  # of its columns of measured KL, in the order of the predictions

@@ -21,8 +21,8 @@ ROOMS = {
     "quant": {"cuda", "formats"},
     "evaluate": {"calibration", "formats", "model", "quant"},
     "allocation": {"formats", "model", "quant", "recipe"},
-    "publish": {"formats", "recipe", "terminal"},
-    "report": {"formats", "recipe", "store", "terminal"},
+    "publish": {"evaluate", "formats", "recipe", "terminal"},
+    "report": {"evaluate", "formats", "recipe", "store", "terminal"},
     "dist": {"calibration", "formats", "model", "quant", "recipe", "remote", "store"},
     "remote": {"calibration", "formats", "publish", "recipe", "store", "units"},
 }

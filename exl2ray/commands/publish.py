@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from exl2ray import __version__
 from exl2ray.errors import HubError, Interrupted, UsageError
+from exl2ray.evaluate.record import Evaluation, read_evaluations
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.publish.card import PROGRAM, model_card, of_directory
-from exl2ray.publish.figures import Evaluation, read_evaluations, with_evaluation
+from exl2ray.publish.figures import with_evaluation
 from exl2ray.publish.folder import Folder, branch_names, read_folder, refuse_secret
 from exl2ray.publish.frontmatter import Value, read_fields, split_card, with_fields
 from exl2ray.publish.index import BranchRow, index_card, with_branches
@@ -242,13 +243,14 @@ def match_evaluations(folders: Sequence[Folder], paths: Sequence[str]) -> list[E
     for path in paths:
         results = read_evaluations(path)
         matched = 0
-        for model, evaluation in results:
+        for evaluation in results:
+            model = evaluation.model
             same = [f.path for f in folders if f.path.resolve() == Path(model).resolve()]
             same = same or [f.path for f in folders if f.path.resolve().name == Path(model).name]
             matched += len(same)
             found.update(dict.fromkeys(same, evaluation))
         if not matched:
-            names = ", ".join(sorted({m for m, _ in results})[:5]) or "nothing"
+            names = ", ".join(sorted({e.model for e in results})[:5]) or "nothing"
             raise UsageError(f"--eval {path}: is about {names}, not about what is published", "evaluate those directories")
     return [found.get(f.path) for f in folders]
 

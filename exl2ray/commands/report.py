@@ -9,7 +9,6 @@ from typing import Any
 
 from exl2ray.errors import StoreError
 from exl2ray.formats.files import atomic_file
-from exl2ray.report.compose import report_page
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
 from exl2ray.store.fs import Store
@@ -28,14 +27,14 @@ class Written:
     problems: tuple[str, ...]
 
 
-def report(work_dir: str, output: str | None, evaluations: Sequence[str]) -> Written:
-    """Writes the report to ``output``, else to report.html in the work directory.
+def report(work_dir: str, output: str | None, evaluations: Sequence[str], show_paths: bool = False) -> Written:
+    """Writes the report to ``output``, else to report.html in the work directory; ``show_paths``: whole paths of folders.
 
     Raises StoreError if there is no work directory or the page cannot be written, FormatError for an unusable evaluation.
     """
     facts = read_facts(work_dir, evaluations)
-    page = report_page(facts)
-    data = render(page).encode()
+    page, sections = render(facts, show_paths)
+    data = page.encode()
     if output is None:
         store = Store.open(work_dir)
         store.put(REPORT, data)
@@ -49,7 +48,7 @@ def report(work_dir: str, output: str | None, evaluations: Sequence[str]) -> Wri
         with atomic_file(target) as f:
             f.write(data)
         path = str(target)
-    return Written(path, len(data), tuple(s.name for s in page.sections), facts.problems)
+    return Written(path, len(data), sections, facts.problems)
 
 
 def show(written: Written) -> None:

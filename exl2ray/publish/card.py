@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exl2ray import __version__
+from exl2ray.evaluate.record import Evaluation
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.summary import DirectorySummary
-from exl2ray.publish.figures import Evaluation, evaluation_section, with_evaluation
+from exl2ray.publish.figures import evaluation_section, with_evaluation
 from exl2ray.publish.frontmatter import Value, write_block
 from exl2ray.publish.origin import CARD, NO_CARD, OriginalCard, base_model_of, command, read_original, settings
 from exl2ray.recipe import Recipe, bpw_name

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from exl2ray.evaluate.record import Evaluation
 from exl2ray.publish.card import front_matter
-from exl2ray.publish.figures import Evaluation
 from exl2ray.publish.origin import OriginalCard
 from exl2ray.terminal.console import file_size
 

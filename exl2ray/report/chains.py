@@ -11,7 +11,7 @@ from exl2ray.store.fs import Store
 from exl2ray.store.layout import NOT_MODULES, quant_kind
 from exl2ray.store.records import FileRef, Record, Records
 
-PERPLEXITY = "perplexity"  # key of a record that is not a module
+PERPLEXITY, OUTPUT = "perplexity", "output"  # keys of records that are not modules
 _WIDEST_BITS = 16.0
 
 
@@ -37,6 +37,7 @@ class Chain:
     perplexity: float | None
     reference_perplexity: float | None
     superseded: int  # older records of the same modules, left out
+    file_bytes: int = 0  # of the written model, 0 if none is
 
     @property
     def nbytes(self) -> int:
@@ -82,16 +83,21 @@ def read_chain(store: Store, bits: float, problems: list[str]) -> Chain:
     """The quantised modules of one bitrate. Of several records of a module, from other settings or a patch, the newest."""
     best: dict[str, Record] = {}
     separate: list[Record] = []
-    superseded = 0
+    superseded = file_bytes = 0
     for record in sorted(read_records(store, quant_kind(bits), problems), key=created):
         if record.key == PERPLEXITY:
             separate.append(record)
+        elif record.key == OUTPUT:
+            shards = record.payload.get("shards")
+            sizes = [number(mapping(s).get("size")) for s in shards] if isinstance(shards, list) else []
+            file_bytes = int(sum(size or 0 for size in sizes))
         elif not NOT_MODULES.fullmatch(record.key):
             superseded += record.key in best
             best[record.key] = record
     modules = tuple(_result(best[key]) for key in sorted(best, key=module_order))
     payloads = [r.payload for r in [*best.values(), *separate]]
-    return Chain(bits, modules, _last(payloads, "perplexity"), _last(payloads, "reference_perplexity"), superseded)
+    after, before = _last(payloads, "perplexity"), _last(payloads, "reference_perplexity")
+    return Chain(bits, modules, after, before, superseded, file_bytes)
 
 
 def created(record: Record) -> float:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
+from exl2ray.errors import FormatError
+from exl2ray.evaluate.record import EVALUATION, MAX_BYTES, Evaluation, parse_evaluations, read_evaluations
+from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.measurement import ModuleProfile
 from exl2ray.report.allocation import Allocation, allocation_of, linear_shapes
 from exl2ray.report.chains import Chain, read_chain, recorded_bitrates
@@ -19,9 +24,8 @@ from exl2ray.report.curves import (
     read_profiles,
     with_weights,
 )
-from exl2ray.report.evaluations import Evaluation, read_evaluations
 from exl2ray.report.timeline import Timeline, read_timeline
-from exl2ray.report.values import mapping, number, texts
+from exl2ray.report.values import mapping, nominal_bpw, number, parse_option, texts
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
 from exl2ray.store.job import StoredJob
@@ -32,25 +36,37 @@ MAX_BITRATES = 16  # of one page
 
 @dataclass(frozen=True)
 class Bitrate:
-    """One target. achieved_bpw, gap (to the proven optimum, a share), predicted_kl (nats per token): of the last allocation,
-    None if there was none.
+    """One target. decoder_bpw, gap (to the proven optimum, a share), predicted_kl (nats per token): of the last allocation,
+    None if there was none. head_bpw: of the quantised head, None if not known.
 
     modules: to quantise, 0 if not known. directory: of the written model, "" if none. planned_errors: module -> measured
-    error of the option that was chosen for it.
+    error of the option that was chosen for it. evaluation: of the written model, where there is one.
     """
 
     chain: Chain
-    achieved_bpw: float | None
+    decoder_bpw: float | None
+    head_bpw: float | None
     gap: float | None
     predicted_kl: float | None
     modules: int
     directory: str
     allocation: Allocation
     planned_errors: Mapping[str, float]
+    evaluation: Evaluation | None
 
     @property
     def bits(self) -> float:
         return self.chain.bits
+
+    @property
+    def complete(self) -> bool:
+        """Whether all modules are quantised: the head, which has no layer, comes last."""
+        return any(m.layer is None for m in self.chain.modules) and len(self.chain.modules) >= self.modules
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the written model; 0 if there is none."""
+        return self.chain.file_bytes or (self.evaluation.file_bytes if self.evaluation is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -102,20 +118,44 @@ def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
         chains.append(read_chain(store, bits, problems))
     shapes = linear_shapes(store, chains, problems)
     linears = {m.key: tuple(m.options) for chain in chains for m in chain.modules}
+    evaluations = _evaluations(store, evaluation_files, problems)
+    own = _own_evaluations({c.bits: log.directory.get(c.bits, "") for c in chains}, evaluations)
     return Facts(
         root=status.root,
         state=status.state,
         job=status.job,
         complete_measurement=complete,
         curves=tuple(with_weights(curves, linears, shapes)),
-        bitrates=tuple(_bitrate(c, log, curves, planned[c.bits], shapes) for c in chains),
+        bitrates=tuple(_bitrate(c, log, curves, planned[c.bits], shapes, own.get(c.bits)) for c in chains),
         experts=_experts(profiles, chains),
-        evaluations=tuple(read_evaluations(store, evaluation_files, problems)),
+        evaluations=tuple(evaluations),
         timeline=read_timeline(events),
         warnings=tuple(log.warnings),
         notes=tuple(group_notes([*log.notes, *measured_notes(profiles), *_chain_notes(chains)])),
         problems=tuple(dict.fromkeys(problems)),
     )
+
+
+def _evaluations(store: Store, files: Sequence[str], problems: list[str]) -> list[Evaluation]:
+    """From ``files``, else from evaluation.json of the work directory; what is wrong with that becomes a problem."""
+    if files:
+        return [e for name in files for e in read_evaluations(name)]
+    if not store.exists(EVALUATION) or store.size(EVALUATION) > MAX_BYTES:
+        return []
+    try:
+        return parse_evaluations(store.get(EVALUATION), store.full_name(EVALUATION))
+    except FormatError as e:
+        problems.append(e.message)
+        return []
+
+
+def _own_evaluations(directories: Mapping[float, str], evaluations: Iterable[Evaluation]) -> dict[float, Evaluation]:
+    """Bitrate -> results of the model that was written there; by its name, if that is unique, after it was moved."""
+    paths = {PurePath(d): bits for bits, d in directories.items() if d}
+    names = Counter(path.name for path in paths)
+    moved = {path.name: bits for path, bits in paths.items() if names[path.name] == 1}
+    found = ((paths.get(PurePath(e.model), moved.get(PurePath(e.model).name)), e) for e in evaluations)
+    return {bits: e for bits, e in found if bits is not None}
 
 
 class _Log:
@@ -160,7 +200,8 @@ def _bitrate(
     log: _Log,
     curves: Sequence[Curve],
     planned: Mapping[str, Mapping[str, str]],
-    shapes: Mapping[str, Any],
+    shapes: Mapping[str, LinearShape],
+    evaluation: Evaluation | None,
 ) -> Bitrate:
     """A module that is not quantised yet appears in the allocation with what is planned for it."""
     event = log.allocated.get(chain.bits, {})
@@ -172,14 +213,31 @@ def _bitrate(
             errors[c.key] = c.errors[i]
     return Bitrate(
         chain=chain,
-        achieved_bpw=number(event.get("bpw")),
+        decoder_bpw=number(event.get("bpw")),
+        head_bpw=_head_bpw(chain, event, shapes),
         gap=number(event.get("gap")),
         predicted_kl=number(event.get("predicted_kl")),
         modules=log.items.get(f"quantize {chain.bits!r}", 0),
         directory=log.directory.get(chain.bits, ""),
         allocation=allocation_of(chain.bits, {**chain.options, **ahead}, shapes),
         planned_errors=errors,
+        evaluation=evaluation,
     )
+
+
+def _head_bpw(chain: Chain, event: Mapping[str, Any], shapes: Mapping[str, LinearShape]) -> float | None:
+    """As stored, where the shape is known; else what its option says; None where neither is known."""
+    found = ((key, text) for m in chain.modules if m.layer is None for key, text in m.options.items())
+    key, text = next(found, ("", event.get("head")))
+    option, shape = parse_option(str(text)), shapes.get(key)
+    if option is None:
+        return None
+    if shape is None:
+        return nominal_bpw(option)
+    try:
+        return option.total_bits(shape.in_features, shape.padded_out, shape.has_bias) / (shape.in_features * shape.padded_out)
+    except FormatError:
+        return None
 
 
 def _experts(

@@ -1,4 +1,4 @@
-"""The plots of a report, one function each: facts in, a matplotlib figure out. Called inside ``style.drawing``."""
+"""The plots of a report that are about its modules and workers: facts in, plots out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
-from matplotlib.figure import Figure
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -17,24 +16,21 @@ from numpy.typing import NDArray
 from exl2ray.report.allocation import Allocation
 from exl2ray.report.chains import Chain
 from exl2ray.report.curves import Curve, part_of
-from exl2ray.report.style import DEPTH, MARKERS, clean_label, new_figure, plain_log_axis
+from exl2ray.report.style import DEPTH, MARKERS, Plot, clean_label, plain_log_axis
 from exl2ray.report.timeline import Span, Timeline
+from exl2ray.terminal.console import plural
 
-WIDTH = 10.0  # inches, of every figure of the page
 _SMALLEST_ERROR = 1e-6  # on a log axis
 _FEW_LAYERS = 16  # up to here cells carry their numbers
 _FEW_WORKERS = 40  # up to here workers carry their names
 
 
-def curves_figure(curves: Sequence[Curve]) -> Figure:
-    """Error over bits per weight, a panel per kind of module, a line per layer."""
-    parts = list(dict.fromkeys(c.part for c in curves))
+def curves_plots(curves: Sequence[Curve]) -> list[Plot]:
+    """Error over bits per weight, a plot per kind of module, a line per layer."""
     layers = sorted({c.layer for c in curves if c.layer is not None})
     norm = Normalize(layers[0], layers[-1]) if len(layers) > 1 else Normalize(0, 1)
-    few = len(layers) <= _FEW_LAYERS
-    figure, axes = new_figure(WIDTH, 3.9, len(parts))
-    for ax, part in zip(axes, parts, strict=True):
-        own = [c for c in curves if c.part == part]
+
+    def draw(ax: Axes, own: Sequence[Curve]) -> None:
         exact = all(c.weights for c in own)
         for c in own:
             x = [b / c.weights if exact and c.weights else b / 8e6 for b in c.total_bits]
@@ -42,17 +38,15 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
             best = frontier(x, y)
             colour = DEPTH(norm(c.layer or 0))
             ax.plot([a for a, _ in best], [b for _, b in best], color=colour, linewidth=1.1, alpha=0.85)
-            if few:
+            if len(layers) <= _FEW_LAYERS:
                 ax.plot(x, y, color=colour, linestyle="none", marker="o", markersize=2.5, alpha=0.6)
-        ax.set_title(clean_label(part))
-        ax.set_xlabel("bits per weight of the module" if exact else "size of the module, MB")
+        ax.set(xlabel="bits per weight of the module" if exact else "size of the module, MB", ylabel="relative error")
         plain_log_axis(ax, "y")
-    axes[0].set_ylabel("relative error of the output")
-    if len(layers) > 1:
-        bar = figure.colorbar(ScalarMappable(norm, DEPTH), ax=axes, label="layer", pad=0.01, fraction=0.03)
-        bar.locator = MaxNLocator(6, integer=True)
-        bar.outline.set_visible(False)
-    return figure
+        if len(layers) > 1:
+            _colour_bar(ax, ScalarMappable(norm, DEPTH), "layer", integer=True)
+
+    parts = dict.fromkeys(c.part for c in curves)
+    return [Plot(clean_label(p), lambda ax, p=p: draw(ax, [c for c in curves if c.part == p])) for p in parts]  # type: ignore[misc]
 
 
 def frontier(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
@@ -64,43 +58,48 @@ def frontier(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]
     return out
 
 
-def chain_figure(chains: Sequence[Chain]) -> Figure:
-    """Error of every quantised module over its layer, a panel per kind of module, a line per bitrate."""
+def chain_plots(chains: Sequence[Chain]) -> list[Plot]:
+    """Error of every quantised module over its layer, a plot per kind of module, a line per bitrate."""
     found = [(c.bits, part_of(m.key), m.layer, m.error) for c in chains for m in c.modules]
     points = [(bits, part, layer, error) for bits, part, layer, error in found if layer is not None and error is not None]
-    parts = list(dict.fromkeys(part for _, part, _, _ in points))
     rates = sorted({bits for bits, *_ in points})
-    figure, axes = new_figure(WIDTH, 3.6, len(parts), sharey=True)
     size = 4 if len({layer for _, _, layer, _ in points}) <= 2 * _FEW_LAYERS else 0
-    for ax, part in zip(axes, parts, strict=True):
+    heights = [max(error, _SMALLEST_ERROR) for *_, error in points]
+
+    def draw(ax: Axes, part: str) -> None:
         for i, bits in enumerate(rates):
             line = sorted((layer, max(error, _SMALLEST_ERROR)) for b, p, layer, error in points if (b, p) == (bits, part))
-            ax.plot([x for x, _ in line], [y for _, y in line], color=_rate_colour(i, len(rates)), linewidth=1.3,
-                    marker=MARKERS[i % len(MARKERS)], markersize=size, label=f"{bits:g} bpw")  # fmt: skip
-        ax.set_title(clean_label(part))
-        ax.set_xlabel("layer")
-        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    plain_log_axis(axes[0], "y")
-    axes[0].set_ylabel("relative error of the output")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
-    return figure
+            ax.plot([x for x, _ in line], [y for _, y in line], color=_series_colour(i, len(rates)), linewidth=1.3,
+                    marker=MARKERS[i % len(MARKERS)], markersize=size, label=f"{bits:g}")  # fmt: skip
+        ax.set(xlabel="layer", ylabel="relative error", ylim=(min(heights) / 1.2, max(heights) * 1.2))
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        plain_log_axis(ax, "y")
+        if len(rates) > 1:
+            _legend_below(ax, title="bits per weight asked for")
+
+    parts = dict.fromkeys(part for _, part, *_ in points)
+    return [Plot(clean_label(p), lambda ax, p=p: draw(ax, p), 3.2 + 0.4 * (len(rates) > 1)) for p in parts]  # type: ignore[misc]
 
 
-def allocation_figure(allocation: Allocation, low: float, high: float) -> Figure:
-    """Heat map of one bitrate. ``low``, ``high``: ends of the colour scale, the same for all bitrates of a page."""
+def allocation_plot(bits: float, allocation: Allocation, low: float, high: float) -> Plot:
+    """Heat map of one bitrate, layers downwards. ``low``, ``high``: ends of the colour scale, the same for all of a page."""
     layers, roles = allocation.layers, allocation.roles
-    cells = np.array([[allocation.bpw.get((layer, role), np.nan) for layer in layers] for role in roles])
-    figure, (ax,) = new_figure(WIDTH, 0.95 + 0.27 * len(roles))
-    image = _heat_map(ax, cells, Normalize(low, high if high > low else low + 1), "viridis")
-    _layer_labels(ax, layers)
-    ax.set_yticks(range(len(roles)), [clean_label(r) for r in roles])
-    if len(layers) <= _FEW_LAYERS:
-        _numbers(ax, cells, low, high)
-    bar = figure.colorbar(image, ax=ax, label="bits per weight", pad=0.01, fraction=0.03)
-    bar.locator = MaxNLocator(4)
-    bar.outline.set_visible(False)
-    return figure
+    cells = np.array([[allocation.bpw.get((layer, role), np.nan) for role in roles] for layer in layers])
+    norm = Normalize(low, high if high > low else low + 1)
+
+    def draw(ax: Axes) -> None:
+        image = _heat_map(ax, cells, norm, "viridis")
+        _layer_labels(ax, layers)
+        ax.set_xticks(range(len(roles)), [clean_label(r)[:9] for r in roles])
+        ax.xaxis.tick_top()
+        if len(layers) <= _FEW_LAYERS:
+            for (row, column), value in np.ndenumerate(cells):
+                if np.isfinite(value):
+                    colour = "#ffffff" if norm(value) < 0.6 else "#111111"
+                    ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=colour)
+        _colour_bar(ax, image, "bits per weight")
+
+    return Plot(f"{bits:g} bits per weight asked for", draw, _height(len(layers)))
 
 
 COVERAGE_STEPS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # multiples of a fair share
@@ -108,55 +107,52 @@ _COVERAGE = ("#b3202c", "#e0703f", "#f1b26a", "#cfd8dc", "#9cc4de", "#5b9bd0", "
 _NO_TOKENS = "#111111"
 
 
-def experts_figure(counts: Mapping[int, Sequence[int]]) -> Figure:
-    """Calibration tokens of every expert as multiples of a fair share, over layer and expert."""
+def experts_plot(name: str, counts: Mapping[int, Sequence[int]]) -> Plot:
+    """Calibration tokens of every expert as multiples of a fair share, over expert and layer."""
     layers, experts = sorted(counts), max(len(c) for c in counts.values())
-    cells = np.full((experts, len(layers)), np.nan)
-    for column, layer in enumerate(layers):
+    cells = np.full((len(layers), experts), np.nan)
+    for row, layer in enumerate(layers):
         tokens = np.array(counts[layer], dtype=float)
-        cells[: len(tokens), column] = np.where(tokens > 0, tokens / max(tokens.mean(), 1e-9), -1.0)
-    few = experts <= _FEW_LAYERS
-    figure, (ax,) = new_figure(WIDTH, min(6.0, 1.1 + (0.22 if few else 0.035) * experts))
+        cells[row, : len(tokens)] = np.where(tokens > 0, tokens / max(tokens.mean(), 1e-9), -1.0)
     names = [f"below {COVERAGE_STEPS[0]:g}", *[f"from {step:g}" for step in COVERAGE_STEPS]]
-    colours = ListedColormap([_NO_TOKENS, *_COVERAGE])
-    norm = BoundaryNorm([-2.0, 0.0, *COVERAGE_STEPS, 1e30], colours.N)
-    _heat_map(ax, cells, norm, colours)
-    _layer_labels(ax, layers)
-    ax.yaxis.set_major_locator(MaxNLocator(min(experts, 8), integer=True))
-    ax.set_ylabel("expert")
-    shown = [Patch(facecolor=_NO_TOKENS, label="no tokens", edgecolor=_COVERAGE[3], linewidth=0.5)]
-    shown += [Patch(facecolor=c, label=n) for c, n in zip(_COVERAGE, names, strict=True)]
-    figure.legend(handles=shown, loc="outside right upper", title="of a fair share", fontsize=8)
-    return figure
+
+    def draw(ax: Axes) -> None:
+        colours = ListedColormap([_NO_TOKENS, *_COVERAGE])
+        _heat_map(ax, cells, BoundaryNorm([-2.0, 0.0, *COVERAGE_STEPS, 1e30], colours.N), colours)
+        _layer_labels(ax, layers)
+        ax.xaxis.set_major_locator(MaxNLocator(min(experts, 8), integer=True))
+        ax.set_xlabel("expert")
+        shown = [Patch(facecolor=_NO_TOKENS, label="no tokens", edgecolor=_COVERAGE[3], linewidth=0.5)]
+        shown += [Patch(facecolor=c, label=n) for c, n in zip(_COVERAGE, names, strict=True)]
+        _legend_below(ax, shown, title="of a fair share")
+
+    return Plot(f"In the {name}", draw, 0.8 + _height(len(layers)))
 
 
-def timeline_figure(timeline: Timeline) -> Figure:
+def timeline_plot(timeline: Timeline) -> Plot:
     """Which worker had work of which stage when; lines where a run began."""
-    workers = list(dict.fromkeys(s.worker for s in timeline.spans))
-    stages = list(dict.fromkeys(s.stage for s in timeline.spans))
+    spans = timeline.spans
+    workers, stages = (list(dict.fromkeys(x)) for x in ([s.worker for s in spans], [s.stage for s in spans]))
     factor, unit = next((f, u) for f, u in ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
                         if timeline.seconds > 3 * f or f == 1.0)  # fmt: skip
-    figure, (ax,) = new_figure(WIDTH, min(7.0, 1.2 + 0.24 * len(workers)))
-    rows = {worker: i for i, worker in enumerate(workers)}
-    shown: list[Patch] = []
-    for i, stage in enumerate(stages):
-        own = _joined([s for s in timeline.spans if s.stage == stage], timeline.seconds / 1000)
-        for worker in dict.fromkeys(s.worker for s in own):
-            ranges = [(s.begin / factor, (s.end - s.begin) / factor) for s in own if s.worker == worker]
-            ax.broken_barh(ranges, (rows[worker] - 0.4, 0.8), facecolor=_rate_colour(i, len(stages)), linewidth=0)
-        shown.append(Patch(facecolor=_rate_colour(i, len(stages)), label=clean_label(stage)))
-    for start in timeline.runs[1:]:
-        ax.axvline(start / factor, linestyle=":", linewidth=1.2, color=ax.xaxis.label.get_color())
-    ax.set_xlim(0, max(timeline.seconds / factor, 1e-9))
-    ax.set_ylim(len(workers) - 0.4, -0.6)
-    named = len(workers) <= _FEW_WORKERS
-    ax.set_yticks(range(len(workers)) if named else [], [clean_label(w) for w in workers] if named else [])
-    ax.set_ylabel("" if named else f"{len(workers)} workers")
-    ax.set_xlabel(f"{unit} of running")
-    ax.grid(axis="y", visible=False)
-    ax.set_axisbelow(True)
-    figure.legend(handles=shown, loc="outside right upper", fontsize=8)
-    return figure
+
+    def draw(ax: Axes) -> None:
+        for i, stage in enumerate(stages):
+            for span in _joined([s for s in spans if s.stage == stage], timeline.seconds / 1000):
+                at, row = (span.begin / factor, (span.end - span.begin) / factor), workers.index(span.worker)
+                ax.broken_barh([at], (row - 0.4, 0.8), facecolor=_series_colour(i, len(stages)), linewidth=0)
+        for start in timeline.runs[1:]:
+            ax.axvline(start / factor, linestyle=":", linewidth=1.2, color=ax.xaxis.label.get_color())
+        ax.set(xlim=(0, max(timeline.seconds / factor, 1e-9)), ylim=(len(workers) - 0.4, -0.6), xlabel=f"{unit} of running")
+        named = len(workers) <= _FEW_WORKERS
+        ax.set_yticks(range(len(workers)) if named else [], [clean_label(w)[:16] for w in workers] if named else [])
+        ax.set_ylabel("" if named else plural(len(workers), "worker"))
+        ax.grid(axis="y", visible=False)
+        ax.set_axisbelow(True)
+        patches = [Patch(facecolor=_series_colour(i, len(stages)), label=clean_label(s)) for i, s in enumerate(stages)]
+        _legend_below(ax, patches)
+
+    return Plot("", draw, min(7.0, 1.6 + 0.22 * len(workers)), wide=True)
 
 
 def _joined(spans: Sequence[Span], gap: float) -> list[Span]:
@@ -173,11 +169,27 @@ def _joined(spans: Sequence[Span], gap: float) -> list[Span]:
     return [*out, *last.values()]
 
 
-def _rate_colour(index: int, count: int) -> tuple[float, float, float, float]:
+def _series_colour(index: int, count: int) -> tuple[float, float, float, float]:
     return DEPTH(index / (count - 1) if count > 1 else 0.0)
 
 
-def _heat_map(ax: Axes, cells: NDArray[np.float64], norm: Normalize, colours: str | ListedColormap) -> ScalarMappable:
+def _legend_below(ax: Axes, handles: Sequence[Patch] | None = None, title: str = "") -> None:
+    found = handles if handles is not None else ax.get_legend_handles_labels()[0]
+    figure = ax.get_figure()
+    assert figure is not None
+    figure.legend(handles=found, loc="outside lower center", ncols=min(4, len(found)), title=title, title_fontsize=8,
+                  columnspacing=1.2, handlelength=1.4)  # fmt: skip
+
+
+def _colour_bar(ax: Axes, mapped: ScalarMappable, label: str, integer: bool = False) -> None:
+    figure = ax.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(mapped, ax=ax, label=label, pad=0.02, fraction=0.05)
+    bar.locator = MaxNLocator(5, integer=integer)
+    bar.outline.set_visible(False)
+
+
+def _heat_map(ax: Axes, cells: NDArray[np.float64], norm: Normalize, colours: str | Colormap) -> ScalarMappable:
     image = ax.imshow(cells, aspect="auto", norm=norm, cmap=colours, interpolation="none")
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
@@ -185,15 +197,13 @@ def _heat_map(ax: Axes, cells: NDArray[np.float64], norm: Normalize, colours: st
     return image
 
 
+def _height(layers: int) -> float:
+    """Inches of a heat map: rows that can be told apart, a page that can be scrolled."""
+    return min(6.5, 0.8 + 0.24 * layers) if layers <= _FEW_LAYERS else min(6.5, 2.4 + 0.09 * layers)
+
+
 def _layer_labels(ax: Axes, layers: Sequence[int]) -> None:
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000, 10**7) if len(layers) / s <= 24)
     ticks = [i for i, layer in enumerate(layers) if layer % step == 0]
-    ax.set_xticks(ticks, [str(layers[i]) for i in ticks])
-    ax.set_xlabel("layer")
-
-
-def _numbers(ax: Axes, cells: NDArray[np.float64], low: float, high: float) -> None:
-    for (row, column), value in np.ndenumerate(cells):
-        if np.isfinite(value):
-            dark = (value - low) / max(high - low, 1e-9) < 0.6
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#111111")
+    ax.set_yticks(ticks, [str(layers[i]) for i in ticks])
+    ax.set_ylabel("layer")

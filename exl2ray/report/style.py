@@ -1,14 +1,20 @@
-"""How figures look, and how they become part of a page: SVG that takes its colours from the page's style sheet."""
+"""How plots look, on light and on dark paper, and how they become files or part of a page.
+
+A plot is a function that draws on one pair of axes. On the page each is a picture of its own, so that a narrow window
+stacks what a wide one shows side by side; a file has them in a row.
+"""
 
 from __future__ import annotations
 
+import base64
 import logging
 import math
-import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import StringIO
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib.style
@@ -18,46 +24,84 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from exl2ray.errors import UsageError
+from exl2ray.formats.files import atomic_file
 from exl2ray.terminal.console import clean
 
 ACCENT = "#3f7fd0"
+SERIES = (ACCENT, "#d98a1f", "#1f9e9a", "#d1495b", "#8a63d2", "#7a7a7a")
 # Readable on white and on near black alike: neither end is much lighter or darker than the other.
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#4f6bd8", "#1f9e9a", "#d98a1f", "#d1495b"])
 MARKERS = "osD^vP*X"
 MAX_LABEL = 28  # characters
+THEMES = {
+    "light": {"ink": "#1d2126", "grid": "#d8dce1", "face": "#ffffff"},
+    "dark": {"ink": "#e4e7eb", "grid": "#363c44", "face": "#15181c"},
+}  # the colours of page.html
+WIDTH = 4.4  # inches of one plot: legible on a phone, and three of them beside each other on a desk
+FORMATS = (".png", ".svg", ".pdf")
+DATES = {"svg": "Date", "pdf": "CreationDate"}  # names of what would differ from run to run
 
-_INK, _GRID = "#0a0b0c", "#0a0b0e"  # stand for colours of the page, see ``svg_text``
-PAGE: Mapping[str, str] = {"ink": _INK, "grid": _GRID, "face": "none"}
-LIGHT: Mapping[str, str] = {"ink": "#222222", "grid": "#d9d9d9", "face": "#ffffff"}
+Draw = Callable[[Axes], None]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """height: inches, at WIDTH; wide: twice as wide where the window has room for it."""
+
+    title: str
+    draw: Draw
+    height: float = 3.2
+    wide: bool = False
+
+
+def svg_uris(plot: Plot) -> dict[str, str]:
+    """The plot as ``data:`` addresses of SVG pictures by theme; those of a wide one also as "wide light" and "wide dark"."""
+    out = {}
+    for theme, colours in THEMES.items():
+        for name, width in ((theme, WIDTH), (f"wide {theme}", 2 * WIDTH))[: 1 + plot.wide]:
+            with _drawing(colours):
+                figure = Figure(figsize=(width, plot.height), layout="constrained")
+                plot.draw(figure.subplots())
+                buffer = BytesIO()
+                figure.savefig(buffer, format="svg", metadata={DATES["svg"]: None})
+            out[name] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return out
+
+
+def write_plots(plots: Sequence[Plot], path: str | Path, title: str = "") -> None:
+    """Writes plots in a row on white as PNG, SVG or PDF, as the ending of ``path`` says; always the same bytes.
+
+    Raises UsageError for another ending, StoreError if the file cannot be written.
+    """
+    path = Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"{path}: a plot ends in {', '.join(FORMATS)}")
+    with _drawing(THEMES["light"]):
+        figure = Figure(figsize=(WIDTH * len(plots), max(p.height for p in plots)), layout="constrained")
+        for plot, ax in zip(plots, figure.subplots(1, len(plots), squeeze=False)[0], strict=True):
+            plot.draw(ax)
+            ax.set_title(plot.title if len(plots) > 1 else "")
+        figure.suptitle(clean_label(title) if title else "", fontsize=10)
+        with atomic_file(path) as f:
+            figure.savefig(f, format=kind, dpi=150, metadata={} if kind == "png" else {DATES[kind]: None})
 
 
 @contextmanager
-def drawing(colours: Mapping[str, str]) -> Iterator[None]:
+def _drawing(colours: Mapping[str, str]) -> Iterator[None]:
     """Figures are made and saved inside: our style whatever the user's is, and no warnings about missing glyphs."""
-    ink, grid, face = colours["ink"], colours["grid"], colours["face"]
+    ink, face = colours["ink"], colours["face"]
+    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    faces = ("axes.facecolor", "figure.facecolor", "savefig.facecolor")
     settings: Any = {
-        "font.size": 9,
-        "font.family": ["DejaVu Sans"],
+        **dict.fromkeys(inks, ink), **dict.fromkeys(faces, face), "grid.color": colours["grid"], "grid.linewidth": 0.6,
+        "font.size": 9.5, "font.family": ["DejaVu Sans"], "axes.titlesize": 10, "legend.fontsize": 8, "legend.frameon": False,
         "text.parse_math": False,  # names may hold anything, dollar signs too
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "axes.facecolor": face,
-        "figure.facecolor": face,
-        "savefig.facecolor": face,
-        "axes.titlesize": 10,
-        "axes.grid": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.formatter.use_mathtext": False,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "grid.color": grid,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
+        "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.use_mathtext": False,
         "svg.fonttype": "path",  # the same picture wherever it is opened
         "svg.hashsalt": "exl2ray",  # the same bytes for the same picture
-    }
+    }  # fmt: skip
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)  # it remarks on building its font cache
@@ -69,14 +113,7 @@ def drawing(colours: Mapping[str, str]) -> Iterator[None]:
         log.setLevel(level)
 
 
-def new_figure(width: float, height: float, panels: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of ``panels`` axes in a row; inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False, **shared)
-    return figure, list(axes[0])
-
-
-def plain_log_axis(ax: Axes, which: str, unit: str = "") -> None:
+def plain_log_axis(ax: Axes, which: str) -> None:
     """Log scale with labels such as 0.05 and not powers of ten; about a handful of them whatever the range."""
     (ax.set_yscale if which == "y" else ax.set_xscale)("log")
     low, high = ax.get_ylim() if which == "y" else ax.get_xlim()
@@ -84,7 +121,7 @@ def plain_log_axis(ax: Axes, which: str, unit: str = "") -> None:
     steps = (1.0, 2.0, 3.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
     axis = ax.yaxis if which == "y" else ax.xaxis
     axis.set_major_locator(LogLocator(subs=steps, numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}{unit}"))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
@@ -93,24 +130,3 @@ def clean_label(text: str) -> str:
     """Text of a label: printable, and cut where it would take the room of the plot."""
     text = clean(text).replace("\n", " ")
     return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def svg_text(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element for a page. ``name``: unique in the page; its ids begin with it.
-
-    Text and axes take the page's colours: ``currentColor`` and the variable ``--grid``. No comments and no metadata.
-    """
-    buffer = StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
-    return re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', _open_tag, svg, count=1)
-
-
-def _open_tag(match: re.Match[str]) -> str:
-    return f'<svg {match[1]} aria-hidden="true">'  # HTML needs no name spaces

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bounded import exl2ray
+from exl2ray.report.compose import report_page
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, VOCAB, byte_tokenizer, write_model
 
@@ -31,7 +32,6 @@ from exl2ray.model.spec import Stored
 from exl2ray.plan.flat import Part, flat_parts
 from exl2ray.plan.problems import examine
 from exl2ray.recipe import Recipe
-from exl2ray.report.compose import report_page
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
 from exl2ray.result_warnings import output_warnings, source_warnings

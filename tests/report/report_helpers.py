@@ -16,7 +16,6 @@ from exl2ray.formats.layout import LinearShape, QParams
 from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfile
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 from exl2ray.recipe import Recipe
-from exl2ray.report.compose import report_page
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
 from exl2ray.store.fs import Store
@@ -211,7 +210,7 @@ def whole_work(
 
 def html_of(root: Path) -> str:
     """The report of a work directory."""
-    return render(report_page(read_facts(str(root))))
+    return render(read_facts(str(root)))[0]
 
 
 def evaluation(bits: tuple[float, ...], gigabytes: float = 1.0) -> dict[str, Any]:
@@ -220,6 +219,9 @@ def evaluation(bits: tuple[float, ...], gigabytes: float = 1.0) -> dict[str, Any
     def figure(value: float) -> dict[str, float]:
         return {"value": value, "standard_error": abs(value) / 100}
 
+    def interval(value: float) -> dict[str, float]:
+        return {"value": value, "low": 0.9 * value, "high": 1.2 * value}
+
     return {
         "results": [
             {
@@ -227,8 +229,16 @@ def evaluation(bits: tuple[float, ...], gigabytes: float = 1.0) -> dict[str, Any
                 "predictions": 4088, "perplexity": figure(5.2 + 4 / b**2), "reference_perplexity": figure(5.2),
                 "nll_increase": {"value": 0.1, "standard_error": 0.002},
                 "kl": figure(2.0 ** (-b) / 2),
-                "top1_agreement": figure(1 - 0.3 / b), "top5_agreement": figure(0.99), "linears_bpw": b,
-                "file_bytes": int(gigabytes * 1e9 * b), "warnings": [],
+                "top1_agreement": figure(1 - 0.3 / b), "top5_agreement": figure(0.99), "linears_bpw": b, "head_bpw": 6.03,
+                "file_bpw": b + 0.4, "file_bytes": int(gigabytes * 1e9 * b), "warnings": [],
+                "kl_tail": {n: interval(2.0 ** (-b) * f) for n, f in (("p95", 2), ("p99", 5), ("p99.9", 12), ("max", 20))},
+                "kinds": {
+                    kind: {
+                        "predictions": 1022, "perplexity": figure(6.0), "kl": figure(2.0 ** -b),
+                        "top1_agreement": figure(0.9),
+                    }
+                    for kind in ("code", "stories", "letters and law")
+                },
             }
             for b in bits
         ]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from report_helpers import Model, choice, profile, write_chain, write_events, write_job, write_measurement
 
 from exl2ray.errors import FormatError, StoreError
+from exl2ray.evaluate.record import parse_evaluations
 from exl2ray.formats.layout import QParams
 from exl2ray.quant.qparams import attention_options, mlp_options
 from exl2ray.report.allocation import allocation_of
-from exl2ray.report.evaluations import parse_evaluations
 from exl2ray.report.facts import group_notes, read_facts
 from exl2ray.report.timeline import busy_share, read_timeline
 from exl2ray.report.values import layer_of, nominal_bpw, number, parse_option, role_of
@@ -33,7 +33,7 @@ def test_a_finished_job(small_work: Path) -> None:
     assert facts.complete_measurement
     assert [b.bits for b in facts.bitrates] == [3.0, 4.5]
     first = facts.bitrates[0]
-    assert (first.achieved_bpw, first.directory) == (2.9987, "/out/imitation-3bpw")
+    assert (first.decoder_bpw, first.directory) == (2.9987, "/out/imitation-3bpw")
     assert len(first.chain.modules) == first.modules == 13
     assert first.chain.modules[-1].key == "lm_head.linear"
     assert [m.layer for m in first.chain.modules[:-1]] == [i for i in range(6) for _ in range(2)]
@@ -288,6 +288,8 @@ def test_values_of_other_types_are_left_out(tmp_path: Path) -> None:
     b"", b"[]", b'{"results": 3}', b'{"results": [3]}', b'{"results": [{}]}',
     b'{"results": [{"perplexity": {"value": NaN}}]}',
     b'{"results": [{"perplexity": {"value": 5}, "file_bytes": -1, "linears_bpw": 3}]}',
+    b'{"results": [{"perplexity": {"value": 5}, "kl_tail": {"p99": {"value": "x"}}}]}',
+    b'{"results": [{"perplexity": {"value": 5}, "kinds": {"code": 3}}]}',
     b'{"results": [{"perplexity": {"value": 5}, "file_bytes": 10, "linears_bpw": 3, "top1_agreement": {"value": 7}}]}',
 ])  # fmt: skip
 def test_what_is_no_evaluation(text: bytes) -> None:

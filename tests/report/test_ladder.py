@@ -1,57 +1,156 @@
-"""The plot of a ladder of bitrates."""
+"""The plots of a ladder of bitrates, and of predicted beside measured KL."""
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from report_helpers import evaluation
 
 from exl2ray.errors import StoreError, UsageError
-from exl2ray.report.ladder import LadderRow, ladder_figure, plot_ladder
-from exl2ray.report.style import LIGHT, drawing
+from exl2ray.evaluate.record import Evaluation, Figure
+from exl2ray.report.facts import read_facts
+from exl2ray.report.ladder import (
+    PredictedKL,
+    ladder_plots,
+    plot_ladder,
+    plot_prediction,
+    prediction_plots,
+    usable,
+)
+from exl2ray.report.page import _predicted
+from exl2ray.report.style import THEMES, Plot, _drawing
 
-ROWS = [LadderRow(b, int(b * 1e9), 5 + 4 / b**2, 2.0**-b, 1 - 0.3 / b, 0.01, 0.001, 0.002) for b in (6.0, 2.5, 3.0, 4.0)]
+
+def model(bits: float, kl: float | None = None) -> tuple[str, Evaluation]:
+    figures = {} if kl is None else {"kl": Figure(kl, 0.001), "top1": Figure(1 - 0.3 / bits, 0.002)}
+    tail = {} if kl is None else {"p99": Figure(10 * kl)}
+    ppl = Figure(5 + 4 / bits**2, 0.01)
+    found = Evaluation("m", "s", 4, 64, 252, ppl, Figure(5.0), file_bytes=int(bits * 1e9), kl_tail=tail, **figures)
+    return f"{bits:g}", found
 
 
-def test_panels_and_axes() -> None:
-    with drawing(LIGHT):
-        figure = ladder_figure(ROWS, "a model", reference_perplexity=5.0)
-        kl, perplexity, top1 = figure.axes
+MODELS = [model(b, 2.0**-b) for b in (6.0, 2.5, 3.0, 4.0)]
+POINTS = [PredictedKL(b, 0.5 * 2**-b, 0.6 * 2**-b, 0.01 * 2**-b) for b in (6.0, 2.5, 4.0)]
+BITS = (3.0, 4.5)  # of the imitated work directories
+
+
+@contextmanager
+def drawn(plots: list[Plot]) -> Iterator[list[Axes]]:
+    with _drawing(THEMES["light"]):
+        axes = [Canvas().subplots() for _ in plots]
+        for plot, ax in zip(plots, axes, strict=True):
+            plot.draw(ax)
+        yield axes
+
+
+def test_plots_and_axes() -> None:
+    with drawn(ladder_plots(MODELS)) as (kl, perplexity, top1):
         assert kl.get_yscale() == "log"
         assert (perplexity.get_yscale(), top1.get_yscale()) == ("linear", "linear")
         assert list(kl.lines[0].get_xdata()) == [2.5, 3.0, 4.0, 6.0]  # GB, smallest first
         assert list(top1.lines[0].get_ydata()) == pytest.approx([88, 90, 92.5, 95])
-        assert [t.get_text() for t in kl.texts] == ["2.5", "3", "4", "6"]
+        assert [t.get_text() for t in kl.texts if t.get_text()] == ["2.5", "3", "4", "6"]
+        assert [t.get_text() for t in kl.get_legend().get_texts()] == ["mean", "99 % are below"]
+        assert "source" in [t.get_text() for t in perplexity.texts]
 
 
 def test_without_a_reference_only_perplexity_is_drawn() -> None:
-    with drawing(LIGHT):
-        figure = ladder_figure([LadderRow(4.0, 5_000_000, 7.5), LadderRow(3.0, 4_000_000, 8.5)])
-        assert [ax.get_ylabel() for ax in figure.axes] == ["perplexity"]
-        assert figure.axes[0].get_xlabel() == "size of the files, MB"
+    plots = ladder_plots([model(0.005), model(0.004)])
+    assert [p.title for p in plots] == ["Perplexity"]
+    with drawn(plots) as (ax,):
+        assert ax.get_xlabel() == "size of the files, MB"
 
 
 @pytest.mark.parametrize("kl", [0.0, None])
 def test_a_divergence_of_zero_has_no_place_on_a_log_axis(tmp_path: Path, kl: float | None) -> None:
-    plot_ladder([LadderRow(8.0, 10**9, 5.0, kl), LadderRow(2.0, 10**8, 9.0, 0.3)], tmp_path / "x.png")
+    plot_ladder([model(8.0, kl), model(2.0, 0.3)], tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 
 def test_png_and_svg(tmp_path: Path) -> None:
     for path in (tmp_path / "ladder.png", tmp_path / "ladder.svg"):
-        plot_ladder(ROWS, path, title=r"$\frac{ 模型", reference_perplexity=5.0)
+        plot_ladder(MODELS, path, title=r"$\frac{ 模型")
+        first = path.read_bytes()
+        plot_ladder(MODELS, path, title=r"$\frac{ 模型")
+        assert path.read_bytes() == first
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-    svg = ElementTree.parse(tmp_path / "ladder.svg").getroot()
-    assert svg.tag.endswith("svg")
+    assert ElementTree.parse(tmp_path / "ladder.svg").getroot().tag.endswith("svg")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ladder.png", "ladder.svg"]
 
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one row"):
         plot_ladder([], tmp_path / "x.png")
+    with pytest.raises(UsageError, match="no model"):
+        plot_prediction([], tmp_path / "a.png")
     with pytest.raises(UsageError, match=r"\.png, \.svg"):
-        plot_ladder(ROWS, tmp_path / "x.gif")
+        plot_ladder(MODELS, tmp_path / "x.gif")
     with pytest.raises(StoreError, match="cannot be written"):
-        plot_ladder(ROWS, tmp_path / "missing" / "x.png")
+        plot_ladder(MODELS, tmp_path / "missing" / "x.png")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- predicted and measured -------------------------------------------------------------------------------------------
+
+
+def test_axes_and_diagonal() -> None:
+    with drawn(prediction_plots(POINTS)) as (left, right):
+        assert (left.get_xscale(), left.get_yscale(), right.get_yscale()) == ("log", "log", "linear")
+        assert left.get_xlim() == left.get_ylim()
+        (low, high), (same_low, same_high) = left.lines[-1].get_xdata(), left.lines[-1].get_ydata()
+        assert (low, high) == (same_low, same_high) == left.get_xlim()
+        assert low < min(p.predicted for p in POINTS) < max(p.measured for p in POINTS) < high
+        assert list(right.lines[0].get_xdata()) == [2.5, 4.0, 6.0]
+        assert list(right.lines[0].get_ydata()) == pytest.approx([1.2] * 3)
+        assert right.get_ylim()[0] < 1 < 1.2 < right.get_ylim()[1]
+        assert sorted(t.get_text() for t in left.texts) == ["2.5", "4", "6"]
+        assert left.get_legend() is None
+
+
+def test_several_models_have_a_legend_and_no_labels() -> None:
+    points = [PredictedKL(4.0, p, 0.1, None, m, k) for p, m in ((0.1, "a"), (0.09, "b")) for k in ("x", "y")]
+    with drawn(prediction_plots(points)) as (left, _):
+        assert [t.get_text() for t in left.get_legend().get_texts()] == ["a, x", "a, y", "b, x", "b, y"]
+        assert len(left.texts) == 0
+
+
+@pytest.mark.parametrize(("predicted", "measured", "expected"), [
+    (0.1, 0.2, True), (None, 0.2, False), (0.1, None, False), (0.0, 0.1, False), (0.1, -1e-9, False),
+    (math.inf, 0.1, False), (0.1, math.nan, False),
+])  # fmt: skip
+def test_what_has_a_place_on_log_axes(predicted: float | None, measured: float | None, expected: bool) -> None:
+    assert usable(predicted, measured) == expected
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"),
+    [("/out/imitation-{b:g}bpw", 2), ("elsewhere/imitation-{b:g}bpw/", 2), ("/out/{b:g}", 0), ("/out/imitation-9bpw", 0)],
+)
+def test_models_are_found_by_where_they_were_written(small_work: Path, tmp_path: Path, folder: str, found: int) -> None:
+    """Also after they were moved; a model of another job is not taken for one of this one."""
+    work = Path(shutil.copytree(small_work, tmp_path / "work"))
+    results = evaluation(BITS)
+    for result, b in zip(results["results"], BITS, strict=True):
+        result["model"] = folder.format(b=b)
+    (work / "evaluation.json").write_text(json.dumps(results))
+    facts = read_facts(str(work))
+    assert [b.predicted_kl for b in facts.bitrates] == [0.45 * 2.0**-b for b in BITS]
+    assert sum(b.evaluation is not None for b in facts.bitrates) == found
+    assert len(_predicted(facts)) == found
+
+
+def test_without_a_prediction_there_is_no_plot(small_work: Path, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(small_work, tmp_path / "work"))
+    (work / "evaluation.json").write_text(json.dumps(evaluation(BITS)))
+    log = work / "events.jsonl"
+    log.write_text(log.read_text().replace("predicted_kl", "other"))
+    assert _predicted(read_facts(str(work))) == []

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections import Counter
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
-from report_helpers import Model, evaluation, html_of, write_events, write_job, write_measurement
+from report_helpers import Model, evaluation, html_of, write_chain, write_events, write_job, write_measurement
 
+from exl2ray.report.allocation import Allocation
+from exl2ray.report.facts import read_facts
 from exl2ray.report.figures import frontier
-from exl2ray.report.page import Page, Section, Table, Text, render
+from exl2ray.report.page import render
+from exl2ray.report.style import THEMES, WIDTH
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import quant_kind
 from exl2ray.store.records import Record, Records, hash_inputs
 
-VOID = {"meta", "img", "br"}
+NOTHING = Allocation(3.0, (), (), {}, False)
+VOID = {"meta", "img", "br", "source"}
+SVG = "data:image/svg+xml;base64,"
 HOSTILE = [
     "<script>alert(1)</script>",
     '"><img src=http://evil.example/x onerror=alert(1)>',
@@ -61,63 +70,159 @@ class Reader(HTMLParser):
 
 def assert_closed(page: Reader) -> None:
     """Nothing is loaded, nothing runs, every reference inside the page leads somewhere."""
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "img"} & set(page.tags)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "svg"} & set(page.tags)
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    for tag, name, value in page.attributes:
+    for _, name, value in page.attributes:
         assert not name.startswith("on")
-        assert "http" not in value
-        for target in re.findall(r"url\(([^)]*)\)", value):
-            assert target.startswith("#")
-            assert target[1:] in ids
-        if name in ("href", "xlink:href", "src"):
-            assert value.startswith("data:image/png;base64,") if tag == "image" else value[1:] in ids
+        if name in ("src", "srcset"):
+            assert value.startswith(SVG)
+        elif name == "href":
+            assert value[1:] in ids
+        else:
+            assert "http:" not in value or name in ("data-label", "alt")
+
+
+def pictures(page: Reader) -> list[tuple[str, ElementTree.Element]]:
+    """(attribute, picture) of all that the page holds; each has to be an SVG that loads and runs nothing."""
+    out = []
+    for _, name, value in page.attributes:
+        if name in ("src", "srcset"):
+            text = base64.b64decode(value.removeprefix(SVG), validate=True)
+            root = ElementTree.fromstring(text)
+            assert not [e for e in root.iter() if e.tag.rpartition("}")[2] in ("script", "a", "foreignObject", "animate")]
+            links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
+            assert all(v.startswith(("#", "data:image/png;base64,")) for v in links)
+            out.append((name, root))
+    return out
+
+
+def words(html: str) -> str:
+    """The text of a page, or of its first part."""
+    return " ".join(unescape(re.sub(r"<style>.*?</style>|<[^>]*>", " ", html, flags=re.DOTALL)).split())
 
 
 def test_all_sections_of_a_mixture_of_experts(moe_html: str) -> None:
     page = Reader(moe_html)
     assert_closed(page)
     sections = [v for tag, name, v in page.attributes if (tag, name) == ("section", "id")]
-    assert sections == ["summary", "notes", "quality", "allocation", "curves", "chain", "experts", "time", "settings"]
-    assert page.tags["svg"] == page.tags["figure"] == 2 + 2 + 1 + 1 + 2 + 1
+    assert sections == ["summary", "quality", "allocation", "curves", "chain", "experts", "time", "notes", "settings"]
+    assert page.tags["figure"] == page.tags["img"] == 3 + 2 + 2 + 2 + 2 + 2 + 1
     assert moe_html.startswith("<!doctype html>")
-    text = " ".join("".join(page.texts).split())
-    for expected in ("Conversion of imitation to EXL2", "2.9987", "/out/imitation-4.5bpw", "top-5", "took over from a driver",
-                     "--moe-all-experts", "2.13.0", "98"):  # fmt: skip
-        assert expected in text
+    for expected in ("imitation in EXL2", "imitation-4.5bpw", "top-5", "took over from a driver", "--moe-all-experts",
+                     "2.13.0", "99.9 %", "letters and law"):  # fmt: skip
+        assert expected in words(moe_html)
 
 
-def test_colours_come_from_the_page(moe_html: str) -> None:
-    """Text and axes must be readable on a light and on a dark page."""
-    assert "#0a0b0" not in moe_html
-    assert moe_html.count("currentColor") > 50
-    assert "var(--grid)" in moe_html.partition("</style>")[2]
-    assert "prefers-color-scheme: dark" in moe_html
+# ---- the first screen -------------------------------------------------------------------------------------------------
 
 
-def test_without_an_evaluation_the_page_says_how_to_get_one(small_html: str, moe_html: str) -> None:
+def test_the_first_screen_says_whether_the_models_are_good(moe_html: str) -> None:
+    """In words and with figures, before any table; with the size, what it took, and whose bits are whose."""
+    first = words(moe_html.partition("<table")[0])
+    assert "3 bits per weight: fair Noticeably" in first
+    assert "4.5 bits per weight: good Close" in first
+    assert ("Close to the source model: KL divergence 0.022 nats per token, perplexity 5.398 against 5.2 of the source "
+            "(+3.8%), the most probable token is another one in 6.7% of places.") in first  # fmt: skip
+    assert "4.5 GB" in first
+    assert "decoder 4.50, head 6.33, whole file 4.90" in first
+    assert re.search(r"made in 1 min \d\d s of running on 1 worker, in 2 runs", first)
+    assert "target" not in first
+    assert "achieved" not in words(moe_html)
+
+
+def test_bits_that_the_head_left_to_the_decoder_are_explained(small_work: Path) -> None:
+    facts = read_facts(str(small_work))
+    low, high = facts.bitrates
+    facts = replace(facts, bitrates=(replace(low, decoder_bpw=3.6457, head_bpw=3.13), high))
+    first = words(render(facts)[0].partition("<table")[0])
+    assert "decoder 3.65, head 3.13 (the head needs fewer than the usual 6, the decoder got the rest: the size is as" in first
+    assert first.count("the decoder got the rest") == 1
+
+
+def test_without_an_evaluation_calibration_rows_stand_in(small_html: str, moe_html: str) -> None:
     command = "<code>exl2ray eval --model OUT --reference MODEL"
     assert command in small_html
     assert command not in moe_html
+    first = words(small_html.partition("<table")[0])
+    assert "4.5 bits per weight: good Close to the source model: perplexity 5.398 against 5.2" in first
+    assert "Judged by calibration rows alone" in first
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_text_is_escaped(text: str) -> None:
-    html = render(Page(text, text, (Section("a", text, (Text(text, text), Table([text], [[text]], text))),)))
-    page = Reader(html)
-    assert_closed(page)
-    assert set(page.tags) <= {"html", "head", "meta", "title", "style", "body", "main", "header", "h1", "h2", "h3", "p",
-                              "nav", "a", "section", "code", "div", "table", "thead", "tbody", "tr", "th", "td"}  # fmt: skip
-    html.encode()
-    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", html)
-    if text.isprintable():
-        assert text in "".join(page.texts)
+def test_unfinished_models_are_not_judged(tmp_path: Path) -> None:
+    store, model = Store.open(str(tmp_path)), Model(6)
+    write_job(store, model, (3.0,))
+    write_events(store, model, (3.0,), 2)
+    write_chain(store, model, write_measurement(store, model), 3.0, modules=5)
+    assert "3 bits per weight Not finished: 5 of 13 modules are quantised." in words(html_of(tmp_path))
+
+
+# ---- paths, themes, widths --------------------------------------------------------------------------------------------
+
+
+def test_no_path_of_the_machine_unless_asked_for(moe_work: Path) -> None:
+    facts = read_facts(str(moe_work))
+    facts = replace(facts, curves=(), timeline=None, bitrates=tuple(replace(b, allocation=NOTHING) for b in facts.bitrates))
+    hidden, shown = (words(render(facts, show_paths)[0]) for show_paths in (False, True))
+    for path in ("/out/imitation-3bpw", "/models/imitation", "/models/source", str(moe_work)):
+        assert path in shown
+        assert path not in hidden
+    assert not re.search(r"(?<![\w.:])/\w+/", hidden)
+    for name in ("imitation-3bpw", "source", moe_work.name):
+        assert name in hidden
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of an sRGB colour, as WCAG 2 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_can_be_read_on_light_and_dark_paper(small_html: str) -> None:
+    blocks = re.findall(r":root \{([^}]*)\}", small_html)[:2]
+    for theme, block in zip(("light", "dark"), blocks, strict=True):
+        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
+        assert (colours["paper"], colours["ink"]) == (THEMES[theme]["face"], THEMES[theme]["ink"])
+        for name in ("ink", "soft", "good", "fair", "bad"):
+            assert contrast(colours[name], colours["paper"]) > 4.5, (theme, name)
+            assert contrast(colours[name], colours["panel"]) > 4.5, (theme, name)
+
+
+def test_pictures_follow_the_theme_and_fit_a_phone(moe_html: str) -> None:
+    """One for each theme, drawn in its colours, narrow enough for its text to be read at 360 pixels."""
+    found = pictures(Reader(moe_html))
+    assert len(found) == 2 * 14 + 2  # the wide timeline has two more
+    for name, root in found:
+        text = ElementTree.tostring(root, encoding="unicode")
+        papers = [t["face"] in text for t in THEMES.values()]
+        assert papers.count(True) >= 1
+        if name == "src":
+            assert papers[0]
+            assert THEMES["light"]["ink"] in text
+            assert float(root.attrib["width"].removesuffix("pt")) <= 72 * WIDTH + 1
+    media = [v for tag, name, v in Reader(moe_html).attributes if (tag, name) == ("source", "media")]
+    assert media.count("(prefers-color-scheme: dark)") == 14
+
+
+def test_cells_name_their_column(moe_html: str) -> None:
+    """On a narrow screen a row becomes a list, so that every cell needs the name of its column."""
+    page = Reader(moe_html)
+    assert page.tags["td"] == sum((tag, name) == ("td", "data-label") for tag, name, _ in page.attributes)
+
+
+# ---- names and texts from anywhere ------------------------------------------------------------------------------------
 
 
 def test_names_from_a_hostile_directory(tmp_path: Path) -> None:
     store, model = Store.open(str(tmp_path)), Model(2)
     names = [h for h in HOSTILE if "\ud800" not in h]  # the store writes no lone surrogates
-    write_job(store, model, (3.0,), in_dir="/models/" + names[0], architecture=names[1])
+    write_job(store, model, (3.0,), in_dir="/models/" + names[0].replace("/", "|"), architecture=names[1])
     write_measurement(store, model)
     write_events(store, model, (3.0,), 2)
     records = Records(store)
@@ -130,15 +235,25 @@ def test_names_from_a_hostile_directory(tmp_path: Path) -> None:
         for name in HOSTILE:
             for event, fields in (("started", {"method": "chain", "key": name, "worker": name, "bits": None}),
                                   ("stage", {"stage": name, "items": 3}), ("item", {"stage": name, "key": name}),
-                                  ("written", {"bits": 3.0, "directory": name}), ("note", {"message": name})):  # fmt: skip
+                                  ("written", {"bits": 3.0, "directory": name}), ("note", {"message": name}),
+                                  ("warning", {"message": name})):  # fmt: skip
                 print(json.dumps({**stamp, "name": event, "fields": fields}), file=f)
     result = evaluation((3.0,))
     result["results"][0] |= {"model": names[0], "reference": names[1], "warnings": names}
+    result["results"][0]["kinds"][names[2]] = result["results"][0]["kinds"]["code"]
     (tmp_path / "evaluation.json").write_text(json.dumps(result))
-    html = html_of(tmp_path)
+    html, _ = render(read_facts(str(tmp_path)), show_paths=True)
     page = Reader(html)
     assert_closed(page)
-    assert names[0] in "".join(page.texts)
+    pictures(page)
+    assert set(page.tags) <= {
+        "html", "head", "meta", "title", "style", "body", "main", "header", "h1", "h2", "h3", "p", "nav", "a", "section",
+        "article", "span", "dl", "dt", "dd", "div", "table", "thead", "tbody", "tr", "th", "td", "figure", "picture",
+        "source", "img", "ul", "li", "details", "summary", "code",
+    }  # fmt: skip
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e\ud800]", html)
+    for name in names:
+        assert not name.isprintable() or name in "".join(page.texts)
     assert "49{" not in html
 
 
@@ -154,8 +269,8 @@ def test_a_directory_that_has_hardly_anything(tmp_path: Path, what: str) -> None
     sections = [v for tag, name, v in page.attributes if (tag, name) == ("section", "id")]
     assert sections == {
         "job": ["summary", "notes", "settings"],
-        "measurement": ["summary", "notes", "curves", "settings"],
-        "events": ["summary", "notes", "quality", "time", "settings"],
+        "measurement": ["summary", "curves", "notes", "settings"],
+        "events": ["summary", "quality", "time", "notes", "settings"],
     }[what]
 
 

@@ -48,7 +48,7 @@ def test_output_and_json(work: Path, tmp_path: Path) -> None:
 def test_an_evaluation_from_a_file(work: Path, tmp_path: Path) -> None:
     file = tmp_path / "eval.json"
     file.write_text(json.dumps(evaluation((3.0,))))
-    result = run(work, "--eval", file, "-o", tmp_path / "page.html")
+    result = run(work, "--eval", file, "-o", tmp_path / "page.html", "--paths")
     assert result.exit_code == 0, result.output
     assert "/out/imitation-3bpw" in (tmp_path / "page.html").read_text()
 
