@@ -12,9 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exl2ray.evaluate.record import Evaluation, Figure
 from exl2ray.publish import origin
 from exl2ray.publish.card import CardInfo, Making, add_evaluation, model_card
-from exl2ray.publish.figures import Evaluation, Figure, with_evaluation
+from exl2ray.publish.figures import with_evaluation
 from exl2ray.publish.frontmatter import read_fields, split_card, with_fields, write_block
 from exl2ray.publish.origin import base_model_of, command, original_card, read_original
 from exl2ray.recipe import Recipe
@@ -32,7 +33,10 @@ INFO = CardInfo(
     making=Making("exl2ray convert -i tiny", (("--damping", "0.12"),), 6.1234, 5.9876, "0.1.0"),
     base_model="owner/tiny",
     original=original_card("---\nlicense: mit\nlanguage: no\ntags: [gguf, poetry]\n---\n# Tiny\nIts own card.\n"),
-    evaluation=Evaluation(Figure(7.5, 0.12), Figure(7.0, 0.11), Figure(0.01234, 0.0004), Figure(0.953, 0.002), 4, 512, 2044),
+    evaluation=Evaluation(
+        "tiny-4.0bpw", "tiny", 4, 512, 2044, Figure(7.5, 0.12), Figure(7.0, 0.11), kl=Figure(0.01234, 0.0004),
+        top1=Figure(0.953, 0.002),
+    ),
 )
 
 
@@ -98,7 +102,7 @@ def test_an_evaluation_is_put_in_its_place_and_replaced() -> None:
     assert INFO.evaluation is not None
     once = with_evaluation(plain, INFO.evaluation)
     assert once == model_card(INFO)
-    other = Evaluation(Figure(9.9, None), None, None, None, 1, 2, 3)
+    other = Evaluation("m", "", 1, 2, 3, Figure(9.9))
     assert "| perplexity | 9.900 | - |" in with_evaluation(once, other)
     assert with_evaluation(with_evaluation(once, other), INFO.evaluation) == once
     by_hand = with_evaluation("# By hand\n", other)
