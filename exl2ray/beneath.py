@@ -105,6 +105,14 @@ def _check_link(link: str, found: os.stat_result, folder: os.stat_result, final:
     raise StoreError(f"{link} is {why}", f"if you trust it, give the directory itself: {os.path.realpath(link)}")
 
 
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that exists."""
+    path = path.absolute()
+    while not path.exists() and path.parent != path:
+        path = path.parent
+    return path
+
+
 def make_directories(directory: str | Path) -> None:
     """mkdir -p, with every new directory's entry fsynced in its parent. Raises OSError."""
     directory, missing = Path(directory), []

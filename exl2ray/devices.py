@@ -1,24 +1,18 @@
-"""What is looked at before a conversion starts: devices, outputs, versions, files given by the user."""
+"""Where a conversion computes, and with which versions: looked at before it starts."""
 
 from __future__ import annotations
 
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from exl2ray import __version__
 from exl2ray.errors import StoreError, UsageError
-from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.shards import OUTPUT_NAME
-from exl2ray.formats.target import check_target
 from exl2ray.host import SHARED_MEMORY_FIX, nccl_bytes, nvidia_cards, nvidia_driver_loaded, shared_memory_bytes
 from exl2ray.recipe import Recipe
-from exl2ray.store.workdir import work_id
-from exl2ray.targets import owner_of
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -59,26 +53,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return out
-
-
-def check_output(recipe: Recipe, directory: Path, source: SourceModel | None) -> None:
-    """Refuses an output directory that holds anything else, or that cannot be written. ``source``: None if unusable."""
-    existing = directory
-    while not existing.exists() and existing.parent != existing:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise StoreError(f"{directory}: {existing} is not a directory that can be written", "choose another -cf")
-    if recipe.out_dir and "://" not in recipe.out_dir and directory.resolve() == Path(recipe.out_dir).resolve():
-        raise UsageError(f"-cf {directory}: is the work directory (-o)", "choose another directory for the model")
-    foreign = sorted(p.name for p in directory.glob("*.safetensors") if not OUTPUT_NAME.fullmatch(p.name))
-    if foreign:
-        raise StoreError(
-            f"{directory}: holds {foreign[0]}, which loaders would read as part of the model",
-            "choose an empty output directory (-cf), or move that file away",
-        )
-    if source is not None and (directory.is_symlink() or (directory.is_dir() and any(directory.iterdir()))):
-        # a fingerprint reads a little of every tensor
-        check_target(directory, owner_of(recipe, source.fingerprint(), work_id(recipe.out_dir)))
 
 
 def check_shared_memory(gpus: int) -> None:

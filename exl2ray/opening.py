@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.allocation.planning import has_sensitivities
+from exl2ray.beneath import existing_parent
 from exl2ray.calibration.rows import Rows
 from exl2ray.datasets import data_hashes, stored_places
 from exl2ray.errors import StoreError
@@ -16,7 +17,6 @@ from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModelSpec
-from exl2ray.plan.disk import existing_parent
 from exl2ray.recipe import JOB_FLAGS, Recipe
 from exl2ray.store.job import StoredJob
 from exl2ray.store.layout import MEASUREMENT

@@ -1,4 +1,4 @@
-"""The ``-cf`` directories of a running conversion: locked from its start to its end."""
+"""The ``-cf`` directories of a conversion: looked at before work starts, locked from its start to its end."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.sources import split_column
+from exl2ray.errors import StoreError, UsageError
 from exl2ray.formats.elsewhere import place_of
-from exl2ray.formats.target import Owner, TargetLock, locked
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.shards import OUTPUT_NAME
+from exl2ray.formats.target import Owner, TargetLock, check_target, locked
 from exl2ray.recipe import Recipe
+from exl2ray.store.workdir import work_id
 
 
 def owner_of(recipe: Recipe, fingerprint: str, work_id: str, files: Iterable[str] = ()) -> Owner:
@@ -59,3 +64,21 @@ class Targets:
     def close(self) -> None:
         self._held.clear()
         self._stack.close()
+
+
+def check_output(recipe: Recipe, directory: Path, source: SourceModel | None) -> None:
+    """Refuses an output directory that holds anything else, or that cannot be written. ``source``: None if unusable."""
+    existing = existing_parent(directory)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise StoreError(f"{directory}: {existing} is not a directory that can be written", "choose another -cf")
+    if recipe.out_dir and "://" not in recipe.out_dir and directory.resolve() == Path(recipe.out_dir).resolve():
+        raise UsageError(f"-cf {directory}: is the work directory (-o)", "choose another directory for the model")
+    foreign = sorted(p.name for p in directory.glob("*.safetensors") if not OUTPUT_NAME.fullmatch(p.name))
+    if foreign:
+        raise StoreError(
+            f"{directory}: holds {foreign[0]}, which loaders would read as part of the model",
+            "choose an empty output directory (-cf), or move that file away",
+        )
+    if source is not None and (directory.is_symlink() or (directory.is_dir() and any(directory.iterdir()))):
+        # a fingerprint reads a little of every tensor
+        check_target(directory, owner_of(recipe, source.fingerprint(), work_id(recipe.out_dir)))

@@ -31,6 +31,21 @@ ONLY_IN = {
     "ray": {"dist"}, "numba": {"cuda"}, "huggingface_hub": {"publish", "remote"}, "matplotlib": {"report"},
 }  # fmt: skip
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
+# What a weight may meet knows nothing of what plans, shows, publishes and submits: they may be left out of a copy.
+COMPANIONS = (
+    "cli", "cli_models", "commands", "doctor", "plan", "publish", "report", "dist.jobs", "dist.preflight", "dist.submit",
+)  # fmt: skip
+STILL_USED = {  # companions that the core imports all the same: to be moved, not to be added to
+    "afterwards": {"publish.card", "publish.figures", "report.evaluations", "report.ladder"},
+    "remote.hub": {"publish.token"},
+    "remote.hub_data": {"publish.token"},
+    "steps": {"plan.problems"},
+    "writing": {"plan.sizes", "publish.card", "publish.origin"},
+}
+STILL_CIRCLES = [  # through imports inside of functions
+    {"cuda.backend", "cuda.gpu", "cuda.kernels"}, {"cuda.graphs", "cuda.solver"}, {"quant.measure", "quant.measure_moe"},
+    {"formats.measurement", "formats.measurement_rules"}, {"store.fs", "store.local", "store.objects"},
+]  # fmt: skip
 HEAVY = {"torch", "ray", "matplotlib", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}
 LIGHT = ["exl2ray", "exl2ray.cli", "exl2ray.recipe", "exl2ray.errors", "exl2ray.convert", "exl2ray.formats.layout"]
 
@@ -87,6 +102,78 @@ def test_packages_that_belong_to_one_room() -> None:
             if room_of(path) == "cuda" and outside:
                 wrong.append(f"{path.relative_to(PACKAGE)}:{line}: cuda/ may not import {top}")
     assert wrong == []
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name below exl2ray; a package by the name of its folder."""
+    return {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): p for p in sources()}
+
+
+def uses(path: Path, known: dict[str, Path], inner: bool = True) -> set[str]:
+    """The modules that one imports, whatever it takes from them. ``inner``: in functions, too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    later = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    later |= {n for f in ast.walk(tree) if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test) for n in ast.walk(f)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (inner or node not in later):
+            module = (node.module or "").partition(".")[2]
+            names = [f"{module}.{alias.name}".lstrip(".") for alias in node.names]
+            found |= {name if name in known else module for name in names}
+    return found & known.keys()
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that import each other, one after the other (Tarjan's strongly connected components)."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    path: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(name: str) -> None:
+        number[name] = lowest[name] = len(number)
+        path.append(name)
+        for other in sorted(graph[name]):
+            if other not in number:
+                visit(other)
+            if other in path:
+                lowest[name] = min(lowest[name], lowest[other])
+        if lowest[name] == number[name]:
+            circle = set(path[path.index(name) :])
+            del path[path.index(name) :]
+            if len(circle) > 1 or name in graph[name]:
+                found.append(circle)
+
+    for name in graph:
+        if name not in number:
+            visit(name)
+    return found
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [{"a", "b", "c"}]
+    assert circles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
+
+
+def test_no_import_circle() -> None:
+    known = modules()
+    assert circles({name: uses(path, known, inner=False) for name, path in known.items()}) == []
+    hidden = circles({name: uses(path, known) for name, path in known.items()})
+    assert [c for c in hidden if c not in STILL_CIRCLES] == []
+
+
+def test_the_core_does_without_the_companions() -> None:
+    known = modules()
+
+    def is_companion(name: str) -> bool:
+        return any(name == c or name.startswith(f"{c}.") for c in COMPANIONS)
+
+    wrong = {}
+    for name, path in known.items():
+        used = {other for other in uses(path, known) if is_companion(other)} - STILL_USED.get(name, set())
+        if used and not is_companion(name):
+            wrong[name] = used
+    assert wrong == {}
 
 
 @pytest.mark.parametrize("module", LIGHT)

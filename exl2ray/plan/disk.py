@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from exl2ray.beneath import existing_parent
 from exl2ray.errors import StoreError
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.formats.side_files import side_bytes
@@ -76,14 +77,6 @@ def check_disks(needs: Sequence[DiskNeed]) -> list[StoreError]:
                 )
             )
     return errors
-
-
-def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists."""
-    path = path.absolute()
-    while not path.exists() and path.parent != path:
-        path = path.parent
-    return path
 
 
 def _need(what: str, path: str, least: int, most: int) -> DiskNeed:

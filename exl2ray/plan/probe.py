@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from exl2ray.allocation.planning import option_bits, option_tables
+from exl2ray.beneath import existing_parent
 from exl2ray.devices import versions
 from exl2ray.dist.arrays import Shipped, to_shipped
 from exl2ray.dist.items import EnterItem, MeasureItem, QuantizeItem, RowSet, WorkerSetup
@@ -25,7 +26,6 @@ from exl2ray.errors import NumericError, StoreError
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.layout import QParams
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.plan.disk import existing_parent
 from exl2ray.plan.problems import Examination
 from exl2ray.plan.times import Timed, kind_of
 from exl2ray.plan.work import finishing, measuring, quantizing, seconds, shape_of

@@ -18,11 +18,12 @@ import torch
 from exl2ray.allocation.knapsack import check_reachable
 from exl2ray.allocation.overrides import Override, parse_overrides
 from exl2ray.allocation.planning import linear_groups, option_bits
+from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Rows, builtin_rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.datasets import sources_of
-from exl2ray.devices import check_output, check_shared_memory, idle_gpu, pick_device, pick_executor
+from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
@@ -40,7 +41,7 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
 from exl2ray.opening import check_measurement_target, check_opening
-from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs, existing_parent
+from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs
 from exl2ray.plan.doubts import calibration_doubts, model_doubts
 from exl2ray.plan.flat import flat_warnings
 from exl2ray.plan.memory import RowSizes
@@ -48,6 +49,7 @@ from exl2ray.plan.scan import scan_values, stored_names
 from exl2ray.plan.sizes import OutputSize, freedom_of, size_range
 from exl2ray.recipe import Recipe
 from exl2ray.store.workdir import WorkDir
+from exl2ray.targets import check_output
 from exl2ray.terminal.pasted import missing_folder_hint
 
 T = TypeVar("T")
