@@ -11,17 +11,22 @@ from contextlib import suppress
 
 def _cache_folder() -> str:
     """A folder that nobody else can have made or write to: what numba finds in its cache it runs."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__pycache__")
     user = os.getuid() if hasattr(os, "getuid") else "user"
-    folder = os.path.join(tempfile.gettempdir(), f"exl2ray-numba-{user}")
     try:
+        place = os.path.abspath(tempfile.gettempdir())
+        # The last resort of tempfile is the current directory: it may be the folder of a model, with a cache in it.
+        if place == os.getcwd() and not os.stat(place).st_mode & stat.S_ISVTX:
+            return beside
+        folder = os.path.join(place, f"exl2ray-numba-{user}")
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)
         found = os.lstat(folder)
         if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return folder
         return tempfile.mkdtemp(prefix="exl2ray-numba-")
-    except OSError:  # no room: numba does without
-        return folder
+    except OSError:  # no room: where numba cannot write, it does without
+        return beside
 
 
 if "NUMBA_CACHE_DIR" not in os.environ:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import site
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from exl2ray import stopping
@@ -110,7 +113,8 @@ def _init(ray: Any, hint: str, **options: Any) -> None:
     with stopping.kept() as put_back:
         try:
             try:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+                with _away_from_here():
+                    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             finally:
                 put_back()
         except SystemExit as e:  # of a signal; or a stale address
@@ -125,6 +129,27 @@ def _init(ray: Any, hint: str, **options: Any) -> None:
         if callable(handler):
             handler(signal.SIGTERM, None)
         raise KeyboardInterrupt
+
+
+def trusted_folder() -> str:
+    """A folder from which Python may import: what it starts looks into the current directory first, and that may be the
+    folder of a model, in which there may be a numpy.py. It is Python's own, or that of a checkout that was not installed.
+    """
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    known = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), *site.getsitepackages(), site.getusersitepackages()]
+    return sys.prefix if package in (os.path.abspath(path) for path in known if path) else package
+
+
+@contextmanager
+def _away_from_here() -> Iterator[None]:
+    """While inside, the current directory is a trusted one: Ray hands it to its workers as the first place of modules."""
+    here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chdir(trusted_folder())
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def _failed(address: str, e: BaseException, hint: str) -> ClusterError:

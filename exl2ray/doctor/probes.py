@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
+from exl2ray.dist.starting import trusted_folder
+
 SECONDS = 90
 Probe = dict[str, Any]  # what the program printed; {"error": text} if it failed
 
@@ -72,8 +74,9 @@ def run_probe(program: str, seconds: float = SECONDS) -> Probe:
     """Runs a program that prints one JSON object; {"error": last line of its complaint} if it does not."""
     try:
         ran = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, errors="replace", timeout=seconds, check=False
-        )
+            [sys.executable, "-c", program], capture_output=True, text=True, errors="replace", timeout=seconds, check=False,
+            cwd=trusted_folder(),
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {seconds:g} s"}
     except OSError as e:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 
 from exl2ray.dist.private import TEMP_PREFIX
+from exl2ray.dist.starting import trusted_folder
 from exl2ray.doctor.findings import OPEN_FILES, Finding, Level
 from exl2ray.doctor.probes import Probe
 from exl2ray.terminal.console import duration
@@ -52,7 +53,7 @@ def ray_cluster(address: str) -> list[Finding]:
     """Whether the cluster that a conversion would use answers."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, cwd=trusted_folder())
         answer = "" if ran.returncode == 0 else (ran.stderr or ran.stdout).strip().splitlines()[-1][:200]
     except (OSError, subprocess.TimeoutExpired) as e:
         answer = str(e)[:200]

@@ -31,12 +31,19 @@ class Worker:
     def environment(self):
         return dict(os.environ)
 
+    def imports(self):
+        import exl2ray.dist.worker, numpy, safetensors, yaml
+        return sys.path
+
+sys.path.remove("")
+os.chdir(sys.argv[1])
 start_ray(None)
 session = ray._private.worker._global_node.get_session_dir_path()
 worker = ray.remote(Worker).remote()
 environment = ray.get(worker.environment.remote())
 print(json.dumps({"gcs": ray.get_runtime_context().gcs_address, "token": os.environ["RAY_AUTH_TOKEN"],
-                  "environment": environment, "session": session}), flush=True)
+                  "environment": environment, "session": session, "here": os.getcwd(),
+                  "imports": ray.get(worker.imports.remote())}), flush=True)
 sys.stdin.read()
 stop_ray()
 print(json.dumps({k: v for k, v in os.environ.items() if k.startswith("RAY_AUTH")}))
@@ -63,16 +70,28 @@ POSTS = ["/api/jobs/", "/api/job_agent/jobs/", "/get_or_create_runtime_env", "/d
 USER_SETTINGS = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": "/of/a/cluster"}  # which a private Ray must not follow
 
 
+MODULES = ("exl2ray", "numpy", "torch", "safetensors", "yaml", "psutil", "secrets", "colorama", "sitecustomize")
+
+
+def downloaded(folder: Path) -> Path:
+    """The folder of a model that brings modules with it; whoever imports one leaves a file behind."""
+    folder.mkdir()
+    for name in MODULES:
+        (folder / f"{name}.py").write_text(f"open({str(folder.parent / 'imported')!r}, 'a').write({name!r})\n")
+    return folder
+
+
 class Private:
     """A private Ray of a process that had been told to ask nobody for a token."""
 
     def __init__(self, home: Path) -> None:
         home.mkdir()
-        self.home = home
+        self.home, self.here = home, downloaded(home.with_name("model"))
         env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.env = {**env, "PYTHONPATH": str(ROOT), "HOME": str(home), **USER_SETTINGS}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM], env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", PROGRAM, str(self.here)], env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
         )  # fmt: skip
         assert self.process.stdout is not None
         self.facts: dict[str, Any] = json.loads(self.process.stdout.readline())
@@ -131,6 +150,14 @@ def test_everything_listens_on_loopback_and_is_documented(private: Private) -> N
     assert len(others) <= [kind for _, kind in rows].count("HTTP"), others
     for port in others:
         assert accepts_posts(port) == []
+
+
+@pytest.mark.slow
+def test_workers_import_nothing_from_the_current_directory(private: Private) -> None:
+    """People go to the folder of a model and say -i . there."""
+    assert private.facts["here"] == str(private.here)
+    assert str(private.here) not in private.facts["imports"]
+    assert not private.here.with_name("imported").exists()
 
 
 def accepts_posts(port: int) -> list[str]:
