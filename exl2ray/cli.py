@@ -137,6 +137,32 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     conversion.patch(run, **settings)
 
 
+@command(
+    argument("directory", metavar="DIR"),
+    flag("--reference", metavar="MODEL", required=True, help="the model that DIR was converted from"),
+    flag("-o", "--output", metavar="OUT", required=True, help="where the tuned model goes; run again, it goes on"),
+    flag("--tokens", metavar="COUNT", default="1M", show_default=True, help="to tune on, as in 500k or 4M"),
+    flag("--text", metavar="PLACE", multiple=True, help="text, as -c of convert takes it; else built-in; repeatable"),
+    flag("--length", type=int, default=1024, show_default=True, help="tokens of a row"),
+    flag("--step-tokens", type=int, default=8192, show_default=True, help="tokens of a step"),
+    flag("--rate", type=float, default=2e-3, show_default=True, help="of Adam, in steps between two integers"),
+    flag("--seed", type=int, default=0, show_default=True, help="of the order of rows"),
+    flag("--report", is_flag=True, help="KL before and after by kind of held-out text"),
+    recipe_flags(("device",), required=()),
+)
+def tune(run: Invocation, /, report: bool, **settings: Any) -> None:
+    """Tune a finished EXL2 model on what its source says.
+
+    DIR is an EXL2 directory, of exl2ray or ExLlamaV2. Integers, norms and biases move to where the divergence from the
+    source is smallest; the size stays. What does not gain on held-out text is left as it was.
+    """
+    from exl2ray.commands import tune as command
+
+    present(
+        run, lambda: command.run(**settings, quiet=run.json), lambda found: command.show(found, report), command.as_json
+    )
+
+
 # ---- jobs and machines ----------------------------------------------------------------------------------------------
 
 

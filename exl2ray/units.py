@@ -16,3 +16,12 @@ def parse_size(text: str, flag: str) -> int:
     if match is None or unit not in UNITS:
         raise UsageError(f"{flag} {text}: not a size", "as in 24GB (10^9 bytes) or 24GiB (2^30 bytes)")
     return int(float(match[1]) * UNITS[unit])
+
+
+def parse_count(text: str, flag: str) -> int:
+    """1000000 of "1M", "1m" or "1000000"; UsageError otherwise, and for less than 1."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*", text, re.IGNORECASE)
+    count = 0 if match is None else int(float(match[1]) * UNITS[match[2].lower()])
+    if count < 1:
+        raise UsageError(f"{flag} {text}: not a number of tokens", "as in 500k, 4M or 1000000")
+    return count

@@ -24,6 +24,7 @@ ROOMS = {
     "publish": {"evaluate", "formats", "recipe", "terminal"},
     "report": {"evaluate", "formats", "recipe", "store", "terminal"},
     "dist": {"calibration", "formats", "model", "quant", "recipe", "remote", "store"},
+    "tune": {"calibration", "evaluate", "events", "formats", "model", "quant", "store"},
     "remote": {"calibration", "formats", "publish", "recipe", "store", "units"},
 }
 EVERYWHERE = {"errors", "beneath", "stopping", "__version__"}

@@ -1,0 +1,73 @@
+"""``exl2ray tune``: an EXL2 model tuned on the divergence from its source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from exl2ray.calibration.data.sources import local_source
+from exl2ray.errors import UsageError
+from exl2ray.evaluate.forward import checked_device
+from exl2ray.events import Silent
+from exl2ray.terminal.console import duration, file_size, human_reporter, show_table
+from exl2ray.tune.run import Settings, Tuned, tune
+from exl2ray.units import parse_count
+
+
+def run(
+    directory: str,
+    reference: str,
+    output: str,
+    tokens: str,
+    text: Sequence[str],
+    length: int,
+    step_tokens: int,
+    rate: float,
+    seed: int,
+    device: str,
+    quiet: bool,
+) -> Tuned:
+    """Writes the tuned model. Raises UsageError naming the flag, and what `exl2ray.tune.run.tune` raises."""
+    import torch
+
+    if length < 16:
+        raise UsageError(f"--length {length}: at least 16 tokens a row are needed", "1024 is usual")
+    if step_tokens < length:
+        raise UsageError(f"--step-tokens {step_tokens}: a step takes at least one row of --length {length}")
+    if not 0 < rate < 1:
+        raise UsageError(f"--rate {rate}: a number between 0 and 1, in steps of the grid, is needed", "0.002 is usual")
+    sources = tuple(local_source(place) for place in text)
+    chosen = checked_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    settings = Settings(
+        directory, reference, output, sources, parse_count(tokens, "--tokens"), length, step_tokens, rate, seed=seed
+    )
+    reporter = Silent() if quiet else human_reporter()
+    try:
+        return tune(settings, chosen, reporter)
+    finally:
+        reporter.close()
+
+
+def show(result: Tuned, report: bool) -> None:
+    if report:
+        rows = [
+            [kind, f"{before:.4f}", f"{result.after[kind]:.4f}", f"{result.after[kind] / before:.3f}" if before else "-"]
+            for kind, before in result.before.items()
+        ]
+        show_table("KL (nats) on held-out text", ["kind", "before", "after", "ratio"], rows)
+    before, after = result.before["mean"], result.after["mean"]
+    if result.kept == "nothing":
+        print(f"nothing gained: {result.directory} holds the model as it was (KL {before:.4f})")
+    else:
+        print(
+            f"{result.directory}: KL {before:.4f} -> {after:.4f}; kept: {result.kept}, {100 * result.changed:.2f} % of the "
+            f"integers changed in {result.steps} steps; {file_size(result.file_bytes)}"
+        )
+    if result.worse:
+        print(f"warning: worse than before on {', '.join(result.worse)}")
+    print(", ".join(f"{part} {duration(seconds)}" for part, seconds in result.seconds.items()))
+
+
+def as_json(result: Tuned) -> dict[str, Any]:
+    return asdict(result)

@@ -1,0 +1,154 @@
+"""One module of the model that is tuned: its forward pass, what is trained of it, and the optimiser of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.model.blocks import Block, MoeBlock, NormBlock
+from exl2ray.model.norms import Norm
+from exl2ray.tune.gains import Gain
+from exl2ray.tune.grid import Grid
+
+EPSILON = 1e-12  # of Adam; gradients of single weights may be small
+NORM_ROLES = ("norm", "post_norm", "q_norm", "k_norm")
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What tuning has made of a module, on the host: codes (K, N) uint8 by linear, deltas by gain."""
+
+    codes: Mapping[str, Tensor]
+    deltas: Mapping[str, Tensor]
+
+
+@dataclass(eq=False)
+class TunedLinear:
+    """``before``: as it was packed. ``latents``: (K, N) float32, trained."""
+
+    before: PackedLinear
+    grid: Grid
+    latents: Tensor
+
+
+class TunedModule:
+    """``block`` computes with what would be stored at the moment: call `refresh` after every change.
+
+    Gradients are asked for with respect to ``leaves``; `update` takes them, summed over the tokens of a step.
+    """
+
+    def __init__(self, block: Block, linears: Mapping[str, TunedLinear], gains: Sequence[Gain]) -> None:
+        self.block = block
+        self.linears = dict(linears)
+        self.gains = {gain.name: gain for gain in gains}
+        self.leaves: list[Tensor] = []
+        groups = [{"params": [x.latents for x in self.linears.values()]}, {"params": [g.delta for g in gains]}]
+        used = [g for g in groups if g["params"]]
+        self.optimiser = torch.optim.Adam(used, eps=EPSILON, fused=True) if used else None
+        self.refresh()
+
+    @property
+    def trained(self) -> bool:
+        return self.optimiser is not None
+
+    @property
+    def key(self) -> str:
+        return self.block.module.profile_key
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Latents and deltas by a name of their own."""
+        return {
+            **{f"{key}.latents": x.latents for key, x in self.linears.items()},
+            **{f"{name}.delta": g.delta for name, g in self.gains.items()},
+        }
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Puts the weights that would be stored now into the block, as leaves."""
+        weights = {key: x.grid.weight(x.grid.rounded(x.latents)) for key, x in self.linears.items()}
+        self.leaves = install(self.block, weights, [(g, g.value()) for g in self.gains.values()])
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+
+    def update(self, gradients: Sequence[Tensor | None], rate: float, gain_rate: float) -> None:
+        """One step of Adam. gradients: float32, in the order of ``leaves``; None for experts that saw no token."""
+        if self.optimiser is None:
+            return
+        linears, gains = list(self.linears.values()), list(self.gains.values())
+        for x, g in zip(linears, gradients[: len(linears)], strict=True):
+            x.latents.grad = torch.zeros_like(x.latents) if g is None else g
+        for gain, g in zip(gains, gradients[len(linears) :], strict=True):
+            gain.delta.grad = torch.zeros_like(gain.delta) if g is None else gain.gradient(g)
+        rates = ([rate] if linears else []) + ([gain_rate] if gains else [])
+        for group, value in zip(self.optimiser.param_groups, rates, strict=True):
+            group["lr"] = value
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.refresh()
+
+    @torch.no_grad()
+    def snapshot(self) -> Snapshot:
+        codes = {key: x.grid.codes(x.grid.rounded(x.latents)).cpu() for key, x in self.linears.items()}
+        return Snapshot(codes, {name: g.delta.cpu().clone() for name, g in self.gains.items()})
+
+    @torch.no_grad()
+    def install_in(self, block: Block, found: Snapshot, integers: bool, gains: bool) -> None:
+        """Gives another block of this module the weights of a snapshot: its integers, its norms and biases, or both; else
+        those of the beginning."""
+        weights = {}
+        for key, x in self.linears.items():
+            codes = x.grid.signed(found.codes[key]) if integers else x.grid.integers(x.before)
+            weights[key] = x.grid.weight(codes)
+        values = [(g, g.value(found.deltas[n].to(g.scale.device)) if gains else g.stored) for n, g in self.gains.items()]
+        install(block, weights, values)
+
+    def changed_share(self, found: Snapshot) -> tuple[int, int]:
+        """(integers that differ from the beginning, all of them)."""
+        changed = total = 0
+        for key, x in self.linears.items():
+            before = x.grid.codes(x.grid.integers(x.before))
+            changed += int((found.codes[key].to(before.device) != before).sum())
+            total += before.numel()
+        return changed, total
+
+
+def install(block: Block, weights: Mapping[str, Tensor], gains: Sequence[tuple[Gain, Tensor]]) -> list[Tensor]:
+    """Puts float16 weights and values of gains into a block; what the block computes with, in that order."""
+    leaves = []
+    for key, weight in weights.items():
+        block.bank.weights[key] = weight.to(block.bank.dtype)
+        leaves.append(block.bank.weights[key])
+    norms = norms_of(block)
+    for gain, value in gains:
+        if gain.role in block.bank.specs:
+            block.bank.biases[gain.role] = value.to(block.bank.dtype)
+            leaves.append(block.bank.biases[gain.role])
+            continue
+        leaf = value.float() + gain.offset
+        role, is_bias = gain.role.removesuffix(".bias"), gain.role.endswith(".bias")
+        for norm in norms[role]:
+            if is_bias:
+                norm.bias = leaf
+            else:
+                norm.weight = leaf
+        leaves.append(leaf)
+    return leaves
+
+
+def norms_of(block: Block) -> dict[str, list[Norm]]:
+    """The norms of a block by role; those of a parallel block share one weight."""
+    found: dict[str, list[Norm]] = {}
+    if isinstance(block, NormBlock):
+        found["norm"] = [block.norm]
+    if isinstance(block, MoeBlock):
+        found["norm"] = [block.experts.norm]
+    for half in block.halves:
+        for role in NORM_ROLES:
+            norm = getattr(half, role, None)
+            if norm is not None:
+                found.setdefault(role, []).append(norm)
+    return found

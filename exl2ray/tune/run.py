@@ -1,0 +1,270 @@
+"""The story of a tuning.
+
+    open      the EXL2 model and its source                                  exl2ray.tune.opening
+    rows      text to tune on, a part held out                               exl2ray.tune.rows
+    train     steps of Adam on KL(source || model)                           exl2ray.tune.training
+    decide    integers and norms, one of them, or nothing: the best on held-out text    exl2ray.tune.judge
+    write     the same tensors, the tuned ones in their place                exl2ray.tune.output
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exl2ray.calibration.data.sources import Source
+from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.calibration.tokenizer_files import has_tokenizer
+from exl2ray.errors import NumericError, SourceError
+from exl2ray.events import Reporter
+from exl2ray.formats.target import Owner, locked
+from exl2ray.store.fs import Store
+from exl2ray.store.records import hash_inputs
+from exl2ray.tune import judge, state
+from exl2ray.tune.opening import Pair, load_finished, load_source, load_tuned, open_pair, trainable
+from exl2ray.tune.output import Produce, write_tuned
+from exl2ray.tune.rows import TuningRows, batches, tuning_rows
+from exl2ray.tune.training import Rates, Trainer, schedule
+
+VERSION = 1  # of what equal settings come to
+WORK = ".exl2ray-tune"  # in the output directory, until it is complete
+EVALUATIONS = 8
+PATIENCE = 4  # evaluations in a row that are worse than the best one
+HOPELESS = math.log(2)  # worse than the best score by that much
+STAGE = "tune"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """directory: the EXL2 model. reference: its source. output: where the tuned one goes. sources: text; none: built-in.
+
+    tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
+    for norms and biases, relative to their size. dtype: of the products; None: float32 on CPUs, bfloat16 elsewhere.
+    """
+
+    directory: str
+    reference: str
+    output: str
+    sources: tuple[Source, ...] = ()
+    tokens: int = 1_000_000
+    length: int = 1024
+    step_tokens: int = 8192
+    rate: float = 2e-3
+    gain_rate: float = 2e-3
+    warmup: int = 20
+    seed: int = 0
+    checkpoint_seconds: float = 60.0
+    dtype: torch.dtype | None = None
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        return self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """kept: what of the training is in the output (`exl2ray.tune.judge`). before, after: KL by kind of held-out text; with
+    "mean" over all of it. changed: share of the integers. seconds: by part. worse: kinds that lost."""
+
+    directory: str
+    kept: str
+    ratio: float
+    steps: int
+    tokens: int
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    changed: float
+    worse: tuple[str, ...]
+    file_bytes: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def tune(settings: Settings, device: torch.device, reporter: Reporter) -> Tuned:
+    """Writes the tuned model. Raises Exl2RayError; what is done survives a kill, and the same call goes on."""
+    clock = _Clock()
+    if device.type == "cuda":  # products with one workspace, so that torch may be asked for what is reproducible
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    pair = open_pair(settings.directory, settings.reference)
+    rows = _rows(settings, pair)
+    for note in rows.notes:
+        reporter.event("note", message=note)
+    clock.lap("text")
+    identity = _identity(settings, pair, rows, device)
+    target = Path(settings.output)
+    work = target / WORK
+    owner = Owner(pair.exl2.fingerprint(), str(pair.start.path), identity, os.path.abspath(work))
+    with locked(target, owner), torch.no_grad():
+        trainer = _load(pair, settings, device, reporter)
+        clock.lap("load")
+        progress = _train(trainer, settings, rows, identity, Store.open(str(work)), reporter)
+        clock.lap("train")
+        result = _finish(trainer, pair, settings, rows, progress, owner, clock)
+        shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def _rows(settings: Settings, pair: Pair) -> TuningRows:
+    folder = next((m for m in (pair.start, pair.source) if has_tokenizer(m.path)), None)
+    if folder is None:
+        raise SourceError(
+            f"{pair.start.path} and {pair.source.path} have no tokenizer.json", "copy it into one of them: text needs it"
+        )
+    with load_tokenizer(folder.path, folder.source.config, folder.vocab_size) as tokenizer:
+        return tuning_rows(
+            settings.sources, tokenizer, settings.tokens, settings.length, pair.start.vocab_size, pair.start.bos_id,
+            settings.seed,
+        )  # fmt: skip
+
+
+def _identity(settings: Settings, pair: Pair, rows: TuningRows, device: torch.device) -> str:
+    """Of all that the bytes of the result depend on."""
+    kept = {k: v for k, v in asdict(settings).items() if k not in ("directory", "reference", "output", "sources")}
+    kept = {**kept, "dtype": str(settings.compute_dtype(device)), "checkpoint_seconds": None}
+    return hash_inputs(
+        version=VERSION, settings=kept, start=pair.exl2.fingerprint(), source=pair.source.source.fingerprint(),
+        rows=_digest(rows), device=device.type,
+    )  # fmt: skip
+
+
+def _digest(rows: TuningRows) -> str:
+    digest = hashlib.sha256()
+    for ids in (rows.ids, rows.held_ids):
+        digest.update(f"{tuple(ids.shape)}".encode())
+        digest.update(ids.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _load(pair: Pair, settings: Settings, device: torch.device, reporter: Reporter) -> Trainer:
+    dtype = settings.compute_dtype(device)
+    modules = [load_tuned(pair, module, device, dtype) for module in pair.start.spec.modules]
+    integers, others = trainable(modules)
+    reporter.event("note", message=f"tuning {integers:,} integers, {others:,} values of norms and biases")
+    return Trainer(modules, load_source(pair, device), device, int(pair.start.bos_id is not None))
+
+
+def _train(
+    trainer: Trainer, settings: Settings, rows: TuningRows, identity: str, store: Store, reporter: Reporter
+) -> state.Progress:
+    size = min(len(rows.ids), max(1, settings.step_tokens // settings.length))
+    steps = max(1, settings.tokens // (size * settings.length))
+    order = batches(len(rows.ids), size, steps, settings.seed)
+    source = trainer.source_states(rows.held_ids)
+    progress = state.restore(store, identity, trainer.modules) or state.Progress(identity)
+    every = max(1, -(-steps // EVALUATIONS))
+    start, saved = time.monotonic(), time.monotonic()
+    reporter.event("stage", stage=STAGE, items=steps, done=progress.step)
+
+    def judged() -> None:
+        found = judge.score(trainer.evaluate(rows.held_ids, source), rows.held_kinds)
+        _judged(progress, trainer, found, reporter, steps)
+
+    if not progress.scores:
+        judged()
+    while progress.step < steps and not progress.stopped:
+        begun = time.monotonic()
+        factor = schedule(progress.step, steps, min(settings.warmup, max(1, steps // 5)))
+        loss = trainer.step(rows.ids[order[progress.step]], Rates(settings.rate, settings.gain_rate, factor))
+        progress.step += 1
+        if progress.step % max(1, steps // 50) == 0 or progress.step == steps:
+            detail = f"KL {_finite(float(loss), progress.step):.4f}"
+            reporter.event(
+                "item", stage=STAGE, key=f"step {progress.step}", done=progress.step, items=steps,
+                seconds=time.monotonic() - begun, detail=detail,
+            )  # fmt: skip
+        if progress.step % every == 0 or progress.step == steps:
+            judged()
+        if time.monotonic() - saved > settings.checkpoint_seconds:
+            state.save(store, progress, trainer.modules)
+            saved = time.monotonic()
+    reporter.event("end", stage=STAGE, seconds=time.monotonic() - start)
+    return progress
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise NumericError(f"step {step} of tuning: the divergence is {loss}", "a lower --rate may help; please report it")
+    return loss
+
+
+def _judged(progress: state.Progress, trainer: Trainer, found: float, reporter: Reporter, steps: int) -> None:
+    """Takes note of a score; of the best state a snapshot is kept, and training that only makes it worse ends."""
+    progress.scores.append((progress.step, found))
+    best = progress.scores[progress.best][1] if progress.best >= 0 else math.inf
+    if found < best:
+        progress.best = len(progress.scores) - 1
+        progress.snapshots = {m.key: m.snapshot() for m in trainer.modules}
+    since = len(progress.scores) - 1 - progress.best
+    progress.stopped = since >= PATIENCE or not found <= best + HOPELESS
+    ratio = math.exp(found - progress.scores[0][1]) if math.isfinite(found) else math.nan
+    message = f"step {progress.step} of {steps}: held-out KL {math.exp(found):.4f}, {ratio:.3f} times that of the start"
+    reporter.event("note", message=message + ("; stopped here" if progress.stopped and progress.step < steps else ""))
+
+
+def _finish(
+    trainer: Trainer, pair: Pair, settings: Settings, rows: TuningRows, progress: state.Progress, owner: Owner, clock: _Clock
+) -> Tuned:
+    device, kinds, snapshots = trainer.device, rows.held_kinds, progress.snapshots
+    blocks = load_finished(pair, device)
+    source = trainer.source_states(rows.held_ids)
+    before = trainer.evaluate(rows.held_ids, source, blocks)
+    found = {}
+    for name, (integers, gains) in judge.VARIANTS.items():
+        for module, block in zip(trainer.modules, blocks, strict=True):
+            module.install_in(block, snapshots[module.key], integers, gains)
+        found[name] = trainer.evaluate(rows.held_ids, source, blocks)
+    verdict = judge.decide(before, found, kinds)
+    after = found.get(verdict.kept, before)
+    clock.lap("decide")
+    integers, gains = judge.VARIANTS.get(verdict.kept, (False, False))
+    changed, total = (sum(n) for n in zip(*(m.changed_share(snapshots[m.key]) for m in trainer.modules), strict=True))
+    steps, tokens = progress.scores[progress.best][0], len(rows.ids) * rows.ids.shape[1]
+    facts = {
+        "kept": verdict.kept, "steps": steps, "tokens": tokens, "kl_before": float(before.mean()),
+        "kl_after": float(after.mean()),
+    }  # fmt: skip
+    nbytes = write_tuned(pair.exl2, Path(settings.output), owner, _tensors(trainer, progress, integers, gains), facts)
+    clock.lap("write")
+    return Tuned(
+        settings.output, verdict.kept, verdict.ratio, steps, tokens, _figures(before, kinds), _figures(after, kinds),
+        changed / max(1, total) if integers else 0.0, verdict.worse, nbytes, clock.laps,
+    )  # fmt: skip
+
+
+def _tensors(trainer: Trainer, progress: state.Progress, integers: bool, gains: bool) -> dict[str, Produce]:
+    """Name in the file -> what makes the tuned tensor."""
+    out: dict[str, Produce] = {}
+    for module in trainer.modules:
+        found = progress.snapshots[module.key]
+        for key, x in module.linears.items():
+            if integers:
+                out[f"{key}.q_weight"] = lambda x=x, c=found.codes[key]: x.grid.packed(x.before, c).q_weight  # type: ignore[misc]
+        for name, gain in module.gains.items():
+            if gains:
+                before = next((x.before.bias for key, x in module.linears.items() if key == gain.role), None)
+                value = gain.value(found.deltas[name].to(gain.scale.device)).cpu()
+                out[name] = lambda v=value, b=before: v if b is None else torch.cat([v, b[len(v) :]])  # type: ignore[misc]
+    return out
+
+
+def _figures(rows: Tensor, kinds: tuple[str, ...]) -> dict[str, float]:
+    return {**judge.by_kind(rows, kinds), "mean": float(rows.mean())}
+
+
+class _Clock:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now

@@ -1,0 +1,195 @@
+"""One step: both models forward on the same rows, the loss, and the way back, module by module.
+
+A step's rows are cut into `SHARES`, each computed by itself in tensors of one shape; gradients are summed along a tree.
+So the results do not depend on who computes which share. On the way forward the states before every module are kept; on the
+way back a module is computed once more with gradients, unless there is memory to keep what that takes the first time (the
+same numbers, earlier). A module is updated as soon as the gradients of all shares are there: those of one exist at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from exl2ray.model.blocks import Block
+from exl2ray.tune.divergence import divergence_backward, divergences
+from exl2ray.tune.module import TunedModule
+from exl2ray.tune.sums import Gradients, TreeOfSums
+
+SHARES = 4  # of a step's rows; a power of two
+EVALUATED_AT_ONCE = 8192  # tokens
+GRAPH_BYTES = 6  # kept for the way back by a token in a module, for each input and output of its linears
+GRAPH_SHARE = 0.35  # of the free memory of a GPU that may be used so
+GRAPH_BYTES_ON_CPU = 1 << 30
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of Adam: latents in steps of the grid, gains relative to the size of what they scale; ``factor``: of the schedule."""
+
+    latents: float
+    gains: float
+    factor: float = 1.0
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor on the rate at ``step`` (from 0): up along a line, then down to 0 along a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Trainer:
+    """The model that is tuned, and its source. ``skip``: positions at the start of a row that do not count (BOS)."""
+
+    def __init__(self, modules: Sequence[TunedModule], source: Sequence[Block], device: torch.device, skip: int = 0) -> None:
+        self.modules, self.source, self.device, self.skip = list(modules), list(source), device, skip
+        self.first = next((i for i, m in enumerate(self.modules) if m.trained), len(self.modules))
+
+    def step(self, ids: Tensor, rates: Rates) -> Tensor:
+        """ids (R, T) -> mean divergence over the rows before the step, float64 on the device; the model is updated."""
+        shares = [share for share in ids.to(self.device).tensor_split(min(SHARES, len(ids))) if len(share)]
+        source = [self._source_states(share) for share in shares]
+        counted = ids.shape[0] * (ids.shape[1] - self.skip)
+        with _reproducible(self.device):
+            kept = self._forward(shares)
+            return self._backward(kept, source, counted, rates) / counted
+
+    def _source_states(self, ids: Tensor) -> Tensor:
+        """(positions, hidden) before the head of the source, those that count."""
+        with torch.no_grad():
+            x = ids
+            for block in self.source[:-1]:
+                x = block.forward(x)
+        return x[:, self.skip :].flatten(0, 1)
+
+    def _forward(self, shares: Sequence[Tensor]) -> list[list[_Pass]]:
+        """By module but the head, by share: what goes into it, and what comes out."""
+        keep = self._graphs_fit(sum(s.numel() for s in shares), shares[0].shape[1])
+        kept, xs = [], list(shares)
+        for i, module in enumerate(self.modules[:-1]):
+            passes = [_forward(module, x, i >= self.first, i > self.first, keep) for x in xs]
+            kept.append(passes)
+            xs = [p.after.detach() for p in passes]
+        return kept
+
+    def _backward(self, kept: list[list[_Pass]], source: list[Tensor], counted: int, rates: Rates) -> Tensor:
+        head, total = self.modules[-1], torch.zeros((), dtype=torch.float64, device=self.device)
+        gradients, sums = [], TreeOfSums()
+        for p, theirs in zip(kept[-1], source, strict=True):
+            states = p.after.detach()[:, self.skip :]
+            kl, gradient, of_leaves = divergence_backward(
+                head.block, head.leaves, self.source[-1], states.flatten(0, 1), theirs, 1 / counted
+            )
+            whole = torch.zeros_like(p.after)
+            whole[:, self.skip :] = gradient.view_as(states)
+            gradients.append(whole)
+            sums.add(of_leaves)
+            total += kl
+        self._update(head, sums, rates)
+        for i in range(len(self.modules) - 2, self.first - 1, -1):
+            module, passes, sums = self.modules[i], kept.pop(), TreeOfSums()
+            for s, p in enumerate(passes):
+                gradients[s], of_leaves = _backward(module, p, gradients[s], i > self.first)
+                sums.add(of_leaves)
+            self._update(module, sums, rates)
+        return total
+
+    def _update(self, module: TunedModule, sums: TreeOfSums, rates: Rates) -> None:
+        if module.trained:
+            module.update(sums.total(), rates.factor * rates.latents, rates.factor * rates.gains)
+
+    def _graphs_fit(self, tokens: int, length: int) -> bool:
+        widths = sum(x.in_features + x.out_features for m in self.modules[:-1] for x in m.block.module.linears)
+        needed = GRAPH_BYTES * widths * tokens
+        if self.device.type != "cuda":
+            hyper = self.modules[0].block.spec.hyper
+            needed = 2 * needed + 8 * hyper.num_layers * hyper.heads * length * tokens
+            return needed <= GRAPH_BYTES_ON_CPU
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return needed <= GRAPH_SHARE * free
+
+    @torch.no_grad()
+    def source_states(self, ids: Tensor) -> Tensor:
+        """(R, positions, hidden) before the head of the source, on the host."""
+        count = max(1, EVALUATED_AT_ONCE // ids.shape[1])
+        parts = [self._source_states(part.to(self.device)).cpu() for part in _pieces(ids, count)]
+        return torch.cat(parts).view(len(ids), ids.shape[1] - self.skip, -1)
+
+    @torch.no_grad()
+    def evaluate(self, ids: Tensor, source: Tensor, blocks: Sequence[Block] | None = None) -> Tensor:
+        """Mean divergence of each row, (R,) float64. source: from `source_states`. blocks: in place of the modules' own."""
+        *body, head = [m.block for m in self.modules] if blocks is None else blocks
+        out = []
+        count = max(1, EVALUATED_AT_ONCE // ids.shape[1])
+        for part, theirs in zip(_pieces(ids, count), _pieces(source, count), strict=True):
+            x = part.to(self.device)
+            for block in body:
+                x = block.forward(x)
+            states = x[:, self.skip :].flatten(0, 1)
+            found = divergences(head, self.source[-1], states, theirs.to(self.device).flatten(0, 1))
+            out.append(found.double().view(len(part), -1).mean(1).cpu())
+        return torch.cat(out)
+
+
+def _pieces(rows: Tensor, count: int) -> list[Tensor]:
+    return [rows[i : i + count] for i in range(0, len(rows), count)]
+
+
+@dataclass(eq=False)
+class _Pass:
+    """States before a module and after it; if the graph is kept, ``before`` is a leaf and ``after`` hangs on it."""
+
+    before: Tensor
+    after: Tensor
+
+
+def _forward(module: TunedModule, x: Tensor, trained: bool, inputs: bool, keep: bool) -> _Pass:
+    if not (trained and keep):
+        with torch.no_grad():
+            return _Pass(x, module.block.forward(x))
+    with torch.enable_grad():
+        before = x.detach().requires_grad_(inputs)
+        return _Pass(before, module.block.forward(before))
+
+
+def _backward(module: TunedModule, p: _Pass, gradient: Tensor, inputs: bool) -> tuple[Tensor, Gradients]:
+    """Gradients at the states before a module, if they are asked for (else as given), and at its leaves."""
+    if not p.after.requires_grad and (module.leaves or inputs):
+        p = _forward(module, p.before, True, inputs, True)
+    wanted = [p.before, *module.leaves] if inputs else module.leaves
+    found: Gradients = list(torch.autograd.grad(p.after, wanted, gradient.to(p.after.dtype), allow_unused=True))
+    if not inputs:
+        return gradient, found
+    mine = found.pop(0)
+    return torch.zeros_like(p.before) if mine is None else mine, found
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Attention whose backward pass adds up in a fixed order.
+
+    On GPUs the fused forms have one that torch takes when it is told to be deterministic; on CPUs the plain form does.
+    """
+    if device.type != "cuda":
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+        return
+    settings: Any = torch.utils.deterministic
+    before, filling = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False
+    try:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filling

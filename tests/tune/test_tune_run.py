@@ -1,0 +1,194 @@
+"""A whole tuning: what it writes, that it is never worse, that a kill costs nothing but time, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bounded import exl2ray
+from safetensors import safe_open
+
+from exl2ray.calibration.data.sources import local_source
+from exl2ray.evaluate.compare import evaluate
+from exl2ray.events import Silent
+from exl2ray.formats.files import sha256_of
+from exl2ray.formats.verify import verify_directory
+from exl2ray.tune import judge
+from exl2ray.tune.run import WORK, Settings, Tuned, tune
+
+Pairs = Callable[..., tuple[Path, Path]]
+ROOT = Path(__file__).resolve().parents[2]
+SMALL: dict[str, Any] = {"tokens": 8192, "length": 64, "step_tokens": 512, "rate": 2e-2, "gain_rate": 5e-3}
+
+
+def settings(pair: Pairs, text: tuple[Path, Path], output: Path, family: str = "Llama", **changes: Any) -> Settings:
+    source, exl2 = pair(family)
+    sources = tuple(local_source(str(path)) for path in text)
+    return Settings(**{**SMALL, "directory": str(exl2), "reference": str(source), "output": str(output), "sources": sources,
+                       **changes})  # fmt: skip
+
+
+def tuned(found: Settings) -> Tuned:
+    return tune(found, torch.device("cpu"), Silent())
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    with safe_open(directory / "output.safetensors", framework="pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}
+
+
+def test_less_divergence_in_a_file_of_the_same_size(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:
+    source, exl2 = pair("Llama")
+    result = tuned(settings(pair, text, tmp_path / "out"))
+    assert result.kept == "integers and norms"
+    assert list(result.before) == ["letters.txt", "figures.txt", "mean"]
+    assert all(result.after[kind] < 0.8 * before for kind, before in result.before.items())
+    assert 0 < result.changed < 0.5
+    before, after = tensors(exl2), tensors(tmp_path / "out")
+    assert list(before) == list(after)
+    assert (exl2 / "output.safetensors").stat().st_size == (tmp_path / "out" / "output.safetensors").stat().st_size
+    kept = [name for name in before if torch.equal(before[name], after[name])]
+    changed = set(before) - set(kept)
+    assert all(name.endswith((".q_weight", "norm.weight")) for name in changed)
+    assert "model.norm.weight" in changed
+    assert "lm_head.q_weight" in changed
+    assert verify_directory(tmp_path / "out") == []
+    assert not (tmp_path / "out" / WORK).exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"].pop("tuned")["kept"] == "integers and norms"
+    assert config == json.loads((exl2 / "config.json").read_text())
+    # what it says is what an evaluation of the directories says
+    ids = torch.randint(35, 60, (4, 64), generator=torch.Generator().manual_seed(1))
+    kl = [evaluate(d, source, ids, "cpu").kl for d in (exl2, tmp_path / "out")]
+    assert kl[1] is not None
+    assert kl[0] is not None
+    assert kl[1].value < 0.9 * kl[0].value
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mixtral"])
+def test_biases_and_experts(pair: Pairs, text: tuple[Path, Path], tmp_path: Path, family: str) -> None:
+    _, exl2 = pair(family)
+    result = tuned(settings(pair, text, tmp_path / "out", family, tokens=4096))
+    assert result.ratio < 0.99
+    before, after = tensors(exl2), tensors(tmp_path / "out")
+    endings = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert endings <= {"q_weight", "weight", "bias"}
+    assert ("bias" in endings) == (family == "Qwen2")
+    assert verify_directory(tmp_path / "out") == []
+
+
+def test_what_does_not_gain_is_left_as_it_was(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:
+    _, exl2 = pair("Llama")
+    result = tuned(settings(pair, text, tmp_path / "out", rate=0.9, gain_rate=0.9, tokens=1024))
+    assert (result.kept, result.ratio, result.changed) == ("nothing", 1.0, 0.0)
+    assert result.before == result.after
+    assert sha256_of(exl2 / "output.safetensors") == sha256_of(tmp_path / "out" / "output.safetensors")
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {here!r}]
+torch.set_num_threads(1)
+from exl2ray.tune import state
+from test_tune_run import settings, tuned
+save, saved = state.save, []
+def saving(*given):
+    save(*given)
+    saved.append(1)
+    if len(saved) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+state.save = saving
+pair = lambda family: (Path({source!r}), Path({exl2!r}))
+tuned(settings(pair, (Path({first!r}), Path({second!r})), Path({out!r}), checkpoint_seconds=0))
+"""
+
+
+def test_killed_it_comes_to_the_same_bytes(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:
+    source, exl2 = pair("Llama")
+    tuned(settings(pair, text, tmp_path / "whole"))
+    places = {"tests": str(ROOT / "tests"), "here": str(Path(__file__).parent), "source": str(source), "exl2": str(exl2),
+              "first": str(text[0]), "second": str(text[1]), "out": str(tmp_path / "killed")}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", KILLED.format(**places)], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "config.json").exists()
+    reporter = Silent()
+    tune(settings(pair, text, tmp_path / "killed"), torch.device("cpu"), reporter)
+    assert next(f["done"] for name, f in reporter.events if name == "stage") == 8
+    names = ("output.safetensors", "config.json")
+    assert [sha256_of(tmp_path / "whole" / n) for n in names] == [sha256_of(tmp_path / "killed" / n) for n in names]
+
+
+def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:
+    source, exl2 = pair("Llama")
+    out = tmp_path / "out"
+    arguments = ["tune", exl2, "--reference", source, "-o", out, "--tokens", "2k", "--length", "64", "--step-tokens", "256",
+                 "--rate", "0.02", "--text", text[0], "--device", "cpu"]  # fmt: skip
+    run = exl2ray(*arguments, "--report", seconds=20)
+    run.ends_with(0, "KL (nats) on held-out text", "letters.txt", "kept: integers", "of the integers changed in")
+    as_json = json.loads(exl2ray(*arguments, "--json", seconds=20).out)
+    assert as_json["after"]["mean"] < as_json["before"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"directory": "source"}, 2, "is no EXL2 model"),
+        ({"reference": "Mixtral"}, 3, "of another size than in --reference"),
+        ({"--tokens": "none"}, 2, "not a number of tokens"),
+        ({"--length": "8"}, 2, "at least 16 tokens"),
+        ({"--step-tokens": "32"}, 2, "at least one row of --length 64"),
+        ({"--rate": "0"}, 2, "a number between 0 and 1"),
+        ({"--text": "/nowhere.txt"}, 2, "does not exist"),
+        ({"--length": "100000"}, 4, "at least two rows of 100000 are needed"),
+        ({"output": "exl2"}, 2, "holds"),
+    ],
+)
+def test_what_cannot_be_tuned(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, change: dict[str, str], status: int, words: str
+) -> None:
+    source, exl2 = pair("Llama")
+    places = {"source": source, "exl2": exl2, "Mixtral": pair("Mixtral")[0]}
+    given = {"directory": exl2, "reference": source, "output": tmp_path / "out", "--tokens": "2k", "--length": "64",
+             "--step-tokens": "100000", "--rate": "0.002", "--text": text[0], "--device": "cpu"}  # fmt: skip
+    given |= {name: places.get(value, value) for name, value in change.items()}
+    flags = [x for name, value in given.items() if name.startswith("--") for x in (name, value)]
+    arguments = [given["directory"], "--reference", given["reference"], "-o", given["output"], *flags]
+    exl2ray("tune", *arguments).ends_with(status, words)
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+KINDS = ("a",) * 40 + ("b",) * 40
+
+
+def noisy(a: float, b: float, seed: int = 0) -> torch.Tensor:
+    rows = torch.randn(80, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.02
+    return (1 + rows) * torch.tensor([a] * 40 + [b] * 40, dtype=torch.float64)
+
+
+def test_the_variant_with_the_least_divergence_is_kept() -> None:
+    found = {"integers and norms": noisy(0.5, 5.0), "integers": noisy(0.6, 6.0), "norms": noisy(0.9, 9.0)}
+    verdict = judge.decide(noisy(1, 10), found, KINDS)
+    assert (verdict.kept, verdict.worse) == ("integers and norms", ())
+    assert verdict.ratio == pytest.approx(0.5)
+
+
+def test_a_gain_within_the_noise_is_none() -> None:
+    assert judge.decide(noisy(1, 10), {"norms": noisy(0.999, 9.995, seed=1)}, KINDS).kept == judge.NOTHING
+    assert judge.decide(noisy(1, 10), {"norms": noisy(float("nan"), 9)}, KINDS).kept == judge.NOTHING
+
+
+def test_one_that_is_worse_on_no_kind_of_text_comes_first() -> None:
+    found = {"integers and norms": noisy(0.3, 11.0), "norms": noisy(0.8, 9.5)}
+    assert judge.decide(noisy(1, 10), found, KINDS).kept == "norms"
+    del found["norms"]
+    verdict = judge.decide(noisy(1, 10), found, KINDS)
+    assert (verdict.kept, verdict.worse) == ("integers and norms", ("b",))

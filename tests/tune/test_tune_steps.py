@@ -1,0 +1,162 @@
+"""A step of training: its gradients against autograd over the whole model; integers and gains; sums along the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from exl2ray.quant.pack import dequantize
+from exl2ray.tune import divergence, training
+from exl2ray.tune.gains import Gain
+from exl2ray.tune.grid import REACH
+from exl2ray.tune.module import TunedModule
+from exl2ray.tune.opening import Pair, load_source, load_tuned, open_pair
+from exl2ray.tune.sums import TreeOfSums
+from exl2ray.tune.training import Rates, Trainer, schedule
+
+CPU = torch.device("cpu")
+FAMILIES = ["Llama", "Mixtral", "Cohere", "Gemma2", "Qwen2"]  # sequential, experts, parallel, softcaps and offsets, biases
+Pairs = Callable[..., tuple[Path, Path]]
+
+
+class Recording(TunedModule):
+    """Keeps the gradients instead of taking a step."""
+
+    found: list[Tensor | None]
+
+    def update(self, gradients: Sequence[Tensor | None], rate: float, gain_rate: float) -> None:
+        self.found = list(gradients)
+
+
+def opened(pair: Pairs, family: str) -> Pair:
+    source, exl2 = pair(family)
+    return open_pair(exl2, source)
+
+
+def trainer(found: Pair, recording: bool = True) -> Trainer:
+    modules = [load_tuned(found, m, CPU, torch.float32) for m in found.start.spec.modules]
+    if recording:
+        modules = [Recording(m.block, m.linears, list(m.gains.values())) for m in modules]
+    return Trainer(modules, load_source(found, CPU), CPU, int(found.start.bos_id is not None))
+
+
+def token_ids(found: Pair, rows: int = 6, length: int = 20) -> Tensor:
+    return torch.randint(0, found.start.vocab_size, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_whole_model(pair: Pairs, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = opened(pair, family)
+    mine, ids = trainer(found), token_ids(found)
+    monkeypatch.setattr(divergence, "LOGITS_AT_ONCE", 7 * found.start.vocab_size)  # a few positions at a time
+    loss = mine.step(ids, Rates(1e-3, 1e-3))
+
+    x = y = ids
+    for module, block in zip(mine.modules, mine.source, strict=True):
+        x, y = module.block.forward(x), block.forward(y)
+    p, q = (t[:, mine.skip :].log_softmax(-1) for t in (y, x))
+    expected_loss = (p.exp() * (p - q)).sum(-1).mean()
+    leaves = [leaf for m in mine.modules for leaf in m.leaves]
+    expected = torch.autograd.grad(expected_loss, leaves, allow_unused=True)
+    assert float(loss) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    assert float(loss) > 1e-5
+    gradients = [g for m in mine.modules if m.trained for g in m.found]  # type: ignore[attr-defined]
+    assert len(gradients) == len(expected) > 10
+    for g, e in zip(gradients, expected, strict=True):
+        assert (g is None) == (e is None)
+        if g is not None and e is not None:
+            assert float((g - e).norm()) <= 1e-4 * float(e.norm()) + 1e-9
+    assert any(e is not None and float(e.norm()) > 0 for e in expected)
+
+
+def test_the_same_numbers_whether_graphs_are_kept_or_modules_computed_again(
+    pair: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, results = opened(pair, "Llama"), []
+    for room in (1 << 40, 0):
+        monkeypatch.setattr(training, "GRAPH_BYTES_ON_CPU", room)
+        one = trainer(found, recording=False)
+        for _ in range(2):
+            one.step(token_ids(found), Rates(2e-3, 2e-3))
+        results.append([p.clone() for m in one.modules for p in m.parameters().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_steps_lower_the_divergence(pair: Pairs) -> None:
+    found = opened(pair, "Llama")
+    one, ids = trainer(found, recording=False), token_ids(found, 8, 32)
+    source = one.source_states(ids)
+    before = one.evaluate(ids, source).mean()
+    for step in range(12):
+        one.step(ids, Rates(2e-2, 5e-3, schedule(step, 12, 2)))
+    assert float(one.evaluate(ids, source).mean()) < 0.8 * float(before)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])
+def test_integers_come_back_as_they_were_packed(pair: Pairs, family: str) -> None:
+    found = opened(pair, family)
+    for module in found.start.spec.modules:
+        for key, x in load_tuned(found, module, CPU, torch.float32).linears.items():
+            integers = x.grid.integers(x.before)
+            columns = x.grid.columns
+            assert torch.equal(x.grid.weight(integers), dequantize(x.before)[:, :columns]), key
+            assert torch.equal(x.grid.rounded(x.latents.clone()), integers), key
+            assert float((x.latents - integers).abs().max()) <= REACH + 1e-6
+            assert torch.equal(x.grid.packed(x.before, x.grid.codes(integers)).q_weight, x.before.q_weight), key
+
+
+def test_integers_that_moved_are_what_the_loader_decodes_and_stay_in_the_range_of_their_width(pair: Pairs) -> None:
+    found = opened(pair, "Llama")
+    x = load_tuned(found, found.start.spec.modules[-1], CPU, torch.float32).linears["lm_head"]
+    moved = x.latents + 40 * torch.randn(x.latents.shape, generator=torch.Generator().manual_seed(0))
+    integers = x.grid.rounded(moved)
+    assert bool((integers >= x.grid.low).all())
+    assert bool((integers <= x.grid.high).all())
+    packed = x.grid.packed(x.before, x.grid.codes(integers))
+    assert torch.equal(dequantize(packed)[:, : x.grid.columns], x.grid.weight(integers))
+    assert not torch.equal(packed.q_weight, x.before.q_weight)
+    padded = slice(x.grid.columns, None)
+    assert torch.equal(dequantize(packed)[:, padded], dequantize(x.before)[:, padded])
+
+
+def test_gains_of_heads_that_share_a_weight_stay_shared() -> None:
+    stored = torch.tensor([[1.0, -0.5, 0.0]]).half().repeat(4, 1)
+    gain = Gain.of("q_norm", "q_norm", stored, 1.0, CPU)
+    assert gain.delta.shape == (1, 3)
+    assert torch.equal(gain.value(), stored)
+    gradient = gain.gradient(torch.ones(4, 3))
+    torch.testing.assert_close(gradient, 4 * gain.scale)
+    gain.delta += torch.tensor([[0.1, -0.1, 0.2]])
+    assert gain.value().shape == (4, 3)
+    assert bool((gain.value() == gain.value()[:1]).all())
+    torch.testing.assert_close(gain.value()[0].float(), torch.tensor([1.2, -0.55, 0.2]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+def test_sums_along_the_tree(count: int) -> None:
+    g = torch.Generator().manual_seed(count)
+    shares = [[torch.randn(5, generator=g), None if i % 2 else torch.randn(3, generator=g)] for i in range(count)]
+    tree = TreeOfSums()
+    for share in shares:
+        tree.add([None if t is None else t.clone() for t in share])
+    first, second = tree.total()
+    level = [s[0] for s in shares]
+    while len(level) > 1:
+        level = [level[i] + level[i + 1] if i + 1 < len(level) else level[i] for i in range(0, len(level), 2)]  # type: ignore[operator]
+    assert first is not None
+    assert level[0] is not None
+    assert torch.equal(first, level[0])
+    assert second is not None
+    torch.testing.assert_close(second, sum(s[1] for s in shares if s[1] is not None))
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [schedule(step, 100, 20) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 20)
+    assert max(rates) == rates[19] == 1.0
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert 0 < rates[-1] < 0.01
