@@ -10,7 +10,8 @@ from exl2ray.calibration.data.sources import local_source
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.forward import checked_device
 from exl2ray.events import Silent
-from exl2ray.terminal.console import duration, file_size, human_reporter, show_table
+from exl2ray.terminal.console import duration, file_size
+from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.tune.run import Settings, Tuned, tune
 from exl2ray.units import parse_count
 

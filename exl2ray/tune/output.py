@@ -14,11 +14,11 @@ from exl2ray.formats.files import atomic_file
 from exl2ray.formats.shards import (
     TensorEntry,
     config_bytes,
-    copy_side_files,
     plan_shards,
     shard_names,
     write_shards,
 )
+from exl2ray.formats.side_files import copy_side_files
 from exl2ray.formats.target import Owner, check_claim, claim_target, release_target, withdraw
 
 Produce = Callable[[], Tensor]
