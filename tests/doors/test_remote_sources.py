@@ -170,6 +170,23 @@ def test_object_stores(
     again.ends_with(0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hub", "s3"])
+def test_ray_workers_read_the_source_themselves(
+    kind: str, request: pytest.FixtureRequest, text: Path, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    place = request.getfixturevalue(kind)
+    address, env = ("hf://me/model", hub_env(place, tmp_path)) if kind == "hub" else place[:2]
+    workers = [x for x in QUICK if x not in ("--executor", "inline")] + ["--executor", "ray", "--gpus", "2"]
+    places = ("-o", tmp_path / "work", "-cf", tmp_path / "out")
+    done = exl2ray("convert", "-i", address, *places, "-c", text, *workers, seconds=240, memory=8 << 30, env=env)
+    done.ends_with(0)
+    assert without_card(made(tmp_path)) == without_card(wanted)
+    for secret in (TOKEN, SIGNATURE, SECRET):
+        assert secret not in done.out + done.err
+    no_secret_below(tmp_path / "work", TOKEN, SIGNATURE, SECRET)
+
+
 def test_an_object_that_changed_ends_a_resume(s3: Any, text: Path, tmp_path: Path) -> None:
     _, env, client = s3
     other = "s3://models/changing"
