@@ -31,11 +31,9 @@ from exl2ray.formats.side_files import copy_side_files, stale_side_files
 from exl2ray.formats.target import Owner, check_claim, check_target, claim_target, release_target, withdraw
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
-from exl2ray.model.weights import output_tensors, read_plain
+from exl2ray.model.weights import output_tensors, plain_shape, read_plain
 from exl2ray.outputs import OutputSummary
-from exl2ray.plan.sizes import plain_shape
-from exl2ray.publish.card import CardInfo, converted, model_card, write_card
-from exl2ray.publish.origin import CARD
+from exl2ray.publish.card import CARD, CardInfo, converted, model_card, write_card
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.result_warnings import ResultWarnings
 from exl2ray.store.layout import CALIBRATION, quant_kind

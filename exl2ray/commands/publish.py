@@ -23,8 +23,8 @@ from exl2ray.publish.frontmatter import Value, read_fields, split_card, with_fie
 from exl2ray.publish.index import BranchRow, index_card, with_branches
 from exl2ray.publish.names import CARD
 from exl2ray.publish.origin import MAX_CARD_BYTES, REPOSITORY, original_card
-from exl2ray.publish.token import read_token, redacted_logs
 from exl2ray.recipe import bpw_name
+from exl2ray.remote.token import read_token, redacted_logs
 from exl2ray.terminal.console import clean, file_size, plural, text_table
 
 if TYPE_CHECKING:

@@ -17,17 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
-from exl2ray.doctor.findings import OPEN_FILES, Finding, Level
+from exl2ray.beneath import existing_parent
+from exl2ray.doctor.findings import OPEN_FILES, Finding, Level, problem
 from exl2ray.doctor.gpu import driver_fix, gpus, kernels
 from exl2ray.doctor.probes import KERNEL, RAY, TORCH, nvidia_smi, run_probe
 from exl2ray.doctor.ray_start import ray_cluster, ray_start
-from exl2ray.host import (
-    SHARED_MEMORY_FIX,
-    container_limit_bytes,
-    main_memory_bytes,
-    nccl_bytes,
-    shared_memory_bytes,
-)
+from exl2ray.host import SHARED_MEMORY_FIX, container_limit_bytes, main_memory_bytes, nccl_bytes, shared_memory_bytes
 from exl2ray.terminal.console import clean, file_size, is_terminal, plural
 from exl2ray.terminal.live import show_table
 
@@ -51,7 +46,7 @@ def examine(out_dir: str) -> list[Finding]:
         ray_found = {} if ray_probe is None else ray_probe.result()
     usable = len(torch_found.get("gpus") or [])
     if driver_error:
-        found.append(Finding("GPU driver", driver_error, "problem", driver_fix(driver_error)))
+        found += problem("GPU driver", driver_error, driver_fix(driver_error))
     found += _guarded("GPUs", lambda: gpus(cards, torch_found))
     found += _guarded("kernels", lambda: kernels(bool(cards), torch_found, kernel_found))
     found += _guarded("memory", memory)
@@ -81,48 +76,38 @@ def _guarded(topic: str, check: Callable[[], list[Finding]]) -> list[Finding]:
 
 def versions() -> list[Finding]:
     """exl2ray, Python and the packages, compared with what exl2ray asks for."""
+    from packaging.specifiers import SpecifierSet  # Ray depends on it
+
     from exl2ray import __version__
 
-    python = f"{platform.python_version()} ({sys.executable})"
-    found = [Finding("exl2ray", __version__), _python(python)]
+    tested, text = (3, 10) <= sys.version_info[:2] < (3, 14), f"{platform.python_version()} ({sys.executable})"
+    doubt: tuple[Level, str] = ("warning", "exl2ray is tested with Python 3.10 to 3.13")
+    found = [Finding("exl2ray", __version__), Finding("Python", text) if tested else Finding("Python", text, *doubt)]
     wanted = _requirements()
     for name in (*PACKAGES, "huggingface-hub"):
         needed = wanted.get(name, "")
+        fix = f'pip install "{name}{needed}"'
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            if name not in OPTIONAL:
-                found.append(Finding(name, "missing", "problem", f'pip install "{name}{needed}"'))
+            found += [] if name in OPTIONAL else problem(name, "missing", fix)
             continue
-        if needed and not _satisfied(version, needed):
-            fix = f'pip install "{name}{needed}"'
-            found.append(Finding(name, f"{version}, but exl2ray needs {needed}", "problem", fix))
-        else:
+        if SpecifierSet(needed).contains(version, prereleases=True):
             found.append(Finding(name, version))
+        else:
+            found += problem(name, f"{version}, but exl2ray needs {needed}", fix)
     return found
-
-
-def _python(text: str) -> Finding:
-    if (3, 10) <= sys.version_info[:2] < (3, 14):
-        return Finding("Python", text)
-    return Finding("Python", text, "warning", "exl2ray is tested with Python 3.10 to 3.13")
 
 
 def _requirements() -> dict[str, str]:
     """Package -> version specifier, as exl2ray's own metadata has it; empty if it is not installed."""
-    from packaging.requirements import Requirement  # Ray depends on it
+    from packaging.requirements import Requirement
 
     try:
         lines = metadata.requires("exl2ray") or []
     except metadata.PackageNotFoundError:
         return {}
     return {r.name: str(r.specifier) for r in map(Requirement, lines)}
-
-
-def _satisfied(version: str, specifier: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(specifier).contains(version, prereleases=True)
 
 
 def memory() -> list[Finding]:
@@ -151,7 +136,7 @@ def shared_memory(gpus: int = 1) -> list[Finding]:
     text = f"{file_size(free)} free of {file_size(total)}"
     if free < needed:
         text += f": too small for {gpus} GPUs that work together, which need {file_size(needed)}"
-        return [Finding("/dev/shm", text, "problem", SHARED_MEMORY_FIX)]
+        return problem("/dev/shm", text, SHARED_MEMORY_FIX)
     if free < STORE_BYTES:
         text += f"; Ray wants {file_size(STORE_BYTES)}, and keeps its objects in files otherwise, slowly"
         return [Finding("/dev/shm", text, "warning", SHARED_MEMORY_FIX)]
@@ -165,13 +150,11 @@ def disks(out_dir: str) -> list[Finding]:
         if "://" in path:
             found.append(Finding(topic, f"{path}: an object store, not examined"))
             continue
-        place = Path(path).absolute()
-        while not place.exists():
-            place = place.parent
+        place = existing_parent(Path(path))
         usage = shutil.disk_usage(place)
         text = f"{file_size(usage.free)} free of {file_size(usage.total)} at {place}"
         if not os.access(place, os.W_OK):
-            found.append(Finding(topic, f"{place} cannot be written", "problem", "choose another directory with -o"))
+            found += problem(topic, f"{place} cannot be written", "choose another directory with -o")
         elif topic == "work directory" and usage.free < WORK_BYTES:
             found.append(Finding(topic, text, "warning", "a 7B model needs about 15 GB for work files and output"))
         elif usage.free < usage.total * 0.05:

@@ -9,7 +9,7 @@ import tempfile
 
 from exl2ray.dist.private import TEMP_PREFIX
 from exl2ray.dist.starting import trusted_folder
-from exl2ray.doctor.findings import OPEN_FILES, Finding, Level
+from exl2ray.doctor.findings import OPEN_FILES, Finding, Level, Remedies, problem, remedy
 from exl2ray.doctor.probes import Probe
 from exl2ray.terminal.console import duration
 
@@ -31,22 +31,19 @@ def _ray_fix(error: str) -> str:
     """What to do about a Ray that does not start; the complaints are those of Ray 2.54 to 2.60."""
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     logs = f"logs: {folder}/{TEMP_PREFIX}*/r/session_latest/logs"
-    if "No module named" in error:
-        return "pip install exl2ray again: a package is missing"
-    if "AF_UNIX path" in error:
-        return f"{folder} is too long a path for Ray's sockets: export RAY_TMPDIR=/tmp"
-    if "Read-only file system" in error or "Permission denied" in error:
-        return f"Ray must write into {folder}: export RAY_TMPDIR to a directory of your own with a short name"
-    if "No space left" in error:
-        return f"{folder} is full: make room, or export RAY_TMPDIR to a directory on another disk"
-    if "Too many open files" in error or "timed out during startup" in error:
-        return f"raise the limit of open files (ulimit -n {OPEN_FILES * 16}); is the machine overloaded? {logs}"
-    if "SystemExit" in error or "no answer within" in error:
-        return (
+    fixes: Remedies = {
+        ("No module named",): "pip install exl2ray again: a package is missing",
+        ("AF_UNIX path",): f"{folder} is too long a path for Ray's sockets: export RAY_TMPDIR=/tmp",
+        ("Read-only file system", "Permission denied"):
+            f"Ray must write into {folder}: export RAY_TMPDIR to a directory of your own with a short name",
+        ("No space left",): f"{folder} is full: make room, or export RAY_TMPDIR to a directory on another disk",
+        ("Too many open files", "timed out during startup"):
+            f"raise the limit of open files (ulimit -n {OPEN_FILES * 16}); is the machine overloaded? {logs}",
+        ("SystemExit", "no answer within"):
             "its processes end or cannot talk to each other: does `getent hosts $(hostname)` answer, is the loopback "
-            f"interface up, is memory left? unset http_proxy, https_proxy and grpc_proxy; {logs}"
-        )
-    return f"{logs}; ray stop --force ends what an earlier run left"
+            f"interface up, is memory left? unset http_proxy, https_proxy and grpc_proxy; {logs}",
+    }  # fmt: skip
+    return remedy(error, fixes, f"{logs}; ray stop --force ends what an earlier run left")
 
 
 def ray_cluster(address: str) -> list[Finding]:
@@ -62,4 +59,4 @@ def ray_cluster(address: str) -> list[Finding]:
     if not answer:
         return [Finding("Ray cluster", f"RAY_ADDRESS={address} answers")]
     fix = "unset RAY_ADDRESS for a private local Ray, or start the cluster"
-    return [Finding("Ray cluster", f"RAY_ADDRESS={address} does not answer: {answer}", "problem", fix)]
+    return problem("Ray cluster", f"RAY_ADDRESS={address} does not answer: {answer}", fix)

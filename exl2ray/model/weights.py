@@ -71,6 +71,17 @@ def read_linear(
     return weight, bias
 
 
+def plain_shape(plain: PlainTensor, source: SourceModel) -> tuple[int, ...]:
+    """Shape of what `read_plain` returns, without reading it."""
+    stored = plain.stored
+    shape = list(source.shape(stored.name))
+    if stored.ranges:
+        shape[stored.axis] = sum(stop - start for start, stop in stored.ranges)
+    if stored.transpose:
+        shape.reverse()
+    return (plain.repeat, *shape) if plain.repeat else tuple(shape)
+
+
 def read_plain(spec: ModelSpec, plain: PlainTensor, source: SourceModel) -> Tensor:
     """The tensor as the output stores it: float16, CPU; q/k norm weights stacked to (heads, head_dim).
 

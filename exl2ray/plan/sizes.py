@@ -22,8 +22,8 @@ from exl2ray.allocation.planning import option_bits, option_tables, slot_weights
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.shards import TensorEntry, header_bytes, plan_shards
-from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec, PlainTensor
-from exl2ray.model.weights import output_tensors
+from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
+from exl2ray.model.weights import output_tensors, plain_shape
 from exl2ray.quant.qparams import head_option
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 
@@ -171,17 +171,6 @@ def linear_entries(linear: LinearSpec, packed_rows: int, groups: int) -> list[Te
     if linear.has_bias:
         shapes.append(("bias", "F16", (n,)))
     return [_entry(f"{linear.key}.{name}", dtype, shape) for name, dtype, shape in shapes]
-
-
-def plain_shape(plain: PlainTensor, source: SourceModel) -> tuple[int, ...]:
-    """Shape of what `exl2ray.model.weights.read_plain` returns, without reading it."""
-    stored = plain.stored
-    shape = list(source.shape(stored.name))
-    if stored.ranges:
-        shape[stored.axis] = sum(stop - start for start, stop in stored.ranges)
-    if stored.transpose:
-        shape.reverse()
-    return (plain.repeat, *shape) if plain.repeat else tuple(shape)
 
 
 def _options(spec: ModelSpec, freedom: Freedom) -> dict[str, tuple[QParams, ...]]:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from exl2ray.errors import Exl2RayError, FormatError, HubError, UsageError
-from exl2ray.publish.token import Token, checked
+from exl2ray.remote.token import Token, checked
 
 ENDPOINT = "https://huggingface.co"
 TIMEOUT = 60.0  # seconds, for answers without data

@@ -21,11 +21,11 @@ from exl2ray.errors import Exl2RayError, HubError, SourceError, StoreError, Usag
 from exl2ray.formats.elsewhere import STAMP, RemoteFile
 from exl2ray.formats.json_file import read_json_object
 from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
-from exl2ray.publish.token import Token, redacted_logs
 from exl2ray.remote.address import Address, redacted
 from exl2ray.remote.blocks import Blocks
 from exl2ray.remote.listing import MAX_NAMES, Entry, Listing, folders_of
 from exl2ray.remote.retry import Passing, patiently
+from exl2ray.remote.token import Token, redacted_logs
 
 ENDPOINT = "https://huggingface.co"
 SECONDS = 30.0  # without an answer, or between two pieces of one

@@ -126,7 +126,7 @@ def _typed(address: Address, doing: str) -> Iterator[None]:
     from huggingface_hub import get_token
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from exl2ray.publish.token import Token, redacted_logs
+    from exl2ray.remote.token import Token, redacted_logs
 
     token = Token(get_token() or "\0", "")
     disable_progress_bars()

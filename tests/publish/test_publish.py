@@ -388,7 +388,7 @@ def test_the_token_is_in_no_output(hub: FakeHub, models: Path, outcome: str) -> 
 
 
 def test_logs_are_masked_and_left_alone_afterwards(caplog: pytest.LogCaptureFixture) -> None:
-    from exl2ray.publish.token import Token, redacted_logs
+    from exl2ray.remote.token import Token, redacted_logs
 
     token, log = Token("hf_secret_in_a_log", "test"), logging.getLogger("somebody.else")
     before = logging.getLogRecordFactory()
