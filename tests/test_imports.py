@@ -34,10 +34,11 @@ ONLY_IN = {
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
 # What a weight may meet knows nothing of what plans, shows, publishes and submits: they may be left out of a copy.
 COMPANIONS = (
-    "cli", "cli_models", "commands", "doctor", "plan", "publish", "report", "dist.jobs", "dist.preflight", "dist.submit",
+    "cli", "cli_models", "commands", "doctor", "plan", "publish", "report", "tune", "dist.jobs", "dist.preflight",
+    "dist.submit",
 )  # fmt: skip
 STILL_USED = {  # companions that the core imports all the same: to be moved, not to be added to
-    "afterwards": {"publish.card", "publish.figures", "report.evaluations", "report.ladder"},
+    "afterwards": {"publish.card", "report.ladder"},
     "steps": {"plan.problems"},
     "writing": {"publish.card"},
 }
