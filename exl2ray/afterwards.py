@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def evaluate_outputs(
 def _evaluated(
     recipe: Recipe, outputs: Sequence[OutputSummary], device: str, reporter: Reporter
 ) -> list[OutputSummary]:
-    from exl2ray.evaluate.heldout import heldout_rows
+    from exl2ray.evaluate.heldout import heldout_kinds, heldout_rows
     from exl2ray.evaluate.record import EVALUATION, Evaluation, parse_evaluation
     from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
     from exl2ray.publish.card import add_evaluation
@@ -59,12 +59,14 @@ def _evaluated(
     from exl2ray.store.fs import Store
 
     with find_tokenizer([recipe.in_dir]) as tokenizer:
-        rows = heldout_rows(tokenizer) if recipe.eval_text is None else load_tokens(recipe.eval_text, tokenizer)
+        builtin = recipe.eval_text is None
+        rows = heldout_rows(tokenizer) if builtin else load_tokens(recipe.eval_text or "", tokenizer)
+        kinds = heldout_kinds(tokenizer, rows) if builtin else {}
     store, identity = Store.open(recipe.out_dir), _identity(recipe, outputs, rows)
     results = _stored(store, identity)
     drawn = results is not None and store.exists(PLOT)
     if results is None:
-        results = _measured(recipe, outputs, rows, device, reporter)
+        results = _measured(recipe, outputs, rows, kinds, device, reporter)
         if not results:
             return list(outputs)
         store.put(EVALUATION, json.dumps({"results": results, "inputs": identity}, indent=1).encode())
@@ -89,7 +91,8 @@ def _evaluated(
 
 
 def _measured(
-    recipe: Recipe, outputs: Sequence[OutputSummary], rows: Tensor, device: str, reporter: Reporter
+    recipe: Recipe, outputs: Sequence[OutputSummary], rows: Tensor, kinds: Mapping[str, Tensor], device: str,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Results as JSON values; none where there is no GPU for models that were made on one."""
     import torch
@@ -114,7 +117,7 @@ def _measured(
             reporter.event("item", stage=STAGE, key=str(model), done=number, items=steps, seconds=seconds, detail="")
 
     options = RunOptions(rope_scale=recipe.rope_scale, rope_alpha=recipe.rope_alpha)
-    results = evaluate_many(models, recipe.in_dir, rows, device, None, options, progress=progress)
+    results = evaluate_many(models, recipe.in_dir, rows, device, None, options, progress=progress, kinds=kinds)
     reporter.event("end", stage=STAGE, seconds=time.monotonic() - start)
     return [r.to_json() for r in results]
 

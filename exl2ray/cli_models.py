@@ -16,13 +16,16 @@ argument, flag = click.argument, click.option
 
 
 @command(
-    flag("--model", "models", metavar="MODEL", multiple=True, required=True, help="EXL2 or fp16 model; repeatable"),
+    argument("directories", metavar="[MODEL]...", nargs=-1),
+    flag("--model", "models", metavar="MODEL", multiple=True, help="EXL2 or fp16 model; the same as MODEL; repeatable"),
     flag("--reference", metavar="MODEL", help="the model to compare with, for KL divergence and agreement"),
     flag("--tokens", metavar="FILE", help=".npy array of token ids, (n,) or (rows, length)"),
     flag("--text", metavar="FILE", help="text, Parquet or JSON lines file, encoded with the model's tokenizer"),
     flag("--rows", type=int, help="rows of tokens; all there are if absent"),
     flag("--length", type=int, help="tokens of a row; 2048 if absent, 512 of the built-in text, or as the array has it"),
     flag("--stride", type=int, help="rows are overlapping windows that start this many tokens apart"),
+    flag("--ladder", is_flag=True, help="draw KL divergence, perplexity and agreement over the size of the files"),
+    flag("--plot", metavar="FILE", help="of --ladder: .png, .svg or .pdf; ladder.png if absent"),
     flag("--positions", metavar="FILE", help="write the figures of every single prediction to this .npz file"),
     recipe_flags(RUNS_MODEL, required=()),
     name="eval",
@@ -30,8 +33,8 @@ argument, flag = click.argument, click.option
 def evaluate(run: Invocation, /, **settings: Any) -> None:
     """Perplexity and KL divergence of model directories.
 
-    On a small built-in text unless --tokens or --text is given. With --reference also the agreement of the most probable
-    tokens.
+    On a small built-in text, also by kind of text, unless --tokens or --text is given. With --reference the KL divergence
+    with its tail, the share of most probable tokens that are others, and in a sentence whether the model is good.
     """
     from exl2ray.commands import evaluate as command
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from torch import Tensor
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.compare import evaluate_many
 from exl2ray.evaluate.forward import RunOptions
-from exl2ray.evaluate.heldout import DEFAULT_LENGTH, heldout_rows
-from exl2ray.evaluate.metrics import Estimate
+from exl2ray.evaluate.heldout import DEFAULT_LENGTH, heldout_kinds, heldout_rows
+from exl2ray.evaluate.metrics import TAIL, Estimate, Quantile
+from exl2ray.evaluate.record import judged, parse_evaluation
 from exl2ray.evaluate.result import EvalResult
 from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
 from exl2ray.events import Reporter, Silent
@@ -24,12 +26,16 @@ from exl2ray.formats.elsewhere import named
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
+from exl2ray.report.ladder import check_plot, plot_ladder
 from exl2ray.terminal.console import duration, file_size, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
+
+PLOT = "ladder.png"
 
 
 def evaluate(
     models: Sequence[str],
+    directories: Sequence[str],
     reference: str | None,
     tokens: str | None,
     text: str | None,
@@ -40,13 +46,22 @@ def evaluate(
     rope_scale: float | None,
     rope_alpha: float | None,
     positions: str | None,
+    ladder: bool,
+    plot: str | None,
     quiet: bool,
 ) -> list[EvalResult]:
-    """Results of ``models`` in order, on the built-in held-out text unless ``tokens`` or ``text`` is given.
+    """Results of ``models`` and ``directories`` in order, on the built-in held-out text unless ``tokens`` or ``text`` is
+    given.
 
-    ``positions``: a .npz file for the figures of every prediction, see `write_positions`. Raises UsageError if both texts are
-    given or this file cannot be written.
+    ``positions``: a .npz file for the figures of every prediction, see `write_positions`. ``ladder``: draws them over the
+    size of the files, to ``plot``, else to ladder.png. Raises UsageError if both texts are given or a file cannot be written.
     """
+    models = [*models, *directories]
+    drawn = (plot or PLOT) if ladder or plot else None
+    if not models:
+        raise UsageError("no model to evaluate", "name directories, or give --model")
+    if drawn is not None:
+        check_plot(drawn)
     if positions is not None and (not positions.endswith(".npz") or not Path(positions).parent.is_dir()):
         raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
     if tokens is not None and text is not None:
@@ -62,7 +77,9 @@ def evaluate(
         tokenizer = find_tokenizer([*models, *([reference] if reference is not None else [])])
     if tokens is None and text is None and tokenizer is not None:
         ids = _builtin(heldout_rows(tokenizer, length or DEFAULT_LENGTH), rows, stride)
+        kinds = heldout_kinds(tokenizer, ids)
     else:
+        kinds = {}
         ids = load_tokens(tokens or text or "", tokenizer, rows, length, stride)
     if tokenizer is not None:
         tokenizer.close()
@@ -72,10 +89,13 @@ def evaluate(
         progress = _Progress(reporter)
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         keep = positions is not None
-        results = evaluate_many(models, reference, ids, chosen, stride, options, keep, progress=progress.show)
+        results = evaluate_many(models, reference, ids, chosen, stride, options, keep, progress=progress.show, kinds=kinds)
         progress.end()
         if positions is not None:
             write_positions(Path(positions), results)
+        if drawn is not None:
+            sound = [r for r in results if math.isfinite(r.perplexity.value)]
+            plot_ladder([(r.model.name, parse_evaluation(r.to_json(), named(str(r.model)))) for r in sound], drawn)
         return list(results)
     finally:
         reporter.close()
@@ -129,30 +149,52 @@ class _Progress:
 
 
 def show(results: Sequence[EvalResult]) -> None:
+    """Tables: every model; the tail of its KL divergence; its figures by kind of text. Then what they mean."""
+    names = [named(str(r.model)) for r in results]
     rows = [
-        [
-            str(r.model),
-            f"{r.size.linears_bpw:.3f}",
-            file_size(r.size.file_bytes),
-            _figure(r.perplexity, 4),
-            _figure(r.kl, 5),
-            _figure(r.top1, 4),
-            "-" if r.top5 is None else f"{r.top5.value:.4f}",
-            duration(r.seconds),
-        ]
-        for r in results
-    ]
+        [name, f"{s.linears_bpw:.3f}", f"{s.head_bpw:.3f}", f"{s.file_bpw:.3f}", file_size(s.file_bytes),
+         _figure(r.perplexity, 4), _figure(r.kl, 5), _flipped(r.top1), "-" if r.top5 is None else f"{r.top5.value:.2%}",
+         duration(r.seconds)]
+        for name, r in zip(names, results, strict=True) for s in [r.size]
+    ]  # fmt: skip
+    columns = ["model", "decoder bpw", "head", "file", "size", "perplexity", "KL (nats)", "flipped top-1", "top-5", "time"]
+    show_table("", columns, rows)
+    tails = [[name, *map(_quantile, r.kl_tail.values())] for name, r in zip(names, results, strict=True) if r.kl_tail]
+    if tails:
+        show_table("KL of single tokens: what this share stays below (95 % interval)", ["model", *TAIL], tails)
+    kinds = [
+        [name, kind, f"{k.predictions}", _figure(k.nll.exp(), 3), _figure(k.kl, 4), _flipped(k.top1)]
+        for name, r in zip(names, results, strict=True) for kind, k in r.kinds.items()
+    ]  # fmt: skip
+    columns = ["model", "text", "tokens", "perplexity", "KL (nats)", "flipped top-1"]
+    if kinds:
+        show_table("By kind of text", columns, kinds)
     first = results[0]
-    show_table("", ["model", "bpw", "size", "perplexity", "KL (nats)", "top-1", "top-5", "time"], rows)
     print(f"{first.predictions} predictions in {first.rows} rows of {first.length} tokens; +- standard error over rows")
     if first.reference is not None and first.reference_perplexity is not None:
         print(f"reference {named(str(first.reference))}: perplexity {_figure(first.reference_perplexity, 4)}")
+        for name, r in zip(names, results, strict=True):
+            compared = [e.value if e is not None else None for e in (r.reference_perplexity, r.kl, r.top1)]
+            word, sentence = judged(r.perplexity.value, *compared)
+            print(f"{name}: {word}. {sentence}")
     for text in dict.fromkeys(w for r in results for w in r.warnings):
         print(f"warning: {text}")
 
 
 def results_json(results: Sequence[EvalResult]) -> dict[str, Any]:
     return {"results": [r.to_json() for r in results]}
+
+
+def _flipped(agreement: Estimate | None) -> str:
+    """The share of positions whose most probable token is not the reference's."""
+    if agreement is None:
+        return "-"
+    error = "" if agreement.standard_error is None else f" +- {agreement.standard_error:.2%}"
+    return f"{1 - agreement.value:.2%}{error}"
+
+
+def _quantile(q: Quantile) -> str:
+    return f"{q.value:.4f}" + ("" if q.low is None else f" ({q.low:.3f} to {q.high:.3f})")
 
 
 def _figure(estimate: Estimate | None, digits: int) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +30,8 @@ from exl2ray.evaluate.forward import (
     open_model,
     run_model,
 )
-from exl2ray.evaluate.metrics import Estimate, counted_predictions, mean_over_rows, score
-from exl2ray.evaluate.result import EvalResult
+from exl2ray.evaluate.metrics import Estimate, Scores, counted_predictions, mean_over_rows, score, tail
+from exl2ray.evaluate.result import EvalResult, KindResult
 from exl2ray.evaluate.sizes import model_size
 
 
@@ -58,6 +58,7 @@ def evaluate_many(
     options: RunOptions | None = None,
     keep_positions: bool = False,
     progress: Progress | None = None,
+    kinds: Mapping[str, Tensor] | None = None,  # kind of text -> (R, T) bool: its tokens
 ) -> tuple[EvalResult, ...]:
     """Perplexity of each directory and, with a reference, KL divergence and agreement; in the order given.
 
@@ -106,6 +107,8 @@ def evaluate_many(
                 reference_seconds=reference_seconds,
                 warnings=_warnings(model, ids, nll),
                 positions=scores if keep_positions else None,
+                kl_tail={} if scores.kl is None else tail(scores.kl, counted),
+                kinds={name: _kind(scores, counted & tokens[:, 1:]) for name, tokens in (kinds or {}).items()},
             )
         )
     return tuple(results)
@@ -118,6 +121,11 @@ def _timed(
         return None, None
     start = time.perf_counter()
     return run_model(model, ids, device, options, progress), time.perf_counter() - start
+
+
+def _kind(scores: Scores, counted: Tensor) -> KindResult:
+    kl, top1 = _mean(scores.kl, counted), _mean(scores.top1, counted)
+    return KindResult(int(counted.sum()), mean_over_rows(scores.nll, counted), kl, top1)
 
 
 def _mean(values: Tensor | None, counted: Tensor) -> Estimate | None:

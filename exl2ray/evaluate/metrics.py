@@ -7,6 +7,9 @@ For each predicted token, with model distribution q and reference distribution p
 * top1: whether both have the same most probable token,
 * top5: share of p's five most probable tokens that are among q's five.
 
+A mean hides the few tokens at which a model goes astray, so the tail of KL has figures of its own: percentiles (the least
+value that this share of predictions does not exceed) and the maximum.
+
 Softmax runs in float32, sums over predictions in float64.
 """
 
@@ -16,6 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +70,48 @@ class Estimate:
         }
 
 
+@dataclass(frozen=True)
+class Quantile:
+    """A quantile of single predictions. low, high: its 95 % interval over rows; None where rows are too few to tell."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+TAIL = {"p95": 0.95, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
+RESAMPLED = 200  # times, for intervals
+
+
+def tail(values: Tensor, counted: Tensor) -> dict[str, Quantile]:
+    """Quantiles of ``values`` (R, P) where ``counted`` (R, P) bool, by the names of ``TAIL``.
+
+    Intervals are of a bootstrap that draws whole rows, since the tokens of a text depend on each other; drawn by a seed, so
+    that they are the same every time. The maximum has none: no resampling exceeds it.
+    """
+    rows, _ = counted.nonzero(as_tuple=True)
+    flat = values[counted].double().numpy()
+    order = np.argsort(flat, kind="stable")
+    flat, owners, count = flat[order], rows.numpy()[order], len(counted)
+
+    def quantiles(weights: np.ndarray[Any, np.dtype[Any]]) -> list[float]:
+        below = np.cumsum(weights)
+        return [float(flat[np.searchsorted(below, share * below[-1])]) for share in TAIL.values()]
+
+    found = quantiles(np.ones(len(flat)))
+    random = np.random.default_rng(0)
+    drawn = [random.multinomial(count, np.full(count, 1 / count))[owners] for _ in range(RESAMPLED if count > 1 else 0)]
+    again = np.array([quantiles(weights) for weights in drawn if weights.sum() > 0]).reshape(-1, len(TAIL))
+    out = {}
+    for i, (name, value) in enumerate(zip(TAIL, found, strict=True)):
+        ends = np.percentile(again[:, i], [2.5, 97.5]).tolist() if len(again) and name != "max" else [None, None]
+        out[name] = Quantile(value, *ends)
+    return out
+
+
 def mean_over_rows(values: Tensor, counted: Tensor) -> Estimate:
     """Mean of ``values`` (R, P) where ``counted`` (R, P) bool, and its standard error over rows.
 
@@ -74,7 +120,7 @@ def mean_over_rows(values: Tensor, counted: Tensor) -> Estimate:
     """
     n = counted.sum(dim=1, dtype=torch.float64)
     s = torch.where(counted, values.double(), 0.0).sum(dim=1)
-    mean, rows = s.sum() / n.sum(), len(n)
+    mean, rows = s.sum() / n.sum(), int((n > 0).sum())
     if rows < 2:
         return Estimate(float(mean), None)
     squares = (s - mean * n).square().sum() * (rows / (rows - 1))

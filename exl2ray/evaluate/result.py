@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exl2ray.evaluate.metrics import Estimate, Scores
+from exl2ray.evaluate.metrics import Estimate, Quantile, Scores
 from exl2ray.evaluate.sizes import ModelSize
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """The figures of one kind of text, as in ``EvalResult``."""
+
+    predictions: int
+    nll: Estimate
+    kl: Estimate | None
+    top1: Estimate | None
+
+    def to_json(self) -> dict[str, Any]:
+        figures = {"perplexity": self.nll.exp(), "kl": self.kl, "top1_agreement": self.top1}
+        return {"predictions": self.predictions, **{n: None if e is None else e.to_json() for n, e in figures.items()}}
 
 
 @dataclass(frozen=True)
@@ -19,7 +34,8 @@ class EvalResult:
     of the difference per row and so much smaller than either one's. rows, length: of the tokens given; bos: whether
     BOS was put in front of each row. predictions: tokens that count. seconds: of this model's own forward pass and of
     comparing it; reference_seconds: of the reference's forward pass, shared by all models compared with it. positions:
-    the figures of every single prediction, if asked for.
+    the figures of every single prediction, if asked for. kl_tail: quantiles of the KL of single predictions. kinds: by kind
+    of text, where the rows have kinds.
     """
 
     model: Path
@@ -39,6 +55,8 @@ class EvalResult:
     reference_seconds: float | None
     warnings: tuple[str, ...] = ()
     positions: Scores | None = field(default=None, repr=False, compare=False)
+    kl_tail: Mapping[str, Quantile] = field(default_factory=dict)
+    kinds: Mapping[str, KindResult] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> Estimate:
@@ -49,7 +67,8 @@ class EvalResult:
         return self.reference_nll.exp() if self.reference_nll is not None else None
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but ``positions``, as JSON values; figures are {"value", "standard_error"} or null."""
+        """Everything but ``positions``, as JSON values (`results.schema.json`); figures are {"value", "standard_error"} or
+        null, quantiles {"value", "low", "high"}."""
         figures = {
             "perplexity": self.perplexity,
             "reference_perplexity": self.reference_perplexity,
@@ -67,6 +86,8 @@ class EvalResult:
             "predictions": self.predictions,
             "bos": self.bos,
             **{name: None if e is None else e.to_json() for name, e in figures.items()},
+            "kl_tail": {name: q.to_json() for name, q in self.kl_tail.items()},
+            "kinds": {name: k.to_json() for name, k in self.kinds.items()},
             "file_bytes": self.size.file_bytes,
             "linears_bpw": self.size.linears_bpw,
             "head_bpw": self.size.head_bpw,

@@ -24,8 +24,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from exl2ray.errors import UsageError
 from exl2ray.formats.files import atomic_file
+from exl2ray.report.ladder import check_plot
 from exl2ray.terminal.console import clean
 
 ACCENT = "#3f7fd0"
@@ -39,7 +39,6 @@ THEMES = {
     "dark": {"ink": "#e4e7eb", "grid": "#363c44", "face": "#15181c"},
 }  # the colours of page.html
 WIDTH = 4.4  # inches of one plot: legible on a phone, and three of them beside each other on a desk
-FORMATS = (".png", ".svg", ".pdf")
 DATES = {"svg": "Date", "pdf": "CreationDate"}  # names of what would differ from run to run
 
 Draw = Callable[[Axes], None]
@@ -72,12 +71,11 @@ def svg_uris(plot: Plot) -> dict[str, str]:
 def write_plots(plots: Sequence[Plot], path: str | Path, title: str = "") -> None:
     """Writes plots in a row on white as PNG, SVG or PDF, as the ending of ``path`` says; always the same bytes.
 
-    Raises UsageError for another ending, StoreError if the file cannot be written.
+    Raises UsageError for another ending or a folder that is missing, StoreError if the file cannot be written.
     """
+    check_plot(path)
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: a plot ends in {', '.join(FORMATS)}")
     with _drawing(THEMES["light"]):
         figure = Figure(figsize=(WIDTH * len(plots), max(p.height for p in plots)), layout="constrained")
         for plot, ax in zip(plots, figure.subplots(1, len(plots), squeeze=False)[0], strict=True):

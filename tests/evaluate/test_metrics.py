@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl2ray.evaluate.metrics import Estimate, compare, counted_predictions, mean_over_rows
+from exl2ray.evaluate.metrics import Estimate, Quantile, compare, counted_predictions, mean_over_rows, tail
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
@@ -82,3 +82,43 @@ def test_one_row_has_no_standard_error_and_a_huge_nll_no_finite_perplexity() -> 
     assert alone.exp().value == pytest.approx(math.e)
     assert Estimate(5000.0, 1.0).exp().to_json() == {"value": None, "standard_error": None}
     assert Estimate(math.log(10), 0.01).exp() == Estimate(pytest.approx(10), pytest.approx(0.1))
+
+
+# ---- the tail ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(2, 60))
+def test_quantiles_follow_their_definition(seed: int, rows: int, columns: int) -> None:
+    rng = np.random.default_rng(seed)
+    values, counted = rng.exponential(size=(rows, columns)), rng.random((rows, columns)) < 0.8
+    counted[0, 0] = True
+    found = tail(torch.from_numpy(values), torch.from_numpy(counted))
+    ordered = np.sort(values[counted])
+    for name, share in (("p95", 0.95), ("p99", 0.99), ("p99.9", 0.999)):
+        expected = next(v for i, v in enumerate(ordered, 1) if i >= share * len(ordered) - 1e-9)
+        assert found[name].value == expected
+    assert found["max"] == Quantile(ordered[-1])
+    assert (found["p95"].low is None) == (rows == 1)
+    again = tail(torch.from_numpy(values), torch.from_numpy(counted))
+    assert again == found
+
+
+def test_intervals_of_quantiles_cover_the_truth() -> None:
+    """Rows that differ, as texts do: an interval over single tokens would be far too narrow."""
+    rng, inside = np.random.default_rng(2), 0
+    truth = np.quantile(rng.exponential(size=(4000, 1)).repeat(50, 1) + rng.exponential(size=(4000, 50)), 0.95)
+    for _ in range(100):
+        values = rng.exponential(size=(60, 1)) + rng.exponential(size=(60, 50))
+        q = tail(torch.from_numpy(values), torch.ones(60, 50, dtype=torch.bool))["p95"]
+        assert q.low is not None
+        assert q.high is not None
+        inside += q.low <= truth <= q.high
+    assert 85 <= inside <= 99
+
+
+def test_rows_without_a_kind_do_not_count_as_rows() -> None:
+    """The error of a kind of text that is in two of four rows is that of two rows."""
+    values = torch.tensor([[1.0, 2.0], [3.0, 5.0], [9.0, 9.0], [9.0, 9.0]])
+    counted = torch.tensor([[True, True], [True, True], [False, False], [False, False]])
+    assert mean_over_rows(values, counted) == mean_over_rows(values[:2], counted[:2])

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from report_helpers import evaluation
 
-from exl2ray.errors import StoreError, UsageError
+from exl2ray.errors import UsageError
 from exl2ray.evaluate.record import Evaluation, Figure
 from exl2ray.report.facts import read_facts
 from exl2ray.report.ladder import (
@@ -94,7 +94,7 @@ def test_refusals(tmp_path: Path) -> None:
         plot_prediction([], tmp_path / "a.png")
     with pytest.raises(UsageError, match=r"\.png, \.svg"):
         plot_ladder(MODELS, tmp_path / "x.gif")
-    with pytest.raises(StoreError, match="cannot be written"):
+    with pytest.raises(UsageError, match="no folder"):
         plot_ladder(MODELS, tmp_path / "missing" / "x.png")
     assert list(tmp_path.iterdir()) == []
 

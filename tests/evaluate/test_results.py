@@ -1,0 +1,135 @@
+"""What ``exl2ray eval`` prints and writes: tables, the one form of results, the plot of a ladder, what it all means."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from bounded import exl2ray
+
+from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.evaluate.heldout import KINDS, heldout_kinds, heldout_rows, heldout_text
+from exl2ray.evaluate.record import CLASSES, judged, parse_evaluation, parse_evaluations, verdict
+
+DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
+SCHEMA = json.loads(resources.files("exl2ray.evaluate").joinpath("results.schema.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo model, and twice with noise on its linears, much and little."""
+    from safetensors.torch import load_file, save_file
+
+    root = tmp_path_factory.mktemp("noisy")
+    for name, amount in (("much", 0.2), ("little", 0.02)):
+        (root / name).mkdir()
+        for file in DEMO.iterdir():
+            if file.suffix == ".json":
+                (root / name / file.name).write_bytes(file.read_bytes())
+        generator = torch.Generator().manual_seed(1)
+        tensors = load_file(DEMO / "model.safetensors")
+        for key, t in tensors.items():
+            if "proj" in key:
+                tensors[key] = (t.float() * (1 + amount * torch.randn(t.shape, generator=generator))).to(t.dtype)
+        save_file(tensors, root / name / "model.safetensors", metadata={"format": "pt"})
+    return root
+
+
+@pytest.fixture(scope="module")
+def printed(noisy: Path) -> tuple[str, dict[str, Any]]:
+    """(as text, as JSON) of evaluations of both."""
+    words = ["eval", "much", "little", "--reference", DEMO, "--device", "cpu", "--length", "256", "--rows"]
+    text = exl2ray(*words, 10, "--ladder", "--plot", "plot.svg", cwd=noisy)
+    text.ends_with(0)
+    found = exl2ray(*words, 16, "--json", cwd=noisy)
+    found.ends_with(0)
+    return text.out, json.loads(found.out)
+
+
+def test_the_tables(printed: tuple[str, dict[str, Any]], noisy: Path) -> None:
+    lines = printed[0].splitlines()
+    for column in ("decoder bpw", "head", "file", "flipped top-1", "p99.9"):
+        assert any(column in line for line in lines)
+    for kind in ("letters, law, news", "German and Spanish"):
+        assert sum(f" {kind} " in line for line in lines) == 2
+    sentences = [line for line in lines if "against" in line]
+    assert [s.split(":")[0] for s in sentences] == ["much", "little"]
+    assert (noisy / "plot.svg").read_text().startswith("<?xml")
+    assert not (noisy / "ladder.png").exists()
+
+
+def test_the_form_of_results(printed: tuple[str, dict[str, Any]]) -> None:
+    found = printed[1]
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(found, SCHEMA)
+    much, little = parse_evaluations(json.dumps(found).encode(), "printed")
+    for e in (much, little):
+        assert e.kl is not None
+        tail = [e.kl_tail[n].value for n in ("p95", "p99", "p99.9", "max")]
+        assert e.kl.value < tail[0] <= tail[1] <= tail[2] <= tail[3]
+        assert sum(k.predictions for k in e.kinds.values()) == e.predictions
+        mean = sum(k.kl.value * k.predictions for k in e.kinds.values() if k.kl) / e.predictions
+        assert mean == pytest.approx(e.kl.value, rel=1e-9)
+    assert much.kl_tail["p99"].value > little.kl_tail["p99"].value
+    result = found["results"][0]
+    for wrong in ({**result, "kl": 3}, {**result, "rows": -1}, {k: v for k, v in result.items() if k != "kl_tail"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"results": [wrong]}, SCHEMA)
+
+
+def test_without_a_reference_there_is_no_tail_and_no_judgement(noisy: Path) -> None:
+    run = exl2ray("eval", "--model", noisy / "much", "--rows", "2", "--device", "cpu", "--length", "64")
+    run.ends_with(0, "By kind of text")
+    assert "what this share stays below" not in run.out
+    assert "against" not in run.out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        ([], 2, "no model to evaluate"),
+        (["much", "--plot", "x.gif"], 2, ".png, .svg"),
+        (["much", "--plot", "not/there.png"], 2, "no folder"),
+    ],
+)
+def test_refusals_come_before_any_work(noisy: Path, words: list[str], status: int, says: str) -> None:
+    exl2ray("eval", *words, cwd=noisy).ends_with(status, says)
+
+
+def test_every_token_has_one_kind_of_text() -> None:
+    with load_tokenizer(DEMO, json.loads((DEMO / "config.json").read_text()), 10**6) as tokenizer:
+        rows = heldout_rows(tokenizer, 128)
+        kinds = heldout_kinds(tokenizer, rows)
+        code = tokenizer.decode(rows[kinds["code"]].tolist())
+        german = tokenizer.decode(rows[kinds["German and Spanish"]].tolist())
+    assert list(kinds) == list(KINDS)
+    assert torch.stack(list(kinds.values())).sum(dim=0).eq(1).all()
+    assert "package quota" in code
+    assert "Regentonne" in german
+    assert "Regentonne" not in code
+    assert len(code) + len(german) < len(heldout_text()) / 2
+
+
+def test_what_a_divergence_means() -> None:
+    assert [verdict(kl)[0] for kl in (0.0, 0.005, 0.02, 0.1, 0.3, 0.6, float("inf"), float("nan"))] == [
+        "excellent", "excellent", "good", "fair", "poor", "bad", "bad", "bad",
+    ]  # fmt: skip
+    assert [limit for limit, *_ in CLASSES] == sorted(limit for limit, *_ in CLASSES)
+    assert judged(6.0, None, None)[0] == ""
+    assert judged(6.3, 6.0, None)[0] == "good"  # ln(6.3 / 6) = 0.049
+    assert judged(5.9, 6.0, None)[0] == "excellent"
+    word, sentence = judged(6.3, 6.0, 0.2, 0.8)
+    assert word == "poor"
+    assert sentence == ("Clearly worse than the source model; more bits would help: KL divergence 0.2 nats per token, "
+                        "perplexity 6.3 against 6 of the source (+5.0%), the most probable token is another one in 20.0% of "
+                        "places.")  # fmt: skip
+
+
+def test_older_results_without_the_new_figures_are_read() -> None:
+    found = parse_evaluation({"model": "m", "perplexity": {"value": 5, "standard_error": None}, "rows": 2}, "x")
+    assert (found.kl, found.kl_tail, found.kinds, found.head_bpw) == (None, {}, {}, None)
