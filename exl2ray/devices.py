@@ -1,4 +1,9 @@
-"""Where a conversion computes, and with which versions: looked at before it starts."""
+"""Where a conversion computes, and with which versions: looked at before it starts.
+
+One device needs no Ray, which takes 10 to 15 s to start and has nobody there to share with: under ``--executor auto`` the
+conversion then runs in the process of the command. What is lost with it is the replacement of a worker after a CUDA error, so
+`exl2ray.convert` goes on with Ray workers after one; what was committed stays.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +38,7 @@ def pick_device(recipe: Recipe) -> torch.device:
 
 
 def pick_executor(recipe: Recipe, device: torch.device) -> Literal["ray", "inline"]:
-    """Ray where there are workers to share the work out to: a cluster, or more than one GPU. One device runs in this process,
-    which spares the start of Ray (10 to 15 s) and a second copy of everything.
-    """
+    """Ray where there are workers to share the work out to: a cluster, or more than one GPU. One device runs in this process."""
     if recipe.executor != "auto":
         return recipe.executor
     if recipe.ray_address or os.environ.get("RAY_ADDRESS") or (recipe.gpus or 1) > 1:

@@ -6,6 +6,9 @@ below the budget is a feasible start. What is left of the budget is spent by sin
 exchanges between two slots. Where that leaves a visible gap (few slots), a dynamic program over the undominated partial
 sums, pruned by the bound, finishes the proof. The remaining distance to the bound is reported as the gap.
 
+The budget counts the decoder linears that are allocated, padded, with all overhead. In the reference the head pays into it
+for decoders whose halves run in parallel; that flaw is not repeated.
+
 Source: Sinha and Zoltners, The Multiple-Choice Knapsack Problem (1979), for the bound; objectives: converter-algorithm
 section 11 (the reference minimises sum err^p by annealing, p found by trial).
 """

@@ -1,4 +1,15 @@
-"""From a measurement to what each linear is quantised with: the plan of one bitrate."""
+"""From a measurement to what each linear is quantised with: the plan of one bitrate.
+
+Per module, options are the rows of the tables, and the error is what a module was measured with. Per linear it is the KL
+divergence of the whole model: to second order a sum over linears of sensitivity times squared output error. The errors come
+with measuring for nothing (`exl2ray.quant.losses`: the solver's scaled errors squared), and those of options that nobody
+solved follow from them within 3 % (`exl2ray.allocation.frontier`); the sensitivities need a pass of their own
+(`exl2ray.quant.sensitivity`). An expert layer has one option per role, as in the reference.
+
+Tried and left out: sensitivities at several widths (they are the same), perturbing with what GPTQ chose (needs the Hessians
+again, 1 % better), widths per group of rows across the model (nothing over mixtures along the act-order on trained models,
+since rows differ little), sensitivities per module (no better than none).
+"""
 
 from __future__ import annotations
 
