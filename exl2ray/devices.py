@@ -38,7 +38,7 @@ def pick_device(recipe: Recipe) -> torch.device:
 
 
 def pick_executor(recipe: Recipe, device: torch.device) -> Literal["ray", "inline"]:
-    """Ray where there are workers to share the work out to: a cluster, or more than one GPU. One device runs in this process."""
+    """Ray where there are workers to share the work out to, which is on a cluster or with more than one GPU; else inline."""
     if recipe.executor != "auto":
         return recipe.executor
     if recipe.ray_address or os.environ.get("RAY_ADDRESS") or (recipe.gpus or 1) > 1:
