@@ -1,10 +1,10 @@
 """The ``-cf`` directories of a conversion: looked at before work starts, locked from its start to its end.
 
 Whose shards lie in such a directory has to be answered without the work directory. A dot file there names the fingerprint of
-their source and what was written, and anything else is refused before work starts. While a model is being written it also names
-the work directory (a random identity in its job.json), and a lock of the kernel on a second dot file keeps others out. Where a
-file system has no such lock (some network mounts) two conversions that start at once may both begin; the claim is looked at
-again before config.json is written, so one of them ends with an error.
+their source and what was written, and anything else is refused before work starts. While a model is being written it also
+names the work directory (a random identity in its job.json), and a lock of the kernel on a second dot file keeps others out.
+Where a file system has no such lock (some network mounts) two conversions that start at once may both begin; the claim is
+looked at again before config.json is written, so one of them ends with an error.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """From packed modules in the work directory to the files of a model.
 
-Writing is a step like others. Its record (key `output` of a bitrate) names the shards with size, SHA-256 and time, under a hash
-of the packed tensors' hashes. A file with the recorded size and time counts as intact; one that was touched or copied is
-hashed. So a finished job writes nothing. config.json is removed, durably, before anything else changes, and written last: what
-has one is complete.
+Writing is a step like others. Its record (key `output` of a bitrate) names the shards with size, SHA-256 and time, under a
+hash of the packed tensors' hashes. A file with the recorded size and time counts as intact; one that was touched or copied is
+hashed. So a finished job writes nothing. config.json is removed, durably, before anything else changes, and written last:
+what has one is complete.
 """
 
 from __future__ import annotations
