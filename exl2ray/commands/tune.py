@@ -25,6 +25,7 @@ def run(
     length: int,
     step_tokens: int,
     rate: float,
+    gain_rate: float,
     seed: int,
     device: str,
     quiet: bool,
@@ -36,12 +37,12 @@ def run(
         raise UsageError(f"--length {length}: at least 16 tokens a row are needed", "1024 is usual")
     if step_tokens < length:
         raise UsageError(f"--step-tokens {step_tokens}: a step takes at least one row of --length {length}")
-    if not 0 < rate < 1:
-        raise UsageError(f"--rate {rate}: a number between 0 and 1, in steps of the grid, is needed", "0.002 is usual")
+    if not (0 < rate < 1 and 0 < gain_rate < 1):
+        raise UsageError(f"--rate {rate}, --gain-rate {gain_rate}: a number between 0 and 1 is needed", "0.002 is usual")
     sources = tuple(local_source(place) for place in text)
     chosen = checked_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     settings = Settings(
-        directory, reference, output, sources, parse_count(tokens, "--tokens"), length, step_tokens, rate, seed=seed
+        directory, reference, output, sources, parse_count(tokens, "--tokens"), length, step_tokens, rate, gain_rate, seed=seed
     )
     reporter = Silent() if quiet else human_reporter()
     try:
@@ -67,7 +68,8 @@ def show(result: Tuned, report: bool) -> None:
         )
     if result.worse:
         print(f"warning: worse than before on {', '.join(result.worse)}")
-    print(", ".join(f"{part} {duration(seconds)}" for part, seconds in result.seconds.items()))
+    parts = [f"{part} {duration(seconds)}" for part, seconds in result.seconds.items()]
+    print(", ".join([*parts, *([f"GPU memory {file_size(result.peak_bytes)}"] if result.peak_bytes else [])]))
 
 
 def as_json(result: Tuned) -> dict[str, Any]:

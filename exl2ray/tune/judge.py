@@ -60,14 +60,18 @@ def decide(start: Tensor, variants: Mapping[str, Tensor], kinds: Sequence[str]) 
 
 
 def _error(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> float:
-    """Standard error of the difference of the scores, to first order; rows of one kind count as independent texts."""
-    names = list(dict.fromkeys(kinds))
-    total = 0.0
-    for kind in names:
+    """Standard error of the difference of the scores, to first order.
+
+    Rows are independent texts, and those of every kind are taken to vary alike, since there may be one of a kind.
+    """
+    counts, squares = [], 0.0
+    for kind in dict.fromkeys(kinds):
         where = _where(kinds, kind)
         difference = rows[where] / rows[where].mean() - start[where] / start[where].mean()
-        total += float(difference.square().sum()) / len(where) ** 2
-    return math.sqrt(total) / len(names)
+        squares += float(difference.square().sum())
+        counts.append(len(where))
+    free = len(kinds) - len(counts)
+    return math.sqrt(squares / free * sum(1 / n for n in counts)) / len(counts) if free else math.inf
 
 
 def _is_worse(start: Tensor, rows: Tensor, where: Tensor) -> bool:

@@ -19,6 +19,7 @@ from exl2ray.errors import CalibrationError
 HELD_OUT = 10  # every tenth row of a kind
 MOST_HELD_TOKENS = 1 << 17  # beyond, a held-out row says little more
 Stack = tuple[str, NDArray[np.int64]]  # kind of text, rows (n, length)
+LEAST_HELD_ROWS = 4
 NO_TEXT = frozenset({"shuffled", "random"})  # kinds of built-in rows that are none
 
 
@@ -43,13 +44,14 @@ def tuning_rows(
 ) -> TuningRows:
     """Raises CalibrationError for too little text, and what reading it raises."""
     text = length - (bos_id is not None)
-    rows = max(2, -(-tokens // length))
-    held = max(1, min(rows // (HELD_OUT - 1), MOST_HELD_TOKENS // length))
+    rows = max(2 * HELD_OUT, -(-tokens // length))
+    held = max(LEAST_HELD_ROWS, min(rows // (HELD_OUT - 1), MOST_HELD_TOKENS // length))
     stacks = _of_files(sources, tokenizer, rows + held, text) if sources else _builtin(tokenizer, text, vocab_size, seed)
     kinds = [kind for kind, stack in stacks for _ in stack]
-    if len(kinds) < 2:
+    if len(kinds) < 2 * HELD_OUT:
         raise CalibrationError(
-            f"the text to tune on has {sum(s.size for _, s in stacks)} tokens; at least two rows of {length} are needed",
+            f"the text to tune on has {sum(s.size for _, s in stacks)} tokens; at least {2 * HELD_OUT} rows of {length} are "
+            "needed",
             "give more text with --text, or a smaller --length",
         )
     ids = torch.from_numpy(np.concatenate([stack for _, stack in stacks]))

@@ -72,7 +72,8 @@ class Settings:
 @dataclass(frozen=True)
 class Tuned:
     """kept: what of the training is in the output (`exl2ray.tune.judge`). before, after: KL by kind of held-out text; with
-    "mean" over all of it. changed: share of the integers. seconds: by part. worse: kinds that lost."""
+    "mean" over all of it. changed: share of the integers. worse: kinds that lost. peak_bytes: of the GPU's memory; 0 without
+    one. seconds: by part."""
 
     directory: str
     kept: str
@@ -84,6 +85,7 @@ class Tuned:
     changed: float
     worse: tuple[str, ...]
     file_bytes: int
+    peak_bytes: int
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -146,8 +148,11 @@ def _load(pair: Pair, settings: Settings, device: torch.device, reporter: Report
     dtype = settings.compute_dtype(device)
     modules = [load_tuned(pair, module, device, dtype) for module in pair.start.spec.modules]
     integers, others = trainable(modules)
-    reporter.event("note", message=f"tuning {integers:,} integers, {others:,} values of norms and biases")
-    return Trainer(modules, load_source(pair, device), device, int(pair.start.bos_id is not None))
+    trainer = Trainer(modules, load_source(pair, device), device, int(pair.start.bos_id is not None))
+    attention = "fused" if trainer.fused else "plain"
+    message = f"tuning {integers:,} integers, {others:,} values of norms and biases; {dtype}, {attention} attention"
+    reporter.event("note", message=message.replace("torch.", ""))
+    return trainer
 
 
 def _train(
@@ -234,7 +239,8 @@ def _finish(
     clock.lap("write")
     return Tuned(
         settings.output, verdict.kept, verdict.ratio, steps, tokens, _figures(before, kinds), _figures(after, kinds),
-        changed / max(1, total) if integers else 0.0, verdict.worse, nbytes, clock.laps,
+        changed / max(1, total) if integers else 0.0, verdict.worse, nbytes,
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, clock.laps,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from exl2ray.model.attention import AttentionHalf
 from exl2ray.model.blocks import Block
 from exl2ray.tune.divergence import divergence_backward, divergences
 from exl2ray.tune.module import TunedModule
@@ -25,6 +26,7 @@ from exl2ray.tune.sums import Gradients, TreeOfSums
 
 SHARES = 4  # of a step's rows; a power of two
 EVALUATED_AT_ONCE = 8192  # tokens
+TRIED_TOKENS = 1024  # of a row, to see whether attention gives the same gradients twice
 GRAPH_BYTES = 6  # kept for the way back by a token in a module, for each input and output of its linears
 GRAPH_SHARE = 0.35  # of the free memory of a GPU that may be used so
 GRAPH_BYTES_ON_CPU = 1 << 30
@@ -52,15 +54,16 @@ class Trainer:
     def __init__(self, modules: Sequence[TunedModule], source: Sequence[Block], device: torch.device, skip: int = 0) -> None:
         self.modules, self.source, self.device, self.skip = list(modules), list(source), device, skip
         self.first = next((i for i, m in enumerate(self.modules) if m.trained), len(self.modules))
+        self.fused = self._fused_attention_is_reproducible()
+        self._fitting: dict[tuple[int, int], bool] = {}
 
     def step(self, ids: Tensor, rates: Rates) -> Tensor:
         """ids (R, T) -> mean divergence over the rows before the step, float64 on the device; the model is updated."""
         shares = [share for share in ids.to(self.device).tensor_split(min(SHARES, len(ids))) if len(share)]
         source = [self._source_states(share) for share in shares]
         counted = ids.shape[0] * (ids.shape[1] - self.skip)
-        with _reproducible(self.device):
-            kept = self._forward(shares)
-            return self._backward(kept, source, counted, rates) / counted
+        kept = self._forward(shares)
+        return self._backward(kept, source, counted, rates) / counted
 
     def _source_states(self, ids: Tensor) -> Tensor:
         """(positions, hidden) before the head of the source, those that count."""
@@ -73,9 +76,11 @@ class Trainer:
     def _forward(self, shares: Sequence[Tensor]) -> list[list[_Pass]]:
         """By module but the head, by share: what goes into it, and what comes out."""
         keep = self._graphs_fit(sum(s.numel() for s in shares), shares[0].shape[1])
-        kept, xs = [], list(shares)
+        kept: list[list[_Pass]] = []
+        xs = list(shares)
         for i, module in enumerate(self.modules[:-1]):
-            passes = [_forward(module, x, i >= self.first, i > self.first, keep) for x in xs]
+            with self._attention(module):
+                passes = [_forward(module, x, i >= self.first, i > self.first, keep) for x in xs]
             kept.append(passes)
             xs = [p.after.detach() for p in passes]
         return kept
@@ -96,9 +101,10 @@ class Trainer:
         self._update(head, sums, rates)
         for i in range(len(self.modules) - 2, self.first - 1, -1):
             module, passes, sums = self.modules[i], kept.pop(), TreeOfSums()
-            for s, p in enumerate(passes):
-                gradients[s], of_leaves = _backward(module, p, gradients[s], i > self.first)
-                sums.add(of_leaves)
+            with self._attention(module):
+                for s, p in enumerate(passes):
+                    gradients[s], of_leaves = _backward(module, p, gradients[s], i > self.first)
+                    sums.add(of_leaves)
             self._update(module, sums, rates)
         return total
 
@@ -106,7 +112,31 @@ class Trainer:
         if module.trained:
             module.update(sums.total(), rates.factor * rates.latents, rates.factor * rates.gains)
 
+    def _attention(self, module: TunedModule) -> AbstractContextManager[None]:
+        return _reproducible(self.fused) if _attends(module) else nullcontext()
+
+    def _fused_attention_is_reproducible(self) -> bool:
+        """Whether the fused forms of attention give the same gradients twice on this device, and take this model."""
+        module = next((m for m in self.modules if _attends(m)), None)
+        if self.device.type != "cuda" or module is None:
+            return False
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = (2, TRIED_TOKENS, module.block.spec.hyper.hidden_size)
+        x, g = (torch.randn(shape, generator=generator, device=self.device) for _ in range(2))
+        try:
+            with _reproducible(True):
+                first, second = (_backward(module, _forward(module, x, True, True, True), g, True)[0] for _ in range(2))
+        except RuntimeError:
+            return False
+        return bool(torch.equal(first, second))
+
     def _graphs_fit(self, tokens: int, length: int) -> bool:
+        """Whether there is memory to keep the graphs of a step; asked once."""
+        if (tokens, length) not in self._fitting:
+            self._fitting[tokens, length] = self._room_for_graphs(tokens, length)
+        return self._fitting[tokens, length]
+
+    def _room_for_graphs(self, tokens: int, length: int) -> bool:
         widths = sum(x.in_features + x.out_features for m in self.modules[:-1] for x in m.block.module.linears)
         needed = GRAPH_BYTES * widths * tokens
         if self.device.type != "cuda":
@@ -138,6 +168,10 @@ class Trainer:
             found = divergences(head, self.source[-1], states, theirs.to(self.device).flatten(0, 1))
             out.append(found.double().view(len(part), -1).mean(1).cpu())
         return torch.cat(out)
+
+
+def _attends(module: TunedModule) -> bool:
+    return any(isinstance(half, AttentionHalf) for half in module.block.halves)
 
 
 def _pieces(rows: Tensor, count: int) -> list[Tensor]:
@@ -174,12 +208,12 @@ def _backward(module: TunedModule, p: _Pass, gradient: Tensor, inputs: bool) -> 
 
 
 @contextmanager
-def _reproducible(device: torch.device) -> Iterator[None]:
+def _reproducible(fused: bool) -> Iterator[None]:
     """Attention whose backward pass adds up in a fixed order.
 
-    On GPUs the fused forms have one that torch takes when it is told to be deterministic; on CPUs the plain form does.
+    The plain form does. On GPUs the fused ones have a backward pass that does, too, when torch is told to be deterministic.
     """
-    if device.type != "cuda":
+    if not fused:
         with sdpa_kernel(SDPBackend.MATH):
             yield
         return

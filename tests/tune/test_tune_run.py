@@ -147,7 +147,7 @@ def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> No
         ({"--step-tokens": "32"}, 2, "at least one row of --length 64"),
         ({"--rate": "0"}, 2, "a number between 0 and 1"),
         ({"--text": "/nowhere.txt"}, 2, "does not exist"),
-        ({"--length": "100000"}, 4, "at least two rows of 100000 are needed"),
+        ({"--length": "100000"}, 4, "at least 20 rows of 100000 are needed"),
         ({"output": "exl2"}, 2, "holds"),
     ],
 )
@@ -184,6 +184,11 @@ def test_the_variant_with_the_least_divergence_is_kept() -> None:
 def test_a_gain_within_the_noise_is_none() -> None:
     assert judge.decide(noisy(1, 10), {"norms": noisy(0.999, 9.995, seed=1)}, KINDS).kept == judge.NOTHING
     assert judge.decide(noisy(1, 10), {"norms": noisy(float("nan"), 9)}, KINDS).kept == judge.NOTHING
+
+
+def test_one_row_says_nothing() -> None:
+    one, less = torch.tensor([1.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    assert judge.decide(one, {"norms": less}, ("a",)).kept == judge.NOTHING
 
 
 def test_one_that_is_worse_on_no_kind_of_text_comes_first() -> None:
