@@ -41,9 +41,8 @@ def run(
         raise UsageError(f"--rate {rate}, --gain-rate {gain_rate}: a number between 0 and 1 is needed", "0.002 is usual")
     sources = tuple(local_source(place) for place in text)
     chosen = checked_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    settings = Settings(
-        directory, reference, output, sources, parse_count(tokens, "--tokens"), length, step_tokens, rate, gain_rate, seed=seed
-    )
+    count = parse_count(tokens, "--tokens")
+    settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, seed=seed)
     reporter = Silent() if quiet else human_reporter()
     try:
         return tune(settings, chosen, reporter)
