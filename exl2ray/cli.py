@@ -49,10 +49,10 @@ def convert(run: Invocation, /, dry_run: bool, **_: Any) -> None:
     Calibrates, measures, allocates, quantises and writes. After a stop for whatever reason the same command, or -o
     alone, goes on where it was.
     """
-    from exl2ray.commands import conversion
+    from exl2ray.commands import converting
 
     ctx = click.get_current_context()
-    conversion.convert(run, "convert", recipe_from(ctx), dry_run, notes_from(ctx))
+    converting.convert(run, "convert", recipe_from(ctx), dry_run, notes_from(ctx))
 
 
 @command(recipe_flags(MEASURE_FIELDS), recipe_flags(CONVERT_ONLY, required=(), ignored=True), dry_run_flag, converts=True)
@@ -61,7 +61,7 @@ def measure(run: Invocation, /, output_measurement: str | None, out_dir: str, dr
 
     It is written to -om, or into the work directory. Takes the flags of convert; what concerns only later steps is left out.
     """
-    from exl2ray.commands import conversion
+    from exl2ray.commands import converting
 
     ctx = click.get_current_context()
     if is_given(ctx, "measurement"):
@@ -71,7 +71,7 @@ def measure(run: Invocation, /, output_measurement: str | None, out_dir: str, dr
             raise UsageError("-om is missing", "with a work directory in an object store, name a local file with -om")
         output_measurement = os.path.join(out_dir, "measurement.json")
     recipe = recipe_from(ctx, output_measurement=output_measurement)
-    conversion.convert(run, "measure", recipe, dry_run, notes_from(ctx))
+    converting.convert(run, "measure", recipe, dry_run, notes_from(ctx))
 
 
 @command(
@@ -132,9 +132,9 @@ def patch(run: Invocation, /, **settings: Any) -> None:
 
     Quantises again only what --set changes, on what the model produces as it is, and writes the model anew.
     """
-    from exl2ray.commands import conversion
+    from exl2ray.commands import converting
 
-    conversion.patch(run, **settings)
+    converting.patch(run, **settings)
 
 
 @command(

@@ -55,7 +55,7 @@ def chat(run: Invocation, /, **settings: Any) -> None:
     MODEL is a source model or an EXL2 directory; the first one, usually the source, is what the others are compared with.
     Answers are greedy: the most probable token each time. Without a question you are asked for them.
     """
-    from exl2ray.commands import chat as command
+    from exl2ray.commands import side_by_side as command
 
     command.chat(**settings, as_json=run.json)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from exl2ray.errors import UsageError
@@ -26,7 +25,8 @@ from exl2ray.formats.elsewhere import named
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
-from exl2ray.report.ladder import check_plot, plot_ladder
+from exl2ray.report.ladder import plot_ladder
+from exl2ray.report.plot_files import check_plot
 from exl2ray.terminal.console import duration, file_size, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
 
@@ -87,9 +87,8 @@ def evaluate(
     reporter = Silent() if quiet or not is_terminal(sys.stdout) else human_reporter()
     try:
         progress = _Progress(reporter)
-        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         keep = positions is not None
-        results = evaluate_many(models, reference, ids, chosen, stride, options, keep, progress=progress.show, kinds=kinds)
+        results = evaluate_many(models, reference, ids, device, stride, options, keep, progress=progress.show, kinds=kinds)
         progress.end()
         if positions is not None:
             write_positions(Path(positions), results)

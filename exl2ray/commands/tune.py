@@ -31,8 +31,6 @@ def run(
     quiet: bool,
 ) -> Tuned:
     """Writes the tuned model. Raises UsageError naming the flag, and what `exl2ray.tune.run.tune` raises."""
-    import torch
-
     if length < 16:
         raise UsageError(f"--length {length}: at least 16 tokens a row are needed", "1024 is usual")
     if step_tokens < length:
@@ -40,7 +38,7 @@ def run(
     if not (0 < rate < 1 and 0 < gain_rate < 1):
         raise UsageError(f"--rate {rate}, --gain-rate {gain_rate}: a number between 0 and 1 is needed", "0.002 is usual")
     sources = tuple(local_source(place) for place in text)
-    chosen = checked_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    chosen = checked_device(device)
     count = parse_count(tokens, "--tokens")
     settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, seed=seed)
     reporter = Silent() if quiet else human_reporter()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from exl2ray.beneath import existing_parent
 from exl2ray.doctor.findings import OPEN_FILES, Finding, Level, problem
-from exl2ray.doctor.gpu import driver_fix, gpus, kernels
+from exl2ray.doctor.gpu_checks import driver_fix, gpus, kernels
 from exl2ray.doctor.probes import KERNEL, RAY, TORCH, nvidia_smi, run_probe
 from exl2ray.doctor.ray_start import ray_cluster, ray_start
 from exl2ray.host import SHARED_MEMORY_FIX, container_limit_bytes, main_memory_bytes, nccl_bytes, shared_memory_bytes

@@ -166,7 +166,9 @@ def run_model(
 
 
 def checked_device(device: torch.device | str) -> torch.device:
-    """``device`` as a torch device; UsageError if this machine does not have it."""
+    """``device`` as a torch device; "auto" is a GPU if there is one. Raises UsageError if this machine does not have it."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except RuntimeError as e:

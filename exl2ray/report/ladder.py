@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     from exl2ray.report.style import Plot
 
 
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_plot(path: str | Path) -> None:
-    """UsageError unless ``path`` ends as plots do and its folder exists."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: a plot ends in {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}", "create it, or choose another place")
-
-
 @dataclass(frozen=True)
 class PredictedKL:
     """One converted model. predicted, measured: KL from the source in nats per token, both above 0.

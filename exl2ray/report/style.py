@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from exl2ray.formats.files import atomic_file
-from exl2ray.report.ladder import check_plot
+from exl2ray.report.plot_files import check_plot
 from exl2ray.terminal.console import clean
 
 ACCENT = "#3f7fd0"

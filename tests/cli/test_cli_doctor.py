@@ -10,7 +10,7 @@ import pytest
 
 from exl2ray import host
 from exl2ray.doctor import examination as doctor
-from exl2ray.doctor import gpu as doctor_gpu
+from exl2ray.doctor import gpu_checks as doctor_gpu
 from exl2ray.doctor import probes, ray_start
 from exl2ray.doctor.findings import Finding
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from exl2ray.cli import cli
-from exl2ray.commands.chat import MARK, plain_lines, read_prompts, side_by_side
+from exl2ray.commands.side_by_side import MARK, plain_lines, read_prompts, side_by_side
 from exl2ray.errors import SourceError, UsageError
 from exl2ray.evaluate.chat import Answer, Panel
 

@@ -59,7 +59,7 @@ def _chat(
     for question in (*questions, *([system] if system is not None else [])):
         _check_text(question)
     models = [local(m, flag="MODEL") for m in models]
-    panel = Panel(models, _device(device), options)
+    panel = Panel(models, device, options)
     opening: Messages = (("system", system),) if system is not None else ()
     if system is not None and not panel.templated:
         raise UsageError("--system: the model has no chat template", "leave it out; the prompt is continued as it is")
@@ -106,12 +106,6 @@ def read_prompts(path: Path) -> list[str]:
     if not found:
         raise UsageError(f"--prompts {path}: holds no question")
     return found
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _typed() -> Iterator[str]:

@@ -1,0 +1,18 @@
+"""Where a plot may be written: looked at before what it shows is computed, so without matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exl2ray.errors import UsageError
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: str | Path) -> None:
+    """UsageError unless ``path`` ends as plots do and its folder exists."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"{path}: a plot ends in {', '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}", "create it, or choose another place")
