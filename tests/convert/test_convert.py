@@ -40,11 +40,11 @@ from exl2ray.errors import (
     UsageError,
 )
 from exl2ray.evaluate.compare import evaluate
+from exl2ray.evaluate.record import Evaluation, Figure
 from exl2ray.events import Silent
 from exl2ray.formats.exl2 import Exl2Model, dequantize_numpy
 from exl2ray.formats.measurement import check_against, read_measurement
 from exl2ray.publish.card import add_evaluation
-from exl2ray.publish.figures import Evaluation, Figure
 from exl2ray.quant.qparams import head_option
 from exl2ray.result_warnings import output_warnings
 from exl2ray.steps import Job
@@ -327,7 +327,7 @@ def written(root: Path) -> dict[str, int]:
 
 def test_a_finished_job_writes_nothing(quiet: Quiet, finished: Path) -> None:
     """Not even after an evaluation was put on the card, and the files were touched by a copy."""
-    add_evaluation(finished / "out-4.0", Evaluation(Figure(9.0, None), None, None, None, 1, 2, 3))
+    add_evaluation(finished / "out-4.0", Evaluation("out-4.0", "", 1, 2, 3, Figure(9.0)))
     os.utime(finished / "out-5.0" / "output.safetensors")
     before = written(finished)
     reporter = again(quiet, finished)

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bounded import exl2ray
-from exl2ray.report.compose import report_page
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, VOCAB, byte_tokenizer, write_model
 
@@ -62,7 +61,7 @@ def parquet(path: Path, *texts: str) -> str:
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Ordinary prose and code, of the project itself."""
     root = Path(__file__).resolve().parents[2]
-    files = [root / "docs" / "quality.md", root / "docs" / "architecture.md", root / "exl2ray" / "planning.py"]
+    files = [root / "docs" / "quality.md", root / "docs" / "architecture.md", root / "exl2ray" / "allocation" / "planning.py"]
     return parquet(tmp_path_factory.mktemp("text") / "rows.parquet", *(f.read_text(encoding="utf-8") for f in files))
 
 
@@ -572,7 +571,7 @@ def test_the_end_repeats_what_concerns_the_result(tiny: Path, text: str, tmp_pat
     assert reporter.events[-1][0] == "done"
     assert reporter.events[-1][1]["warnings"] == list(summary.warnings)
     card = (tmp_path / "out" / "README.md").read_text()
-    page = render(report_page(read_facts(str(tmp_path / "work"), ())))
+    page, _ = render(read_facts(str(tmp_path / "work")))
     assert "## Warnings of the conversion" in card
     assert "no better than guessing" in card
     assert str(tmp_path) not in card.split("## How it was made")[0]
