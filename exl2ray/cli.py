@@ -146,6 +146,7 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     flag("--length", type=int, default=1024, show_default=True, help="tokens of a row"),
     flag("--step-tokens", type=int, default=8192, show_default=True, help="tokens of a step"),
     flag("--rate", type=float, default=2e-3, show_default=True, help="of Adam, in steps between two integers"),
+    flag("--reach", type=float, default=0.45, hidden=True),
     flag("--gain-rate", type=float, default=2e-3, show_default=True, help="of norms and biases, relative to their size"),
     flag("--seed", type=int, default=0, show_default=True, help="of the order of rows"),
     flag("--report", is_flag=True, help="KL before and after by kind of held-out text"),

@@ -26,6 +26,7 @@ def run(
     step_tokens: int,
     rate: float,
     gain_rate: float,
+    reach: float,
     seed: int,
     device: str,
     quiet: bool,
@@ -37,10 +38,12 @@ def run(
         raise UsageError(f"--step-tokens {step_tokens}: a step takes at least one row of --length {length}")
     if not (0 < rate < 1 and 0 < gain_rate < 1):
         raise UsageError(f"--rate {rate}, --gain-rate {gain_rate}: a number between 0 and 1 is needed", "0.002 is usual")
+    if not 0 <= reach < 0.5:
+        raise UsageError(f"--reach {reach}: a number from 0 to below 0.5 is needed", "0.45 is usual")
     sources = tuple(local_source(place) for place in text)
     chosen = checked_device(device)
     count = parse_count(tokens, "--tokens")
-    settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, seed=seed)
+    settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, reach, seed=seed)
     reporter = Silent() if quiet else human_reporter()
     try:
         return tune(settings, chosen, reporter)

@@ -17,7 +17,7 @@ from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec, PlainTensor
 from exl2ray.model.weights import read_linear, read_stored
 from exl2ray.tune.gains import Gain
-from exl2ray.tune.grid import Grid
+from exl2ray.tune.grid import REACH, Grid
 from exl2ray.tune.module import NORM_ROLES, TunedLinear, TunedModule
 
 
@@ -65,8 +65,10 @@ def _as_quantised(start: OpenModel, spec: ModelSpec) -> ModelSpec | None:
     return turned if turned.rotation is not None and turned.rotation.identity() == found else None
 
 
-def load_tuned(pair: Pair, module: ModuleSpec, device: torch.device, dtype: torch.dtype) -> TunedModule:
-    """One module of the start on the device, computing in ``dtype``, its residual stream in float32."""
+def load_tuned(
+    pair: Pair, module: ModuleSpec, device: torch.device, dtype: torch.dtype, reach: float = REACH
+) -> TunedModule:
+    """One module of the start on the device, computing in ``dtype``, the residual stream in float32."""
     start = pair.exl2
     block = load_block(pair.start.spec, module, start, device, dtype, torch.float32, linear_reader(device))
     linears, gains = {}, []
@@ -75,7 +77,8 @@ def load_tuned(pair: Pair, module: ModuleSpec, device: torch.device, dtype: torc
             continue  # kept in float16, as a head may be
         packed = start.linear(linear.key)
         grid = Grid.of(packed, linear.out_features, device)
-        linears[linear.key] = TunedLinear(packed, grid, grid.latents(grid.integers(packed), _weight(pair, linear, device)))
+        latents = grid.latents(grid.integers(packed), _weight(pair, linear, device), reach)
+        linears[linear.key] = TunedLinear(packed, grid, latents)
         if packed.bias is not None:
             bias = packed.bias[: linear.out_features]
             gains.append(Gain.of(f"{linear.key}.bias", linear.key, bias, 0.0, device))

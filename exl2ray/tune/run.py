@@ -30,6 +30,7 @@ from exl2ray.formats.target import Owner, locked
 from exl2ray.store.fs import Store
 from exl2ray.store.records import hash_inputs
 from exl2ray.tune import judge, state
+from exl2ray.tune.grid import REACH
 from exl2ray.tune.opening import Pair, load_finished, load_source, load_tuned, open_pair, trainable
 from exl2ray.tune.output import Produce, write_tuned
 from exl2ray.tune.rows import TuningRows, batches, tuning_rows
@@ -48,7 +49,8 @@ class Settings:
     """directory: the EXL2 model. reference: its source. output: where the tuned one goes. sources: text; none: built-in.
 
     tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
-    for norms and biases, relative to their size. dtype: of the products; None: float32 on CPUs, bfloat16 elsewhere.
+    for norms and biases, relative to their size. reach: how far latents may begin from their integers. dtype: of the
+    products; None: float32 on CPUs, bfloat16 elsewhere.
     """
 
     directory: str
@@ -60,6 +62,7 @@ class Settings:
     step_tokens: int = 8192
     rate: float = 2e-3
     gain_rate: float = 2e-3
+    reach: float = REACH
     warmup: int = 20
     seed: int = 0
     checkpoint_seconds: float = 60.0
@@ -146,7 +149,7 @@ def _digest(rows: TuningRows) -> str:
 
 def _load(pair: Pair, settings: Settings, device: torch.device, reporter: Reporter) -> Trainer:
     dtype = settings.compute_dtype(device)
-    modules = [load_tuned(pair, module, device, dtype) for module in pair.start.spec.modules]
+    modules = [load_tuned(pair, module, device, dtype, settings.reach) for module in pair.start.spec.modules]
     integers, others = trainable(modules)
     trainer = Trainer(modules, load_source(pair, device), device, int(pair.start.bos_id is not None))
     attention = "fused" if trainer.fused else "plain"
