@@ -27,7 +27,7 @@ from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.report.plot_files import check_plot
-from exl2ray.terminal.console import duration, file_size, is_terminal
+from exl2ray.terminal.console import clean, duration, file_size, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
 
 PLOT = "ladder.png"
@@ -149,7 +149,7 @@ class _Progress:
 
 def show(results: Sequence[EvalResult]) -> None:
     """Tables: every model; the tail of its KL divergence; its figures by kind of text. Then what they mean."""
-    names = [named(str(r.model)) for r in results]
+    names = [clean(str(r.model)) for r in results]
     rows = [
         [name, f"{s.linears_bpw:.3f}", f"{s.head_bpw:.3f}", f"{s.file_bpw:.3f}", file_size(s.file_bytes),
          _figure(r.perplexity, 4), _figure(r.kl, 5), _flipped(r.top1), "-" if r.top5 is None else f"{r.top5.value:.2%}",
@@ -171,13 +171,13 @@ def show(results: Sequence[EvalResult]) -> None:
     first = results[0]
     print(f"{first.predictions} predictions in {first.rows} rows of {first.length} tokens; +- standard error over rows")
     if first.reference is not None and first.reference_perplexity is not None:
-        print(f"reference {named(str(first.reference))}: perplexity {_figure(first.reference_perplexity, 4)}")
+        print(f"reference {clean(str(first.reference))}: perplexity {_figure(first.reference_perplexity, 4)}")
         for name, r in zip(names, results, strict=True):
             compared = [e.value if e is not None else None for e in (r.reference_perplexity, r.kl, r.top1)]
             word, sentence = judged(r.perplexity.value, *compared)
             print(f"{name}: {word}. {sentence}")
     for text in dict.fromkeys(w for r in results for w in r.warnings):
-        print(f"warning: {text}")
+        print(clean(f"warning: {text}"))
 
 
 def results_json(results: Sequence[EvalResult]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from exl2ray.calibration.data.sources import local_source
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.forward import checked_device
 from exl2ray.events import Silent
-from exl2ray.terminal.console import duration, file_size
+from exl2ray.terminal.console import clean, duration, file_size
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.tune.run import Settings, Tuned, tune
 from exl2ray.units import parse_count
@@ -60,11 +60,11 @@ def show(result: Tuned, report: bool) -> None:
         show_table("KL (nats) on held-out text", ["kind", "before", "after", "ratio"], rows)
     before, after = result.before["mean"], result.after["mean"]
     if result.kept == "nothing":
-        print(f"nothing gained: {result.directory} holds the model as it was (KL {before:.4f})")
+        print(clean(f"nothing gained: {result.directory} holds the model as it was (KL {before:.4f})"))
     else:
         print(
-            f"{result.directory}: KL {before:.4f} -> {after:.4f}; kept: {result.kept}, {100 * result.changed:.2f} % of the "
-            f"integers changed in {result.steps} steps; {file_size(result.file_bytes)}"
+            f"{clean(str(result.directory))}: KL {before:.4f} -> {after:.4f}; kept: {result.kept}, "
+            f"{100 * result.changed:.2f} % of the integers changed in {result.steps} steps; {file_size(result.file_bytes)}"
         )
     if result.worse:
         print(f"warning: worse than before on {', '.join(result.worse)}")

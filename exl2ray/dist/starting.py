@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import site
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from exl2ray.errors import ClusterError, StoreError
 
 OBJECT_STORE_BYTES = 256 << 20  # beside the states that travel
 _MIN_STORE_BYTES = 80 << 20
+CONNECT_SECONDS = 10.0
 TEMPORARY_BYTES, TEMPORARY_FILES = 32 << 20, 256
 _private: private.PrivateRay | None = None  # of this process, which has one Ray at a time
 
@@ -42,8 +44,20 @@ def start_ray(address: str | None, state_bytes: int = 0) -> Any:
     _close_private()  # of a Ray that was left by ray.shutdown
     hint = "check --ray-address and $RAY_ADDRESS; `exl2ray doctor` looks at this machine"
     hint += "; a cluster with token authentication needs RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"
+    _check_answers(address, hint)
     _init(ray, hint, address=address)
     return ray
+
+
+def _check_answers(address: str, hint: str) -> None:
+    """ClusterError if nobody listens there: Ray would try for many minutes. "auto" is Ray's to find."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as e:
+        raise _failed(address, e, hint) from e
 
 
 def _start_private(state_bytes: int) -> Any:
