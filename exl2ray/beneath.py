@@ -42,6 +42,7 @@ def kind_of(mode: int) -> str | None:
 
 
 def refused(where: str | Path, mode: int) -> IrregularFileError:
+    """The error that says what stands at ``where`` in place of a file or folder. ``mode``: as stat has it."""
     return IrregularFileError(
         f"{where} is {kind_of(mode) or 'not a regular file'}: nothing is read, written or deleted through it",
         "look who put it there, then remove it; or give another directory",
@@ -224,6 +225,7 @@ class Listing:
     others: list[str]  # links, pipes, sockets, devices
 
     def path(self, name: str) -> str:
+        """The name of an entry relative to the root of the walk."""
         return f"{self.rel}/{name}" if self.rel else name
 
 
@@ -240,7 +242,7 @@ def walk(root: str, parts: Sequence[str] = ()) -> Iterator[Listing]:
 
 
 def listed(handle: int, rel: str) -> Listing:
-    """The names in an open folder."""
+    """The names in an open folder, by kind. ``rel``: the folder relative to the root."""
     kinds: dict[str, list[str]] = {"file": [], "folder": [], "other": []}
     with os.scandir(handle) as entries:
         for entry in entries:

@@ -21,7 +21,7 @@ def sources_of(recipe: Recipe) -> list[Source]:
 
 
 def source_of(place: str) -> Source:
-    """The files that one -c names."""
+    """The files that one -c names. Raises as `sources_of`."""
     if not place.startswith(HUB):
         return local_source(place)
     from exl2ray.remote.hub_data import hub_source

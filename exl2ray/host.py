@@ -12,12 +12,12 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def main_memory_bytes() -> int:
-    """Main memory of the machine."""
+    """Main memory of the machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def container_limit_bytes() -> int | None:
-    """What a container may use of it; None without a limit."""
+    """Bytes of main memory that a container may use; None without a limit."""
     for name in _LIMITS:
         try:
             text = Path(name).read_text().strip()
@@ -29,13 +29,13 @@ def container_limit_bytes() -> int | None:
 
 
 def usable_memory_bytes() -> int:
-    """The smaller of both."""
+    """Bytes of main memory that this process may use: all of it, or as much as its container may."""
     total, limit = main_memory_bytes(), container_limit_bytes()
     return total if limit is None else min(total, limit)
 
 
 def shared_memory_bytes() -> tuple[int, int] | None:
-    """(free, total) of /dev/shm; None where there is none."""
+    """(free, total) bytes of /dev/shm; None where there is none."""
     try:
         stats = os.statvfs("/dev/shm")
     except OSError:
@@ -44,7 +44,7 @@ def shared_memory_bytes() -> tuple[int, int] | None:
 
 
 def nccl_bytes(gpus: int) -> int:
-    """Shared memory that NCCL takes between this many GPUs of one machine: two segments for each."""
+    """Bytes of shared memory that NCCL takes between this many GPUs of one machine: two segments for each."""
     return 2 * gpus * NCCL_SEGMENT_BYTES
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class OutputSummary:
-    """One converted model."""
+    """One converted model, as the event "done" and a program that calls `exl2ray.convert` get it."""
 
     bits: float  # requested
     achieved_bpw: float  # of the decoder layers, overheads included
@@ -23,6 +23,7 @@ class OutputSummary:
 
 @dataclass(frozen=True)
 class Summary:
+    """What a whole run has made."""
     outputs: tuple[OutputSummary, ...]
     measurement: str  # path of measurement.json
     seconds: float

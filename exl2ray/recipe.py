@@ -207,7 +207,7 @@ class Recipe:
 
     @property
     def calibration_data(self) -> tuple[str, ...]:
-        """Every -c; empty for the built-in set."""
+        """Every -c, in order; empty for the built-in set."""
         given = self.cal_dataset
         return given if isinstance(given, tuple) else () if given is None else (given,)
 
@@ -290,7 +290,7 @@ JOB_FLAGS = {entry: about.flag for about in SETTINGS.values() for entry in (*abo
 
 
 def place_name(place: str) -> str:
-    """A -c without the folders above it."""
+    """The name of a -c without the folders above it; addresses stay whole."""
     return place if "://" in place else place.rstrip("/").rpartition("/")[2] or place
 
 

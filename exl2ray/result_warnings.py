@@ -68,6 +68,7 @@ def is_broken(after: float | None, before: float | None) -> bool:
 
 
 def show(value: float | None) -> str:
+    """A perplexity as messages have it."""
     return "not a number" if value is None else f"{value:.4g}"
 
 
@@ -104,6 +105,7 @@ def expert_warnings(found: Iterable[tuple[str, Sequence[Mapping[str, float]]]], 
 
 
 def measured_experts(measurement: Measurement) -> list[str]:
+    """What a measurement says of experts that got few tokens."""
     found = ((p.entry_key, p.extra.get("experts") or ()) for p in measurement.profiles)
     return expert_warnings(found, "measurement")
 
@@ -147,8 +149,9 @@ class ResultWarnings:
             work.event("warning", message=text, bits=None)
 
     def of(self, bits: float) -> tuple[str, ...]:
-        """What concerns the model of one bitrate."""
+        """The warnings of the model of one bitrate, those of every model first."""
         return (*self.of_all, *self.of_bits.get(bits, ()))
 
     def all(self, bits: Iterable[float]) -> list[str]:
+        """All warnings of these bitrates, each once."""
         return list(dict.fromkeys([*self.of_all, *(text for b in bits for text in self.of_bits.get(b, ()))]))

@@ -98,7 +98,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def wanted(hint: Any) -> str:
-    """The type in words."""
+    """A type in words, as in "a whole number or null" and "a list of which every entry is a text"."""
     kind, arguments = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return " or ".join(wanted(part) for part in arguments)
@@ -117,6 +117,6 @@ def too_long(path: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it may stand in a message."""
+    """A value as messages have it: as Python writes it, cut at 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

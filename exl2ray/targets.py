@@ -69,6 +69,7 @@ class Targets:
                 lock.check()
 
     def close(self) -> None:
+        """Gives all locks back."""
         self._held.clear()
         self._stack.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import output_tensors, plain_shape, read_plain
 from exl2ray.outputs import OutputSummary
-from exl2ray.publish.card import CARD, CardInfo, converted, model_card, write_card
+from exl2ray.publish.card import CardInfo, converted, model_card, write_card
+from exl2ray.publish.names import CARD
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.result_warnings import ResultWarnings
 from exl2ray.store.layout import CALIBRATION, quant_kind
@@ -72,6 +74,7 @@ class OutputWriter:
 
     @property
     def owner(self) -> Owner:
+        """The conversion as the claim of its target names it."""
         return owner_of(self.recipe, self.fingerprint, self.work.id, self.side_files)
 
     def records(self, plan: Plan) -> dict[int, Record]:
@@ -226,35 +229,23 @@ class OutputWriter:
 
     def _entries(self, plan: Plan, records: Mapping[int, Record]) -> list[TensorEntry]:
         """Every tensor of the output in order, read when its turn comes; checks sizes against the plan."""
-        out: list[TensorEntry] = []
-        shapes = _Tensors(self.work, records, check=False)
-        tensors = _Tensors(self.work, records, check=True)
+        source, spec, out = self.source, self.spec, list[TensorEntry]()
+        shapes, tensors = (_Tensors(self.work, records, check) for check in (False, True))
         quantised_bytes = 0
-
-        for entry in output_tensors(self.spec):
+        for entry in output_tensors(spec):
             if entry.linear is not None and entry.module is not None:
                 index = entry.module.index
-                packed = PackedLinear.from_tensors(entry.linear.key, shapes(index).get)
-                for name, t in packed.tensors().items():
+                for name, t in PackedLinear.from_tensors(entry.linear.key, shapes(index).get).tensors().items():
                     quantised_bytes += t.numel() * t.element_size()
-                    out.append(
-                        TensorEntry(
-                            name, _DTYPE_NAMES[t.dtype], tuple(t.shape), lambda i=index, n=name: tensors(i)[n]  # type: ignore[misc]
-                        )
-                    )
+                    read = partial(tensors.one, index, name)
+                    out.append(TensorEntry(name, _DTYPE_NAMES[t.dtype], tuple(t.shape), read))
             elif entry.plain is not None:
-                plain = entry.plain
-                shape = plain_shape(plain, self.source)
-                out.append(
-                    TensorEntry(entry.name, "F16", shape, lambda p=plain: read_plain(self.spec, p, self.source))  # type: ignore[misc]
-                )
+                read = partial(read_plain, spec, entry.plain, source)
+                out.append(TensorEntry(entry.name, "F16", plain_shape(entry.plain, source), read))
             elif entry.copied is not None:
                 name = entry.copied.source_name
-                out.append(
-                    TensorEntry(
-                        entry.name, self.source.dtype(name), self.source.shape(name), lambda n=name: self.source.load(n)  # type: ignore[misc]
-                    )
-                )
+                read = partial(source.load, name)
+                out.append(TensorEntry(entry.name, source.dtype(name), source.shape(name), read))
         if quantised_bytes != plan.predicted_bytes:
             raise NumericError(
                 f"the quantised tensors take {quantised_bytes} bytes, the allocation predicted {plan.predicted_bytes}",
@@ -277,6 +268,10 @@ class _Tensors:
                 self._loaded.update(get_tensors(self._store, file.rel, expect=file if self._check else None))
             self._index = index
         return self._loaded
+
+    def one(self, index: int, name: str) -> Tensor:
+        """One tensor of the module with this index."""
+        return self(index)[name]
 
 
 def _intact(stored: Record, target: Path) -> list[Shard] | None:

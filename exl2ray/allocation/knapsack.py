@@ -43,6 +43,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Allocation:
+    """The chosen options, and how far from the best they can be at most."""
     choice: tuple[int, ...]  # option per slot
     total_bits: int
     budget_bits: int

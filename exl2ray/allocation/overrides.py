@@ -35,6 +35,7 @@ class Override:
     option: QParams | None = None
 
     def matches(self, key: str) -> bool:
+        """Whether this override is about the linear with this key."""
         if self.pattern.startswith("re:"):
             return re.fullmatch(self.pattern[3:], key) is not None
         return fnmatchcase(key, self.pattern)

@@ -160,6 +160,7 @@ def _shapes(spec: ModelSpec) -> dict[str, dict[str, list[LinearShape]]]:
 
 
 def show(solutions: Sequence[Solution]) -> None:
+    """Prints a table for each bitrate, and how close to the optimum it is."""
     for s in solutions:
         title, kl = f"{s.bits:g} bits per weight", "" if s.predicted_kl is None else f"predicted KL {s.predicted_kl:.4g}"
         if s.linears:

@@ -33,6 +33,7 @@ def families() -> list[Family]:
 
 
 def describe(arch: Arch) -> Family:
+    """One family in words."""
     norm = _NORMS[arch.norm.kind] + (" + 1" if arch.norm.offset else "") + (", bias" if arch.norm.bias else "")
     kind = "experts" if arch.moe else "gated" if arch.output.gate is not None else "plain"
     return Family(
@@ -84,6 +85,7 @@ def _head_norm(arch: Arch) -> str:
 
 
 def show(found: list[Family]) -> None:
+    """Prints a table of the families, and what loaders compute in another way."""
     columns = ["architecture", "norm", "MLP", "RoPE", "head", "vision", "particular"]
     rows = [
         [f.name, f.norm, f.mlp, f.rope, f.head, "copied" if f.multimodal else "", "; ".join(f.particular)] for f in found

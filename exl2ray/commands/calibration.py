@@ -49,6 +49,7 @@ def _rows(
 
 
 def show(views: Mapping[str, RowsView]) -> None:
+    """Prints where the rows of each pass come from, and how they begin."""
     for name, view in views.items():
         print(clean(f"{name}: {view.rows} rows of {view.length} tokens, {view.source}"))
         print(f"{view.distinct} of {view.vocab_size} token ids occur")

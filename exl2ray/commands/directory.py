@@ -18,6 +18,7 @@ from exl2ray.terminal.live import show_table
 MOST_SHOWN = 1000  # problems of one directory
 
 def inspect_json(d: DirectorySummary) -> dict[str, Any]:
+    """The summary of a directory as JSON values."""
     return {
         "path": d.path,
         "architecture": d.architecture,
@@ -46,6 +47,7 @@ def inspect_json(d: DirectorySummary) -> dict[str, Any]:
 
 
 def show_inspect(d: DirectorySummary, every_linear: bool) -> None:
+    """Prints sizes, settings and bits per weight; ``every_linear``: of each linear, else of each layer."""
     print(clean(f"{d.path}: {d.architecture}, {file_size(d.total_bytes)} in {plural(len(d.files), 'file')}"))
     head = f"{d.head_bpw:.4f}" if d.head_bpw else "not quantised"
     print(f"decoder {d.decoder_bpw:.4f} bits per weight, head {head}")
@@ -105,6 +107,7 @@ def verify(path: str, in_dir: str | None) -> list[Problem]:
 
 
 def show_verify(path: str, problems: list[Problem]) -> None:
+    """Prints a problem on each line, and the verdict."""
     for p in problems[:MOST_SHOWN]:
         print(clean(str(p)))
     if len(problems) > MOST_SHOWN:

@@ -12,6 +12,7 @@ from exl2ray.terminal.live import show_table
 
 
 def show(s: WorkStatus) -> None:
+    """Prints the state of a job: its settings, the last events, passes and workers."""
     age = "" if s.heartbeat_age_seconds is None else f", last sign of life {duration(s.heartbeat_age_seconds)} ago"
     print(clean(f"{s.root}: {s.state}" + (f": {s.holder}{age}" if s.holder else "")))
     if s.job is not None:

@@ -29,6 +29,7 @@ def plan(recipe: Recipe, wishes: Wishes, bits_given: bool, notes: Sequence[str] 
 
 
 def show(report: Report) -> None:
+    """Prints a plan, section by section; what is not known is left out."""
     _show_model(report)
     if report.sizes:
         _show_sizes(report)

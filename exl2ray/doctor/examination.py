@@ -57,6 +57,7 @@ def examine(out_dir: str) -> list[Finding]:
 
 
 def show(findings: list[Finding]) -> None:
+    """Prints what was found, then what is wrong with its remedies."""
     show_table("", ["topic", "found", ""], [[f.topic, f.value, "" if f.level == "ok" else f.level] for f in findings])
     wrong = [f for f in findings if f.fix]
     if wrong:

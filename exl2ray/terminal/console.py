@@ -142,7 +142,7 @@ def file_size(size_bytes: float) -> str:
 
 
 def job_text(f: Mapping[str, Any]) -> str:
-    """The fields of a "start" event in words."""
+    """The fields of a "start" event in words, one line or two."""
     bits = ", ".join(f"{b:g}" for b in f.get("bits", ()))
     workers = f.get("workers") or 0
     parts = [
@@ -157,11 +157,12 @@ def job_text(f: Mapping[str, Any]) -> str:
 
 
 def places_text(f: Mapping[str, Any]) -> str:
-    """What is read, and where is written."""
+    """What a "start" event says is read, and where is written."""
     return f"source {f['source']} -> target {', '.join(f['targets'])}; work directory {f['work']}"
 
 
 def stage_text(items: int, done: int) -> str:
+    """How many items a stage has, and how many of them are done."""
     return plural(items, "item") + (f", {done} already done" if done else "")
 
 
@@ -171,12 +172,13 @@ def repeated_warnings(f: Mapping[str, Any]) -> list[str]:
 
 
 def done_text(f: Mapping[str, Any]) -> str:
-    """The last line of a conversion."""
+    """The last line of a conversion, from the fields of "done"."""
     count = len(f.get("warnings") or ())
     return f"done in {duration(f['seconds'])}" + (f", with {plural(count, 'warning')}: read above" if count else "")
 
 
 def plural(count: int, noun: str) -> str:
+    """A count with its noun: ``1 file``, ``3 files``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -200,6 +202,7 @@ def _figure(out: Mapping[str, Any], name: str, form: str) -> str:
 
 
 def perplexity(value: float | None) -> str:
+    """A perplexity as tables have it."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
@@ -254,5 +257,5 @@ def reserved_stdout() -> Iterator[TextIO]:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a live display makes sense there."""
+    """Whether a live display makes sense on a stream."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"

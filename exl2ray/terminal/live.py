@@ -47,7 +47,7 @@ REFRESH_PER_SECOND = 4
 
 @dataclass
 class Stage:
-    """A running stage as shown."""
+    """A running stage: its pace, and what is said of the last item that was finished."""
 
     name: str
     pace: Pace

@@ -41,6 +41,7 @@ class Invocation:
     out_dir: str = ""
 
     def resume_hint(self) -> str:
+        """How the job of this invocation is resumed; empty for a command without a job."""
         return f"resume with: exl2ray {self.command} -o {shlex.quote(self.out_dir)}" if self.out_dir else ""
 
 
@@ -48,6 +49,7 @@ class Cli(click.Group):
     """The group of all commands; turns exceptions into messages and exit codes."""
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
+        """Runs a command and ends the process, with the exit code of `exl2ray.errors`."""
         argv = list(sys.argv[1:] if args is None else args)
         own = argv[: argv.index("--")] if "--" in argv else argv
         run = Invocation(json="--json" in own, debug="--debug" in own, argv=tuple(argv))

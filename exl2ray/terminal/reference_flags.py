@@ -31,7 +31,7 @@ class ReferenceFlag:
 
     @property
     def name(self) -> str:
-        """As click calls the parameter."""
+        """The name of the parameter in click."""
         return self.long.removeprefix("--")
 
 
@@ -63,6 +63,7 @@ def reference_flags(function: F) -> F:
 
 
 def is_given(ctx: click.Context, name: str) -> bool:
+    """Whether the command line itself has this parameter; a default does not count."""
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 

@@ -23,7 +23,7 @@ _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)  # a pipe's read
 
 
 class OutputClosed(Interrupted):
-    """Nobody reads standard output any more."""
+    """Raised when nobody reads standard output any more."""
 
 
 def _error(e: OSError) -> Exl2RayError:
@@ -97,7 +97,7 @@ def open_missing() -> None:
 
 
 def last_words(text: str) -> None:
-    """On standard error, if anybody is there."""
+    """Writes a line on standard error, if anybody is there."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
