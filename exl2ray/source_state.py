@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
-from exl2ray.errors import JobMismatchError
+from exl2ray.errors import JobMismatchError, SourceError
 from exl2ray.formats.file_states import HASHED_BYTES, FileState, compare_states, file_states, from_json, with_hashes
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.side_files import NEEDED, examine_side_files
 from exl2ray.store.layout import MEASURE, SOURCE_KEY
 from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.workdir import WorkDir
@@ -21,7 +24,9 @@ class SourceState:
     ``warnings``: what cannot be decided, of this run and of earlier ones of the job.
     """
 
-    def __init__(self, work: WorkDir, source: SourceModel, fingerprint: str) -> None:
+    def __init__(self, work: WorkDir, source: SourceModel, fingerprint: str, beside: tuple[FileState, ...]) -> None:
+        """``beside``: ``needed_files`` before anything was read."""
+        self._beside = beside
         self._work, self._source = work, source
         self._paths = [source.path / name for name in source.files]
         self._key = hash_inputs(source=fingerprint)
@@ -41,7 +46,12 @@ class SourceState:
 
     def check(self) -> None:
         """Before what was made is called finished. Raises JobMismatchError if a file was changed meanwhile."""
-        self._compare(self._states, file_states(self._paths), "while it was converted, so the result mixes two models")
+        when = "while it was converted, so the result mixes two models"
+        self._compare(self._states, file_states(self._paths), when)
+        now = needed_files(self._source.path)
+        altered = {state.name for state in set(self._beside) ^ set(now)}
+        if altered:
+            raise JobMismatchError(f"{self._source.path}: {_some(sorted(altered))} was changed {when}", HINT)
 
     def _compare(self, before: tuple[FileState, ...], now: tuple[FileState, ...], when: str) -> None:
         found = compare_states(before, now, self._source.path)
@@ -60,6 +70,18 @@ class SourceState:
     def _commit(self) -> None:
         payload = {"files": [asdict(s) for s in self._states], "warnings": self.warnings}
         self._work.records.commit(Record(MEASURE, SOURCE_KEY, self._key, payload))
+
+
+def needed_files(directory: str | Path) -> tuple[FileState, ...]:
+    """Config, tokenizer and whatever else the model is another one without, as they are now, by their content; none where
+    they cannot be read. Between runs they may change: what depends on them has their content in its hash.
+    """
+    try:
+        sizes = {"config.json": os.stat(Path(directory) / "config.json").st_size, **examine_side_files(directory).sizes}
+        paths = [Path(directory) / name for name, size in sizes.items() if size <= NEEDED.get(name, -1)]
+        return tuple(replace(s, stamp="") for s in with_hashes(file_states(paths), Path(directory)))
+    except (OSError, SourceError):
+        return ()
 
 
 def _some(names: Sequence[str]) -> str:

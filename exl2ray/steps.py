@@ -50,7 +50,7 @@ from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.recipe import JOB_FLAGS, Recipe, bpw_name
 from exl2ray.remote.source import keep
 from exl2ray.result_warnings import ResultWarnings, insensitive_warning, is_broken, measured_experts, show, unspent_warning
-from exl2ray.source_state import SourceState
+from exl2ray.source_state import SourceState, needed_files
 from exl2ray.stopping import shielded
 from exl2ray.store.faults import translated
 from exl2ray.store.fs import Store
@@ -76,6 +76,7 @@ class Job:
 
     def __init__(self, recipe: Recipe, reporter: Reporter, dry: bool = False, writes: Recipe | None = None) -> None:
         self.recipe, self.reporter, self.dry, self.writes = recipe, reporter, dry, writes or recipe
+        self._beside = needed_files(recipe.in_dir)  # before they are read
         found = examine(recipe)
         found.raise_any()
         if found.source is None or found.spec is None or found.device is None:
@@ -124,7 +125,7 @@ class Job:
             self.warnings.opened(self.work)
             for note in keep(recipe.in_dir, self.work.store):
                 self.reporter.event("note", message=note)
-            self.source_state = SourceState(self.work, self.source, self.job["identity"]["fingerprint"])
+            self.source_state = SourceState(self.work, self.source, self.job["identity"]["fingerprint"], self._beside)
             self.source_state.open()
             self.warnings.add(self.source_state.warnings)
             self._store_rows()
