@@ -34,8 +34,11 @@ from exl2ray.units import parse_size
 GIB = 1 << 30
 USUAL_GPUS = (24 * GIB, 80 * GIB)  # planned for where this machine has none
 LONGEST_DEFAULT_CONTEXT = 32768
-PROBED = "a layer and the head timed on this machine just now, files included; the other modules by counted work"
-TIMED = "layers timed on one {gpu} (docs/log.md), other shapes by counted work; files and start as in logged conversions"
+PROBED = "a layer and the head timed on this machine just now, files included; the other modules by their weights"
+TIMED = (
+    "seconds per weight of a 70B layer on one {gpu}, for the default calibration rows (docs/log.md); files and start as in "
+    "logged conversions"
+)
 
 
 @dataclass(frozen=True)
@@ -236,10 +239,11 @@ class _Planner:
             return
         if self.recipe.device == "cpu":
             return  # no rates of CPUs are known
-        here = [g for g in (logged_for(name) for name, _ in this_machines_gpus()) if g is not None]
-        for gpu in dict.fromkeys(here or LOGGED):
+        gpus = this_machines_gpus()
+        here = [g for g in (logged_for(name) for name, _ in gpus) if g is not None]
+        for gpu in dict.fromkeys(here if gpus else LOGGED):  # where there is no GPU: for those who will use another machine
             add(gpu, TIMED.format(gpu=gpu), LOGGED[gpu], False)
-            if far_below(self.spec, self.rows, LOGGED[gpu]):
+            if far_below(self.spec):
                 text = f"layers of this model are far smaller than those that were timed on {gpu}: the time is too low"
                 self.report.warnings.append(text)
 

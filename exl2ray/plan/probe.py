@@ -27,8 +27,7 @@ from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.layout import QParams
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.plan.problems import Examination
-from exl2ray.plan.times import Timed, kind_of
-from exl2ray.plan.work import finishing, measuring, quantizing, seconds, shape_of
+from exl2ray.plan.times import Timed, kind_of, weights_of
 from exl2ray.quant.qparams import head_option
 from exl2ray.recipe import Recipe
 from exl2ray.store.fs import Store
@@ -61,7 +60,7 @@ class ProbeResult:
 
 
 def probe(recipe: Recipe, found: Examination, say: Callable[[str], None]) -> ProbeResult:
-    """Runs the layer with the most work, then the head, on this machine's device. ``say`` hears what is going on.
+    """Runs the layer with the most weights, then the head, on this machine's device. ``say`` hears what is going on.
 
     Raises StoreError, SourceError or NumericError as a conversion would, torch.OutOfMemoryError as it is.
     """
@@ -85,12 +84,12 @@ def probe(recipe: Recipe, found: Examination, say: Callable[[str], None]) -> Pro
 
 
 def worst_layer(spec: ModelSpec) -> list[ModuleSpec]:
-    """The modules of the layer that takes most work; the first of equal ones."""
+    """The modules of the layer with most weights; the first of equal ones."""
     layers: dict[int, list[ModuleSpec]] = {}
     for m in spec.modules:
         if m.quantized and m.layer is not None:
             layers.setdefault(m.layer, []).append(m)
-    return max(layers.values(), key=lambda ms: sum(seconds(measuring(shape_of(m, spec.hyper), 16, 2048)) for m in ms))
+    return max(layers.values(), key=lambda ms: sum(map(weights_of, ms)))
 
 
 def options_near(module: ModuleSpec, bits: float, head_bits: int) -> dict[str, QParams]:
@@ -135,24 +134,10 @@ class _Run:
             for _ in range(GPU_RUNS - 1):
                 last = self._once(module, stage, count)
         else:
-            count = self._affordable(module, stage, rows, first)
+            count = max(1, min(rows, int(CPU_SECONDS / first)))  # a row more never takes more than the first one
             last = self._once(module, stage, count)
         peak = torch.cuda.max_memory_reserved(self.device) if gpu else None
-        shape = shape_of(module, self.spec.hyper)
-        return Probed(Timed(stage, kind_of(module), shape, count, tokens, last), module.profile_key, first, peak)
-
-    def _affordable(self, module: ModuleSpec, stage: RowSet, rows: int, one: float) -> int:
-        """Rows for a run of about CPU_SECONDS, from what one row took."""
-        shape, tokens = shape_of(module, self.spec.hyper), self.rows[stage].shape[1]
-
-        def counted(count: int) -> float:
-            if module.kind == "head":
-                return seconds(finishing(shape, count, tokens, 0))
-            work = measuring(shape, count, tokens) if stage == "measure" else quantizing(shape, count, tokens, 0)
-            return seconds(work)
-
-        rate = one / counted(1)
-        return max([1, *(c for c in range(1, rows + 1) if rate * counted(c) <= CPU_SECONDS)])
+        return Probed(Timed(stage, kind_of(module), weights_of(module), count, tokens, last), module.profile_key, first, peak)
 
     def _once(self, module: ModuleSpec, stage: RowSet, count: int) -> float:
         """Enters the module with random states and does its item, files included."""

@@ -1,35 +1,29 @@
-"""How long a conversion takes: counted work of all modules, scaled by layers that were timed.
+"""How long a conversion takes: seconds per weight that somebody measured, times the weights of this model.
 
-Timed layers are those of docs/log.md for the kinds of GPU that were measured, or those of a probe on this machine. Logged
-layers are numerics alone: reading, hashing and writing files came on top in the whole conversions of the log, by the
-factors below, so an estimate from the log is a range.
+They come from a probe on this machine, or from docs/log.md for the kinds of GPU that were measured there. Operations are
+not counted: of a 7B and a 70B shape in the log the seconds per weight differ by 7 %, far less than what files, other rows and
+other cards make of them. So an estimate from the log is a range, and there is none for a card that nobody measured.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.plan.memory import RowSizes
-from exl2ray.plan.work import Linear, Shape, Work, finishing, measuring, quantizing, seconds, shape_of
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds that one module took in a pass. kind: "attention", "mlp" or "head" (of experts and parallel blocks too)."""
+    """What ``weights`` weights took in a pass; kind: "attention", "mlp" (experts and parallel blocks too) or "head"."""
 
     stage: str  # "measure" or "quantize"
     kind: str
-    shape: Shape
+    weights: int
     rows: int
     tokens: int
     seconds: float
-
-    @property
-    def counted(self) -> float:
-        return seconds(_work(self.stage, self.kind, self.shape, (self.rows, self.tokens), 0))
 
 
 @dataclass(frozen=True)
@@ -59,37 +53,14 @@ class Times:
         return sum(s.most_seconds for s in self.stages)
 
 
-def _attention(hidden: int, kv: int) -> Shape:
-    linears = (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv))
-    qkv = tuple(Linear(role, "qkv", hidden, width) for role, width in linears)
-    return Shape((*qkv, Linear("o_proj", "o", hidden, hidden)), hidden)
-
-
-def _mlp(hidden: int, wide: int) -> Shape:
-    first = tuple(Linear(role, "gate_up", hidden, wide) for role in ("gate_proj", "up_proj"))
-    return Shape((*first, Linear("down_proj", "down", wide, hidden)))
-
-
-def _head(hidden: int, vocabulary: int) -> Shape:
-    return Shape((Linear("lm_head", "head", hidden, vocabulary),))
-
-
-_7B = {"attention": _attention(4096, 4096), "mlp": _mlp(4096, 11008), "head": _head(4096, 32000)}
-_70B = {"attention": _attention(8192, 1024), "mlp": _mlp(8192, 28672), "head": _head(8192, 32000)}
-
-
-def _logged(stage: str, kind: str, rows: int, seven: float, seventy: float) -> tuple[Timed, Timed]:
-    return Timed(stage, kind, _7B[kind], rows, 2048, seven), Timed(stage, kind, _70B[kind], rows, 2048, seventy)
-
-
-# docs/log.md, 2026-11-22, "One layer on one GPU": GPU -> timed layers, fastest run after compilation and recording.
+# docs/log.md, 2026-11-22, "One layer on one GPU": GPU -> timed layers of a 70B shape, the fastest run of each.
 LOGGED: Mapping[str, tuple[Timed, ...]] = {
     "H200": (
-        *_logged("measure", "attention", 19, 0.338, 0.779),
-        *_logged("measure", "mlp", 19, 0.622, 3.579),
-        *_logged("quantize", "attention", 115, 0.248, 0.619),
-        *_logged("quantize", "mlp", 115, 0.481, 2.665),
-        *_logged("quantize", "head", 115, 0.145, 0.284),
+        Timed("measure", "attention", 150_994_944, 19, 2048, 0.779),
+        Timed("measure", "mlp", 704_643_072, 19, 2048, 3.579),
+        Timed("quantize", "attention", 150_994_944, 115, 2048, 0.619),
+        Timed("quantize", "mlp", 704_643_072, 115, 2048, 2.665),
+        Timed("quantize", "head", 262_144_000, 115, 2048, 0.284),
     ),
 }
 # docs/log.md, "Whole conversions ..., second round": 8 layers of a 7B shape in 24.2 s with kernels compiled before (30.4 s
@@ -98,38 +69,40 @@ FILES = {"measure": 1.5, "quantize": 1.6}
 START_SECONDS = (2.0, 9.0)
 RAY_SECONDS = (15.0, 20.0)
 WRITTEN_PER_SECOND = 0.6e9
+SMALL_LAYER = 10_000_000  # weights below which launches, not weights, decide: a twentieth of a 7B layer
 
 
 def estimate(
     spec: ModelSpec,
     rows: RowSizes,
-    bitrates: Sequence[str],  # names for the passes to quantise; empty: nothing is quantised
+    bitrates: Sequence[str],
     measure: bool,
     timed: Sequence[Timed],
     device: str,
     basis: str,
-    whole: bool,  # timed with files, as a probe does
-    written_bytes: int = 0,  # of all outputs
-    ray: bool = False,  # whether Ray is started for it
+    whole: bool,
+    written_bytes: int = 0,
+    ray: bool = False,
 ) -> Times:
-    """Seconds of all passes on one device. Several devices share the work: docs/scaling.md."""
-    scale = _scales(timed)
+    """Seconds of all passes on one device. Several devices share the work: docs/scaling.md.
+
+    ``bitrates``: names for the passes to quantise, none if empty; ``whole``: ``timed`` was timed with files, as a probe does;
+    ``written_bytes``: of all outputs; ``ray``: whether Ray is started for it. Where fewer rows were timed than will be used,
+    the pass takes as long at least, and as much longer as there are more rows at most.
+    """
     decoder = [m for m in spec.modules if m.quantized]
     begin = [a + b * ray for a, b in zip(START_SECONDS, RAY_SECONDS, strict=True)]
-    stages = [StageTime("start", 0, *begin)]
 
     def total(stage: str, modules: Sequence[ModuleSpec]) -> StageTime:
-        sizes = rows.measure if stage == "measure" else rows.quantize
-        cache: dict[object, float] = {}
-        least = 0.0
+        wanted, least, most = (rows.measure if stage == "measure" else rows.quantize)[0], 0.0, 0.0
         for m in modules:
-            shape, kind = shape_of(m, spec.hyper), kind_of(m)
-            if (kind, shape) not in cache:
-                counted = seconds(_work(stage, kind, shape, sizes, rows.reported))
-                cache[kind, shape] = counted * scale(stage, kind, counted)
-            least += cache[kind, shape]
-        return StageTime(stage, len(modules), least, least * (1.0 if whole else FILES[stage]))
+            like = _like(timed, stage, m)
+            took = like.seconds * weights_of(m) / like.weights
+            least += took
+            most += took * (max(1.0, wanted / like.rows) if whole else FILES[stage])
+        return StageTime(stage, len(modules), least, most)
 
+    stages = [StageTime("start", 0, *begin)]
     if measure:
         stages.append(total("measure", decoder))
     if bitrates:
@@ -139,41 +112,26 @@ def estimate(
     return Times(device, basis, tuple(stages))
 
 
-def far_below(spec: ModelSpec, rows: RowSizes, timed: Sequence[Timed]) -> bool:
-    """Whether a layer takes less than a twentieth of the smallest timed one: then launches, which are not counted, decide."""
-    first = next(m for m in spec.modules if m.quantized)
-    counted = seconds(measuring(shape_of(first, spec.hyper), *rows.measure))
-    return counted < 0.05 * min(t.counted for t in timed if t.stage == "measure")
+def _like(timed: Sequence[Timed], stage: str, module: ModuleSpec) -> Timed:
+    """What was timed of this kind in this pass, or of any kind."""
+    known = [t for t in timed if t.stage == stage]
+    return next((t for t in known if t.kind == kind_of(module)), known[-1])
+
+
+def far_below(spec: ModelSpec) -> bool:
+    """Whether the first layer is so small that starting kernels, not weights, decides about the time."""
+    first = next(m for m in spec.modules if m.quantized).layer
+    return sum(weights_of(m) for m in spec.modules if m.quantized and m.layer == first) < SMALL_LAYER
+
+
+def weights_of(module: ModuleSpec) -> int:
+    """Weights of all linears of a module."""
+    return sum(x.in_features * x.out_features for x in module.linears)
 
 
 def kind_of(module: ModuleSpec) -> str:
     """Which timed kind a module is like."""
     return {"moe": "mlp", "parallel": "mlp"}.get(module.kind, module.kind)
-
-
-def _work(stage: str, kind: str, shape: Shape, sizes: tuple[int, int], reported: int) -> Work:
-    if kind == "head":
-        return finishing(shape, *sizes, reported)
-    return measuring(shape, *sizes) if stage == "measure" else quantizing(shape, *sizes, reported)
-
-
-def _scales(timed: Sequence[Timed]) -> Callable[[str, str, float], float]:
-    """Measured over counted seconds of a stage and kind, between timed layers by the logarithm of their size."""
-    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for t in timed:
-        points.setdefault((t.stage, t.kind), []).append((math.log(t.counted), t.seconds / t.counted))
-
-    def scale(stage: str, kind: str, counted: float) -> float:
-        known = points.get((stage, kind)) or [p for (s, _), some in points.items() if s == stage for p in some]
-        known = sorted(known)
-        x = math.log(counted)
-        below, above = [p for p in known if p[0] <= x], [p for p in known if p[0] > x]
-        if not below or not above:
-            return (below[-1] if below else above[0])[1]
-        (x0, y0), (x1, y1) = below[-1], above[0]
-        return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-
-    return scale
 
 
 def logged_for(name: str) -> str | None:
