@@ -27,6 +27,7 @@ from exl2ray.errors import BudgetError, UsageError
 OBJECTIVES = ("squared", "norm", "product")
 MUCH_LEFT = 0.03  # of a budget; the steps between options leave less, but for models of one or two layers
 _GAP_GOAL = 1e-5
+_FEW, _GAP_ENOUGH = 64, 1e-4  # with more slots than few, the dynamic program takes too long for less than this distance
 _SWEEPS = 12
 _MAX_PAIRS = 1_000_000  # pairs of moves looked at in one step of an exchange
 _MAX_STATES = 30_000  # of the dynamic program; beyond it the bound of the relaxation stands
@@ -74,21 +75,15 @@ def solve(slots: Sequence[Slot], budget_bits: int, objective: str = "squared", p
             f"the budget is {budget_bits} bits, the smallest options of all modules need {floor}",
             f"ask for at least {floor / budget_bits:.4f} times this bitrate",
         )
-    bound, lam, choice = _relax(bits, cost, budget_bits)
-    choice = _spend(bits, cost, budget_bits, choice)
-    for _ in range(_SWEEPS):
-        value = _value(cost, choice)
-        if len(slots) * width * width > _MAX_PAIRS or _gap(value, bound, objective, len(slots)) < _GAP_GOAL:
-            break  # so many slots leave no gap to speak of
-        if not _exchange(bits, cost, budget_bits, choice):
-            break
-        choice = _spend(bits, cost, budget_bits, choice)
-    value = _value(cost, choice)
-    if _gap(value, bound, objective, len(slots)) >= _GAP_GOAL:
-        exact = _complete(bits, cost, budget_bits, lam, value)
+    choice, bound, lam = _approach(bits, cost, budget_bits, objective)
+    if _gap(_value(cost, choice), bound, objective, len(slots)) >= _GAP_ENOUGH:
+        choice, bound = _branch(bits, cost, budget_bits, objective, choice, bound)
+    if _gap(_value(cost, choice), bound, objective, len(slots)) >= (_GAP_GOAL if len(slots) <= _FEW else _GAP_ENOUGH):
+        exact = _complete(bits, cost, budget_bits, lam, _value(cost, choice))
         if exact is not None:
-            choice = exact if _value(cost, exact) < value else choice
-            value = bound = _value(cost, choice)
+            choice = exact if _value(cost, exact) < _value(cost, choice) else choice
+            bound = _value(cost, choice)
+    value = _value(cost, choice)
     rows = np.arange(len(slots))
     total = int(bits[rows, choice].sum())
     return Allocation(
@@ -100,6 +95,53 @@ def solve(slots: Sequence[Slot], budget_bits: int, objective: str = "squared", p
         _gap(value, bound, objective, len(slots)),
         _unspent(slots, choice, budget_bits, total),
     )
+
+
+def _approach(
+    bits: NDArray[np.int64], cost: NDArray[np.float64], budget_bits: int, objective: str
+) -> tuple[NDArray[np.int64], float, float]:
+    """(a choice that fits, proven lower bound of the objective, the bound's multiplier). bits, cost: (S, O)."""
+    bound, lam, choice = _relax(bits, cost, budget_bits)
+    choice = _spend(bits, cost, budget_bits, choice)
+    for _ in range(_SWEEPS):
+        if bits.size * bits.shape[1] > _MAX_PAIRS or _gap(_value(cost, choice), bound, objective, len(bits)) < _GAP_GOAL:
+            break  # so many slots leave no gap to speak of
+        if not _exchange(bits, cost, budget_bits, choice):
+            break
+        choice = _spend(bits, cost, budget_bits, choice)
+    return choice, bound, lam
+
+
+def _branch(
+    bits: NDArray[np.int64],
+    cost: NDArray[np.float64],
+    budget_bits: int,
+    objective: str,
+    choice: NDArray[np.int64],
+    bound: float,
+) -> tuple[NDArray[np.int64], float]:
+    """`_approach`, over every option of the slot with the largest steps in turn.
+
+    A head holds a fifth of a small model's weights: its options lie so far apart that the relaxation mixes two of them, and
+    no allocation comes near that bound. With its option given, the others leave no gap to speak of. Options whose own bound
+    is not below what has been found already are not solved.
+    """
+    found = bits < np.iinfo(np.int64).max // (4 * len(bits))
+    wide = int(np.where(found, bits, 0).max(1).argmax())
+    others = np.arange(len(bits)) != wide
+    smallest = int(bits[others].min(1).sum())
+    options = [j for j in np.flatnonzero(found[wide]) if smallest + bits[wide, j] <= budget_bits]
+    limits = {j: cost[wide, j] + _relax(bits[others], cost[others], budget_bits - int(bits[wide, j]))[0] for j in options}
+    best = choice
+    for j in sorted(options, key=limits.__getitem__):
+        if limits[j] >= _value(cost, best):
+            break
+        rest, limit, _ = _approach(bits[others], cost[others], budget_bits - int(bits[wide, j]), objective)
+        limits[j] = max(limits[j], cost[wide, j] + limit)
+        tried = np.insert(rest, wide, j)
+        if _value(cost, tried) < _value(cost, best):
+            best = tried
+    return best, min(_value(cost, best), max(bound, min(limits.values(), default=bound)))
 
 
 def _unspent(slots: Sequence[Slot], choice: NDArray[np.int64], budget_bits: int, total_bits: int) -> float:

@@ -83,10 +83,14 @@ def allocate_linears(
     files are as large as those of `allocate` with that head, whatever the decoder and the head have each.
     """
     groups = [g for g in linear_groups(spec, measurement) if free_head or g.linears[0].role != "lm_head"]
-    near = NEAR if len(groups) > FEW_GROUPS else ALL
+    few = len(groups) <= FEW_GROUPS
     found = [
-        frontier(g.curve, partial(_group_bits, g.linears, overrides), _options(g.linears, overrides), near) for g in groups
-    ]
+        frontier(
+            g.curve, partial(_group_bits, g.linears, overrides), _options(g.linears, overrides),
+            ALL if few or g.linears[0].role == "lm_head" else NEAR,  # the head's steps are the largest of all
+        )
+        for g in groups
+    ]  # fmt: skip
     slots = [
         Slot(g.key, tuple(c.bits for c in options), tuple((g.sensitivity * c.loss) ** 0.5 for c in options))
         for g, options in zip(groups, found, strict=True)
