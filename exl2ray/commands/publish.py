@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from exl2ray import __version__
 from exl2ray.errors import HubError, Interrupted, UsageError
-from exl2ray.evaluate.record import Evaluation, read_evaluations
+from exl2ray.evaluate.record import EVALUATION, Evaluation, read_evaluations
+from exl2ray.formats.measurement import MAX_MEASUREMENT_BYTES, parse_measurement
 from exl2ray.formats.shards import OUTPUT_NAME
-from exl2ray.publish.card import PROGRAM, model_card, of_directory
-from exl2ray.publish.figures import with_evaluation
+from exl2ray.publish.card import (
+    PROGRAM,
+    BranchRow,
+    index_card,
+    model_card,
+    of_directory,
+    with_branches,
+    with_evaluation,
+    with_loading,
+)
 from exl2ray.publish.folder import Folder, branch_names, read_folder, refuse_secret
 from exl2ray.publish.frontmatter import Value, read_fields, split_card, with_fields
-from exl2ray.publish.index import BranchRow, index_card, with_branches
 from exl2ray.publish.names import CARD
 from exl2ray.publish.origin import MAX_CARD_BYTES, REPOSITORY, original_card
 from exl2ray.recipe import bpw_name
-from exl2ray.remote.token import read_token, redacted_logs
+from exl2ray.remote.token import read_token
+from exl2ray.report.ladder import plot_ladder
+from exl2ray.store.fs import Store
+from exl2ray.store.layout import MEASUREMENT
 from exl2ray.terminal.console import clean, file_size, plural, text_table
 
 if TYPE_CHECKING:
     from exl2ray.publish.hub import Branch, Hub
 
-MAIN = "main"
+MAIN, PLOT = "main", "ladder.png"
 WEIGHTS = re.compile(r".*\.(safetensors|gguf)|pytorch_model.*\.bin|consolidated\..*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One directory on its way to one branch. card: README.md as it is published."""
+    """One directory on its way to one branch. card: README.md as it is published. extras: files besides those of the folder,
+    by name.
+    """
 
     folder: Folder
     branch: str
     card: str
     evaluation: Evaluation | None
+    extras: dict[str, bytes]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({*self.folder.files, *self.extras, CARD})
 
 
 @dataclass(frozen=True)
@@ -75,10 +94,14 @@ def publish(
     evaluations: Sequence[str],
     include: Sequence[str],
     dry_run: bool,
+    work: str | None = None,
+    extras: bool = True,
 ) -> list[Published]:
     """Checks all directories, then uploads them one after the other; in the order given.
 
-    Raises UsageError, FormatError and StoreError before anything is sent; HubError; Interrupted.
+    work: the work directory of their conversion, for its measurement.json and evaluation.json. extras: send these two and the
+    plot of sizes against quality along. Raises UsageError, FormatError and StoreError before anything is sent; HubError;
+    Interrupted.
     """
     for flag, name in (("--repo", repo), ("--base-model", base_model)):
         if name is not None and not REPOSITORY.fullmatch(name):
@@ -90,13 +113,24 @@ def publish(
             closing.callback(folders[-1].close)
         _check_include(folders, include)
         branches = branch_names(folders, branch)
-        figures = match_evaluations(folders, evaluations)
-        uploads = [
-            Upload(f, b, card_text(f, repo, base_model, e), e) for f, b, e in zip(folders, branches, figures, strict=True)
-        ]
+        store = Store.open(work) if work is not None else None
+        if store is not None and not evaluations and store.exists(EVALUATION):
+            evaluations = [store.full_name(EVALUATION)]
+        results = [e for path in evaluations for e in read_evaluations(path)]
+        figures = match_evaluations(folders, evaluations, results)
+        shared = shared_files(store, results if any(figures) else [], repo) if extras else {}
+        uploads = []
+        for f, b, e in zip(folders, branches, figures, strict=True):
+            own = dict(shared) if len(folders) == 1 or e is not None else {}
+            if len(folders) > 1:
+                own.pop(MEASUREMENT, None)  # it is of all of them: on main
+            if extras and e is not None:
+                own[EVALUATION] = published_results([e], {e.model: b}, base_model)
+            card = card_text(f, repo, b, base_model, e, PLOT if PLOT in own else "")
+            uploads.append(Upload(f, b, card, e, {n: c for n, c in own.items() if n not in f.files}))
         if dry_run:
             return [_result(u, repo) for u in uploads]
-        return _send(uploads, repo, private, create, message, token_file, base_model)
+        return _send(uploads, repo, private, create, message, token_file, base_model, shared, results)
 
 
 def _check_include(folders: Sequence[Folder], include: Sequence[str]) -> None:
@@ -108,7 +142,7 @@ def _check_include(folders: Sequence[Folder], include: Sequence[str]) -> None:
 
 def _send(
     uploads: Sequence[Upload], repo: str, private: bool, create: bool, message: str | None, token_file: str | None,
-    base_model: str | None,
+    base_model: str | None, shared: Mapping[str, bytes], results: Sequence[Evaluation],
 ) -> list[Published]:  # fmt: skip
     try:
         from exl2ray.publish.hub import Hub, stored_token
@@ -118,15 +152,14 @@ def _send(
     for u in uploads:
         refuse_secret(u.folder, token.value)
     hub = Hub(repo, token)
-    with redacted_logs(token):
-        try:
-            ready_repository(hub, create, private)
-            done = [_upload(hub, u, message) for u in uploads]
-            if any(u.branch != MAIN for u in uploads):
-                _update_index(hub, uploads, base_model)
-        except KeyboardInterrupt:
-            hint = "run the same command again: what has arrived is not sent again"
-            raise Interrupted(f"{repo}: stopped while publishing", hint) from None
+    try:
+        ready_repository(hub, create, private)
+        done = [_upload(hub, u, message) for u in uploads]
+        if any(u.branch != MAIN for u in uploads):
+            _update_index(hub, uploads, base_model, shared, results)
+    except KeyboardInterrupt:
+        hint = "run the same command again: what has arrived is not sent again"
+        raise Interrupted(f"{repo}: stopped while publishing", hint) from None
     return done
 
 
@@ -149,18 +182,15 @@ def _upload(hub: Hub, upload: Upload, message: str | None) -> Published:
     folder = upload.folder
     branch = hub.branch(upload.branch) or _new_branch(hub, upload)
     stale = _stale(hub, branch, folder)
-    _say(f"{folder.path} -> {hub.repo}, branch {upload.branch}: {_count(upload)}, {file_size(folder.nbytes)}")
+    size = f"{plural(len(upload.names), 'file')}, {file_size(folder.nbytes)}"
+    _say(f"{folder.path} -> {hub.repo}, branch {upload.branch}: {size}")
     text = message or f"EXL2 at {bpw_name(folder.bits)} bits per weight ({PROGRAM} {__version__})"
     text = text.replace("{bpw}", bpw_name(folder.bits))
     with tempfile.TemporaryDirectory(prefix="exl2ray-") as names:  # so that progress is shown under the names of files
         files = {name: f.source(Path(names) / name) for name, f in folder.files.items()}
-        files[CARD] = upload.card.encode("utf-8")
+        files |= {**upload.extras, CARD: upload.card.encode("utf-8")}
         commit = hub.commit(branch, files, stale, text, folder.check_unchanged)
     return _result(upload, hub.repo, commit.url, commit.oid, commit.changed)
-
-
-def _count(upload: Upload) -> str:
-    return plural(len({*upload.folder.files, CARD}), "file")
 
 
 def _new_branch(hub: Hub, upload: Upload) -> Branch:
@@ -188,8 +218,10 @@ def _stale(hub: Hub, branch: Branch, folder: Folder) -> list[str]:
     return others
 
 
-def _update_index(hub: Hub, uploads: Sequence[Upload], base_model: str | None) -> None:
-    """The card on main lists the branches, unless somebody wrote another one there."""
+def _update_index(
+    hub: Hub, uploads: Sequence[Upload], base_model: str | None, shared: Mapping[str, bytes], results: Sequence[Evaluation]
+) -> None:
+    """The card on main lists the branches, unless somebody wrote another one there; what is of all of them lies beside it."""
     rows = [
         BranchRow(u.branch, s.decoder_bpw, s.head_bpw, s.total_bytes, u.evaluation)
         for u in uploads
@@ -210,16 +242,49 @@ def _update_index(hub: Hub, uploads: Sequence[Upload], base_model: str | None) -
         fields = read_fields(split_card(uploads[0].card)[0])
         base = fields.get("base_model")
         named = base_model or (base if isinstance(base, str) and REPOSITORY.fullmatch(base) else None)
-        text = index_card(hub.repo, rows, named, hub.repo.partition("/")[0], original_card(uploads[0].card))
-    if text != before:
-        hub.commit(main, {CARD: text.encode("utf-8")}, [], "List of branches")
-        _say(f"{hub.repo}: the card on main lists the branches")
+        original = original_card(uploads[0].card)
+        text = index_card(hub.repo, rows, named, hub.repo.partition("/")[0], original, PLOT if PLOT in shared else "")
+    files: dict[str, Path | bytes] = {**shared, CARD: text.encode("utf-8")}
+    if shared and results:
+        branches = {u.evaluation.model: u.branch for u in uploads if u.evaluation is not None}
+        files[EVALUATION] = published_results(results, branches, base_model)
+    if text != before or shared:
+        if hub.commit(main, files, [], "List of branches").changed:
+            _say(f"{hub.repo}: the card on main lists the branches")
+
+
+# ---- what goes along --------------------------------------------------------------------------------------------------
+
+
+def shared_files(store: Store | None, results: Sequence[Evaluation], repo: str) -> dict[str, bytes]:
+    """measurement.json of a work directory, so that others need not measure; the plot, where several models are evaluated."""
+    out = {}
+    if store is not None and store.exists(MEASUREMENT) and store.size(MEASUREMENT) <= MAX_MEASUREMENT_BYTES:
+        out[MEASUREMENT] = parse_measurement(store.get(MEASUREMENT), store.full_name(MEASUREMENT)).to_bytes()
+    drawn = [(PurePath(e.model).name, e) for e in results if e.file_bytes]
+    if len(drawn) > 1:
+        with tempfile.TemporaryDirectory(prefix="exl2ray-") as folder:
+            plot_ladder(drawn, Path(folder) / PLOT, repo.partition("/")[2])
+            out[PLOT] = (Path(folder) / PLOT).read_bytes()
+    return out
+
+
+def published_results(results: Sequence[Evaluation], branches: Mapping[str, str], base_model: str | None) -> bytes:
+    """evaluation.json with names in place of folders: branches, and the source model."""
+    found = []
+    for e in results:
+        model, reference = branches.get(e.model, PurePath(e.model).name), base_model or PurePath(e.reference).name
+        warnings = [w.replace(e.model, model).replace(e.reference or "\0", reference) for w in e.warnings]
+        found.append({**e.raw, "model": model, "reference": reference or None, "warnings": warnings})
+    return (json.dumps({"results": found}, indent=1) + "\n").encode()
 
 
 # ---- cards ----------------------------------------------------------------------------------------------------------
 
 
-def card_text(folder: Folder, repo: str, base_model: str | None, evaluation: Evaluation | None) -> str:
+def card_text(
+    folder: Folder, repo: str, branch: str, base_model: str | None, evaluation: Evaluation | None, plot: str = ""
+) -> str:
     """README.md as it is published: the directory's own, or a new one, with its publisher and what was asked for."""
     text = folder.card
     if text is None:
@@ -234,24 +299,21 @@ def card_text(folder: Folder, repo: str, base_model: str | None, evaluation: Eva
         fields["quantized_by"] = repo.partition("/")[0]
     if fields:
         text = with_fields(text, fields)
-    return text if evaluation is None else with_evaluation(text, evaluation)
+    text = with_loading(text, repo, branch)
+    return text if evaluation is None else with_evaluation(text, evaluation, plot)
 
 
-def match_evaluations(folders: Sequence[Folder], paths: Sequence[str]) -> list[Evaluation | None]:
-    """The result of each directory, found by its path, or else by its name. UsageError for a file about none of them."""
+def match_evaluations(
+    folders: Sequence[Folder], paths: Sequence[str], results: Sequence[Evaluation]
+) -> list[Evaluation | None]:
+    """The result of each directory, found by its path, or else by its name. UsageError if none is about any of them."""
     found: dict[Path, Evaluation] = {}
-    for path in paths:
-        results = read_evaluations(path)
-        matched = 0
-        for evaluation in results:
-            model = evaluation.model
-            same = [f.path for f in folders if f.path.resolve() == Path(model).resolve()]
-            same = same or [f.path for f in folders if f.path.resolve().name == Path(model).name]
-            matched += len(same)
-            found.update(dict.fromkeys(same, evaluation))
-        if not matched:
-            names = ", ".join(sorted({e.model for e in results})[:5]) or "nothing"
-            raise UsageError(f"--eval {path}: is about {names}, not about what is published", "evaluate those directories")
+    for e in results:
+        same = [f.path for f in folders if f.path.resolve() == Path(e.model).resolve()]
+        found.update(dict.fromkeys(same or [f.path for f in folders if f.path.resolve().name == Path(e.model).name], e))
+    if paths and not found:
+        names = ", ".join(sorted({e.model for e in results})[:5]) or "nothing"
+        raise UsageError(f"--eval {paths[0]}: is about {names}, not about what is published", "evaluate those directories")
     return [found.get(f.path) for f in folders]
 
 
@@ -260,11 +322,12 @@ def match_evaluations(folders: Sequence[Folder], paths: Sequence[str]) -> list[E
 
 def _result(upload: Upload, repo: str, url: str = "", commit: str = "", changed: bool = False) -> Published:
     folder = upload.folder
-    sizes = {name: f.nbytes for name, f in folder.files.items()} | {CARD: len(upload.card.encode("utf-8"))}
+    sizes = {name: f.nbytes for name, f in folder.files.items()} | {n: len(c) for n, c in upload.extras.items()}
+    sizes |= {CARD: len(upload.card.encode("utf-8"))}
     total = sum(sizes.values())
     sizes |= {x.name: x.nbytes for x in folder.left_out if x.nbytes is not None}
     return Published(
-        str(folder.path), repo, upload.branch, tuple(sorted({*folder.files, CARD})), tuple(x.name for x in folder.left_out),
+        str(folder.path), repo, upload.branch, tuple(upload.names), tuple(x.name for x in folder.left_out),
         total, url, commit, changed, sizes, {x.name: x.why for x in folder.left_out},
     )  # fmt: skip
 

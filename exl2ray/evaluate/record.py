@@ -75,6 +75,7 @@ class Evaluation:
     head_bpw: float | None = None
     file_bpw: float | None = None
     warnings: tuple[str, ...] = ()
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # as it was read
 
     @property
     def paired_error(self) -> float | None:
@@ -116,7 +117,7 @@ def parse_evaluation(result: Mapping[str, Any], where: str) -> Evaluation:
         top1, _figure(result, "top5_agreement", where), tail,
         {str(k): _kind(v, f"{where}: {k}") for k, v in kinds.items()} if isinstance(kinds, Mapping) else {},
         file_bytes, _number(result.get("linears_bpw")), _number(result.get("head_bpw")), _number(result.get("file_bpw")),
-        tuple(w for w in warnings if isinstance(w, str)) if isinstance(warnings, list) else (),
+        tuple(w for w in warnings if isinstance(w, str)) if isinstance(warnings, list) else (), result,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-"""The model card: README.md of an output directory, with the YAML block that the Hugging Face Hub expects.
+"""Model cards: README.md of an output directory, and of a repository that has a branch for each bitrate.
 
-A card is a function of plain facts, without dates, times or places, so a conversion repeated writes the same bytes.
+The texts are the templates beside this file; a card is a function of plain facts, without dates, times or places, so a
+conversion repeated writes the same bytes. What later commands replace stands between two comments.
 """
 
 from __future__ import annotations
@@ -9,30 +10,42 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files as resources
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from exl2ray import __version__
-from exl2ray.evaluate.record import Evaluation
+from exl2ray.evaluate.record import TAIL_NAMES, Evaluation, judged
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.summary import DirectorySummary
-from exl2ray.publish.figures import evaluation_section, with_evaluation
 from exl2ray.publish.frontmatter import Value, write_block
-from exl2ray.publish.origin import CARD, NO_CARD, OriginalCard, base_model_of, command, read_original, settings
+from exl2ray.publish.origin import CARD, NO_CARD, OriginalCard, base_model_of, command, quality_text, read_original, settings
 from exl2ray.recipe import Recipe, bpw_name
-from exl2ray.terminal.console import file_size, plural
+from exl2ray.terminal.console import file_size
 
 TAGS = ("exl2", "exllamav2", "quantized")
 PROGRAM = "exl2ray"  # quantized_by, until somebody publishes the model
+EVALUATION_MARKS = ("<!-- exl2ray: evaluation -->", "<!-- exl2ray: end of evaluation -->")
+BRANCH_MARKS = ("<!-- exl2ray: branches -->", "<!-- exl2ray: end of branches -->")
+LOADING_MARKS = ("<!-- exl2ray: loading -->", "<!-- exl2ray: end of loading -->")
+HEAD = "| branch | decoder bpw | head bpw | size | perplexity | KL (nats) | KL, 99 % | flipped top-1 |\n" + "|---" * 8 + "|"
+ROW = re.compile(r"^\| \[(?P<branch>[^\]|]+)\]\(.*\|$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Making:
-    """How a conversion made the model. Perplexities are those on calibration rows; None: not finite, or not known."""
+    """How a conversion made the model. Perplexities are those on calibration rows; None: not finite, or not known.
+
+    quality: what --quality and the flags of its parts did, in a sentence.
+    """
 
     command: str
     settings: tuple[tuple[str, str], ...]  # (flag, value)
     perplexity: float | None
     reference_perplexity: float | None  # of the source model, on the same rows
+    quality: str = ""
     version: str = __version__
 
 
@@ -61,22 +74,37 @@ class CardInfo:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class BranchRow:
+    """One branch. bpw: of the decoder layers; head_bpw: 0 if the head is not quantised."""
+
+    branch: str
+    bpw: float
+    head_bpw: float
+    nbytes: int
+    evaluation: Evaluation | None
+
+
 def model_card(info: CardInfo) -> str:
-    """The whole card."""
+    """The whole card of one model."""
     name = info.base_model.partition("/")[2] if info.base_model else info.architecture
-    parts = [
-        f"# {name}, EXL2 at {bpw_name(info.bits)} bits per weight",
-        _introduction(info),
-        _facts(info),
-        _warnings(info.warnings),
-        evaluation_section(info.evaluation),
-        LOADING,
-    ]
-    if info.making is not None:
-        parts.append(_making(info.making))
-    if info.original.text:
-        parts += ["## Original model card", info.original.text]
-    return front_matter(info.base_model, info.quantized_by, info.original) + "\n" + "\n\n".join(filter(None, parts)) + "\n"
+    source = _link(info.base_model) if info.base_model else "the model below"
+    if not info.base_model and not info.original.text:
+        source = f"a model of the architecture {info.architecture}"
+    front = front_matter(info.base_model, info.quantized_by, info.original)
+    evaluation = _marked(EVALUATION_MARKS, evaluation_section(info.evaluation))
+    return _render("card", i=info, front=front, name=name, bits=bpw_name(info.bits), source=source, evaluation=evaluation,
+                   loading=_marked(LOADING_MARKS, loading_section()))  # fmt: skip
+
+
+def index_card(
+    repo: str, rows: Sequence[BranchRow], base_model: str | None, owner: str, original: OriginalCard, plot: str = ""
+) -> str:
+    """The whole card of a repository with branches. People land there, and the Hub lists a repository by it."""
+    name, front = repo.partition("/")[2], front_matter(base_model, owner, original)
+    source, loading = _link(base_model) if base_model else name, loading_section(repo, rows[0].branch)
+    table = _table(repo, rows, {})
+    return _render("index", front=front, name=name, table=table, plot=plot, source=source, loading=loading)
 
 
 def front_matter(base_model: str | None, quantized_by: str, original: OriginalCard) -> str:
@@ -89,38 +117,65 @@ def front_matter(base_model: str | None, quantized_by: str, original: OriginalCa
     return write_block(fields)
 
 
-def _introduction(info: CardInfo) -> str:
-    source = f"[{info.base_model}](https://huggingface.co/{info.base_model})" if info.base_model else "the model below"
-    if not info.base_model and not info.original.text:
-        source = f"a model of the architecture {info.architecture}"
-    with_ = f", converted with exl2ray {info.making.version}" if info.making is not None else ""
-    return (
-        f"This is {source} in the EXL2 format of [ExLlamaV2](https://github.com/turboderp-org/exllamav2){with_}. "
-        "EXL2 gives every layer as many bits as its measured sensitivity asks for, within the average named above."
-    )
-
-
-def _facts(info: CardInfo) -> str:
-    source = "built-in set" if info.calibration is None else f"own data ({_cell(info.calibration)})"
-    size = f"{file_size(info.file_bytes)} in {plural(info.files, 'file')}"
-    rows = [
-        ("architecture", _cell(info.architecture)),
-        ("bits per weight", f"{info.achieved_bpw:.3f} in the decoder layers ({info.bits:g} requested)"),
-        ("output head", f"{info.head_bits} bits"),
-        ("size", size),
-        ("calibration", f"{source}, {info.rows} rows x {info.length} tokens"),
-    ]
-    if info.making is not None:
-        after, before = _perplexity(info.making.perplexity), _perplexity(info.making.reference_perplexity)
-        rows.append(("perplexity on calibration rows", f"{after} (source model: {before})"))
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _warnings(warnings: Sequence[str]) -> str:
-    """What whoever uses the model should know; nothing where nothing was found."""
-    if not warnings:
+def evaluation_section(e: Evaluation | None, plot: str = "") -> str:
+    """Figures and what they mean, "" for None. plot: name of a picture beside the card."""
+    if e is None:
         return ""
-    return "\n".join(["## Warnings of the conversion", "", *(f"* {_prose(text)}" for text in warnings)])
+    before, kl, top1 = (f.value if f is not None else None for f in (e.reference_perplexity, e.kl, e.top1))
+    word, sentence = judged(e.perplexity.value, before, kl, top1) if before is not None else ("", "")
+    tail = {n: f"KL divergence, {'maximum' if n == 'max' else label + ' are below'}" for n, label in TAIL_NAMES.items()}
+    return _render("evaluation", e=e, word=word, sentence=sentence, tail=tail, plot=plot)
+
+
+def loading_section(repo: str = "", branch: str = "") -> str:
+    """How to load it, a line for each program; from a repository, if there is one."""
+    where = f'"{repo}", revision="{branch}"' if repo else '"DIRECTORY"'
+    return _render("loading", repo=repo, branch=branch, where=where)
+
+
+def with_evaluation(card: str, evaluation: Evaluation, plot: str = "") -> str:
+    """``card`` with its evaluation replaced; below everything else on a card that has no place for one."""
+    section = _marked(EVALUATION_MARKS, evaluation_section(evaluation, plot))
+    return _replaced(card, EVALUATION_MARKS, section) or f"{card.rstrip()}\n\n{section}\n"
+
+
+def with_loading(card: str, repo: str, branch: str) -> str:
+    """``card`` saying how the model is loaded from where it is published; as it is, if it has no place for that."""
+    return _replaced(card, LOADING_MARKS, _marked(LOADING_MARKS, loading_section(repo, branch))) or card
+
+
+def with_branches(card: str, repo: str, rows: Sequence[BranchRow]) -> str | None:
+    """``card`` with these branches added to its table or replaced there; None if it has no such table."""
+    table = card.partition(BRANCH_MARKS[0])[2].partition(BRANCH_MARKS[1])[0]
+    kept = {found["branch"]: found[0] for found in ROW.finditer(table)}
+    return _replaced(card, BRANCH_MARKS, _table(repo, rows, kept))
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=FunctionLoader(lambda n: resources("exl2ray.publish").joinpath(f"{n}.jinja").read_text(encoding="utf-8")),
+        undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=template in ("card", "index"),
+    )  # fmt: skip
+    environment.filters.update(cell=_cell, prose=_prose, size=file_size, perplexity=_perplexity)
+    return environment.get_template(template).render(**values)
+
+
+def _marked(marks: tuple[str, str], text: str) -> str:
+    return "\n".join(filter(None, (marks[0], text, marks[1])))
+
+
+def _replaced(card: str, marks: tuple[str, str], section: str) -> str | None:
+    """``card`` with ``section`` in place of what stands between the marks and of themselves; None if they are not there."""
+    before, start, rest = card.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    return f"{before}{section}{after}" if start and end else None
+
+
+def _link(repo: str) -> str:
+    return f"[{repo}](https://huggingface.co/{repo})"
 
 
 def _prose(text: str) -> str:
@@ -129,40 +184,40 @@ def _prose(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", plain)
 
 
-def _perplexity(value: float | None) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
-
-
-def _making(making: Making) -> str:
-    table = "\n".join(["| setting | value |", "|---|---|", *(f"| `{flag}` | {_cell(v)} |" for flag, v in making.settings)])
-    return f"## How it was made\n\n```sh\n{making.command}\n```\n\n{table}"
-
-
 def _cell(text: str) -> str:
     """Text in a cell of a table; names of files may hold anything."""
     return "".join(c if c.isprintable() else "?" for c in text).replace("|", "\\|")
 
 
-LOADING = """\
-## Loading
-
-In [TabbyAPI](https://github.com/theroyallab/tabbyAPI), put this directory below `model_dir` and name it as `model_name` in
-`config.yml`. In Python, with ExLlamaV2:
-
-```python
-from exllamav2 import ExLlamaV2, ExLlamaV2Cache, ExLlamaV2Config, ExLlamaV2Tokenizer
-from exllamav2.generator import ExLlamaV2DynamicGenerator
-
-config = ExLlamaV2Config("this/directory")
-model = ExLlamaV2(config)
-cache = ExLlamaV2Cache(model, max_seq_len=4096, lazy=True)
-model.load_autosplit(cache)
-generator = ExLlamaV2DynamicGenerator(model=model, cache=cache, tokenizer=ExLlamaV2Tokenizer(config))
-print(generator.generate(prompt="Once upon a time,", max_new_tokens=100, add_bos=True))
-```"""
+def _perplexity(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+def _table(repo: str, rows: Sequence[BranchRow], kept: dict[str, str]) -> str:
+    lines = {**kept, **{row.branch: _line(repo, row) for row in rows}}
+    return _marked(BRANCH_MARKS, "\n".join([HEAD, *(lines[branch] for branch in sorted(lines, key=_natural))]))
+
+
+def _natural(branch: str) -> list[tuple[bool, float, str]]:
+    """10.0bpw comes after 4.0bpw."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", branch)
+    return [(i % 2 == 1, float(p) if i % 2 else 0.0, p) for i, p in enumerate(parts)]
+
+
+def _line(repo: str, row: BranchRow) -> str:
+    e = row.evaluation
+    figures = (None, None, None, None) if e is None else (e.perplexity, e.kl, e.kl_tail.get("p99"), e.top1)
+    forms = ("{:.4g}", "{:.4f}", "{:.3f}", "{:.1%}")
+    cells = [
+        f"[{row.branch}](https://huggingface.co/{repo}/tree/{row.branch})", f"{row.bpw:.3f}",
+        f"{row.head_bpw:.2f}" if row.head_bpw else "16", file_size(row.nbytes),
+        *("-" if f is None else form.format(1 - f.value if "%" in form else f.value)
+          for f, form in zip(figures, forms, strict=True)),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
 
 
 def write_card(directory: str | Path, info: CardInfo) -> Path:
@@ -179,10 +234,9 @@ def add_evaluation(directory: str | Path, evaluation: Evaluation) -> Path:
 
 
 def _write(directory: Path, text: str) -> Path:
-    path = directory / CARD
-    with atomic_file(path) as f:
+    with atomic_file(directory / CARD) as f:
         f.write(text.encode("utf-8"))
-    return path
+    return directory / CARD
 
 
 def converted(
@@ -193,20 +247,12 @@ def converted(
     of --set that were applied to the finished model.
     """
     base = base_model_of(recipe.in_dir)
+    how = (command(recipe, bits, base, patches), settings(recipe), perplexity, reference_perplexity, quality_text(recipe))
     return CardInfo(
-        architecture=architecture,
-        bits=bits,
-        achieved_bpw=achieved_bpw,
-        head_bits=recipe.usual_head_bits,
-        file_bytes=sum(p.stat().st_size for p in files),
-        files=len(files),
-        calibration=recipe.calibration_name,
-        rows=rows,
-        length=recipe.length,
-        making=Making(command(recipe, bits, base, patches), settings(recipe), perplexity, reference_perplexity),
-        base_model=base,
-        original=read_original(recipe.in_dir),
-    )
+        architecture, bits, achieved_bpw, recipe.usual_head_bits, sum(p.stat().st_size for p in files), len(files),
+        recipe.calibration_name, rows, recipe.length,
+        Making(*how), base, read_original(recipe.in_dir),
+    )  # fmt: skip
 
 
 def of_directory(summary: DirectorySummary) -> CardInfo:
@@ -216,13 +262,7 @@ def of_directory(summary: DirectorySummary) -> CardInfo:
     data = calibration if isinstance(calibration, dict) else {}
     dataset = str(data.get("dataset", "(default)"))
     return CardInfo(
-        architecture=summary.architecture,
-        bits=float(q.get("bits", summary.decoder_bpw)),
-        achieved_bpw=summary.decoder_bpw,
-        head_bits=int(q.get("head_bits", 0)),
-        file_bytes=summary.total_bytes,
-        files=len(summary.files),
-        calibration=None if dataset == "(default)" else dataset,
-        rows=int(data.get("rows", 0)),
-        length=int(data.get("length", 0)),
-    )
+        summary.architecture, float(q.get("bits", summary.decoder_bpw)), summary.decoder_bpw, int(q.get("head_bits", 0)),
+        summary.total_bytes, len(summary.files), None if dataset == "(default)" else dataset,
+        int(data.get("rows", 0)), int(data.get("length", 0)),
+    )  # fmt: skip

@@ -190,12 +190,21 @@ BRANCH = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)|\./))[A-Za-z0-9_][\w./+-
 
 
 def branch_names(folders: Sequence[Folder], branch: str | None) -> list[str]:
-    """The branch of each folder: ``branch`` with {bpw} filled in; absent, main for one folder, {bpw}bpw for several.
+    """The branch of each folder: ``branch`` with {bpw} and {head}, the bits of the head, filled in.
+
+    Absent: main for one folder; 4.0bpw for several, or 4.0bpw-h6 where two have the same bitrate.
 
     Raises UsageError for a name that git refuses, and for two folders on one branch.
     """
-    pattern = branch if branch is not None else "main" if len(folders) == 1 else "{bpw}bpw"
-    names = [pattern.replace("{bpw}", bpw_name(f.bits)) for f in folders]
+    heads = [str(f.summary.settings.get("head_bits", 16)) for f in folders]
+    patterns = [branch or ""] * len(folders)
+    if branch is None:
+        rates = [f.bits for f in folders]
+        patterns = ["main" if len(folders) == 1 else "{bpw}bpw-h{head}" if rates.count(b) > 1 else "{bpw}bpw" for b in rates]
+    names = [
+        p.replace("{bpw}", bpw_name(f.bits)).replace("{head}", head)
+        for p, f, head in zip(patterns, folders, heads, strict=True)
+    ]
     for name in names:
         if not BRANCH.fullmatch(name):
             raise UsageError(f"--branch {name}: not a name for a branch", "letters, digits, '.', '-' and '_' will do: 4.0bpw")
@@ -204,6 +213,6 @@ def branch_names(folders: Sequence[Folder], branch: str | None) -> list[str]:
             first = folders[names.index(name)].path
             raise UsageError(
                 f"--branch {name}: {first} and {folders[i].path} would go to the same branch",
-                "put {bpw} into --branch, or publish them one by one",
+                "put {bpw} or {head} into --branch, or publish them one by one",
             )
     return names

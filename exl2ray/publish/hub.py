@@ -29,6 +29,13 @@ ENDPOINT = "https://huggingface.co"
 TIMEOUT = 60.0  # seconds, for answers without data
 SAYS = 300  # characters of a server's message that are passed on
 AGAIN = "run the same command again: what has arrived is not sent again"
+MOVED, FULL = f"somebody else changed the repository meanwhile; {AGAIN}", "the storage of this account may be used up"
+HINTS = {
+    401: "the token ({token}) is not valid: make one with write access and log in again",
+    403: "the token ({token}) may not write to {repo}: it needs write access there",
+    404: "is --repo right? a private repository is not found by a token that may not see it",
+    409: MOVED, 412: MOVED, 402: FULL, 413: FULL, 507: FULL, 429: f"too many requests: wait some minutes, then {AGAIN}",
+}  # fmt: skip
 NETWORK = {"TransportError", "RequestException"}  # of httpx, httpx2 and requests: huggingface_hub has used all three
 
 
@@ -153,23 +160,9 @@ class Hub:
         return HubError(f"{where}: {type(e).__name__}: {text}", AGAIN)
 
     def _refused(self, e: HfHubHTTPError, where: str) -> HubError:
-        status = _status(e)
-        says = self._short(getattr(e, "server_message", None) or "")
-        text = f"{where}: the Hub answers {status}" + (f": {says}" if says else "")
-        name = self.token.source
-        if status == 401:
-            return HubError(text, f"the token ({name}) is not valid: make one with write access and log in again")
-        if status == 403:
-            return HubError(text, f"the token ({name}) may not write to {self.repo}: it needs write access there")
-        if status == 404:
-            return HubError(text, "is --repo right? a private repository is not found by a token that may not see it")
-        if status in (409, 412):
-            return HubError(text, f"somebody else changed the repository meanwhile; {AGAIN}")
-        if status == 429:
-            return HubError(text, f"too many requests: wait some minutes, then {AGAIN}")
-        if status in (402, 413, 507):
-            return HubError(text, "the storage of this account may be used up; see its settings on the Hub")
-        return HubError(text, AGAIN if status >= 500 else "")
+        status, says = _status(e), self._short(getattr(e, "server_message", None) or "")
+        hint = HINTS.get(status, AGAIN if status >= 500 else "").format(token=self.token.source, repo=self.repo)
+        return HubError(f"{where}: the Hub answers {status}" + (f": {says}" if says else ""), hint)
 
     def _short(self, text: object) -> str:
         """A message on one line, without the token."""

@@ -128,6 +128,13 @@ def settings(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     return tuple(out)
 
 
+def quality_text(recipe: Recipe) -> str:
+    """What --quality and the flags of its parts did, in a sentence."""
+    done = [recipe.numerics.describe() or "the plain algorithm, GPTQ with error feedback"]
+    by = {"linear": "bits per linear, by its effect on the model", "module": "bits per module, by its error"}
+    return f"`--quality {recipe.quality}`: {'; '.join([*done, by[recipe.allocates]])}."
+
+
 def _changed(recipe: Recipe) -> dict[str, Any]:
     """Fields of a job that differ from their defaults, in the order of ``Recipe``; the same for the recipe of a command line
     and for the one that a resume has from the job, which says in full what was left out there.

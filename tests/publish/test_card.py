@@ -12,10 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl2ray.evaluate.record import Evaluation, Figure
+from exl2ray.evaluate.record import Evaluation, Figure, Kind
 from exl2ray.publish import origin
-from exl2ray.publish.card import CardInfo, Making, add_evaluation, model_card
-from exl2ray.publish.figures import with_evaluation
+from exl2ray.publish.card import CardInfo, Making, add_evaluation, model_card, with_evaluation
 from exl2ray.publish.frontmatter import read_fields, split_card, with_fields, write_block
 from exl2ray.publish.origin import base_model_of, command, original_card, read_original
 from exl2ray.recipe import Recipe
@@ -30,12 +29,16 @@ INFO = CardInfo(
     calibration=None,
     rows=115,
     length=2048,
-    making=Making("exl2ray convert -i tiny", (("--damping", "0.12"),), 6.1234, 5.9876, "0.1.0"),
+    making=Making(
+        "exl2ray convert -i tiny", (("--damping", "0.12"),), 6.1234, 5.9876, "`--quality balanced`: all of it.", "0.1.0"
+    ),
     base_model="owner/tiny",
     original=original_card("---\nlicense: mit\nlanguage: no\ntags: [gguf, poetry]\n---\n# Tiny\nIts own card.\n"),
     evaluation=Evaluation(
         "tiny-4.0bpw", "tiny", 4, 512, 2044, Figure(7.5, 0.12), Figure(7.0, 0.11), kl=Figure(0.01234, 0.0004),
-        top1=Figure(0.953, 0.002),
+        top1=Figure(0.953, 0.002), kl_tail={"p99": Figure(0.12, None, 0.1, 0.15), "max": Figure(3.0)},
+        kinds={"code": Kind(511, Figure(3.0, 0.1), Figure(0.02, 0.001), Figure(0.95))}, file_bytes=4_700_000_000,
+        decoder_bpw=3.988, head_bpw=6.03, file_bpw=4.4,
     ),
 )
 
@@ -65,8 +68,7 @@ def test_everything_is_on_the_card() -> None:
     for text in (
         "# tiny, EXL2 at 4.0 bits per weight",
         "[owner/tiny](https://huggingface.co/owner/tiny)",
-        "| bits per weight | 3.988 in the decoder layers (4 requested) |",
-        "| output head | 6 bits |",
+        "| bits per weight | 3.988 in the decoder layers (4 requested), 6 in the output head |",
         "| size | 4.7 GB in 2 files |",
         "| calibration | built-in set, 115 rows x 2048 tokens |",
         "| perplexity on calibration rows | 6.123 (source model: 5.988) |",
@@ -76,8 +78,15 @@ def test_everything_is_on_the_card() -> None:
         "2044 predictions in 4 rows of 512 tokens",
         "```sh\nexl2ray convert -i tiny\n```",
         "| `--damping` | 0.12 |",
-        "ExLlamaV2Config(",
-        "TabbyAPI",
+        'AutoModelForCausalLM.from_pretrained("DIRECTORY")',
+        'python test_inference.py -m DIRECTORY -p "Once upon a time,"',
+        "the last version with the backend `exllamav2`",
+        "**Good.** Close to the source model: KL divergence 0.012 nats per token, perplexity 7.5 against 7 of the source",
+        "| KL divergence, 99 % are below | 0.120 (0.100 to 0.150) | 0 |",
+        "| KL divergence, maximum | 3.000 | 0 |",
+        "| bits per weight: decoder, head, whole file | 3.988, 6.030, 4.400 | |",
+        "| code | 511 | 3 ± 0.1 | 0.0200 ± 0.0010 | 5.0% |",
+        "`--quality balanced`: all of it.",
         "## Original model card\n\n# Tiny\nIts own card.\n",
     ):
         assert text in card, text
@@ -85,7 +94,7 @@ def test_everything_is_on_the_card() -> None:
 
 
 def test_what_is_unknown_is_left_out() -> None:
-    making = Making("exl2ray convert", (), None, float("nan"), "0.1.0")
+    making = Making("exl2ray convert", (), None, float("nan"))
     card = model_card(CardInfo("XForCausalLM", 3.0, 3.0, 8, 1000, 1, "my|data.parquet", 5, 128, making))
     assert "base_model" not in card
     assert "license" not in card

@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from fake_hub import TOKEN, FakeHub
@@ -90,8 +92,8 @@ def test_several_directories_get_a_branch_each_and_a_list_on_main(hub: FakeHub, 
     assert (index["base_model"], index["license"], index["language"]) == ("source/tiny", "other", ["no", "en"])
     rows = [line for line in main["README.md"].decode().splitlines() if line.startswith("| [")]
     assert [r.split("]")[0] for r in rows] == ["| [4.0bpw", "| [5.0bpw"]
-    assert rows[0].endswith("| - | - | - |")
-    assert "| 0.0123 | 95.0% |" in rows[1]
+    assert rows[0].endswith("| - | - | - | - |")
+    assert "| 0.0123 | - | 5.0% |" in rows[1]
 
 
 def test_the_evaluation_of_a_ladder(hub: FakeHub, converted: Path) -> None:
@@ -102,6 +104,66 @@ def test_the_evaluation_of_a_ladder(hub: FakeHub, converted: Path) -> None:
     sent = hub.repos[REPO].branches["4.0bpw"].files["README.md"].decode()
     written = (converted / "4.0bpw" / "README.md").read_text(encoding="utf-8")
     assert sent.partition("---\n#")[2] == written.partition("---\n#")[2]  # the figures were there already
+
+
+def test_measurement_evaluation_and_plot_go_along(hub: FakeHub, converted: Path) -> None:
+    """measurement.json to main, each result to its branch, all of them and the plot to main; nothing says where they lay."""
+    hub.add_repo(REPO)
+    (one, two) = send(converted / "4.0bpw", converted / "5.0bpw", work=str(converted / "work"), base_model="source/tiny")
+    branches = hub.repos[REPO].branches
+    main = branches["main"].files
+    assert set(main) == {".gitattributes", "README.md", "measurement.json", "evaluation.json", "ladder.png"}
+    assert json.loads(main["measurement.json"]) == json.loads((converted / "work" / "measurement.json").read_bytes())
+    assert main["ladder.png"].startswith(b"\x89PNG")
+    assert b"![Size against quality](ladder.png)" in main["README.md"]
+    schema = json.loads(resources.files("exl2ray.evaluate").joinpath("results.schema.json").read_text())
+    both = ["4.0bpw", "5.0bpw"]
+    for done, name, models in ((one, "4.0bpw", both[:1]), (two, "5.0bpw", both[1:]), (None, "main", both)):
+        found = json.loads(branches[name].files["evaluation.json"])
+        jsonschema.validate(found, schema)
+        assert [(r["model"], r["reference"]) for r in found["results"]] == [(m, "source/tiny") for m in models]
+        if done is not None:
+            assert {"evaluation.json", "ladder.png"} <= set(done.files)
+            assert "measurement.json" not in done.files
+    for branch in branches.values():
+        for name, content in branch.files.items():
+            assert str(converted).encode() not in content, name
+
+
+def test_extras_stay_if_that_is_wanted(converted: Path, models: Path) -> None:
+    work = str(converted / "work")
+    (alone,) = send(models / "4.0bpw", work=work, dry_run=True)
+    assert set(alone.files) - {p.name for p in (models / "4.0bpw").iterdir()} == {
+        "measurement.json", "evaluation.json", "ladder.png",
+    }  # fmt: skip
+    assert alone.sizes["measurement.json"] > 1000
+    (without,) = send(models / "4.0bpw", work=work, dry_run=True, extras=False)
+    assert set(without.files) == {p.name for p in (models / "4.0bpw").iterdir() if p.name[0] != "."}
+    (models / "4.0bpw" / "measurement.json").write_text('{"mine": 1}')
+    (own,) = send(models / "4.0bpw", work=work, dry_run=True)
+    assert own.sizes["measurement.json"] == 11  # what lies in the folder is what is sent
+
+
+def test_the_card_says_how_to_load_what_was_published(hub: FakeHub, models: Path) -> None:
+    hub.add_repo(REPO)
+    send(models / "4.0bpw", models / "5.0bpw")
+    for name in ("4.0bpw", "5.0bpw"):
+        card = hub.repos[REPO].branches[name].files["README.md"].decode()
+        assert f'from_pretrained("{REPO}", revision="{name}")' in card
+        assert f"hf download {REPO} --revision {name} --local-dir DIRECTORY" in card
+    assert f'from_pretrained("{REPO}", revision="4.0bpw")' in hub.repos[REPO].branches["main"].files["README.md"].decode()
+
+
+def test_branches_of_one_bitrate_are_told_apart_by_their_heads(models: Path) -> None:
+    config = models / "5.0bpw" / "config.json"
+    changed = json.loads(config.read_text())
+    head = json.loads((models / "4.0bpw" / "config.json").read_text())["quantization_config"]["head_bits"]
+    changed["quantization_config"] |= {"bits": 4.0, "head_bits": 8}
+    config.write_text(json.dumps(changed))
+    found = send(models / "4.0bpw", models / "5.0bpw", dry_run=True)
+    assert [p.branch for p in found] == [f"4.0bpw-h{head}", "4.0bpw-h8"]
+    (alone,) = send(models / "5.0bpw", branch="{bpw}bpw-h{head}", dry_run=True)
+    assert alone.branch == "4.0bpw-h8"
 
 
 def test_the_list_on_main_grows_and_foreign_cards_stay(hub: FakeHub, models: Path) -> None:
@@ -258,7 +320,7 @@ def test_names_that_git_refuses(models: Path, branch: str) -> None:
 def test_two_directories_on_one_branch(models: Path) -> None:
     with pytest.raises(UsageError, match="same branch"):
         send(models / "4.0bpw", models / "5.0bpw", branch="x", dry_run=True)
-    shutil.copytree(models / "4.0bpw", models / "again")
+    shutil.copytree(models / "4.0bpw", models / "again")  # the same bitrate, and the same head
     with pytest.raises(UsageError, match="same branch"):
         send(models / "4.0bpw", models / "again", dry_run=True)
 
@@ -364,15 +426,16 @@ def test_interrupted(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("outcome", ["success", "refused", "unforeseen"])
 def test_the_token_is_in_no_output(hub: FakeHub, models: Path, outcome: str) -> None:
-    """Of the whole program, with all logs of all libraries switched on."""
+    """Of the whole program; where no server repeats it, with all logs of all libraries switched on."""
     hub.add_repo(REPO)
     if outcome == "refused":
         hub.fail["/preupload/"] = (403, f"not with {TOKEN}", 99)
     if outcome == "unforeseen":
         hub.fail["/revision/"] = (200, f"{TOKEN} is no object", 99)
-    code = "import logging; logging.basicConfig(level=1); from exl2ray.cli import main; main()"
+    level, logs = (1, {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"}) if outcome == "success" else (20, {})
+    code = f"import logging; logging.basicConfig(level={level}); from exl2ray.cli import main; main()"
     words = ["publish", str(models / "4.0bpw"), "--repo", REPO, "--debug", "--json"]
-    environment = {**os.environ, "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, **logs, "HF_HUB_DISABLE_XET": "1"}
     ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment, timeout=120)
     assert ran.returncode == (0 if outcome == "success" else HubError.exit_code), ran.stderr[-3000:]
     assert TOKEN not in ran.stdout + ran.stderr
