@@ -42,8 +42,27 @@ def main() -> None:
 # ---- conversion -----------------------------------------------------------------------------------------------------
 
 
-@command(recipe_flags(), dry_run_flag, converts=True)
-def convert(run: Invocation, /, dry_run: bool, **_: Any) -> None:
+def _places_of(ctx: click.Context, _: click.Parameter, repo: str | None) -> str | None:
+    """--publish names the folders, where -o and -cf do not."""
+    if repo is not None:
+        from exl2ray.commands.hub_to_hub import default_places
+
+        ctx.default_map = {**(ctx.default_map or {}), **default_places(repo)}
+    return repo
+
+
+@command(
+    recipe_flags(),
+    dry_run_flag,
+    flag("--publish", metavar="OWNER/NAME", is_eager=True, callback=_places_of,
+         help="then upload to this repository on the Hub, a branch each; -o and -cf may be left out"),
+    flag("--private", is_flag=True, help="with --publish: a private repository"),
+    flag("--clean", is_flag=True, help="with --publish: leave no model here once everything has arrived"),
+    converts=True,
+)  # fmt: skip
+def convert(
+    run: Invocation, /, dry_run: bool, publish: str | None, private: bool, clean: bool, **_: Any
+) -> None:
     """Convert a model to EXL2: the whole pipeline.
 
     Calibrates, measures, allocates, quantises and writes. After a stop for whatever reason the same command, or -o
@@ -52,7 +71,9 @@ def convert(run: Invocation, /, dry_run: bool, **_: Any) -> None:
     from exl2ray.commands import converting
 
     ctx = click.get_current_context()
-    converting.convert(run, "convert", recipe_from(ctx), dry_run, notes_from(ctx))
+    if publish is None and (private or clean):
+        raise UsageError("--private and --clean are for --publish", "name the repository with --publish OWNER/NAME")
+    converting.convert(run, "convert", recipe_from(ctx), dry_run, notes_from(ctx), publish, private, clean)
 
 
 @command(recipe_flags(MEASURE_FIELDS), recipe_flags(CONVERT_ONLY, required=(), ignored=True), dry_run_flag, converts=True)
@@ -82,6 +103,9 @@ def measure(run: Invocation, /, output_measurement: str | None, out_dir: str, dr
     flag("--gpu-memory", metavar="SIZE", multiple=True, help="plan for GPUs of this size, not this machine; repeatable"),
     flag("--probe", is_flag=True, help="time the largest layer and the head on this machine, with the model's weights"),
     flag("--dry-run", is_flag=True, hidden=True, expose_value=False),  # so that convert's command line can be planned
+    flag("--publish", hidden=True, expose_value=False, is_eager=True, callback=_places_of),
+    flag("--private", is_flag=True, hidden=True, expose_value=False),
+    flag("--clean", is_flag=True, hidden=True, expose_value=False),
     converts=True,
 )
 def plan(run: Invocation, /, **flags: Any) -> int:

@@ -16,8 +16,13 @@ from exl2ray.terminal.program import Invocation
 from exl2ray.terminal.streams import Watched
 
 
-def convert(run: Invocation, command: str, recipe: Recipe, dry_run: bool, notes: Sequence[str]) -> None:
-    """Converts, or measures if the recipe asks for that. ``notes`` are told first; ``command`` resumes the job."""
+def convert(
+    run: Invocation, command: str, recipe: Recipe, dry_run: bool, notes: Sequence[str], publish: str | None = None,
+    private: bool = False, clean: bool = False,
+) -> None:  # fmt: skip
+    """Converts, or measures if the recipe asks for that. ``notes`` are told first; ``command`` resumes the job. publish: the
+    repository that the models go to, see `exl2ray.commands.hub_to_hub`.
+    """
 
     def work(reporter: Reporter) -> None:
         for note in notes:
@@ -25,12 +30,17 @@ def convert(run: Invocation, command: str, recipe: Recipe, dry_run: bool, notes:
         if dry_run:
             story.dry_run(recipe, reporter)
             return
+        if publish is not None:
+            from exl2ray.commands import hub_to_hub
+
+            hub_to_hub.convert(recipe, hub_to_hub.Wishes(publish, private, clean), reporter)
+            return
         done = story.convert(recipe, reporter)
         if recipe.output_measurement is not None:
             warnings = list(done.warnings)
             reporter.event("done", outputs=[], measurement=done.measurement, warnings=warnings, seconds=done.seconds)
 
-    run.command, run.out_dir = command, recipe.out_dir
+    run.command, run.out_dir = command if publish is None else f"{command} --publish {publish}", recipe.out_dir
     _reported(run, work)
 
 
