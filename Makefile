@@ -2,6 +2,7 @@
 # make speak  fetch a small trained model, convert it at 4 bits on the CPU, and ask both the same question
 # make test   everything that runs without a GPU
 # make test-cluster   faults, chaos and submission on Ray clusters of several nodes: minutes of killed processes
+# make docs   the pages of docs/ as a site, with search; dead links stop it
 # make check  lint, types and the quick tests
 PYTHON ?= python3
 VENV   := .venv
@@ -15,7 +16,7 @@ OUT    := demo-out
 SPEAK  := speak-out
 TEST_PROCESSES := 2
 
-.PHONY: demo speak test test-cluster check lint types quick clean
+.PHONY: demo speak test test-cluster check lint types quick docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +62,14 @@ quick: $(VENV)/dev
 	$(BIN)/python -m pytest -m "not slow and not cluster" -n $(TEST_PROCESSES) --dist loadfile
 
 check: lint types quick
+
+$(VENV)/site: $(VENV)/installed
+	$(PIP) -e ".[docs]" -c constraints.txt
+	touch $@
+
+docs: $(VENV)/site
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in build/site: open build/site/index.html"
 
 clean:
 	rm -rf $(OUT) $(SPEAK) $(VENV)

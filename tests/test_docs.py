@@ -7,11 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
 RUN = re.compile(r"<!-- run -->\n```bash\n(.*?)```", re.S)
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "cluster").glob("*.md")])
 
@@ -28,7 +31,7 @@ def commands(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", ["docs/tutorial.md"])
 def test_the_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
     """In an empty folder, the demo model in place of the user's; short rows, so that it takes a minute and not an hour."""
-    (tmp_path / "Llama-2-7b").symlink_to(ROOT / "models" / "demo", target_is_directory=True)
+    (tmp_path / "smollm2").symlink_to(ROOT / "models" / "demo", target_is_directory=True)
     found = commands(ROOT / page)
     assert len(found) >= 8
     for command in found:
@@ -36,7 +39,9 @@ def test_the_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
         arguments = command[1:]
         if arguments[0] == "convert" and "-i" in arguments:
             arguments += ["-l", "256", "-ml", "256"]
-        if arguments[0] in ("convert", "eval", "patch"):
+        if arguments[0] == "chat":
+            arguments += ["--max-tokens", "8"]
+        if arguments[0] in ("convert", "chat", "eval", "patch"):
             arguments += ["--device", "cpu"]
         if arguments[0] == "eval":
             arguments += ["--length", "128"]
@@ -63,6 +68,52 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# ---- the site ---------------------------------------------------------------------------------------------------------
+
+
+def pages_of(nav: object) -> list[str]:
+    """The files that a menu of mkdocs.yml names."""
+    if isinstance(nav, str):
+        return [nav]
+    entries = nav.values() if isinstance(nav, dict) else nav
+    assert isinstance(entries, Iterable)
+    return [page for entry in entries for page in pages_of(entry)]
+
+
+def test_every_page_is_in_the_menu_once() -> None:
+    from site_hooks import ELSEWHERE
+
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    found = pages_of(settings["nav"])
+    assert sorted(found) == sorted({p.name for p in (ROOT / "docs").glob("*.md")} | set(ELSEWHERE))
+    assert all((ROOT / source).is_file() for source in ELSEWHERE.values())
+    assert settings["validation"]["links"]["not_found"] == settings["validation"]["nav"]["omitted_files"] == "warn"
+    assert "--strict" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings of a page, as mkdocs makes them."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in re.findall(r"^#+ (.*)$", prose, re.M)]
+    return {re.sub(r"[-\s]+", "-", heading) for heading in plain}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_links_to_headings_lead_to_one(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", text):
+        other = page.parent / target if target else page
+        assert anchor in anchors(other.read_text(encoding="utf-8")), f"{page.name} links to {target}#{anchor}"
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra [docs] is not installed")
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "search" / "search_index.json").is_file()
 
 
 def test_the_readme_names_every_command() -> None:
