@@ -15,7 +15,7 @@ import fcntl
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,10 +279,12 @@ def fsync_handle(handle: int) -> None:
             raise
 
 
-def try_flock(handle: int) -> bool | None:
-    """True: exclusive now. None: another process has it. False: this file system has no flock."""
+def try_flock(handle: int, shared: bool = False) -> bool | None:
+    """True: locked now, against all others (``shared``: against who wants that). None: another process has it. False: this
+    file system has no flock.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
     except OSError as e:
@@ -290,3 +292,18 @@ def try_flock(handle: int) -> bool | None:
             return False
         raise
     return True
+
+
+def open_locked(opened: Callable[[int], int]) -> tuple[int, bool | None]:
+    """(descriptor, what ``try_flock`` says) of a lock file; ``opened`` opens it with the flags it is given. Opened for reading,
+    so that it does not keep a disk from being made read-only; for writing where that is what a lock takes (NFS).
+    """
+    handle = opened(os.O_RDONLY)
+    try:
+        return handle, try_flock(handle)
+    except OSError as e:
+        os.close(handle)
+        if e.errno != errno.EBADF:
+            raise
+    handle = opened(os.O_RDWR)
+    return handle, try_flock(handle)

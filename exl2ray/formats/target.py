@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -190,7 +189,7 @@ def _lock(directory: Path) -> TargetLock:
     path = directory / LOCK
     for _ in range(_ATTEMPTS):
         os.close(beneath.open_file(None, path, path, os.O_RDWR | os.O_CREAT))
-        handle, got = _open_locked(path)
+        handle, got = beneath.open_locked(lambda flags: beneath.open_file(None, path, path, flags))
         if got is not None and TargetLock(directory, handle)._is_there():
             return TargetLock(directory, handle)
         os.close(handle)
@@ -200,21 +199,6 @@ def _lock(directory: Path) -> TargetLock:
         f"-cf {directory}: another conversion is writing there",
         "wait for it, or choose another directory: two models cannot share one",
     )
-
-
-def _open_locked(path: Path) -> tuple[int, bool | None]:
-    """Descriptor of the lock file and what `beneath.try_flock` says. Opened for reading, so that it does not keep a disk
-    from being made read-only; for writing where that is what a lock takes (NFS).
-    """
-    handle = beneath.open_file(None, path, path)
-    try:
-        return handle, beneath.try_flock(handle)
-    except OSError as e:
-        os.close(handle)
-        if e.errno != errno.EBADF:
-            raise
-    handle = beneath.open_file(None, path, path, os.O_RDWR)
-    return handle, beneath.try_flock(handle)
 
 
 def claim_target(directory: Path, owner: Owner, shards: Iterable[str]) -> None:

@@ -77,10 +77,6 @@ class Store(ABC):
         """As ``put``, with the content of the local file ``path``, which is not loaded into memory."""
 
     @abstractmethod
-    def put_new(self, rel: str, data: bytes) -> bool:
-        """As ``put``, unless the name is taken (then False). Exclusive locally; on object stores check-then-put."""
-
-    @abstractmethod
     def get(self, rel: str) -> bytes: ...
 
     @abstractmethod
@@ -133,27 +129,12 @@ class Store(ABC):
         return None
 
     def descriptor(self, rel: str, flags: int = os.O_RDONLY) -> int | None:
-        """Descriptor of the file, which the caller closes, where the store is local, else None."""
+        """Descriptor of the file, which the caller closes, where the store is local, else None; O_CREAT makes its folder."""
         return None
 
     def irregular(self, prefixes: Iterable[str]) -> Names:
         """Names in the root and below ``prefixes`` that are links, pipes, sockets or devices, sorted."""
         return []
-
-    def open_local(self, rel: str, cache: str | Path) -> Path:
-        """Path of the file on this machine; fetched into the directory ``cache`` once where the store is remote."""
-        path = self.local_path(rel)
-        if path is not None:
-            return path
-        from exl2ray.store.local import LocalStore
-
-        version = f"{self.full_name(rel)}\0{self.size(rel)}\0{self.mtime(rel)!r}"
-        local = LocalStore(str(cache))
-        name = hashlib.sha256(version.encode()).hexdigest() + Path(rel).suffix
-        if not local.exists(name):
-            with translated("read", self.full_name(rel)), self.reader(rel) as f:
-                local.put_stream(name, iter(lambda: f.read(CHUNK_BYTES), b""))
-        return Path(local.root, name)
 
     @abstractmethod
     def append_line(self, rel: str, line: str) -> None:

@@ -4,7 +4,7 @@
     driver.lock                     who works here
     calibration.safetensors
     measure/records|states/         one record per measured module; sparse states at module boundaries
-    measurement.json  plan.json
+    measurement.json
     quant/<bpw>/tensors|records|states/
     output*.safetensors             the compiled shards, where no output directory was given
     events.jsonl  events/           one line per event (events/ on object stores)
@@ -19,7 +19,6 @@ import re
 
 CALIBRATION = "calibration.safetensors"
 MEASUREMENT = "measurement.json"
-PLAN = "plan.json"
 EVENTS = "events.jsonl"
 LOGS = "logs"
 NONCE = "nonce"

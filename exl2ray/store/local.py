@@ -5,7 +5,6 @@ Names are reached as `exl2ray.beneath` does it: through no link, whoever put it 
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import stat
@@ -76,37 +75,6 @@ class LocalStore(Store):
                 raise
             beneath.fsync_handle(folder)
 
-    def put_new(self, rel: str, data: bytes) -> bool:
-        path = self._path(rel)
-        with translated("write", str(path)), self._folder_of(rel, create=True) as (folder, name):
-            temp = self._write_temp(folder, [data])
-            try:
-                # link(2) fails when the name exists, also over NFS, and the content is complete the moment it appears.
-                os.link(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
-            except FileExistsError:
-                return False
-            except OSError as e:
-                if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                    raise
-                return self._create_exclusively(folder, name, data)  # no hard links here (FAT, some FUSE mounts)
-            finally:
-                _unlink_quietly(folder, temp)
-            beneath.fsync_handle(folder)
-        return True
-
-    @staticmethod
-    def _create_exclusively(folder: int, name: str, data: bytes) -> bool:
-        try:
-            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
-        except FileExistsError:
-            return False
-        try:
-            _write_all(fd, data)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        return True
-
     @staticmethod
     def _write_temp(folder: int, chunks: Iterable[bytes | memoryview]) -> str:
         temp = temp_name()
@@ -125,7 +93,8 @@ class LocalStore(Store):
 
     def descriptor(self, rel: str, flags: int = os.O_RDONLY) -> int:
         path = self._path(rel)
-        with translated("open", str(path)), self._folder_of(rel) as (folder, name):
+        create = bool(flags & os.O_CREAT)
+        with translated("write" if create else "open", str(path)), self._folder_of(rel, create) as (folder, name):
             return beneath.open_file(folder, name, path, flags)
 
     def get(self, rel: str) -> bytes:

@@ -1,16 +1,13 @@
 """At most one driver per work directory.
 
-The lock is a file ``driver.lock`` that says who holds it; a daemon thread keeps its time stamp fresh. A lock is stale
-when its holder was a process of this machine that no longer runs, or when it is of another machine and its time stamp
-is older than a minute by the storage's own clock.
+The file ``driver.lock`` says who works there. Locally it is locked by the kernel (flock) from start to end: whatever ends the
+process frees it at once, so nothing has to be kept fresh and nothing goes stale.
 
-On file systems the lock appears by link(2), which is exclusive. A stale one is replaced by rename(2) under flock(2) on
-the stale file itself: who gets the flock later finds another file under the name and gives up.
-
-Object stores offer no exclusive creation through pyarrow. There, and without flock or across machines, a driver writes
-the lock, waits, and holds it if its own token is still there. The heartbeat reads before it writes, so of two drivers
-that slipped through within that wait one finds a foreign token at its next beat and stops. Both had then written the
-same content-addressed records, which is waste but no damage.
+Object stores have no locks, nor have some network mounts. There the file's time counts: a driver writes its name, waits a
+moment, holds the directory if its token is still there, and writes it again every few seconds. A name counts as gone when it
+was not written for a minute, or when its process ran on this machine and does no more. Of two drivers that slipped through
+within that moment one finds a foreign token when it writes next, and stops. Both had then written the same content-addressed
+records, which is waste but no damage. The same rule decides about the lock files of versions that knew no other.
 """
 
 from __future__ import annotations
@@ -18,18 +15,19 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 
-from exl2ray.beneath import try_flock
+from exl2ray.beneath import open_locked, try_flock
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError, translated
 from exl2ray.store.fs import Store
-from exl2ray.store.machine import Process, is_alive, same_machine, this_process
 from exl2ray.store.records import canonical_json
 
 LOCK_FILE = "driver.lock"
@@ -38,7 +36,7 @@ _ATTEMPTS = 20
 
 @dataclass(frozen=True)
 class LockTiming:
-    """Seconds: between heartbeats; until a silent lock of another machine counts as stale; to settle after a write."""
+    """Seconds: between two writings; until a silent name counts as gone; to wait after a write, or for one who only looks."""
 
     heartbeat: float = 10.0
     stale: float = 60.0
@@ -47,30 +45,68 @@ class LockTiming:
 
 @dataclass(frozen=True)
 class Holder:
-    """Content of a lock file: ``since`` in seconds since 1970, ``token`` unique to one acquisition."""
+    """Content of a lock file: ``since`` in seconds since 1970, ``token`` unique to one acquisition, ``kernel``: whether the
+    kernel's lock is held on the file, so that its time says nothing. ``boot_id``, ``pid_namespace``: tell machines and
+    containers of one name apart, as process numbers can be compared within one alone.
+    """
 
-    process: Process
+    host: str
+    pid: int
+    boot_id: str
+    pid_namespace: str
     since: float
     token: str
+    kernel: bool = False
+
+    @staticmethod
+    def here(token: str = "") -> Holder:
+        """This process."""
+        namespace = ""
+        with suppress(OSError):
+            namespace = os.readlink("/proc/self/ns/pid")
+        boot = _text("/proc/sys/kernel/random/boot_id").strip()
+        return Holder(socket.gethostname(), os.getpid(), boot, namespace, time.time(), token or secrets.token_hex(16))
 
     def to_bytes(self) -> bytes:
-        return canonical_json({"process": self.process._asdict(), "since": self.since, "token": self.token})
+        process = {"host": self.host, "pid": self.pid, "boot_id": self.boot_id, "pid_namespace": self.pid_namespace}
+        return canonical_json({"process": process, "since": self.since, "token": self.token, "kernel": self.kernel})
 
     @staticmethod
     def from_bytes(data: bytes) -> Holder | None:
         """None if the text is not that of a lock (cut short, or not written by us)."""
         try:
             stored = json.loads(data)
-            process = Process(**stored["process"])
-            holder = Holder(process, float(stored["since"]), str(stored["token"]))
-            str(holder)  # raises for a time that no calendar has
-        except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):
+            process = {key: stored["process"][key] for key in ("host", "pid", "boot_id", "pid_namespace")}
+            since, token = float(stored["since"]), str(stored["token"])
+            found = Holder(**process, since=since, token=token, kernel=stored.get("kernel") is True)
+            str(found)  # raises for a time that no calendar has
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError, RecursionError):
             return None
-        return holder if isinstance(process.pid, int) and 0 < process.pid < 2**31 else None
+        return found if isinstance(found.pid, int) and 0 < found.pid < 2**31 else None
 
     def __str__(self) -> str:
         when = datetime.fromtimestamp(self.since, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return f"process {self.process.pid} on {self.process.host} since {when}"
+        return f"process {self.pid} on {self.host} since {when}"
+
+    def ended_here(self) -> bool:
+        """Whether it was a process of this machine that runs no more. A zombie does not run."""
+        here = Holder.here()
+        if (self.host, self.boot_id, self.pid_namespace) != (here.host, here.boot_id, here.pid_namespace):
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass  # somebody else's, but there
+        return _text(f"/proc/{self.pid}/stat").rpartition(")")[2].split()[:1] in (["Z"], ["X"])
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def read_holder(store: Store) -> Holder | None:
@@ -81,53 +117,69 @@ def read_holder(store: Store) -> Holder | None:
         return None
 
 
-def heartbeat_age(store: Store, clock: Callable[[], float] | None = None) -> float | None:
-    """Seconds since the lock was last refreshed, None without a lock; by the storage's clock unless told."""
+def heartbeat_age(store: Store, clock: Callable[[], float] = time.time) -> float | None:
+    """Seconds since the lock was last written; None without one, and for one of the kernel, which is not written again."""
     try:
-        written = store.mtime(LOCK_FILE)
+        holder, written = read_holder(store), store.mtime(LOCK_FILE)
     except MissingFileError:
         return None
-    return max(0.0, (clock or store.clock)() - written)
+    return None if holder is not None and holder.kernel else max(0.0, clock() - written)
 
 
-def is_stale(
-    store: Store, holder: Holder | None, timing: LockTiming, clock: Callable[[], float] | None = None
-) -> bool:
-    """Whether the present lock may be taken over. ``holder`` None stands for an unreadable lock file."""
-    if holder is not None and same_machine(holder.process, this_process()):
-        return not is_alive(holder.process)
+def is_held(store: Store, timing: LockTiming | None = None, clock: Callable[[], float] = time.time) -> bool:
+    """Whether a driver is at work. Writes nothing, unless ``clock`` does."""
+    if not store.exists(LOCK_FILE):
+        return False
+    with suppress(MissingFileError):
+        handle = store.descriptor(LOCK_FILE)
+        if handle is not None:
+            try:
+                if try_flock(handle, shared=True) is None:
+                    return True
+            finally:
+                os.close(handle)
+    try:
+        return _is_fresh(store, store.get(LOCK_FILE), timing or LockTiming(), clock)
+    except MissingFileError:
+        return False
+
+
+def _is_fresh(store: Store, data: bytes, timing: LockTiming, clock: Callable[[], float]) -> bool:
+    """Whether the content of a lock file that the kernel does not lock keeps others out."""
+    holder = Holder.from_bytes(data)
+    if not data or (holder is not None and (holder.kernel or holder.ended_here())):
+        return False
     age = heartbeat_age(store, clock)
-    return age is not None and age > timing.stale
+    return age is not None and age <= timing.stale
 
 
 def check_lock(store: Store, timing: LockTiming | None = None) -> None:
     """StoreError if another driver has the lock now. Writes nothing, so the age of a lock is told by this machine's clock."""
-    timing = timing or LockTiming()
-    if store.exists(LOCK_FILE):
-        holder = read_holder(store)
-        if not is_stale(store, holder, timing, time.time) and store.exists(LOCK_FILE):
-            raise _in_use(store, holder, timing)
+    if is_held(store, timing):
+        raise _in_use(store, read_holder(store), timing or LockTiming())
 
 
 def _in_use(store: Store, holder: Holder | None, timing: LockTiming) -> StoreError:
+    kernel = holder is not None and holder.kernel
+    gone = "" if kernel else f". If that driver is surely gone, wait {timing.stale:.0f} s or delete {LOCK_FILE}"
     return StoreError(
         f"{store.root} is in use by {holder or 'another driver'}",
-        "wait for it or stop it; `exl2ray status` shows its progress. "
-        f"If that driver is surely gone, wait {timing.stale:.0f} s or delete {LOCK_FILE}",
+        f"wait for it or stop it; `exl2ray status` shows its progress{gone}",
     )
 
 
 class DriverLock:
-    """Held from ``acquire`` to ``release``. ``on_beat`` is called by the heartbeat thread as well."""
+    """Held from ``acquire`` to ``release``. ``on_beat`` is called where the lock has to be written again, each time."""
 
     def __init__(
-        self, store: Store, timing: LockTiming | None = None, on_beat: Callable[[], None] | None = None
+        self, store: Store, timing: LockTiming | None = None, on_beat: Callable[[], None] = lambda: None
     ) -> None:
         self.store = store
         self.timing = timing or LockTiming()
         self.taken_over: Holder | None = None  # the dead driver whose lock was replaced
         self._on_beat = on_beat
-        self._mine = Holder(this_process(), time.time(), secrets.token_hex(16))
+        self._mine = Holder.here()
+        self._handle: int | None = None  # of the file, where the kernel locks it
         self._lost = ""
         self._last_beat = 0.0
         self._stop = threading.Event()
@@ -136,107 +188,123 @@ class DriverLock:
 
     def acquire(self) -> None:
         """Take the lock or raise StoreError naming the driver that has it."""
-        certain = self.store.is_local
+        if not (self.store.is_local and self._lock_file()):
+            self._claim()
+
+    def _lock_file(self) -> bool:
+        """Takes the kernel's lock; False if this file system has none."""
         for _ in range(_ATTEMPTS):
-            if self.store.put_new(LOCK_FILE, self._mine.to_bytes()):
-                break
-            holder = read_holder(self.store)
-            if holder is None and not self.store.exists(LOCK_FILE):
-                continue  # released just now
-            if not is_stale(self.store, holder, self.timing):
-                raise self._refused(holder)
-            replaced, guarded = self._replace_stale(holder)
-            if replaced:
-                self.taken_over = holder
-                certain = guarded and holder is not None and same_machine(holder.process, self._mine.process)
-                break
-            time.sleep(self.timing.settle / 10)  # another driver is at it: see what comes of it
-        else:
-            raise self._refused(read_holder(self.store))
-        if not certain:
-            time.sleep(self.timing.settle)
-            holder = read_holder(self.store)
-            if holder is None or holder.token != self._mine.token:
-                raise self._refused(holder)
+            with translated("write", self.store.full_name(LOCK_FILE)):
+                os.close(self._opened(os.O_RDWR | os.O_CREAT))
+                handle, got = open_locked(self._opened)
+                try:
+                    if got is False:
+                        return False
+                    if got and self._is_lock_file(handle) and self._written(handle):
+                        self._handle, handle = handle, -1
+                        return True
+                finally:
+                    if handle >= 0:
+                        os.close(handle)
+            if got is None:
+                time.sleep(self.timing.settle / 40)  # somebody who only looks, or one who is just going
+        raise _in_use(self.store, read_holder(self.store), self.timing)
+
+    def _written(self, handle: int) -> bool:
+        """Writes who holds the locked file; False if it has another name elsewhere, where nothing may be written."""
+        if os.fstat(handle).st_nlink > 1:
+            self.store.delete(LOCK_FILE)
+            return False
+        data = os.pread(handle, 1 << 16, 0)
+        if _is_fresh(self.store, data, self.timing, self.store.clock):
+            raise _in_use(self.store, Holder.from_bytes(data), self.timing)
+        self._mine, self.taken_over = replace(self._mine, kernel=True), Holder.from_bytes(data)
+        writable = self._opened(os.O_RDWR)
+        try:
+            if not os.path.samestat(os.fstat(handle), os.fstat(writable)):
+                return False
+            os.ftruncate(writable, 0)
+            os.pwrite(writable, self._mine.to_bytes(), 0)
+        except OSError:
+            self.store.delete(LOCK_FILE)
+            raise
+        finally:
+            os.close(writable)
+        return True
+
+    def _opened(self, flags: int) -> int:
+        handle = self.store.descriptor(LOCK_FILE, flags)
+        assert handle is not None  # of a local store
+        return handle
+
+    def _claim(self) -> None:
+        """Writes our name where there is no lock of the kernel, and goes on writing it."""
+        with suppress(MissingFileError):
+            data = self.store.get(LOCK_FILE)
+            if _is_fresh(self.store, data, self.timing, self.store.clock):
+                raise _in_use(self.store, Holder.from_bytes(data), self.timing)
+            self.taken_over = Holder.from_bytes(data)
+        self.store.put(LOCK_FILE, self._mine.to_bytes())
+        time.sleep(self.timing.settle)
+        holder = read_holder(self.store)
+        if holder != self._mine:
+            raise _in_use(self.store, holder, self.timing)
         self._last_beat = time.monotonic()
         self._thread = threading.Thread(target=self._keep_fresh, name="driver-lock", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Raise StoreError if this process no longer holds the lock: taken over while it was stopped, or removed."""
-        if not self._lost and time.monotonic() - self._last_beat > self.timing.stale:
+        if self._handle is not None:
+            if not self._is_lock_file(self._handle):
+                self._lose(read_holder(self.store))
+        elif not self._lost and time.monotonic() - self._last_beat > self.timing.stale:
             self._beat()  # the process, or the storage, slept; raises if the storage still does not answer
         if self._lost:
             raise StoreError(f"{self.store.root}: {self._lost}", "see which driver runs, then run the command again")
 
     def release(self) -> None:
         """Give the lock back if it is still ours; later calls and calls in forked children do nothing."""
-        if self._thread is None or os.getpid() != self._mine.process.pid:
+        if os.getpid() != self._mine.pid:
             return
-        self._stop.set()
-        self._thread.join()
-        self._thread = None
-        holder = read_holder(self.store)
-        if holder is not None and holder.token == self._mine.token:
-            self.store.delete(LOCK_FILE)
-
-    def _refused(self, holder: Holder | None) -> StoreError:
-        return _in_use(self.store, holder, self.timing)
-
-    def _replace_stale(self, stale: Holder | None) -> tuple[bool, bool]:
-        """Put our lock in place of the one that was judged stale: (whether we did, whether nobody else can have)."""
-        if not self.store.is_local:
-            if read_holder(self.store) != stale:
-                return False, False
-            self.store.put(LOCK_FILE, self._mine.to_bytes())
-            return True, False
-        with translated("take over", self.store.full_name(LOCK_FILE)), suppress(MissingFileError):
-            fd = self.store.descriptor(LOCK_FILE, os.O_RDWR)
-            if fd is None:
-                return False, False
+        handle, self._handle = self._handle, None
+        if handle is not None:
             try:
-                guarded = try_flock(fd)
-                unchanged = self._is_lock_file(fd) and read_holder(self.store) == stale
-                if unchanged and guarded is not None:
-                    self.store.put(LOCK_FILE, self._mine.to_bytes())
-                    return True, guarded
+                if self._is_lock_file(handle):  # removed while it is locked: who opened it meanwhile sees that it is gone
+                    self.store.delete(LOCK_FILE)
             finally:
-                os.close(fd)
-        return False, False
+                os.close(handle)
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+            if read_holder(self.store) == self._mine:
+                self.store.delete(LOCK_FILE)
 
-    def _is_lock_file(self, fd: int) -> bool:
-        now = self.store.descriptor(LOCK_FILE)
-        if now is None:
+    def _is_lock_file(self, handle: int) -> bool:
+        try:
+            now = self._opened(os.O_RDONLY)
+        except MissingFileError:
             return False
         try:
-            return os.path.samestat(os.fstat(fd), os.fstat(now))
+            return os.path.samestat(os.fstat(handle), os.fstat(now))
         finally:
             os.close(now)
 
+    def _lose(self, holder: Holder | None) -> None:
+        self._lost = f"the lock of this driver was {f'taken over by {holder}' if holder else 'removed'}"
+
     def _keep_fresh(self) -> None:
-        while not self._stop.wait(self.timing.heartbeat):
-            try:
+        while not self._lost and not self._stop.wait(self.timing.heartbeat):
+            with suppress(StoreError):  # the storage may come back; `check` raises once it has been silent for too long
                 self._beat()
-                if self._on_beat is not None:
-                    self._on_beat()
-            except StoreError:
-                continue  # the storage may come back; `check` raises once it has been silent for too long
-            if self._lost:
-                return
+                self._on_beat()
 
     def _beat(self) -> None:
         with self._beating:
             holder = read_holder(self.store)
-            if holder is None or holder.token != self._mine.token:
-                self._lost = f"the lock of this driver was {'taken over by ' + str(holder) if holder else 'removed'}"
+            if holder != self._mine:
+                self._lose(holder)
                 return
-            fd = self.store.descriptor(LOCK_FILE)
-            if fd is None:
-                self.store.put(LOCK_FILE, self._mine.to_bytes())
-            else:
-                try:
-                    with translated("refresh", self.store.full_name(LOCK_FILE)):
-                        os.utime(fd)
-                finally:
-                    os.close(fd)
+            self.store.put(LOCK_FILE, self._mine.to_bytes())
             self._last_beat = time.monotonic()

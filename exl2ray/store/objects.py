@@ -71,12 +71,6 @@ class ObjectStore(Store):
             ):
                 f.write(mapped)
 
-    def put_new(self, rel: str, data: bytes) -> bool:
-        if self.exists(rel):
-            return False
-        self.put(rel, data)
-        return True
-
     def get(self, rel: str) -> bytes:
         with translated("read", self.full_name(rel)), self._fs.open_input_stream(self._key(rel)) as f:
             return bytes(f.read())

@@ -13,8 +13,8 @@ from exl2ray.store.events import read_events
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store
 from exl2ray.store.job import JOB_FILE, StoredJob, decode_job
-from exl2ray.store.layout import CALIBRATION, MEASUREMENT, NOT_MODULES, PLAN, REFERENCE_KIND
-from exl2ray.store.lock import LOCK_FILE, LockTiming, heartbeat_age, is_stale, read_holder
+from exl2ray.store.layout import CALIBRATION, MEASUREMENT, NOT_MODULES, REFERENCE_KIND
+from exl2ray.store.lock import LOCK_FILE, LockTiming, heartbeat_age, is_held, read_holder
 from exl2ray.store.passes import PassStatus, passes
 
 _LAST_EVENTS = 20
@@ -26,8 +26,8 @@ class WorkStatus:
 
     ``passes``: how far each pass of the job is, what its workers do, and what is left. ``records`` counts finished modules
     (distinct keys) per kind ("measure", "quant/4.0"). ``holder`` describes the driver in words. ``heartbeat_age_seconds``
-    compares the storage's time stamp with this machine's clock. ``problems`` lists what is damaged; reading a status never
-    raises for damage inside the directory, and never writes.
+    compares the storage's time stamp with this machine's clock; None where the kernel holds the lock. ``problems`` lists what
+    is damaged; reading a status never raises for damage inside the directory, and never writes.
     """
 
     root: str
@@ -39,7 +39,6 @@ class WorkStatus:
     records: dict[str, int]
     has_calibration: bool
     has_measurement: bool
-    has_plan: bool
     last_events: tuple[dict[str, Any], ...]
     problems: tuple[str, ...]
 
@@ -61,7 +60,7 @@ def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
     holder = read_holder(store)
     state = "stopped"
     if store.exists(LOCK_FILE):
-        state = "crashed" if is_stale(store, holder, timing or LockTiming(), time.time) else "running"
+        state = "running" if is_held(store, timing) else "crashed"
     names = store.list("measure") + store.list("quant")
     records = _count_records(names)
     has_measurement = store.exists(MEASUREMENT)
@@ -74,12 +73,11 @@ def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
         state=state,
         job=job,
         holder=str(holder or ""),
-        heartbeat_age_seconds=heartbeat_age(store, time.time),
+        heartbeat_age_seconds=heartbeat_age(store),
         passes=tuple(found),
         records=records,
         has_calibration=store.exists(CALIBRATION),
         has_measurement=has_measurement,
-        has_plan=store.exists(PLAN),
         last_events=tuple(events[-_LAST_EVENTS:]),
         problems=tuple(problems),
     )

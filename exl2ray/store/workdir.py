@@ -29,7 +29,7 @@ from exl2ray.store.job import (
     normalise,
     stored_id,
 )
-from exl2ray.store.layout import EVENTS, FOLDERS, MEASUREMENT, PLAN, is_ours, is_place_of_ours
+from exl2ray.store.layout import EVENTS, FOLDERS, MEASUREMENT, is_ours, is_place_of_ours
 from exl2ray.store.lock import LOCK_FILE, DriverLock, LockTiming, check_lock
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.records import Records
@@ -75,7 +75,7 @@ class WorkDir:
         A new or empty directory gets a job.json. An existing work directory goes on if its settings are the same (places of
         the model and the data may be others: the new ones are kept); otherwise JobMismatchError lists the changes
         (``flags``: "section.name" -> flag, for the message), unless all of them are in sections ``allow_changed`` (of
-        "quantize", "output"): then the old settings are kept as job-<n>.json, the plan is dropped and the new settings hold.
+        "quantize", "output"): then the old settings are kept as job-<n>.json and the new ones hold.
         ``resume=False`` first deletes what exl2ray made there, and nothing else. StoreError for a directory of somebody
         else, a damaged job.json, a second driver. ``begin`` is called before anything is written.
         """
@@ -246,8 +246,6 @@ def _continue(
     changes = _changes(store, stored, wanted, allow_changed, flags)
     if not changes:
         return (stored if stored.job == wanted and stored.id else _replace(store, stored, wanted)), []
-    if any(c.section == "quantize" for c in changes):
-        store.delete(PLAN)
     _archive(store, data)
     return _replace(store, stored, wanted), [f"{c.section}.{c.name}" for c in changes]
 

@@ -226,9 +226,8 @@ def _used(work: Path) -> None:
     """Another driver is at work: this process."""
     from exl2ray.store.fs import Store
     from exl2ray.store.lock import LOCK_FILE, Holder
-    from exl2ray.store.machine import this_process
 
-    Store.open(str(work)).put(LOCK_FILE, Holder(this_process(), 0.0, "t").to_bytes())
+    Store.open(str(work)).put(LOCK_FILE, Holder.here("t").to_bytes())
 
 
 NEW: list[tuple[str, Change]] = [

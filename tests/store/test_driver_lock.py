@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,16 +20,15 @@ from store_helpers import FAST
 from exl2ray.errors import StoreError
 from exl2ray.store.fs import Store
 from exl2ray.store.local import LocalStore
-from exl2ray.store.lock import LOCK_FILE, DriverLock, Holder, LockTiming, heartbeat_age, read_holder
-from exl2ray.store.machine import Process, is_alive, same_machine, this_process
+from exl2ray.store.lock import LOCK_FILE, DriverLock, Holder, LockTiming, check_lock, heartbeat_age, read_holder
 
-ELSEWHERE = this_process()._replace(host="node-7", boot_id="other")
+ELSEWHERE = replace(Holder.here("other"), host="node-7", boot_id="other")
 
 
-def dead_process() -> Process:
+def dead_driver(kernel: bool = False) -> Holder:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    return this_process()._replace(pid=child.pid, start_ticks=0)
+    return replace(Holder.here("t"), pid=child.pid, kernel=kernel)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -71,8 +70,9 @@ except StoreError as e:
     lock.release()
 
 
-def test_lock_of_a_dead_process_is_taken_over_at_once(store: Store) -> None:
-    dead = Holder(dead_process(), time.time(), "t")
+@pytest.mark.parametrize("kernel", [False, True])
+def test_lock_of_a_dead_process_is_taken_over_at_once(store: Store, kernel: bool) -> None:
+    dead = dead_driver(kernel)
     store.put(LOCK_FILE, dead.to_bytes())
     lock = DriverLock(store, LockTiming(stale=1e6, settle=0.05))
     lock.acquire()
@@ -81,30 +81,9 @@ def test_lock_of_a_dead_process_is_taken_over_at_once(store: Store) -> None:
     assert store.entries() == []
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_liveness_sees_through_zombies_and_reused_numbers() -> None:
-    me = this_process()
-    assert is_alive(me)
-    assert not is_alive(me._replace(start_ticks=me.start_ticks + 1))
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    process = me._replace(pid=child.pid, start_ticks=0)
-    assert is_alive(process)
-    child.send_signal(signal.SIGKILL)
-    wait_until(lambda: not is_alive(process))  # dead but not yet reaped
-    child.wait()
-    assert not is_alive(process)
-
-
-def test_equal_host_names_do_not_make_one_machine() -> None:
-    me = this_process()
-    assert same_machine(me, me._replace(pid=1))
-    assert not same_machine(me, me._replace(boot_id="x"))
-    assert not same_machine(me, me._replace(pid_namespace="pid:[1]"))
-
-
 def test_other_machine_counts_by_its_heartbeat(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
-    theirs = Holder(ELSEWHERE, time.time() - 3600, "t")
+    theirs = replace(ELSEWHERE, since=time.time() - 3600)
     store.put(LOCK_FILE, theirs.to_bytes())
     with pytest.raises(StoreError, match="on node-7 since"):
         DriverLock(store, LockTiming(settle=0.05)).acquire()
@@ -120,7 +99,7 @@ def test_other_machine_counts_by_its_heartbeat(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_other_machine_on_an_object_store(kind: str, request: pytest.FixtureRequest) -> None:
     store = Store.open(str(request.getfixturevalue(f"{kind}_root")))
-    store.put(LOCK_FILE, Holder(ELSEWHERE, time.time(), "t").to_bytes())
+    store.put(LOCK_FILE, ELSEWHERE.to_bytes())
     with pytest.raises(StoreError, match="node-7"):
         DriverLock(store, LockTiming(settle=0.05)).acquire()
     time.sleep(1.1)
@@ -129,7 +108,7 @@ def test_other_machine_on_an_object_store(kind: str, request: pytest.FixtureRequ
     lock.release()
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"process": {"pid": 1}}', b'{"process": 3, "since": "x"}'])
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"process": {"pid": 1}}', b'{"process": 3, "since": "x"}'])
 def test_unreadable_lock_counts_by_its_age(tmp_path: Path, text: bytes) -> None:
     store = LocalStore(str(tmp_path))
     store.put(LOCK_FILE, text)
@@ -143,29 +122,14 @@ def test_unreadable_lock_counts_by_its_age(tmp_path: Path, text: bytes) -> None:
 
 @pytest.mark.parametrize("pid", [0, -1, 2**40, "1", None])
 def test_lock_with_an_impossible_process_number_is_unreadable(pid: object) -> None:
-    holder = Holder(this_process()._replace(pid=pid), 1.0, "t")  # type: ignore[arg-type]
+    holder = replace(ELSEWHERE, pid=pid)  # type: ignore[arg-type]
     assert Holder.from_bytes(holder.to_bytes()) is None
-
-
-def test_heartbeat_keeps_the_lock_fresh_and_flushes(store: Store) -> None:
-    beats = []
-    lock = DriverLock(store, FAST, on_beat=lambda: beats.append(1))
-    lock.acquire()
-    if store.is_local:
-        os.utime(store.local_path(LOCK_FILE), (1, 1))
-    wait_until(lambda: len(beats) >= 2)
-    age = heartbeat_age(store)
-    assert age is not None
-    assert age < 5
-    lock.check()
-    lock.release()
-    assert heartbeat_age(store) is None
 
 
 def test_a_driver_that_lost_its_lock_is_told_and_leaves_the_new_one_alone(store: Store) -> None:
     lock = DriverLock(store, FAST)
     lock.acquire()
-    other = Holder(ELSEWHERE, time.time(), "other")
+    other = ELSEWHERE
     store.put(LOCK_FILE, other.to_bytes())  # another machine took over while this process was stopped
 
     def lost() -> bool:
@@ -182,13 +146,41 @@ def test_a_driver_that_lost_its_lock_is_told_and_leaves_the_new_one_alone(store:
     assert read_holder(store) == other
 
 
-def test_check_after_a_long_sleep_looks_at_the_lock_first(tmp_path: Path) -> None:
-    store = LocalStore(str(tmp_path))
-    lock = DriverLock(store, LockTiming(heartbeat=1e6, stale=0.05))
+def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+
+
+@pytest.mark.parametrize("kind", ["local", "s3", "gs"])
+def test_without_locks_of_the_kernel_the_name_is_kept_fresh(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    without_flock(monkeypatch)
+    store = Store.open(str(tmp_path) if kind == "local" else str(request.getfixturevalue(f"{kind}_root")))
+    beats: list[int] = []
+    lock = DriverLock(store, FAST, on_beat=lambda: beats.append(1))
     lock.acquire()
-    time.sleep(0.1)
+    if kind == "local":
+        os.utime(tmp_path / LOCK_FILE, (1, 1))
+    wait_until(lambda: len(beats) >= 2)
+    age = heartbeat_age(store)
+    assert age is not None
+    assert age < 5
+    lock.check()
+    with pytest.raises(StoreError, match="in use by process"):
+        DriverLock(store, FAST).acquire()
+    lock.release()
+    assert store.entries() == []
+
+
+def test_check_after_a_long_sleep_looks_at_the_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_flock(monkeypatch)
+    store = LocalStore(str(tmp_path))
+    lock = DriverLock(store, LockTiming(heartbeat=1e6, stale=0.0, settle=0.01))
+    lock.acquire()
     lock.check()  # silent for longer than the limit, but still ours
-    time.sleep(0.1)
     store.delete(LOCK_FILE)
     with pytest.raises(StoreError, match="removed"):
         lock.check()
@@ -196,12 +188,9 @@ def test_check_after_a_long_sleep_looks_at_the_lock_first(tmp_path: Path) -> Non
 
 
 def test_takeover_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_flock(*args: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_flock)
+    without_flock(monkeypatch)
     store = LocalStore(str(tmp_path))
-    dead = Holder(dead_process(), time.time(), "t")
+    dead = dead_driver()
     store.put(LOCK_FILE, dead.to_bytes())
     lock = DriverLock(store, FAST)
     lock.acquire()
@@ -209,25 +198,64 @@ def test_takeover_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lock.release()
 
 
-def test_takeover_gives_up_while_another_driver_is_at_it(tmp_path: Path) -> None:
+def test_the_kernel_frees_the_lock_of_a_killed_driver_and_of_none_else(tmp_path: Path) -> None:
+    """Its file stays, however new, and keeps nobody out; while it ran, its file's age did not matter."""
+    code = """
+import sys
+from exl2ray.store.fs import Store
+from exl2ray.store.lock import DriverLock
+DriverLock(Store.open(sys.argv[1])).acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
     store = LocalStore(str(tmp_path))
-    dead = Holder(dead_process(), time.time(), "t")
-    store.put(LOCK_FILE, dead.to_bytes())
-    with open(tmp_path / LOCK_FILE, "rb") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        with pytest.raises(StoreError, match="in use by"):
-            DriverLock(store, FAST).acquire()
-        assert read_holder(store) == dead
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    os.utime(tmp_path / LOCK_FILE, (1, 1))
+    assert heartbeat_age(store) is None
+    for refused in (lambda: check_lock(store), DriverLock(store, FAST).acquire):
+        with pytest.raises(StoreError, match=f"in use by process {child.pid} on"):
+            refused()
+    child.kill()
+    child.wait()
+    child.stdin.close()  # type: ignore[union-attr]
+    child.stdout.close()
+    os.utime(tmp_path / LOCK_FILE)
+    check_lock(store)
     lock = DriverLock(store, FAST)
+    lock.acquire()
+    assert lock.taken_over is not None
+    assert lock.taken_over.pid == child.pid
+    lock.release()
+
+
+def test_a_lock_file_that_has_another_name_is_not_written(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "work"))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "letters").write_text("years of work")
+    os.link(tmp_path / "letters", tmp_path / "work" / LOCK_FILE)
+    lock = DriverLock(store, FAST)
+    lock.acquire()
+    assert (tmp_path / "letters").read_text() == "years of work"
+    assert read_holder(store) is not None
+    lock.release()
+
+
+def test_an_empty_lock_file_is_of_a_driver_that_was_killed_at_once(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).touch()
+    lock = DriverLock(LocalStore(str(tmp_path)), FAST)
     lock.acquire()
     lock.release()
 
 
 def test_of_many_drivers_exactly_one_takes_over_a_stale_lock(tmp_path: Path) -> None:
-    dead = dead_process()
+    dead = dead_driver()
     for round_ in range(15):
         store = LocalStore(str(tmp_path / str(round_)))
-        store.put(LOCK_FILE, Holder(dead, time.time(), "t").to_bytes())
+        store.put(LOCK_FILE, dead.to_bytes())
         locks = [DriverLock(store, FAST) for _ in range(6)]
         barrier = threading.Barrier(len(locks))
         refused = []

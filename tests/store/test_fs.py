@@ -9,7 +9,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -56,62 +55,17 @@ def test_list_is_recursive_sorted_and_without_temporary_files(store: Store) -> N
     assert store.entries() == ["a.json", "b", "bb"]
 
 
-def test_put_file_and_open_local(store: Store, tmp_path: Path) -> None:
+def test_put_file(store: Store, tmp_path: Path) -> None:
     data = os.urandom(12 << 20)  # on S3 more than one part
     (tmp_path / "source").write_bytes(data)
     (tmp_path / "nothing").write_bytes(b"")
     store.put_file("big/file.bin", tmp_path / "source")
     store.put_file("big/empty.bin", tmp_path / "nothing")
     assert store.size("big/empty.bin") == 0
-    fetched = store.open_local("big/file.bin", tmp_path / "cache")
-    assert fetched.read_bytes() == data
-    assert fetched.suffix == ".bin"
-    assert (store.local_path("big/file.bin") == fetched) is store.is_local
-    if not store.is_local:
-        before = fetched.stat().st_mtime_ns
-        assert store.open_local("big/file.bin", tmp_path / "cache").stat().st_mtime_ns == before
-        store.put("big/file.bin", b"replaced")
-        assert store.open_local("big/file.bin", tmp_path / "cache").read_bytes() == b"replaced"
+    assert store.get("big/file.bin") == data
+    assert (store.local_path("big/file.bin") is not None) is store.is_local
     with pytest.raises(StoreError, match="source-that-is-not"):
         store.put_file("x", tmp_path / "source-that-is-not")
-
-
-def test_put_new_keeps_what_is_there(store: Store) -> None:
-    assert store.put_new("lock", b"mine")
-    assert not store.put_new("lock", b"yours")
-    assert store.get("lock") == b"mine"
-    assert store.entries() == ["lock"]
-
-
-def test_put_new_is_exclusive_among_threads(tmp_path: Path) -> None:
-    store = LocalStore(str(tmp_path))
-    won = []
-    barrier = threading.Barrier(8)
-
-    def compete(i: int) -> None:
-        barrier.wait()
-        if store.put_new("lock", str(i).encode()):
-            won.append(i)
-
-    threads = [threading.Thread(target=compete, args=(i,)) for i in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert len(won) == 1
-    assert store.get("lock") == str(won[0]).encode()
-
-
-def test_put_new_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*args: object, **folders: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    store = LocalStore(str(tmp_path))
-    assert store.put_new("lock", b"mine")
-    assert not store.put_new("lock", b"yours")
-    assert store.entries() == ["lock"]
-    assert store.get("lock") == b"mine"
 
 
 def test_pickled_store_reopens_the_same_place(store: Store) -> None:

@@ -16,7 +16,7 @@ from exl2ray.errors import JobMismatchError, StoreError
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store, temp_name
 from exl2ray.store.job import compare_jobs, is_marked, section_hash
-from exl2ray.store.layout import CALIBRATION, MEASUREMENT, PLAN, is_ours, quant_kind
+from exl2ray.store.layout import CALIBRATION, MEASUREMENT, is_ours, quant_kind
 from exl2ray.store.local import LocalStore
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.store.records import Record, hash_inputs, item_file
@@ -33,7 +33,7 @@ def open_work(root: str | Path, job: Job, resume: bool = True, **options: Any) -
 
 def fill(store: Store) -> None:
     """One of everything that exl2ray writes."""
-    for name in (CALIBRATION, MEASUREMENT, PLAN, "output.safetensors", "output-00001-of-00002.safetensors"):
+    for name in (CALIBRATION, MEASUREMENT, "output.safetensors", "output-00001-of-00002.safetensors"):
         store.put(name, b"x")
     for kind in ("measure", quant_kind(4)):
         store.put(item_file(kind, "states", "lm_head", "0" * 64), b"x")
@@ -71,11 +71,9 @@ def test_new_directory_then_resume(root: str, job: Job) -> None:
         assert work.notes == []
         first = work.store.get("job.json")
         work.records.commit(Record("measure", "lm_head", hash_inputs(a=1), {"x": 1}))
-        work.store.put(PLAN, b"{}")
     with open_work(root, job) as work:
         assert work.store.get("job.json") == first  # written once
         assert work.records.find("measure", "lm_head", hash_inputs(a=1)).payload == {"x": 1}
-        assert work.store.get(PLAN) == b"{}"
         work.store.flush()
         events, skipped = read_events(work.store)
         assert skipped == 0
@@ -136,9 +134,8 @@ def test_what_stays_reusable(tmp_path: Path, job: Job, section: str, values: dic
     open_work(tmp_path, job).close()  # the refusal released the lock
 
 
-def test_reuse_keeps_the_measurement_and_drops_the_plan(root: str, job: Job) -> None:
+def test_reuse_keeps_the_measurement(root: str, job: Job) -> None:
     with open_work(root, job) as work:
-        work.store.put(PLAN, b"old plan")
         work.store.put(MEASUREMENT, b"profiles")
         work.records.commit(Record("measure", "lm_head", section_hash(job, "measure"), {}))
         before = work.store.get("job.json")
@@ -146,13 +143,10 @@ def test_reuse_keeps_the_measurement_and_drops_the_plan(root: str, job: Job) -> 
     with open_work(root, other, allow_changed={"quantize", "output"}) as work:
         assert work.job == other
         assert work.store.get("job-1.json") == before
-        assert not work.store.exists(PLAN)
         assert work.store.get(MEASUREMENT) == b"profiles"
         assert work.records.find("measure", "lm_head", section_hash(other, "measure")) is not None
-        work.store.put(PLAN, b"new plan")
     third = changed(other, "output", shard_size_mb=1)
     with open_work(root, third, allow_changed={"output"}) as work:
-        assert work.store.get(PLAN) == b"new plan"
         assert work.store.exists("job-2.json")
     with open_work(root, third, allow_changed={"output"}) as work:
         assert not work.store.exists("job-3.json")
@@ -333,7 +327,7 @@ def test_status_of_a_running_a_stopped_and_a_crashed_job(root: str, job: Job) ->
         status = work.status()
         assert status.state == "running"
         assert status.records == {"measure": 2, "quant/4.125": 1}
-        assert (status.has_calibration, status.has_measurement, status.has_plan) == (False, True, False)
+        assert (status.has_calibration, status.has_measurement) == (False, True)
         assert status.job.job == job
         assert f"process {os.getpid()}" in status.holder
         assert status.last_events[-1]["name"] == "module_measured"
