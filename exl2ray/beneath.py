@@ -295,7 +295,7 @@ def try_flock(handle: int, shared: bool = False) -> bool | None:
 
 
 def open_locked(opened: Callable[[int], int]) -> tuple[int, bool | None]:
-    """(descriptor, what ``try_flock`` says) of a lock file; ``opened`` opens it with the flags it is given. Opened for reading,
+    """(descriptor, what ``try_flock`` says) of a lock file; ``opened`` opens it with the flags it is given: for reading,
     so that it does not keep a disk from being made read-only; for writing where that is what a lock takes (NFS).
     """
     handle = opened(os.O_RDONLY)
