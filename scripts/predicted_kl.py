@@ -16,6 +16,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -23,12 +24,87 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import quality_table  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 
 from exl2ray.errors import Exl2RayError, UsageError  # noqa: E402
-from exl2ray.report.ladder import PredictedKL, plot_prediction, usable  # noqa: E402
+from exl2ray.report.style import MARKERS, SERIES, Plot, clean_label, plain_log_axis, write_plots  # noqa: E402
 
 HEADING = "predicted KL: module, -hb 6, linear"  # of the table's last column
 NAMES = ("module", "linear -hb 6", "linear")  # of its columns of measured KL, in the order of the predictions
+
+
+@dataclass(frozen=True)
+class PredictedKL:
+    """One converted model. predicted, measured: KL from the source in nats per token, both above 0.
+
+    series, kind: what has a colour and what a marker of its own where there are several (models, ways to allocate).
+    """
+
+    bits: float  # asked for
+    predicted: float
+    measured: float
+    error: float | None = None  # standard error of ``measured``
+    series: str = ""
+    kind: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted."""
+        return self.measured / self.predicted
+
+
+def usable(predicted: float | None, measured: float | None) -> bool:
+    """Whether both are there and have a place on a log axis."""
+    return all(v is not None and math.isfinite(v) and v > 0 for v in (predicted, measured))
+
+
+def plot_prediction(points: Sequence[PredictedKL], path: str | Path, title: str = "") -> None:
+    """Writes ``prediction_plots`` as PNG, SVG or PDF. Raises as `style.write_plots`, and UsageError for no points."""
+    write_plots(prediction_plots(points), path, title)
+
+
+def prediction_plots(points: Sequence[PredictedKL]) -> list[Plot]:
+    """Measured over predicted KL on log axes with the diagonal, and their ratio by bitrate. UsageError for no points."""
+    if not points:
+        raise UsageError("no model with a predicted and a measured KL divergence")
+    series, kinds = (list(dict.fromkeys(x)) for x in ([p.series for p in points], [p.kind for p in points]))
+    groups = [(s, k, sorted((p for p in points if (p.series, p.kind) == (s, k)), key=lambda p: p.bits))
+              for s in series for k in kinds]  # fmt: skip
+
+    def draw(ax: Axes, ratios: bool) -> None:
+        for name, kind, own in groups:
+            x = [p.bits if ratios else p.predicted for p in own]
+            y = [p.ratio if ratios else p.measured for p in own]
+            errors = [min(p.error or 0.0, 0.9 * p.measured) / (p.predicted if ratios else 1.0) for p in own]
+            label = ", ".join(clean_label(t) for t in (name, kind) if t)
+            colour, marker = SERIES[series.index(name) % len(SERIES)], MARKERS[kinds.index(kind) % len(MARKERS)]
+            ax.errorbar(x, y, errors, linestyle="-" if ratios else "none", linewidth=1.2, capsize=3, markersize=5,
+                        label=label, color=colour, marker=marker)  # fmt: skip
+
+    def measured(ax: Axes) -> None:
+        draw(ax, ratios=False)
+        ends = [v for p in points for v in (p.predicted, p.measured)]
+        low, high = min(ends) / 1.7, max(ends) * 1.7
+        ax.plot([low, high], [low, high], linestyle="--", linewidth=1, color=ax.xaxis.label.get_color(), alpha=0.6, zorder=1)
+        ax.set(xlim=(low, high), ylim=(low, high), xlabel="predicted, nats per token", ylabel="measured, nats per token")
+        plain_log_axis(ax, "x")
+        plain_log_axis(ax, "y")
+        if len(groups) == 1:
+            for p in points:
+                ax.annotate(f"{p.bits:g}", (p.predicted, p.measured), xytext=(7, -10), textcoords="offset points", fontsize=8)
+        else:
+            ax.legend(loc="upper left")
+
+    def ratio(ax: Axes) -> None:
+        draw(ax, ratios=True)
+        ratios = [p.ratio for p in points]
+        ax.axhline(1.0, linestyle="--", linewidth=1, color=ax.xaxis.label.get_color(), alpha=0.6, zorder=1)
+        ax.set(ylim=(min(0.8, 0.95 * min(ratios)), max(1.2, 1.05 * max(ratios))))
+        ax.set(xlabel="bits per weight asked for", ylabel="measured over predicted")
+        ax.margins(x=0.12)
+        ax.locator_params(nbins=5)
+
+    return [Plot("Predicted and measured KL divergence", measured), Plot("Their ratio", ratio)]
 
 
 def of_results(results: Iterable[quality_table.Result]) -> list[PredictedKL]:

@@ -16,7 +16,7 @@ from exl2ray.recipe import JOB_FLAGS
 from exl2ray.report import figures
 from exl2ray.report.chains import ModuleResult
 from exl2ray.report.facts import Bitrate, Facts
-from exl2ray.report.ladder import PredictedKL, ladder_plots, prediction_plots, usable
+from exl2ray.report.ladder import ladder_plots
 from exl2ray.report.style import svg_uris
 from exl2ray.report.timeline import busy_share
 from exl2ray.terminal.console import clean, duration, file_size, is_numeric, perplexity, plural
@@ -128,7 +128,8 @@ def _card(b: Bitrate) -> dict[str, Any]:
         "tensors": file_size(b.chain.nbytes) if b.chain.nbytes else "",
         "bits": [f"{name} {value:.2f}" for name, value in bits],
         "spare": "the head needs fewer than the usual 6, the decoder got the rest: the size is as asked for" if spare else "",
-        "directory": b.directory, "gap": "" if b.gap is None else f"within {100 * max(0.0, b.gap):.3f} % of the optimum",
+        "directory": b.directory, "predicted": "" if b.predicted_kl is None else f"{b.predicted_kl:.2g} nats per token",
+        "gap": f"{b.gap:.2%} from the optimum" if b.gap is not None and b.gap > 5e-4 else "",
     }  # fmt: skip
 
 
@@ -143,20 +144,11 @@ def _quality(facts: Facts) -> dict[str, Any] | None:
     out: dict[str, Any] = {"calibration": known, "plots": [], "warnings": [], "tables": []}
     if facts.evaluations:
         labels = [(_number(e.decoder_bpw, ".2f"), e) for e in facts.evaluations]
-        points = _predicted(facts)
-        out["plots"] = [*ladder_plots([m for m in labels if m[1].file_bytes]), *(prediction_plots(points) if points else [])]
+        out["plots"] = ladder_plots([m for m in labels if m[1].file_bytes])
         out["warnings"] = list(dict.fromkeys(w for e in facts.evaluations for w in e.warnings))
         out["tables"] = _evaluation_tables(facts)
         out["predictions"] = f"{facts.evaluations[0].predictions} predictions in {facts.evaluations[0].rows} rows"
     return out
-
-
-def _predicted(facts: Facts) -> list[PredictedKL]:
-    """Predicted beside measured KL, where the models of the evaluation are those that were written."""
-    return [
-        PredictedKL(b.bits, b.predicted_kl or 0.0, e.kl.value, e.kl.error) for b in facts.bitrates
-        if (e := b.evaluation) is not None and e.kl is not None and usable(b.predicted_kl, e.kl.value)
-    ]  # fmt: skip
 
 
 def _evaluation_tables(facts: Facts) -> list[tuple[str, list[str], list[list[str]]]]:

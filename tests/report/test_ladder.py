@@ -1,9 +1,8 @@
-"""The plots of a ladder of bitrates, and of predicted beside measured KL."""
+"""The plots of a ladder of bitrates, and which evaluation is of which model."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +17,7 @@ from report_helpers import evaluation
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.record import Evaluation, Figure
 from exl2ray.report.facts import read_facts
-from exl2ray.report.ladder import (
-    PredictedKL,
-    ladder_plots,
-    plot_ladder,
-    plot_prediction,
-    prediction_plots,
-    usable,
-)
-from exl2ray.report.page import _predicted
+from exl2ray.report.ladder import ladder_plots, plot_ladder
 from exl2ray.report.style import THEMES, Plot, _drawing
 
 
@@ -39,7 +30,6 @@ def model(bits: float, kl: float | None = None) -> tuple[str, Evaluation]:
 
 
 MODELS = [model(b, 2.0**-b) for b in (6.0, 2.5, 3.0, 4.0)]
-POINTS = [PredictedKL(b, 0.5 * 2**-b, 0.6 * 2**-b, 0.01 * 2**-b) for b in (6.0, 2.5, 4.0)]
 BITS = (3.0, 4.5)  # of the imitated work directories
 
 
@@ -90,45 +80,11 @@ def test_png_and_svg(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one row"):
         plot_ladder([], tmp_path / "x.png")
-    with pytest.raises(UsageError, match="no model"):
-        plot_prediction([], tmp_path / "a.png")
     with pytest.raises(UsageError, match=r"\.png, \.svg"):
         plot_ladder(MODELS, tmp_path / "x.gif")
     with pytest.raises(UsageError, match="no folder"):
         plot_ladder(MODELS, tmp_path / "missing" / "x.png")
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- predicted and measured -------------------------------------------------------------------------------------------
-
-
-def test_axes_and_diagonal() -> None:
-    with drawn(prediction_plots(POINTS)) as (left, right):
-        assert (left.get_xscale(), left.get_yscale(), right.get_yscale()) == ("log", "log", "linear")
-        assert left.get_xlim() == left.get_ylim()
-        (low, high), (same_low, same_high) = left.lines[-1].get_xdata(), left.lines[-1].get_ydata()
-        assert (low, high) == (same_low, same_high) == left.get_xlim()
-        assert low < min(p.predicted for p in POINTS) < max(p.measured for p in POINTS) < high
-        assert list(right.lines[0].get_xdata()) == [2.5, 4.0, 6.0]
-        assert list(right.lines[0].get_ydata()) == pytest.approx([1.2] * 3)
-        assert right.get_ylim()[0] < 1 < 1.2 < right.get_ylim()[1]
-        assert sorted(t.get_text() for t in left.texts) == ["2.5", "4", "6"]
-        assert left.get_legend() is None
-
-
-def test_several_models_have_a_legend_and_no_labels() -> None:
-    points = [PredictedKL(4.0, p, 0.1, None, m, k) for p, m in ((0.1, "a"), (0.09, "b")) for k in ("x", "y")]
-    with drawn(prediction_plots(points)) as (left, _):
-        assert [t.get_text() for t in left.get_legend().get_texts()] == ["a, x", "a, y", "b, x", "b, y"]
-        assert len(left.texts) == 0
-
-
-@pytest.mark.parametrize(("predicted", "measured", "expected"), [
-    (0.1, 0.2, True), (None, 0.2, False), (0.1, None, False), (0.0, 0.1, False), (0.1, -1e-9, False),
-    (math.inf, 0.1, False), (0.1, math.nan, False),
-])  # fmt: skip
-def test_what_has_a_place_on_log_axes(predicted: float | None, measured: float | None, expected: bool) -> None:
-    assert usable(predicted, measured) == expected
 
 
 @pytest.mark.parametrize(
@@ -145,12 +101,3 @@ def test_models_are_found_by_where_they_were_written(small_work: Path, tmp_path:
     facts = read_facts(str(work))
     assert [b.predicted_kl for b in facts.bitrates] == [0.45 * 2.0**-b for b in BITS]
     assert sum(b.evaluation is not None for b in facts.bitrates) == found
-    assert len(_predicted(facts)) == found
-
-
-def test_without_a_prediction_there_is_no_plot(small_work: Path, tmp_path: Path) -> None:
-    work = Path(shutil.copytree(small_work, tmp_path / "work"))
-    (work / "evaluation.json").write_text(json.dumps(evaluation(BITS)))
-    log = work / "events.jsonl"
-    log.write_text(log.read_text().replace("predicted_kl", "other"))
-    assert _predicted(read_facts(str(work))) == []

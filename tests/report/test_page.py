@@ -107,7 +107,7 @@ def test_all_sections_of_a_mixture_of_experts(moe_html: str) -> None:
     assert_closed(page)
     sections = [v for tag, name, v in page.attributes if (tag, name) == ("section", "id")]
     assert sections == ["summary", "quality", "allocation", "curves", "chain", "experts", "time", "notes", "settings"]
-    assert page.tags["figure"] == page.tags["img"] == 3 + 2 + 2 + 2 + 2 + 2 + 1
+    assert page.tags["figure"] == page.tags["img"] == 3 + 2 + 2 + 2 + 2 + 1
     assert moe_html.startswith("<!doctype html>")
     for expected in ("imitation in EXL2", "imitation-4.5bpw", "top-5", "took over from a driver", "--moe-all-experts",
                      "2.13.0", "99.9 %", "letters and law"):  # fmt: skip
@@ -125,6 +125,7 @@ def test_the_first_screen_says_whether_the_models_are_good(moe_html: str) -> Non
     assert ("Close to the source model: KL divergence 0.022 nats per token, perplexity 5.398 against 5.2 of the source "
             "(+3.8%), the most probable token is another one in 6.7% of places.") in first  # fmt: skip
     assert "4.5 GB" in first
+    assert "KL as planned 0.02 nats per token" in first
     assert "decoder 4.50, head 6.33, whole file 4.90" in first
     assert re.search(r"made in 1 min \d\d s of running on 1 worker, in 2 runs", first)
     assert "target" not in first
@@ -197,7 +198,7 @@ def test_text_can_be_read_on_light_and_dark_paper(small_html: str) -> None:
 def test_pictures_follow_the_theme_and_fit_a_phone(moe_html: str) -> None:
     """One for each theme, drawn in its colours, narrow enough for its text to be read at 360 pixels."""
     found = pictures(Reader(moe_html))
-    assert len(found) == 2 * 14 + 2  # the wide timeline has two more
+    assert len(found) == 2 * 12 + 2  # the wide timeline has two more
     for name, root in found:
         text = ElementTree.tostring(root, encoding="unicode")
         papers = [t["face"] in text for t in THEMES.values()]
@@ -207,7 +208,7 @@ def test_pictures_follow_the_theme_and_fit_a_phone(moe_html: str) -> None:
             assert THEMES["light"]["ink"] in text
             assert float(root.attrib["width"].removesuffix("pt")) <= 72 * WIDTH + 1
     media = [v for tag, name, v in Reader(moe_html).attributes if (tag, name) == ("source", "media")]
-    assert media.count("(prefers-color-scheme: dark)") == 14
+    assert media.count("(prefers-color-scheme: dark)") == 12
 
 
 def test_cells_name_their_column(moe_html: str) -> None:
