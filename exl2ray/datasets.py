@@ -1,4 +1,4 @@
-"""Where the calibration data of ``-c`` are: on this machine or on the Hub; and what identifies them in a job."""
+"""Where the calibration data of ``-c`` are, on this machine or on the Hub; the rows of a pass; what identifies them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from exl2ray.errors import CalibrationError
 from exl2ray.recipe import Recipe
 
 if TYPE_CHECKING:
-    from exl2ray.calibration.rows import Rows
+    from exl2ray.calibration.data.stream import CalibrationData
+    from exl2ray.calibration.rows import Plan, Rows
+    from exl2ray.calibration.tokenizer import ModelTokenizer
+    from exl2ray.model.spec import ModelSpec
 
 
 def sources_of(recipe: Recipe) -> list[Source]:
@@ -27,6 +30,27 @@ def source_of(place: str) -> Source:
     from exl2ray.remote.hub_data import hub_source
 
     return hub_source(place)
+
+
+def pass_rows(
+    recipe: Recipe, plan: Plan, tokenizer: ModelTokenizer, vocabulary: int, spec: ModelSpec | None, data: CalibrationData
+) -> Rows:
+    """The rows of tokens of one pass: of ``data`` with -c, else of the built-in set. ``spec``: None if it cannot be read.
+
+    Raises CalibrationError, naming the flags of the pass, for lengths and numbers of rows that cannot be had.
+    """
+    from exl2ray.calibration.rows import builtin_rows
+
+    measuring, longest = plan == "measure", None if spec is None else spec.hyper.max_seq_len
+    length = recipe.measurement_length if measuring else recipe.length
+    if recipe.cal_dataset is None:
+        return builtin_rows(
+            tokenizer, plan, length, recipe.seed, vocabulary, noise=spec is not None and spec.arch.noise_rows is not None,
+            chat_rows=recipe.chat_rows, max_positions=longest,
+        )  # fmt: skip
+    flags = ("-mr", "-ml") if measuring else ("-r", "-l")
+    count = recipe.measurement_rows if measuring else recipe.dataset_rows
+    return data.rows(count, length, *flags, vocabulary, max_positions=longest)
 
 
 def stored_places(places: Sequence[str]) -> str | list[str] | None:

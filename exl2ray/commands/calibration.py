@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.data.taken import describe
-from exl2ray.calibration.rows import Plan, Rows, builtin_rows
+from exl2ray.calibration.rows import Plan
 from exl2ray.calibration.show import RowsView, describe_rows
-from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
-from exl2ray.datasets import sources_of
+from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.datasets import pass_rows, sources_of
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
-from exl2ray.model.spec import ModelSpec
 from exl2ray.recipe import Recipe
 from exl2ray.remote.source import localised
 from exl2ray.terminal.console import clean
@@ -28,24 +28,8 @@ def rows_of(recipe: Recipe) -> dict[str, RowsView]:
     spec = load_spec(source)
     with load_tokenizer(recipe.in_dir, source.config, spec.hyper.vocab_size) as tokenizer:
         with CalibrationData(sources_of(recipe), tokenizer, recipe.chat_rows, recipe.most_tokens) as data:
-            return {
-                name: describe_rows(_rows(recipe, spec, tokenizer, plan, data), tokenizer) for name, plan in PASSES.items()
-            }
-
-
-def _rows(
-    recipe: Recipe, spec: ModelSpec, tokenizer: ModelTokenizer, plan: Plan, data: CalibrationData
-) -> Rows:
-    measuring, hyper = plan == "measure", spec.hyper
-    length = recipe.measurement_length if measuring else recipe.length
-    if recipe.cal_dataset is None:
-        return builtin_rows(
-            tokenizer, plan, length, recipe.seed, hyper.vocab_size, noise=spec.arch.noise_rows is not None,
-            chat_rows=recipe.chat_rows, max_positions=hyper.max_seq_len,
-        )  # fmt: skip
-    flags = ("-mr", "-ml") if measuring else ("-r", "-l")
-    count = recipe.measurement_rows if measuring else recipe.dataset_rows
-    return data.rows(count, length, *flags, hyper.vocab_size, max_positions=hyper.max_seq_len)
+            rows = partial(pass_rows, recipe, tokenizer=tokenizer, vocabulary=spec.hyper.vocab_size, spec=spec, data=data)
+            return {name: describe_rows(rows(plan), tokenizer) for name, plan in PASSES.items()}
 
 
 def show(views: Mapping[str, RowsView]) -> None:

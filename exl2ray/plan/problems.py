@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -20,9 +21,9 @@ from exl2ray.allocation.overrides import Override, parse_overrides
 from exl2ray.allocation.planning import linear_groups, option_bits
 from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
-from exl2ray.calibration.rows import ROW_SETS, Rows, builtin_rows
+from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
-from exl2ray.datasets import sources_of
+from exl2ray.datasets import pass_rows, sources_of
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
 from exl2ray.formats.hf import SourceModel, weight_files
@@ -313,27 +314,10 @@ def _examine_calibration(found: Examination, recipe: Recipe) -> None:
             return
         found.data = tuple(source.given for source in sources)
         with CalibrationData(sources, tokenizer, recipe.chat_rows, recipe.most_tokens) as data:
-            for name in ("measure", "quantize"):
-                rows = found.attempt("calibration", lambda n=name: _rows(found, recipe, tokenizer, vocabulary, n, data))  # type: ignore[misc]
+            for name in get_args(Plan):
+                rows = found.attempt("calibration", partial(pass_rows, recipe, name, tokenizer, vocabulary, found.spec, data))
                 if rows is not None:
                     found.rows[name] = rows
-
-
-def _rows(
-    found: Examination, recipe: Recipe, tokenizer: ModelTokenizer, vocabulary: int, name: str, data: CalibrationData
-) -> Rows:
-    measuring, spec = name == "measure", found.spec
-    length = recipe.measurement_length if measuring else recipe.length
-    longest = spec.hyper.max_seq_len if spec is not None else None
-    if recipe.cal_dataset is None:
-        noise = spec is not None and spec.arch.noise_rows is not None
-        return builtin_rows(
-            tokenizer, "measure" if measuring else "quantize", length, recipe.seed, vocabulary, noise=noise,
-            chat_rows=recipe.chat_rows, max_positions=longest,
-        )  # fmt: skip
-    flags = ("-mr", "-ml") if measuring else ("-r", "-l")
-    count = recipe.measurement_rows if measuring else recipe.dataset_rows
-    return data.rows(count, length, *flags, vocabulary, max_positions=longest)
 
 
 # ---- directories and machine ------------------------------------------------------------------------------------------
