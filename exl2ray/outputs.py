@@ -19,6 +19,7 @@ class OutputSummary:
     heldout_perplexity: float | None = None  # on held-out text, with the next two, where it was evaluated
     kl: float | None = None  # mean KL(source || model), nats per token
     top1: float | None = None  # share of positions where the most probable token is the source's
+    head_bpw: float | None = None  # bits per weight of the output head, overheads included
 
 
 @dataclass(frozen=True)

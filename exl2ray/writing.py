@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2ray.allocation.planning import Plan, head_bits
+from exl2ray.allocation.planning import Plan, head_bits, head_bpw
 from exl2ray.dist.worker import PERPLEXITY
 from exl2ray.errors import NumericError, StoreError, UsageError
 from exl2ray.formats.claim import existing_shards
@@ -212,7 +212,7 @@ class OutputWriter:
         return OutputSummary(
             plan.bits, plan.achieved_bpw, self.recipe.output_dir(plan.bits),
             tuple(str(self._target(plan) / s.name) for s in shards), sum(s.size for s in shards),
-            *self._perplexities(records),
+            *self._perplexities(records), head_bpw=head_bpw(self.spec, plan.params),
         )  # fmt: skip
 
     def _target(self, plan: Plan) -> Path:

@@ -234,6 +234,12 @@ def decoder_bpw(spec: ModelSpec, params: Mapping[str, QParams]) -> float:
     return sum(_bits(x, params[x.key]) for x in linears) / slot_weights(spec)
 
 
+def head_bpw(spec: ModelSpec, params: Mapping[str, QParams]) -> float:
+    """Bits per weight of the output head with its option, overheads included."""
+    head = spec.modules[-1].linears[0]
+    return _bits(head, params[head.key]) / (head.in_features * pad32(head.out_features))
+
+
 Tables = list[tuple[tuple[str, ...], tuple[tuple[QParams, ...], ...]]]  # (roles, rows with an option for each role)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exl2ray.allocation.knapsack import check_reachable
-from exl2ray.allocation.planning import choose, decoder_bpw, has_sensitivities, insensitive, linear_groups
+from exl2ray.allocation.planning import choose, decoder_bpw, has_sensitivities, head_bpw, insensitive, linear_groups
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape, QParams, pad32
 from exl2ray.formats.measurement import Measurement, OptionProfile, check_against, read_measurement
@@ -63,6 +63,7 @@ class Solution:
     allocation: str = "module"
     predicted_kl: float | None = None
     warnings: tuple[str, ...] = ()
+    head_bpw: float = 0.0
 
 
 def solve(
@@ -113,6 +114,7 @@ def _solution(spec: ModelSpec, measurement: Measurement, recipe: Recipe) -> Solu
         linears=tuple(_linear_choices(spec, measurement, chosen.params)) if linear else (),
         allocation=recipe.allocates,
         predicted_kl=chosen.predicted_kl,
+        head_bpw=head_bpw(spec, chosen.params),
         warnings=(*doubts, *unspent_warning(bits, achieved, found.unspent, False)),
     )
 
@@ -174,7 +176,7 @@ def show(solutions: Sequence[Solution]) -> None:
             ]
             show_table(title, ["module", "option", "bpw", "error", "mean width per linear"], cells)
             reached = f"objective {s.objective} = {s.objective_value:.6g}, {_gap(s)}" + (f"; {kl}" if kl else "")
-        print(f"achieved {s.achieved_bpw:.4f} bits per weight; {reached}")
+        print(f"achieved {s.achieved_bpw:.4f} bits per weight in the decoder, {s.head_bpw:.4f} in the head; {reached}")
         for text in s.warnings:
             print(clean(f"warning: {text}"))
 

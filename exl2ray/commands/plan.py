@@ -100,7 +100,7 @@ def _show_sizes(report: Report) -> None:
         size = f"{s.high_bytes:,}" if s.exact else f"{s.low_bytes:,} to {s.high_bytes:,}"
         rows.append([f"{s.bits:g}", bpw, size, f"{file_size(s.high_bytes)}", _files(s)])
     _heading("output")
-    show_table("", ["-b", "bpw", "bytes of the weights", "about", "files"], rows)
+    show_table("", ["-b", "decoder bpw", "bytes of the weights", "about", "files"], rows)
     note = f"{report.other_bytes or 0:,} bytes of tokenizer and other files are copied beside them; config.json is written"
     if any(not s.exact for s in report.sizes):
         note = "the allocation decides where between: exact with a measurement (-m). " + note

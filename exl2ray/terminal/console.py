@@ -184,12 +184,13 @@ def plural(count: int, noun: str) -> str:
 
 def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of the finished models of a "done" event."""
-    columns = ["-b", "bpw", "size", "perplexity", "source perplexity", "where"]
+    columns = ["-b", "decoder bpw", "head bpw", "size", "perplexity", "source perplexity", "where"]
     rows = []
     for out in outputs:
         where = out.get("directory") or os.path.dirname((out.get("files") or [""])[0])
         figures = [perplexity(out.get("calibration_perplexity")), perplexity(out.get("reference_perplexity"))]
-        rows.append([f"{out['bits']:g}", f"{out['achieved_bpw']:.4f}", file_size(out["file_bytes"]), *figures, where])
+        bits = [f"{out['bits']:g}", f"{out['achieved_bpw']:.4f}", _figure(out, "head_bpw", ".2f")]
+        rows.append([*bits, file_size(out["file_bytes"]), *figures, where])
     if any(out.get("kl") is not None for out in outputs):
         columns[-1:-1] = ["held-out perplexity", "KL", "top-1"]
         for row, out in zip(rows, outputs, strict=True):

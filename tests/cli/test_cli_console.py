@@ -32,6 +32,7 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 OUTPUT = {
     "bits": 4.0,
     "achieved_bpw": 3.9987,
+    "head_bpw": 6.0312,
     "directory": None,
     "files": ("/jobs/w/output.safetensors",),
     "file_bytes": 4_703_000,
@@ -85,7 +86,7 @@ def test_plain_lines():
     assert lines[9] == "[measure] finished in 12 s"
     assert "warning: above 30 is suspicious" in lines
     assert lines[lines.index("summary") + 1 :][:3] == ["name       value", "a            1.5", "long name     10"]
-    assert lines[-2] == " 4  3.9987  4.7 MB       12.28  not finite         /jobs/w"
+    assert lines[-2] == " 4       3.9987      6.03  4.7 MB       12.28  not finite         /jobs/w"
     assert lines[-1] == "done in 1 min 15 s"
     assert "shown elsewhere" not in text
 
