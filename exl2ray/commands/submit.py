@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TextIO
 
-from exl2ray.dist import submit as jobs
-from exl2ray.dist.jobs import Cluster, JobState
 from exl2ray.errors import UsageError
 from exl2ray.recipe import SETTINGS
+from exl2ray.submit import submission as jobs
+from exl2ray.submit.jobs import Cluster, JobState
 from exl2ray.terminal.console import clean, duration, json_line, reserved_stdout
 
 

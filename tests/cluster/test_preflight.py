@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from cluster_helpers import FakeRay
 
-from exl2ray.dist import preflight
-from exl2ray.dist.preflight import NodeView, Report, Request, SharedPath, examine, look, model_digest
 from exl2ray.errors import StoreError
+from exl2ray.submit import preflight
+from exl2ray.submit.preflight import NodeView, Report, Request, SharedPath, examine, look, model_digest
 
 
 @pytest.fixture(autouse=True)

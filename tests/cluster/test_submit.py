@@ -22,10 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2ray.cli import cli
-from exl2ray.dist import jobs, submit
-from exl2ray.dist.jobs import Cluster
-from exl2ray.dist.preflight import Problem, Report, Request, SharedPath
 from exl2ray.errors import ClusterError, Interrupted, UsageError
+from exl2ray.submit import jobs
+from exl2ray.submit import submission as submit
+from exl2ray.submit.jobs import Cluster
+from exl2ray.submit.preflight import Problem, Report, Request, SharedPath
 
 JOB = "exl2ray-0123456789ab"
 ADDRESS = "http://127.0.0.1:8265"

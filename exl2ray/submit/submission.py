@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from exl2ray import __version__
-from exl2ray.dist.jobs import STOP_SECONDS, Cluster, JobState
-from exl2ray.dist.preflight import Report, Request, SharedPath, model_digest, writable_root
 from exl2ray.errors import ClusterError, Exl2RayError, Interrupted, UsageError
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import is_remote, parse
 from exl2ray.store.fs import Store, temp_name
+from exl2ray.submit.jobs import STOP_SECONDS, Cluster, JobState
+from exl2ray.submit.preflight import Report, Request, SharedPath, model_digest, writable_root
 
 COMMANDS = ("convert", "measure")
 CHECK_SECONDS = 300.0  # for the job that looks at paths; most of it is starting Python on every node
-CHECK_PROGRAM = "from exl2ray.dist.preflight import main; main()"
+CHECK_PROGRAM = "from exl2ray.submit.preflight import main; main()"
 # Left out of a shipped checkout; .gitignore is respected besides. Ray refuses uploads above 500 MiB.
 NOT_SHIPPED = ["/.git", "/tests", "/docs", "/models", "/.venv"]
 
