@@ -1,8 +1,8 @@
-"""Measured options of the modules: error over storage, and what an allocation chose among them."""
+"""Measured options of the modules: error over storage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.measurement import (
     MAX_MEASUREMENT_BYTES,
     ModuleProfile,
-    OptionProfile,
     parse_measurement,
     read_measurement,
 )
@@ -36,7 +35,6 @@ class Curve:
     layer: int | None
     total_bits: tuple[int, ...]
     errors: tuple[float, ...]
-    options: tuple[OptionProfile, ...]
     weights: int | None = None
 
 
@@ -46,21 +44,18 @@ def part_of(key: str) -> str:
     return PARTS.get(mode, mode)
 
 
-def read_profiles(store: Store, given: str | None, problems: list[str]) -> tuple[tuple[ModuleProfile, ...], bool]:
-    """All measured modules, and whether they are a complete measurement.
-
-    From measurement.json; else from the file ``given`` with -m; else from the records there are.
-    """
+def read_profiles(store: Store, given: str | None, problems: list[str]) -> tuple[ModuleProfile, ...]:
+    """All measured modules: from measurement.json; else from the file ``given`` with -m; else from the records there are."""
     try:
         if store.exists(MEASUREMENT):
             if store.size(MEASUREMENT) > MAX_MEASUREMENT_BYTES:
                 raise FormatError(f"{store.full_name(MEASUREMENT)}: larger than {MAX_MEASUREMENT_BYTES} bytes")
-            return parse_measurement(store.get(MEASUREMENT), store.full_name(MEASUREMENT)).profiles, True
+            return parse_measurement(store.get(MEASUREMENT), store.full_name(MEASUREMENT)).profiles
         if given is not None and Path(given).is_file():
-            return read_measurement(given).profiles, True
+            return read_measurement(given).profiles
     except (Exl2RayError, OSError, ValueError) as e:  # a name with odd characters, besides what the file holds
         problems.append(e.message if isinstance(e, Exl2RayError) else f"measurement: {e}")
-    return tuple(_recorded_profiles(store, problems)), False
+    return tuple(_recorded_profiles(store, problems))
 
 
 def _recorded_profiles(store: Store, problems: list[str]) -> list[ModuleProfile]:
@@ -87,7 +82,7 @@ def curves_of(profiles: Iterable[ModuleProfile]) -> list[Curve]:
         for part, options in halves:
             if options is not None:
                 bits, errors = tuple(o.total_bits for o in options), tuple(1 - o.accuracy for o in options)
-                out.append(Curve(p.entry_key, part, layer_of(p.entry_key), bits, errors, options))
+                out.append(Curve(p.entry_key, part, layer_of(p.entry_key), bits, errors))
     return out
 
 
@@ -103,16 +98,6 @@ def with_weights(
         known = [shapes[x] for x in names if x in shapes]
         weights = sum(s.in_features * s.out_features for s in known) if names and len(known) == len(names) else None
         out.append(replace(c, weights=weights))
-    return out
-
-
-def chosen_options(curves: Sequence[Curve], choice: Sequence[int]) -> dict[str, dict[str, str]]:
-    """What an allocation chose: module -> role -> description; empty if it is of another measurement."""
-    if len(choice) != len(curves) or any(not 0 <= i < len(c.options) for i, c in zip(choice, curves, strict=True)):
-        return {}
-    out: dict[str, dict[str, str]] = {}
-    for i, c in zip(choice, curves, strict=True):
-        out.setdefault(c.key, {}).update({role: params.desc for role, params in c.options[i].params.items()})
     return out
 
 

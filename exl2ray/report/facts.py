@@ -17,7 +17,6 @@ from exl2ray.report.allocation import Allocation, allocation_of, linear_shapes
 from exl2ray.report.chains import Chain, read_chain, recorded_bitrates
 from exl2ray.report.curves import (
     Curve,
-    chosen_options,
     curves_of,
     measured_experts,
     measured_notes,
@@ -39,8 +38,7 @@ class Bitrate:
     """One target. decoder_bpw, gap (to the proven optimum, a share), predicted_kl (nats per token): of the last allocation,
     None if there was none. head_bpw: of the quantised head, None if not known.
 
-    modules: to quantise, 0 if not known. directory: of the written model, "" if none. planned_errors: module -> measured
-    error of the option that was chosen for it. evaluation: of the written model, where there is one.
+    modules: to quantise, 0 if not known. directory: of the written model, "" if none. evaluation: of that model.
     """
 
     chain: Chain
@@ -51,7 +49,6 @@ class Bitrate:
     modules: int
     directory: str
     allocation: Allocation
-    planned_errors: Mapping[str, float]
     evaluation: Evaluation | None
 
     @property
@@ -83,7 +80,6 @@ class Facts:
     root: str
     state: str  # "running", "crashed", "stopped"
     job: StoredJob | None
-    complete_measurement: bool
     curves: tuple[Curve, ...]
     bitrates: tuple[Bitrate, ...]
     experts: Mapping[str, Mapping[int, tuple[int, ...]]]  # pass -> layer -> calibration tokens per expert
@@ -106,16 +102,12 @@ def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
     events, _ = read_events(store)
     job = status.job.job if status.job is not None else {}
     given = job.get("measure", {}).get("measurement")
-    profiles, complete = read_profiles(store, given if isinstance(given, str) else None, problems)
-    curves = curves_of(profiles)
+    profiles = read_profiles(store, given if isinstance(given, str) else None, problems)
     log = _Log(events)
     rates = sorted({*recorded_bitrates(store), *log.allocated})
     if len(rates) > MAX_BITRATES:
         problems.append(f"there are {len(rates)} bitrates; shown are the lowest {MAX_BITRATES}")
-    chains, planned = [], {}
-    for bits in rates[:MAX_BITRATES]:
-        planned[bits] = chosen_options(curves, log.choice(bits)) if complete else {}
-        chains.append(read_chain(store, bits, problems))
+    chains = [read_chain(store, bits, problems) for bits in rates[:MAX_BITRATES]]
     shapes = linear_shapes(store, chains, problems)
     linears = {m.key: tuple(m.options) for chain in chains for m in chain.modules}
     evaluations = _evaluations(store, evaluation_files, problems)
@@ -124,9 +116,8 @@ def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
         root=status.root,
         state=status.state,
         job=status.job,
-        complete_measurement=complete,
-        curves=tuple(with_weights(curves, linears, shapes)),
-        bitrates=tuple(_bitrate(c, log, curves, planned[c.bits], shapes, own.get(c.bits)) for c in chains),
+        curves=tuple(with_weights(curves_of(profiles), linears, shapes)),
+        bitrates=tuple(_bitrate(c, log, shapes, own.get(c.bits)) for c in chains),
         experts=_experts(profiles, chains),
         evaluations=tuple(evaluations),
         timeline=read_timeline(events),
@@ -190,39 +181,14 @@ class _Log:
             self.warnings.clear()  # every run finds all of its job again
             self.notes += [("", text) for text in texts(f.get("notes"))]
 
-    def choice(self, bits: float) -> list[int]:
-        found = self.allocated.get(bits, {}).get("choice")
-        return [i for i in found if type(i) is int] if isinstance(found, list) else []
 
-
-def _bitrate(
-    chain: Chain,
-    log: _Log,
-    curves: Sequence[Curve],
-    planned: Mapping[str, Mapping[str, str]],
-    shapes: Mapping[str, LinearShape],
-    evaluation: Evaluation | None,
-) -> Bitrate:
-    """A module that is not quantised yet appears in the allocation with what is planned for it."""
-    event = log.allocated.get(chain.bits, {})
-    done = {m.key for m in chain.modules}
-    ahead = {f"{key}.{role}": text for key, roles in planned.items() if key not in done for role, text in roles.items()}
-    errors: dict[str, float] = {}
-    for c, i in zip(curves, log.choice(chain.bits) if planned else (), strict=False):
-        if not c.key.endswith(".parallel_decoder"):  # two halves were measured, one error is known afterwards
-            errors[c.key] = c.errors[i]
+def _bitrate(chain: Chain, log: _Log, shapes: Mapping[str, LinearShape], evaluation: Evaluation | None) -> Bitrate:
+    event, bits = log.allocated.get(chain.bits, {}), chain.bits
     return Bitrate(
-        chain=chain,
-        decoder_bpw=number(event.get("bpw")),
-        head_bpw=_head_bpw(chain, event, shapes),
-        gap=number(event.get("gap")),
-        predicted_kl=number(event.get("predicted_kl")),
-        modules=log.items.get(f"quantize {chain.bits!r}", 0),
-        directory=log.directory.get(chain.bits, ""),
-        allocation=allocation_of(chain.bits, {**chain.options, **ahead}, shapes),
-        planned_errors=errors,
-        evaluation=evaluation,
-    )
+        chain, number(event.get("bpw")), _head_bpw(chain, event, shapes), number(event.get("gap")),
+        number(event.get("predicted_kl")), log.items.get(f"quantize {bits!r}", 0), log.directory.get(bits, ""),
+        allocation_of(bits, chain.options, shapes), evaluation,
+    )  # fmt: skip
 
 
 def _head_bpw(chain: Chain, event: Mapping[str, Any], shapes: Mapping[str, LinearShape]) -> float | None:

@@ -187,29 +187,26 @@ def _allocation(facts: Facts) -> dict[str, Any] | None:
     if not shown:
         return None
     values = [v for b in shown for v in b.allocation.bpw.values()]
-    overrides = facts.job is not None and facts.job.job.get("quantize", {}).get("overrides")
     return {
         "plots": [figures.allocation_plot(b.bits, b.allocation, min(values), max(values)) for b in shown],
         "exact": all(b.allocation.exact for b in shown), "experts": bool(facts.experts),
-        "ahead": [f"At {b.bits:g} bits, {plural(len(b.chain.modules), 'module')} quantised; the others as planned"
-                  f"{', before --set' if overrides else ''}." for b in shown if not b.complete],
+        "partly": [f"At {b.bits:g} bits, {plural(len(b.chain.modules), 'module')} so far." for b in shown if not b.complete],
     }  # fmt: skip
 
 
 def _chain(facts: Facts) -> dict[str, Any] | None:
-    """Error of each module as quantised, and the table with the measured one beside it."""
+    """Error of each module as quantised."""
     if not any(m.error is not None and m.layer is not None for b in facts.bitrates for m in b.chain.modules):
         return None
     by_key: dict[str, dict[float, ModuleResult]] = {}
     for b in facts.bitrates:
         for m in b.chain.modules:
             by_key.setdefault(m.key, {})[b.bits] = m
-    rows = []
-    for key, found in by_key.items():
-        cells = [(found[b.bits].error if b.bits in found else None, b.planned_errors.get(key)) for b in facts.bitrates]
-        if any(c != (None, None) for c in cells):
-            rows.append([key, *[_number(x) for cell in cells for x in cell]])
-    columns = ["module", *[c for b in facts.bitrates for c in (f"at {b.bits:g}", f"at {b.bits:g}, measured")]]
+    rows = [
+        [key, *[_number(found[b.bits].error if b.bits in found else None) for b in facts.bitrates]]
+        for key, found in by_key.items() if any(m.error is not None for m in found.values())
+    ]  # fmt: skip
+    columns = ["module", *[f"at {b.bits:g}" for b in facts.bitrates]]
     return {"plots": figures.chain_plots([b.chain for b in facts.bitrates]), "columns": columns, "rows": rows}
 
 

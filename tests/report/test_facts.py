@@ -30,7 +30,6 @@ def test_a_finished_job(small_work: Path) -> None:
     facts = read_facts(str(small_work))
     model = Model(6)
     assert facts.problems == ()
-    assert facts.complete_measurement
     assert [b.bits for b in facts.bitrates] == [3.0, 4.5]
     first = facts.bitrates[0]
     assert (first.decoder_bpw, first.directory) == (2.9987, "/out/imitation-3bpw")
@@ -42,7 +41,6 @@ def test_a_finished_job(small_work: Path) -> None:
     measured = {p.entry_key: p for p in (profile(model, m) for m in model.modules())}
     for i, m in zip(choice(model, 3.0), first.chain.modules[:-1], strict=True):
         expected = 1 - (measured[m.key].options or ())[i].accuracy
-        assert first.planned_errors[m.key] == pytest.approx(expected)
         assert m.error == pytest.approx(1.1 * expected)
 
 
@@ -66,15 +64,15 @@ def test_curves_know_the_weights_of_their_modules(small_work: Path) -> None:
     assert curves["model.layers.5.mlp"].weights == 3 * 128 * 384
 
 
-def test_half_a_conversion_shows_the_rest_as_planned(tmp_path: Path) -> None:
+def test_half_a_conversion_shows_what_there_is(tmp_path: Path) -> None:
     store, model = Store.open(str(tmp_path)), Model(6)
     write_job(store, model, (3.0,))
     write_events(store, model, (3.0,), 2)
     write_chain(store, model, write_measurement(store, model), 3.0, modules=5)
     found = read_facts(str(tmp_path)).bitrates[0]
     assert (len(found.chain.modules), found.modules) == (5, 13)
-    assert found.allocation.layers == tuple(range(6))
-    assert len(found.allocation.bpw) == 6 * 7
+    assert found.allocation.layers == (0, 1, 2)
+    assert len(found.allocation.bpw) == 2 * 7 + 4
     assert not found.allocation.exact  # no tensors tell the shapes
     assert found.chain.perplexity is None
 
@@ -84,7 +82,6 @@ def test_half_a_measurement_comes_from_records(tmp_path: Path) -> None:
     write_job(store, model, (3.0,))
     write_measurement(store, model, complete=False)
     facts = read_facts(str(tmp_path))
-    assert not facts.complete_measurement
     assert [c.key for c in facts.curves] == model.modules()[:6]
     assert (facts.bitrates, facts.timeline) == ((), None)
 
