@@ -96,19 +96,20 @@ def _first(texts: Sequence[str]) -> list[str]:
 
 def _summary(facts: Facts) -> dict[str, Any]:
     measured = len({c.key for c in facts.curves})
+    overrides = facts.job is not None and bool(facts.job.job.get("quantize", {}).get("overrides"))
     t = facts.timeline
     workers = len({s.worker for s in t.spans}) if t is not None else 0
     cost = "" if t is None or not t.spans else f"{duration(t.seconds)} of running on {plural(workers, 'worker')}"
     if t is not None and len(t.runs) > 1:
         cost += f", in {len(t.runs)} runs"
     return {
-        "state": facts.state, "cost": cost, "cards": [_card(b) for b in facts.bitrates],
+        "state": facts.state, "cost": cost, "cards": [_card(b, overrides) for b in facts.bitrates],
         "measured": f"{plural(measured, 'module')} measured" if measured else "nothing is measured",
     }  # fmt: skip
 
 
-def _card(b: Bitrate) -> dict[str, Any]:
-    """The first thing to know of one bitrate: good or not, how large, where the bits are."""
+def _card(b: Bitrate, overrides: bool) -> dict[str, Any]:
+    """The first thing to know of one bitrate: good or not, how large, where the bits are. overrides: whether --set was."""
     e, done = b.evaluation, len(b.chain.modules)
     note = word = ""
     if e is not None:
@@ -121,13 +122,13 @@ def _card(b: Bitrate) -> dict[str, Any]:
         word, sentence = judged(b.chain.perplexity, b.chain.reference_perplexity, None)
         note = "Judged by calibration rows alone, which is a rough measure; exl2ray eval has a better one, see below."
     bits = [(n, v) for n, v in (("decoder", b.decoder_bpw), ("head", b.head_bpw), ("whole file", e and e.file_bpw)) if v]
-    spare = b.decoder_bpw is not None and b.decoder_bpw > b.bits + 0.02 and b.head_bpw is not None and b.head_bpw < 6
+    spare = b.decoder_bpw is not None and b.decoder_bpw > b.bits + 0.02 and not overrides
     return {
         "asked": f"{b.bits:g}", "word": word, "sentence": sentence, "note": note,
         "size": file_size(b.file_bytes) if b.file_bytes else "",
         "tensors": file_size(b.chain.nbytes) if b.chain.nbytes else "",
         "bits": [f"{name} {value:.2f}" for name, value in bits],
-        "spare": "the head needs fewer than the usual 6, the decoder got the rest: the size is as asked for" if spare else "",
+        "spare": "the head needs less than usual, the decoder got the rest: the size is as asked for" if spare else "",
         "directory": b.directory, "predicted": "" if b.predicted_kl is None else f"{b.predicted_kl:.2g} nats per token",
         "gap": f"{b.gap:.2%} from the optimum" if b.gap is not None and b.gap > 5e-4 else "",
     }  # fmt: skip
@@ -161,7 +162,7 @@ def _evaluation_tables(facts: Facts) -> list[tuple[str, list[str], list[list[str
     rows = [
         [e.model, _number(e.decoder_bpw, ".3f"), _number(e.head_bpw, ".3f"), _number(e.file_bpw, ".3f"),
          file_size(e.file_bytes) if e.file_bytes else "-", f"{e.perplexity.value:.4f}",
-         "-" if e.kl is None else e.kl.text(".5f", ".1g"), percent(e.top1), percent(e.top5)]
+         "-" if e.kl is None else e.kl.text(".5f"), percent(e.top1), percent(e.top5)]
         for e in facts.evaluations
     ]  # fmt: skip
     first = facts.evaluations[0]
@@ -174,7 +175,7 @@ def _evaluation_tables(facts: Facts) -> list[tuple[str, list[str], list[list[str
     if tails:
         tables.append(("The tail: KL divergence of single tokens, nats", ["model", *[TAIL_NAMES[n] for n in TAIL]], tails))
     kinds = [[e.model, name, f"{k.predictions}", k.perplexity.text(".4g", ".2g"),
-              k.kl.text(".4f", ".1g") if k.kl else "-", f"{1 - k.top1.value:.1%}" if k.top1 else "-"]
+              k.kl.text(".5f") if k.kl else "-", f"{1 - k.top1.value:.1%}" if k.top1 else "-"]
              for e in facts.evaluations for name, k in e.kinds.items()]  # fmt: skip
     if kinds:
         tables.append(("By kind of text", ["model", "text", "tokens", "perplexity", "KL, nats", "flipped top-1"], kinds))

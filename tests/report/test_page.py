@@ -137,7 +137,7 @@ def test_bits_that_the_head_left_to_the_decoder_are_explained(small_work: Path) 
     low, high = facts.bitrates
     facts = replace(facts, bitrates=(replace(low, decoder_bpw=3.6457, head_bpw=3.13), high))
     first = words(render(facts)[0].partition("<table")[0])
-    assert "decoder 3.65, head 3.13 (the head needs fewer than the usual 6, the decoder got the rest: the size is as" in first
+    assert "decoder 3.65, head 3.13 (the head needs less than usual, the decoder got the rest: the size is as" in first
     assert first.count("the decoder got the rest") == 1
 
 
