@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "exl2ray"
 ROOMS = {
     "formats": set(),
     "cuda": set(),
-    "store": set(),
+    "store": {"formats"},
     "calibration": {"formats"},
     "model": {"cuda", "formats"},
     "quant": {"cuda", "formats"},

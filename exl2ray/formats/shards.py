@@ -24,7 +24,7 @@ import torch
 from exl2ray.beneath import fsync_directory, make_directories
 from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.formats.files import atomic_file, sha256_of, write_error
-from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES
+from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES, header_bytes, tensor_bytes
 
 T = TypeVar("T")
 REFERENCE_VERSION = "0.3.2"  # level of the format that is written; some tools read it from config.json
@@ -172,7 +172,7 @@ def write_tensor_file(path: str | Path, entries: Sequence[TensorEntry]) -> Shard
     """
     path, digest = Path(path), hashlib.sha256()
     with atomic_file(path) as f:
-        header = header_bytes(entries)
+        header = header_of(entries)
         f.write(header)
         digest.update(header)
         for e in entries:
@@ -181,29 +181,20 @@ def write_tensor_file(path: str | Path, entries: Sequence[TensorEntry]) -> Shard
     return Shard(path.name, found.st_size, digest.hexdigest(), found.st_mtime_ns)
 
 
-def header_bytes(entries: Sequence[TensorEntry]) -> bytes:
-    """Length and JSON header of a safetensors file with the data of ``entries`` in order."""
-    header: dict[str, Any] = {}
-    position = 0
-    for e in entries:
-        header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [position, position + e.nbytes]}
-        position += e.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def header_of(entries: Iterable[TensorEntry]) -> bytes:
+    """As ``header_bytes``, of tensors to be written."""
+    return header_bytes((e.name, e.dtype, e.shape) for e in entries)
 
 
 def _write_tensor(sinks: Iterable[Callable[[memoryview], object]], entry: TensorEntry, path: Path) -> None:
     """Gives the bytes of a tensor to all ``sinks``; nothing of it stays in memory."""
-    t = entry.load().detach()
+    t = entry.load()
     if DTYPE_NAMES.get(t.dtype) != entry.dtype or tuple(t.shape) != entry.shape:
         raise FormatError(
             f"{path}: tensor {entry.name!r} was announced as {entry.dtype} {list(entry.shape)} "
             f"and is {DTYPE_NAMES.get(t.dtype, t.dtype)} {list(t.shape)}"
         )
-    # as_strided: a contiguous tensor of one element may have any stride, which view(uint8) does not take
-    flat = t.cpu().contiguous().as_strided((t.numel(),), (1,))
-    data = flat.view(torch.uint8).numpy().data
+    data = tensor_bytes(t)
     for sink in sinks:
         sink(data)
 

@@ -1,4 +1,4 @@
-"""One safetensors file: strict header parsing, lazy reading of single tensors.
+"""One safetensors file: strict header parsing, lazy reading of single tensors; the header and the bytes of one to be written.
 
 A safetensors file is an 8-byte little-endian header length, a JSON object ``name -> {dtype, shape, data_offsets}``,
 then the data (exl2-format section 2). Headers come from downloads, so nothing in them is believed: every number is
@@ -11,6 +11,7 @@ network mount that goes away is then an error of that read and not a SIGBUS of t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -221,3 +222,28 @@ def _check_coverage(
         position, before = t.begin + t.nbytes, f"tensor {t.name!r}"
     if position != file_bytes:
         raise error(f"{path}: {file_bytes - position} bytes after the last tensor ({before}) belong to no tensor")
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """Length and JSON header of a file with the data of ``tensors`` (name, safetensors dtype, shape) in order, without
+    ``__metadata__``; the data after it starts at a multiple of 8.
+    """
+    header: dict[str, Any] = {}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The values of a tensor on any device, row by row, as bytes: of itself where it is contiguous and on the CPU."""
+    t = tensor.detach().cpu().contiguous()
+    # as_strided: a contiguous tensor of one element may have any stride, which view(uint8) does not take
+    return t.as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().data

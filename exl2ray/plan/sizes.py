@@ -21,7 +21,7 @@ from exl2ray.allocation.overrides import Override, counting, overridden
 from exl2ray.allocation.planning import option_bits, option_tables, slot_weights, total_bits
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
-from exl2ray.formats.shards import TensorEntry, header_bytes, plan_shards
+from exl2ray.formats.shards import TensorEntry, header_of, plan_shards
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import output_tensors, plain_shape
 from exl2ray.quant.qparams import head_option
@@ -95,9 +95,9 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freed
     rest = sum(e.nbytes for e in output_entries(spec, source, {}))
     sizes = [p + rest for p in packed]
     single = limit_bytes <= 0 or sum(e.nbytes for e in large) <= limit_bytes
-    low_header = len(header_bytes(small)) if single else _least_headers(small)
+    low_header = len(header_of(small)) if single else _least_headers(small)
     shards = 1 if single else 2 * -(-sizes[1] // limit_bytes) + len(large) * (max(e.nbytes for e in large) > limit_bytes)
-    high_header = len(header_bytes(large)) + (shards - 1) * FILE_OVERHEAD
+    high_header = len(header_of(large)) + (shards - 1) * FILE_OVERHEAD
     return OutputSize(bits, sizes[0] + low_header, sizes[1] + high_header, *packed)
 
 
@@ -206,7 +206,7 @@ def _bits(linear: LinearSpec, params: QParams) -> int:
 
 
 def _file_bytes(entries: Sequence[TensorEntry]) -> int:
-    return len(header_bytes(entries)) + sum(e.nbytes for e in entries)
+    return len(header_of(entries)) + sum(e.nbytes for e in entries)
 
 
 def _least_headers(entries: Sequence[TensorEntry]) -> int:

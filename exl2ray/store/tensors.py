@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,14 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from exl2ray.beneath import reopenable
 from exl2ray.errors import StoreError
+from exl2ray.formats.tensorfile import DTYPE_NAMES, header_bytes, tensor_bytes
 from exl2ray.store.faults import translated
 from exl2ray.store.fs import Store
 from exl2ray.store.records import FileRef, file_problem
 
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 _DAMAGED_HINT = "delete this file: the same command computes it again"
 
 
@@ -45,21 +40,11 @@ def put_tensors(store: Store, rel: str, tensors: Mapping[str, torch.Tensor]) -> 
 def _parts(where: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
     """A safetensors file in pieces: the header, then the bytes of one tensor after another, those of wide dtypes first."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
-    position = 0
-    for name in order:
-        t = tensors[name]
-        if t.dtype not in _DTYPES:
-            raise StoreError(f"{where}: {name} is {t.dtype}, which these files do not hold")
-        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [position, position + t.nbytes]}
-        position += t.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield memoryview(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        if tensors[name].numel():
-            t = tensors[name].detach().cpu().contiguous()
-            yield t.as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().data
+    unknown = [f"{name} is {tensors[name].dtype}" for name in order if tensors[name].dtype not in DTYPE_NAMES]
+    if unknown:
+        raise StoreError(f"{where}: {unknown[0]}, which these files do not hold")
+    yield memoryview(header_bytes((n, DTYPE_NAMES[tensors[n].dtype], tuple(tensors[n].shape)) for n in order))
+    yield from (tensor_bytes(tensors[name]) for name in order if tensors[name].numel())
 
 
 def _sha256(parts: Iterable[memoryview]) -> str:
