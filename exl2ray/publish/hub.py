@@ -36,7 +36,8 @@ HINTS = {
     404: "is --repo right? a private repository is not found by a token that may not see it",
     409: MOVED, 412: MOVED, 402: FULL, 413: FULL, 507: FULL, 429: f"too many requests: wait some minutes, then {AGAIN}",
 }  # fmt: skip
-NETWORK = {"TransportError", "RequestException"}  # of httpx, httpx2 and requests: huggingface_hub has used all three
+# Of httpx, httpx2 and requests (huggingface_hub has used all three), and of Python.
+NETWORK = {"TransportError", "RequestException", "ConnectionError", "TimeoutError"}
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,7 @@ class Hub:
             raise self._error(e, doing) from None
 
     def _error(self, e: Exception, doing: str) -> Exl2RayError:
-        where = f"{self.repo}: {doing}"
-        chain = list(_causes(e))
+        where, chain = f"{self.repo}: {doing}", list(_causes(e))
         if isinstance(e, ValueError) and not isinstance(e, HfHubHTTPError) and "README.md" in str(e):
             return FormatError(f"{where}: the Hub does not take the card: {self._short(e)}", "correct README.md")
         for cause in chain:
@@ -151,13 +151,11 @@ class Hub:
                 return self._refused(cause, where)
             if isinstance(cause, HFValidationError):
                 return UsageError(f"{where}: {self._short(cause)}", "--repo is OWNER/NAME as the Hub takes it")
-        text = self._short(chain[-1])
-        if any(_is_network(c) for c in chain):
+        text, names = self._short(chain[-1]), {base.__name__ for c in chain for base in type(c).__mro__}
+        if names & NETWORK:
             what = f"{self.endpoint} cannot be reached, or broke off"
             return HubError(f"{where}: {what}: {text}", f"is there a network? {AGAIN}")
-        if isinstance(e, OSError):
-            return HubError(f"{where}: {text}", AGAIN)
-        return HubError(f"{where}: {type(e).__name__}: {text}", AGAIN)
+        return HubError(f"{where}: {text}" if isinstance(e, OSError) else f"{where}: {type(e).__name__}: {text}", AGAIN)
 
     def _refused(self, e: HfHubHTTPError, where: str) -> HubError:
         status, says = _status(e), self._short(getattr(e, "server_message", None) or "")
@@ -182,14 +180,8 @@ def _says_not_found(e: HfHubHTTPError) -> bool:
 
 def _causes(e: BaseException) -> Iterator[BaseException]:
     """The error and what caused it, outermost first."""
-    seen: set[int] = set()
-    current: BaseException | None = e
+    seen, current = set[int](), e
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or current.__context__
-
-
-def _is_network(e: BaseException) -> bool:
-    names = {base.__name__ for base in type(e).__mro__}
-    return isinstance(e, (ConnectionError, TimeoutError)) or bool(NETWORK & names)
+        current = current.__cause__ or current.__context__  # type: ignore[assignment]
