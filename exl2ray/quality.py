@@ -34,8 +34,9 @@ class Numerics:
         return ", ".join(parts)
 
 
+PLAIN = Numerics()
 PRESETS: dict[Quality, Numerics] = {
-    "reference": Numerics(),
+    "reference": PLAIN,
     "balanced": Numerics(0.5, "feedback", 2),
     "best": Numerics(0.5, "feedback", 4),
 }

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.solver import Segment, Solution, solve_segments
+from exl2ray.cuda.small_batches import run_recorded
+from exl2ray.cuda.solver import Run, Segment, Solution, run_batch, solve_segments
 from exl2ray.formats.layout import GroupLayout
+from exl2ray.quality import PLAIN, Numerics
 from exl2ray.quant.gptq import Quantized, descend, feedback_factor, quantize_reference, relative_error
 from exl2ray.quant.hessian import Factor, prepare
 from exl2ray.quant.pack import pack_rows, unit_tables
@@ -35,8 +38,7 @@ def solve(
     ws: Sequence[Tensor],
     layouts: Sequence[tuple[int, GroupLayout]],  # (index of the weight, layout), all with the same rows
     keep_codes: bool = True,
-    refine: bool = False,
-    sweeps: int = 0,
+    numerics: Numerics = PLAIN,
 ) -> list[Solution]:
     """`solve_segments` through the CUDA kernels, results copied to the CPU."""
     segments = [Segment(i, layout.bits) for i, layout in layouts]
@@ -45,9 +47,10 @@ def solve(
     if device == "cpu":
         from exl2ray.cuda.gpu import CudaGroups
 
-        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, CudaGroups, refine, sweeps)
+        run: Run = partial(run_batch, backend=CudaGroups)
     else:
-        solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, refine=refine, sweeps=sweeps)
+        run = run_recorded
+    solved = solve_segments(r, perm, placed, segments, layouts[0][1].rows, keep_codes, numerics, run)
 
     def copy(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.cpu().clone()
@@ -120,7 +123,7 @@ def check_refinement(device: str, k: int, n: int, layouts: Sequence[GroupLayout]
     """Refined scale codes, all layouts in one batch. Their choice hangs on sums of squares: it may differ now and then."""
     h, (w,) = problem(k, [n], seed)
     factor = prepare(h)
-    solved = solve(device, factor, [w], [(0, layout) for layout in layouts], refine=True)
+    solved = solve(device, factor, [w], [(0, layout) for layout in layouts], numerics=Numerics(scale_search="feedback"))
     shares, ratios = [], []
     for layout, found in zip(layouts, solved, strict=True):
         check_consistent(found, factor.perm, layout)
@@ -141,7 +144,10 @@ def check_descent(device: str, k: int, n: int, layouts: Sequence[GroupLayout], s
     cases = [(0, layout) for layout in layouts]
     shares, ratios = [], []
     for layout, found, before in zip(
-        layouts, solve(device, factor, [w], cases, sweeps=2), solve(device, factor, [w], cases), strict=True
+        layouts,
+        solve(device, factor, [w], cases, numerics=Numerics(sweeps=2)),
+        solve(device, factor, [w], cases),
+        strict=True,
     ):
         check_consistent(found, factor.perm, layout)
         assert found.codes is not None

@@ -14,16 +14,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "exl2ray"
 # Numerics and files know nothing of what is above them. Everything else (commands, the steps) may use every room but cuda.
 ROOMS = {
     "formats": set(),
-    "cuda": set(),
+    "cuda": {"quality"},
     "store": {"formats"},
     "calibration": {"formats"},
     "model": {"cuda", "formats"},
-    "quant": {"cuda", "formats"},
+    "quant": {"cuda", "formats", "quality"},
     "evaluate": {"calibration", "formats", "model", "quant"},
     "allocation": {"formats", "model", "quant", "recipe"},
     "publish": {"evaluate", "formats", "recipe", "remote", "terminal"},
     "report": {"evaluate", "formats", "recipe", "store", "terminal"},
-    "dist": {"calibration", "formats", "model", "quant", "recipe", "remote", "store"},
+    "dist": {"calibration", "formats", "model", "quality", "quant", "recipe", "remote", "store"},
     "submit": {"calibration", "recipe", "remote", "store"},
     "tune": {"calibration", "evaluate", "events", "formats", "model", "quant", "store"},
     "remote": {"calibration", "formats", "recipe", "store", "units"},
@@ -44,8 +44,8 @@ STILL_USED = {  # companions that the core imports all the same: to be moved, no
     "writing": {"publish.card", "publish.names"},
 }
 STILL_CIRCLES = [  # through imports inside of functions
-    {"cuda.backend", "cuda.gpu", "cuda.kernels"}, {"cuda.graphs", "cuda.solver"}, {"quant.measure", "quant.measure_moe"},
-    {"formats.measurement", "formats.measurement_rules"}, {"store.fs", "store.local", "store.objects"},
+    {"quant.measure", "quant.measure_moe"}, {"formats.measurement", "formats.measurement_rules"},
+    {"store.fs", "store.local", "store.objects"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "matplotlib", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}
 LIGHT = ["exl2ray", "exl2ray.cli", "exl2ray.recipe", "exl2ray.errors", "exl2ray.convert", "exl2ray.formats.layout"]

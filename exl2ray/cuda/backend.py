@@ -1,4 +1,4 @@
-"""The group step behind one interface: Numba CUDA for CUDA tensors (and under the simulator), Numba njit otherwise."""
+"""The group step behind one interface (`exl2ray.cuda.gpu`, `exl2ray.cuda.cpu`): buffers, constants, blocks of columns."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numba
 import numpy as np
-import torch
 from torch import Tensor
 
-from exl2ray.cuda import cpu
+from exl2ray.quality import ScaleSearch
 
 GRID_POINTS = 97
 # Refinement of scale codes (`exl2ray.quant.scales.refine`): least width whose codes are refined (with two bits the loss of a
@@ -36,7 +34,7 @@ class Workspace:
     bounds: tuple[tuple[int, int], ...]  # column range of each segment
     bits: Tensor  # (S, G) int32
     feedback: bool
-    refine: bool = False  # scale codes by the loss after feedback inside the group; needs feedback
+    scale_search: ScaleSearch = "error"  # "feedback" needs feedback
 
 
 class GroupBackend(Protocol):
@@ -56,14 +54,6 @@ class GroupBackend(Protocol):
         ...
 
 
-def group_backend(ws: Workspace) -> GroupBackend:
-    if ws.x.is_cuda:
-        from exl2ray.cuda.gpu import CudaGroups
-
-        return CudaGroups(ws)
-    return CpuGroups(ws)
-
-
 def blocks_of(bounds: Sequence[tuple[int, int]], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of at most ``size`` columns that do not straddle segments.
 
@@ -80,59 +70,3 @@ def shrink_grid(padded: int = GRID_POINTS) -> np.ndarray:
     t = np.minimum(np.arange(padded), GRID_POINTS - 1).astype(np.float32) / np.float32(GRID_POINTS - 1)
     points: np.ndarray = (np.float32(0.70) * (1 - t) + np.float32(1.2) * t).astype(np.float32)
     return points
-
-
-class CpuGroups:
-    def __init__(self, ws: Workspace) -> None:
-        # Numba's threads come from the OpenMP library that torch uses too, and starting them sets torch's number of
-        # threads, on which the sums of the forward passes depend.
-        threads = torch.get_num_threads()
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        torch.set_num_threads(threads)
-        self.ws = ws
-        self.blocks, first = blocks_of(ws.bounds, cpu.BLOCK)
-        self.first = first[:-1]
-        self.grid = shrink_grid()
-        self.offsets = np.array(OFFSETS, dtype=np.int32)
-
-    def step(self, g: int, a: int, n: int, row: int) -> None:
-        ws = self.ws
-        x = ws.x[a : a + n].numpy()
-        bits = np.ascontiguousarray(ws.bits[:, g].numpy())
-        block_top = np.empty(len(self.blocks), np.float32)
-        cpu.column_tops(x, self.blocks, block_top)
-        half_range = (2.0**bits - 1).astype(np.float32) / np.float32(2)
-        seg_top = (np.maximum.reduceat(block_top, self.first) + np.float32(1e-12)) / half_range
-        partial = np.empty((len(self.blocks), GRID_POINTS), np.float32)
-        scale_codes = ws.scale_codes[g].numpy()
-        cpu.grid_errors(x, self.blocks, seg_top, bits, self.grid, scale_codes, partial)
-        sums = np.add.reduceat(partial.astype(np.float64), self.first, axis=0)
-        best = (seg_top * self.grid[sums.argmin(1)]).astype(np.float16)
-        ws.scale_max[g].copy_(torch.from_numpy(best))
-        seg_m = (best.astype(np.float32) / np.float32(256)).astype(np.float16).astype(np.float32)
-
-        rounded = torch.empty(x.shape, dtype=torch.float32)
-        codes = torch.empty(x.shape, dtype=torch.uint8) if ws.codes is None else ws.codes[row : row + n]
-        u = ws.u[a : a + n, a : a + n].contiguous().numpy()
-        if ws.refine and ws.feedback and n <= REFINED_ROWS:
-            cpu.refine_codes(
-                x, u, self.blocks, bits, seg_m, scale_codes, self.offsets, REFINED_BITS, np.float32(SHRINKAGE)
-            )
-        cpu.quantize(
-            x, u, ws.feedback, self.blocks, bits, seg_m, scale_codes,
-            rounded.numpy(), codes.numpy(), ws.error[a : a + n].numpy(),
-        )  # fmt: skip
-        ws.dq[ws.perm[row : row + n]] = rounded.half()
-
-    def descend(self, g: int, a: int, n: int, row: int) -> None:
-        ws = self.ws
-        bits = np.ascontiguousarray(ws.bits[:, g].numpy())
-        seg_m = (ws.scale_max[g].float() / 256).half().float().numpy()
-        rows = ws.perm[row : row + n]
-        rounded = ws.dq[rows].float()
-        codes = torch.empty(rounded.shape, dtype=torch.uint8) if ws.codes is None else ws.codes[row : row + n]
-        cpu.descend(
-            ws.x[a : a + n].numpy(), ws.u[a : a + n, a : a + n].contiguous().numpy(), self.blocks, bits, seg_m,
-            ws.scale_codes[g].numpy(), rounded.numpy(), codes.numpy(), ws.error[a : a + n].numpy(),
-        )  # fmt: skip
-        ws.dq[rows] = rounded.half()

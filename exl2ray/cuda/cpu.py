@@ -9,6 +9,18 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+import torch
+
+from exl2ray.cuda.backend import (
+    GRID_POINTS,
+    OFFSETS,
+    REFINED_BITS,
+    REFINED_ROWS,
+    SHRINKAGE,
+    Workspace,
+    blocks_of,
+    shrink_grid,
+)
 
 _MAGIC = np.float32(0.75)  # ulp of [0.5, 1) is 2^-24, the spacing of subnormal halves
 _SMALLEST_NORMAL = np.float32(2.0**-14)
@@ -215,3 +227,61 @@ def descend(s, h, blocks, seg_bits, seg_m, scale_codes, dq, codes, change):
                 f = h[r, k]
                 for c in range(c0, c1):
                     s[k, c] += f * change[r, c]
+
+
+class CpuGroups:
+    """The group step of one batch on NumPy views of its buffers."""
+
+    def __init__(self, ws: Workspace) -> None:
+        # Numba's threads come from the OpenMP library that torch uses too, and starting them sets torch's number of
+        # threads, on which the sums of the forward passes depend.
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        torch.set_num_threads(threads)
+        self.ws = ws
+        self.blocks, first = blocks_of(ws.bounds, BLOCK)
+        self.first = first[:-1]
+        self.grid = shrink_grid()
+        self.offsets = np.array(OFFSETS, dtype=np.int32)
+
+    def step(self, g: int, a: int, n: int, row: int) -> None:
+        ws = self.ws
+        x = ws.x[a : a + n].numpy()
+        bits = np.ascontiguousarray(ws.bits[:, g].numpy())
+        block_top = np.empty(len(self.blocks), np.float32)
+        column_tops(x, self.blocks, block_top)
+        half_range = (2.0**bits - 1).astype(np.float32) / np.float32(2)
+        seg_top = (np.maximum.reduceat(block_top, self.first) + np.float32(1e-12)) / half_range
+        partial = np.empty((len(self.blocks), GRID_POINTS), np.float32)
+        scale_codes = ws.scale_codes[g].numpy()
+        grid_errors(x, self.blocks, seg_top, bits, self.grid, scale_codes, partial)
+        sums = np.add.reduceat(partial.astype(np.float64), self.first, axis=0)
+        best = (seg_top * self.grid[sums.argmin(1)]).astype(np.float16)
+        ws.scale_max[g].copy_(torch.from_numpy(best))
+        seg_m = (best.astype(np.float32) / np.float32(256)).astype(np.float16).astype(np.float32)
+
+        rounded = torch.empty(x.shape, dtype=torch.float32)
+        codes = torch.empty(x.shape, dtype=torch.uint8) if ws.codes is None else ws.codes[row : row + n]
+        u = ws.u[a : a + n, a : a + n].contiguous().numpy()
+        if ws.scale_search == "feedback" and ws.feedback and n <= REFINED_ROWS:
+            refine_codes(
+                x, u, self.blocks, bits, seg_m, scale_codes, self.offsets, REFINED_BITS, np.float32(SHRINKAGE)
+            )
+        quantize(
+            x, u, ws.feedback, self.blocks, bits, seg_m, scale_codes,
+            rounded.numpy(), codes.numpy(), ws.error[a : a + n].numpy(),
+        )  # fmt: skip
+        ws.dq[ws.perm[row : row + n]] = rounded.half()
+
+    def descend(self, g: int, a: int, n: int, row: int) -> None:
+        ws = self.ws
+        bits = np.ascontiguousarray(ws.bits[:, g].numpy())
+        seg_m = (ws.scale_max[g].float() / 256).half().float().numpy()
+        rows = ws.perm[row : row + n]
+        rounded = ws.dq[rows].float()
+        codes = torch.empty(rounded.shape, dtype=torch.uint8) if ws.codes is None else ws.codes[row : row + n]
+        descend(
+            ws.x[a : a + n].numpy(), ws.u[a : a + n, a : a + n].contiguous().numpy(), self.blocks, bits, seg_m,
+            ws.scale_codes[g].numpy(), rounded.numpy(), codes.numpy(), ws.error[a : a + n].numpy(),
+        )  # fmt: skip
+        ws.dq[rows] = rounded.half()

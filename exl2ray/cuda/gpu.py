@@ -56,7 +56,7 @@ class CudaGroups:
             kernels.descend, len(quant), size, ws.x, VARY, ws.u, quant, ws.bits, VARY, ws.scale_max,
             ws.scale_codes, ws.perm, VARY, ws.dq, codes, keep, ws.error,
         )  # fmt: skip
-        self.refine = ws.refine and ws.feedback
+        self.refine = ws.scale_search == "feedback" and ws.feedback
         if self.refine:
             offsets, cost = upload(np.array(OFFSETS, dtype=np.int32)), buffer(len(OFFSETS), columns)
             self.trial = Launch(

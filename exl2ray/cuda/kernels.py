@@ -13,71 +13,27 @@ Launches per group of n rows (a multiple of 32), each over every segment of the 
 Sums run in a fixed order and no atomics are used: the same input gives the same bytes. `x` is the panel buffer; the group
 occupies its rows a .. a+n. Blocks of columns never straddle segments (widths are multiples of 32).
 
-|d|^3.5 = d^4 / sqrt(d): one reciprocal root, no power function. Rounding to the nearest integer by adding and removing
-1.5 * 2^23 costs two additions where the conversion unit would be a bottleneck; fastmath stays off, it would remove them
-and make the final division approximate. The columns are scaled to unit step first, so step^3.5 leaves the grid loop.
+In the search columns are scaled to unit step first, so step^3.5 leaves the grid loop.
 """
 
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 from numba import cuda
 
-from exl2ray.cuda.backend import REFINED_ROWS
+from exl2ray.cuda.backend import GRID_POINTS, REFINED_ROWS
+from exl2ray.cuda.device_functions import ROUND, SMALLEST, error_term, fmax, nearest, passed_on, rounded
 
 COLUMNS = 32  # columns per block of the search kernels
 LANES = 8  # threads per column there
 POINTS = 13  # grid points per thread: 8 x 13 >= 97
 PADDED = LANES * POINTS  # 104: length of a padded grid
 THREADS = COLUMNS * LANES
-GRID_POINTS = 97
 QUANT_COLUMNS = 64  # columns per block of `trial`, `pick` and `quantize`
 ROWS = 32  # rows per launch of `quantize`: groups are multiples of 32 rows
 STRIP = 8  # rows of it held in registers at a time
-
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23
-_TINY = np.float32(1e-12)
-_SMALL = np.float32(1e-30)
-
-if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
-
-    def _rsqrt(x):
-        return np.float32(1.0) / np.float32(math.sqrt(x))
-
-    def _fmin(a, b):
-        return a if a < b else b
-
-    def _fmax(a, b):
-        return a if a > b else b
-
-else:
-    from llvmlite import ir
-    from numba import types
-    from numba.cuda import libdevice
-    from numba.cuda.extending import intrinsic
-
-    @intrinsic
-    def _rsqrt(typingctx, x):
-        """rsqrt.approx.ftz.f32: libdevice's form spends three more instructions on subnormals, which _TINY rules out."""
-
-        def codegen(context, builder, signature, args):
-            form = ir.FunctionType(ir.FloatType(), [ir.FloatType()])
-            return builder.call(ir.InlineAsm(form, "rsqrt.approx.ftz.f32 $0, $1;", "=f,f"), args)
-
-        return types.float32(types.float32), codegen
-
-    # The builtin min and max keep Python's order of NaNs, which takes two instructions where the hardware has one.
-
-    @cuda.jit(device=True, inline=True)
-    def _fmin(a, b):
-        return libdevice.fminf(a, b)
-
-    @cuda.jit(device=True, inline=True)
-    def _fmax(a, b):
-        return libdevice.fmaxf(a, b)
 
 
 @cuda.jit(cache=True)
@@ -90,7 +46,7 @@ def column_tops(x, a, n, blocks, col_top, block_top):
     c = blocks[b, 1] + j
     top = np.float32(0.0)
     for r in range(lane, n, LANES):
-        top = _fmax(top, abs(x[a + r, c]))
+        top = fmax(top, abs(x[a + r, c]))
     part[lane, j] = top
     cuda.syncthreads()
     if lane == 0:
@@ -103,16 +59,6 @@ def column_tops(x, a, n, blocks, col_top, block_top):
         for k in range(1, COLUMNS):
             top = max(top, part[0, k])
         block_top[b] = top
-
-
-@cuda.jit(device=True, inline=True)
-def _term(t, p, inverse, low, high):
-    """|clamp(rint(t / p)) p - t|^3.5 for one weight in units of its column's step."""
-    q = (t * inverse + _ROUND) - _ROUND
-    q = _fmin(_fmax(q, low), high)
-    d = abs(q * p - t) + _TINY
-    square = d * d
-    return square * square * _rsqrt(d)
 
 
 @cuda.jit(cache=True)
@@ -144,7 +90,7 @@ def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_to
     top = (tops[0] + np.float32(1e-12)) / (maxq / np.float32(2.0))
 
     base = (col_top[c] + np.float32(1e-12)) / (maxq / np.float32(2.0))
-    code = (np.float32(16.0) * np.float32(math.sqrt(base / top)) + _ROUND) - _ROUND
+    code = (np.float32(16.0) * np.float32(math.sqrt(base / top)) + ROUND) - ROUND
     code = min(max(code, np.float32(1.0)), np.float32(16.0))
     if lane == 0:
         scale_codes[g, c] = np.uint8(code)
@@ -165,19 +111,19 @@ def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_to
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = s9 = s10 = s11 = s12 = np.float32(0.0)
     for r in range(n):
         w = x[a + r, c] * inverse
-        s0 += _term(w, p0, v0, low, high)
-        s1 += _term(w, p1, v1, low, high)
-        s2 += _term(w, p2, v2, low, high)
-        s3 += _term(w, p3, v3, low, high)
-        s4 += _term(w, p4, v4, low, high)
-        s5 += _term(w, p5, v5, low, high)
-        s6 += _term(w, p6, v6, low, high)
-        s7 += _term(w, p7, v7, low, high)
-        s8 += _term(w, p8, v8, low, high)
-        s9 += _term(w, p9, v9, low, high)
-        s10 += _term(w, p10, v10, low, high)
-        s11 += _term(w, p11, v11, low, high)
-        s12 += _term(w, p12, v12, low, high)
+        s0 += error_term(w, p0, v0, low, high)
+        s1 += error_term(w, p1, v1, low, high)
+        s2 += error_term(w, p2, v2, low, high)
+        s3 += error_term(w, p3, v3, low, high)
+        s4 += error_term(w, p4, v4, low, high)
+        s5 += error_term(w, p5, v5, low, high)
+        s6 += error_term(w, p6, v6, low, high)
+        s7 += error_term(w, p7, v7, low, high)
+        s8 += error_term(w, p8, v8, low, high)
+        s9 += error_term(w, p9, v9, low, high)
+        s10 += error_term(w, p10, v10, low, high)
+        s11 += error_term(w, p11, v11, low, high)
+        s12 += error_term(w, p12, v12, low, high)
     # step^3.5, taken relative to the segment's top so that small weights do not underflow
     unit = ratio * ratio
     weight = unit * unit * unit * np.float32(math.sqrt(unit))
@@ -228,21 +174,6 @@ def choose(partial, seg_first, seg_top, grid, g, scale_max, seg_m):
         seg_m[seg] = np.float32(np.float16(np.float32(rounded) / np.float32(256.0)))
 
 
-@cuda.jit(device=True, inline=True)
-def _nearest(v, step, zero, high):
-    """Nearest integer of v / step within -zero .. high; a step that underflowed to zero gives the end on v's side."""
-    q = np.float32(0.0)
-    if step > np.float32(0.0):
-        # The quotient may be huge where the step is tiny: clamp before rounding.
-        q = _fmin(_fmax(v / step, -zero), high)
-        q = (q + _ROUND) - _ROUND
-    elif v > np.float32(0.0):
-        q = high
-    elif v < np.float32(0.0):
-        q = -zero
-    return q
-
-
 @cuda.jit(cache=True)
 def trial(x, a, n, u, blocks, seg_bits, g, seg_m, scale_codes, offsets, least_bits, shrinkage, cost):
     """cost (T, C) float32 of the codes at ``offsets`` (T,) int32 from those of row g, infinite for codes outside 1..16.
@@ -282,7 +213,7 @@ def trial(x, a, n, u, blocks, seg_bits, g, seg_m, scale_codes, offsets, least_bi
         if used:
             for i in range(STRIP):
                 v = tile[s + i, j]
-                d = np.float32(np.float16(_nearest(v, step, zero, high) * step))
+                d = np.float32(np.float16(nearest(v, step, zero, high) * step))
                 pivot = factor[i, s + i]
                 e = (v - d) / pivot
                 w = v / pivot
@@ -301,18 +232,9 @@ def trial(x, a, n, u, blocks, seg_bits, g, seg_m, scale_codes, offsets, least_bi
             e6 = tile[s + 6, j]
             e7 = tile[s + 7, j]
             for k in range(s + STRIP, n):
-                v = tile[k, j]
-                v -= factor[0, k] * e0
-                v -= factor[1, k] * e1
-                v -= factor[2, k] * e2
-                v -= factor[3, k] * e3
-                v -= factor[4, k] * e4
-                v -= factor[5, k] * e5
-                v -= factor[6, k] * e6
-                v -= factor[7, k] * e7
-                tile[k, j] = v
+                tile[k, j] = passed_on(tile[k, j], factor, 0, k, e0, e1, e2, e3, e4, e5, e6, e7)
     if used:
-        cost[t, c] = loss + shrinkage * along * along / _fmax(size, _SMALL)
+        cost[t, c] = loss + shrinkage * along * along / fmax(size, SMALLEST)
     elif c < blocks[b, 2]:
         cost[t, c] = np.float32(math.inf)
 
@@ -371,15 +293,8 @@ def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, r
         x5 = tile[s + 5, j]
         x6 = tile[s + 6, j]
         x7 = tile[s + 7, j]
-        q = _nearest(x0, step, zero, high)
-        d = np.float16(q * step)
-        dq[perm[row + s + 0], c] = d
-        if keep:
-            codes[row + s + 0, c] = np.uint8(q + zero)
-        e0 = np.float32(0.0)
+        e0 = rounded(x0, s + 0, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
         if feedback:
-            e0 = (x0 - np.float32(d)) / factor[s + 0, s + 0]
-            error[a + s + 0, c] = e0
             x1 -= factor[s + 0, s + 1] * e0
             x2 -= factor[s + 0, s + 2] * e0
             x3 -= factor[s + 0, s + 3] * e0
@@ -387,102 +302,43 @@ def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, r
             x5 -= factor[s + 0, s + 5] * e0
             x6 -= factor[s + 0, s + 6] * e0
             x7 -= factor[s + 0, s + 7] * e0
-        q = _nearest(x1, step, zero, high)
-        d = np.float16(q * step)
-        dq[perm[row + s + 1], c] = d
-        if keep:
-            codes[row + s + 1, c] = np.uint8(q + zero)
-        e1 = np.float32(0.0)
+        e1 = rounded(x1, s + 1, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
         if feedback:
-            e1 = (x1 - np.float32(d)) / factor[s + 1, s + 1]
-            error[a + s + 1, c] = e1
             x2 -= factor[s + 1, s + 2] * e1
             x3 -= factor[s + 1, s + 3] * e1
             x4 -= factor[s + 1, s + 4] * e1
             x5 -= factor[s + 1, s + 5] * e1
             x6 -= factor[s + 1, s + 6] * e1
             x7 -= factor[s + 1, s + 7] * e1
-        q = _nearest(x2, step, zero, high)
-        d = np.float16(q * step)
-        dq[perm[row + s + 2], c] = d
-        if keep:
-            codes[row + s + 2, c] = np.uint8(q + zero)
-        e2 = np.float32(0.0)
+        e2 = rounded(x2, s + 2, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
         if feedback:
-            e2 = (x2 - np.float32(d)) / factor[s + 2, s + 2]
-            error[a + s + 2, c] = e2
             x3 -= factor[s + 2, s + 3] * e2
             x4 -= factor[s + 2, s + 4] * e2
             x5 -= factor[s + 2, s + 5] * e2
             x6 -= factor[s + 2, s + 6] * e2
             x7 -= factor[s + 2, s + 7] * e2
-        q = _nearest(x3, step, zero, high)
-        d = np.float16(q * step)
-        dq[perm[row + s + 3], c] = d
-        if keep:
-            codes[row + s + 3, c] = np.uint8(q + zero)
-        e3 = np.float32(0.0)
+        e3 = rounded(x3, s + 3, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
         if feedback:
-            e3 = (x3 - np.float32(d)) / factor[s + 3, s + 3]
-            error[a + s + 3, c] = e3
             x4 -= factor[s + 3, s + 4] * e3
             x5 -= factor[s + 3, s + 5] * e3
             x6 -= factor[s + 3, s + 6] * e3
             x7 -= factor[s + 3, s + 7] * e3
-        q = _nearest(x4, step, zero, high)
-        d = np.float16(q * step)
-        dq[perm[row + s + 4], c] = d
-        if keep:
-            codes[row + s + 4, c] = np.uint8(q + zero)
-        e4 = np.float32(0.0)
+        e4 = rounded(x4, s + 4, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
         if feedback:
-            e4 = (x4 - np.float32(d)) / factor[s + 4, s + 4]
-            error[a + s + 4, c] = e4
             x5 -= factor[s + 4, s + 5] * e4
             x6 -= factor[s + 4, s + 6] * e4
             x7 -= factor[s + 4, s + 7] * e4
-        q = _nearest(x5, step, zero, high)
-        d = np.float16(q * step)
-        dq[perm[row + s + 5], c] = d
-        if keep:
-            codes[row + s + 5, c] = np.uint8(q + zero)
-        e5 = np.float32(0.0)
+        e5 = rounded(x5, s + 5, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
         if feedback:
-            e5 = (x5 - np.float32(d)) / factor[s + 5, s + 5]
-            error[a + s + 5, c] = e5
             x6 -= factor[s + 5, s + 6] * e5
             x7 -= factor[s + 5, s + 7] * e5
-        q = _nearest(x6, step, zero, high)
-        d = np.float16(q * step)
-        dq[perm[row + s + 6], c] = d
-        if keep:
-            codes[row + s + 6, c] = np.uint8(q + zero)
-        e6 = np.float32(0.0)
+        e6 = rounded(x6, s + 6, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
         if feedback:
-            e6 = (x6 - np.float32(d)) / factor[s + 6, s + 6]
-            error[a + s + 6, c] = e6
             x7 -= factor[s + 6, s + 7] * e6
-        q = _nearest(x7, step, zero, high)
-        d = np.float16(q * step)
-        dq[perm[row + s + 7], c] = d
-        if keep:
-            codes[row + s + 7, c] = np.uint8(q + zero)
-        e7 = np.float32(0.0)
-        if feedback:
-            e7 = (x7 - np.float32(d)) / factor[s + 7, s + 7]
-            error[a + s + 7, c] = e7
+        e7 = rounded(x7, s + 7, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
         if feedback:
             for k in range(s + STRIP, ROWS):
-                v = tile[k, j]
-                v -= factor[s + 0, k] * e0
-                v -= factor[s + 1, k] * e1
-                v -= factor[s + 2, k] * e2
-                v -= factor[s + 3, k] * e3
-                v -= factor[s + 4, k] * e4
-                v -= factor[s + 5, k] * e5
-                v -= factor[s + 6, k] * e6
-                v -= factor[s + 7, k] * e7
-                tile[k, j] = v
+                tile[k, j] = passed_on(tile[k, j], factor, s, k, e0, e1, e2, e3, e4, e5, e6, e7)
 
 
 @cuda.jit(cache=True)
@@ -514,7 +370,7 @@ def descend(s, a, h, blocks, seg_bits, g, scale_max, scale_codes, perm, row, dq,
         tile[r, j] = s[a + r, c]
     for r in range(ROWS):
         old = np.float32(dq[perm[row + r], c])
-        q = _nearest(old + tile[r, j] / factor[r, r], step, zero, high)
+        q = nearest(old + tile[r, j] / factor[r, r], step, zero, high)
         new = np.float16(q * step)
         d = old - np.float32(new)
         dq[perm[row + r], c] = new

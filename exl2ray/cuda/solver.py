@@ -14,7 +14,7 @@ row-by-row loop (`exl2ray.quant.gptq.quantize_reference`) up to rounding, withou
 product per panel of `PANEL` rows in place of a rank-1 update per row.
 
 On a GPU the sequence is a few thousand launches that depend only on shapes; for small batches of a shape that comes up often
-`exl2ray.cuda.graphs` replays it as a CUDA graph.
+`exl2ray.cuda.small_batches` replays it as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.backend import OFFSETS, GroupBackend, Workspace, group_backend
+from exl2ray.cuda.backend import OFFSETS, GroupBackend, Workspace
+from exl2ray.cuda.cpu import CpuGroups
+from exl2ray.quality import PLAIN, Numerics
 
 PANEL = 512  # rows per outer panel: bounds the traffic of E to K / PANEL reads
 CHUNK = 32  # rows whose losses are reported together; group sizes are multiples of it
@@ -63,8 +65,7 @@ class Shape:
     feedback: bool
     keep_codes: bool
     device: torch.device
-    refine: bool = False
-    sweeps: int = 0
+    numerics: Numerics = PLAIN
 
     @property
     def columns(self) -> int:
@@ -85,7 +86,8 @@ class Shape:
         """Device memory of a batch of this shape."""
         k, c = self.in_features, self.columns
         per_weight = 2 + (4 if self.feedback else 0) + (1 if self.keep_codes else 0)
-        return k * c * per_weight + 4 * k * (k + sum(self.widths)) + (4 * len(OFFSETS) * c if self.refine else 0)
+        trials = 4 * len(OFFSETS) * c if self.numerics.scale_search == "feedback" else 0
+        return k * c * per_weight + 4 * k * (k + sum(self.widths)) + trials
 
 
 def solve_segments(
@@ -95,29 +97,22 @@ def solve_segments(
     segments: Sequence[Segment],  # all with groups of the same row counts
     rows: tuple[int, ...],  # row count of each group
     keep_codes: bool = False,  # also return integers and scale codes (to pack the result)
-    backend: Callable[[Workspace], GroupBackend] = group_backend,
-    refine: bool = False,  # scale codes by the loss after feedback inside their group (`exl2ray.quant.scales.refine`)
-    sweeps: int = 0,  # of coordinate descent over the integers (`Batch.descend`)
+    numerics: Numerics = PLAIN,
+    run: Run | None = None,  # None: `run_batch`
 ) -> list[Solution]:
     """Quantises every segment. Deterministic on one kind of device; segments come back in the given order.
 
-    On a GPU the returned tensors may be overwritten by the next call with the same shapes: use or copy them first.
+    With `exl2ray.cuda.small_batches.run_recorded` the returned tensors may be overwritten by the next call with the same
+    shapes: use or copy them first.
     """
     order = sorted(range(len(segments)), key=lambda i: segments[i].weight)
     used = sorted({s.weight for s in segments})
     shape = Shape(
         perm.numel(), rows, tuple(weights[i].shape[1] for i in used),
-        tuple(sum(s.weight == i for s in segments) for i in used), r is not None, keep_codes, perm.device, refine, sweeps,
+        tuple(sum(s.weight == i for s in segments) for i in used), r is not None, keep_codes, perm.device, numerics,
     )  # fmt: skip
     bits = torch.tensor([segments[i].bits for i in order], dtype=torch.int32)
-    if perm.is_cuda and backend is group_backend:
-        from exl2ray.cuda.graphs import run_batch
-
-        batch = run_batch(shape, r, perm, [weights[i] for i in used], bits)
-    else:
-        batch = Batch(shape, backend)
-        batch.load(r, perm, [weights[i] for i in used], bits)
-        batch.run()
+    batch = (run or run_batch)(shape, r, perm, [weights[i] for i in used], bits)
     out: list[Solution | None] = [None] * len(segments)
     ws = batch.ws
     for position, i in enumerate(order):
@@ -131,6 +126,18 @@ def solve_segments(
             batch.energies[:, position],
         )
     return [s for s in out if s is not None]
+
+
+Run = Callable[[Shape, Tensor | None, Tensor, Sequence[Tensor], Tensor], "Batch"]  # arguments of `run_batch`
+
+
+def group_backend(ws: Workspace) -> GroupBackend:
+    """Numba CUDA for CUDA tensors, Numba njit otherwise."""
+    if ws.x.is_cuda:
+        from exl2ray.cuda.gpu import CudaGroups
+
+        return CudaGroups(ws)
+    return CpuGroups(ws)
 
 
 class Batch:
@@ -158,7 +165,7 @@ class Batch:
             scale_codes=empty(len(shape.rows), columns, dtype=torch.uint8),
             scale_max=empty(len(shape.rows), len(shape.bounds), dtype=torch.float16),
             bounds=shape.bounds, bits=empty(len(shape.bounds), len(shape.rows), dtype=torch.int32),
-            feedback=shape.feedback, refine=shape.refine,
+            feedback=shape.feedback, scale_search=shape.numerics.scale_search,
         )  # fmt: skip
         # per 32 rows and segment; e = R^T E, so the sum of all e^2 is tr(E^T R R^T E)
         self.losses = torch.zeros(k // CHUNK, len(shape.bounds), device=shape.device)
@@ -207,9 +214,9 @@ class Batch:
             if errors is not None:
                 self._sum_squares(self.losses, ws.error[:height], start)
 
-        if r is not None and errors is not None and self.shape.sweeps:
+        if r is not None and errors is not None and self.shape.numerics.sweeps:
             self._whiten(r, errors)
-            for _ in range(self.shape.sweeps):
+            for _ in range(self.shape.numerics.sweeps):
                 self.descend(r, errors)
 
     def _whiten(self, r: Tensor, errors: Tensor) -> None:
@@ -267,6 +274,21 @@ class Batch:
             target.copy_(w[:, None, :].expand(-1, times, -1))
             column += times * n
             source += n
+
+
+def run_batch(
+    shape: Shape,
+    r: Tensor | None,
+    perm: Tensor,
+    weights: Sequence[Tensor],
+    bits: Tensor,
+    backend: Callable[[Workspace], GroupBackend] = group_backend,
+) -> Batch:
+    """Loads a problem into a new batch of its shape and runs it; the results are in the batch's workspace."""
+    batch = Batch(shape, backend)
+    batch.load(r, perm, weights, bits)
+    batch.run()
+    return batch
 
 
 def panels(rows: Sequence[int], size: int = PANEL) -> Iterator[tuple[int, int, int, int]]:

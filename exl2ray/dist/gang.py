@@ -76,7 +76,7 @@ class Gang:
         rows = len(runner.rows("quantize"))
         self.rows = share_rows(rows)
         self.reported = min(rows, runner.setup.perplexity_rows)
-        self.corrected = runner.setup.target_correction > 0
+        self.corrected = runner.setup.numerics.target_correction > 0
         self.other_rows = self.rows if self.corrected else share_rows(self.reported)
 
     # ---- forming -----------------------------------------------------------------------------------------------
@@ -271,7 +271,8 @@ class Gang:
             factor = owned.factor(block, group, settings, self.run.device)
             targets = None
             if group in owned.moments:
-                targets = corrected_weights(block, groups[group], factor, owned.moments.pop(group), settings.correction)
+                strength = settings.numerics.target_correction
+                targets = corrected_weights(block, groups[group], factor, owned.moments.pop(group), strength)
             return solve_group(block, groups[group], factor, item.params, settings, targets)
 
         for group, packed[group] in quantize_groups(block, own, solve, keep=True):

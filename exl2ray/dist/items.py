@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from exl2ray.formats.layout import QParams
+from exl2ray.quality import PLAIN, Numerics
 
 RowSet = Literal["measure", "quantize"]  # the two sets of calibration rows
 
@@ -25,9 +26,7 @@ class WorkerSetup:
     calibration_sha256: str
     perplexity_rows: int  # leading rows of the quantisation set whose perplexity is reported
     moe_all_experts: bool = False  # Hessians of experts from all tokens
-    target_correction: float = 0.0  # strength of corrected targets, in chains on quantised states
-    refine_scales: bool = False  # scale codes by the loss after feedback
-    sweeps: int = 0  # of coordinate descent over the integers
+    numerics: Numerics = PLAIN
     source_cache: int = 0  # bytes kept of a source that is elsewhere
     rotate: bool = False  # the residual stream
     alone: bool = True  # no other workers are expected

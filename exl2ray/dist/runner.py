@@ -107,9 +107,7 @@ class Runner:
         s = replace(
             s,
             all_experts=self.setup.moe_all_experts,
-            correction=self.setup.target_correction,
-            refine=self.setup.refine_scales,
-            sweeps=self.setup.sweeps,
+            numerics=self.setup.numerics,
         )
         if shrink == 1:
             return s
@@ -137,7 +135,7 @@ class Runner:
     def home(self, nbytes: int) -> torch.device:
         """Where states of this size are kept: on the device if every module has room beside them, else on the host."""
         if nbytes not in self._homes:
-            corrected = self.setup.target_correction > 0
+            corrected = self.setup.numerics.target_correction > 0
             fits = states_fit(self.spec.modules, nbytes, self._longest, self.device, corrected) and not self.crowded
             self._homes[nbytes] = self.device if fits else torch.device("cpu")
         return self._homes[nbytes]
@@ -149,7 +147,7 @@ class Runner:
 
     def sums_on_host(self, module: ModuleSpec) -> bool:
         """Whether partial sums of a module's Hessians have to leave the GPU."""
-        return sums_on_host(module, self.device, self.setup.target_correction > 0)
+        return sums_on_host(module, self.device, self.setup.numerics.target_correction > 0)
 
     def room(self, nbytes: int) -> int:
         """Bytes for what can be done without, beside states of ``nbytes``."""

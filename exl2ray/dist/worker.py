@@ -81,7 +81,7 @@ class Worker:
         self.setup = setup
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.runner = Runner(setup)  # reads the first modules in the background meanwhile
-        warm_up(self.runner.device, setup.refine_scales, setup.sweeps)
+        warm_up(self.runner.device, setup.numerics)
         if setup.nonce is not None:
             verify_nonce(self.runner.store, *setup.nonce, setup.versions)
         self.checkpoints = Checkpoints(self.runner.records, setup.checkpoint_seconds)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.graphs import CAPTURING
+from exl2ray.cuda.small_batches import CAPTURING
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.readahead import ReadAhead

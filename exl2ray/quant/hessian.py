@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.cuda.device import device_bytes
-from exl2ray.cuda.graphs import with_room
+from exl2ray.cuda.small_batches import with_room
 from exl2ray.errors import NumericError
 from exl2ray.quant import cholesky
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from exl2ray.errors import NumericError
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import ModuleProfile, OptionProfile
+from exl2ray.quality import PLAIN, Numerics
 from exl2ray.quant.hessian import DAMPING, Factor, HessianAccumulator, prepare, round_to_nearest
 from exl2ray.quant.losses import LossTable
 from exl2ray.quant.pack import pad_columns
@@ -36,8 +37,8 @@ FLOAT16_MAX = 65504.0
 class Settings:
     """How to run the numerics of one module.
 
-    Results depend on ``damping``, ``all_experts``, ``correction``, ``refine`` and ``sweeps`` alone, up to rounding. The last
-    three are about quantising, not measuring.
+    Results depend on ``damping``, ``all_experts`` and ``numerics`` alone, up to rounding. The last are about quantising, not
+    measuring.
     """
 
     damping: float = DAMPING
@@ -46,9 +47,7 @@ class Settings:
     offload: bool = False  # keep the candidates of a module in host memory, for GPUs that cannot hold them all
     expert_tokens: int | None = None  # tokens of one expert that are scored at once; None: all
     all_experts: bool = False  # Hessians of every expert from all tokens; the forward pass stays as routed
-    correction: float = 0.0  # strength of corrected targets (`exl2ray.quant.correct`)
-    refine: bool = False  # scale codes by the loss after feedback inside their group (`exl2ray.quant.scales.refine`)
-    sweeps: int = 0  # of coordinate descent over the integers (`exl2ray.quant.gptq.descend`)
+    numerics: Numerics = PLAIN
 
 
 @dataclass(frozen=True)

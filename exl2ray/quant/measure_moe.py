@@ -2,8 +2,8 @@
 
 Better than the reference: the Hessian of w1 and w3 of an expert comes from the tokens routed to it, as that of w2 does.
 An expert that saw fewer tokens than its Hessian has dimensions borrows: see `expert_factor`. Small experts are solved side by
-side (`exl2ray.cuda.lanes`), large ones one after another: where memory is short, the candidates of one wait in host memory
-while the next is solved.
+side (`exl2ray.cuda.small_batches`), large ones one after another: where memory is short, the candidates of one wait in host
+memory while the next is solved.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.graphs import SMALL
-from exl2ray.cuda.lanes import COUNT, Lanes
+from exl2ray.cuda.small_batches import COUNT, SMALL, Streams
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quant.hessian import Factor, HessianAccumulator
@@ -48,11 +47,11 @@ def measure_experts(
     losses, shares = LossTable(), token_shares(block, hessians, x.shape[0] * x.shape[1])
     tables = [LossTable() for _ in block.experts.experts]
     device = next(iter(block.weights.values())).device
-    with Lanes(device, 1 if settings.offload else lanes_of(block)) as lanes:
+    with Streams(device, 1 if settings.offload else lanes_of(block)) as streams:
         for index, expert in enumerate(block.experts.experts):
             inputs = {f"w13.{index}": (expert.gate, expert.up), f"w2.{index}": (expert.down,)}
             kept: dict[str, dict[int, Tensor]] = {}
-            with lanes.turn():
+            with streams.turn():
                 factors = {group: expert_factor(block, hessians, group, settings, notes) for group in inputs}
                 if part == (0, 1):
                     del hessians[f"w2.{index}"]  # a whole table is scored once: what nobody borrows from makes room

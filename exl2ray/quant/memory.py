@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from exl2ray.cuda.device import device_bytes
-from exl2ray.cuda.graphs import GRAPH_SHARE
+from exl2ray.cuda.small_batches import GRAPH_SHARE
 from exl2ray.formats.layout import pad32
 from exl2ray.quant.hessian import DAMPING, FLOAT64_ROWS
 from exl2ray.quant.measure import Settings

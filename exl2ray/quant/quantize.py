@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.lanes import Lanes
+from exl2ray.cuda.small_batches import Streams
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
@@ -116,7 +116,7 @@ def quantize_groups(
     for start in range(0, len(groups), size):
         chunk = groups[start : start + size]
         solved: dict[str, dict[str, Quantized]] = {}
-        with Lanes(next(iter(block.weights.values())).device, lanes) as side_by_side:
+        with Streams(next(iter(block.weights.values())).device, lanes) as side_by_side:
             for group in chunk:
                 with side_by_side.turn():
                     solved[group] = solve(group)
@@ -135,7 +135,7 @@ def solve_group(
     """Quantises linears that share an input. targets: linear key -> (K, N) to quantise in place of the block's weights."""
     weights = {x.key: pad_columns((targets or block.weights)[x.key]) for x in linears}
     layouts = {x.key: params[x.key].layout(x.in_features) for x in linears}
-    return quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.refine, settings.sweeps)
+    return quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.numerics)
 
 
 def pack_group(block: Any, solved: Mapping[str, Quantized], keep: bool = False) -> dict[str, PackedLinear]:

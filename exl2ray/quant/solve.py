@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.graphs import CACHE
-from exl2ray.cuda.solver import Segment, Solution, solve_segments
+from exl2ray.cuda.small_batches import CACHE, run_recorded
+from exl2ray.cuda.solver import Segment, Solution, run_batch, solve_segments
 from exl2ray.formats.layout import GroupLayout, QParams
+from exl2ray.quality import PLAIN, Numerics
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.hessian import Factor
 
@@ -32,15 +33,14 @@ def solve_problems(
     problems: Sequence[Problem],
     keep_codes: bool = False,
     budget_bytes: int | None = None,  # working memory of one batch; None: no limit
-    refine: bool = False,  # scale codes by `scales.refine`
-    sweeps: int = 0,  # of `gptq.descend`
+    numerics: Numerics = PLAIN,
 ) -> list[Solution]:
     """Solves all problems, those with the same row counts together, in batches that respect ``budget_bytes``.
 
     The split into batches depends on shapes and the budget alone, never on what happens to be free, so that results do
     not change from run to run.
     """
-    solved = _solve(factor, weights, problems, keep_codes, budget_bytes, refine=refine, sweeps=sweeps)
+    solved = _solve(factor, weights, problems, keep_codes, budget_bytes, numerics=numerics)
     return [solved[i] for i in range(len(problems))]
 
 
@@ -52,10 +52,10 @@ def _solve(
     budget_bytes: int | None,
     needed: Collection[int] | None = None,  # batches without any of these are left out
     offload: bool = False,
-    refine: bool = False,
-    sweeps: int = 0,
+    numerics: Numerics = PLAIN,
 ) -> dict[int, Solution]:
     """Solutions by problem, as `solve_problems`."""
+    run = run_recorded if factor.perm.is_cuda else run_batch
     by_rows: dict[tuple[int, ...], list[int]] = {}
     for i, p in enumerate(problems):
         by_rows.setdefault(p.layout.rows, []).append(i)
@@ -65,7 +65,7 @@ def _solve(
             if needed is not None and not any(i in needed for i in batch):
                 continue
             segments = [Segment(problems[i].weight, problems[i].layout.bits) for i in batch]
-            solved = solve_segments(factor.r, factor.perm, weights, segments, rows, keep_codes, refine=refine, sweeps=sweeps)
+            solved = solve_segments(factor.r, factor.perm, weights, segments, rows, keep_codes, numerics, run)
             for i, s in zip(batch, solved, strict=True):
                 if needed is None or i in needed:
                     out[i] = _copied(s, offload)  # the next batch, or the next call, may reuse the buffers
@@ -152,13 +152,12 @@ def quantize_linears(
     weights: Mapping[str, Tensor],  # key -> (K, N)
     params: Mapping[str, GroupLayout],  # key -> layout
     budget_bytes: int | None = None,
-    refine: bool = False,  # scale codes by `scales.refine`
-    sweeps: int = 0,  # of `gptq.descend`
+    numerics: Numerics = PLAIN,
 ) -> dict[str, Quantized]:
     """Final quantisation of linears that share a Hessian: integers, scales and reconstructed weights."""
     keys = list(weights)
     problems = [Problem(i, params[key]) for i, key in enumerate(keys)]
-    solved = solve_problems(factor, [weights[k] for k in keys], problems, True, budget_bytes, refine, sweeps)
+    solved = solve_problems(factor, [weights[k] for k in keys], problems, True, budget_bytes, numerics)
     out = {}
     for key, problem, s in zip(keys, problems, solved, strict=True):
         if s.codes is None or s.scale_codes is None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from exl2ray.formats.layout import GroupLayout
+from exl2ray.quality import PLAIN, Numerics
 from exl2ray.quant.hessian import HessianAccumulator, prepare
 from exl2ray.quant.measure import Settings, by_input, factorise
 from exl2ray.quant.pack import dequantize, pack
@@ -23,8 +24,8 @@ ROWS, COLUMNS, TOKENS, HEADS = 256, 64, 64, 4
 REHEARSED = parse("1:4b_32g")
 
 
-def warm_up(device: torch.device, refine: bool = False, sweeps: int = 0) -> None:
-    """Runs every kernel once; nothing on a CPU. refine, sweeps: as in `exl2ray.quant.measure.Settings`."""
+def warm_up(device: torch.device, numerics: Numerics = PLAIN) -> None:
+    """Runs every kernel once that ``numerics`` need; nothing on a CPU."""
     if device.type != "cuda":
         return
     from exl2ray.cuda import elementwise
@@ -38,7 +39,7 @@ def warm_up(device: torch.device, refine: bool = False, sweeps: int = 0) -> None
     branch = elementwise.gated_silu(branch.contiguous(), n)
     elementwise.residual_errors(x, branch, x)
     elementwise.distances(branch, x)
-    if sweeps or refine:
+    if numerics.target_correction:
         elementwise.plus_behind(branch, x, n, 1.0)
     torch.matmul(n, weight)
 
@@ -48,7 +49,7 @@ def warm_up(device: torch.device, refine: bool = False, sweeps: int = 0) -> None
     torch.linalg.cholesky_ex(torch.eye(ROWS, dtype=torch.float64, device=device))  # for wide inputs
     solve_options(factor, {"q_proj": weight}, {"q_proj": [parse("1:4b_128g"), parse("0.5:4b_32g/0.5:3b_32g")]})
     layout = GroupLayout((4, 3), (128, 128))
-    solved = quantize_linears(factor, {"warm": weight}, {"warm": layout}, refine=refine, sweeps=sweeps)
+    solved = quantize_linears(factor, {"warm": weight}, {"warm": layout}, numerics=numerics)
     dequantize(pack("warm", solved["warm"]), device)
     torch.cuda.synchronize(device)
 

@@ -13,6 +13,7 @@ import torch
 
 from exl2ray.cuda import solver
 from exl2ray.formats.layout import GroupLayout
+from exl2ray.quality import PLAIN, Numerics
 from exl2ray.quant.gptq import relative_error
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare
 from exl2ray.quant.pack import dequantize, pack
@@ -33,7 +34,7 @@ def seed(record_property: Callable[[str, int], None]) -> int:
 
 @pytest.fixture(autouse=True)
 def _fresh_graphs() -> Iterator[None]:
-    from exl2ray.cuda.graphs import CACHE
+    from exl2ray.cuda.small_batches import CACHE
 
     CACHE.clear()
     CACHE.record_at, before = 2, CACHE.record_at
@@ -95,7 +96,7 @@ def test_coordinate_descent_as_it_runs(shape: str, seed: int) -> None:
 def test_refinement_and_descent_recorded_as_a_graph_gives_the_same_bytes(seed: int) -> None:
     layout = parse("0.1:4b_64g/0.9:3b_64g").layout(256)
     h, ws = checks.problem(256, [64], seed)
-    rounds = [checks.solve("cuda", prepare(h), ws, [(0, layout)], refine=True, sweeps=2)[0] for _ in range(3)]
+    rounds = [checks.solve("cuda", prepare(h), ws, [(0, layout)], numerics=Numerics(0.0, "feedback", 2))[0] for _ in range(3)]
     assert all(torch.equal(rounds[0].weight, r.weight) for r in rounds[1:])
     assert not torch.equal(rounds[0].weight, checks.solve("cuda", prepare(h), ws, [(0, layout)])[0].weight)
 
@@ -249,18 +250,18 @@ def test_launches_go_around_numba() -> None:
     assert elementwise.gated_silu(x[:0], x[:0]).shape == (0, 1000)
 
 
-@pytest.mark.parametrize(("refine", "sweeps"), [(False, 0), (True, 2)])
-def test_warming_up_compiles_every_kernel(refine: bool, sweeps: int) -> None:
+@pytest.mark.parametrize("numerics", [PLAIN, Numerics(0.5, "feedback", 2)])
+def test_warming_up_compiles_every_kernel(numerics: Numerics) -> None:
     """With the types that the work itself has: nothing is compiled or loaded afterwards."""
     from exl2ray.cuda import launch
     from exl2ray.quant.warm import warm_up
 
-    warm_up(torch.device("cuda"), refine, sweeps)
+    warm_up(torch.device("cuda"), numerics)
     loaded = launch._function.cache_info().misses
     layout = GroupLayout((5, 3), (128, 64))
     weight = torch.randn(192, 96, device="cuda").half()
     factor = prepare(torch.eye(192, device="cuda"))
-    solved = quantize_linears(factor, {"x": weight}, {"x": layout}, refine=refine, sweeps=sweeps)
+    solved = quantize_linears(factor, {"x": weight}, {"x": layout}, numerics=numerics)
     dequantize(pack("x", solved["x"]), "cuda")
     solve_options(factor, {"q_proj": weight}, {"q_proj": attention_options()[0][:1]})
     assert launch._function.cache_info().misses == loaded

@@ -10,10 +10,11 @@ import pytest
 import torch
 from quant_helpers import load, states
 
-from exl2ray.cuda.graphs import CACHE
+from exl2ray.cuda.small_batches import CACHE
 from exl2ray.dist.tree import TreeSum
 from exl2ray.model.blocks import check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec, Stored
+from exl2ray.quality import Numerics
 from exl2ray.quant import measure_moe
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.measure import Settings, reference_pass, score_options
@@ -124,7 +125,7 @@ def test_experts_side_by_side_on_a_gpu_have_the_same_results(
     for lanes in (1, 1, 1, 4, 4, 4):
         monkeypatch.setattr(measure_moe, "COUNT", lanes)
         spec, block = load(tiny("Mixtral"), 2, torch.float16, "cuda")
-        x, settings = states(spec).half().cuda(), Settings(batch_rows=2, refine=True, sweeps=1)
+        x, settings = states(spec).half().cuda(), Settings(batch_rows=2, numerics=Numerics(0.0, "feedback", 1))
         y, hessians = reference_pass(block, x, settings, check_states)
         lists, extra = score_options(block, x, y, hessians, settings)
         params = {x.key: parse("0.5:4b_32g/0.5:3b_32g s4") for x in block.module.linears}

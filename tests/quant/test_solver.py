@@ -19,11 +19,14 @@ from exl2ray.cuda import solver
 from exl2ray.cuda.backend import REFINED_BITS
 from exl2ray.cuda.solver import Segment, Solution, panels, solve_segments
 from exl2ray.formats.layout import GroupLayout
+from exl2ray.quality import PLAIN, Numerics
 from exl2ray.quant import scales, solve
 from exl2ray.quant.gptq import Quantized, descend, feedback_factor, quantize_reference, relative_error
 from exl2ray.quant.hessian import Factor, prepare, round_to_nearest
 from exl2ray.quant.qparams import attention_options, mlp_options, parse
 from exl2ray.quant.solve import Problem, quantize_linears, solve_options, solve_problems
+
+FEEDBACK = Numerics(scale_search="feedback")
 
 TEXTS = [
     "1:2b_32g",
@@ -259,7 +262,7 @@ def test_refined_codes_are_those_of_the_plain_loop(text: str) -> None:
     k, n = 352, 96
     h, w = hessian(k, 11, tokens=600), weights(k, n, 11)
     factor, layout = prepare(h), parse(text).layout(k)
-    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, refine=True)[0]
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, numerics=FEEDBACK)[0]
     expected = quantize_reference(w, factor.perm, feedback_factor(factor), layout, refine=True)
     assert found.codes is not None
     assert found.scale_codes is not None
@@ -278,7 +281,7 @@ def test_first_group_is_refined_to_the_bit() -> None:
     k = 64
     factor, w = prepare(hessian(k, 3)), weights(k, 256, 3)
     layout = parse("1:4b_64g").layout(k)
-    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, refine=True)[0]
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, numerics=FEEDBACK)[0]
     u = feedback_factor(factor)
     assert u is not None
     codes, scale_max = scales.search(w[factor.perm], 4)
@@ -317,7 +320,7 @@ def test_refinement_minimises_its_cost() -> None:
 def test_refinement_of_very_small_and_large_weights(scale: float) -> None:
     h, w = hessian(64), weights(64, 32) * scale
     factor, layout = prepare(h), parse("1:4b_32g").layout(64)
-    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, refine=True)[0]
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, numerics=FEEDBACK)[0]
     assert bool(torch.isfinite(found.weight).all())
     assert found.scale_codes is not None
     assert 1 <= int(found.scale_codes.min()) <= int(found.scale_codes.max()) <= 16
@@ -327,9 +330,9 @@ def test_refinement_same_input_same_bytes_and_nothing_without_feedback() -> None
     k = 192
     h, w = hessian(k, 9, tokens=400), weights(k, 96, 9)
     problems = [Problem(0, row[2].layout(k)) for row in mlp_options()[4:8]]
-    a, b = (solve_problems(prepare(h), [w], problems, refine=True) for _ in range(2))
+    a, b = (solve_problems(prepare(h), [w], problems, numerics=FEEDBACK) for _ in range(2))
     assert all(torch.equal(x.weight, y.weight) for x, y in zip(a, b, strict=True))
-    c, d = (solve_problems(round_to_nearest(h), [w], problems, refine=r) for r in (True, False))
+    c, d = (solve_problems(round_to_nearest(h), [w], problems, numerics=n) for n in (FEEDBACK, PLAIN))
     assert all(torch.equal(x.weight, y.weight) for x, y in zip(c, d, strict=True))
 
 
@@ -346,7 +349,7 @@ def test_sweeps_are_those_of_the_plain_loop(text: str) -> None:
     k, n = 352, 96
     h, w = hessian(k, 12, tokens=600), weights(k, n, 12)
     factor, layout = prepare(h), parse(text).layout(k)
-    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, sweeps=2)[0]
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, numerics=Numerics(sweeps=2))[0]
     expected = reference(factor, w, layout)
     for _ in range(2):
         expected = descend(w, expected, damped(factor))
@@ -363,7 +366,7 @@ def test_every_sweep_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     factor, layout = prepare(h), parse("0.1:4b_64g/0.9:3b_64g").layout(k)
     x, losses = w[factor.perm], []
     for sweeps in (0, 1, 2, 6):
-        found = solve_problems(factor, [w], [Problem(0, layout)], refine=True, sweeps=sweeps)[0]
+        found = solve_problems(factor, [w], [Problem(0, layout)], numerics=Numerics(0.0, "feedback", sweeps))[0]
         e = (x - found.weight[factor.perm].float()).double()
         losses.append(float((e * (damped(factor).double() @ e)).sum()))
         assert float(found.losses.sum()) == pytest.approx(losses[-1], rel=1e-3)
@@ -375,7 +378,7 @@ def test_descent_ends_where_no_single_change_helps() -> None:
     k = 64
     factor, w = prepare(hessian(k, 7)), weights(k, 32, 7)
     layout = parse("1:4b_64g").layout(k)
-    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, sweeps=20)[0]
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, numerics=Numerics(sweeps=20))[0]
     assert found.codes is not None
     assert found.scale_codes is not None
     h, x, dq = damped(factor).double(), w[factor.perm].double(), found.weight[factor.perm].double()
@@ -393,7 +396,7 @@ def test_descent_ends_where_no_single_change_helps() -> None:
 def test_descent_of_very_small_and_large_weights(scale: float) -> None:
     factor, w = prepare(hessian(64)), weights(64, 32) * scale
     layout = parse("1:4b_32g").layout(64)
-    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, sweeps=1)[0]
+    found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, numerics=Numerics(sweeps=1))[0]
     assert bool(torch.isfinite(found.weight).all())
 
 
@@ -401,7 +404,7 @@ def test_descent_same_input_same_bytes_and_nothing_without_feedback() -> None:
     k = 192
     h, w = hessian(k, 9, tokens=400), weights(k, 96, 9)
     problems = [Problem(0, row[2].layout(k)) for row in mlp_options()[4:8]]
-    a, b = (solve_problems(prepare(h), [w], problems, refine=True, sweeps=2) for _ in range(2))
+    a, b = (solve_problems(prepare(h), [w], problems, numerics=Numerics(0.0, "feedback", 2)) for _ in range(2))
     assert all(torch.equal(x.weight, y.weight) for x, y in zip(a, b, strict=True))
-    c, d = (solve_problems(round_to_nearest(h), [w], problems, sweeps=s) for s in (2, 0))
+    c, d = (solve_problems(round_to_nearest(h), [w], problems, numerics=Numerics(sweeps=s)) for s in (2, 0))
     assert all(torch.equal(x.weight, y.weight) for x, y in zip(c, d, strict=True))

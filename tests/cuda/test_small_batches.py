@@ -8,8 +8,8 @@ import kernel_checks as checks
 import pytest
 import torch
 
-from exl2ray.cuda import graphs
-from exl2ray.cuda.graphs import GraphCache, run_batch
+from exl2ray.cuda import small_batches
+from exl2ray.cuda.small_batches import GraphCache, run_recorded
 from exl2ray.cuda.solver import Shape
 from exl2ray.quant.hessian import prepare
 
@@ -29,9 +29,9 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
 
     def record(shape: Shape, *problem: Any) -> Replayed:
         found.append(shape)
-        return Replayed(graphs.Batch(shape, own_factor=True))
+        return Replayed(small_batches.Batch(shape, own_factor=True))
 
-    monkeypatch.setattr(graphs, "_record", record)
+    monkeypatch.setattr(small_batches, "_record", record)
     return found
 
 
@@ -41,12 +41,12 @@ def rounds(cache: GraphCache, count: int, columns: int = 32) -> list[torch.Tenso
     factor = prepare(h)
     shape = Shape(64, (32, 32), (columns,), (1,), True, False, w.device)
     bits = torch.tensor([[4, 3]], dtype=torch.int32)
-    return [run_batch(shape, factor.r, factor.perm, [w], bits, cache).ws.dq.clone() for _ in range(count)]
+    return [run_recorded(shape, factor.r, factor.perm, [w], bits, cache).ws.dq.clone() for _ in range(count)]
 
 
 def test_a_shape_is_recorded_once_it_has_come_up_often(recordings: list[Shape]) -> None:
     cache = GraphCache(limit_bytes=1 << 30)
-    found = rounds(cache, graphs.RECORD_AT - 1)
+    found = rounds(cache, small_batches.RECORD_AT - 1)
     assert not recordings
     found += rounds(cache, 3)
     assert len(recordings) == 1
@@ -56,9 +56,9 @@ def test_a_shape_is_recorded_once_it_has_come_up_often(recordings: list[Shape]) 
 
 
 def test_no_recording_without_room_or_of_large_batches(recordings: list[Shape], monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds(GraphCache(limit_bytes=1000), graphs.RECORD_AT + 2)
-    monkeypatch.setattr(graphs, "SMALL", 64 * 32 - 1)
-    rounds(GraphCache(limit_bytes=1 << 30), graphs.RECORD_AT + 2)
+    rounds(GraphCache(limit_bytes=1000), small_batches.RECORD_AT + 2)
+    monkeypatch.setattr(small_batches, "SMALL", 64 * 32 - 1)
+    rounds(GraphCache(limit_bytes=1 << 30), small_batches.RECORD_AT + 2)
     assert not recordings
 
 
@@ -67,7 +67,7 @@ def test_without_memory_recordings_are_dropped(recordings: list[Shape], monkeypa
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     cache = GraphCache(limit_bytes=1 << 30)
-    rounds(cache, graphs.RECORD_AT)
+    rounds(cache, small_batches.RECORD_AT)
     tried: list[int] = []
 
     def work() -> str:
@@ -76,13 +76,13 @@ def test_without_memory_recordings_are_dropped(recordings: list[Shape], monkeypa
             raise torch.OutOfMemoryError("none left")
         return "done"
 
-    assert graphs.with_room(work, cache) == "done"
+    assert small_batches.with_room(work, cache) == "done"
     assert tried == [1, 0]
-    rounds(cache, graphs.RECORD_AT + 1)
+    rounds(cache, small_batches.RECORD_AT + 1)
     assert len(recordings) == 1
 
     def hopeless() -> None:
         raise torch.OutOfMemoryError("none left")
 
     with pytest.raises(torch.OutOfMemoryError):
-        graphs.with_room(hopeless, cache)
+        small_batches.with_room(hopeless, cache)

@@ -1,0 +1,115 @@
+"""What the kernels of `exl2ray.cuda.kernels` have in common: functions of one thread, inlined where they are used.
+
+|d|^3.5 = d^4 / sqrt(d): one reciprocal root, no power function. Rounding to the nearest integer by adding and removing
+1.5 * 2^23 costs two additions where the conversion unit would be a bottleneck; fastmath stays off, it would remove them
+and make the final division approximate.
+
+Numba's cache on disk looks at the file of a kernel, not at this one: after an edit here, touch kernels.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+from numba import cuda
+
+ROUND = np.float32(12582912.0)  # 1.5 * 2^23
+_TINY = np.float32(1e-12)
+SMALLEST = np.float32(1e-30)
+
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+
+    def _rsqrt(x):
+        return np.float32(1.0) / np.float32(math.sqrt(x))
+
+    def fmin(a, b):
+        return a if a < b else b
+
+    def fmax(a, b):
+        return a if a > b else b
+
+else:
+    from llvmlite import ir
+    from numba import types
+    from numba.cuda import libdevice
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def _rsqrt(typingctx, x):
+        """rsqrt.approx.ftz.f32: libdevice's form spends three more instructions on subnormals, which _TINY rules out."""
+
+        def codegen(context, builder, signature, args):
+            form = ir.FunctionType(ir.FloatType(), [ir.FloatType()])
+            return builder.call(ir.InlineAsm(form, "rsqrt.approx.ftz.f32 $0, $1;", "=f,f"), args)
+
+        return types.float32(types.float32), codegen
+
+    # The builtin min and max keep Python's order of NaNs, which takes two instructions where the hardware has one.
+
+    @cuda.jit(device=True, inline=True)
+    def fmin(a, b):
+        return libdevice.fminf(a, b)
+
+    @cuda.jit(device=True, inline=True)
+    def fmax(a, b):
+        return libdevice.fmaxf(a, b)
+
+
+@cuda.jit(device=True, inline=True)
+def error_term(t, p, inverse, low, high):
+    """|clamp(rint(t / p)) p - t|^3.5 for one weight in units of its column's step."""
+    q = (t * inverse + ROUND) - ROUND
+    q = fmin(fmax(q, low), high)
+    d = abs(q * p - t) + _TINY
+    square = d * d
+    return square * square * _rsqrt(d)
+
+
+@cuda.jit(device=True, inline=True)
+def nearest(v, step, zero, high):
+    """Nearest integer of v / step within -zero .. high; a step that underflowed to zero gives the end on v's side."""
+    q = np.float32(0.0)
+    if step > np.float32(0.0):
+        # The quotient may be huge where the step is tiny: clamp before rounding.
+        q = fmin(fmax(v / step, -zero), high)
+        q = (q + ROUND) - ROUND
+    elif v > np.float32(0.0):
+        q = high
+    elif v < np.float32(0.0):
+        q = -zero
+    return q
+
+
+@cuda.jit(device=True, inline=True)
+def rounded(v, i, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a):
+    """Rounds the weight v of column c in row i of a block of rows; returns its scaled error e, 0 without feedback.
+
+    Writes dq[perm[row + i], c], codes[row + i, c] if keep and, with feedback, error[a + i, c] = e = (v - dq) / U_ii;
+    ``factor`` is the block of U.
+    """
+    q = nearest(v, step, zero, high)
+    d = np.float16(q * step)
+    dq[perm[row + i], c] = d
+    if keep:
+        codes[row + i, c] = np.uint8(q + zero)
+    e = np.float32(0.0)
+    if feedback:
+        e = (v - np.float32(d)) / factor[i, i]
+        error[a + i, c] = e
+    return e
+
+
+@cuda.jit(device=True, inline=True)
+def passed_on(v, factor, s, k, e0, e1, e2, e3, e4, e5, e6, e7):
+    """The weight v of row k less what the errors of rows s .. s+8 of ``factor`` mean for it, one after another."""
+    v -= factor[s + 0, k] * e0
+    v -= factor[s + 1, k] * e1
+    v -= factor[s + 2, k] * e2
+    v -= factor[s + 3, k] * e3
+    v -= factor[s + 4, k] * e4
+    v -= factor[s + 5, k] * e5
+    v -= factor[s + 6, k] * e6
+    v -= factor[s + 7, k] * e7
+    return v
