@@ -1,9 +1,9 @@
 """The story of a conversion, on one screen.
 
     calibrate   tokens of the calibration rows                       exl2ray.calibration
-    measure     every module: cost and error of each option          exl2ray.dist.worker -> exl2ray.quant.measure
+    measure     every module: cost and error of each option          exl2ray.team.measure -> exl2ray.quant.measure
     allocate    one option per module within the budget              exl2ray.allocation.knapsack
-    quantise    module by module, on what the quantised ones produce  exl2ray.dist.worker -> exl2ray.quant.quantize
+    quantise    module by module, on what the quantised ones produce  exl2ray.team.chain -> exl2ray.quant.quantize
     write       shards, tokenizer, config.json                       exl2ray.formats.shards
 
 Each step leaves its result in the work directory (exl2ray.store) before it counts as done; a step that finds its result
@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from exl2ray.dist.faults import DeviceFailed
 from exl2ray.errors import Interrupted
 from exl2ray.events import Reporter
 from exl2ray.outputs import OutputSummary, Summary
 from exl2ray.recipe import Recipe
 from exl2ray.stopping import interruptible
+from exl2ray.team.faults import DeviceFailed
 from exl2ray.terminal.console import places_text
 
 if TYPE_CHECKING:
-    from exl2ray.steps import Job
+    from exl2ray.steps.job import Job
 
 
 def convert(recipe: Recipe, reporter: Reporter) -> Summary:
@@ -48,18 +48,21 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
 
 def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
     from exl2ray import afterwards
-    from exl2ray.steps import Job
+    from exl2ray.steps.allocating import allocate
+    from exl2ray.steps.job import Job
+    from exl2ray.steps.measuring import export_measurement, measure
+    from exl2ray.steps.producing import produce
 
     recipe = _on_this_disk(recipe)
     try:
         with interruptible(), Job(recipe, reporter) as job:
             job.lock_targets()
-            measurement = job.measure()
+            measurement = measure(job)
             if recipe.output_measurement is not None:
-                path = job.export_measurement(measurement)
+                path = export_measurement(job, measurement)
                 return Summary((), path, time.monotonic() - start, tuple(job.warnings.all(())))
-            plans = [job.allocate(measurement, bits) for bits in recipe.bits]
-            outputs = job.produce(plans)
+            plans = [allocate(job, measurement, bits) for bits in recipe.bits]
+            outputs = produce(job, plans)
         with interruptible():  # the workers are gone, their GPUs free
             if afterwards.wanted(recipe):
                 outputs = afterwards.evaluate_outputs(recipe, outputs, job.device.type, reporter)
@@ -82,7 +85,10 @@ def patch(
     override matches nothing.
     """
     from exl2ray.allocation.overrides import parse_overrides
-    from exl2ray.steps import Job
+    from exl2ray.steps.allocating import allocate, patched
+    from exl2ray.steps.job import Job
+    from exl2ray.steps.measuring import measure
+    from exl2ray.steps.producing import produce
 
     start = time.monotonic()
     _warn_of_others(recipe, reporter)
@@ -91,9 +97,9 @@ def patch(
     try:
         with interruptible(), Job(recipe, reporter, writes=writes) as job:
             wanted = parse_overrides(overrides, job.spec)
-            measurement = job.measure()
-            plans = [job.patch(job.allocate(measurement, b), wanted) for b in bits or recipe.bits]
-            outputs = job.produce(plans, overrides, compile_full)
+            measurement = measure(job)
+            plans = [patched(job, allocate(job, measurement, b), wanted) for b in bits or recipe.bits]
+            outputs = produce(job, plans, overrides, compile_full)
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; finished modules are in the work directory", "run the same command again") from e
@@ -116,16 +122,18 @@ def _warn_of_others(recipe: Recipe, reporter: Reporter) -> None:
 
 def _finished(job: Job, outputs: list[OutputSummary], reporter: Reporter, start: float) -> Summary:
     """Tells of the finished models; raises NumericError for one that is clearly broken."""
+    from exl2ray.steps.producing import judge
+
     seconds = time.monotonic() - start
     warnings = job.warnings.all(o.bits for o in outputs)
     reporter.event("done", outputs=[o.__dict__ for o in outputs], warnings=warnings, seconds=seconds)
-    job.judge(outputs)
+    judge(outputs)
     return Summary(tuple(outputs), job.measurement_path, seconds, tuple(warnings))
 
 
 def dry_run(recipe: Recipe, reporter: Reporter) -> None:
     """Checks everything that can be checked before work starts, and says what would be done."""
-    from exl2ray.steps import Job
+    from exl2ray.steps.job import Job
     from exl2ray.targets import places
 
     recipe = _on_this_disk(recipe)

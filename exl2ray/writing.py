@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from exl2ray.allocation.planning import Plan, head_bits, head_bpw
-from exl2ray.dist.worker import PERPLEXITY
 from exl2ray.errors import NumericError, StoreError, UsageError
 from exl2ray.formats.claim import existing_shards
 from exl2ray.formats.exl2 import PackedLinear
@@ -49,6 +48,7 @@ from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.tensors import get_tensors
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import Targets, owner_of
+from exl2ray.team.perplexity import PERPLEXITY
 
 OUTPUT = "output"  # key of the record of a written model
 WRITTEN = 1  # how a model is written; another number when the same tensors would become other files

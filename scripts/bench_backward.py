@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from bench import SHAPES, make_model
 
-from exl2ray.dist.items import SensitivityItem, WorkerSetup
-from exl2ray.dist.probing import ROWS, TOKENS, ModelSums, backward_pass, deal, share_rows_out
-from exl2ray.dist.runner import Runner
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import CALIBRATION
 from exl2ray.store.tensors import put_tensors
+from exl2ray.team.messages import WorkerSetup
+from exl2ray.team.runner import Runner
+from exl2ray.team.sensitivity import ROWS, TOKENS, ModelSums, backward_pass, deal, share_rows_out
 
 
 def digest(sums: dict[int, ModelSums]) -> str:
@@ -53,14 +53,14 @@ def main() -> None:
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             start = time.monotonic()
-            found = backward_pass(runner, SensitivityItem(shares, tokens, "0" * 64))
+            found = backward_pass(runner, shares, tokens)
             seconds = time.monotonic() - start
             peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else float("nan")
             what = f"{args.shape}, {args.layers} layers, {run} run"
             print(f"{what}: {seconds:.2f} s, peak {peak:.1f} GB, {digest(found)}", flush=True)
         halves: dict[int, ModelSums] = {}
         for hand in deal(shares, 2):
-            halves.update(backward_pass(runner, SensitivityItem(hand, tokens, "0" * 64)))
+            halves.update(backward_pass(runner, hand, tokens))
         print(f"in two halves: {digest(halves)}", "equal" if digest(halves) == digest(found) else "NOT EQUAL", flush=True)
 
 

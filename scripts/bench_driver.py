@@ -1,8 +1,8 @@
-"""What the driver costs: no-op items per second through its queue, and its share of a tiny conversion.
+"""What the driver costs: no-op modules per second, and its share of a tiny conversion.
 
     python scripts/bench_driver.py [--model DIR]
 
-1. A thousand modules with work that does nothing, on two Ray actors: calls per second (a module is two calls).
+1. A thousand modules with work that does nothing, on two Ray actors: modules per second.
 2. A conversion of a small model on one Ray worker: the time in which no worker had anything to do, over the time from the
    first call to the last result. Appends both to docs/log.md with ``--log``.
 """
@@ -12,24 +12,24 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-import exl2ray.steps
+import exl2ray.steps.job
 from exl2ray.convert import convert
-from exl2ray.dist.fan import Fan, Module, Part
-from exl2ray.dist.items import EnterItem, ItemResult, MeasureItem, WorkerSetup
-from exl2ray.dist.schedule import Flow, Scheduler
-from exl2ray.dist.session import RaySession
+from exl2ray.driver.actors import RayWorkers
+from exl2ray.driver.independent import Independent, Item
+from exl2ray.driver.supervise import Supervisor
 from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
+from exl2ray.team.messages import Begun, ItemResult, MeasurePass, Pass, WorkerSetup
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_ITEMS_PER_SECOND = 200
@@ -40,44 +40,42 @@ class Idle:
     """A worker that does nothing."""
 
     def __init__(self, setup: WorkerSetup) -> None:
-        self.name = f"{platform.node()}:{os.getpid()}"
+        self.end = 1 << 60
 
-    def enter(self, item: EnterItem, entry: Any = None) -> tuple[ItemResult, None]:
-        return ItemResult(str(item.index), 0.0, "", {}, (), self.name), None
+    def run(self, part: Pass) -> Iterator[Any]:
+        assert isinstance(part, MeasurePass)
+        for index in part.modules:
+            if index >= self.end:
+                break
+            yield Begun("measure", index, str(index))
+            yield ItemResult(index, str(index), 0.0, "", {})
+        self.end = 1 << 60
 
-    def measure(self, item: MeasureItem) -> ItemResult:
-        return ItemResult(str(item.index), 0.0, "", {}, (), self.name)
+    def end_before(self, index: int) -> None:
+        self.end = index
 
 
-class Timed(Scheduler):
-    """Notes when any worker was busy."""
+class Timed(Supervisor):
+    """Notes when no worker had a call."""
 
     instances: ClassVar[list[Timed]] = []
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.idle_seconds, self.run_seconds = 0.0, 0.0
-        self._idle_since: float | None = None
+        self.idle_seconds, self.run_seconds, self._last = 0.0, 0.0, time.monotonic()
         Timed.instances.append(self)
 
-    def run(self, flow: Flow, tick: Any = lambda: None) -> None:
-        start = time.monotonic()
-        self._idle_since = None
-        super().run(flow, tick)
+    def run(self, work: Any, tick: Any = lambda: None) -> None:
+        start = self._last = time.monotonic()
+        super().run(work, tick)
         self.run_seconds += time.monotonic() - start
-        if self._idle_since is not None:
-            self.idle_seconds += time.monotonic() - self._idle_since
 
-    def _submit(self, flow: Flow) -> None:
-        super()._submit(flow)
-        if self._running and self._idle_since is not None:
-            self.idle_seconds += time.monotonic() - self._idle_since
-            self._idle_since = None
-
-    def _settle(self, flow: Flow, worker: int, value: Any, second: Any) -> None:
-        if len(self._running) == 1:
-            self._idle_since = time.monotonic()
-        super()._settle(flow, worker, value, second)
+    def _enforce(self, work: Any) -> None:
+        now = time.monotonic()
+        if not self._calls:
+            self.idle_seconds += now - self._last
+        self._last = now
+        super()._enforce(work)
 
 
 def setup(work: str) -> WorkerSetup:
@@ -85,25 +83,26 @@ def setup(work: str) -> WorkerSetup:
 
 
 def items_per_second(modules: int, workers: int) -> float:
+    """Modules that begin and end, in a second."""
+
+    def make(indices: tuple[int, ...], stretches: tuple[tuple[int, ...], ...], keep_from: int) -> MeasurePass:
+        return MeasurePass(modules=indices, hashes={})
+
     with tempfile.TemporaryDirectory() as work:
-        session = RaySession(setup(work), Idle, workers, "local", claim={"num_cpus": 0.5})
-        done: list[ItemResult] = []
-        made = [
-            Module(i, str(i), 1.0, lambda n, i=i: [Part("measure", MeasureItem(i, "ab" * 16), done.append)])  # type: ignore[misc]
-            for i in range(1, modules + 1)
-        ]
+        session = RayWorkers(setup(work), Idle, workers, "local", claim={"num_cpus": 0.5})
         try:
-            Scheduler(session).run(Fan("measure", made[:20], session, 4))  # warm up
-            start = time.monotonic()
-            Scheduler(session).run(Fan("measure", made[20:], session, 4))
-            return 2 * (modules - 20) / (time.monotonic() - start)
+            for count in (20, modules):  # the first to warm up
+                items = [Item(i, str(i), 1.0) for i in range(1, count + 1)]
+                start = time.monotonic()
+                Supervisor(session).run(Independent(items, make, session, lambda result: None))
+            return modules / (time.monotonic() - start)
         finally:
             session.close()
 
 
 def overhead(model: Path) -> tuple[float, float]:
-    """(share of the time without work in flight, seconds of scheduling) of a conversion on one worker."""
-    exl2ray.steps.Scheduler = Timed  # type: ignore[misc]
+    """(share of the time without a call, seconds of supervising) of a conversion on one worker."""
+    exl2ray.steps.job.Supervisor = Timed  # type: ignore[misc]
     work = Path(tempfile.mkdtemp())
     try:
         convert(
@@ -113,8 +112,8 @@ def overhead(model: Path) -> tuple[float, float]:
         )  # fmt: skip
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    scheduler = Timed.instances[-1]
-    return scheduler.idle_seconds / scheduler.run_seconds, scheduler.run_seconds
+    supervisor = Timed.instances[-1]
+    return supervisor.idle_seconds / supervisor.run_seconds, supervisor.run_seconds
 
 
 def main() -> int:
@@ -125,7 +124,7 @@ def main() -> int:
     parser.add_argument("--log", action="store_true", help="append the figures to docs/log.md")
     args = parser.parse_args()
     rate = items_per_second(args.modules, args.workers)
-    lines = [f"{rate:.0f} calls/s through the queue, {args.workers} workers (expected >= {LEAST_ITEMS_PER_SECOND})"]
+    lines = [f"{rate:.0f} modules/s, {args.workers} workers (expected >= {LEAST_ITEMS_PER_SECOND})"]
     fine = rate >= LEAST_ITEMS_PER_SECOND
     if args.model is not None:
         share, seconds = overhead(args.model)

@@ -26,10 +26,9 @@ from observed import Observed
 from schedule_costs import Costs
 from sweeps import HOST_SUMS_GB
 
-from exl2ray.dist.factorising import TOGETHER_ROWS
-from exl2ray.dist.runner import KEPT_SHARE
 from exl2ray.quant.cholesky import block_count
 from exl2ray.quant.memory import room_within
+from exl2ray.team.factorising import TOGETHER_ROWS
 
 OBSERVED = Path(__file__).with_name("observed.json")
 FORWARD = 620e12  # FLOP/s of fp16 products, as traces of 70B modules on an H200 have it, like the next five
@@ -118,7 +117,7 @@ def modules(s: Shape) -> dict[str, tuple[float, list[Input]]]:
 
 
 def room_gb(s: Shape) -> float:
-    """What a worker leaves for prepared modules, by the sums that it does itself (`exl2ray.dist.sweep`)."""
+    """What a worker leaves for prepared modules, by the sums that it does itself (`exl2ray.team.source_forward`)."""
     made = []
     for kind, (_, inputs) in modules(s).items():
         roles = MOE_ROLES if kind == "moe" else {}
@@ -129,7 +128,7 @@ def room_gb(s: Shape) -> float:
                 linears.append(SimpleNamespace(role=roles.get(role, f"{role}_proj"), out_features=n, **sizes))
         made.append(SimpleNamespace(kind=kind, quantized=True, linears=linears))
     room = room_within(made, 2 * QUANTIZE_ROWS * LENGTH * s.hidden, LENGTH, MEMORY, False)
-    return (1 - KEPT_SHARE) * max(0, room) / 1e9
+    return max(0, room) / 1e9
 
 
 def costs(s: Shape) -> dict[str, Any]:
@@ -154,7 +153,6 @@ def costs(s: Shape) -> dict[str, Any]:
             "sweep_s": forward(MEASURE_ROWS),
             "hessian_s": hessians(MEASURE_ROWS),
             "measure_s": factors + sum(i.candidates_s() for i in inputs) + scoring,
-            "repeat_s": factors,
             "forward_s": forward(QUANTIZE_ROWS),
             "forward_hessian_s": hessians(QUANTIZE_ROWS),
             "reported_s": forward(REPORTED_ROWS),
@@ -185,11 +183,9 @@ def rounded(value: Any) -> Any:
 def estimate(observed: Path = OBSERVED) -> dict[str, Any]:
     value: dict[str, Any] = {
         "source": "estimated from FLOP counts and rates of one H200",
-        "transfer_gb_s": 8.0,
         "nccl_gb_s": 300.0,  # sums of 3.56 GB in 0.010 to 0.012 s, states of 1.95 GB in 0.007, between two H200
         "message_s": 0.003,
         "driver_s": 0.003,
-        "store_gb": 100.0,
         "sweep_module_s": 0.005,  # what is left of 3.4 s for 8 modules on two H200 and 3.7 s for 16 on four, `reference`
         "group_reads": 2.0,  # 3.4 GB in 0.2 s on two H200, 10.3 GB in 0.64 s on four, `measure`, at LOAD_GB_S of one
         "models": {name: costs(shape) for name, shape in SHAPES.items()},

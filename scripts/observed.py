@@ -59,7 +59,7 @@ def corrected_module(m: ModuleCosts, kind: str, works: dict[str, Methods]) -> Mo
     enter, rest = ratios(measure, "measure", m.enter_s(True), m.rest_s(True))
     m = replace(
         m, sweep_s=m.sweep_s * enter, hessian_s=m.hessian_s * enter, measure_s=m.measure_s * rest,
-        repeat_s=m.repeat_s * rest, first_measure_s=extra(measure),
+        first_measure_s=extra(measure),
     )  # fmt: skip
     enter, rest = ratios(reference, "quantize", m.enter_s(False), m.rest_s(False))
     m = replace(
@@ -95,7 +95,7 @@ def observe(source: str, runs: Iterable[tuple[str, int, Figure]]) -> Observed:
     """Of (model, layers, figure); runs on several GPUs and ladders are passed over."""
     models: dict[str, dict[str, Methods]] = {}
     idle = calls = 0.0
-    for name, layers, figure in runs:
+    for model, layers, figure in runs:
         if figure.run.gpus != 1 or figure.run.work == "ladder":
             continue
         idle, calls = idle + figure.driver_s, calls + len(figure.calls)
@@ -108,9 +108,11 @@ def observe(source: str, runs: Iterable[tuple[str, int, Figure]]) -> Observed:
         for (kind, method), group in groups.items():
             if method == "perplexity":
                 methods.setdefault(kind, {})[method] = (None, round(group[0].seconds / layers, 5))
-            elif method != "join":
-                methods.setdefault(kind, {})[method] = times(group)
-        models.setdefault(name, {})[figure.run.work] = methods
+            elif method not in ("join", "sweep"):
+                # a call on a module of the source model has the reference pass in it, and the work on it
+                name = "module" if method in ("measure", "quantize") else method
+                methods.setdefault(kind, {})[name] = times(group)
+        models.setdefault(model, {})[figure.run.work] = methods
     return Observed(source, round(idle / calls, 5) if calls else None, models)
 
 

@@ -48,7 +48,7 @@ from scaling_run import Figure, Run, execute
 from schedule_costs import Costs, ModelCosts
 
 import exl2ray.cuda  # noqa: F401  (says where kernels are cached)
-from exl2ray.dist.starting import store_bytes
+from exl2ray.driver.starting import store_bytes
 from exl2ray.errors import Exl2RayError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,6 @@ USUAL = {"measure": 1.0, "reference": 1.2, "quantized": 0.85, "ladder": 2.6}  # 
 CLOSING_SECONDS = 12.0  # of the budget: ending Ray, the table
 MARGIN = 1.15  # on estimates
 TINY_LENGTH = 128
-STATE_ROWS = 145  # of the larger set of calibration rows, noise included
 
 
 class OutOfTime(BaseException):
@@ -152,14 +151,13 @@ class Bench:
         self.ray = self._start_ray()
 
     def _start_ray(self) -> Cluster:
-        """One Ray for all runs: each of them has workers of its own. States travel between CPU workers only."""
-        states = max(s.hidden for s in self.shapes.values()) * STATE_ROWS * self.args.length * 2
+        """One Ray for all runs: each of them has workers of its own."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of workers
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would leave one in the home directory
         node = {"num_cpus": max(os.cpu_count() or 1, *self.counts), "include_dashboard": False,
-                "object_store_memory": store_bytes(states if self.args.device == "cpu" else 0)}  # fmt: skip
+                "object_store_memory": store_bytes()}  # fmt: skip
         if self.args.device == "cuda":
             node["num_gpus"] = torch.cuda.device_count()
         return Cluster(initialize_head=True, head_node_args=node)
@@ -287,8 +285,7 @@ class Bench:
         name = self.shapes[run.model].full or run.model
         if name not in costs.models:
             return None
-        ship = self.args.device != "cuda"
-        return simulate.predict(costs, name, run.work, run.gpus, self.shapes[run.model].layers, ship).seconds
+        return simulate.predict(costs, name, run.work, run.gpus, self.shapes[run.model].layers).seconds
 
     def _simulated(self, run: Run) -> dict[str, Any]:
         return {"simulated": self._predicted(run, Costs.load(simulate.COSTS))} if self.args.compare else {}
@@ -306,8 +303,8 @@ class Bench:
 
     def _table(self) -> Iterator[str]:
         """Markdown. Speed-up and efficiency are over the fewest GPUs that did the same."""
-        head = ["model", "work", "GPUs", "seconds", "speed-up", "efficiency", "no call, s", "busy", "peak store, GB",
-                "states", "moved, GB", "start, s", "write, s"]  # fmt: skip
+        head = ["model", "work", "GPUs", "seconds", "speed-up", "efficiency", "no call, s", "busy", "moved, GB",
+                "start, s", "write, s"]  # fmt: skip
         if self.args.compare:
             head += ["simulated, s", "speed-up", "with own costs, s"]
             simulated = Costs.load(simulate.COSTS)
@@ -321,7 +318,7 @@ class Bench:
             base = min((r for r in figures if (r.model, r.work) == (run.model, run.work)), key=lambda r: r.gpus)
             up = figures[base].seconds / f.seconds
             cells = [run.model, run.work, str(run.gpus), f"{f.seconds:.2f}", f"{up:.2f}", f"{up * base.gpus / run.gpus:.0%}",
-                     f"{f.driver_s:.2f}", f"{f.busy:.0%}", shown(f.store_gb, 3), shown(f.states, 0), f"{f.moved_gb:.3f}",
+                     f"{f.driver_s:.2f}", f"{f.busy:.0%}", f"{f.moved_gb:.3f}",
                      f"{f.start_s:.1f}", f"{f.write_s:.1f}"]  # fmt: skip
             if self.args.compare:
                 said = [self._predicted(r, c) for r, c in ((run, simulated), (base, simulated), (run, own))]
@@ -344,7 +341,7 @@ def estimated(s: Shape) -> dict[str, Any]:
 def told(f: Figure) -> dict[str, Any]:
     """A figure as a line of JSON has it; calls by method: how many, and their seconds."""
     out = {**asdict(f.run)}
-    for name in ("seconds", "start_s", "write_s", "total_s", "driver_s", "busy", "store_gb", "states", "moved_gb"):
+    for name in ("seconds", "start_s", "write_s", "total_s", "driver_s", "busy", "moved_gb"):
         value = getattr(f, name)
         out[name] = round(value, 4) if isinstance(value, float) else value
     calls = {m: [c.seconds for c in f.calls if c.method == m] for m in dict.fromkeys(c.method for c in f.calls)}

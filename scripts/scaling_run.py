@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from exl2ray.convert import convert
 from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
@@ -22,7 +19,6 @@ from exl2ray.recipe import Recipe
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
 
-SAMPLE_SECONDS = 0.2
 SINGLE = (4.0,)
 
 
@@ -49,9 +45,8 @@ class Figure:
     """What a run took. Seconds: of the stages, without the start of Ray and its workers, and without writing models.
 
     start_s: Ray and workers; write_s: shards, as far as they were not written meanwhile; total_s: everything. driver_s: time
-    within ``seconds`` without any call in flight. busy: share of the workers' time that they had a call. store_gb: most bytes
-    of objects in Ray's store at a time (None: not told); states: most sets of states that were held. moved_gb: tensors that
-    came to workers from other workers. items: every module that was finished, (key, seconds, GB received).
+    within ``seconds`` without any call in flight. busy: share of the workers' time that they had a call. moved_gb: what came
+    to workers from other workers. items: every module that was finished, (key, seconds, GB received).
     """
 
     run: Run
@@ -61,53 +56,24 @@ class Figure:
     total_s: float
     driver_s: float
     busy: float
-    store_gb: float | None
-    states: int | None
     moved_gb: float
     items: tuple[tuple[str, float, float], ...]
     calls: tuple[Call, ...]
     digests: dict[str, str] = field(default_factory=dict)
 
 
-class StoreSampler:
-    """Most bytes in use in the object store while it is on, asked of Ray every SAMPLE_SECONDS."""
-
-    def __init__(self) -> None:
-        self.peak: float | None = None
-        self._on = False
-        self._lock = threading.Lock()  # so that nobody asks while Ray shuts down
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def switch(self, on: bool) -> None:
-        with self._lock:
-            self._on = on
-
-    def _watch(self) -> None:
-        while True:
-            with self._lock:
-                if self._on and ray.is_initialized():
-                    name = "object_store_memory"
-                    free = ray.available_resources().get(name)
-                    if free is not None:
-                        used = ray.cluster_resources()[name] - free
-                        self.peak = max(self.peak or 0.0, used)
-            time.sleep(SAMPLE_SECONDS)
-
-
 class Recorder(Silent):
     """Keeps events with their times; tells of warnings at once."""
 
-    def __init__(self, sampler: StoreSampler, warn: Any) -> None:
+    def __init__(self, warn: Any) -> None:
         super().__init__()
         self.times: list[float] = []
-        self._sampler, self._warn = sampler, warn
+        self._warn = warn
 
     def event(self, name: str, **fields: Any) -> None:
         super().event(name, **fields)
         self.times.append(time.monotonic())
-        if name in ("stage", "end"):
-            self._sampler.switch(name == "stage" and not fields["stage"].startswith("compile"))
-        elif name in ("warning", "error"):
+        if name in ("warning", "error"):
             self._warn(str(fields.get("message")))
 
     def time_of(self, name: str, compiling: bool, last: bool = False) -> float | None:
@@ -138,8 +104,7 @@ def execute(
         measurement=None if measuring else str(measurement), output_measurement=str(kept) if measuring else None,
         compile_full=None if measuring else f"{out}/{{bpw}}", shard_size=1024, **{"bits": SINGLE, **options},
     )  # fmt: skip
-    sampler = StoreSampler()
-    recorder = Recorder(sampler, warn)
+    recorder = Recorder(warn)
     begin = time.monotonic()
     try:
         convert(recipe, recorder)
@@ -151,19 +116,16 @@ def execute(
             (events / f"{run.model}-{run.work}-{run.gpus}.jsonl").write_text(text, encoding="utf-8")
         digests = digests_of([(kept.name.replace(f"-{run.gpus}.", "."), kept)] if measuring else files_of(out))
     finally:
-        sampler.switch(False)
         clear(work, out)
     first, last = recorder.time_of("stage", False), recorder.time_of("end", False, True)
     if first is None or last is None:
         raise RuntimeError(f"{run}: the conversion had nothing to do")
     written = recorder.time_of("end", True, True)
     calls, covered, worked = calls_of(log)
-    states = [e["fields"]["peak"] for e in log if e["name"] == "states"]
     items = [(f["key"], f["seconds"], f["received"] / 1e9) for f in (e["fields"] for e in log if e["name"] == "item")]
     return Figure(
         run=run, seconds=last - first, start_s=first - begin, write_s=max(0.0, (written or last) - last),
         total_s=end - begin, driver_s=max(0.0, last - first - covered), busy=worked / run.gpus / (last - first),
-        store_gb=None if sampler.peak is None else sampler.peak / 1e9, states=max(states, default=None),
         moved_gb=sum(c.received for c in calls) / 1e9, items=tuple(items), calls=tuple(calls), digests=digests,
     )  # fmt: skip
 

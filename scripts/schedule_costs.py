@@ -20,8 +20,6 @@ class ModuleCosts:
     """Hessians of the measurement rows, in that forward"""
     measure_s: float
     """solving and scoring all options, after that"""
-    repeat_s: float
-    """what every worker repeats of measure_s when the options are shared out: factorisations"""
     forward_s: float
     """forward of the quantisation rows"""
     forward_hessian_s: float
@@ -41,7 +39,7 @@ class ModuleCosts:
     first_chain_s: float = 0.0
     """the same, in a chain on quantised states"""
     wide_s: dict[str, float] = field(default_factory=dict)
-    """of solve_s, products of factorising wide Hessians, which a group shares out (``exl2ray.dist.factorising``)"""
+    """of solve_s, products of factorising wide Hessians, which a group shares out (``exl2ray.team.factorising``)"""
     wide_serial_s: dict[str, float] = field(default_factory=dict)
     """of solve_s, what of these factorisations one member does while the others wait"""
     group: float = 1.0
@@ -81,11 +79,9 @@ class ModelCosts:
 @dataclass(frozen=True)
 class Costs:
     source: str  # where the numbers come from
-    transfer_gb_s: float  # hidden states: from a GPU into the object store, or from there to a GPU
     nccl_gb_s: float  # between the GPUs of a group
     message_s: float  # one exchange of small objects in a group
-    driver_s: float  # from the end of an item to the start of the next one on a worker
-    store_gb: float  # object store for states
+    driver_s: float  # from the end of a call to the start of the next one on a worker
     sweep_module_s: float  # a module of a sweep, beside forward passes and what is sent: agreeing, many small tensors
     group_reads: float  # how many times as fast as one worker those of one machine read a module together, at most
     models: dict[str, ModelCosts]

@@ -4,7 +4,6 @@
     python scripts/simulate.py                    the table
     python scripts/simulate.py --write-docs       the same, into docs/scaling.md
     python scripts/simulate.py --costs MINE.json  other costs; `schedule_costs.py` says what the fields mean
-    python scripts/simulate.py --ship             with states shipped between workers, as on CPUs
 
 Passes: "measure", quantisation on "reference" states, quantisation on "quantized" states of one bitrate, and a "ladder" of
 three. `scaling.py --compare` prints the same beside what was measured.
@@ -22,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from schedule_costs import Costs
-from schedules import Result, fan, gang, ladder
+from schedules import Result, chains, source_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 COSTS, DOCS = ROOT / "scripts" / "costs.json", ROOT / "docs" / "scaling.md"
@@ -34,27 +33,25 @@ COUNTS = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)  # among which enough G
 ENOUGH = 0.95  # of the best speed-up
 
 
-def predict(costs: Costs, model: str, kind: str, gpus: int, layers: int | None = None, ship: bool = False) -> Result:
+def predict(costs: Costs, model: str, kind: str, gpus: int, layers: int | None = None) -> Result:
     """One pass of a model, perhaps of ``layers`` layers only."""
     made = costs.models[model]
     if layers is not None:
         made = replace(made, layers=layers)
-    if kind == "ladder":
-        return Result(ladder(costs, made, gpus, BITRATES), gang(costs, made, max(1, gpus // BITRATES)).front)
-    if kind == "quantized":
-        return gang(costs, made, gpus)
-    return fan(costs, made, gpus, kind == "measure", ship)
+    if kind in ("quantized", "ladder"):
+        return chains(costs, made, gpus, BITRATES if kind == "ladder" else 1)
+    return source_modules(costs, made, gpus, kind == "measure")
 
 
 class Simulation:
     """Results by model, pass and number of GPUs, each computed once."""
 
-    def __init__(self, costs: Costs, ship: bool = False) -> None:
-        self.costs, self.ship = costs, ship
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
         self.result = cache(self._result)
 
     def _result(self, model: str, kind: str, gpus: int) -> Result:
-        return predict(self.costs, model, kind, gpus, ship=self.ship)
+        return predict(self.costs, model, kind, gpus)
 
     def speed_up(self, model: str, kind: str, gpus: int) -> float:
         return self.result(model, kind, 1).seconds / self.result(model, kind, gpus).seconds
@@ -73,8 +70,7 @@ class Simulation:
             return "fewer modules than GPUs"
         largest = sorted(r.front.items(), key=lambda p: -p[1])[:3]
         shares = ", ".join(f"{name} {100 * s / total:.0f} %" for name, s in largest)
-        way = "one module after another" if self.ship else "the way through the model"
-        return f"{'each module' if chained else way}: {shares}"
+        return f"{'each module' if chained else 'the way through the model'}: {shares}"
 
     def table(self, gpus: Sequence[int] = GPUS) -> str:
         """Markdown: seconds on one GPU, speed-up on several, how many are enough, and why."""
@@ -100,10 +96,9 @@ def with_table(page: str, content: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--costs", type=Path, default=COSTS)
-    parser.add_argument("--ship", action="store_true", help="ship states between workers, as on CPUs")
     parser.add_argument("--write-docs", action="store_true", help=f"put the table into {DOCS.relative_to(ROOT)}")
     args = parser.parse_args()
-    content = Simulation(Costs.load(args.costs), args.ship).table()
+    content = Simulation(Costs.load(args.costs)).table()
     if args.write_docs:
         DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8"), content), encoding="utf-8")
     else:

@@ -1,4 +1,4 @@
-"""What the workers of one machine do together, simulated: the sweep before a fan, the perplexity pass after it."""
+"""What the workers of one machine do together before modules of the source model, simulated."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 
 from schedule_costs import Costs, ModelCosts, ModuleCosts
 
-from exl2ray.dist.fan import stretches
-
-SHARES = 8  # largest group (exl2ray/dist/tree.py)
+SHARES = 8  # largest group (exl2ray/team/tree.py)
 SOURCE_BITS, PACKED_BITS = 16, 4  # of weights, in the source and in `ModuleCosts.packed_gb`
 HOST_SUMS_GB = 7.5  # of Hessians, with more of which partial sums wait in host memory (exl2ray/quant/memory.py, 150 GB)
 
@@ -30,9 +28,9 @@ def largest_share(rows: int, size: int) -> float:
 
 
 def sums_s(costs: Costs, m: ModuleCosts, size: int, wide: Collection[str] = ()) -> float:
-    """Adding up Hessians: siblings meet level by level (`exl2ray.dist.reducing`), and the owner receives one per level.
+    """Adding up Hessians: siblings meet level by level (`exl2ray.team.reducing`), and the owner receives one per level.
 
-    wide: inputs whose Hessians are summed and factorised by all (`exl2ray.dist.factorising`). Members receive
+    wide: inputs whose Hessians are summed and factorised by all (`exl2ray.team.factorising`). Members receive
     the others' parts of their block rows, half a matrix in float32 all together, and each half a one in float64 on the way.
     """
     whole = sum(gb for i, gb in m.hessian_gb.items() if i not in wide) * (size - 1).bit_length()
@@ -40,15 +38,14 @@ def sums_s(costs: Costs, m: ModuleCosts, size: int, wide: Collection[str] = ()) 
     return (whole + parts) / costs.nccl_gb_s
 
 
-def sweep(costs: Costs, model: ModelCosts, size: int, measuring: bool) -> Sweep:
-    """All modules up to the start of the last stretch, or the last prepared one (`exl2ray.dist.sweep`).
+def sweep(costs: Costs, model: ModelCosts, starts: Sequence[int], measuring: bool) -> Sweep:
+    """All modules up to the start of the last stretch, or the last prepared one (`exl2ray.team.source_forward`).
 
     Every member runs its rows, and reads its part of each weight while the modules before are run; the rest comes from the
     others. It gets all rows of the states that its stretch begins with; of a prepared module the Hessians too, and the
     states after it. The embedding is left out.
     """
-    chain = model.chain()
-    starts = stretches([m.enter_s(measuring) + m.rest_s(measuring) for m in chain], size)
+    chain, size = model.chain(), len(starts)
     owners = {} if measuring else prepared(model, chain, starts)
     share, others = largest_share(model.quantize_rows, size), (size - 1) / size
     collect = others * (model.measure_state_gb if measuring else model.quantize_state_gb) / costs.nccl_gb_s
@@ -79,7 +76,7 @@ def prepared(model: ModelCosts, chain: Sequence[ModuleCosts], starts: Sequence[i
 
 
 def perplexity_s(costs: Costs, model: ModelCosts, size: int) -> float:
-    """The pass of a finished model, rows shared out; whoever has made a module sends it to the others."""
+    """The pass of a finished model by a group, rows and reading shared out (`exl2ray.team.perplexity`)."""
     alone = model.layers * model.perplexity_s
     if size == 1:
         return alone

@@ -23,24 +23,25 @@ ROOMS = {
     "allocation": {"formats", "model", "quant", "recipe"},
     "publish": {"evaluate", "formats", "recipe", "remote", "terminal"},
     "report": {"evaluate", "formats", "recipe", "store", "terminal"},
-    "dist": {"calibration", "formats", "model", "quality", "quant", "recipe", "remote", "store"},
+    "team": {"formats", "model", "quality", "quant", "remote", "store"},
+    "driver": {"quant", "store", "team"},
     "submit": {"calibration", "recipe", "remote", "store"},
     "tune": {"calibration", "evaluate", "events", "formats", "model", "quant", "store"},
     "remote": {"calibration", "formats", "recipe", "store", "units"},
 }
 EVERYWHERE = {"errors", "beneath", "stopping", "__version__"}
 ONLY_IN = {
-    "ray": {"dist", "submit"}, "numba": {"cuda"}, "huggingface_hub": {"publish", "remote"}, "matplotlib": {"report"},
+    "ray": {"driver", "submit"}, "numba": {"cuda"}, "huggingface_hub": {"publish", "remote"}, "matplotlib": {"report"},
 }  # fmt: skip
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
 # What a weight may meet knows nothing of what plans, shows, publishes and submits: they may be left out of a copy.
 COMPANIONS = (
-    "cli", "cli_models", "commands", "doctor", "plan", "publish", "report", "submit",
-    "tune",
+    "cli", "cli_models", "commands", "doctor", "plan", "publish", "report", "tune", "submit",
 )  # fmt: skip
 STILL_USED = {  # companions that the core imports all the same: to be moved, not to be added to
     "afterwards": {"publish.card", "report.ladder"},
-    "steps": {"plan.problems"},
+    "steps.job": {"plan.problems"},
+    "steps.producing": {"plan.problems"},
     "writing": {"publish.card", "publish.names"},
 }
 STILL_CIRCLES = [  # through imports inside of functions

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from exl2ray.dist.starting import trusted_folder
+from exl2ray.driver.starting import trusted_folder
 
 SECONDS = 90
 Probe = dict[str, Any]  # what the program printed; {"error": text} if it failed
@@ -60,7 +60,7 @@ print(json.dumps({"package": package, "built_in": built_in}))
 RAY = """
 import json, time
 begin = time.monotonic()
-from exl2ray.dist.starting import start_ray, stop_ray
+from exl2ray.driver.starting import start_ray, stop_ray
 ray = start_ray("local")
 answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=60)
 if answer != 42:

@@ -19,9 +19,6 @@ import torch
 from exl2ray.allocation.planning import option_bits, option_tables
 from exl2ray.beneath import existing_parent
 from exl2ray.devices import versions
-from exl2ray.dist.arrays import Shipped, to_shipped
-from exl2ray.dist.items import EnterItem, MeasureItem, QuantizeItem, RowSet, WorkerSetup
-from exl2ray.dist.worker import Worker
 from exl2ray.errors import NumericError, StoreError
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.layout import QParams
@@ -33,6 +30,8 @@ from exl2ray.recipe import Recipe
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import CALIBRATION
 from exl2ray.store.tensors import put_tensors
+from exl2ray.team.messages import Choices, MeasurePass, Pass, ReferencePass, RowSet, WorkerSetup
+from exl2ray.team.worker import Worker
 
 GPU_RUNS = 3  # the first compiles kernels, the second records, the third is what all further layers take
 CPU_SECONDS = 20.0  # of one timed run on CPUs, by taking fewer rows
@@ -145,21 +144,28 @@ class _Run:
         self.worker.release()
         self.runs += 1
         begin = time.perf_counter()
-        self.worker.enter(EnterItem(stage, module.index, module.index, 0, ship=False), states)
-        if stage == "measure":
-            self.worker.measure(MeasureItem(module.index, f"{self.runs:064x}"))
-        else:
-            params = options_near(module, self.recipe.bits[0], self.recipe.usual_head_bits)
-            self.worker.quantize(QuantizeItem(module.index, self.recipe.bits[0], params, f"{self.runs:064x}"))
+        self.worker.stand_before(stage, module.index, states)
+        for _ in self.worker.run(self._pass(module, stage)):
+            pass
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - begin
 
-    def _states(self, rows: int, tokens: int) -> Shipped:
+    def _pass(self, module: ModuleSpec, stage: RowSet) -> Pass:
+        """The one module, under a hash of its own."""
+        only, name = (module.index,), f"{self.runs:064x}"
+        if stage == "measure":
+            return MeasurePass(modules=only, hashes={module.index: name})
+        bits = self.recipe.bits[0]
+        params = options_near(module, bits, self.recipe.usual_head_bits)
+        choices = Choices(bits, params, (name,) * len(self.spec.modules))
+        return ReferencePass(modules=only, choices=(choices,), wanted={module.index: (bits,)})
+
+    def _states(self, rows: int, tokens: int) -> torch.Tensor:
         """Random states. One row is drawn, the others are the same with other features: drawing gigabytes takes longer."""
         hyper = self.spec.hyper
         row = torch.randn(tokens, hyper.hidden_size, generator=torch.Generator().manual_seed(SEED))
         x = torch.empty(rows, tokens, hyper.hidden_size, dtype=getattr(torch, hyper.state_dtype))
         for r in range(rows):
             x[r] = row.roll(r, dims=1)
-        return to_shipped(x)
+        return x

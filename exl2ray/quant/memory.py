@@ -101,7 +101,7 @@ def room_within(modules: Sequence[Any], state_bytes: int, tokens: int, total: in
 
 
 def sums_on_host(module: Any, device: torch.device, corrected: bool = False) -> bool:
-    """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.dist.tree`)."""
+    """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.team.tree`)."""
     return device.type == "cuda" and sums_on_host_within(module, device_bytes(device), corrected)
 
 

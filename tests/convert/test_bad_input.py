@@ -18,7 +18,7 @@ from tiny_models import write_model
 from tokenizers import Tokenizer
 
 from exl2ray.convert import dry_run
-from exl2ray.dist.schedule import Limits
+from exl2ray.driver.policy import Limits
 from exl2ray.errors import (
     BudgetError,
     CalibrationError,

@@ -47,7 +47,7 @@ from exl2ray.formats.measurement import check_against, read_measurement
 from exl2ray.publish.card import add_evaluation
 from exl2ray.quant.qparams import head_option
 from exl2ray.result_warnings import output_warnings
-from exl2ray.steps import Job
+from exl2ray.steps.producing import judge
 from exl2ray.store.local import LocalStore
 
 MODULES = [f"model.layers.{i}.{half}" for i in range(2) for half in ("self_attn", "mlp")]
@@ -551,11 +551,11 @@ def test_two_drivers_on_one_directory(quiet: Quiet, tmp_path: Path) -> None:
 
 
 class Judge:
-    """`Job.judge` needs nothing of a job; what does not stop it is a warning."""
+    """`judge` needs nothing of a job; what does not stop it is a warning."""
 
     def __call__(self, after: float | None, before: float | None) -> list[str]:
         out = OutputSummary(4.0, 3.99, "/out", ("/out/output.safetensors",), 1000, after, before)
-        Job.judge(self, [out])  # type: ignore[arg-type]
+        judge([out])
         return output_warnings(after, before, Baseline(50000, 20000.0, 100000))
 
 

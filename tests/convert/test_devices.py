@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from convert_helpers import Quiet, contents, items, messages, run
 
 from exl2ray.devices import pick_device, pick_executor
-from exl2ray.dist.faults import DeviceFailed
-from exl2ray.dist.session import InlineSession
+from exl2ray.driver.inline import InlineWorkers
 from exl2ray.errors import UsageError
 from exl2ray.recipe import Recipe
+from exl2ray.team.faults import DeviceFailed
+from exl2ray.team.messages import Begun, Pass
+from exl2ray.team.worker import Worker
 
 
 @pytest.fixture(autouse=True)
@@ -59,24 +62,29 @@ def test_one_device_needs_no_ray(
     assert pick_executor(Recipe("m", "w", **settings), torch.device("cuda" if gpus else "cpu")) == expected
 
 
+class Failing(Worker):
+    """Its GPU fails as soon as it begins a module of a chain, or whatever ``at`` is."""
+
+    at = "chain"
+
+    def run(self, part: Pass) -> Iterator[Any]:
+        for said in super().run(part):
+            if isinstance(said, Begun) and said.method == self.at:
+                raise DeviceFailed("CUDA error: an illegal memory access was encountered")
+            yield said
+
+
 def test_after_a_cuda_error_the_conversion_goes_on_elsewhere(
     quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process has lost its GPU: what is in the work directory is kept, the rest is done by workers."""
     started: list[str] = []
-    submit = InlineSession.submit
 
-    def opened(setup: Any, make: Any, executor: str, *args: Any) -> InlineSession:
+    def opened(setup: Any, make: Any, executor: str, *args: Any) -> InlineWorkers:
         started.append(executor)
-        return InlineSession(setup, make)
+        return InlineWorkers(setup, Failing if len(started) == 1 else Worker)
 
-    def failing(self: InlineSession, worker: int, method: str, *args: Any, returns: int = 1) -> None:
-        if len(started) == 1 and method == "chain":
-            raise DeviceFailed("CUDA error: an illegal memory access was encountered")
-        submit(self, worker, method, *args, returns=returns)
-
-    monkeypatch.setattr("exl2ray.steps.open_session", opened)
-    monkeypatch.setattr(InlineSession, "submit", failing)
+    monkeypatch.setattr("exl2ray.steps.job.open_workers", opened)
     settings = {"bits": (4.0, 5.0), "compile_full": str(tmp_path / "out-{bpw}")}
     _, reporter = run(quiet.model, tmp_path / "work", executor="auto", **settings)
     assert started == ["inline", "ray"]
@@ -89,9 +97,9 @@ def test_after_a_cuda_error_the_conversion_goes_on_elsewhere(
 def test_a_cuda_error_ends_a_run_that_was_asked_to_stay_in_this_process(
     quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(self: InlineSession, worker: int, method: str, *args: Any, returns: int = 1) -> None:
-        raise DeviceFailed("CUDA error: an illegal memory access was encountered")
+    class FailingAtOnce(Failing):
+        at = "measure"
 
-    monkeypatch.setattr(InlineSession, "submit", failing)
+    monkeypatch.setattr("exl2ray.steps.job.Worker", FailingAtOnce)
     with pytest.raises(DeviceFailed):
         run(quiet.model, tmp_path / "work")

@@ -25,6 +25,8 @@ from exl2ray.formats.measurement import Measurement, read_measurement
 from exl2ray.quant.qparams import attention_options, mlp_options
 from exl2ray.recipe import Recipe
 from exl2ray.steps import Job, rows_hash
+from exl2ray.steps.allocating import allocate, plan_hashes
+from exl2ray.steps.measuring import measure, with_sensitivities
 from exl2ray.store.records import canonical_json, hash_inputs
 
 CALIBRATION, MEASURE, SENSITIVITY, QUANTIZE = "calibration", "measure", "sensitivity", "quantize"
@@ -56,18 +58,18 @@ def hashes_of(wanted: Recipe, measured: Measurement, monkeypatch: pytest.MonkeyP
         def find(kind: str, key: str, inputs_hash: str) -> None:
             found[SENSITIVITY if key.startswith("sensitivity-") else MEASURE][key] = inputs_hash
 
-        def session(self: Job) -> None:
+        def workers(self: Job) -> None:
             raise Reached
 
         patch.setattr(job.work.records, "find", find)
-        patch.setattr(Job, "session", property(session))
+        patch.setattr(Job, "workers", property(workers))
         with pytest.raises(Reached):
-            job.measure()
+            measure(job)
         job.recipe = replace(wanted, allocation="linear")
         with pytest.raises(Reached):
-            job._with_sensitivities(measured)
+            with_sensitivities(job, measured)
         job.recipe = replace(wanted, allocation="module")
-        plan = job.allocate(measured, wanted.bits[0])
+        plan = allocate(job, measured, wanted.bits[0])
         found[QUANTIZE] = {m.profile_key: h for m, h in zip(job.spec.modules, plan.hashes, strict=True)}
     return Hashes(found)
 
@@ -162,11 +164,11 @@ def test_all_experts_matter_where_there_are_some(tmp_path: Path, monkeypatch: py
         with monkeypatch.context() as patch, Job(wanted, Silent()) as job:
             seen: dict[str, str] = {}
             patch.setattr(job.work.records, "find", lambda kind, key, h, seen=seen: seen.update({key: h}))
-            patch.setattr(Job, "session", property(lambda self: (_ for _ in ()).throw(Reached())))
+            patch.setattr(Job, "workers", property(lambda self: (_ for _ in ()).throw(Reached())))
             with pytest.raises(Reached):
-                job.measure()
+                measure(job)
             params = {x.key: attention_options()[0][0] for x in job.spec.linears}
-            found.append((seen, job._plan_hashes(params)))
+            found.append((seen, plan_hashes(job, params)))
     assert found[0][0].keys() == found[1][0].keys()
     assert all(found[0][0][key] != h for key, h in found[1][0].items())
     assert not set(found[0][1]) & set(found[1][1])
@@ -188,12 +190,12 @@ def job(quiet: Quiet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]
 def test_an_option_changes_its_module_and_all_after_it(job: Job, data: st.DataObject) -> None:
     """And nothing before it, so that what is quantised already stays; the order of the choices says nothing."""
     params = {x.key: data.draw(st.sampled_from(OPTIONS)) for x in job.spec.linears}
-    before = job._plan_hashes(params)
+    before = plan_hashes(job, params)
     shuffled = dict(data.draw(st.permutations(list(params.items()))))
-    assert job._plan_hashes(shuffled) == before
+    assert plan_hashes(job, shuffled) == before
     linear = data.draw(st.sampled_from(job.spec.linears))
     option = data.draw(st.sampled_from([q for q in OPTIONS if q != params[linear.key]]))
-    after = job._plan_hashes({**params, linear.key: option})
+    after = plan_hashes(job, {**params, linear.key: option})
     index = next(m.index for m in job.spec.modules if any(x.key == linear.key for x in m.linears))
     assert [a == b for a, b in zip(before, after, strict=True)] == [i < index for i in range(len(before))]
     assert len(set(before)) == len(before)

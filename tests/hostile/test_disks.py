@@ -16,7 +16,7 @@ from bounded import exl2ray
 from workdir_cases import Conversion, contents
 
 from exl2ray.convert import convert
-from exl2ray.dist.schedule import Limits
+from exl2ray.driver.policy import Limits
 from exl2ray.errors import StoreError
 from exl2ray.events import Silent
 

@@ -20,19 +20,19 @@ from typing import Any
 import pytest
 from bounded import ROOT
 
-from exl2ray.dist.private import FIRST_RAY, TEMP_PREFIX, prepare, refuse_old, turns_away
+from exl2ray.driver.private import FIRST_RAY, TEMP_PREFIX, prepare, refuse_old, turns_away
 from exl2ray.errors import ClusterError
 
 PROGRAM = """
 import json, os, ray, sys
-from exl2ray.dist.starting import start_ray, stop_ray
+from exl2ray.driver.starting import start_ray, stop_ray
 
 class Worker:
     def environment(self):
         return dict(os.environ)
 
     def imports(self):
-        import exl2ray.dist.worker, numpy, safetensors, yaml
+        import exl2ray.team.worker, numpy, safetensors, yaml
         return sys.path
 
 sys.path.remove("")
@@ -260,7 +260,7 @@ def test_the_lower_bound_is_the_first_that_does() -> None:
 def test_folders_of_killed_processes_are_removed_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path.parent / secrets.token_hex(2)  # short: sockets have paths of 107 bytes
     place.mkdir()
-    monkeypatch.setattr("exl2ray.dist.private._SOCKET_BYTES", 1000)
+    monkeypatch.setattr("exl2ray.driver.private._SOCKET_BYTES", 1000)
     monkeypatch.setenv("RAY_TMPDIR", str(place))
     alive = prepare()
     dead, open_to_all, link = (place / f"{TEMP_PREFIX}{n}" for n in ("dead", "open", "link"))

@@ -11,7 +11,6 @@ import torch
 from quant_helpers import load, states
 
 from exl2ray.cuda.small_batches import CACHE
-from exl2ray.dist.tree import TreeSum
 from exl2ray.model.blocks import check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec, Stored
 from exl2ray.quality import Numerics
@@ -22,6 +21,7 @@ from exl2ray.quant.measure_moe import STARVED_SHARE, coverage, describe_coverage
 from exl2ray.quant.memory import peak_bytes, settings_within, states_fit_within
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.quantize import quantize_block
+from exl2ray.team.tree import TreeSum
 
 GB = 10**9
 

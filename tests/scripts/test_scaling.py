@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def figure(run: Run, seconds: float = 10.0, **changes: object) -> Figure:
-    made = Figure(run, seconds, 5.0, 1.0, seconds + 8.0, 0.1, 0.9, None, None, 0.0, (), ())
+    made = Figure(run, seconds, 5.0, 1.0, seconds + 8.0, 0.1, 0.9, 0.0, (), ())
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -87,9 +87,9 @@ def test_first_calls_are_told_apart() -> None:
     calls = tuple(Call("measure", key, worker, s, 0) for worker, several in seconds.items() for s in several)
     run = Run("70b", "measure", 1)
     seen = observe("a test", [("70B", 3, figure(run, calls=calls)), ("70B", 3, figure(replace(run, gpus=2), calls=calls))])
-    assert seen.models == {"70B": {"measure": {"mlp": {"measure": (6.0, 2.0)}}}}
+    assert seen.models == {"70B": {"measure": {"mlp": {"module": (6.0, 2.0)}}}}
     assert seen.driver_s == pytest.approx(0.1 / 5)
-    assert json.loads(seen.to_json())["models"]["70B"]["measure"]["mlp"] == {"measure": [6.0, 2.0]}
+    assert json.loads(seen.to_json())["models"]["70B"]["measure"]["mlp"] == {"module": [6.0, 2.0]}
 
 
 @pytest.mark.cluster

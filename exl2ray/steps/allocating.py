@@ -1,0 +1,105 @@
+"""From a measurement to what each linear of a bitrate is quantised with, and the identity of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from exl2ray.allocation.overrides import Override, overridden, parse_overrides
+from exl2ray.allocation.planning import Plan, choose, insensitive, slot_weights
+from exl2ray.errors import UsageError
+from exl2ray.formats.layout import QParams, pad32
+from exl2ray.formats.measurement import Measurement
+from exl2ray.model.spec import ModuleSpec
+from exl2ray.result_warnings import insensitive_warning, unspent_warning
+from exl2ray.store.layout import quant_kind
+from exl2ray.store.records import hash_inputs
+
+if TYPE_CHECKING:
+    from exl2ray.steps.job import Job
+
+
+def allocate(job: Job, measurement: Measurement, bits: float) -> Plan:
+    """Option of every linear at one bitrate."""
+    overrides = parse_overrides(job.recipe.overrides, job.spec)
+    chosen = choose(job.spec, measurement, bits, job.recipe, overrides)
+    allocation, params = chosen.allocation, chosen.params
+    hashes = plan_hashes(job, params)
+    weights = slot_weights(job.spec)
+    size = {
+        x.key: params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in job.spec.linears
+    }
+    head = job.spec.modules[-1].linears[0]
+    achieved = (sum(size.values()) - size[head.key]) / weights
+    job.work.event(
+        "allocated", bits=bits, bpw=achieved, gap=allocation.gap, choice=list(allocation.choice),
+        allocation=job.recipe.allocates, head=params[head.key].desc, predicted_kl=chosen.predicted_kl,
+    )  # fmt: skip
+    message = f"{bits:g} bpw: allocation uses {achieved:.4f} bits per weight"
+    if job.recipe.head_is_free:
+        message += f", {size[head.key] / (head.in_features * pad32(head.out_features)):.4f} for the head"
+    message += f", within {max(0.0, allocation.gap) * 100:.4f} % of the optimum"
+    if chosen.predicted_kl is not None:
+        message += f"; predicted KL {chosen.predicted_kl:.4g}"
+    job.reporter.event("note", message=message)
+    if job.recipe.allocates == "linear":
+        job.warnings.add(insensitive_warning(*insensitive(job.spec, measurement)), bits)
+    job.warnings.add(unspent_warning(bits, achieved, allocation.unspent, bool(overrides)), bits)
+    return Plan(bits, params, hashes, achieved, sum(size.values()) // 8, chosen.predicted_kl)
+
+
+def patched(job: Job, plan: Plan, overrides: Sequence[Override]) -> Plan:
+    """``plan`` with ``overrides`` on top, and nothing else changed: no other linear pays for them.
+
+    Modules with another option get hashes of their own, so that only they are quantised again, on what the model
+    produces as it is; the head too, for the perplexity that comes with it. Raises UsageError for an unfinished model.
+    """
+    unfinished = missing(job, plan)
+    if unfinished:
+        raise UsageError(
+            f"{plan.bits:g} bpw: {len(unfinished)} modules are not quantised yet, {unfinished[0].profile_key} first",
+            f"finish the conversion before patching it: exl2ray convert -o {job.recipe.out_dir}",
+        )
+    params = {x.key: overridden(overrides, x, plan.params[x.key]) for x in job.spec.linears}
+    if params == plan.params:
+        job.reporter.event("note", message=f"{plan.bits:g} bpw: every linear is as --set asks already")
+        return plan
+    hashes, before = [], ""
+    for module in job.spec.modules:
+        chosen = {x.key: params[x.key].desc for x in module.linears}
+        value = plan.hashes[module.index]
+        changed = [x.key for x in module.linears if params[x.key] != plan.params[x.key]]
+        if changed or (module.kind == "head" and before):
+            before = value = hash_inputs(patched=value, before=before, options=chosen)
+            for key in changed:
+                message = f"{plan.bits:g} bpw: {key} from {plan.params[key].desc} to {params[key].desc}"
+                job.reporter.event("note", message=message)
+        hashes.append(value)
+    weights, total = slot_weights(job.spec), 0
+    for x in job.spec.linears:
+        total += params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias)
+    head = job.spec.modules[-1].linears[0]
+    head_bits = params[head.key].total_bits(head.in_features, pad32(head.out_features), head.has_bias)
+    return Plan(plan.bits, params, tuple(hashes), (total - head_bits) / weights, total // 8)
+
+
+def plan_hashes(job: Job, params: Mapping[str, QParams]) -> tuple[str, ...]:
+    """Per module the hash of all that its quantised form depends on: a chain, since states come from before."""
+    settings = job.job["quantize"]
+    value = hash_inputs(
+        **job.source_hash(), damping=job.recipe.damping, rows=job.calibration_sha256, propagate=settings["propagate"],
+        **job.all_experts(), **job.beyond_reference(),
+    )  # fmt: skip
+    out = []
+    for module in job.spec.modules:
+        chosen = {x.key: params[x.key].desc for x in module.linears}
+        value = hash_inputs(before=value, module=module.profile_key, options=chosen)
+        out.append(value)
+    return tuple(out)
+
+
+def missing(job: Job, plan: Plan) -> list[ModuleSpec]:
+    """Modules with linears that have no record with the options of a plan, in order."""
+    kind = quant_kind(plan.bits)
+    modules = [m for m in job.spec.modules if m.linears]
+    return [m for m in modules if job.work.records.find(kind, m.profile_key, plan.hashes[m.index]) is None]

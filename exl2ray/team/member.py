@@ -1,0 +1,115 @@
+"""What passes find on their worker: its model, states that it holds, the group that it belongs to, where they shall end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exl2ray.quant.warm import warm_up
+from exl2ray.store.nonce import verify_nonce
+from exl2ray.team.checkpoints import Checkpoints
+from exl2ray.team.comm import Comm, Group, Solo
+from exl2ray.team.messages import Begun, ItemResult, Meeting, Ready, RowSet, SourcePass, WorkerSetup
+from exl2ray.team.runner import Runner
+from exl2ray.team.source_forward import Found, source_forward
+from exl2ray.team.source_states import SourceStates
+
+NOWHERE = 1 << 62  # no module has an index as large
+
+
+class Member:
+    """A worker as the passes see it. ``kept``: states that a pass leaves for the next one of its kind, or nothing."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.setup = setup
+        self.set_threads()
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.runner = Runner(setup)  # reads the first modules in the background meanwhile
+        warm_up(self.runner.device, setup.numerics)
+        if setup.nonce is not None:
+            verify_nonce(self.runner.store, *setup.nonce, setup.versions)
+        self.checkpoints = Checkpoints(self.runner.records, setup.checkpoint_seconds)
+        self.kept: object = None
+        self._comm: Comm = Solo()
+        self._met = Meeting()
+        self._end = NOWHERE
+
+    def end_before(self, index: int) -> None:
+        """The pass ends before it begins item ``index`` or one after it. Called while it runs, from another thread."""
+        self._end = index
+
+    # ---- for the passes ----------------------------------------------------------------------------------------
+
+    def until_taken(self, indices: Iterable[int], comm: Comm | None = None) -> Iterator[int]:
+        """The items of a pass, up to where `end_before` has it end; the members of a group end at the same one."""
+        for index in indices:
+            end = self._end if comm is None else min(comm.gather(self._end))
+            if index >= end:
+                return
+            yield index
+
+    def begin(self, begun: Begun) -> Begun:
+        """To be told before the work on an item: batches are as small as this item needs them."""
+        self.runner.in_hand = begun.key
+        return begun
+
+    def result(
+        self, index: int, key: str, begin: float, detail: str, payload: dict[str, Any], *,
+        bits: float | None = None, notes: tuple[str, ...] = (), received: int = 0,
+    ) -> ItemResult:
+        seconds = time.monotonic() - begin
+        return ItemResult(index, key, seconds, detail, payload, bits, notes, self.name, received)
+
+    def source_states(self, rows: RowSet, part: SourcePass) -> Generator[Begun | Ready, None, SourceStates]:
+        """The worker's place in the source model; at the start of its stretch, if a group goes there together."""
+        states = self.kept
+        if not isinstance(states, SourceStates) or states.rows != rows:
+            self.kept = None
+            states = self.kept = SourceStates(self.runner, self.checkpoints, rows)
+        if part.stretches:
+            yield self.begin(Begun("sweep", -1, "sweep", together=True))
+            begin = time.monotonic()
+            comm = self.group(part.meeting)
+            before = comm.received
+            states.adopt(source_forward(self.runner, comm, rows, part.stretches))
+            yield Ready("sweep", time.monotonic() - begin, comm.received - before)
+        return states
+
+    def stand_before(self, rows: RowSet, index: int, x: Tensor) -> None:
+        """Takes x (R, T, hidden) for the source model's states at the entry of a module."""
+        self.kept = states = SourceStates(self.runner, self.checkpoints, rows)
+        states.adopt(Found(index, self.runner.place(x), {}))
+
+    def group(self, meeting: Meeting) -> Comm:
+        """The connection to a group; the present one, if it is of this meeting."""
+        if self._met != meeting:
+            self._leave_group()
+            if meeting.place is not None:
+                self._comm = Group(meeting.place, meeting.rank, meeting.size, self.runner.device)
+            self._met = meeting
+        return self._comm
+
+    def let_go(self) -> None:
+        """Forgets the states of other passes."""
+        self.kept = None
+
+    def release(self) -> None:
+        """Forgets everything that fills memory, after an error."""
+        self.let_go()
+        self._leave_group()
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _leave_group(self) -> None:
+        self._comm.close()
+        self._comm, self._met = Solo(), Meeting()
+
+    def set_threads(self) -> None:
+        if self.setup.threads and self.setup.device == "cpu":
+            torch.set_num_threads(self.setup.threads)

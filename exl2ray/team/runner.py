@@ -1,0 +1,268 @@
+"""One model on one device: blocks, forward passes over calibration rows, packed modules read back from their records."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exl2ray.errors import NumericError, StoreError
+from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import QParams
+from exl2ray.model.arch import load_spec
+from exl2ray.model.blocks import Block, check_states, load_block
+from exl2ray.model.rotated import rotated
+from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
+from exl2ray.model.weights import read_ahead, whole_tensors
+from exl2ray.quant.hessian import HessianAccumulator
+from exl2ray.quant.measure import Settings, reference_pass
+from exl2ray.quant.memory import room_for_contexts, settings_for, states_fit, sums_on_host
+from exl2ray.quant.pack import dequantize
+from exl2ray.quant.rows import batches, share_rows, shared_batches
+from exl2ray.remote.source import local
+from exl2ray.store.fs import Store
+from exl2ray.store.records import FileRef, Record, Records
+from exl2ray.store.tensors import get_tensors, put_tensors
+from exl2ray.team.host_copies import HostCopies
+from exl2ray.team.messages import WorkerSetup
+from exl2ray.team.tree import TreeSum
+
+WRITERS = 3  # threads that write; hashing keeps one busy at 1 to 2 GB/s
+
+
+class Runner:
+    """What all items need. Modules are read when they are used and not kept."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.setup = setup
+        self.device = torch.device(setup.device)
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.store = Store.open(setup.work_root)
+        self.records = Records(self.store)
+        self.source = SourceModel(local(setup.in_dir, setup.work_root, cache_bytes=setup.source_cache))
+        self.ahead = read_ahead(self.source, pin=self.device.type == "cuda")
+        spec = load_spec(self.source, setup.rope_scale, setup.rope_alpha)
+        self.spec: ModelSpec = rotated(spec) if setup.rotate else spec
+        self._rows: dict[str, Tensor] = {}
+        self._homes: dict[int, torch.device] = {}
+        copies = [HostCopies(self.device) for _ in range(WRITERS)] if self.device.type == "cuda" else []
+        self._copies = threading.local()  # of each writer
+        self._writer = ThreadPoolExecutor(WRITERS, "write", self._begin_to_write, (copies,))
+        self.expect(0 if setup.alone or self.device.type == "cpu" else 1)  # members of a group share the embedding out
+        self.shrink: Mapping[str, int] = {}  # of batches, for items that ran out of memory
+        self.in_hand = ""  # the item whose entry in ``shrink`` counts
+        self.crowded = False  # the GPU ran out of memory once: states stay on the host from then on
+
+    def load(self, module: ModuleSpec, state_dtype: torch.dtype | None = None) -> Block:
+        """The module with its source weights; ``state_dtype`` in place of the family's own. Those of the next two are read in
+        the background meanwhile: most items follow the order of the model, and pass through a module or more on the way to
+        their own."""
+        block = load_block(self.spec, module, self.ahead, self.device, self.dtype, state_dtype)
+        self._fetch(self.spec.modules[module.index + 1 : module.index + 3])
+        return block
+
+    def load_for_gradients(self, module: ModuleSpec, coming: Sequence[ModuleSpec]) -> Block:
+        """The module for a forward or backward pass with gradients; the weights of ``coming`` are read in the background.
+
+        States are float32. On a GPU the linears are bfloat16: gradients leave the range of float16.
+        """
+        dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
+        block = load_block(self.spec, module, self.ahead, self.device, dtype, torch.float32)
+        self._fetch(coming)
+        return block
+
+    def load_from(self, source: Any, module: ModuleSpec) -> Block:
+        """The module with its source weights, as ``source`` reads them."""
+        return load_block(self.spec, module, source, self.device, self.dtype)
+
+    def expect(self, index: int, count: int = 3) -> None:
+        """Starts to read ``count`` modules from here on in the background."""
+        self._fetch(self.spec.modules[index : index + count])
+
+    def _fetch(self, modules: Sequence[ModuleSpec]) -> None:
+        self.ahead.fetch([name for m in modules for name in whole_tensors(m)])
+
+    def load_quantized(self, module: ModuleSpec, packed: dict[str, PackedLinear]) -> Block:
+        """The module with the weights that its packed tensors decode to; its source weights are not read."""
+
+        def read(spec: ModelSpec, linear: LinearSpec, source: SourceModel) -> tuple[Tensor, Tensor | None]:
+            p = packed[linear.key]
+            return dequantize(p, self.device), p.bias
+
+        return load_block(self.spec, module, self.source, self.device, self.dtype, read=read)
+
+    def settings(self, module: ModuleSpec, x: Tensor) -> Settings:
+        """Batch sizes for states x (R, T, hidden), from shapes alone; smaller ones after running out of memory."""
+        shrink = self.shrink.get(self.in_hand, 1)
+        s = settings_for(module, x.shape[0], x.shape[1], self.device, self.setup.damping)
+        s = replace(
+            s,
+            all_experts=self.setup.moe_all_experts,
+            numerics=self.setup.numerics,
+        )
+        if shrink == 1:
+            return s
+        if not self.crowded:
+            self.crowded = True
+            self._homes.clear()
+        budget = None if s.budget_bytes is None else s.budget_bytes // shrink
+        tokens = None if s.expert_tokens is None else max(1, s.expert_tokens // shrink)
+        rows = max(1, s.batch_rows // shrink)
+        return replace(s, batch_rows=rows, budget_bytes=budget, expert_tokens=tokens, offload=self.device.type == "cuda")
+
+    def rows(self, name: str) -> Tensor:
+        """Token ids (R, T) int64 of a set of calibration rows."""
+        if not self._rows:
+            self._rows = {k: t.clone() for k, t in get_tensors(self.store, self.setup.calibration).items()}
+        return self._rows[name]
+
+    def embedded(self, name: str, block: Block | None = None) -> Tensor:
+        """States (R, T, hidden) at the entry of module 1. All rows at once: noise rows need the others' statistics.
+
+        block: module 0, if it has been read.
+        """
+        return self.place((block or self.load(self.spec.modules[0])).forward(self.rows(name)))
+
+    def home(self, nbytes: int) -> torch.device:
+        """Where states of this size are kept: on the device if every module has room beside them, else on the host."""
+        if nbytes not in self._homes:
+            corrected = self.setup.numerics.target_correction > 0
+            fits = states_fit(self.spec.modules, nbytes, self._longest, self.device, corrected) and not self.crowded
+            self._homes[nbytes] = self.device if fits else torch.device("cpu")
+        return self._homes[nbytes]
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest calibration row."""
+        return max(self.rows(name).shape[1] for name in ("measure", "quantize"))
+
+    def sums_on_host(self, module: ModuleSpec) -> bool:
+        """Whether partial sums of a module's Hessians have to leave the GPU."""
+        return sums_on_host(module, self.device, self.setup.numerics.target_correction > 0)
+
+    def room(self, nbytes: int) -> int:
+        """Bytes for what can be done without, beside states of ``nbytes``."""
+        if self.home(nbytes).type != self.device.type:
+            return 0
+        return room_for_contexts(self.spec.modules, nbytes, self._longest, self.device)
+
+    def state_bytes(self, name: str) -> int:
+        """Of a set of calibration rows between two modules."""
+        hyper = self.spec.hyper
+        return self.rows(name).numel() * hyper.hidden_size * int(getattr(torch, hyper.state_dtype).itemsize)
+
+    def place(self, x: Tensor) -> Tensor:
+        """States where they are kept; on a CPU a copy."""
+        return x.clone() if self.device.type == "cpu" else x.to(self.home(x.numel() * x.element_size()))
+
+    def advance_all(self, block: Block, x: Tensor) -> Tensor:
+        """Output of a block for a whole set of rows, the same bits as if they were spread over workers."""
+        settings = self.settings(block.module, x)
+        return self.advance(block, x, settings, shared_batches(len(x), settings.batch_rows))
+
+    def advance(self, block: Block, x: Tensor, settings: Settings, slices: Iterable[slice] | None = None) -> Tensor:
+        """Output of a block for all rows, where x lives. slices: the batches of rows; None: as large as ``settings`` has."""
+        out: Tensor | None = None
+        for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
+            y = block.forward(x[part].to(self.device))
+            check_states(y, f"output of {block.module.profile_key}")
+            if out is None:
+                out = torch.empty((x.shape[0], *y.shape[1:]), dtype=y.dtype, device=x.device)
+            out[part] = y
+        if out is None:
+            raise NumericError(f"{block.module.profile_key}: no calibration rows")
+        return out
+
+    def enter(self, block: Block, x: Tensor) -> tuple[Tensor, dict[str, HessianAccumulator]]:
+        """Reference pass over a whole set of rows: states after the block, and a Hessian per input.
+
+        The same bits as if the rows were spread over workers; where partial sums would have to leave the GPU, rows are summed
+        one after another instead.
+        """
+        settings = self.settings(block.module, x)
+        if self.sums_on_host(block.module):
+            return reference_pass(block, x, settings, check_states, shared_batches(len(x), settings.batch_rows))
+        trees = {x.input_group: TreeSum() for x in block.module.linears}
+        y = torch.empty_like(x)
+        for s, rows in enumerate(share_rows(len(x))):
+            if len(rows):
+                part = slice(rows.start, rows.stop)
+                y[part], hessians = reference_pass(block, x[part], settings, check_states)
+                for group, tree in trees.items():
+                    tree.add(s, hessians.pop(group))
+        return y, {group: tree.total() for group, tree in trees.items()}
+
+    def write(self, rel: str, tensors: dict[str, Tensor]) -> Future[FileRef]:
+        """Writes tensors to the work directory in the background; the GPU goes on, also while they are copied from it."""
+        ready = None
+        if self.device.type == "cuda":
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        return self._writer.submit(self._write, rel, tensors, ready)
+
+    def _begin_to_write(self, copies: list[HostCopies]) -> None:
+        """In each writer, at first."""
+        if copies:
+            self._copies.own = copies.pop()
+
+    def _write(self, rel: str, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> FileRef:
+        if ready is not None:
+            tensors = self._copies.own.copy(tensors, ready)
+        return put_tensors(self.store, rel, tensors)
+
+    def record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:
+        """The record of a quantised module; StoreError if it is gone. Its files are hashed by whoever reads them."""
+        record = self.records.find(kind, module.profile_key, inputs_hash, deep=False)
+        if record is None:
+            raise StoreError(
+                f"{module.profile_key} has no usable record in {kind}",
+                "its files were removed or damaged while the job ran; run the same command again",
+            )
+        return record
+
+    def packed(self, kind: str, module: ModuleSpec, inputs_hash: str, deep: bool = True) -> dict[str, PackedLinear]:
+        """Packed tensors of a quantised module, from its record. ``deep``: hashes the files."""
+        tensors: dict[str, Tensor] = {}
+        for file in self.record(kind, module, inputs_hash).files:
+            tensors.update(get_tensors(self.store, file.rel, expect=file, deep=deep))
+        return {x.key: PackedLinear.from_tensors(x.key, tensors.get) for x in module.linears}
+
+
+def perplexity_sums(block: Block, x: Tensor, ids: Tensor) -> tuple[float, int]:
+    """Sum of the negative log-likelihoods of the next token, and their number; x (P, T, hidden) normed, ids (P, T) int64.
+
+    Rows with ids that the head does not know (noise rows) are left out.
+    """
+    linear: LinearSpec = block.module.linears[0]
+    device = block.weights[linear.key].device
+    total, count = 0.0, 0
+    for r in range(len(ids)):
+        row = ids[r]
+        if bool((row < 0).any()) or bool((row >= linear.out_features).any()):
+            continue
+        logits = block.forward(x[r : r + 1].to(device))[0, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, row[1:].to(device), reduction="sum")
+        total, count = total + float(loss), count + len(row) - 1
+    return total, count
+
+
+def perplexity_of(sums: list[tuple[float, int]]) -> float | None:
+    """exp of the mean over all sums, added in order; None (JSON has no NaN) if it is not a finite number."""
+    total, count = 0.0, 0
+    for t, c in sums:
+        total, count = total + t, count + c
+    if not count:
+        return None
+    value = float(torch.tensor(total / count, dtype=torch.float64).exp())
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def option_names(params: Mapping[str, QParams]) -> dict[str, str]:
+    """Linear key -> description of its option, for records."""
+    return {key: q.desc for key, q in params.items()}

@@ -1,0 +1,82 @@
+"""Reading weights as a group: every member reads a part of each tensor, and gets the rest from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exl2ray.model.spec import ModuleSpec
+from exl2ray.model.weights import READERS, pinned, whole_tensors
+from exl2ray.team.comm import Comm
+from exl2ray.team.runner import Runner
+
+AHEAD = 6  # modules of which parts are read in advance
+SHARED_BYTES = 1 << 20  # smaller tensors are read by everybody
+
+
+class SharedReading:
+    """Weights of a model for all members of a group, which load the same tensors in the same order.
+
+    Stands in for a SourceModel. Tensors that were fetched in advance come complete, on the device; others are read as usual.
+    """
+
+    def __init__(self, run: Runner, comm: Comm) -> None:
+        self._source, self._comm, self._device = run.source, comm, run.device
+        self._modules: Sequence[ModuleSpec] = run.spec.modules
+        self._allocate = pinned if run.device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-shared")
+        self._parts: dict[str, Future[Tensor]] = {}
+        self.path: Path = run.source.path
+
+    def expect(self, index: int, stop: int | None = None) -> None:
+        """Starts to read this member's parts of the modules from ``index`` on, up to ``stop``."""
+        for module in self._modules[index : index + AHEAD][: None if stop is None else max(0, stop - index)]:
+            for name in whole_tensors(module):
+                if name not in self._parts and name in self._source and self._shared(name):
+                    self._parts[name] = self._pool.submit(self._read, name)
+
+    def wait(self) -> None:
+        """Until all parts that were asked for have been read, or have failed."""
+        wait(self._parts.values())
+
+    def _shared(self, name: str) -> bool:
+        info = self._source.info(name)
+        return info.nbytes >= SHARED_BYTES and info.shape[0] >= self._comm.size**2
+
+    def _read(self, name: str) -> Tensor:
+        return self._source.load(name, self._rows(name, self._comm.rank), self._allocate)
+
+    def _rows(self, name: str, rank: int) -> slice:
+        """The first dimension's part of a member; none is empty."""
+        rows = self._source.shape(name)[0]
+        size = -(-rows // self._comm.size)
+        return slice(rank * size, min((rank + 1) * size, rows))
+
+    def load(self, name: str, rows: slice | None = None) -> Tensor:
+        future = self._parts.pop(name, None) if rows is None else None
+        if future is None:
+            return self._source.load(name, rows)
+        part, comm = future.result(), self._comm
+        whole = torch.empty(self._source.shape(name), dtype=part.dtype, device=self._device)
+        mine = whole[self._rows(name, comm.rank)]
+        mine.copy_(part, non_blocking=True)
+        others = [r for r in range(comm.size) if r != comm.rank]
+        comm.exchange([(mine, r) for r in others], [(whole[self._rows(name, r)], r) for r in others])
+        return whole
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self._source.dtype(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._parts.clear()

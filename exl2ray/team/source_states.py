@@ -1,0 +1,89 @@
+"""Where a worker is in the source model: the states of a set of rows at the entry of a module, and how to get to another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from exl2ray.model.blocks import Block
+from exl2ray.quant.hessian import HessianAccumulator
+from exl2ray.quant.measure import Settings
+from exl2ray.store.layout import MEASURE, REFERENCE_KIND
+from exl2ray.store.records import Record
+from exl2ray.team.checkpoints import Chain, Checkpoints
+from exl2ray.team.messages import RowSet
+from exl2ray.team.runner import Runner
+from exl2ray.team.source_forward import Found
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A module, the states x before and y after it (R, T, hidden), and a Hessian per input. The head has only x."""
+
+    block: Block
+    x: Tensor
+    y: Tensor | None
+    hessians: dict[str, HessianAccumulator]
+    settings: Settings
+
+
+class SourceStates:
+    """States of one set of rows on one worker. They only go forward; another way begins at a checkpoint or the token rows."""
+
+    def __init__(self, run: Runner, checkpoints: Checkpoints, rows: RowSet) -> None:
+        self.rows = rows
+        self._run, self._checkpoints = run, checkpoints
+        kind = MEASURE if rows == "measure" else REFERENCE_KIND
+        self._chain = Chain(kind, f"reference:{run.setup.calibration_sha256[:32]}")
+        self._held: tuple[int, Tensor] | None = None  # module, states at its entry
+        self._found: Found | None = None  # of running the source model with a group
+        self._saved: list[Record] = []  # the last checkpoint of this worker
+
+    def adopt(self, found: Found) -> None:
+        """Goes on from what a joint run of the source model has left here."""
+        self._found = found
+        self._held = None if found.x is None else (found.index, found.x)
+        found.x = None
+
+    def way(self, index: int) -> int:
+        """Modules to be run before ``index`` can be, at most."""
+        if self._found is not None and index in self._found.prepared:
+            return 0
+        here = 1 if self._held is None or self._held[0] > index else self._held[0]
+        return index - here
+
+    def enter(self, index: int, keep_from: int) -> Entered:
+        """Runs a module, and those before it as far as need be. keep_from: checkpoints that a module from here on may need
+        stay."""
+        run, module = self._run, self._run.spec.modules[index]
+        prepared = None if self._found is None else self._found.prepared.pop(index, None)
+        if prepared is not None:
+            self._held = None
+        x = self._at(index) if prepared is None else prepared.x
+        block, settings = run.load(module), run.settings(module, x)
+        if module.kind == "head":
+            self._held = (index, x)
+            return Entered(block, x, None, {}, settings)
+        y, hessians = run.enter(block, x) if prepared is None else (prepared.y, prepared.hessians)
+        self._held = (index + 1, y)
+        if self._checkpoints.due():
+            saved = self._checkpoints.save(self._chain, index + 1, {None: {"x": y}}, keep_from)
+            for record in self._saved:  # this worker has finished all up to here since
+                run.records.remove(record)
+            self._saved = saved
+        return Entered(block, x, y, hessians, settings)
+
+    def _at(self, index: int) -> Tensor:
+        """States at the entry of a module. What is held is let go first: two sets of states need not fit."""
+        run, held, self._held = self._run, self._held, None
+        if held is not None and held[0] <= index:
+            here, x = held
+        else:
+            held = None
+            saved = self._checkpoints.load(self._chain, index)
+            here, x = (1, run.embedded(self.rows)) if saved is None else (saved.index, run.place(saved.tensors["x"]))
+        del held
+        for module in run.spec.modules[here:index]:
+            x = run.advance_all(run.load(module), x)
+        return x

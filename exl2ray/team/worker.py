@@ -1,0 +1,48 @@
+"""One worker: owns a device, goes through passes, keeps states between them, commits before it answers.
+
+A plain class: `exl2ray.driver` makes a Ray actor of it or calls it in this process. Any worker can run any pass: states that
+it does not hold are loaded from a checkpoint, or computed from the token rows. Quantised modules are never quantised again
+for that: the forward goes through their packed tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from exl2ray.team.chain import quantize
+from exl2ray.team.measure import measure
+from exl2ray.team.member import NOWHERE, Member
+from exl2ray.team.messages import (
+    Begun,
+    ChainPass,
+    ItemResult,
+    MeasurePass,
+    Pass,
+    PerplexityPass,
+    Ready,
+    ReferencePass,
+    SensitivityPass,
+)
+from exl2ray.team.perplexity import perplexity
+from exl2ray.team.quantize_reference import quantize_on_source_states
+from exl2ray.team.sensitivity import sensitivity
+
+PASSES: dict[type[Pass], Callable[..., Iterator[Any]]] = {
+    MeasurePass: measure,
+    SensitivityPass: sensitivity,
+    ReferencePass: quantize_on_source_states,
+    ChainPass: quantize,
+    PerplexityPass: perplexity,
+}
+
+
+class Worker(Member):
+    def run(self, part: Pass) -> Iterator[Begun | Ready | ItemResult]:
+        """Goes through a pass: says what it begins, and what is finished and committed. Raises what goes wrong."""
+        self.set_threads()  # of the thread that computes
+        self.runner.shrink = part.shrink
+        try:
+            yield from PASSES[type(part)](self, part)
+        finally:
+            self._end = NOWHERE

@@ -1,0 +1,99 @@
+"""Shares of the backward pass: the same results however they are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from team_helpers import recipe
+
+from exl2ray.driver.inline import InlineWorkers
+from exl2ray.errors import NumericError
+from exl2ray.events import Silent
+from exl2ray.steps import Job
+from exl2ray.team.runner import Runner
+from exl2ray.team.sensitivity import ROWS, SHARE_ROWS, TOKENS, backward_pass, deal, sensitivities, share_rows_out
+
+
+@pytest.fixture(scope="module", params=["model", "moe_model"])
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    source = request.getfixturevalue(request.param)
+    with Job(recipe(source, tmp_path_factory.mktemp("job") / "work", allocation="linear"), Silent()) as opened:
+        yield opened
+
+
+def runner_of(job: Job) -> Runner:
+    assert isinstance(job.workers, InlineWorkers)
+    return Runner(job.workers._setup)
+
+
+SHARES = {0: (0, 2), 1: (1,), 2: (3, 4)}
+
+
+def test_shares_together_or_alone(job: Job) -> None:
+    runner = runner_of(job)
+    whole = backward_pass(runner, SHARES, 32)
+    alone: dict[int, Any] = {}
+    for share, rows in reversed(SHARES.items()):
+        alone.update(backward_pass(runner, {share: rows}, 32))
+    assert alone == whole
+    found = sensitivities(job.spec, whole, 5 * 32)
+    assert list(found) == [m.profile_key for m in job.spec.modules if m.linears]
+    for m in job.spec.modules:
+        if m.linears:
+            assert set(found[m.profile_key]) == {x.role for x in m.linears}
+            assert all(min(values) > 0 for values in found[m.profile_key].values())
+    runner.shrink, runner.in_hand = {"these rows": 2}, "these rows"
+    smaller = backward_pass(runner, SHARES, 32)
+    for key, roles in sensitivities(job.spec, smaller, 5 * 32).items():
+        for role, values in roles.items():
+            # one row at a time; random signs at the logits are drawn row by row too
+            assert values == pytest.approx(found[key][role], rel=0.5), (key, role)
+
+
+def test_gradients_that_are_not_finite_are_refused(job: Job) -> None:
+    runner = runner_of(job)
+    load = runner.load_for_gradients
+
+    def broken(module: Any, coming: Any) -> Any:
+        block = load(module, coming)
+        if module.kind == "head":
+            weight = next(iter(block.weights.values()))
+            weight.mul_(float("inf"))
+        return block
+
+    runner.load_for_gradients = broken  # type: ignore[method-assign]
+    with pytest.raises(NumericError, match="gradients are not finite"):
+        backward_pass(runner, {0: (0,)}, 32)
+
+
+def test_a_role_without_tokens_has_no_sensitivity(job: Job) -> None:
+    module = next(m for m in job.spec.modules if m.linears)
+    assert set(sensitivities(job.spec, {}, 1)[module.profile_key].values().__iter__().__next__()) == {0.0}
+
+
+@given(rows=st.integers(1, 40), workers=st.integers(1, 12))
+def test_every_share_is_dealt_once(rows: int, workers: int) -> None:
+    shares, tokens = share_rows_out(["web"] * rows, 2048)
+    assert tokens == TOKENS
+    assert [r for share in shares.values() for r in share] == sorted({r for share in shares.values() for r in share})
+    hands = deal(shares, workers)
+    assert len(hands) == min(workers, len(shares))
+    assert sorted(n for hand in hands for n in hand) == list(shares)
+    assert {n: r for hand in hands for n, r in hand.items()} == shares
+    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+
+
+def test_rows_of_the_pass_are_text() -> None:
+    kinds = ["web"] * 5 + ["shuffled", "random", "random", "noise"] + ["code"] * 20
+    shares, tokens = share_rows_out(kinds, 2048)
+    rows = [r for share in shares.values() for r in share]
+    assert len(rows) == ROWS == len(set(rows))
+    assert {len(share) for share in shares.values()} == {SHARE_ROWS}
+    assert tokens == TOKENS
+    assert {kinds[i] for i in rows} == {"web", "code"}
+    assert share_rows_out(["parquet"] * 3, 128) == ({0: (0, 1), 1: (2,)}, 128)
+    assert share_rows_out(["random"], 32) == ({0: (0,)}, 32)
