@@ -19,6 +19,7 @@ ROOMS = {
     "calibration": {"formats"},
     "model": {"cuda", "formats"},
     "quant": {"cuda", "formats", "quality"},
+    "run": {"cuda", "formats"},
     "evaluate": {"calibration", "formats", "model", "quant"},
     "allocation": {"formats", "model", "quant", "recipe"},
     "publish": {"evaluate", "formats", "recipe", "remote", "terminal"},

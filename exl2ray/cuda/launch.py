@@ -27,6 +27,7 @@ NUMBA_TYPES = {
     torch.float16: types.float16,
     torch.float32: types.float32,
     torch.uint8: types.uint8,
+    torch.int16: types.int16,
     torch.int32: types.int32,
     torch.int64: types.int64,
 }
@@ -62,7 +63,7 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, grid: Grid, block: int, *args: Any) -> None:
-        self._kernel, self._grid, self._block, self._args = kernel, grid, block, args
+        self._kernel, self._grid, self._block, self._args = kernel, grid, block, list(args)
         grid = (grid,) if isinstance(grid, int) else grid
         self._shape = (*grid, *(1,) * (3 - len(grid)), block, 1, 1)
         self._function = 0
@@ -74,11 +75,13 @@ class Launch:
     def _prepare(self) -> None:
         cells: list[Any] = []
         self._varying: list[Any] = []
-        for a in self._args:
+        self._addresses: dict[int, Any] = {}
+        for place, a in enumerate(self._args):
             if isinstance(a, Tensor):
                 size = a.element_size()
                 fields = (0, 0, a.numel(), size, a.data_ptr(), *a.shape, *(s * size for s in a.stride()))
                 cells.extend(map(ctypes.c_int64, fields))
+                self._addresses[place] = cells[len(cells) - len(fields) + 4]
             elif isinstance(a, bool):
                 cells.append(ctypes.c_uint8(a))
             elif isinstance(a, np.float32):
@@ -102,6 +105,16 @@ class Launch:
         status = _driver().cuLaunchKernel(self._function, *self._shape, 0, stream, self._parameters, None)
         if status:
             raise RuntimeError(f"CUDA error {status} at the launch of {self._kernel.py_func.__name__}")
+
+    def point(self, place: int, tensor: Tensor) -> None:
+        """Another tensor for the argument at this place, of the same dtype, device, row length and contiguity.
+
+        Its number of rows is not handed over, and the caller keeps it alive until the launch.
+        """
+        if self._function:
+            self._addresses[place].value = tensor.data_ptr()
+        else:
+            self._args[place] = tensor
 
     def _call_numba(self, stream: int, values: Sequence[int]) -> None:
         given = iter(values)

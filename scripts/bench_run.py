@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Times the kernels that run EXL2 models, on one GPU, and a whole random model under transformers.
+
+    python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8,16] [--blocks 2,4,8]
+    python scripts/bench_run.py model [--layers 32] [--prompt 512] [--tokens 128] [--batches 1,2,4,8,16]
+
+linears: one launch of the fused kernel for each shape of a 7B model and each variant, in a CUDA graph over copies of the
+linear that together exceed the L2 cache: microseconds, GB/s of packed tensors and the share of what copying on the device
+reaches; the unpacking kernel; the first call, which compiles or reads Numba's cache. Every variant is checked against the
+unpacked weights. model: a Llama of 7B shape whose linears are random packed tensors made on the device: decoding with a
+static cache in a CUDA graph, one prompt of 2048 tokens, peak memory. Random integers: figures of speed only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+
+if not hasattr(numpy, "row_stack"):  # numba-cuda 0.30 imports it; numpy 2.5 dropped it
+    numpy.row_stack = numpy.vstack
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from exl2ray.cuda.run_source import SHARED_FLOATS, Variant
+from exl2ray.formats.layout import QParams
+from exl2ray.run.linear import Exl2Linear
+
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
+MIXES = {  # average bits of the weights -> widths, shares, group sizes
+    4.0: QParams((5, 4, 3), (0.1, 0.8, 0.1), (64, 128, 64)),
+    3.0: QParams((4, 3, 2), (0.1, 0.8, 0.1), (64, 128, 64)),
+    2.5: QParams((4, 3, 2), (0.1, 0.3, 0.6), (64, 64, 64)),
+    6.0: QParams((8, 6, 5), (0.1, 0.7, 0.2), (128, 128, 128)),
+}
+L2_BYTES = 200 << 20  # more than any L2 cache
+
+
+def random_linear(k: int, n: int, mix: QParams, seed: int) -> Exl2Linear:
+    """A legal linear with random integers and permutation, made on the GPU; weights of about 1 / sqrt(K)."""
+    torch.manual_seed(seed)
+    layout = mix.layout(k)
+    groups = len(layout.bits)
+    linear = Exl2Linear(k, n, layout.packed_rows, groups, device="cuda")
+    linear.q_weight.random_(-(1 << 31), 1 << 31)
+    linear.q_scale.random_(-(1 << 31), 1 << 31)
+    steps = torch.tensor([4.0 / (1 << b) * k**-0.5 for b in layout.bits])
+    linear.q_scale_max.copy_(steps)
+    pairs = [x for pair in zip(layout.bits, layout.offsets, strict=True) for x in pair]
+    linear.q_groups.copy_(torch.tensor(pairs, dtype=torch.int16))
+    linear.q_invperm.copy_(torch.randperm(k, device="cuda"))
+    return linear
+
+
+def size(linear: Exl2Linear) -> int:
+    return sum(b.numel() * b.element_size() for b in linear.buffers())
+
+
+def seconds(work: Callable[[], object], repeat: int = 5) -> float:
+    """Fastest of several runs of a CUDA graph of ``work``."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    best = float("inf")
+    for _ in range(repeat):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1000)
+    return best
+
+
+def copy_speed() -> float:
+    """Bytes per second, read and written, of copying 1 GiB on the device."""
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / seconds(lambda: b.copy_(a))
+
+
+def numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+def bench_linears(args: argparse.Namespace) -> None:
+    peak = copy_speed()
+    print(f"{torch.cuda.get_device_name()}: copying {peak / 1e9:.0f} GB/s; {args.bits} bits per weight")
+    for k, n in SHAPES:
+        first = random_linear(k, n, MIXES[args.bits], 0)
+        copies = [first, *(random_linear(k, n, MIXES[args.bits], s) for s in range(1, -(-L2_BYTES // size(first)) + 1))]
+        seconds_unpack = seconds(lambda c=copies: [x.weight_matrix(torch.float16) for x in c]) / len(copies)
+        moved = size(first) + 2 * k * n
+        speed = moved / seconds_unpack / 1e9
+        print(f"{k} x {n}: {size(first) / 1e6:.1f} MB, unpacking {seconds_unpack * 1e6:.1f} us {speed:.0f} GB/s")
+        for rows in numbers(args.rows):
+            x = torch.randn(rows, k, device="cuda", dtype=torch.float16)
+            expected = x @ first.weight_matrix(torch.float16)
+            for line in variants_of(args, rows, copies, x, expected, peak):
+                print(line, flush=True)
+
+
+def variants_of(
+    args: argparse.Namespace, rows: int, copies: list[Exl2Linear], x: Tensor, expected: Tensor, peak: float
+) -> Iterator[str]:
+    for columns in numbers(args.columns):
+        for warps in numbers(args.warps):
+            v = Variant(rows, columns, warps, min(64, 256 // rows))
+            if v.floats > SHARED_FLOATS:
+                continue
+            for blocks in numbers(args.blocks):
+                for linear in copies:
+                    p = linear.packed()
+                    p.variants, p.blocks_per_sm = (v,), blocks
+                    p._launches.clear()
+                began = time.perf_counter()
+                y = copies[0].packed().product(x)
+                torch.cuda.synchronize()
+                compiled = time.perf_counter() - began
+                off = float((y - expected).float().norm() / expected.float().norm())
+                took = seconds(lambda: [c.packed().product(x) for c in copies]) / len(copies)
+                speed = size(copies[0]) / took
+                yield (
+                    f"  rows {rows:2} columns {columns} warps {warps:2} blocks/SM {blocks:2}: {took * 1e6:7.2f} us "
+                    f"{speed / 1e9:5.0f} GB/s {100 * speed / peak:3.0f} %, first call {compiled:.1f} s, error {off:.1e}"
+                )
+                if not off < 2e-3:
+                    raise SystemExit("wrong product")
+
+
+def bench_model(args: argparse.Namespace) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    config = LlamaConfig(num_hidden_layers=args.layers, max_position_embeddings=4096)
+    began = time.perf_counter()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.float16)
+    mix = MIXES[args.bits]
+    for seed, (name, module) in enumerate(list(model.named_modules())):
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            parent, _, leaf = name.rpartition(".")
+            linear = random_linear(module.in_features, module.out_features, mix, seed)
+            setattr(model.get_submodule(parent), leaf, linear)
+    for name, parameter in list(model.named_parameters()):
+        parent, _, leaf = name.rpartition(".")
+        made = torch.ones if "norm" in name else torch.randn
+        value = made(parameter.shape, dtype=torch.float16, device="cuda") * (1 if "norm" in name else 0.02)
+        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(value, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).cuda()
+    model.eval()
+    packed = sum(size(m) for m in model.modules() if isinstance(m, Exl2Linear))
+    held = torch.cuda.memory_allocated()
+    made_in = time.perf_counter() - began
+    print(f"{args.layers} layers, packed {packed / 1e9:.2f} GB, model {held / 1e9:.2f} GB, made in {made_in:.1f} s")
+    with torch.inference_mode():
+        for batch in numbers(args.batches):
+            decode(model, StaticCache(config, args.prompt + args.tokens + 8), batch, args, held)
+        ids = torch.randint(config.vocab_size, (1, 2048), device="cuda")
+        for _ in range(3):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            model(ids, use_cache=False, logits_to_keep=1)
+            torch.cuda.synchronize()
+            took = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated()
+        print(f"prompt of 2048: {took * 1e3:.1f} ms, {2048 / took:.0f} tokens/s, peak {peak / 1e9:.2f} GB")
+
+
+def decode(model: torch.nn.Module, cache: object, batch: int, args: argparse.Namespace, held: int) -> None:
+    """Greedy decoding: the prompt, then one token after the other from one recorded graph."""
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(model.config.vocab_size, (batch, args.prompt), device="cuda")
+    keys = torch.arange(args.prompt + args.tokens + 8, device="cuda")
+    at = keys[: args.prompt]
+    mask = (keys <= at[:, None])[None, None].expand(batch, 1, -1, -1)
+    logits = model(ids, attention_mask=mask, past_key_values=cache, position_ids=at[None], logits_to_keep=1).logits
+    token = logits[:, -1:].argmax(-1)
+    position = torch.full((1,), args.prompt, device="cuda")
+
+    def step() -> None:
+        # A ready-made mask: making its own, transformers may look at numbers on the device, which a graph cannot.
+        seen = (keys <= position)[None, None, None].expand(batch, 1, 1, -1)
+        out = model(token, attention_mask=seen, past_key_values=cache, position_ids=position[None]).logits
+        token.copy_(out[:, -1:].argmax(-1))
+        position.add_(1)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(args.tokens):
+        graph.replay()
+    torch.cuda.synchronize()
+    took = time.perf_counter() - began
+    print(
+        f"batch {batch:2}: {args.tokens / took:7.1f} steps/s, {batch * args.tokens / took:8.1f} tokens/s, "
+        f"{held * args.tokens / took / 1e9:5.0f} GB/s of weights, peak {torch.cuda.max_memory_allocated() / 1e9:.2f} GB",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("linears", "model"))
+    parser.add_argument("--bits", type=float, default=4.0, choices=sorted(MIXES))
+    parser.add_argument("--rows", default="1,4,16")
+    parser.add_argument("--columns", default="2,4")
+    parser.add_argument("--warps", default="4,8,16")
+    parser.add_argument("--blocks", default="2,4,8")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--batches", default="1,2,4,8,16")
+    args = parser.parse_args()
+    bench_linears(args) if args.what == "linears" else bench_model(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""One packed linear: on the CPU against the plain decoder, and the CUDA kernels under Numba's simulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_checks as checks
+import torch
+
+from exl2ray.errors import FormatError
+from exl2ray.formats.layout import GroupLayout
+
+MIXED = GroupLayout((8, 6, 5, 4, 3, 2), (32, 64, 32, 96, 32, 64))
+
+
+@pytest.mark.slow
+def test_kernels_under_the_simulator() -> None:
+    """In a process of its own: the switch must be set before numba loads."""
+    checks = Path(__file__).with_name("simulated_run.py")
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(checks)]
+    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 16, 17])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_on_the_cpu(dtype: torch.dtype, rows: int, bias: bool) -> None:
+    linear, weights = checks.random_linear(MIXED, 96, seed=rows, bias=bias)
+    checks.check_product(linear, weights, rows, dtype)
+
+
+def test_padded_columns_are_cut_off() -> None:
+    linear, weights = checks.random_linear(GroupLayout((4,), (64,)), 64, seed=1)
+    linear.out_features = 50
+    checks.check_product(linear, weights, 3, torch.float32)
+
+
+def test_unpacked_weights_are_the_loaders() -> None:
+    linear, weights = checks.random_linear(MIXED, 96, seed=2)
+    assert torch.equal(linear.weight_matrix(torch.float16), torch.from_numpy(weights))
+
+
+def test_gradients_reach_the_activations() -> None:
+    linear, weights = checks.random_linear(MIXED, 32, seed=3)
+    x = torch.randn(4, linear.in_features, requires_grad=True)
+    linear(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.from_numpy(weights).float().sum(1).expand(4, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_state_is_what_the_file_holds() -> None:
+    linear, _ = checks.random_linear(MIXED, 32, seed=5, bias=True)
+    linear(torch.randn(1, linear.in_features))
+    assert list(linear.state_dict()) == ["q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm", "bias"]
+    assert linear.bfloat16().q_scale_max.dtype == linear.float().bias.dtype == torch.float16
+
+
+def test_groups_that_miss_rows_are_refused() -> None:
+    linear, _ = checks.random_linear(MIXED, 32, seed=6)
+    linear.q_groups[-1] += 1
+    with pytest.raises(FormatError):
+        linear(torch.randn(1, linear.in_features))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 11, 16, 64])
+def test_products_on_a_gpu(dtype: torch.dtype, rows: int) -> None:
+    layout = GroupLayout((8, 6, 5, 4, 3, 2), (128, 256, 128, 1024, 512, 64))
+    linear, weights = checks.random_linear(layout, 1056, seed=7, bias=True)
+    linear.to("cuda")
+    first = checks.check_product(linear, np.asarray(weights), rows, dtype, "cuda")
+    assert torch.equal(first, checks.check_product(linear, np.asarray(weights), rows, dtype, "cuda"))
