@@ -1,8 +1,8 @@
 """Where the time went, from the event log: stages, workers, and which of them had work when.
 
-The log tells when a call was handed to a worker ("started") and when an item was complete ("item"). A worker counts as busy
-from one to the other; a call that only prepares ("enter", "join") ends when the worker is given the next one. Time in which
-no driver ran is left out: all times here are seconds of running.
+The log tells when a worker began something ("started") and when an item was complete ("item"). A worker counts as busy from
+one to the other; what only prepares ("sweep", "join"; "enter" in older logs) ends when it begins the next thing.
+Time in which no driver ran is left out: all times here are seconds of running.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class _Reader:
         if bits is not None:
             return f"quantize {bpw_name(bits)}"
         quantizing = any(name.startswith("quantize") for name in self.begun)
-        return "quantize" if method == "enter" and quantizing else "measure"
+        return "quantize" if method in ("enter", "sweep") and quantizing else "measure"
 
     def _item(self, stage: str, key: str) -> None:
         counts = self.stages.setdefault(stage, {"items": 0.0, "finished": 0.0, "wall": 0.0})

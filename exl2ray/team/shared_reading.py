@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,10 +38,6 @@ class SharedReading:
             for name in whole_tensors(module):
                 if name not in self._parts and name in self._source and self._shared(name):
                     self._parts[name] = self._pool.submit(self._read, name)
-
-    def wait(self) -> None:
-        """Until all parts that were asked for have been read, or have failed."""
-        wait(self._parts.values())
 
     def _shared(self, name: str) -> bool:
         info = self._source.info(name)
