@@ -46,7 +46,7 @@ STILL_USED = {  # companions that the core imports all the same: to be moved, no
     "writing": {"publish.card", "publish.names"},
 }
 STILL_CIRCLES = [  # through imports inside of functions
-    {"quant.measure", "quant.measure_moe"}, {"formats.measurement", "formats.measurement_rules"},
+    {"formats.measurement", "formats.measurement_rules"},
     {"store.fs", "store.local", "store.objects"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "matplotlib", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}

@@ -13,16 +13,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from exl2ray.errors import UsageError
-from exl2ray.formats.layout import QParams, pad32
+from exl2ray.formats.layout import WIDTHS, QParams, pad32
 from exl2ray.model.spec import LinearSpec, ModelSpec
-from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse
-
-WIDTHS = (2, 3, 4, 5, 6, 8)
-_COLUMNS = {
-    **{role: (attention_options, i) for i, role in enumerate(("q_proj", "k_proj", "v_proj", "o_proj"))},
-    **{role: (mlp_options, i) for i, role in enumerate(("gate_proj", "up_proj", "down_proj"))},
-    **{role: (mlp_options, i) for i, role in enumerate(("w1", "w3", "w2"))},
-}
+from exl2ray.quant.qparams import distinct_options, head_option, parse
 
 
 @dataclass(frozen=True)
@@ -91,8 +84,8 @@ def overridden(overrides: Sequence[Override], linear: LinearSpec, option: QParam
 
 def smallest_option(linear: LinearSpec, bits: int) -> QParams:
     """The option of the linear's table column that takes the least space with every group at ``bits`` or wider."""
-    if linear.role not in _COLUMNS:
+    options = distinct_options(linear.role)
+    if not options:
         return head_option(min(b for b in WIDTHS if b >= bits and min(head_option(b).bits) >= bits))
-    table, column = _COLUMNS[linear.role]
-    fitting = [row[column] for row in table() if min(row[column].bits) >= bits]
+    fitting = [option for option in options if min(option.bits) >= bits]
     return min(fitting, key=lambda q: q.total_bits(linear.in_features, pad32(linear.out_features), linear.has_bias))

@@ -13,7 +13,7 @@ since rows differ little), sensitivities per module (no better than none).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -26,8 +26,7 @@ from exl2ray.formats.layout import WIDTHS, QParams, pad32
 from exl2ray.formats.measurement import Measurement
 from exl2ray.formats.measurement_rules import checked_pair
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
-from exl2ray.quant.measure_moe import MOE_TABLE
-from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.quant.qparams import head_option, option_tables
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 
 HEAD_SHARE = 0.7  # of what as many weights of a layer cost: no forward pass of all rows goes through the head
@@ -240,34 +239,19 @@ def head_bpw(spec: ModelSpec, params: Mapping[str, QParams]) -> float:
     return _bits(head, params[head.key]) / (head.in_features * pad32(head.out_features))
 
 
-Tables = list[tuple[tuple[str, ...], tuple[tuple[QParams, ...], ...]]]  # (roles, rows with an option for each role)
-
-
-def option_tables(roles: Set[str]) -> Tables:
-    """The option tables of a module whose linears have these roles; two for a parallel block, none for the head."""
-    tables: Tables = []
-    if "q_proj" in roles:
-        tables.append((("q_proj", "k_proj", "v_proj", "o_proj"), attention_options()))
-    if "up_proj" in roles:
-        gated = "gate_proj" in roles
-        tables.append(((("gate_proj",) if gated else ()) + ("up_proj", "down_proj"), mlp_options(gated)))
-    if "w1" in roles:
-        tables.append((MOE_TABLE.roles, MOE_TABLE.rows))
-    return tables
-
-
 def option_bits(module: ModuleSpec, overrides: Sequence[Override] = ()) -> list[tuple[list[int], int]]:
     """(total bits of each option, weights) of every slot of a module, from the option tables and what the user wants."""
     if not module.quantized:
         return []
     out = []
-    for names, rows in option_tables({x.role for x in module.linears}):
+    for table in option_tables({x.role for x in module.linears}):
+        names = table.roles
         alike = _alike([x for x in module.linears if x.role in names], overrides)
 
         def cost(row: tuple[QParams, ...], xs: list[LinearSpec], names: tuple[str, ...] = names) -> int:
             return len(xs) * _bits(xs[0], overridden(overrides, xs[0], row[names.index(xs[0].role)]))
 
-        bits = [sum(cost(row, xs) for xs in alike) for row in rows]
+        bits = [sum(cost(row, xs) for xs in alike) for row in table.rows]
         out.append((bits, sum(len(xs) * xs[0].in_features * pad32(xs[0].out_features) for xs in alike)))
     return out
 

@@ -15,6 +15,7 @@ from typing import Any
 from exl2ray.errors import FormatError
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bit widths of the format
+FLOAT16_MAX = 65504.0
 MAX_GROUP = 1 << 16  # rows; no linear has more
 
 

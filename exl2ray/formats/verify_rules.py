@@ -14,7 +14,8 @@ import torch
 from exl2ray.errors import FormatError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hfconfig import config_value
-from exl2ray.formats.layout import LinearShape, pad32
+from exl2ray.formats.layout import FLOAT16_MAX, LinearShape, pad32
+from exl2ray.formats.roles import ATTENTION, EXPERT, MLP
 from exl2ray.formats.tensorfile import TensorInfo, read_tensor
 
 ALWAYS_TIED = (
@@ -36,10 +37,10 @@ BLOCK = re.compile(
     r"(?:\.experts\.(?P<expert>\d{1,6}))?\.(?P<role>[qkvo]_proj|gate_proj|up_proj|down_proj|w1|w2|w3|v1|c_fc|c_proj)"
 )
 COMPLETE_BLOCKS = (
-    {"q_proj", "k_proj", "v_proj", "o_proj"},
-    {"gate_proj", "up_proj", "down_proj"},
+    {*ATTENTION},
+    {*MLP},
     {"c_fc", "c_proj"},
-    {"w1", "w3", "w2"},
+    {*EXPERT},
     {"w1", "v1", "w2"},
 )
 # Under the loader's names or the source's own: loaders rename what they find (architectures section 5.1).
@@ -50,7 +51,6 @@ FUSED = re.compile(
     r"(\.weight|\.bias)?"
 )
 LOADABLE = ("F16", "BF16", "F32")
-FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exl2ray.formats.layout import FLOAT16_MAX
 from exl2ray.model.half import Half, LinearBank
 from exl2ray.model.hyper import Hyper
-from exl2ray.model.norms import FLOAT16_MAX, Norm
+from exl2ray.model.norms import Norm
 from exl2ray.model.rules import Activation
 from exl2ray.model.spec import LinearSpec
 

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exl2ray.formats.layout import FLOAT16_MAX
 from exl2ray.model.rules import NormKind
-
-FLOAT16_MAX = 65504.0
 
 
 class Norm:

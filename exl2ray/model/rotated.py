@@ -21,11 +21,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from exl2ray.errors import UsageError
+from exl2ray.formats.roles import WRITERS
 from exl2ray.model.rotation import Rotation
 from exl2ray.model.spec import ModelSpec, ModuleSpec, Stored
 
 SEED = 0
-WRITERS = ("o_proj", "down_proj", "w2")  # roles whose output is added to the residual stream
 
 
 def rotated(spec: ModelSpec) -> ModelSpec:

@@ -16,11 +16,11 @@ from torch import Tensor
 from exl2ray.cuda.small_batches import CAPTURING
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import FLOAT16_MAX
 from exl2ray.formats.readahead import ReadAhead
 from exl2ray.model.arch import shape_fits
 from exl2ray.model.spec import CopiedTensor, LinearSpec, ModelSpec, ModuleSpec, PlainTensor, Stored
 
-FLOAT16_MAX = 65504.0
 READERS = 4  # threads that read ahead for a GPU: one alone is slower than the forward pass of a module
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

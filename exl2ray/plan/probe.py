@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from exl2ray.allocation.planning import option_bits, option_tables
+from exl2ray.allocation.planning import option_bits
 from exl2ray.beneath import existing_parent
 from exl2ray.devices import versions
 from exl2ray.errors import NumericError, StoreError
@@ -25,7 +25,7 @@ from exl2ray.formats.layout import QParams
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.plan.problems import Examination
 from exl2ray.plan.times import Timed, kind_of, weights_of
-from exl2ray.quant.qparams import head_option
+from exl2ray.quant.qparams import head_option, option_tables
 from exl2ray.recipe import Recipe
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import CALIBRATION
@@ -97,9 +97,9 @@ def options_near(module: ModuleSpec, bits: float, head_bits: int) -> dict[str, Q
         return {x.key: head_option(head_bits) for x in module.linears}
     out: dict[str, QParams] = {}
     tables = option_tables({x.role for x in module.linears})
-    for (roles, rows), (sizes, weights) in zip(tables, option_bits(module), strict=True):
-        row = rows[min(range(len(rows)), key=lambda i: abs(sizes[i] - bits * weights))]
-        out.update({x.key: row[roles.index(x.role)] for x in module.linears if x.role in roles})
+    for table, (sizes, weights) in zip(tables, option_bits(module), strict=True):
+        row = table.rows[min(range(len(sizes)), key=lambda i: abs(sizes[i] - bits * weights))]
+        out.update({x.key: row[table.roles.index(x.role)] for x in module.linears if x.role in table.roles})
     return out
 
 

@@ -18,13 +18,13 @@ import torch
 from exl2ray.allocation.frontier import all_options
 from exl2ray.allocation.knapsack import budget
 from exl2ray.allocation.overrides import Override, counting, overridden
-from exl2ray.allocation.planning import option_bits, option_tables, slot_weights, total_bits
+from exl2ray.allocation.planning import option_bits, slot_weights, total_bits
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.shards import TensorEntry, header_of, plan_shards
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import output_tensors, plain_shape
-from exl2ray.quant.qparams import head_option
+from exl2ray.quant.qparams import distinct_options, head_option
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 
 FILE_OVERHEAD = 8 + 2 + 7  # of a further shard: header length, braces, padding to a multiple of 8
@@ -177,8 +177,7 @@ def _options(spec: ModelSpec, freedom: Freedom) -> dict[str, tuple[QParams, ...]
     """Linear key -> the options that it may get."""
     columns = {x.role: all_options() for x in spec.linears}
     if not freedom.linears:
-        for roles, rows in option_tables({x.role for x in spec.linears}):
-            columns.update(zip(roles, (tuple(dict.fromkeys(c)) for c in zip(*rows, strict=True)), strict=True))
+        columns.update({role: options for role in columns if (options := distinct_options(role))})
     if not freedom.head:
         columns["lm_head"] = (head_option(freedom.head_bits),)
     wanted = freedom.overrides

@@ -20,18 +20,20 @@ one, each of them can be given the whole (h_f - h): together they then correct i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from exl2ray.cuda.solver import trailing_precision
 from exl2ray.errors import NumericError
+from exl2ray.formats.layout import FLOAT16_MAX
+from exl2ray.formats.roles import WRITERS
+from exl2ray.quant.block import Block, Check, Expert, ExpertBlock, Linear, by_input, device_of, has_experts
 from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.measure import FLOAT16_MAX, Settings, by_input
 from exl2ray.quant.rows import batches
+from exl2ray.quant.settings import Settings
 
 _CHUNK = 4096  # columns solved at a time
 
@@ -49,33 +51,31 @@ class Sums:
         self.cross.add(x, rows, routed, missing)
 
 
-SECOND = ("o_proj", "down_proj", "w2")  # roles of the linears that write the residual stream
 
-
-def can_correct(block: Any) -> bool:
+def can_correct(block: Block) -> bool:
     """Whether the block has the two stages: attention, MLP, experts; the head keeps plain targets."""
     return bool(block.module.quantized)
 
 
-def first_linears(block: Any) -> dict[str, list[Any]]:
+def first_linears(block: Block) -> dict[str, list[Linear]]:
     """The linears of the first stage by input."""
-    return by_input([x for x in block.module.linears if x.role not in SECOND])
+    return by_input([x for x in block.module.linears if x.role not in WRITERS])
 
 
-def second_linears(block: Any) -> dict[str, list[Any]]:
+def second_linears(block: Block) -> dict[str, list[Linear]]:
     """The linears of the second stage by input."""
-    return by_input([x for x in block.module.linears if x.role in SECOND])
+    return by_input([x for x in block.module.linears if x.role in WRITERS])
 
 
-def first_sums(block: Any, x: Tensor, other: Tensor, settings: Settings) -> dict[str, Sums]:
+def first_sums(block: Block, x: Tensor, other: Tensor, settings: Settings) -> dict[str, Sums]:
     """Sums of the first stage. x, other: (R, T, hidden) states at the entry, in the quantised and in the source model."""
     sums = _empty(block, first_linears(block))
-    device = next(iter(block.weights.values())).device
-    norm = block.pre if block.module.kind == "moe" else block.halves[0].pre
+    device = device_of(block)
+    norm = block.pre if has_experts(block) else block.halves[0].pre
     for part in batches(x.shape[0], settings.batch_rows):
         n, f = (norm(states[part].to(device)).flatten(0, -2) for states in (x, other))
         rows = part.stop - part.start
-        if block.module.kind != "moe":
+        if not has_experts(block):
             (own,) = sums.values()
             own.add(n, f - n, rows)
             continue
@@ -85,35 +85,38 @@ def first_sums(block: Any, x: Tensor, other: Tensor, settings: Settings) -> dict
 
 
 def second_sums(
-    block: Any,
+    block: Block,
     x: Tensor,  # (R, T, hidden) states at the entry, in the quantised model
     other: Tensor,  # the same in the source model
     source: Mapping[str, Tensor],  # linear key -> (K, N), source weights of the first linears
     settings: Settings,
-    check: Callable[[Tensor, str], int],
+    check: Check,
 ) -> tuple[dict[str, Sums], Tensor]:
     """Sums of the second stage, and the source model's states after the block. The block's first linears are quantised."""
     sums = _empty(block, second_linears(block))
-    device = next(iter(block.weights.values())).device
+    device = device_of(block)
     after = torch.empty_like(other)
-    run = _add_experts if block.module.kind == "moe" else _add_halves
     for part in batches(x.shape[0], settings.batch_rows):
-        result = run(block, x[part].to(device), other[part].to(device), source, settings, sums)
+        states = x[part].to(device), other[part].to(device)
+        if has_experts(block):
+            result = _add_experts(block, *states, source, settings, sums)
+        else:
+            result = _add_halves(block, *states, source, sums)
         check(result, f"source output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
         after[part] = result.to(after.dtype)
     return sums, after
 
 
 def _add_halves(
-    block: Any, x: Tensor, other: Tensor, source: Mapping[str, Tensor], settings: Settings, sums: dict[str, Sums]
+    block: Block, x: Tensor, other: Tensor, source: Mapping[str, Tensor], sums: dict[str, Sums]
 ) -> Tensor:
     """Attention, MLP, or both in parallel: the source model's states after some rows."""
     n, f = block.halves[0].pre(x), block.halves[0].pre(other)
     outs: list[Tensor] = []
     for half in block.halves:
-        quantised = half.mid({linear.role: half.linear(linear, n) for linear in half.first})
-        wanted = half.mid({linear.role: half.linear(linear, f, source[linear.key]) for linear in half.first})
-        outs.append(half.post(other, half.linear(half.second, wanted)))
+        quantised = half.mid({linear.role: half.linear(linear.key, n) for linear in half.first})
+        wanted = half.mid({linear.role: half.linear(linear.key, f, source[linear.key]) for linear in half.first})
+        outs.append(half.post(other, half.linear(half.second.key, wanted)))
         missing = (wanted - quantised).matmul(block.weights[half.second.key])
         if half is block.halves[-1] and half.post_norm is None:  # one of two parallel halves corrects the stream
             missing = _plus_behind(missing, x, other, half.residual_scale)
@@ -127,23 +130,22 @@ def _add_halves(
 
 
 def _add_experts(
-    block: Any, x: Tensor, other: Tensor, source: Mapping[str, Tensor], settings: Settings, sums: dict[str, Sums]
+    block: ExpertBlock, x: Tensor, other: Tensor, source: Mapping[str, Tensor], settings: Settings, sums: dict[str, Sums]
 ) -> Tensor:
     """A mixture of experts: the source model's states after some rows."""
     n, f = (block.pre(states).flatten(0, -2) for states in (x, other))
     experts, linear = block.experts, block.bank.linear
     for expert, tokens, routed in _routed(block, n, settings):
         own, twin = n[tokens], f[tokens]
-        quantised = experts.mid(expert, own)
-        wanted = experts.mix(*(linear(m, twin, source[m.key]) for m in (expert.gate, expert.up)))
+        quantised = experts.mix(linear(expert.gate.key, own), linear(expert.up.key, own))
+        wanted = experts.mix(*(linear(m.key, twin, source[m.key]) for m in (expert.gate, expert.up)))
         missing = (wanted - quantised).matmul(block.weights[expert.down.key])
         missing = _plus_behind(missing, x.flatten(0, -2)[tokens], other.flatten(0, -2)[tokens], 1.0)
         sums[expert.down.input_group].add(quantised, missing, x.shape[0], routed)
-    out: Tensor = block.post(other, block.forward_experts(f, block.route(f), source))
-    return out
+    return block.post(other, block.forward_experts(f, block.route(f), source))
 
 
-def _routed(block: Any, n: Tensor, settings: Settings) -> Iterator[tuple[Any, Tensor | slice, int]]:
+def _routed(block: ExpertBlock, n: Tensor, settings: Settings) -> Iterator[tuple[Expert, Tensor | slice, int]]:
     """Per expert: the tokens of n (tokens, hidden) that it is calibrated on, and how many the router sends to it."""
     routing = block.route(n)
     start = 0
@@ -163,20 +165,20 @@ def _plus_behind(missing: Tensor, x: Tensor, other: Tensor, scale: float) -> Ten
     return (missing.float() + behind).clamp(-FLOAT16_MAX, FLOAT16_MAX).to(missing.dtype)
 
 
-def _empty(block: Any, inputs: Mapping[str, Sequence[Any]]) -> dict[str, Sums]:
+def _empty(block: Block, inputs: Mapping[str, Sequence[Linear]]) -> dict[str, Sums]:
     """Empty sums for the linears on each input."""
-    device = next(iter(block.weights.values())).device
+    device = device_of(block)
     return {
         group: Sums(
             HessianAccumulator(linear.in_features, device),
-            HessianAccumulator(linear.in_features, device, linear.out_features if linear.role in SECOND else None),
+            HessianAccumulator(linear.in_features, device, linear.out_features if linear.role in WRITERS else None),
         )
         for group, (linear, *_) in inputs.items()
     }
 
 
 def corrected_weights(
-    block: Any, linears: Sequence[Any], factor: Factor, cross: HessianAccumulator, strength: float
+    block: Block, linears: Sequence[Linear], factor: Factor, cross: HessianAccumulator, strength: float
 ) -> dict[str, Tensor]:
     """Linear key -> corrected target (K, N) in compute dtype, for linears on one input. ``cross`` is used up.
 
@@ -186,7 +188,7 @@ def corrected_weights(
     if factor.r is None or cross.tokens == 0:
         return weights
     step = solve_damped(factor, cross.h.to(factor.r.device).div_(cross.rows))
-    shared = linears[0].role not in SECOND
+    shared = linears[0].role not in WRITERS
     out = {}
     for key, w in weights.items():
         target = torch.empty_like(w)

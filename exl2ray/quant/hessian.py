@@ -22,8 +22,9 @@ from exl2ray.cuda.device import device_bytes
 from exl2ray.cuda.small_batches import with_room
 from exl2ray.errors import NumericError
 from exl2ray.quant import cholesky
+from exl2ray.quant.block import Module
+from exl2ray.quant.settings import DAMPING, Settings
 
-DAMPING = 0.12  # of the mean of diag(H); the reference's value
 _DAMPING_FLOOR = 1e-5
 ATTEMPTS = 10
 _BLOCK_ROWS = 2048
@@ -218,3 +219,28 @@ def round_to_nearest(h: Tensor, natural: bool = False, rows: int = 1) -> Factor:
 def no_feedback(diagonal: Tensor, natural: bool, rows: int) -> Factor:
     """`round_to_nearest`, from the diagonal (K,) of the sum."""
     return Factor(order_of(diagonal, natural), None, 0.0, 0, float(diagonal.double().mean()) / rows)
+
+
+def factorise(
+    accumulator: HessianAccumulator, settings: Settings, where: str, notes: list[str], natural: bool = False
+) -> Factor:
+    """Factor of a Hessian; falls back to round-to-nearest, with a note, where no damping helps. ``natural``: no act-order."""
+    h, rows = (accumulator.h, accumulator.rows) if accumulator.tokens else (accumulator.finish(), 1)
+    try:
+        factor = prepare(h, settings.damping, where, rows, natural)
+    except NumericError as e:
+        if not bool(torch.isfinite(h).all()):
+            raise
+        notes.append(f"{e.message}: rounded to nearest without error feedback")
+        return round_to_nearest(h, natural, rows)
+    if factor.note:
+        notes.append(f"{where}: {factor.note}")
+    return factor
+
+
+def keeps_order(module: Module, group: str) -> bool:
+    """Whether the linear on this input must stay in natural order: down_proj of an MLP with biases (exl2-format section 9).
+
+    Loaders put the columns of up and gate into the order of down's rows, but leave their biases as they are.
+    """
+    return group == "down" and any(x.has_bias for x in module.linears if x.role in ("gate_proj", "up_proj"))

@@ -4,73 +4,37 @@ Per module (converter-algorithm section 10): one reference forward collects the 
 distinct option of every linear is quantised once; then each row of the option table is scored by a forward pass with the
 candidates in place. The score is the mean over calibration rows of ||Y - Y_ref||_F / ||Y_ref||_F.
 
-A module is a `exl2ray.model.blocks.Block`: two stages (linears on one input, a core without weights, a linear back), so
+A block has two stages (linears on one input, a core without weights, a linear back), so
 projection outputs of distinct options are computed once per batch of rows and combined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from exl2ray.errors import NumericError
-from exl2ray.formats.layout import QParams, pad32
+from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import ModuleProfile, OptionProfile
-from exl2ray.quality import PLAIN, Numerics
-from exl2ray.quant.hessian import DAMPING, Factor, HessianAccumulator, prepare, round_to_nearest
+from exl2ray.quant.block import Block, Check, Half, Linear, Module, by_input, device_of, has_experts
+from exl2ray.quant.hessian import Factor, HessianAccumulator, factorise, keeps_order
 from exl2ray.quant.losses import LossTable
+from exl2ray.quant.measure_moe import measure_experts
 from exl2ray.quant.pack import pad_columns
-from exl2ray.quant.qparams import attention_options, mlp_options, unique
+from exl2ray.quant.qparams import OptionTable, option_tables
 from exl2ray.quant.rows import batches
+from exl2ray.quant.scoring import accuracy_of, part_range, row_errors
+from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import solve_wanted
 
-WORST_ACCURACY = 1e-6
 USELESS_ACCURACY = 0.1  # the reference stops below this, and so do we: the module's output is noise
-FLOAT16_MAX = 65504.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run the numerics of one module.
-
-    Results depend on ``damping``, ``all_experts`` and ``numerics`` alone, up to rounding. The last are about quantising, not
-    measuring.
-    """
-
-    damping: float = DAMPING
-    batch_rows: int = 4  # calibration rows per forward
-    budget_bytes: int | None = None  # working memory of one solver batch
-    offload: bool = False  # keep the candidates of a module in host memory, for GPUs that cannot hold them all
-    expert_tokens: int | None = None  # tokens of one expert that are scored at once; None: all
-    all_experts: bool = False  # Hessians of every expert from all tokens; the forward pass stays as routed
-    numerics: Numerics = PLAIN
-
-
-@dataclass(frozen=True)
-class Table:
-    """Options of one half of a module: ``rows[i][j]`` is the option of ``roles[j]`` in table row i."""
-
-    roles: tuple[str, ...]
-    rows: tuple[tuple[QParams, ...], ...]
-
-    def columns(self) -> dict[str, tuple[list[QParams], list[int]]]:
-        """Per role: distinct options, and for each table row the index of its option among them."""
-        return {role: unique([row[j] for row in self.rows]) for j, role in enumerate(self.roles)}
-
-
-def table_for(half: Any) -> Table:
-    """The option table of an attention or MLP half, by the roles of its linears."""
-    roles = tuple(linear.role for linear in (*half.first, half.second))
-    rows = attention_options() if len(roles) == 4 else mlp_options(gated=len(roles) == 3)
-    return Table(roles, rows)
 
 
 def measure_block(
-    block: Any, x: Tensor, settings: Settings, check: Callable[[Tensor, str], int], report: Callable[[str], None] = print
+    block: Block, x: Tensor, settings: Settings, check: Check, report: Callable[[str], None] = print
 ) -> tuple[ModuleProfile, Tensor]:
     """Profile of a measurable block and its reference output.
 
@@ -83,7 +47,7 @@ def measure_block(
 
 
 def score_options(
-    block: Any,
+    block: Block,
     x: Tensor,
     y: Tensor,
     hessians: dict[str, HessianAccumulator],
@@ -97,9 +61,7 @@ def score_options(
     matrix products of its own, and the errors of a table row are summed over calibration rows in one order.
     """
     notes: list[str] = []
-    if block.module.kind == "moe":
-        from exl2ray.quant.measure_moe import measure_experts
-
+    if has_experts(block):
         lists, extra = measure_experts(block, x, y, hessians, settings, notes, part)
     else:
         lists = []
@@ -113,7 +75,7 @@ def score_options(
 
 
 def profile_of(
-    module: Any, lists: Sequence[Sequence[OptionProfile]], extra: dict[str, Any], report: Callable[[str], None] = print
+    module: Module, lists: Sequence[Sequence[OptionProfile]], extra: dict[str, Any], report: Callable[[str], None] = print
 ) -> ModuleProfile:
     """The profile of a module from its complete scored tables. Raises NumericError if no option is of any use."""
     where = module.profile_key
@@ -132,21 +94,15 @@ def profile_of(
     return ModuleProfile(key, mode, tuple(lists[0]), extra=extra)
 
 
-def part_range(part: tuple[int, int], rows: int) -> range:
-    """Table rows of the p-th of P parts."""
-    p, parts = part
-    return range(p * rows // parts, (p + 1) * rows // parts)
-
-
 def reference_pass(
-    block: Any, x: Tensor, settings: Settings, check: Callable[[Tensor, str], int], slices: Iterable[slice] | None = None
+    block: Block, x: Tensor, settings: Settings, check: Check, slices: Iterable[slice] | None = None
 ) -> tuple[Tensor, dict[str, HessianAccumulator]]:
     """Unquantised forward of all rows: output states, and a Hessian per distinct input ("qkv", "down", "w2.3", ...).
 
     slices: the batches of rows; None: as large ones as ``settings`` has.
     """
     sizes = {linear.input_group: linear.in_features for linear in block.module.linears}
-    device = next(iter(block.weights.values())).device
+    device = device_of(block)
     hessians = {group: HessianAccumulator(k, device) for group, k in sizes.items()}
     y = torch.empty_like(x)
     for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
@@ -155,7 +111,7 @@ def reference_pass(
         def capture(group: str, inputs: Tensor, rows: int = xb.shape[0]) -> None:
             hessians[group].add(inputs, rows)
 
-        if block.module.kind == "moe" and settings.all_experts:
+        if has_experts(block) and settings.all_experts:
             out = block.forward(xb)
             for group, inputs, routed in block.inputs_of_all_experts(xb):
                 hessians[group].add(inputs, xb.shape[0], routed)
@@ -166,34 +122,9 @@ def reference_pass(
     return y, hessians
 
 
-def keeps_order(module: Any, group: str) -> bool:
-    """Whether the linear on this input must stay in natural order: down_proj of an MLP with biases (exl2-format section 9).
-
-    Loaders put the columns of up and gate into the order of down's rows, but leave their biases as they are.
-    """
-    return group == "down" and any(x.has_bias for x in module.linears if x.role in ("gate_proj", "up_proj"))
-
-
-def factorise(
-    accumulator: HessianAccumulator, settings: Settings, where: str, notes: list[str], natural: bool = False
-) -> Factor:
-    """Factor of a Hessian; falls back to round-to-nearest, with a note, where no damping helps. ``natural``: no act-order."""
-    h, rows = (accumulator.h, accumulator.rows) if accumulator.tokens else (accumulator.finish(), 1)
-    try:
-        factor = prepare(h, settings.damping, where, rows, natural)
-    except NumericError as e:
-        if not bool(torch.isfinite(h).all()):
-            raise
-        notes.append(f"{e.message}: rounded to nearest without error feedback")
-        return round_to_nearest(h, natural, rows)
-    if factor.note:
-        notes.append(f"{where}: {factor.note}")
-    return factor
-
-
 def _candidates(
-    block: Any,
-    half: Any,
+    block: Block,
+    half: Half,
     hessians: dict[str, HessianAccumulator],
     factors: dict[str, Factor],
     settings: Settings,
@@ -203,7 +134,7 @@ def _candidates(
     tokens: int,  # of a calibration row
 ) -> dict[str, dict[int, Tensor]]:
     """Role -> reconstructed weights (K, N32) float16 of its distinct options, as far as this part uses them."""
-    table = table_for(half)
+    (table,) = option_tables([linear.role for linear in (*half.first, half.second)])
     columns = table.columns()
     wanted = {role: {index[i] for i in part_range(part, len(table.rows))} for role, (_, index) in columns.items()}
     out: dict[str, dict[int, Tensor]] = {}
@@ -222,17 +153,9 @@ def _candidates(
     return out
 
 
-def by_input(linears: Sequence[Any]) -> dict[str, list[Any]]:
-    """Linears by the input they share, in order."""
-    groups: dict[str, list[Any]] = {}
-    for linear in linears:
-        groups.setdefault(linear.input_group, []).append(linear)
-    return groups
-
-
 def _score(
-    block: Any,
-    half: Any,
+    block: Block,
+    half: Half,
     x: Tensor,
     y: Tensor,
     candidates: dict[str, dict[int, Tensor]],
@@ -240,12 +163,12 @@ def _score(
     part: tuple[int, int],
 ) -> list[OptionProfile]:
     """Accuracy of the rows of one part of the option table."""
-    table = table_for(half)
+    (table,) = option_tables([linear.role for linear in (*half.first, half.second)])
     wanted = part_range(part, len(table.rows))
     columns = table.columns()
     first = [linear.role for linear in half.first]
     index = {role: columns[role][1] for role in table.roles}
-    device = next(iter(block.weights.values())).device
+    device = device_of(block)
     errors = torch.zeros(len(table.rows), dtype=torch.float64, device=device)
     for rows in batches(x.shape[0], settings.batch_rows):
         xb = x[rows].to(device)
@@ -253,13 +176,13 @@ def _score(
         target = y[rows].to(device) if half.add_residual else half.post(xb, half.branch(n))
         norm = target.float().flatten(1).norm(dim=1)
         outs = {
-            r: {j: half.prepare(r, half.linear(s, n, w)) for j, w in candidates[r].items()}
+            r: {j: half.prepare(r, half.linear(s.key, n, w)) for j, w in candidates[r].items()}
             for r, s in zip(first, half.first, strict=True)
         }
         for combination, users in _combinations(index, first, half.second.role, wanted):
             m = half.mix({r: outs[r][j] for r, j in zip(first, combination, strict=True)})
             for option, table_rows in users.items():
-                out = half.linear(half.second, m, candidates[half.second.role][option])
+                out = half.linear(half.second.key, m, candidates[half.second.role][option])
                 error = branch_errors(half, xb, out, target, norm)
                 for i in table_rows:
                     errors[i] += error
@@ -282,17 +205,6 @@ def _combinations(
     return list(out.items())
 
 
-def row_errors(result: Tensor, target: Tensor, norm: Tensor) -> Tensor:
-    """Sum over the rows of a batch of ||result - target|| / norm, float64 scalar on the device.
-
-    result, target: (R, T, hidden); norm: (R,) float32 = ||target|| per row.
-    """
-    if result.dtype == torch.float16:
-        result = result.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-    total: Tensor = ((result.float() - target.float()).flatten(1).norm(dim=1) / norm).double().sum()
-    return total
-
-
 def relative_error(result: Tensor, target: Tensor) -> float:
     """Sum over the rows of a batch of ||result - target|| / ||target||; both (R, T, hidden)."""
     if result.is_cuda:
@@ -304,7 +216,7 @@ def relative_error(result: Tensor, target: Tensor) -> float:
     return float(row_errors(result, target, target.float().flatten(1).norm(dim=1)))
 
 
-def branch_errors(half: Any, x: Tensor, out: Tensor, target: Tensor, norm: Tensor) -> Tensor:
+def branch_errors(half: Half, x: Tensor, out: Tensor, target: Tensor, norm: Tensor) -> Tensor:
     """`row_errors` of ``half.post(x, out)``, in one pass where a kernel exists for it."""
     if x.is_cuda and half.plain_residual:
         from exl2ray.cuda import elementwise
@@ -315,13 +227,7 @@ def branch_errors(half: Any, x: Tensor, out: Tensor, target: Tensor, norm: Tenso
     return row_errors(half.post(x, out), target, norm)
 
 
-def accuracy_of(error: float) -> float:
-    """1 - error, at least 1e-6; NaN counts as useless."""
-    accuracy = 1.0 - error
-    return max(WORST_ACCURACY, accuracy) if accuracy == accuracy else WORST_ACCURACY
-
-
-def _option_bits(table: Table, linears: dict[str, Any]) -> list[int]:
+def _option_bits(table: OptionTable, linears: Mapping[str, Linear]) -> list[int]:
     return [
         sum(
             q.total_bits(linears[r].in_features, pad32(linears[r].out_features), linears[r].has_bias)

@@ -6,19 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from exl2ray.quant.hessian import HessianAccumulator
+from exl2ray.quant.block import Block
+from exl2ray.quant.hessian import HessianAccumulator, factorise
 from exl2ray.quant.losses import LossTable
-from exl2ray.quant.measure import Settings, factorise
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.rows import batches
+from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import solve_wanted
 
 # Few, because a head is as large as several layers; what lies between them can be told (`exl2ray.allocation.frontier`).
 OPTIONS = tuple(parse(text) for text in ("1:3b_64g", "1:4b_64g", "1:6b_64g"))
 
 
-def measure_head(block: Any, x: Tensor, settings: Settings) -> dict[str, Any]:
+def measure_head(block: Block, x: Tensor, settings: Settings) -> dict[str, Any]:
     """The extra profile of the head: losses by option, and notes. x: (R, T, hidden) normed states of the source model."""
     head = block.module.linears[0]
     weight = block.weights[head.key]

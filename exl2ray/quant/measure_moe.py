@@ -15,22 +15,25 @@ import torch
 from torch import Tensor
 
 from exl2ray.cuda.small_batches import COUNT, SMALL, Streams
+from exl2ray.formats import roles
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
-from exl2ray.quant.hessian import Factor, HessianAccumulator
+from exl2ray.quant.block import Block, ExpertBlock, Routing, device_of, has_experts
+from exl2ray.quant.hessian import Factor, HessianAccumulator, factorise
 from exl2ray.quant.losses import LossTable
-from exl2ray.quant.measure import Settings, Table, accuracy_of, factorise, part_range, row_errors
 from exl2ray.quant.pack import pad_columns
-from exl2ray.quant.qparams import mlp_options
+from exl2ray.quant.qparams import option_tables
 from exl2ray.quant.rows import batches
+from exl2ray.quant.scoring import accuracy_of, part_range, row_errors
+from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import solve_wanted
 
-MOE_TABLE = Table(("w1", "w3", "w2"), mlp_options())
+(MOE_TABLE,) = option_tables(roles.EXPERT)
 STARVED_SHARE = 0.1  # of a fair share of the tokens; an expert below is warned of
 
 
 def measure_experts(
-    block: Any,
+    block: ExpertBlock,
     x: Tensor,
     y: Tensor,
     hessians: dict[str, HessianAccumulator],
@@ -46,7 +49,7 @@ def measure_experts(
     report = coverage(block, hessians)
     losses, shares = LossTable(), token_shares(block, hessians, x.shape[0] * x.shape[1])
     tables = [LossTable() for _ in block.experts.experts]
-    device = next(iter(block.weights.values())).device
+    device = device_of(block)
     with Streams(device, 1 if settings.offload else lanes_of(block)) as streams:
         for index, expert in enumerate(block.experts.experts):
             inputs = {f"w13.{index}": (expert.gate, expert.up), f"w2.{index}": (expert.down,)}
@@ -70,9 +73,9 @@ def measure_experts(
     return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": report, **losses.extra()}
 
 
-def lanes_of(block: Any) -> int:
+def lanes_of(block: Block) -> int:
     """Inputs that are solved at the same time: several for experts whose solver batches leave most of a GPU idle."""
-    if block.module.kind != "moe":
+    if not has_experts(block):
         return 1
     gate = block.experts.experts[0].gate
     columns = MOE_TABLE.columns()
@@ -81,7 +84,7 @@ def lanes_of(block: Any) -> int:
 
 
 def expert_factor(
-    block: Any, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]
+    block: Block, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]
 ) -> Factor:
     """Factor of one expert's Hessian. For w1/w3 an expert with fewer tokens than dimensions adds the Hessian of all experts.
 
@@ -108,7 +111,7 @@ def expert_factor(
     return factorise(own, settings, where, notes)
 
 
-def token_shares(block: Any, hessians: dict[str, HessianAccumulator], tokens: int) -> dict[str, float]:
+def token_shares(block: ExpertBlock, hessians: dict[str, HessianAccumulator], tokens: int) -> dict[str, float]:
     """Input group -> what turns tr(E^T H E) of an expert, H as `expert_factor` has it, into its part of the error per token.
 
     An expert counts with the tokens routed to it, at least a tenth of a fair share: calibration text is not all there is.
@@ -126,7 +129,7 @@ def token_shares(block: Any, hessians: dict[str, HessianAccumulator], tokens: in
     return out
 
 
-def coverage(block: Any, hessians: dict[str, HessianAccumulator]) -> list[dict[str, float]]:
+def coverage(block: ExpertBlock, hessians: dict[str, HessianAccumulator]) -> list[dict[str, float]]:
     """Per expert: calibration tokens routed to it, and their share of all routed tokens."""
     return shares_of([hessians[f"w2.{e}"].routed for e in range(len(block.experts.experts))])
 
@@ -162,7 +165,7 @@ def starved_experts(experts: Sequence[Mapping[str, float]]) -> str:
 
 
 def _score_experts(
-    block: Any,
+    block: ExpertBlock,
     x: Tensor,
     y: Tensor,
     candidates: list[dict[str, dict[int, Tensor]]],
@@ -170,7 +173,7 @@ def _score_experts(
     rows: range,
 ) -> list[OptionProfile]:
     """Accuracy of some rows of the table. Each expert's outputs are added to the sums of all rows before the next one's."""
-    device = next(iter(block.weights.values())).device
+    device = device_of(block)
     errors = torch.zeros(len(MOE_TABLE.rows), dtype=torch.float64, device=device)
     for part in batches(x.shape[0], settings.batch_rows):
         xb, target = x[part].to(device), y[part].to(device)
@@ -199,10 +202,10 @@ def _score_experts(
 
 
 def _add_expert(
-    block: Any,
+    block: ExpertBlock,
     index: int,
     h: Tensor,  # (tokens, hidden) normed
-    routing: Any,
+    routing: Routing,
     slots: Tensor,  # (n,) entries of the routing that belong to the expert
     solved: dict[str, dict[int, Tensor]],
     sums: dict[int, Tensor],  # table row -> (tokens, hidden) float32
@@ -218,7 +221,7 @@ def _add_expert(
     columns = MOE_TABLE.columns()
     chosen = {role: columns[role][1] for role in MOE_TABLE.roles}
     outs = {
-        m.role: {j: block.bank.linear(m, inputs, w) for j, w in solved[m.role].items()} for m in (expert.gate, expert.up)
+        m.role: {j: block.bank.linear(m.key, inputs, w) for j, w in solved[m.role].items()} for m in (expert.gate, expert.up)
     }
     combinations: dict[tuple[int, int], dict[int, list[int]]] = {}
     for i in sums:
@@ -227,6 +230,6 @@ def _add_expert(
     for (gate, up), downs in combinations.items():
         mid = block.experts.mix(outs["w1"][gate], outs["w3"][up])
         for down, users in downs.items():
-            out = block.bank.linear(expert.down, mid, solved["w2"][down]).float() * weights
+            out = block.bank.linear(expert.down.key, mid, solved["w2"][down]).float() * weights
             for i in users:
                 sums[i].index_add_(0, tokens, out)

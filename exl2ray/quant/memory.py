@@ -7,16 +7,18 @@ device batch alike and give the same bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from exl2ray.cuda.device import device_bytes
 from exl2ray.cuda.small_batches import GRAPH_SHARE
+from exl2ray.formats import roles
 from exl2ray.formats.layout import pad32
-from exl2ray.quant.hessian import DAMPING, FLOAT64_ROWS
-from exl2ray.quant.measure import Settings
-from exl2ray.quant.qparams import attention_options, mlp_options, unique
+from exl2ray.quant.block import Module
+from exl2ray.quant.hessian import FLOAT64_ROWS
+from exl2ray.quant.measure_moe import MOE_TABLE
+from exl2ray.quant.qparams import distinct_options
+from exl2ray.quant.settings import DAMPING, Settings
 from exl2ray.quant.solve import BYTES_PER_WEIGHT
 
 CPU_BATCH_TOKENS = 8192
@@ -32,21 +34,17 @@ CORRECTED_STATE_SETS = 4  # with corrected targets: entry and output, each in th
 PARTIAL_SUMS = 3  # of Hessians that wait for their sibling in the tree of shares
 SUMS_SHARE = 0.15
 EXPERT_SHARE = 0.1  # scoring of one expert's tokens
-OPTION_COUNTS = {  # distinct options in the tables, by role
-    **dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), (14, 14, 15, 14), strict=True)),
-    **dict(zip(("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2"), (13, 13, 14, 13, 13, 14), strict=True)),
-}
 NORM_BYTES_PER_TOKEN = 1 << 17  # the final norm: states in and out in float32, hidden sizes up to 16384
 
 
-def settings_for(module: Any, rows: int, tokens: int, device: torch.device, damping: float) -> Settings:
+def settings_for(module: Module, rows: int, tokens: int, device: torch.device, damping: float) -> Settings:
     """Batch sizes for one module; ``rows`` calibration rows of ``tokens`` tokens."""
     if device.type != "cuda":
         return Settings(damping, max(1, min(rows, CPU_BATCH_TOKENS // tokens)), CPU_SOLVER_BYTES)
     return settings_within(module, rows, tokens, device_bytes(device), damping)
 
 
-def settings_within(module: Any, rows: int, tokens: int, total: int, damping: float) -> Settings:
+def settings_within(module: Module, rows: int, tokens: int, total: int, damping: float) -> Settings:
     """`settings_for` on a GPU of ``total`` bytes."""
     candidates = _candidate_bytes(module)
     offload = candidates > CANDIDATE_SHARE * total
@@ -57,32 +55,32 @@ def settings_within(module: Any, rows: int, tokens: int, total: int, damping: fl
 
 
 def states_fit(
-    modules: Sequence[Any], state_bytes: int, tokens: int, device: torch.device, corrected: bool = False
+    modules: Sequence[Module], state_bytes: int, tokens: int, device: torch.device, corrected: bool = False
 ) -> bool:
     """Whether hidden states of ``state_bytes`` stay on the GPU: if the largest module has room beside them."""
     return device.type == "cuda" and states_fit_within(modules, state_bytes, tokens, device_bytes(device), corrected)
 
 
 def states_fit_within(
-    modules: Sequence[Any], state_bytes: int, tokens: int, total: int, corrected: bool = False
+    modules: Sequence[Module], state_bytes: int, tokens: int, total: int, corrected: bool = False
 ) -> bool:
     """`states_fit` on a GPU of ``total`` bytes."""
     return room_within(modules, state_bytes, tokens, total, corrected) >= 0
 
 
-def room_for_contexts(modules: Sequence[Any], state_bytes: int, tokens: int, device: torch.device) -> int:
+def room_for_contexts(modules: Sequence[Module], state_bytes: int, tokens: int, device: torch.device) -> int:
     """Bytes for results of reference passes that wait for their module's turn; on CPUs no limit."""
     if device.type != "cuda":
         return 1 << 62
     return max(0, room_within(modules, state_bytes, tokens, device_bytes(device), False))
 
 
-def context_bytes(module: Any, state_bytes: int) -> int:
+def context_bytes(module: Module, state_bytes: int) -> int:
     """What waits for a module's turn: its output states and its Hessians."""
     return state_bytes + _hessian_bytes(module)
 
 
-def room_within(modules: Sequence[Any], state_bytes: int, tokens: int, total: int, corrected: bool) -> int:
+def room_within(modules: Sequence[Module], state_bytes: int, tokens: int, total: int, corrected: bool) -> int:
     """Bytes that the largest module leaves free beside states of ``state_bytes``, on a GPU of ``total`` bytes.
 
     Negative if they do not fit. A pass holds three sets of states: entry, target and output.
@@ -100,48 +98,48 @@ def room_within(modules: Sequence[Any], state_bytes: int, tokens: int, total: in
     return int((ROOM_SHARE - GRAPH_SHARE) * total) - worst - sets * state_bytes
 
 
-def sums_on_host(module: Any, device: torch.device, corrected: bool = False) -> bool:
+def sums_on_host(module: Module, device: torch.device, corrected: bool = False) -> bool:
     """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.team.tree`)."""
     return device.type == "cuda" and sums_on_host_within(module, device_bytes(device), corrected)
 
 
-def sums_on_host_within(module: Any, total: int, corrected: bool = False) -> bool:
+def sums_on_host_within(module: Module, total: int, corrected: bool = False) -> bool:
     """`sums_on_host` on a GPU of ``total`` bytes."""
     sums = _hessian_bytes(module) + (_cross_bytes(module) if corrected else 0)
     return PARTIAL_SUMS * sums > SUMS_SHARE * total
 
 
-def recorded_bytes(modules: Sequence[Any], total: int) -> int:
+def recorded_bytes(modules: Sequence[Module], total: int) -> int:
     """At most what recorded solver batches of these modules keep on a GPU of ``total`` bytes, until memory runs out."""
     groups = {(m.kind, x.input_group): _solver_bytes(m, x.input_group) for m in modules for x in m.linears}
     return min(sum(groups.values()), int(GRAPH_SHARE * total))
 
 
-def _hessian_bytes(module: Any) -> int:
+def _hessian_bytes(module: Module) -> int:
     inputs = {x.input_group: x.in_features for x in module.linears}
     return sum(4 * k * k for k in inputs.values())
 
 
-def _cross_bytes(module: Any) -> int:
+def _cross_bytes(module: Module) -> int:
     """Products that corrected targets are made of: K x K for linears on a common input, K x N for those that write back."""
     if not module.quantized:
         return 0
-    second = [x for x in module.linears if x.role in ("o_proj", "down_proj", "w2")]
+    second = [x for x in module.linears if x.role in roles.WRITERS]
     first: dict[str, int] = {x.input_group: x.in_features for x in module.linears if x not in second}
     sizes = [k * k for k in first.values()] + [int(x.in_features * x.out_features) for x in second]
     return 4 * sum(sizes)
 
 
-def _correction_bytes(module: Any) -> int:
+def _correction_bytes(module: Module) -> int:
     """What corrected targets add to the peak of a module: the products, the targets, the source weights."""
     return _cross_bytes(module) + 4 * sum(int(x.in_features * x.out_features) for x in module.linears)
 
 
-def _hidden(module: Any) -> int:
+def _hidden(module: Module) -> int:
     return min((x.in_features for x in module.linears), default=1)
 
 
-def peak_bytes(module: Any, settings: Settings, tokens: int, states_bytes: int) -> dict[str, int]:
+def peak_bytes(module: Module, settings: Settings, tokens: int, states_bytes: int) -> dict[str, int]:
     """Estimate of the most GPU memory that each stage of measuring a module takes, in bytes; on GPUs, from shapes.
 
     states_bytes: of one set of hidden states if they are kept on the GPU, else 0; two of them count, entry and output.
@@ -167,44 +165,42 @@ def peak_bytes(module: Any, settings: Settings, tokens: int, states_bytes: int) 
     }
 
 
-def _solver_bytes(module: Any, group: str) -> int:
+def _solver_bytes(module: Module, group: str) -> int:
     """Working memory of the options of the linears on one input, solved in one batch."""
     members = [x for x in module.linears if x.input_group == group]
-    return sum(BYTES_PER_WEIGHT * OPTION_COUNTS.get(x.role, 1) * x.in_features * pad32(x.out_features) for x in members)
+    return sum(BYTES_PER_WEIGHT * _options(x.role) * x.in_features * pad32(x.out_features) for x in members)
 
 
-def _expert_tokens(module: Any, total: int) -> int | None:
+def _expert_tokens(module: Module, total: int) -> int | None:
     """Tokens of one expert that are scored at once; None for a dense module."""
     per_token = _expert_bytes_per_token(module)
     return max(256, int(total * EXPERT_SHARE) // per_token) if per_token else None
 
 
-def _expert_bytes_per_token(module: Any) -> int:
+def _expert_bytes_per_token(module: Module) -> int:
     """What scoring one token of one expert keeps: outputs of all options of w1 and w3, an input of w2 and its outputs."""
     width = max((x.in_features for x in module.linears if x.role == "w2"), default=0)
     hidden = max((x.in_features for x in module.linears if x.role == "w1"), default=0)
-    return 2 * width * (OPTION_COUNTS["w1"] + OPTION_COUNTS["w3"] + 2) + 12 * hidden if width else 0
+    return 2 * width * (_options("w1") + _options("w3") + 2) + 12 * hidden if width else 0
 
 
-def _candidate_bytes(module: Any) -> int:
+def _options(role: str) -> int:
+    """Distinct options in the table of a role; 1 for the head."""
+    return max(1, len(distinct_options(role)))
+
+
+def _candidate_bytes(module: Module) -> int:
     """Reconstructed weights of all distinct options of a module, in half precision."""
-    return sum(2 * OPTION_COUNTS.get(x.role, 1) * x.in_features * pad32(x.out_features) for x in module.linears)
+    return sum(2 * _options(x.role) * x.in_features * pad32(x.out_features) for x in module.linears)
 
 
-def _bytes_per_token(module: Any) -> int:
+def _bytes_per_token(module: Module) -> int:
     """Activations of the scoring forward: every distinct option's outputs of the first linears at once, in half precision."""
     widest = 0
-    roles = [x.role for x in module.linears]
-    if "q_proj" in roles:
-        first = [x for x in module.linears if x.role in ("q_proj", "k_proj", "v_proj")]
-        counts = [len(unique([r[i] for r in attention_options()])[0]) for i in range(3)]
-        widest += sum(c * pad32(x.out_features) for c, x in zip(counts, first, strict=True)) * 2
-    gate_up = [x for x in module.linears if x.role in ("gate_proj", "up_proj")]
-    if gate_up:
-        counts = [len(unique([r[i] for r in mlp_options()])[0]) for i in range(2)]
-        widest += sum(c * pad32(x.out_features) for c, x in zip(counts, gate_up, strict=False)) * 2
-    if "w1" in roles:  # sums of every table row in float32; inputs, outputs and weighted outputs of the chosen experts
-        widest += (4 * len(mlp_options()) + 16) * max(x.in_features for x in module.linears if x.role == "w1")
+    first = [x for x in module.linears if x.role in (*roles.ATTENTION, *roles.MLP) and x.role not in roles.WRITERS]
+    widest += sum(2 * _options(x.role) * pad32(x.out_features) for x in first)
+    if module.kind == "moe":  # sums of every table row in float32; inputs, outputs and weighted outputs of the chosen experts
+        widest += (4 * len(MOE_TABLE.rows) + 16) * max(x.in_features for x in module.linears if x.role == "w1")
     if not module.linears:
         return NORM_BYTES_PER_TOKEN
     hidden: int = max(x.in_features for x in module.linears)

@@ -8,10 +8,12 @@ Rows repeat options; `unique` reduces a column to what has to be computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 from exl2ray.errors import UsageError
+from exl2ray.formats import roles
 from exl2ray.formats.layout import QParams
 
 # q | k | v | o
@@ -98,6 +100,36 @@ def mlp_options(gated: bool = True) -> tuple[tuple[QParams, ...], ...]:
     """17 rows of (gate, up, down); without a gate the first column is dropped and 17 rows of (up, down) remain."""
     rows = _table(_MLP)
     return rows if gated else tuple(row[1:] for row in rows)
+
+
+@dataclass(frozen=True)
+class OptionTable:
+    """Options of one half of a module: ``rows[i][j]`` is the option of ``roles[j]`` in table row i."""
+
+    roles: tuple[str, ...]
+    rows: tuple[tuple[QParams, ...], ...]
+
+    def columns(self) -> dict[str, tuple[list[QParams], list[int]]]:
+        """Per role: distinct options, and for each table row the index of its option among them."""
+        return {role: unique([row[j] for row in self.rows]) for j, role in enumerate(self.roles)}
+
+
+@cache
+def _tables() -> tuple[OptionTable, ...]:
+    mlp = (OptionTable(roles.MLP, mlp_options()), OptionTable(roles.MLP[1:], mlp_options(gated=False)))
+    return OptionTable(roles.ATTENTION, attention_options()), *mlp, OptionTable(roles.EXPERT, mlp_options())
+
+
+def option_tables(of: Collection[str]) -> list[OptionTable]:
+    """The tables of a module whose linears have these roles; two for a parallel block, none for the head."""
+    ungated = "gate_proj" not in of
+    return [t for t in _tables() if set(t.roles) <= set(of) and (ungated or t.roles != roles.MLP[1:])]
+
+
+@cache
+def distinct_options(role: str) -> tuple[QParams, ...]:
+    """The options that the tables have for a role; none for the head."""
+    return next((tuple(t.columns()[role][0]) for t in _tables() if role in t.roles), ())
 
 
 @cache

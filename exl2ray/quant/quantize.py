@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +17,14 @@ from exl2ray.cuda.small_batches import Streams
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
+from exl2ray.quant.block import Block, Check, Linear, by_input, device_of, has_experts
 from exl2ray.quant.gptq import Quantized
-from exl2ray.quant.hessian import Factor, HessianAccumulator, round_to_nearest
-from exl2ray.quant.measure import Settings, by_input, factorise, keeps_order, reference_pass, relative_error
+from exl2ray.quant.hessian import Factor, HessianAccumulator, factorise, keeps_order, round_to_nearest
+from exl2ray.quant.measure import reference_pass, relative_error
 from exl2ray.quant.measure_moe import coverage, describe_coverage, expert_factor, lanes_of
 from exl2ray.quant.pack import dequantize, pack, pad_columns
 from exl2ray.quant.rows import batches, shared_batches
+from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import quantize_linears
 
 
@@ -41,11 +42,11 @@ class QuantizedModule:
 
 
 def quantize_block(
-    block: Any,
+    block: Block,
     x: Tensor,  # (R, T, hidden) states that the modules before really produce
     params: Mapping[str, QParams],  # linear key -> option
     settings: Settings,
-    check: Callable[[Tensor, str], int],
+    check: Check,
 ) -> tuple[QuantizedModule, Tensor, Tensor]:
     """Quantises every linear of a block: (packed tensors, states after the quantised block, after the source block).
 
@@ -57,13 +58,13 @@ def quantize_block(
 
 
 def quantize_after(
-    block: Any,
+    block: Block,
     x: Tensor,  # (R, T, hidden) states entering the module
     target: Tensor,  # (R, T, hidden) and Hessians: results of `reference_pass`
     hessians: dict[str, HessianAccumulator],
     params: Mapping[str, QParams],
     settings: Settings,
-    check: Callable[[Tensor, str], int],
+    check: Check,
     early: Callable[[str, dict[str, PackedLinear]], None] | None = None,
 ) -> tuple[QuantizedModule, Tensor]:
     """Second half of `quantize_block`, after `reference_pass`: the packed module and the states after it.
@@ -71,13 +72,13 @@ def quantize_after(
     Takes Hessians out of ``hessians`` as it uses them, to make room. early: gets the packed linears of each input as they are
     done; all stay on their device then.
     """
-    experts = coverage(block, hessians) if block.module.kind == "moe" else []
+    experts = coverage(block, hessians) if has_experts(block) else []
     notes = [describe_coverage(experts)] if experts else []
     packed: dict[str, PackedLinear] = {}
     groups = by_input(block.module.linears)
 
     def solve(group: str) -> dict[str, Quantized]:
-        if block.module.kind == "moe":
+        if has_experts(block):
             factor = expert_factor(block, hessians, group, settings, notes)
             if not group.startswith("w13."):  # those of w1 and w3 may be borrowed from
                 del hessians[group]
@@ -93,7 +94,7 @@ def quantize_after(
     # A plain tensor per row batch: rows are independent, and the error needs both outputs of a row.
     out = torch.empty_like(x)
     error = 0.0
-    device = next(iter(block.weights.values())).device
+    device = device_of(block)
     for part in shared_batches(x.shape[0], settings.batch_rows):  # shapes that the reference pass had: some need setting up
         result = block.forward(x[part].to(device))
         check(result, f"quantised output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
@@ -105,7 +106,7 @@ def quantize_after(
 
 
 def quantize_groups(
-    block: Any, groups: Sequence[str], solve: Callable[[str], dict[str, Quantized]], keep: bool = False
+    block: Block, groups: Sequence[str], solve: Callable[[str], dict[str, Quantized]], keep: bool = False
 ) -> Iterator[tuple[str, dict[str, PackedLinear]]]:
     """Solves inputs one after another, small experts some at a time side by side, and packs: (input, packed linears).
 
@@ -116,7 +117,7 @@ def quantize_groups(
     for start in range(0, len(groups), size):
         chunk = groups[start : start + size]
         solved: dict[str, dict[str, Quantized]] = {}
-        with Streams(next(iter(block.weights.values())).device, lanes) as side_by_side:
+        with Streams(device_of(block), lanes) as side_by_side:
             for group in chunk:
                 with side_by_side.turn():
                     solved[group] = solve(group)
@@ -125,8 +126,8 @@ def quantize_groups(
 
 
 def solve_group(
-    block: Any,
-    linears: list[Any],
+    block: Block,
+    linears: Sequence[Linear],
     factor: Factor,
     params: Mapping[str, QParams],
     settings: Settings,
@@ -138,7 +139,7 @@ def solve_group(
     return quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.numerics)
 
 
-def pack_group(block: Any, solved: Mapping[str, Quantized], keep: bool = False) -> dict[str, PackedLinear]:
+def pack_group(block: Block, solved: Mapping[str, Quantized], keep: bool = False) -> dict[str, PackedLinear]:
     """Packs what `solve_group` found; puts the weights reconstructed from the packing into the block.
 
     keep: leaves the packed tensors on their device.
@@ -159,7 +160,7 @@ def pack_group(block: Any, solved: Mapping[str, Quantized], keep: bool = False) 
 
 
 def quantize_head(
-    block: Any,
+    block: Block,
     x: Tensor,  # (R, T, hidden) normed states
     params: QParams,
     settings: Settings,

@@ -20,18 +20,19 @@ The linears of one role in a module (the experts of a mixture) count together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from exl2ray.quant.block import Block, device_of
 
 POSITIONS = 256  # whose logits exist at once
 
 Sums = dict[str, list[float]]  # role -> [sum over tokens of 1/2 sum_n c_n g_n^2, the squared error sum_n c_n behind it]
 
 
-def column_weights(block: Any) -> dict[str, Tensor]:
+def column_weights(block: Block) -> dict[str, Tensor]:
     """Linear key -> c (N,) float32, mean 1: mean square of each column of its weight (K, N), relative to the whole matrix."""
     out = {}
     for key, weight in block.weights.items():
@@ -42,7 +43,7 @@ def column_weights(block: Any) -> dict[str, Tensor]:
 
 
 def module_backward(
-    block: Any,
+    block: Block,
     x: Tensor,  # (R, T, hidden) float32: states before the module
     gradient: Tensor,  # (R, T, hidden) float32: of the log-likelihood with respect to the states after it
     columns: Mapping[str, Tensor],
@@ -52,7 +53,7 @@ def module_backward(
 
 
 def head_backward(
-    head: Any,
+    head: Block,
     states: Tensor,  # (R, T, hidden) float32: what the final norm gives
     generator: torch.Generator,  # of the random signs, on the head's device
     columns: Mapping[str, Tensor],
@@ -83,14 +84,14 @@ def add(total: Sums, more: Mapping[str, list[float]]) -> None:
 
 
 def _backward(
-    block: Any, x: Tensor, gradient: Callable[[Tensor], Tensor], columns: Mapping[str, Tensor]
+    block: Block, x: Tensor, gradient: Callable[[Tensor], Tensor], columns: Mapping[str, Tensor]
 ) -> tuple[Tensor, Sums]:
     seen: list[tuple[str, Tensor]] = []
     block.bank.watch = lambda key, out: seen.append((key, out))
     try:
         # The plain form of attention: backward passes of the fused ones add up in an order that changes from run to run.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            device = next(iter(block.weights.values())).device if block.weights else x.device
+            device = device_of(block) if block.weights else x.device
             inputs = x.detach().to(device).requires_grad_()
             y = block.forward(inputs)
             mine, *others = torch.autograd.grad(y, [inputs, *(out for _, out in seen)], gradient(y))

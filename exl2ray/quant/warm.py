@@ -6,18 +6,17 @@ first weights can be read and other workers can start. Everything that follows i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quality import PLAIN, Numerics
-from exl2ray.quant.hessian import HessianAccumulator, prepare
-from exl2ray.quant.measure import Settings, by_input, factorise
+from exl2ray.quant.block import Block, by_input
+from exl2ray.quant.hessian import HessianAccumulator, factorise, prepare
 from exl2ray.quant.pack import dequantize, pack
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.quantize import pack_group, solve_group
+from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import quantize_linears, solve_options
 
 ROWS, COLUMNS, TOKENS, HEADS = 256, 64, 64, 4
@@ -54,7 +53,7 @@ def warm_up(device: torch.device, numerics: Numerics = PLAIN) -> None:
     torch.cuda.synchronize(device)
 
 
-def rehearse_solving(block: Any, settings: Settings) -> None:
+def rehearse_solving(block: Block, settings: Settings) -> None:
     """Quantises the linears of a block on uncorrelated inputs, and packs them: products and factorisations of these shapes.
 
     The block's weights are replaced.

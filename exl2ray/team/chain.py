@@ -32,14 +32,16 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.spec import ModuleSpec
+from exl2ray.quant.block import by_input
 from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import Settings, by_input, reference_pass, relative_error
+from exl2ray.quant.measure import reference_pass, relative_error
 from exl2ray.quant.measure_moe import describe_coverage, lanes_of, shares_of
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.quantize import quantize_groups, solve_group
 from exl2ray.quant.rows import batches, share_rows
+from exl2ray.quant.settings import Settings
 from exl2ray.store.layout import quant_kind
 from exl2ray.store.records import FileRef, Record, hash_inputs
 from exl2ray.team.checkpoints import Chain, Checkpoints

@@ -10,9 +10,9 @@ import torch
 from exl2ray.errors import NumericError
 from exl2ray.model.blocks import Block
 from exl2ray.model.spec import LinearSpec, ModuleSpec
-from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.measure import Settings, factorise, keeps_order
+from exl2ray.quant.hessian import Factor, HessianAccumulator, factorise, keeps_order
 from exl2ray.quant.measure_moe import expert_factor
+from exl2ray.quant.settings import Settings
 from exl2ray.team.comm import Comm
 from exl2ray.team.factorising import TOGETHER_ROWS, factorise_together
 from exl2ray.team.reducing import gather_sums

@@ -8,7 +8,7 @@ from typing import Any
 
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import check_states
-from exl2ray.quant.measure import by_input
+from exl2ray.quant.block import by_input
 from exl2ray.quant.quantize import quantize_after, quantize_head
 from exl2ray.store.layout import quant_kind
 from exl2ray.store.records import Record

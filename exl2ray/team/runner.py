@@ -21,10 +21,11 @@ from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_ahead, whole_tensors
 from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import Settings, reference_pass
+from exl2ray.quant.measure import reference_pass
 from exl2ray.quant.memory import room_for_contexts, settings_for, states_fit, sums_on_host
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.rows import batches, share_rows, shared_batches
+from exl2ray.quant.settings import Settings
 from exl2ray.remote.source import local
 from exl2ray.store.fs import Store
 from exl2ray.store.records import FileRef, Record, Records

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exl2ray.model.blocks import Block
 from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import Settings
+from exl2ray.quant.settings import Settings
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND
 from exl2ray.store.records import Record
 from exl2ray.team.checkpoints import Chain, Checkpoints

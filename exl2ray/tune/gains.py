@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exl2ray.formats.layout import FLOAT16_MAX
+
 LEAST = 0.1  # of the root mean square: the scale of values near 0
 
 
@@ -37,7 +39,7 @@ class Gain:
     def value(self, delta: Tensor | None = None) -> Tensor:
         """What the file would hold, float16 in its shape; ``delta``: in place of the present one."""
         moved = self.stored.float() + self.scale * (self.delta if delta is None else delta)
-        return moved.clamp(-65504.0, 65504.0).half()
+        return moved.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
 
     def gradient(self, of_value: Tensor) -> Tensor:
         """With respect to delta, from that with respect to the value."""

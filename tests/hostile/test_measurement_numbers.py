@@ -13,12 +13,13 @@ import pytest
 from bounded import exl2ray
 from small_sources import write_source
 
-from exl2ray.allocation.planning import option_tables, total_bits
+from exl2ray.allocation.planning import total_bits
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams
 from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfile
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModuleSpec
+from exl2ray.quant.qparams import option_tables
 
 Json = dict[str, Any]
 MLP, ATTENTION = "model.layers.0.mlp", "model.layers.1.self_attn"
@@ -35,10 +36,10 @@ def profile(module: ModuleSpec) -> ModuleProfile:
     key, mode = module.profile_key.rsplit(".", 1)
     if not module.quantized:
         return ModuleProfile(key, mode, extra=extra)
-    ((roles, rows),) = option_tables({x.role for x in module.linears})
+    (table,) = option_tables({x.role for x in module.linears})
     options = []
-    for row in rows:
-        params: dict[str, QParams] = dict(zip(roles, row, strict=True))
+    for row in table.rows:
+        params: dict[str, QParams] = dict(zip(table.roles, row, strict=True))
         bits = sum(total_bits(params[x.role], x.in_features, x.padded_out, x.has_bias) for x in module.linears)
         weights = sum(x.in_features * x.padded_out for x in module.linears)
         options.append(OptionProfile(1 - 2.0 ** -(bits / weights), bits, params))

@@ -19,8 +19,9 @@ from exl2ray.model.half import LinearBank
 from exl2ray.model.moe import MOST_PADDING, Expert, ExpertBank, Routing, cut_runs, route
 from exl2ray.model.norms import Norm
 from exl2ray.model.spec import LinearSpec, Stored
-from exl2ray.quant.measure import Settings, reference_pass
+from exl2ray.quant.measure import reference_pass
 from exl2ray.quant.measure_moe import coverage
+from exl2ray.quant.settings import Settings
 
 WIDTH = 24
 RAGGED = (7, 0, 1, 31, 7, 2, 0, 16, 0, 1, 30, 5, 5, 12, 64, 3)

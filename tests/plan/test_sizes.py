@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import write_model
 
 from exl2ray.allocation.overrides import overridden, parse_overrides
-from exl2ray.allocation.planning import allocate, choose, option_tables, total_bits
+from exl2ray.allocation.planning import allocate, choose, total_bits
 from exl2ray.convert import convert
 from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
@@ -20,7 +20,7 @@ from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfil
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.sizes import Freedom, OutputSize, exact_size, freedom_of, size_range
-from exl2ray.quant.qparams import head_option
+from exl2ray.quant.qparams import head_option, option_tables
 from exl2ray.recipe import Recipe
 
 HEAD_BITS = 6
@@ -82,10 +82,10 @@ def made_up(spec: ModelSpec, errors: list[float]) -> Measurement:
         if not module.quantized:
             profiles.append(ModuleProfile(key, mode))
             continue
-        ((roles, rows),) = option_tables({x.role for x in module.linears})
+        (table,) = option_tables({x.role for x in module.linears})
         options = []
-        for row in rows:
-            params = dict(zip(roles, row, strict=True))
+        for row in table.rows:
+            params = dict(zip(table.roles, row, strict=True))
             bits = sum(total_bits(params[x.role], x.in_features, x.padded_out, x.has_bias) for x in module.linears)
             options.append((bits, params))
         order = sorted({b for b, _ in options})

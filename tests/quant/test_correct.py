@@ -22,8 +22,9 @@ from exl2ray.quant.correct import (
     solve_damped,
 )
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare, round_to_nearest
-from exl2ray.quant.measure import Settings, reference_pass
+from exl2ray.quant.measure import reference_pass
 from exl2ray.quant.quantize import pack_group, solve_group
+from exl2ray.quant.settings import Settings
 
 SETTINGS = Settings(batch_rows=2)
 # plain residual; post-norms; residual multiplier; parallel attention and MLP; experts

@@ -16,11 +16,12 @@ from exl2ray.model.spec import LinearSpec, ModuleSpec, Stored
 from exl2ray.quality import Numerics
 from exl2ray.quant import measure_moe
 from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import Settings, reference_pass, score_options
+from exl2ray.quant.measure import reference_pass, score_options
 from exl2ray.quant.measure_moe import STARVED_SHARE, coverage, describe_coverage, shares_of, starved_experts
 from exl2ray.quant.memory import peak_bytes, settings_within, states_fit_within
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.quantize import quantize_block
+from exl2ray.quant.settings import Settings
 from exl2ray.team.tree import TreeSum
 
 GB = 10**9

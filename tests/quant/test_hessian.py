@@ -13,11 +13,12 @@ from exl2ray.quant.hessian import (
     Factor,
     HessianAccumulator,
     act_order,
+    factorise,
     prepare,
     prepare_reference,
     round_to_nearest,
 )
-from exl2ray.quant.measure import Settings, factorise
+from exl2ray.quant.settings import Settings
 
 
 def test_accumulator_sums_rows_and_divides_by_their_number() -> None:

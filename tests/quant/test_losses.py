@@ -12,8 +12,9 @@ from quant_helpers import hessian, load, states, weights
 from exl2ray.model.blocks import check_states
 from exl2ray.quant.hessian import prepare, round_to_nearest
 from exl2ray.quant.losses import PIECES, LossTable, merged, piece_rows, shape_option, squared_error
-from exl2ray.quant.measure import Settings, reference_pass, score_options
+from exl2ray.quant.measure import reference_pass, score_options
 from exl2ray.quant.qparams import mlp_options, parse, unique
+from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import Problem, solve_problems, solve_wanted
 
 

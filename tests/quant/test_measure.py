@@ -21,20 +21,13 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.quant import measure
 from exl2ray.quant.gptq import feedback_factor, quantize_reference
-from exl2ray.quant.hessian import Factor
-from exl2ray.quant.measure import (
-    Settings,
-    accuracy_of,
-    factorise,
-    measure_block,
-    profile_of,
-    reference_pass,
-    row_errors,
-    score_options,
-)
+from exl2ray.quant.hessian import Factor, factorise
+from exl2ray.quant.measure import measure_block, profile_of, reference_pass, score_options
 from exl2ray.quant.measure_moe import coverage, expert_factor
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import attention_options, mlp_options
+from exl2ray.quant.scoring import accuracy_of, row_errors
+from exl2ray.quant.settings import Settings
 
 
 def plain_errors(block: Block, x: Tensor, table: list[dict[str, Any]], factors: dict[str, Factor]) -> list[float]:

@@ -10,10 +10,10 @@ import torch
 from quant_helpers import hessian, load, states
 
 from exl2ray.model.blocks import check_states
-from exl2ray.quant.hessian import prepare, round_to_nearest
-from exl2ray.quant.measure import Settings, keeps_order
+from exl2ray.quant.hessian import keeps_order, prepare, round_to_nearest
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.quantize import quantize_block
+from exl2ray.quant.settings import Settings
 
 
 def test_factor_in_natural_order() -> None:

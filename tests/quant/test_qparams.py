@@ -10,8 +10,7 @@ import pytest
 
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import QParams
-from exl2ray.quant.memory import OPTION_COUNTS
-from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse, unique
+from exl2ray.quant.qparams import attention_options, distinct_options, head_option, mlp_options, option_tables, parse, unique
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +75,29 @@ def test_unique_settings(spec: dict[str, Any], table: str) -> None:
         assert index == [row[j] for row in expected["map"]]
 
 
-def test_counts_of_the_memory_estimate_are_those_of_the_tables() -> None:
-    tables = {("q_proj", "k_proj", "v_proj", "o_proj"): attention_options()}
-    tables |= {roles: mlp_options() for roles in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))}
-    counts = {role: len({row[j] for row in rows}) for roles, rows in tables.items() for j, role in enumerate(roles)}
-    assert counts == OPTION_COUNTS
+@pytest.mark.parametrize(
+    ("roles", "counts"),
+    [
+        ("q_proj k_proj v_proj o_proj", (14, 14, 15, 14)),
+        ("gate_proj up_proj down_proj", (13, 13, 14)),
+        ("w1 w3 w2", (13, 13, 14)),
+    ],
+)
+def test_distinct_options_of_each_role(roles: str, counts: tuple[int, ...]) -> None:
+    """What memory is reckoned with (`exl2ray.quant.memory`)."""
+    assert tuple(len(distinct_options(role)) for role in roles.split()) == counts
+    assert distinct_options("lm_head") == ()
+
+
+def test_tables_of_a_module() -> None:
+    def found(*roles: str) -> list[tuple[str, ...]]:
+        return [t.roles for t in option_tables(roles)]
+
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    assert found(*mlp, *attention) == [attention, mlp]
+    assert found(*mlp[1:], *attention) == [attention, mlp[1:]]
+    assert found("w2", "w1", "w3") == [("w1", "w3", "w2")]
+    assert found("lm_head") == []
 
 
 @pytest.mark.parametrize("text", ["", "4b_128g", "1:4b", "1:xb_128g", "0.5:4b_128g/0.5"])

@@ -20,10 +20,11 @@ from exl2ray.model.blocks import Block, check_states
 from exl2ray.quant import quantize as quantize_module
 from exl2ray.quant.gptq import feedback_factor, quantize_reference, relative_error
 from exl2ray.quant.hessian import HessianAccumulator, prepare
-from exl2ray.quant.measure import Settings, measure_block, reference_pass
+from exl2ray.quant.measure import measure_block, reference_pass
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse
 from exl2ray.quant.quantize import quantize_block, quantize_head
+from exl2ray.quant.settings import Settings
 
 CASES = [("Llama", 1), ("Llama", 2), ("Qwen2", 3), ("Mixtral", 2), ("Cohere", 1)]
 

@@ -10,7 +10,7 @@ from tiny_models import write_model
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import load_block
-from exl2ray.quant.measure import Settings
+from exl2ray.quant.settings import Settings
 from exl2ray.quant.warm import rehearse_solving
 
 

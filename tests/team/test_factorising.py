@@ -10,9 +10,9 @@ from thread_comm import together
 
 from exl2ray.errors import NumericError
 from exl2ray.quant import cholesky, hessian
-from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.measure import Settings, factorise
+from exl2ray.quant.hessian import Factor, HessianAccumulator, factorise
 from exl2ray.quant.rows import SHARES, share_rows
+from exl2ray.quant.settings import Settings
 from exl2ray.team.factorising import factorise_together
 from exl2ray.team.tree import TreeSum, owner_shares
 
