@@ -11,10 +11,10 @@ from torch import Tensor
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, MoeBlock, NormBlock
 from exl2ray.model.norms import Norm
+from exl2ray.tune.adam import Adam
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import Grid
 
-EPSILON = 1e-12  # of Adam; gradients of single weights may be small
 NORM_ROLES = ("norm", "post_norm", "q_norm", "k_norm")
 
 
@@ -38,22 +38,21 @@ class TunedLinear:
 class TunedModule:
     """``block`` computes with what would be stored at the moment: call `refresh` after every change.
 
-    Gradients are asked for with respect to ``leaves``; `update` takes them, summed over the tokens of a step.
+    Gradients are asked for with respect to ``leaves``; `update` takes them, summed over the tokens of a step. Leaves stay the
+    tensors that they are and change in place, for a recorded step reads them where they were.
     """
 
     def __init__(self, block: Block, linears: Mapping[str, TunedLinear], gains: Sequence[Gain]) -> None:
         self.block = block
         self.linears = dict(linears)
         self.gains = {gain.name: gain for gain in gains}
-        self.leaves: list[Tensor] = []
-        groups = [{"params": [x.latents for x in self.linears.values()]}, {"params": [g.delta for g in gains]}]
-        used = [g for g in groups if g["params"]]
-        self.optimiser = torch.optim.Adam(used, eps=EPSILON, fused=True) if used else None
-        self.refresh()
+        latents = Adam({f"{key}.latents": x.latents for key, x in self.linears.items()})
+        self.optimisers = (latents, Adam({f"{name}.delta": g.delta for name, g in self.gains.items()}))
+        self.leaves = self._installed()
 
     @property
     def trained(self) -> bool:
-        return self.optimiser is not None
+        return bool(self.leaves)
 
     @property
     def key(self) -> str:
@@ -61,33 +60,29 @@ class TunedModule:
 
     def parameters(self) -> dict[str, Tensor]:
         """Latents and deltas by a name of their own."""
-        return {
-            **{f"{key}.latents": x.latents for key, x in self.linears.items()},
-            **{f"{name}.delta": g.delta for name, g in self.gains.items()},
-        }
+        return {name: p for optimiser in self.optimisers for name, p in optimiser.parameters.items()}
+
+    @torch.no_grad()
+    def _installed(self) -> list[Tensor]:
+        weights = {key: x.grid.weight(x.grid.rounded(x.latents)) for key, x in self.linears.items()}
+        leaves = install(self.block, weights, [(g, g.value()) for g in self.gains.values()])
+        return [leaf.requires_grad_() for leaf in leaves]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Puts the weights that would be stored now into the block, as leaves."""
-        weights = {key: x.grid.weight(x.grid.rounded(x.latents)) for key, x in self.linears.items()}
-        self.leaves = install(self.block, weights, [(g, g.value()) for g in self.gains.values()])
-        for leaf in self.leaves:
-            leaf.requires_grad_()
+        """Puts the weights that would be stored now into the block."""
+        linears, gains = self.leaves[: len(self.linears)], self.leaves[len(self.linears) :]
+        for leaf, x in zip(linears, self.linears.values(), strict=True):
+            leaf.copy_(x.grid.weight(x.grid.rounded(x.latents)))
+        for leaf, gain in zip(gains, self.gains.values(), strict=True):
+            leaf.copy_(as_leaf(gain, gain.value(), self.block))
 
-    def update(self, gradients: Sequence[Tensor | None], rate: float, gain_rate: float) -> None:
+    def update(self, gradients: Sequence[Tensor | None], rate: Tensor, gain_rate: Tensor) -> None:
         """One step of Adam. gradients: float32, in the order of ``leaves``; None for experts that saw no token."""
-        if self.optimiser is None:
-            return
-        linears, gains = list(self.linears.values()), list(self.gains.values())
-        for x, g in zip(linears, gradients[: len(linears)], strict=True):
-            x.latents.grad = torch.zeros_like(x.latents) if g is None else g
-        for gain, g in zip(gains, gradients[len(linears) :], strict=True):
-            gain.delta.grad = torch.zeros_like(gain.delta) if g is None else gain.gradient(g)
-        rates = ([rate] if linears else []) + ([gain_rate] if gains else [])
-        for group, value in zip(self.optimiser.param_groups, rates, strict=True):
-            group["lr"] = value
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        latents, deltas = self.optimisers
+        of_values = zip(self.gains.values(), gradients[len(self.linears) :], strict=True)
+        latents.step(gradients[: len(self.linears)], rate)
+        deltas.step([None if g is None else gain.gradient(g) for gain, g in of_values], gain_rate)
         self.refresh()
 
     @torch.no_grad()
@@ -125,10 +120,10 @@ def install(block: Block, weights: Mapping[str, Tensor], gains: Sequence[tuple[G
     norms = norms_of(block)
     for gain, value in gains:
         if gain.role in block.bank.specs:
-            block.bank.biases[gain.role] = value.to(block.bank.dtype)
+            block.bank.biases[gain.role] = as_leaf(gain, value, block)
             leaves.append(block.bank.biases[gain.role])
             continue
-        leaf = value.float() + gain.offset
+        leaf = as_leaf(gain, value, block)
         role, is_bias = gain.role.removesuffix(".bias"), gain.role.endswith(".bias")
         for norm in norms[role]:
             if is_bias:
@@ -137,6 +132,11 @@ def install(block: Block, weights: Mapping[str, Tensor], gains: Sequence[tuple[G
                 norm.weight = leaf
         leaves.append(leaf)
     return leaves
+
+
+def as_leaf(gain: Gain, value: Tensor, block: Block) -> Tensor:
+    """A value of a gain, float16, as the block computes with it: a bias in its dtype, a norm in float32 with its offset."""
+    return value.to(block.bank.dtype) if gain.role in block.bank.specs else value.float() + gain.offset
 
 
 def norms_of(block: Block) -> dict[str, list[Norm]]:

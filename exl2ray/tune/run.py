@@ -36,7 +36,7 @@ from exl2ray.tune.output import Produce, write_tuned
 from exl2ray.tune.rows import TuningRows, batches, tuning_rows
 from exl2ray.tune.training import Rates, Trainer, schedule
 
-VERSION = 1  # of what equal settings come to
+VERSION = 2  # of what equal settings come to
 WORK = ".exl2ray-tune"  # in the output directory, until it is complete
 EVALUATIONS = 8
 PATIENCE = 4  # evaluations in a row that are worse than the best one
@@ -192,6 +192,9 @@ def _train(
         if time.monotonic() - saved > settings.checkpoint_seconds:
             state.save(store, progress, trainer.modules)
             saved = time.monotonic()
+    if trainer.recording.problem:
+        message = f"steps could not be recorded for replay, and were launched one by one: {trainer.recording.problem}"
+        reporter.event("note", message=message)
     reporter.event("end", stage=STAGE, seconds=time.monotonic() - start)
     return progress
 

@@ -6,9 +6,8 @@ One file, replaced atomically: whoever is killed goes on from the last one that 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from torch import Tensor
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store
 from exl2ray.store.tensors import get_tensors, put_tensors
+from exl2ray.tune.adam import MOMENTS
 from exl2ray.tune.module import Snapshot, TunedModule
 
 FILE = "tune.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch.optim.Adam
 
 
 @dataclass
@@ -40,8 +39,9 @@ def save(store: Store, progress: Progress, modules: Sequence[TunedModule]) -> No
     for module in modules:
         for name, parameter in module.parameters().items():
             tensors[f"now/{name}"] = parameter
-            for moment, value in _moments(module, parameter).items():
-                tensors[f"{moment}/{name}"] = value
+        for optimiser in module.optimisers:
+            for kind, moments in optimiser.moments.items():
+                tensors.update({f"{kind}/{name}": moment for name, moment in moments.items()})
         for name, value in _flat(progress.snapshots.get(module.key)).items():
             tensors[f"best/{name}"] = value
     facts = {k: v for k, v in asdict(_without_snapshots(progress)).items() if k != "snapshots"}
@@ -63,10 +63,9 @@ def restore(store: Store, identity: str, modules: Sequence[TunedModule]) -> Prog
     for module in modules:
         for name, parameter in module.parameters().items():
             parameter.copy_(tensors[f"now/{name}"])
-            if module.optimiser is not None and f"{MOMENTS[0]}/{name}" in tensors:
-                step = torch.tensor(float(progress.step), device=parameter.device)
-                moments = {m: tensors[f"{m}/{name}"].to(parameter.device, copy=True) for m in MOMENTS}
-                module.optimiser.state[parameter] = {"step": step, **moments}
+        for optimiser in module.optimisers:
+            moments = {kind: {n: tensors[f"{kind}/{n}"] for n in optimiser.parameters} for kind in MOMENTS}
+            optimiser.restore(moments, progress.step)
         module.refresh()
         if progress.best >= 0:
             codes = {key: tensors[f"best/{key}.codes"].clone() for key in module.linears}
@@ -77,12 +76,6 @@ def restore(store: Store, identity: str, modules: Sequence[TunedModule]) -> Prog
 
 def _without_snapshots(progress: Progress) -> Progress:
     return Progress(progress.identity, progress.step, progress.scores, progress.best, progress.stopped)
-
-
-def _moments(module: TunedModule, parameter: Tensor) -> Mapping[str, Any]:
-    if module.optimiser is None or parameter not in module.optimiser.state:
-        return {}
-    return {moment: module.optimiser.state[parameter][moment] for moment in MOMENTS}
 
 
 def _flat(found: Snapshot | None) -> dict[str, Tensor]:

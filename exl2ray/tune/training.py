@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exl2ray.model.attention import AttentionHalf
-from exl2ray.model.blocks import Block
+from exl2ray.model.blocks import Block, MoeBlock
 from exl2ray.tune.divergence import divergence_backward, divergences
 from exl2ray.tune.module import TunedModule
+from exl2ray.tune.recording import RecordedStep
 from exl2ray.tune.sums import Gradients, TreeOfSums
 
 SHARES = 4  # of a step's rows; a power of two
@@ -49,21 +50,39 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 class Trainer:
-    """The model that is tuned, and its source. ``skip``: positions at the start of a row that do not count (BOS)."""
+    """The model that is tuned, and its source. ``skip``: positions at the start of a row that do not count (BOS).
+    ``record``: whether steps are replayed on GPUs (`exl2ray.tune.recording`)."""
 
-    def __init__(self, modules: Sequence[TunedModule], source: Sequence[Block], device: torch.device, skip: int = 0) -> None:
+    def __init__(
+        self,
+        modules: Sequence[TunedModule],
+        source: Sequence[Block],
+        device: torch.device,
+        skip: int = 0,
+        record: bool = True,
+    ) -> None:
         self.modules, self.source, self.device, self.skip = list(modules), list(source), device, skip
         self.first = next((i for i, m in enumerate(self.modules) if m.trained), len(self.modules))
         self.fused = self._fused_attention_is_reproducible()
         self._fitting: dict[tuple[int, int], bool] = {}
+        self._rates = torch.zeros(2, device=device)
+        self.recording = RecordedStep(self._step, record and device.type == "cuda" and not self._waits_for_the_gpu())
 
     def step(self, ids: Tensor, rates: Rates) -> Tensor:
         """ids (R, T) -> mean divergence over the rows before the step, float64 on the device; the model is updated."""
-        shares = [share for share in ids.to(self.device).tensor_split(min(SHARES, len(ids))) if len(share)]
+        self._rates.copy_(torch.tensor([rates.factor * rates.latents, rates.factor * rates.gains]))
+        return self.recording(ids.to(self.device))
+
+    def _step(self, ids: Tensor) -> Tensor:
+        shares = [share for share in ids.tensor_split(min(SHARES, len(ids))) if len(share)]
         source = [self._source_states(share) for share in shares]
         counted = ids.shape[0] * (ids.shape[1] - self.skip)
         kept = self._forward(shares)
-        return self._backward(kept, source, counted, rates) / counted
+        return self._backward(kept, source, counted) / counted
+
+    def _waits_for_the_gpu(self) -> bool:
+        """Whether the host has to see numbers in the middle of a step, as to route tokens to experts."""
+        return any(isinstance(b, MoeBlock) or b.spec.arch.noise_rows is not None for b in self.source)
 
     def _source_states(self, ids: Tensor) -> Tensor:
         """(positions, hidden) before the head of the source, those that count."""
@@ -85,7 +104,7 @@ class Trainer:
             xs = [p.after.detach() for p in passes]
         return kept
 
-    def _backward(self, kept: list[list[_Pass]], source: list[Tensor], counted: int, rates: Rates) -> Tensor:
+    def _backward(self, kept: list[list[_Pass]], source: list[Tensor], counted: int) -> Tensor:
         head, total = self.modules[-1], torch.zeros((), dtype=torch.float64, device=self.device)
         gradients, sums = [], TreeOfSums()
         for p, theirs in zip(kept[-1], source, strict=True):
@@ -98,19 +117,19 @@ class Trainer:
             gradients.append(whole)
             sums.add(of_leaves)
             total += kl
-        self._update(head, sums, rates)
+        self._update(head, sums)
         for i in range(len(self.modules) - 2, self.first - 1, -1):
             module, passes, sums = self.modules[i], kept.pop(), TreeOfSums()
             with self._attention(module):
                 for s, p in enumerate(passes):
                     gradients[s], of_leaves = _backward(module, p, gradients[s], i > self.first)
                     sums.add(of_leaves)
-            self._update(module, sums, rates)
+            self._update(module, sums)
         return total
 
-    def _update(self, module: TunedModule, sums: TreeOfSums, rates: Rates) -> None:
+    def _update(self, module: TunedModule, sums: TreeOfSums) -> None:
         if module.trained:
-            module.update(sums.total(), rates.factor * rates.latents, rates.factor * rates.gains)
+            module.update(sums.total(), self._rates[0], self._rates[1])
 
     def _attention(self, module: TunedModule) -> AbstractContextManager[None]:
         return _reproducible(self.fused) if _attends(module) else nullcontext()

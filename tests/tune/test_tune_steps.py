@@ -28,7 +28,7 @@ class Recording(TunedModule):
 
     found: list[Tensor | None]
 
-    def update(self, gradients: Sequence[Tensor | None], rate: float, gain_rate: float) -> None:
+    def update(self, gradients: Sequence[Tensor | None], rate: Tensor, gain_rate: Tensor) -> None:
         self.found = list(gradients)
 
 
@@ -94,6 +94,20 @@ def test_steps_lower_the_divergence(pair: Pairs) -> None:
     for step in range(12):
         one.step(ids, Rates(2e-2, 5e-3, schedule(step, 12, 2)))
     assert float(one.evaluate(ids, source).mean()) < 0.8 * float(before)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Qwen2"])
+def test_a_step_changes_the_weights_where_they_lie(pair: Pairs, family: str) -> None:
+    found = opened(pair, family)
+    one = trainer(found, recording=False)
+    before = [(leaf, leaf.detach().clone()) for m in one.modules for leaf in m.leaves]
+    one.step(token_ids(found), Rates(0.3, 0.05))
+    assert [leaf.data_ptr() for m in one.modules for leaf in m.leaves] == [leaf.data_ptr() for leaf, _ in before]
+    assert sum(not torch.equal(leaf, was) for leaf, was in before) > len(before) // 2
+    for module in one.modules:  # what a block computes with is what would be stored
+        for key, x in module.linears.items():
+            assert torch.equal(module.block.weights[key], x.grid.weight(x.grid.rounded(x.latents)).float())
+            assert module.block.weights[key].data_ptr() == module.leaves[list(module.linears).index(key)].data_ptr()
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral"])
