@@ -122,6 +122,22 @@ def architectures(run: Invocation) -> None:
 
 
 @command(
+    argument("program", metavar="PROGRAM...", nargs=-1, required=True, type=click.UNPROCESSED),
+    name="with",
+    passes_on=True,
+)
+def with_program(run: Invocation, /, program: tuple[str, ...]) -> None:
+    """Run a program in which transformers loads EXL2 models.
+
+    PROGRAM: a script, python with its arguments, -m with a module, or any program that is written in Python. Its flags are
+    its own: those of exl2ray stand in front of it.
+    """
+    from exl2ray.commands import with_program as command
+
+    command.run(program)
+
+
+@command(
     argument("directories", metavar="DIR...", nargs=-1, required=True),
     flag("--repo", metavar="OWNER/NAME", required=True, help="the repository on the Hub"),
     flag("--branch", metavar="NAME", help="{bpw}, {head}: bits; absent: main, for several DIR 4.0bpw or 4.0bpw-h6"),

@@ -32,7 +32,8 @@ ROOMS = {
 }
 EVERYWHERE = {"errors", "beneath", "stopping", "__version__"}
 ONLY_IN = {
-    "ray": {"driver", "submit"}, "numba": {"cuda"}, "huggingface_hub": {"publish", "remote"}, "matplotlib": {"report"},
+    "ray": {"driver", "submit"}, "numba": {"cuda"}, "matplotlib": {"report"},
+    "huggingface_hub": {"publish", "remote", "transformers"},
 }  # fmt: skip
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
 # What a weight may meet knows nothing of what plans, shows, publishes and submits: they may be left out of a copy.

@@ -92,7 +92,8 @@ class Exl2Linear(torch.nn.Module):
         size = self.in_features * self.q_weight.shape[1]
         key = (self.q_weight.device, dtype)
         if key not in _scratch or _scratch[key].numel() < size:
-            _scratch[key] = torch.empty(size, dtype=dtype, device=key[0])
+            with torch.inference_mode(False):  # or it could not be written to outside of inference mode later
+                _scratch[key] = torch.empty(size, dtype=dtype, device=key[0])
         out = _scratch[key][:size].view(self.in_features, -1)
         self.packed().unpack(out)
         return out

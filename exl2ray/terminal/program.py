@@ -173,17 +173,19 @@ def cli(ctx: click.Context) -> None:
 
 
 def command(
-    *params: Callable[[Any], Any], name: str | None = None, converts: bool = False
+    *params: Callable[[Any], Any], name: str | None = None, converts: bool = False, passes_on: bool = False
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Decorator: a command with these flags and those that all have; the function gets the `Invocation` first.
 
-    One that ``converts`` takes the command lines of convert.py, and lists its flags by topic.
+    One that ``converts`` takes the command lines of convert.py, and lists its flags by topic. One that ``passes_on`` leaves
+    everything from its first argument on, and flags that it does not have, to its last parameter.
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         decorated = common(click.make_pass_decorator(Invocation, ensure=True)(function))
         for param in reversed((*params, trust_flag, reference_flags) if converts else params):
             decorated = param(decorated)
-        return cli.command(name, cls=SectionedCommand if converts else None)(decorated)
+        context = {"ignore_unknown_options": True, "allow_interspersed_args": False} if passes_on else {}
+        return cli.command(name, cls=SectionedCommand if converts else None, context_settings=context)(decorated)
 
     return decorate

@@ -1,0 +1,176 @@
+"""EXL2 models in Hugging Face transformers: ``import exl2ray.transformers``, then ``from_pretrained`` loads them.
+
+Importing registers the quantisation method "exl2", which is what config.json of an EXL2 model names, whatever wrote it.
+Everything else is plain transformers: ``device_map``, ``generate``, caches, adapters, ``save_pretrained``. ``exl2ray with
+PROGRAM`` does the import for programs that do not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from exl2ray.errors import FormatError, UsageError
+from exl2ray.formats.hf import weight_files
+from exl2ray.formats.tensorfile import TensorFile, TensorInfo
+from exl2ray.formats.verify import verify_directory
+from exl2ray.run.linear import check_device
+from exl2ray.run.modules import insert_linears
+
+logger = logging.get_logger(__name__)
+SHOWN = 5  # broken rules in one message
+NOT_NEEDED = "side-file"  # the rule about tokenizer files, which are no business of the model
+DOWNLOADED = ["*.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"]
+
+
+@register_quantization_config("exl2")
+class Exl2Config(QuantizationConfigMixin):
+    """``quantization_config`` of config.json, kept as it is (exl2-format section 3)."""
+
+    def __init__(self, quant_method: str = "exl2", **settings: Any) -> None:
+        self.__dict__.update(settings, quant_method=quant_method)
+
+
+@register_quantizer("exl2")
+class Exl2Quantizer(HfQuantizer):
+    """Builds the packed modules before transformers loads tensors into them by name."""
+
+    requires_calibration = True  # transformers refuses to make such a model: `exl2ray convert` does
+
+    def __init__(self, quantization_config: Exl2Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._files: list[Path] = []
+        self._device_map: Any = None
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        self._device_map = device_map
+        for device in _gpus(device_map):
+            check_device(device)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the config before files are looked for: EXL2 files have names of their own, and no index.
+
+        Checks the directory as ``exl2ray verify`` does, so that broken models are refused before anything is loaded.
+        """
+        root = _directory(config)
+        if root is None:
+            return config
+        problems = [p for p in verify_directory(root) if p.rule != NOT_NEEDED]
+        if problems:
+            more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+            lines = "".join(f"\n  {p}" for p in problems[:SHOWN])
+            raise FormatError(f"{root}: not a sound EXL2 model:{lines}{more}", f"see them all: exl2ray verify {root}")
+        self._files = weight_files(root, FormatError)
+        config.transformers_weights = self._files[0].name
+        return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in (torch.float16, torch.bfloat16) and _gpus(self._device_map):
+            logger.warning_once(f"EXL2 linears take float16 or bfloat16 on a GPU: float16 in place of {dtype}")
+            return torch.float16
+        return dtype
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Tensors of packed linears keep their types, whatever types the model's modules are to have."""
+        names = getattr(converter, "target_patterns", [])
+        if any(name.rpartition(".")[2].startswith("q_scale_max") for name in names):
+            return None
+        wanted: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return wanted
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> Any:
+        if checkpoint_files is None:
+            raise UsageError("an EXL2 model is loaded from its files, not from a state_dict")
+        if self._files:  # transformers found the first of them; it reads those that stand in this list
+            checkpoint_files[:] = [str(Path(checkpoint_files[0]).parent / f.name) for f in self._files]
+        tensors: dict[str, TensorInfo] = {}
+        for file in checkpoint_files:
+            tensors |= TensorFile(Path(file), FormatError).tensors
+        _check_memory(tensors, self._device_map)
+        placed = insert_linears(model, tensors, _renaming(model))
+        _untie(model, placed)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if hasattr(model.config, "transformers_weights"):  # of these files; those of save_pretrained have other names
+            del model.config.transformers_weights
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters: gradients pass through packed linears to what is in front of them
+
+
+def _directory(config: Any) -> Path | None:
+    """The model's folder, downloaded first if it is a name on the Hub; None for a config that comes from nowhere."""
+    name = getattr(config, "name_or_path", "")
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    revision = getattr(config, "_commit_hash", None)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
+
+
+def _gpus(device_map: Any) -> list[torch.device]:
+    """GPUs that a device map names; those there are for "auto" and its like."""
+    if device_map is None or not torch.cuda.is_available():
+        return []
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    found = [torch.device("cuda", p) if isinstance(p, int) else torch.device(p) for p in places if p != "disk"]
+    return list({d for d in found if d.type == "cuda"})
+
+
+def _check_memory(tensors: dict[str, TensorInfo], device_map: Any) -> None:
+    """Raises UsageError if the model is to go onto one GPU that cannot hold its weights."""
+    gpus = _gpus(device_map)
+    whole = isinstance(device_map, (str, int, torch.device)) or (isinstance(device_map, dict) and list(device_map) == [""])
+    if len(gpus) != 1 or not whole or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    needed = sum(info.nbytes for info in tensors.values())
+    free, total = torch.cuda.mem_get_info(gpus[0])
+    if needed > free:
+        raise UsageError(
+            f"the model has {needed / 1e9:.1f} GB of weights; {gpus[0]} has {free / 1e9:.1f} GB free of {total / 1e9:.1f}",
+            'several GPUs: device_map="auto"; otherwise a model with fewer bits per weight',
+        )
+
+
+def _renaming(model: Any) -> Any:
+    """Name of a linear in the files -> name of the module, as transformers renames the weights of this family."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+    state = model.state_dict()
+
+    def renamed(key: str) -> str:
+        name: str = rename_source_key(f"{key}.weight", renamings, [], model.base_model_prefix, state)[0]
+        return name.removesuffix(".weight")
+
+    return renamed
+
+
+def _untie(model: Any, placed: set[str]) -> None:
+    """A packed head has a matrix of its own, though the source shares that of the embedding."""
+    tied = [t for t, s in model.all_tied_weights_keys.items() if {t.rpartition(".")[0], s.rpartition(".")[0]} & placed]
+    for name in tied:
+        del model.all_tied_weights_keys[name]
+    if tied:
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False

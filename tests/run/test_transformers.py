@@ -1,0 +1,212 @@
+"""EXL2 models in transformers: logits of ``eval``'s own forward pass, every family and form, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exl2_models import divergence, tokens, write_exl2
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import exl2ray.transformers
+from exl2ray.errors import FormatError
+from exl2ray.evaluate.forward import run_model
+from exl2ray.run.linear import Exl2Linear
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32, **options: object) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+
+
+def expected(path: Path, ids: torch.Tensor, bos: bool) -> torch.Tensor:
+    """Families that need BOS get it from ``run_model``, which does not return its position."""
+    return run_model(path, ids[:, 1:] if bos else ids, "cpu").logits(slice(None), slice(None))
+
+
+@torch.inference_mode()
+def agrees(path: Path, dtype: torch.dtype = torch.float32, bos: bool = False, limit: float = 1e-6) -> torch.nn.Module:
+    ids = tokens()
+    model = load(path, dtype)
+    logits = model(ids).logits.float()
+    assert divergence(expected(path, ids, bos), logits[:, 1:] if bos else logits) < limit
+    return model
+
+
+QWEN3_MOE = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16, "norm_topk_prob": True,
+}  # fmt: skip
+CASES = {
+    "llama": ("Llama", {}),
+    "two bits": ("Llama", {"widths": (3, 2)}),
+    "three bits": ("Llama", {"widths": (3,)}),
+    "all widths": ("Llama", {"widths": (8, 6, 5, 4, 3, 2), "hidden_size": 192, "intermediate_size": 224}),
+    "eight bits": ("Llama", {"widths": (8,), "head": 8}),
+    "head in float16": ("Llama", {"head": None}),
+    "vocabulary not a multiple of 32": ("Llama", {"vocab_size": 275, "head": 8}),
+    "tied, head of 8 bits": ("Llama", {"tie_word_embeddings": True, "head": 8}),
+    "tied, head in float16": ("Llama", {"tie_word_embeddings": True, "head": None}),
+    "several files": ("Llama", {"files": 3}),
+    "biases": ("Qwen2", {}),
+    "mixtral": ("Mixtral", {"widths": (5, 4)}),
+    "qwen3-moe": ("Qwen3Moe", QWEN3_MOE),
+    "fused in the source": ("Phi3", {}),
+    "glm-4": ("Glm4", {"head_dim": 16}),
+    "cohere, its logits scaled": ("Cohere", {"tie_word_embeddings": True, "logit_scale": 0.25}),
+    "gemma": ("Gemma", {"head_dim": 16, "head": 8, "tie_word_embeddings": True}),
+    "gemma 2": ("Gemma2", {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_eval(case: str, tmp_path: Path) -> None:
+    family, config = CASES[case]
+    agrees(write_exl2(tmp_path, family, **config), bos=family.startswith(("Gemma", "Cohere")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    agrees(write_exl2(tmp_path), dtype, limit=1e-4 if dtype == torch.float16 else 1e-2)
+
+
+def test_a_model_made_by_exllamav2(shared_dir: Path) -> None:
+    """Within what its stored logits are rounded to; test_golden.py says the same of ``eval``."""
+    path = shared_dir / "golden/tiny-llama-7m-exl2-3.0bpw"
+    with np.load(shared_dir / "golden/exllamav2-0.3.2.npz") as golden, torch.inference_mode():
+        ids, wanted = torch.from_numpy(golden["logits/ids"]), torch.from_numpy(golden["logits/exl2-3.0bpw"]).float()
+        logits = load(path)(ids.long()).logits[:, ::8]
+    assert float((logits - wanted).abs().max()) < 0.05
+    assert divergence(wanted, logits) < 1e-4
+
+
+def test_generating_with_a_static_cache_and_without_any(tmp_path: Path) -> None:
+    model = load(write_exl2(tmp_path))
+    ids = tokens()[:1]
+    plain, static = (
+        model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, **o)
+        for o in ({"use_cache": False}, {"cache_implementation": "static", "disable_compile": True})
+    )
+    assert plain.shape == (1, 52)
+    assert torch.equal(plain, static)
+
+
+def test_saving_writes_the_same_tensors_and_loads_again(tmp_path: Path) -> None:
+    first = write_exl2(tmp_path / "a", "Mixtral", files=2)
+    model = load(first, torch.float16)
+    model.save_pretrained(tmp_path / "b")
+    before = {n: t for f in first.glob("*.safetensors") for n, t in load_file(f).items()}
+    after = {n: t for f in (tmp_path / "b").glob("*.safetensors") for n, t in load_file(f).items()}
+    assert before.keys() == after.keys()
+    assert all(before[n].dtype == after[n].dtype and torch.equal(before[n], after[n]) for n in before)
+    settings = [json.loads((d / "config.json").read_text())["quantization_config"] for d in (first, tmp_path / "b")]
+    assert settings[0] == settings[1]
+    ids = tokens()
+    with torch.inference_mode():
+        assert torch.equal(load(tmp_path / "b", torch.float16)(ids).logits, model(ids).logits)
+
+
+class Lora(torch.nn.Module):
+    def __init__(self, base: Exl2Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.a = torch.nn.Parameter(torch.randn(4, base.in_features) / 8)
+        self.b = torch.nn.Parameter(torch.zeros(base.out_features, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+def test_adapters_are_trained_through_packed_linears(tmp_path: Path) -> None:
+    model = load(write_exl2(tmp_path)).requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Lora(layer.self_attn.q_proj)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.02)
+    losses = []
+    for _ in range(8):
+        loss = model(tokens(), labels=tokens()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert len(trained) == 4
+    assert losses[-1] < losses[0] - 0.01
+
+
+def broken(path: Path, name: str, change: object) -> Path:
+    from safetensors.torch import save_file
+
+    tensors = load_file(path / "output.safetensors")
+    if change is None:
+        del tensors[name]
+    else:
+        change(tensors[name])  # type: ignore[operator]
+    save_file(tensors, path / "output.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("model.layers.1.mlp.up_proj.q_scale", None, "missing q_scale"),
+        ("model.layers.0.self_attn.q_proj.q_invperm", lambda t: t.zero_(), "not a permutation"),
+        ("model.layers.0.self_attn.q_proj.q_scale_max", lambda t: t.fill_(float("nan")), "NaN"),
+        ("model.norm.weight", None, "norm"),
+    ],
+)
+def test_what_verify_refuses_is_refused(name: str, change: object, words: str, tmp_path: Path) -> None:
+    path = broken(write_exl2(tmp_path), name, change)
+    with pytest.raises(FormatError, match=words):
+        load(path)
+
+
+def test_a_config_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = write_exl2(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    with pytest.raises(FormatError, match="config says 128"):
+        load(path)
+
+
+def test_a_stale_index_of_the_source_is_no_matter(tmp_path: Path) -> None:
+    path = write_exl2(tmp_path)
+    (path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"x": "model-1.safetensors"}}')
+    agrees(path)
+
+
+def test_the_plugin_is_what_makes_it_load(tmp_path: Path) -> None:
+    """In a process of its own, without the import: transformers does not know the method."""
+    path = write_exl2(tmp_path)
+    code = "from transformers import AutoModelForCausalLM as A; "
+    code += f"print(type(A.from_pretrained({str(path)!r}).lm_head).__name__)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert "Exl2Linear" not in done.stdout
+    program = ["-c", "from exl2ray.cli import main; main()", "with", "python", "-c", code]
+    done = subprocess.run([sys.executable, *program], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["Exl2Linear"], done.stderr
+
+
+def test_with_hands_on_the_exit_status_and_names_what_is_missing() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-c", "from exl2ray.cli import main; main()", "with"]
+    assert subprocess.run([*program, "-c", "raise SystemExit(7)"], env=env).returncode == 7
+    done = subprocess.run([*program, "no-such-program-here"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no-such-program-here" in done.stderr
+
+
+def test_the_module_registers_the_method() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    assert AUTO_QUANTIZER_MAPPING["exl2"] is exl2ray.transformers.Exl2Quantizer
+    assert shutil.which("python") is not None
