@@ -15,6 +15,16 @@ product per panel of `PANEL` rows in place of a rank-1 update per row.
 
 On a GPU the sequence is a few thousand launches that depend only on shapes; for small batches of a shape that comes up often
 `exl2ray.cuda.small_batches` replays it as a CUDA graph.
+
+All options at once, one set of launches per row structure: the option tables have three or four. The alternative, one
+kernel that owns a linear from the first row to the last, cannot see the group-wide maximum and argmin without a barrier
+across the grid. The same Python loop drives the CPU kernels, so the two cannot drift apart.
+
+Coordinate descent (`Batch.descend`): GPTQ rounds a row before it knows the errors of those after it. The sweeps keep Y =
+R^T E in the buffer that held E, so that S = R Y are rows of H E without forming H, and the best value of a weight is q + S
+/ H_ii: neither W nor E is read. Two sweeps take 5 % (4 bits) to 13 % (2 and 3 bits) off the squared error of a layer, on
+top of refined codes as much again; a third and fourth 2 %. Solving whole groups anew, scales included, was no better than
+single rows. A sweep costs as many operations as GPTQ itself, so it is done when quantising, not when measuring.
 """
 
 from __future__ import annotations

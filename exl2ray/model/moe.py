@@ -2,6 +2,10 @@
 
 Many narrow experts are computed in *runs*: experts with about the same number of tokens, padded to the largest of them, one
 batched product per role. One after another, 128 experts cost a thousand launches for a millisecond of work.
+
+Few, wide or well-fed experts (Mixtral, DBRX) hide their launches and stay one by one, and so do CPUs, where runs took 1.1
+to 2.3 times as long. Weights are stacked anew for every run: a stack that is kept would not spare the copy, since runs
+follow the routing and differ from one batch of rows to the next, and it would hold a second set of weights.
 """
 
 from __future__ import annotations

@@ -14,6 +14,12 @@ from the right, as everywhere here:
 Scalar multipliers of embedding, residual and logits commute with R. q/k norms, RoPE and biases of q, k, v, gate and up lie
 inside a block, where nothing is rotated. A tied head reads the embedding with another factor, so it becomes a tensor of its
 own.
+
+Everything that reads a source tensor does so through `exl2ray.model.weights`, so that is where a rotated model comes into
+being: measuring, quantising, workers and the writer see it, and nothing large is written first. A factored matrix (signs,
+Walsh-Hadamard, a small random orthogonal one for the odd factor of the hidden size) is never formed: a dense one costs a
+matrix product per weight and pass. Where the weight is used it is rounded once, to the dtype of the products, not to the
+source's first. What has no rotated form, and why: `obstacle`.
 """
 
 from __future__ import annotations

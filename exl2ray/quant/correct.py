@@ -16,6 +16,11 @@ K x K; for the second one X^T of the whole bracket, K x N.
 
 An expert sees the tokens that the quantised model routes to it, in both models. As the weights of a token's experts add up to
 one, each of them can be given the whole (h_f - h): together they then correct it once.
+
+Figures: KL at 3.0 bits is 0.85 of the plain algorithm's in two stages, 0.895 in one, and 0.99 in one at full strength; more
+damping of the solution does not change that, nor does leaving out its component along the weights. The head is left alone: no
+difference. Price: one more forward of the source model, a fourth set of states, and a group of workers solves the two stages
+one after the other, not side by side.
 """
 
 from __future__ import annotations

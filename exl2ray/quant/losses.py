@@ -59,7 +59,7 @@ class LossTable:
             _add(self._chunks, role, chunks)
 
     def extra(self) -> dict[str, Any]:
-        """What goes into the profile; a part of a module has only the options that it solved."""
+        """What goes into the profile."""
         linears: dict[str, dict[str, Any]] = {}
         for role, losses in self._losses.items():
             values = torch.stack(list(losses.values())).tolist() if losses else []
@@ -93,19 +93,6 @@ def shape_option(options: Sequence[QParams]) -> int:
     """Index of the option whose rows tell the shape: of one width, as near to 4 bits as there is; -1 without any."""
     uniform = [j for j, o in enumerate(options) if len(o.bits) == 1]
     return min(uniform, key=lambda j: (abs(options[j].bits[0] - 4), j), default=-1)
-
-
-def merged(extras: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The extra profile of a module from those of its parts, in order: as if it had been measured at once."""
-    linears: dict[str, dict[str, Any]] = {}
-    for extra in extras:
-        for role, found in extra.get("linears", {}).items():
-            entry = linears.setdefault(role, {"losses": {}})
-            entry["losses"].update(found["losses"])
-            entry.update({k: v for k, v in found.items() if k != "losses"})
-    for entry in linears.values():
-        entry["losses"] = dict(sorted(entry["losses"].items()))
-    return {**extras[0], **({"linears": linears} if linears else {})}
 
 
 def _pieces(chunks: Tensor) -> list[float]:

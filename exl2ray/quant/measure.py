@@ -26,9 +26,9 @@ from exl2ray.quant.measure_moe import measure_experts
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import OptionTable, option_tables
 from exl2ray.quant.rows import batches
-from exl2ray.quant.scoring import accuracy_of, part_range, row_errors
+from exl2ray.quant.scoring import accuracy_of, row_errors
 from exl2ray.quant.settings import Settings
-from exl2ray.quant.solve import solve_wanted
+from exl2ray.quant.solve import solve_with_losses
 
 USELESS_ACCURACY = 0.1  # the reference stops below this, and so do we: the module's output is noise
 
@@ -52,24 +52,21 @@ def score_options(
     y: Tensor,
     hessians: dict[str, HessianAccumulator],
     settings: Settings,
-    part: tuple[int, int] = (0, 1),
 ) -> tuple[list[list[OptionProfile]], dict[str, Any]]:
     """Second half of `measure_block`, after `reference_pass`: the scored rows of each option table, and the extra profile.
 
-    ``part`` (p, P) scores the p-th of P ranges of every table. Each number is the same whatever the split: an option is
-    always solved in the batch that the shapes prescribe (batches without a wanted option are left out), each option has
-    matrix products of its own, and the errors of a table row are summed over calibration rows in one order.
+    Takes Hessians out of ``hessians`` as it uses them, to make room.
     """
     notes: list[str] = []
     if has_experts(block):
-        lists, extra = measure_experts(block, x, y, hessians, settings, notes, part)
+        lists, extra = measure_experts(block, x, y, hessians, settings, notes)
     else:
         lists = []
         factors: dict[str, Factor] = {}
         losses = LossTable()
         for half in block.halves:
-            candidates = _candidates(block, half, hessians, factors, settings, notes, part, losses, x.shape[1])
-            lists.append(_score(block, half, x, y, candidates, settings, part))
+            candidates = _candidates(block, half, hessians, factors, settings, notes, losses, x.shape[1])
+            lists.append(_score(block, half, x, y, candidates, settings))
         extra = losses.extra()
     return lists, {**extra, "notes": notes} if notes else extra
 
@@ -129,24 +126,21 @@ def _candidates(
     factors: dict[str, Factor],
     settings: Settings,
     notes: list[str],
-    part: tuple[int, int],
     losses: LossTable,
     tokens: int,  # of a calibration row
 ) -> dict[str, dict[int, Tensor]]:
-    """Role -> reconstructed weights (K, N32) float16 of its distinct options, as far as this part uses them."""
+    """Role -> reconstructed weights (K, N32) float16 of its distinct options."""
     (table,) = option_tables([linear.role for linear in (*half.first, half.second)])
     columns = table.columns()
-    wanted = {role: {index[i] for i in part_range(part, len(table.rows))} for role, (_, index) in columns.items()}
     out: dict[str, dict[int, Tensor]] = {}
     for group, linears in by_input((*half.first, half.second)).items():
         if group not in factors:
             where = f"{block.module.profile_key} ({group})"
-            # a whole table is scored once: its Hessians make room for what comes next
-            accumulator = hessians.pop(group) if part == (0, 1) else hessians[group]
-            factors[group] = factorise(accumulator, settings, where, notes, keeps_order(block.module, group))
+            # a table is scored once: its Hessians make room for what comes next
+            factors[group] = factorise(hessians.pop(group), settings, where, notes, keeps_order(block.module, group))
         weights = {x.role: pad_columns(block.weights[x.key]) for x in linears}
         options = {x.role: columns[x.role][0] for x in linears}
-        solved = solve_wanted(factors[group], weights, options, settings.budget_bytes, wanted, settings.offload)
+        solved = solve_with_losses(factors[group], weights, options, settings.budget_bytes, settings.offload)
         for role, found in solved.items():
             losses.add(role, options[role], found, factors[group], 1 / tokens)
             out[role] = {j: s.weight for j, s in found.items()}
@@ -160,11 +154,9 @@ def _score(
     y: Tensor,
     candidates: dict[str, dict[int, Tensor]],
     settings: Settings,
-    part: tuple[int, int],
 ) -> list[OptionProfile]:
-    """Accuracy of the rows of one part of the option table."""
+    """Accuracy of the rows of the option table."""
     (table,) = option_tables([linear.role for linear in (*half.first, half.second)])
-    wanted = part_range(part, len(table.rows))
     columns = table.columns()
     first = [linear.role for linear in half.first]
     index = {role: columns[role][1] for role in table.roles}
@@ -179,7 +171,7 @@ def _score(
             r: {j: half.prepare(r, half.linear(s.key, n, w)) for j, w in candidates[r].items()}
             for r, s in zip(first, half.first, strict=True)
         }
-        for combination, users in _combinations(index, first, half.second.role, wanted):
+        for combination, users in _combinations(index, first, half.second.role):
             m = half.mix({r: outs[r][j] for r, j in zip(first, combination, strict=True)})
             for option, table_rows in users.items():
                 out = half.linear(half.second.key, m, candidates[half.second.role][option])
@@ -190,16 +182,16 @@ def _score(
     bits = _option_bits(table, {linear.role: linear for linear in (*half.first, half.second)})
     return [
         OptionProfile(accuracy_of(e), b, dict(zip(table.roles, row, strict=True)))
-        for e, b, row in [(mean[i], bits[i], table.rows[i]) for i in wanted]
+        for e, b, row in zip(mean, bits, table.rows, strict=True)
     ]
 
 
 def _combinations(
-    index: dict[str, list[int]], first: Sequence[str], second: str, wanted: range
+    index: dict[str, list[int]], first: Sequence[str], second: str
 ) -> list[tuple[tuple[int, ...], dict[int, list[int]]]]:
     """Distinct choices for the first linears; for each, the options of the second and the table rows that use them."""
     out: dict[tuple[int, ...], dict[int, list[int]]] = {}
-    for i in wanted:
+    for i in range(len(index[second])):
         key = tuple(index[r][i] for r in first)
         out.setdefault(key, {}).setdefault(index[second][i], []).append(i)
     return list(out.items())

@@ -13,7 +13,7 @@ from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.rows import batches
 from exl2ray.quant.settings import Settings
-from exl2ray.quant.solve import solve_wanted
+from exl2ray.quant.solve import solve_with_losses
 
 # Few, because a head is as large as several layers; what lies between them can be told (`exl2ray.allocation.frontier`).
 OPTIONS = tuple(parse(text) for text in ("1:3b_64g", "1:4b_64g", "1:6b_64g"))
@@ -29,6 +29,6 @@ def measure_head(block: Block, x: Tensor, settings: Settings) -> dict[str, Any]:
         accumulator.add(x[part].to(weight.device).to(weight.dtype), part.stop - part.start)
     factor = factorise(accumulator, settings, head.key, notes)
     weights, options, losses = {head.role: pad_columns(weight)}, {head.role: OPTIONS}, LossTable()
-    solved = solve_wanted(factor, weights, options, settings.budget_bytes, offload=settings.offload)
+    solved = solve_with_losses(factor, weights, options, settings.budget_bytes, offload=settings.offload)
     losses.add(head.role, OPTIONS, solved[head.role], factor, 1 / x.shape[1])
     return {**losses.extra(), "notes": notes} if notes else losses.extra()

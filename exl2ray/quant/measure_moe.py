@@ -24,9 +24,9 @@ from exl2ray.quant.losses import LossTable
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import option_tables
 from exl2ray.quant.rows import batches
-from exl2ray.quant.scoring import accuracy_of, part_range, row_errors
+from exl2ray.quant.scoring import accuracy_of, row_errors
 from exl2ray.quant.settings import Settings
-from exl2ray.quant.solve import solve_wanted
+from exl2ray.quant.solve import solve_with_losses
 
 (MOE_TABLE,) = option_tables(roles.EXPERT)
 STARVED_SHARE = 0.1  # of a fair share of the tokens; an expert below is warned of
@@ -39,12 +39,9 @@ def measure_experts(
     hessians: dict[str, HessianAccumulator],
     settings: Settings,
     notes: list[str],
-    part: tuple[int, int] = (0, 1),
 ) -> tuple[list[list[OptionProfile]], dict[str, Any]]:
-    """Scores the 17 options of an expert layer, or one part of them; also the coverage of the experts for the profile."""
+    """Scores the 17 options of an expert layer; also the coverage of the experts for the profile."""
     columns = MOE_TABLE.columns()
-    rows = part_range(part, len(MOE_TABLE.rows))
-    wanted = {role: {index[i] for i in rows} for role, (_, index) in columns.items()}
     candidates: list[dict[str, dict[int, Tensor]]] = []
     report = coverage(block, hessians)
     losses, shares = LossTable(), token_shares(block, hessians, x.shape[0] * x.shape[1])
@@ -56,13 +53,12 @@ def measure_experts(
             kept: dict[str, dict[int, Tensor]] = {}
             with streams.turn():
                 factors = {group: expert_factor(block, hessians, group, settings, notes) for group in inputs}
-                if part == (0, 1):
-                    del hessians[f"w2.{index}"]  # a whole table is scored once: what nobody borrows from makes room
+                del hessians[f"w2.{index}"]  # a table is scored once: what nobody borrows from makes room
                 for group, members in inputs.items():
                     factor = factors.pop(group)
                     weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
                     options = {m.role: columns[m.role][0] for m in members}
-                    solved = solve_wanted(factor, weights, options, settings.budget_bytes, wanted, settings.offload)
+                    solved = solve_with_losses(factor, weights, options, settings.budget_bytes, settings.offload)
                     for role, found in solved.items():
                         tables[index].add(role, options[role], found, factor, shares[group])
                         kept[role] = {j: s.weight for j, s in found.items()}
@@ -70,7 +66,7 @@ def measure_experts(
     for table in tables:
         losses.include(table)
     notes.insert(0, describe_coverage(report))
-    return [_score_experts(block, x, y, candidates, settings, rows)], {"experts": report, **losses.extra()}
+    return [_score_experts(block, x, y, candidates, settings)], {"experts": report, **losses.extra()}
 
 
 def lanes_of(block: Block) -> int:
@@ -170,10 +166,10 @@ def _score_experts(
     y: Tensor,
     candidates: list[dict[str, dict[int, Tensor]]],
     settings: Settings,
-    rows: range,
 ) -> list[OptionProfile]:
-    """Accuracy of some rows of the table. Each expert's outputs are added to the sums of all rows before the next one's."""
+    """Accuracy of the rows of the table. Each expert's outputs are added to the sums of all rows before the next one's."""
     device = device_of(block)
+    rows = range(len(MOE_TABLE.rows))
     errors = torch.zeros(len(MOE_TABLE.rows), dtype=torch.float64, device=device)
     for part in batches(x.shape[0], settings.batch_rows):
         xb, target = x[part].to(device), y[part].to(device)

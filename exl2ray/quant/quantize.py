@@ -167,7 +167,8 @@ def quantize_head(
     feedback: bool = True,
     keep: bool = False,
 ) -> tuple[PackedLinear, tuple[str, ...]]:
-    """Quantises lm_head; on return the block holds the reconstructed weight. ``feedback=False``: round to nearest.
+    """Quantises lm_head; on return the block holds the reconstructed weight. ``feedback=False``: round to nearest, as the
+    reference does with large heads; ours keep error feedback whatever their size.
 
     keep: leaves the packed tensors on their device.
     """

@@ -8,6 +8,10 @@ That search rounds each weight by itself, but GPTQ passes the rounding error of 
 therefore runs the feedback of the group for a few codes around the one found, and keeps the code with the smallest loss.
 Small steps clip, and clipping shrinks the output, which costs more in the whole model than in the layer's loss: the share of
 the error that lies along the weights counts extra.
+
+Columns and codes are independent, so on a GPU this is one launch per group, and one to pick. Starting from the reference's
+codes and its group-wide factor is as good as a search of our own (KL 0.825 and 0.828 of the reference's), so there is none.
+Groups of 2 bits are left alone: their loss does not fall, and a trained model of 28 M parameters got worse.
 """
 
 from __future__ import annotations

@@ -10,12 +10,6 @@ from exl2ray.formats.layout import FLOAT16_MAX
 WORST_ACCURACY = 1e-6
 
 
-def part_range(part: tuple[int, int], rows: int) -> range:
-    """Table rows of the p-th of P parts."""
-    p, parts = part
-    return range(p * rows // parts, (p + 1) * rows // parts)
-
-
 def row_errors(result: Tensor, target: Tensor, norm: Tensor) -> Tensor:
     """Sum over the rows of a batch of ||result - target|| / norm, float64 scalar on the device.
 

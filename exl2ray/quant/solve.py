@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,27 +34,13 @@ def solve_problems(
     keep_codes: bool = False,
     budget_bytes: int | None = None,  # working memory of one batch; None: no limit
     numerics: Numerics = PLAIN,
+    offload: bool = False,  # put the weights into pinned host memory
 ) -> list[Solution]:
     """Solves all problems, those with the same row counts together, in batches that respect ``budget_bytes``.
 
     The split into batches depends on shapes and the budget alone, never on what happens to be free, so that results do
     not change from run to run.
     """
-    solved = _solve(factor, weights, problems, keep_codes, budget_bytes, numerics=numerics)
-    return [solved[i] for i in range(len(problems))]
-
-
-def _solve(
-    factor: Factor,
-    weights: Sequence[Tensor],
-    problems: Sequence[Problem],
-    keep_codes: bool,
-    budget_bytes: int | None,
-    needed: Collection[int] | None = None,  # batches without any of these are left out
-    offload: bool = False,
-    numerics: Numerics = PLAIN,
-) -> dict[int, Solution]:
-    """Solutions by problem, as `solve_problems`."""
     run = run_recorded if factor.perm.is_cuda else run_batch
     by_rows: dict[tuple[int, ...], list[int]] = {}
     for i, p in enumerate(problems):
@@ -62,14 +48,11 @@ def _solve(
     out: dict[int, Solution] = {}
     for rows, members in by_rows.items():
         for batch in _batches(members, problems, weights, budget_bytes):
-            if needed is not None and not any(i in needed for i in batch):
-                continue
             segments = [Segment(problems[i].weight, problems[i].layout.bits) for i in batch]
             solved = solve_segments(factor.r, factor.perm, weights, segments, rows, keep_codes, numerics, run)
             for i, s in zip(batch, solved, strict=True):
-                if needed is None or i in needed:
-                    out[i] = _copied(s, offload)  # the next batch, or the next call, may reuse the buffers
-    return out
+                out[i] = _copied(s, offload)  # the next batch, or the next call, may reuse the buffers
+    return [out[i] for i in range(len(problems))]
 
 
 def _copied(s: Solution, offload: bool) -> Solution:
@@ -117,32 +100,27 @@ def solve_options(
     budget_bytes: int | None = None,
 ) -> dict[str, list[Tensor]]:
     """Reconstructed weights (K, N) float16, natural row order, of every option of every linear sharing one Hessian."""
-    solved = solve_wanted(factor, weights, options, budget_bytes)
+    solved = solve_with_losses(factor, weights, options, budget_bytes)
     return {role: [solved[role][j].weight for j in range(len(options[role]))] for role in weights}
 
 
-def solve_wanted(
+def solve_with_losses(
     factor: Factor,
     weights: Mapping[str, Tensor],  # role -> (K, N)
     options: Mapping[str, Sequence[QParams]],  # role -> distinct options
     budget_bytes: int | None = None,
-    wanted: Mapping[str, Collection[int]] | None = None,  # role -> indices of the options to solve; None: all
     offload: bool = False,  # put the results into pinned host memory
 ) -> dict[str, dict[int, Solution]]:
-    """As `solve_options`, by index of the option and with losses. Batches without a wanted option are left out, the others
-    are solved whole: ``wanted`` changes no result.
-    """
+    """As `solve_options`, by index of the option and with losses."""
     roles = list(weights)
     problems, owner = [], []
     for i, role in enumerate(roles):
         for j, option in enumerate(options[role]):
             problems.append(Problem(i, option.layout(weights[role].shape[0])))
             owner.append((role, j))
-    needed = None if wanted is None else {n for n, (role, j) in enumerate(owner) if j in wanted[role]}
     out: dict[str, dict[int, Solution]] = {r: {} for r in roles}
-    solved = _solve(factor, [weights[r] for r in roles], problems, False, budget_bytes, needed, offload)
-    for n, solution in solved.items():
-        role, j = owner[n]
+    solved = solve_problems(factor, [weights[r] for r in roles], problems, budget_bytes=budget_bytes, offload=offload)
+    for (role, j), solution in zip(owner, solved, strict=True):
         out[role][j] = solution
     return out
 

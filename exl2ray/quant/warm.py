@@ -2,6 +2,9 @@
 
 Handles of cuBLAS and cuSOLVER, their kernels, ours from Numba's cache on disk: seconds of a process's life during which the
 first weights can be read and other workers can start. Everything that follows is done once on tensors of a few kilobytes.
+
+Meanwhile four threads read weights straight into pinned memory. bf16 is converted on the GPU: `.to(device, dtype)` in one
+call would do it on the CPU.
 """
 
 from __future__ import annotations
@@ -11,16 +14,12 @@ import torch.nn.functional as F
 
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quality import PLAIN, Numerics
-from exl2ray.quant.block import Block, by_input
-from exl2ray.quant.hessian import HessianAccumulator, factorise, prepare
+from exl2ray.quant.hessian import HessianAccumulator, prepare
 from exl2ray.quant.pack import dequantize, pack
 from exl2ray.quant.qparams import parse
-from exl2ray.quant.quantize import pack_group, solve_group
-from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import quantize_linears, solve_options
 
 ROWS, COLUMNS, TOKENS, HEADS = 256, 64, 64, 4
-REHEARSED = parse("1:4b_32g")
 
 
 def warm_up(device: torch.device, numerics: Numerics = PLAIN) -> None:
@@ -51,17 +50,3 @@ def warm_up(device: torch.device, numerics: Numerics = PLAIN) -> None:
     solved = quantize_linears(factor, {"warm": weight}, {"warm": layout}, numerics=numerics)
     dequantize(pack("warm", solved["warm"]), device)
     torch.cuda.synchronize(device)
-
-
-def rehearse_solving(block: Block, settings: Settings) -> None:
-    """Quantises the linears of a block on uncorrelated inputs, and packs them: products and factorisations of these shapes.
-
-    The block's weights are replaced.
-    """
-    for group, linears in by_input(block.module.linears).items():
-        k = linears[0].in_features
-        accumulator = HessianAccumulator(k, block.weights[linears[0].key].device)
-        accumulator.h = torch.eye(k, device=accumulator.h.device)
-        accumulator.rows = accumulator.tokens = 1
-        factor = factorise(accumulator, settings, f"{block.module.profile_key} ({group}), rehearsed", [])
-        pack_group(block, solve_group(block, linears, factor, {x.key: REHEARSED for x in linears}, settings), keep=True)

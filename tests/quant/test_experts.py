@@ -49,8 +49,8 @@ def test_pieces_of_an_experts_tokens_give_the_same_scores(tiny: Callable[[str], 
     spec, block = load(tiny("Mixtral"), 2)
     x, settings = states(spec), Settings(batch_rows=2)
     y, hessians = reference_pass(block, x, settings, check_states)
-    whole, extra = score_options(block, x, y, hessians, settings, (0, 8))
-    pieces, _ = score_options(block, x, y, hessians, replace(settings, expert_tokens=7), (0, 8))
+    whole, extra = score_options(block, x, y, dict(hessians), settings)
+    pieces, _ = score_options(block, x, y, dict(hessians), replace(settings, expert_tokens=7))
     for a, b in zip(whole[0], pieces[0], strict=True):
         assert 1 - a.accuracy == pytest.approx(1 - b.accuracy, rel=1e-3)
     tokens = [e["tokens"] for e in extra["experts"]]
