@@ -19,8 +19,9 @@ from exl2ray.cuda.launch import VARY, Launch, stream_of
 from exl2ray.cuda.run_source import UNIT, Variant, product_kernel, unpack_kernel
 
 MAX_ROWS = 16  # rows of activations that the fused kernel takes at once
-VARIANTS = tuple(Variant(m, units=min(64, 256 // m)) for m in (1, 2, 4, 8, 16))
-BLOCKS_PER_SM = 4
+# One row: the fastest of 18 on an H200 (docs/log.md). More rows: not measured; two columns compile sooner.
+VARIANTS = (Variant(1, columns=4), *(Variant(m, units=min(64, 256 // m)) for m in (2, 4, 8, 16)))
+COLUMNS_PER_SM = 8  # per lane of a warp, as blocks: two blocks of four columns, four of two
 UNPACK_THREADS = 128
 COUNTERS = 1 << 15  # blocks of columns of one linear, at most
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
@@ -40,7 +41,7 @@ class Packed:
     def __init__(self, q_weight: Tensor, q_scale: Tensor, tops: Tensor, perm: Tensor, table: Tensor, bias: Tensor | None):
         self.q_weight, self.q_scale, self.tops, self.perm, self.table, self.bias = q_weight, q_scale, tops, perm, table, bias
         self.variants = VARIANTS
-        self.blocks_per_sm = BLOCKS_PER_SM
+        self.blocks_per_sm = 0  # 0: by COLUMNS_PER_SM
         self._launches: dict[tuple[int, bool], tuple[Launch, Tensor]] = {}
 
     @property
@@ -70,7 +71,8 @@ class Packed:
     def _prepared(self, v: Variant, x: Tensor) -> tuple[Launch, Tensor]:
         device = x.device
         units, blocks = self.table.shape[0], -(-self.columns // v.block_columns)
-        slices, slice_units = cut(units, blocks, v, self.blocks_per_sm * _processors(device))
+        per_sm = self.blocks_per_sm or COLUMNS_PER_SM // v.columns
+        slices, slice_units = cut(units, blocks, v, per_sm * _processors(device))
         partial = _partial(device, slices * v.rows * self.columns)
         if device not in _counters:
             _counters[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)

@@ -183,16 +183,13 @@ def test_a_stale_index_of_the_source_is_no_matter(tmp_path: Path) -> None:
     agrees(path)
 
 
-def test_the_plugin_is_what_makes_it_load(tmp_path: Path) -> None:
-    """In a process of its own, without the import: transformers does not know the method."""
+def test_a_program_that_knows_nothing_of_it_loads_the_model(tmp_path: Path) -> None:
     path = write_exl2(tmp_path)
     code = "from transformers import AutoModelForCausalLM as A; "
     code += f"print(type(A.from_pretrained({str(path)!r}).lm_head).__name__)"
+    program = [sys.executable, "-c", "from exl2ray.cli import main; main()", "with", "python", "-c", code]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert "Exl2Linear" not in done.stdout
-    program = ["-c", "from exl2ray.cli import main; main()", "with", "python", "-c", code]
-    done = subprocess.run([sys.executable, *program], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["Exl2Linear"], done.stderr
 
 
@@ -210,3 +207,20 @@ def test_the_module_registers_the_method() -> None:
 
     assert AUTO_QUANTIZER_MAPPING["exl2"] is exl2ray.transformers.Exl2Quantizer
     assert shutil.which("python") is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_on_a_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A prompt goes through unpacked weights, single tokens through the fused kernel."""
+    path = write_exl2(tmp_path, widths=(8, 6, 5, 4, 3, 2), hidden_size=192, intermediate_size=224, head=8)
+    model = load(path, dtype, device_map="cuda")
+    ids = tokens()
+    limit = 1e-4 if dtype == torch.float16 else 1e-2
+    with torch.inference_mode():
+        wanted = expected(path, ids, False)
+        assert divergence(wanted, model(ids.cuda()).logits.float().cpu()) < limit
+        assert divergence(wanted[:, :1], model(ids[:, :1].cuda()).logits.float().cpu()) < limit
+    assert model.lm_head.q_weight.is_cuda
+    assert model.generate(ids.cuda(), max_new_tokens=4, cache_implementation="static").shape[0] == 2
