@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the kernels that run EXL2 models, on one GPU, and a whole random model under transformers.
 
-    python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8,16] [--blocks 2,4,8]
+    python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8,16] [--blocks 2,4] [--chains 1]
     python scripts/bench_run.py model [--layers 32] [--prompt 512] [--tokens 128] [--batches 1,2,4,8,16]
 
 linears: one launch of the fused kernel for each shape of a 7B model and each variant, in a CUDA graph over copies of the
@@ -114,7 +114,7 @@ def variants_of(
 ) -> Iterator[str]:
     for columns in numbers(args.columns):
         for warps in numbers(args.warps):
-            v = Variant(rows, columns, warps, min(64, 256 // rows))
+            v = Variant(rows, columns, warps, min(64, 256 // rows), chains=args.chains)
             if v.floats > SHARED_FLOATS:
                 continue
             for blocks in numbers(args.blocks):
@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--columns", default="2,4")
     parser.add_argument("--warps", default="4,8,16")
     parser.add_argument("--blocks", default="2,4,8")
+    parser.add_argument("--chains", type=int, default=1)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)

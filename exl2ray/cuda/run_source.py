@@ -47,6 +47,7 @@ else:
 class Variant:
     """How one kernel is cut: rows of activations, columns per thread (2 or 4), warps per block, units of K per block at most.
 
+    ``chains``: sums that the 32 products of a unit go to in turn; more of them wait less for each other's results.
     ``brain``: activations and results are bfloat16, handed over as their bits in int16; otherwise float16.
     """
 
@@ -55,6 +56,7 @@ class Variant:
     warps: int = 8
     units: int = 64
     brain: bool = False
+    chains: int = 1
 
     @property
     def block_columns(self) -> int:
@@ -119,10 +121,12 @@ def product_source(v: Variant) -> str:
             yield from (f"x{b}_{r}_{i} = shared[k + {i * m + r}]" for r in range(m))
             yield from (f"v{b}_{j}_{i} = {_value(i, b, f'w{b}_{j}_')}" for j in range(c))
         for j, r in each:
-            yield f"a{j}_{r} = a{j}_{r} + " + " + ".join(f"x{b}_{r}_{i} * v{b}_{j}_{i}" for i in range(UNIT))
+            products = [f"x{b}_{r}_{i} * v{b}_{j}_{i}" for i in range(UNIT)]
+            sums = [" + ".join(products[n :: v.chains]) for n in range(v.chains)]
+            yield f"a{j}_{r} = a{j}_{r} + " + (sums[0] if v.chains == 1 else " + ".join(f"({x})" for x in sums))
 
     lines = [
-        f"def product_{m}_{c}_{v.warps}_{v.units}_{int(v.brain)}"
+        f"def product_{m}_{c}_{v.warps}_{v.units}_{int(v.brain)}_{v.chains}"
         "(x, q, scales, tops, perm, table, bias, biased, columns, units, slice_units, partial, counters, y, rows):",
         f"    shared = cuda.shared.array({v.floats}, np.float32)",
         "    arrived = cuda.shared.array(1, np.int32)",

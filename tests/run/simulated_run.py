@@ -23,9 +23,9 @@ def test_the_simulator_is_on() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_every_width(bits: int, dtype: torch.dtype, columns: int) -> None:
-    """One width, a group of 32 and one of 64 rows, 32 columns: fewer than a block has."""
+    """One width, a group of 32 and one of 64 rows, 32 columns: fewer than a block has; one chain of sums, and three."""
     linear, weights = checks.random_linear(GroupLayout((bits, bits), (32, 64)), 32, seed=bits, bias=bits == 5)
-    linear.packed().variants = (Variant(1, columns, warps=2, units=4),)
+    linear.packed().variants = (Variant(1, columns, warps=2, units=4, chains=columns - 1),)
     checks.check_product(linear, weights, 1, dtype)
 
 
