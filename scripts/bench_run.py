@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the kernels that run EXL2 models, on one GPU, and a whole random model under transformers.
 
-    python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8,16] [--blocks 2,4] [--chains 1]
+    python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8] [--blocks 2,4] [--chains 1]
     python scripts/bench_run.py model [--layers 32] [--prompt 512] [--tokens 128] [--batches 1,2,4,8,16]
 
 linears: one launch of the fused kernel for each shape of a 7B model and each variant, in a CUDA graph over copies of the
