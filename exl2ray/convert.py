@@ -5,6 +5,7 @@
     allocate    one option per module within the budget              exl2ray.allocation.knapsack
     quantise    module by module, on what the quantised ones produce  exl2ray.team.chain -> exl2ray.quant.quantize
     write       shards, tokenizer, config.json                       exl2ray.formats.shards
+    tune        with --tune: integers and norms on the end loss      exl2ray.tuning -> exl2ray.tune.run
 
 Each step leaves its result in the work directory (exl2ray.store) before it counts as done; a step that finds its result
 there does nothing. Kill the process at any time, run the same command again, and the same bytes come out.
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from exl2ray.errors import Interrupted
+from exl2ray.errors import Interrupted, UsageError
 from exl2ray.events import Reporter
 from exl2ray.outputs import OutputSummary, Summary
 from exl2ray.recipe import Recipe
@@ -47,7 +48,7 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
 
 
 def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
-    from exl2ray import afterwards
+    from exl2ray import afterwards, tuning
     from exl2ray.steps.allocating import allocate
     from exl2ray.steps.job import Job
     from exl2ray.steps.measuring import export_measurement, measure
@@ -62,8 +63,9 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
                 path = export_measurement(job, measurement)
                 return Summary((), path, time.monotonic() - start, tuple(job.warnings.all(())))
             plans = [allocate(job, measurement, bits) for bits in recipe.bits]
-            outputs = produce(job, plans)
+            outputs = produce(job, plans, compile_full=tuning.place_of_solved(recipe))
         with interruptible():  # the workers are gone, their GPUs free
+            outputs = tuning.tune_outputs(job, outputs, reporter)
             if afterwards.wanted(recipe):
                 outputs = afterwards.evaluate_outputs(recipe, outputs, job.device.type, reporter)
         return _finished(job, outputs, reporter, start)
@@ -91,6 +93,11 @@ def patch(
     from exl2ray.steps.producing import produce
 
     start = time.monotonic()
+    if recipe.tune is not None and compile_full is None:
+        raise UsageError(
+            f"{recipe.compile_full} was tuned (--tune {recipe.tune}); a patch would put a model there that is not",
+            "name another directory with -cf, and tune what comes of it with `exl2ray tune`",
+        )
     _warn_of_others(recipe, reporter)
     recipe = _on_this_disk(recipe)
     writes = replace(recipe, bits=tuple(bits or recipe.bits), compile_full=compile_full or recipe.compile_full)

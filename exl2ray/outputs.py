@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class OutputSummary:
     kl: float | None = None  # mean KL(source || model), nats per token
     top1: float | None = None  # share of positions where the most probable token is the source's
     head_bpw: float | None = None  # bits per weight of the output head, overheads included
+    tuned: Mapping[str, Any] | None = None  # by --tune: kept, steps, before, after, ... (`exl2ray.tune.run.Tuned`)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from exl2ray.errors import UsageError
 from exl2ray.formats.layout import WIDTHS as HEAD_BITS
 from exl2ray.quality import ALLOCATIONS, Allocated, Numerics, Quality, ScaleSearch, resolve
 from exl2ray.settings import Rule, Setting, setting, settings_of, too_long
-from exl2ray.units import parse_size
+from exl2ray.units import parse_count, parse_size
 
 USUAL_HEAD_BITS = 6
 MIN_BITS, MAX_BITS = 2.0, 9.0  # outside of this no option table reaches; the exact range depends on the model
@@ -159,6 +159,12 @@ class Recipe:
     eval_text: str | None = field(default=None, metadata=setting(
         "--eval-text", "text, Parquet, .jsonl file, or .npy array of token ids, to evaluate on; a built-in text if absent.",
         AFTER, "FILE"))
+    tune: str | None = field(default=None, metadata=setting(
+        "--tune", "tokens, as in 4M, to tune each finished model on against the source's own predictions; none if absent.",
+        AFTER, "TOKENS", job="output.tune", measured=False))
+    tune_text: str | tuple[str, ...] | None = field(default=None, metadata=setting(
+        "--tune-text", "text to tune on, as -c takes it; repeatable. If absent that of -c, else the built-in text.",
+        AFTER, "PLACE", job="output.tune_text", measured=False))
     checkpoint_seconds: float = field(default=120.0, metadata=setting(
         "--checkpoint-seconds", "least time between saved hidden states.", PLACE, rule=_SECONDS))
 
@@ -166,6 +172,8 @@ class Recipe:
         if isinstance(self.cal_dataset, tuple):  # one is as if it were the only one there can be, none is none
             files = self.cal_dataset
             object.__setattr__(self, "cal_dataset", files if len(files) > 1 else files[0] if files else None)
+        if isinstance(self.tune_text, tuple):
+            object.__setattr__(self, "tune_text", self.tune_text or None)
         for name, about in SETTINGS.items():
             about.check(getattr(self, name))
         for flag, path in (("-i", self.in_dir), ("-o", self.out_dir), ("-cf", self.compile_full)):
@@ -197,8 +205,28 @@ class Recipe:
                 f"--target-correction {self.target_correction:g} needs the states of the quantised model",
                 "leave out --propagate reference, or --target-correction",
             )
+        self._check_tuning()
         if self.shard_size == int(self.shard_size):  # 8192.0 is no change of 8192
             object.__setattr__(self, "shard_size", int(self.shard_size))
+
+    def _check_tuning(self) -> None:
+        if self.tune is None:
+            if self.tune_text is not None:
+                raise UsageError("--tune-text: nothing is tuned without --tune", "say on how many tokens, as in --tune 4M")
+            return
+        parse_count(self.tune, "--tune")
+        if self.compile_full is None and self.output_measurement is None:
+            raise UsageError("--tune needs -cf: the tuned models go there", "name a directory with -cf")
+        if "://" in self.out_dir:
+            raise UsageError("--tune needs a work directory on this machine", "name a local one with -o")
+        if self.rope_scale is not None or self.rope_alpha is not None:
+            raise UsageError("--tune runs the models as their config.json says, without -rs and -ra", "leave out one of them")
+
+    @property
+    def tuning_text(self) -> tuple[str, ...]:
+        """Every place of text to tune on; empty for the built-in text."""
+        given = self.tune_text
+        return given if isinstance(given, tuple) else self.calibration_data if given is None else (given,)
 
     @property
     def shard_bytes(self) -> int:
@@ -265,7 +293,7 @@ class Recipe:
         }
         for name, about in SETTINGS.items():
             value = self._stored(name)
-            if name in ("rotate", "overrides") and not value:
+            if name in ("rotate", "overrides", "tune", "tune_text") and not value:
                 continue  # jobs that were begun before there were these have no such entry
             for entry in about.job:
                 section, _, key = entry.partition(".")

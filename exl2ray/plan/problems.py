@@ -52,6 +52,7 @@ from exl2ray.recipe import Recipe
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import check_output
 from exl2ray.terminal.pasted import missing_folder_hint
+from exl2ray.tune.memory import check_memory
 
 T = TypeVar("T")
 BUILTIN_PERPLEXITY_ROWS = 19  # rows of the built-in measurement set, as the reference reports it
@@ -150,6 +151,8 @@ def examine(recipe: Recipe) -> Examination:
     _examine_soundness(found, recipe)
     if not found.has("tensors", "bitrate"):  # without these, sizes are not known
         _examine_disks(found, recipe)
+    if device is not None and spec is not None and recipe.tune is not None:
+        found.attempt("--tune", lambda: check_memory(spec, device, f"--tune {recipe.tune}"))
     if device is not None:
         found.attempt("shared memory", lambda: _check_shared_memory(recipe, device))
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as resources
 from pathlib import Path
@@ -28,6 +28,7 @@ from exl2ray.terminal.console import file_size
 TAGS = ("exl2", "exllamav2", "quantized")
 PROGRAM = "exl2ray"  # quantized_by, until somebody publishes the model
 EVALUATION_MARKS = ("<!-- exl2ray: evaluation -->", "<!-- exl2ray: end of evaluation -->")
+TUNING_MARKS = ("<!-- exl2ray: tuning -->", "<!-- exl2ray: end of tuning -->")
 BRANCH_MARKS = ("<!-- exl2ray: branches -->", "<!-- exl2ray: end of branches -->")
 LOADING_MARKS = ("<!-- exl2ray: loading -->", "<!-- exl2ray: end of loading -->")
 HEAD = "| branch | decoder bpw | head bpw | size | perplexity | KL (nats) | KL, 99 % | flipped top-1 |\n" + "|---" * 8 + "|"
@@ -231,6 +232,30 @@ def add_evaluation(directory: str | Path, evaluation: Evaluation) -> Path:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     wanted = with_evaluation(text, evaluation)
     return path if wanted == text else _write(Path(directory), wanted)
+
+
+def add_tuning(
+    directory: str | Path, before: Mapping[str, float], after: Mapping[str, float], kept: str, tokens: int
+) -> Path:
+    """Says on the card of a directory what a tuning has brought: KL (nats) by kind of text. Raises StoreError."""
+    path = Path(directory) / CARD
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    section = _marked(TUNING_MARKS, tuning_section(before, after, kept, tokens))
+    wanted = _replaced(text, TUNING_MARKS, section)
+    if not wanted:  # in front of the evaluation, which belongs to the tuned model
+        head, mark, tail = text.partition(EVALUATION_MARKS[0])
+        wanted = f"{head.rstrip()}\n\n{section}\n" + (f"\n{mark}{tail}" if mark else "")
+    return path if wanted == text else _write(Path(directory), wanted)
+
+
+def tuning_section(before: Mapping[str, float], after: Mapping[str, float], kept: str, tokens: int) -> str:
+    """How a model was tuned, in a table."""
+    done = f"{kept[0].upper()}{kept[1:]} were tuned" if kept != "nothing" else "Tuning gained nothing and was left out"
+    rows = [f"| {kind} | {kl:.4f} | {after[kind]:.4f} |" for kind, kl in before.items()]
+    return "\n".join([
+        "## Tuning", "", f"{done}, on {tokens:,} tokens of text, towards what the source model predicts.", "",
+        "| held-out text | KL (nats) before | after |", "|---|---|---|", *rows,
+    ])  # fmt: skip
 
 
 def _write(directory: Path, text: str) -> Path:

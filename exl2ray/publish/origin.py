@@ -152,7 +152,7 @@ def _changed(recipe: Recipe) -> dict[str, Any]:
 
 
 def _shown(name: str, value: Any) -> Any:
-    if name == "cal_dataset" and value is not None:
+    if name in ("cal_dataset", "tune_text") and value is not None:
         return tuple(map(place_name, (value,) if isinstance(value, str) else value))
     return Path(value).name if SETTINGS[name].metavar == "FILE" and value is not None else value
 

@@ -6,6 +6,8 @@
     measure/records|states/         one record per measured module; sparse states at module boundaries
     measurement.json
     quant/<bpw>/tensors|records|states/
+    quant/<bpw>/solved/             the model as it was quantised, where it is tuned afterwards
+    quant/<bpw>/tune/  tune.json    how far the tuning is, and what came of it
     output*.safetensors             the compiled shards, where no output directory was given
     events.jsonl  events/           one line per event (events/ on object stores)
     evaluation.json  ladder.png     the finished models compared
@@ -36,12 +38,13 @@ _OURS = re.compile(
     r"|report\.html|evaluation\.json|ladder\.png"
     r"|output(-\d{5}-of-\d{5})?\.safetensors"
     r"|(measure|quant/[^/]+)/(records/[^/]+\.json|(states|tensors)/[^/]+\.safetensors)"
+    r"|quant/[^/]+/(solved/(additional_chat_templates/)?[^/]+|tune/[^/]+|tune\.json)"
     r"|source\.json|source/[^/]+|source/(additional_chat_templates|blocks)/[^/]+"
     r"|events/[^/]+\.jsonl|nonce/[^/]+\.json|logs/(.+/)?[^/]+\.(log|out|err|txt|json|jsonl)"
 )
 
 _FOLDERS_OF_OURS = re.compile(
-    r"measure|quant|events|logs|nonce|source(/(additional_chat_templates|blocks))?|(measure|quant/[^/]+)(/(records|states|tensors))?|quant/[^/]+/output"
+    r"measure|quant|events|logs|nonce|source(/(additional_chat_templates|blocks))?|(measure|quant/[^/]+)(/(records|states|tensors))?|quant/[^/]+/(output|tune|solved(/additional_chat_templates)?)"
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +12,18 @@ from torch import Tensor
 
 from exl2ray.formats.claim import existing_shards
 from exl2ray.formats.exl2 import Exl2Model
-from exl2ray.formats.files import atomic_file
-from exl2ray.formats.shards import (
-    TensorEntry,
-    config_bytes,
-    plan_shards,
-    shard_names,
-    write_shards,
-)
-from exl2ray.formats.side_files import copy_side_files
-from exl2ray.formats.target import Owner, check_claim, claim_target, release_target, withdraw
+from exl2ray.formats.files import atomic_file, sha256_of
+from exl2ray.formats.shards import Shard, TensorEntry, config_bytes, plan_shards, shard_names, write_shards
+from exl2ray.formats.side_files import copy_side_files, stale_side_files
+from exl2ray.formats.target import CARD, Owner, check_claim, claim_target, release_target, withdraw
 
 Produce = Callable[[], Tensor]
 
 
 def write_tuned(
     start: Exl2Model, target: Path, owner: Owner, tuned: Mapping[str, Produce], facts: Mapping[str, Any]
-) -> int:
-    """Writes ``start`` with the tensors of ``tuned`` in place of its own, and what lies beside them; bytes of the weights.
+) -> list[Shard]:
+    """Writes ``start`` with the tensors of ``tuned`` in place of its own, and what lies beside them; the shards.
 
     facts: kept in config.json as ``quantization_config.tuned``, where loaders pass them over. Raises what
     `exl2ray.formats.target` and `exl2ray.formats.shards` raise.
@@ -46,7 +42,30 @@ def write_tuned(
     with atomic_file(target / "config.json") as f:
         f.write(config_bytes(config))
     release_target(target)
-    return sum(shard.size for shard in shards)
+    return shards
+
+
+def write_record(path: Path, identity: str, target: Path, result: Mapping[str, Any], shards: Sequence[Shard]) -> None:
+    """Says that ``target`` holds the finished tuning of this identity: what came of it, and what the files are."""
+    config = sha256_of(target / "config.json")
+    facts = {"identity": identity, "config": config, "shards": [asdict(s) for s in shards], "result": dict(result)}
+    with atomic_file(path) as f:
+        f.write(json.dumps(facts, indent=1).encode())
+
+
+def finished(path: Path, identity: str, start: Path, target: Path) -> dict[str, Any] | None:
+    """What `write_record` was told of this identity, if the files are still what was written; else None."""
+    try:
+        found = json.loads(path.read_bytes())
+        if found["identity"] != identity or sha256_of(target / "config.json") != found["config"]:
+            return None
+        shards = [Shard(**s) for s in found["shards"]]
+        result = dict(found["result"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if existing_shards(target) != sorted(s.name for s in shards) or not all(s.is_intact(target) for s in shards):
+        return None
+    return None if [n for n in stale_side_files(start, target) if n != CARD] else result
 
 
 def _entry(start: Exl2Model, name: str, tuned: Mapping[str, Produce]) -> TensorEntry:

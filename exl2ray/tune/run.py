@@ -26,13 +26,15 @@ from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import NumericError, SourceError
 from exl2ray.events import Reporter
-from exl2ray.formats.target import Owner, locked
+from exl2ray.formats.shards import Shard
+from exl2ray.formats.target import Owner, locked, release_target
 from exl2ray.store.fs import Store
 from exl2ray.store.records import hash_inputs
 from exl2ray.tune import judge, state
 from exl2ray.tune.grid import REACH
+from exl2ray.tune.memory import check_memory
 from exl2ray.tune.opening import Pair, load_finished, load_source, load_tuned, open_pair, trainable
-from exl2ray.tune.output import Produce, write_tuned
+from exl2ray.tune.output import Produce, finished, write_record, write_tuned
 from exl2ray.tune.rows import TuningRows, batches, tuning_rows
 from exl2ray.tune.training import Rates, Trainer, schedule
 
@@ -50,7 +52,8 @@ class Settings:
 
     tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
     for norms and biases, relative to their size. reach: how far latents may begin from their integers. dtype: of the
-    products; None: float32 on CPUs, bfloat16 elsewhere.
+    products; None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not finished, beside it (its name and .json)
+    a record of what is; None: in the output, hidden.
     """
 
     directory: str
@@ -67,6 +70,7 @@ class Settings:
     seed: int = 0
     checkpoint_seconds: float = 60.0
     dtype: torch.dtype | None = None
+    work: str | None = None
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         return self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -92,8 +96,9 @@ class Tuned:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def tune(settings: Settings, device: torch.device, reporter: Reporter) -> Tuned:
-    """Writes the tuned model. Raises Exl2RayError; what is done survives a kill, and the same call goes on."""
+def tune(settings: Settings, device: torch.device, reporter: Reporter, owner: Owner | None = None) -> Tuned:
+    """Writes the tuned model. Raises Exl2RayError; what is done survives a kill, and the same call goes on; a finished one
+    computes and writes nothing. owner: who writes into the output (`exl2ray.formats.target`); None: this tuning."""
     clock = _Clock()
     if device.type == "cuda":  # products with one workspace, so that torch may be asked for what is reproducible
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -104,14 +109,22 @@ def tune(settings: Settings, device: torch.device, reporter: Reporter) -> Tuned:
     clock.lap("text")
     identity = _identity(settings, pair, rows, device)
     target = Path(settings.output)
-    work = target / WORK
-    owner = Owner(pair.exl2.fingerprint(), str(pair.start.path), identity, os.path.abspath(work))
+    work = Path(settings.work or target / WORK)
+    record = work.with_name(f"{work.name}.json")
+    owner = owner or Owner(pair.exl2.fingerprint(), str(pair.start.path), identity, os.path.abspath(work))
     with locked(target, owner), torch.no_grad():
+        done = finished(record, identity, pair.start.path, target)
+        if done is not None:
+            release_target(target)  # a run that was killed at its very end left the claim
+            reporter.event("note", message=f"{target} has the tuned model already")
+            return Tuned(**{**done, "directory": settings.output, "worse": tuple(done["worse"])})
+        check_memory(pair.start.spec, device)
         trainer = _load(pair, settings, device, reporter)
         clock.lap("load")
         progress = _train(trainer, settings, rows, identity, Store.open(str(work)), reporter)
         clock.lap("train")
-        result = _finish(trainer, pair, settings, rows, progress, owner, clock)
+        result, shards = _finish(trainer, pair, settings, rows, progress, owner, clock)
+        write_record(record, identity, target, asdict(result), shards)
         shutil.rmtree(work, ignore_errors=True)
     return result
 
@@ -131,7 +144,7 @@ def _rows(settings: Settings, pair: Pair) -> TuningRows:
 
 def _identity(settings: Settings, pair: Pair, rows: TuningRows, device: torch.device) -> str:
     """Of all that the bytes of the result depend on."""
-    kept = {k: v for k, v in asdict(settings).items() if k not in ("directory", "reference", "output", "sources")}
+    kept = {k: v for k, v in asdict(settings).items() if k not in ("directory", "reference", "output", "sources", "work")}
     kept = {**kept, "dtype": str(settings.compute_dtype(device)), "checkpoint_seconds": None}
     return hash_inputs(
         version=VERSION, settings=kept, start=pair.exl2.fingerprint(), source=pair.source.source.fingerprint(),
@@ -221,7 +234,7 @@ def _judged(progress: state.Progress, trainer: Trainer, found: float, reporter: 
 
 def _finish(
     trainer: Trainer, pair: Pair, settings: Settings, rows: TuningRows, progress: state.Progress, owner: Owner, clock: _Clock
-) -> Tuned:
+) -> tuple[Tuned, list[Shard]]:
     device, kinds, snapshots = trainer.device, rows.held_kinds, progress.snapshots
     blocks = load_finished(pair, device)
     source = trainer.source_states(rows.held_ids)
@@ -241,13 +254,14 @@ def _finish(
         "kept": verdict.kept, "steps": steps, "tokens": tokens, "kl_before": float(before.mean()),
         "kl_after": float(after.mean()),
     }  # fmt: skip
-    nbytes = write_tuned(pair.exl2, Path(settings.output), owner, _tensors(trainer, progress, integers, gains), facts)
+    shards = write_tuned(pair.exl2, Path(settings.output), owner, _tensors(trainer, progress, integers, gains), facts)
     clock.lap("write")
-    return Tuned(
+    result = Tuned(
         settings.output, verdict.kept, verdict.ratio, steps, tokens, _figures(before, kinds), _figures(after, kinds),
-        changed / max(1, total) if integers else 0.0, verdict.worse, nbytes,
+        changed / max(1, total) if integers else 0.0, verdict.worse, sum(s.size for s in shards),
         torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, clock.laps,
     )  # fmt: skip
+    return result, shards
 
 
 def _tensors(trainer: Trainer, progress: state.Progress, integers: bool, gains: bool) -> dict[str, Produce]:

@@ -1,0 +1,94 @@
+"""The last step of a conversion with --tune: every solved model of the job becomes a tuned one in its -cf.
+
+The solved model lies in the work directory, quant/<bpw>/solved, complete: it is where a tuning starts, also after a kill.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exl2ray.errors import ClusterError
+from exl2ray.events import Reporter
+from exl2ray.outputs import OutputSummary
+from exl2ray.recipe import Recipe
+from exl2ray.store.layout import quant_kind
+from exl2ray.targets import owner_of
+from exl2ray.units import parse_count
+
+if TYPE_CHECKING:
+    from exl2ray.steps.job import Job
+    from exl2ray.tune.run import Settings, Tuned
+
+SOLVED, WORK = "solved", "tune"  # folders beside the records of a bitrate
+
+
+def place_of_solved(recipe: Recipe) -> str | None:
+    """In place of -cf for what is only solved, with {bpw} for the bitrate; None if nothing is tuned."""
+    return None if recipe.tune is None else os.path.join(recipe.out_dir, "quant", "{bpw}", SOLVED)
+
+
+def tune_outputs(job: Job, outputs: Sequence[OutputSummary], reporter: Reporter) -> list[OutputSummary]:
+    """``outputs`` as they are in -cf after tuning; as they are if none is asked for.
+
+    What is finished is left alone. Raises what `exl2ray.tune.run.tune` does. For a job whose workers are gone.
+    """
+    if job.recipe.tune is None:
+        return list(outputs)
+    if job.device.type == "cuda" and not torch_has_gpu():
+        raise ClusterError(
+            f"--tune: no GPU on this machine; the solved models are complete in {job.recipe.out_dir}/quant/*/{SOLVED}",
+            "run the same command on a machine with a GPU, or tune them there with `exl2ray tune`",
+        )
+    from exl2ray.publish.card import add_tuning
+    from exl2ray.tune.run import tune
+
+    out = []
+    for output in outputs:
+        settings = _settings(job.recipe, output)
+        owner = owner_of(job.recipe, job.job["identity"]["fingerprint"], job.work.id, job.tokenizer_files)
+        reporter.event("note", message=f"{output.bits:g} bpw: tuning on {job.recipe.tune} tokens")
+        found = tune(settings, job.device, reporter, owner)
+        add_tuning(settings.output, found.before, found.after, found.kept, found.tokens)
+        reporter.event("note", message=f"{output.bits:g} bpw: {told(found)}")
+        if found.worse:
+            reporter.event("warning", message=f"{settings.output}: worse than before on {', '.join(found.worse)}")
+        files = tuple(str(Path(settings.output) / Path(f).name) for f in output.files)
+        out.append(replace(output, directory=settings.output, files=files, file_bytes=found.file_bytes, tuned=_facts(found)))
+    return out
+
+
+def torch_has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def told(found: Tuned) -> str:
+    """What came of a tuning, in a line."""
+    before, after = found.before["mean"], found.after["mean"]
+    if found.kept == "nothing":
+        return f"nothing gained by tuning: the model is as it was (held-out KL {before:.4f})"
+    return f"tuned, held-out KL {before:.4f} -> {after:.4f} ({after / before if before else 1:.3f} times); kept: {found.kept}"
+
+
+def _facts(found: Tuned) -> dict[str, object]:
+    kept = ("kept", "ratio", "steps", "tokens", "before", "after", "changed", "worse")
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(found).items() if k in kept}
+
+
+def _settings(recipe: Recipe, output: OutputSummary) -> Settings:
+    from exl2ray.datasets import source_of
+    from exl2ray.tune.run import Settings
+
+    target, solved = recipe.output_dir(output.bits), output.directory
+    if target is None or solved is None or recipe.tune is None:
+        raise AssertionError("a tuning has -cf")
+    sources = tuple(source_of(place) for place in recipe.tuning_text)
+    work = os.path.join(recipe.out_dir, quant_kind(output.bits), WORK)
+    return Settings(
+        solved, recipe.in_dir, target, sources, parse_count(recipe.tune, "--tune"), seed=recipe.seed, work=work
+    )
