@@ -82,13 +82,15 @@ def _facts(found: Tuned) -> dict[str, object]:
 
 def _settings(recipe: Recipe, output: OutputSummary) -> Settings:
     from exl2ray.datasets import source_of
+    from exl2ray.tune.rows import naming
     from exl2ray.tune.run import Settings
 
     target, solved = recipe.output_dir(output.bits), output.directory
     if target is None or solved is None or recipe.tune is None:
         raise AssertionError("a tuning has -cf")
-    sources = tuple(source_of(place) for place in recipe.tuning_text)
+    flag = "-c" if recipe.tune_text is None else "--tune-text"
+    with naming(flag):
+        sources = tuple(source_of(place) for place in recipe.tuning_text)
     work = os.path.join(recipe.out_dir, quant_kind(output.bits), WORK)
-    return Settings(
-        solved, recipe.in_dir, target, sources, parse_count(recipe.tune, "--tune"), seed=recipe.seed, work=work
-    )
+    tokens = parse_count(recipe.tune, "--tune")
+    return Settings(solved, recipe.in_dir, target, sources, tokens, seed=recipe.seed, work=work, text_flag=flag)

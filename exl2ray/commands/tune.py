@@ -12,6 +12,7 @@ from exl2ray.evaluate.forward import checked_device
 from exl2ray.events import Silent
 from exl2ray.terminal.console import clean, duration, file_size
 from exl2ray.terminal.live import human_reporter, show_table
+from exl2ray.tune.rows import naming
 from exl2ray.tune.run import Settings, Tuned, tune
 from exl2ray.units import parse_count
 
@@ -40,7 +41,8 @@ def run(
         raise UsageError(f"--rate {rate}, --gain-rate {gain_rate}: a number between 0 and 1 is needed", "0.002 is usual")
     if not 0 <= reach < 0.5:
         raise UsageError(f"--reach {reach}: a number from 0 to below 0.5 is needed", "0.45 is usual")
-    sources = tuple(local_source(place) for place in text)
+    with naming("--text"):
+        sources = tuple(local_source(place) for place in text)
     chosen = checked_device(device)
     count = parse_count(tokens, "--tokens")
     settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, reach, seed=seed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,7 @@ from exl2ray.calibration.data.sources import Source
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import MAX_BUILTIN_LENGTH, builtin_rows, check_ids
 from exl2ray.calibration.tokenizer import ModelTokenizer
-from exl2ray.errors import CalibrationError
+from exl2ray.errors import CalibrationError, UsageError
 
 HELD_OUT = 10  # every tenth row of a kind
 MOST_HELD_TOKENS = 1 << 17  # beyond, a held-out row says little more
@@ -64,6 +66,18 @@ def tuning_rows(
     if len(others) < rows:
         notes.append(f"the text has {len(others) * length} tokens to tune on; {tokens} were asked for")
     return TuningRows(ids[others], ids[kept], tuple(kinds[i] for i in kept), tuple(notes))
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """What goes wrong with text inside is told of ``flag``: readers of text know it as -c."""
+    try:
+        yield
+    except (CalibrationError, UsageError) as e:
+        if not e.message.startswith("-c "):
+            raise
+        hint = re.sub(r"(?<![\w-])-c(?= )", flag, e.hint) if e.hint else e.hint
+        raise type(e)(flag + e.message.removeprefix("-c"), hint) from e
 
 
 def batches(rows: int, size: int, steps: int, seed: int) -> list[Tensor]:

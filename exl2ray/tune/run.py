@@ -35,7 +35,7 @@ from exl2ray.tune.grid import REACH
 from exl2ray.tune.memory import check_memory
 from exl2ray.tune.opening import Pair, load_finished, load_source, load_tuned, open_pair, trainable
 from exl2ray.tune.output import Produce, finished, write_record, write_tuned
-from exl2ray.tune.rows import TuningRows, batches, tuning_rows
+from exl2ray.tune.rows import TuningRows, batches, naming, tuning_rows
 from exl2ray.tune.training import Rates, Trainer, schedule
 
 VERSION = 2  # of what equal settings come to
@@ -44,6 +44,7 @@ EVALUATIONS = 8
 PATIENCE = 4  # evaluations in a row that are worse than the best one
 HOPELESS = math.log(2)  # worse than the best score by that much
 STAGE = "tune"
+PLACES = ("directory", "reference", "output", "sources", "work", "text_flag")  # settings that no byte depends on
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Settings:
     tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
     for norms and biases, relative to their size. reach: how far latents may begin from their integers. dtype: of the
     products; None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not finished, beside it (its name and .json)
-    a record of what is; None: in the output, hidden.
+    a record of what is; None: in the output, hidden. text_flag: what messages about the text call it.
     """
 
     directory: str
@@ -71,6 +72,7 @@ class Settings:
     checkpoint_seconds: float = 60.0
     dtype: torch.dtype | None = None
     work: str | None = None
+    text_flag: str = "--text"
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         return self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -103,7 +105,8 @@ def tune(settings: Settings, device: torch.device, reporter: Reporter, owner: Ow
     if device.type == "cuda":  # products with one workspace, so that torch may be asked for what is reproducible
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     pair = open_pair(settings.directory, settings.reference)
-    rows = _rows(settings, pair)
+    with naming(settings.text_flag):
+        rows = _rows(settings, pair)
     for note in rows.notes:
         reporter.event("note", message=note)
     clock.lap("text")
@@ -144,7 +147,7 @@ def _rows(settings: Settings, pair: Pair) -> TuningRows:
 
 def _identity(settings: Settings, pair: Pair, rows: TuningRows, device: torch.device) -> str:
     """Of all that the bytes of the result depend on."""
-    kept = {k: v for k, v in asdict(settings).items() if k not in ("directory", "reference", "output", "sources", "work")}
+    kept = {k: v for k, v in asdict(settings).items() if k not in PLACES}
     kept = {**kept, "dtype": str(settings.compute_dtype(device)), "checkpoint_seconds": None}
     return hash_inputs(
         version=VERSION, settings=kept, start=pair.exl2.fingerprint(), source=pair.source.source.fingerprint(),

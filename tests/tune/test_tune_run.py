@@ -146,7 +146,7 @@ def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> No
         ({"--length": "8"}, 2, "at least 16 tokens"),
         ({"--step-tokens": "32"}, 2, "at least one row of --length 64"),
         ({"--rate": "0"}, 2, "a number between 0 and 1"),
-        ({"--text": "/nowhere.txt"}, 2, "does not exist"),
+        ({"--text": "/nowhere.txt"}, 2, "--text /nowhere.txt: does not exist"),
         ({"--length": "100000"}, 4, "at least 20 rows of 100000 are needed"),
         ({"output": "exl2"}, 2, "holds"),
     ],
