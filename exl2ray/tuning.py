@@ -15,7 +15,7 @@ from exl2ray.errors import ClusterError
 from exl2ray.events import Reporter
 from exl2ray.outputs import OutputSummary
 from exl2ray.recipe import Recipe
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.layout import SOLVED, quant_kind
 from exl2ray.targets import owner_of
 from exl2ray.units import parse_count
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from exl2ray.steps.job import Job
     from exl2ray.tune.run import Settings, Tuned
 
-SOLVED, WORK = "solved", "tune"  # folders beside the records of a bitrate
+WORK = "tune"  # beside the records of a bitrate
 
 
 def place_of_solved(recipe: Recipe) -> str | None:

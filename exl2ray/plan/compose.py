@@ -160,8 +160,7 @@ def _of_tuning(tokens: str, spec: ModelSpec, bitrates: int) -> str:
     return (
         f"the time leaves out --tune {tokens}: {operations:.2g} operations, {operations / BUSY_GPU / 60:.1f} min at "
         f"{BUSY_GPU / 1e12:.0f} TFLOP/s (expected of an H200, not measured; small models take longer than that); "
-        f"it takes {needed_bytes(spec) / 1e9:.1f} GB of GPU memory and more, and the disk of the work directory holds the "
-        "solved models as well"
+        f"it takes {needed_bytes(spec) / 1e9:.1f} GB of GPU memory and more"
     )
 
 

@@ -28,6 +28,7 @@ SOURCE_FILE = "source.json"
 SOURCE_FOLDER = "source"
 MEASURE = "measure"  # kind of the measurement's records
 SOURCE_KEY = "source"  # key of the record of the source's files
+SOLVED = "solved"  # below a bitrate: the model before it is tuned
 REFERENCE_KIND = "quant/reference"  # kind of the checkpoints of the source model's states on the quantisation rows
 # Keys of records that are no module's.
 NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|source|perplexity|output")

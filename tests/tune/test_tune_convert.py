@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounded import exl2ray
 from tiny_models import write_model
 
 from exl2ray.convert import convert
@@ -128,6 +129,21 @@ def test_what_was_damaged_is_tuned_again(
         f.truncate(f.tell() - 1)
     convert(recipe(model, root, text), Silent())
     assert contents(root) == before
+
+
+def test_plan_says_what_it_takes(model: Path, tmp_path: Path) -> None:
+    def planned(*more: str) -> tuple[str, int]:
+        flags = ("-i", model, "-o", tmp_path / "w", "-cf", tmp_path / "out", "--device", "cpu", "--json", *more)
+        run = exl2ray("plan", *flags, seconds=20)
+        found = json.loads(run.out)
+        need = next(d for d in found["disks"] if d["what"] == "work directory")
+        return " ".join(found["warnings"]), need["least_bytes"]
+
+    (plain, less), (tuned, more) = planned(), planned("--tune", "4M")
+    assert "--tune" not in plain
+    assert "the time leaves out --tune 4M" in tuned
+    assert "GB of GPU memory" in tuned
+    assert more > less
 
 
 @pytest.mark.parametrize(
