@@ -30,10 +30,10 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,9 @@ from exl2ray.evaluate.tokens import load_tokens  # noqa: E402
 from exl2ray.events import Silent  # noqa: E402
 from exl2ray.formats.hf import SourceModel  # noqa: E402
 from exl2ray.recipe import Recipe  # noqa: E402
+from exl2ray.steps.allocating import allocate  # noqa: E402
+from exl2ray.steps.measuring import measure  # noqa: E402
+from exl2ray.steps.producing import produce  # noqa: E402
 from exl2ray.terminal.flags import recipe_from  # noqa: E402
 
 # Set by this script, so no part of a variant.
@@ -214,11 +217,11 @@ class Study:
         for folder in (out, quantised):
             shutil.rmtree(folder, ignore_errors=True)
         with self.opened(recipe, case, reporter) as job:
-            measurement = job.measure()
-            plan = job.allocate(measurement, job.recipe.bits[0])
+            measurement = measure(job)
+            plan = allocate(job, measurement, job.recipe.bits[0])
             if target is not None:
-                plan = matched(job, measurement, plan, target - self.plain_bytes(case))
-            (output,) = job.produce([plan])
+                plan = matched(partial(allocate, job, measurement), plan, target - self.plain_bytes(case))
+            (output,) = produce(job, [plan])
         stages = [(f["stage"], f["seconds"]) for name, f in reporter.events if name == "end"]
         figures = self.models[case.model].judge(out)
         self.plain[case.model] = figures["file_bytes"] - plan.predicted_bytes
@@ -255,7 +258,7 @@ class Study:
         if case.model not in self.plain:
             first = replace(case, variant=self.variants[0])
             with self.opened(self.place(first), first, Silent()) as job:
-                plan = job.allocate(job.measure(), job.recipe.bits[0])
+                plan = allocate(job, measure(job), job.recipe.bits[0])
             result = next(r for r in quality_table.load([self.results]) if r["key"] == self.key(first, None))
             self.plain[case.model] = int(result["file_bytes"]) - plan.predicted_bytes
         return self.plain[case.model]
@@ -276,7 +279,7 @@ class Study:
         raise AssertionError
 
 
-def matched(job: Experiment, measurement: Any, plan: Plan, target: int) -> Plan:
+def matched(allocated: Callable[[float], Plan], plan: Plan, target: int) -> Plan:
     """The plan whose quantised tensors come closest to ``target`` bytes, by bisection on the bitrate."""
     best, low, high = plan, 0.0, 0.0
     bits = plan.bits
@@ -289,7 +292,7 @@ def matched(job: Experiment, measurement: Any, plan: Plan, target: int) -> Plan:
             low = bits
         bits = (low + high) / 2 if low and high else bits * (target / plan.predicted_bytes)
         try:
-            plan = job.allocate(measurement, bits)
+            plan = allocated(bits)
         except BudgetError:
             low = bits
             if not high:

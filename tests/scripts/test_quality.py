@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class _Linear:
 @pytest.mark.parametrize("step", [1, 2000])
 def test_matched_finds_the_bitrate(target: int, step: int) -> None:
     job: Any = _Linear(step)
-    plan = quality.matched(job, None, job.allocate(None, 3.0), target)
+    plan = quality.matched(partial(job.allocate, None), job.allocate(None, 3.0), target)
     assert abs(plan.predicted_bytes - target) <= max(step, quality.MATCHED * target) + 1000
     assert job.solved <= quality.MATCH_STEPS + 1
 

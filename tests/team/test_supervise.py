@@ -110,12 +110,16 @@ def test_every_module_is_done_once_whatever_is_lost(count: int, workers: int, se
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(8, 40), st.integers(1, 5))
+@example(23, 5)
 def test_workers_go_straight_on(count: int, workers: int) -> None:
-    """Every module is measured by one worker; most follow the one that the same worker had before."""
+    """Every module is done, and told of, once; most follow the one that the same worker had before. A module that a worker
+    begins in the moment in which another one takes it over is begun twice: the driver hears of it too late."""
     m = Measuring(count, workers)
     m.run()
     taken = [[b.index for b in own] for own in m.begun.values()]
-    assert sorted(itertools.chain(*taken)) == list(range(1, count + 1))
+    begun = list(itertools.chain(*taken))
+    assert set(begun) == set(range(1, count + 1))
+    assert len(begun) <= count + workers
     jumps = sum(b != a + 1 for own in taken for a, b in itertools.pairwise(own))
     assert jumps <= workers * (3 + count.bit_length())
 
