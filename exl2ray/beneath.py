@@ -22,6 +22,7 @@ from pathlib import Path
 
 from exl2ray.errors import StoreError
 
+FILE_MODE, FOLDER_MODE = 0o664, 0o775  # of what is made, less the umask: never what everybody can write to
 MAX_LINKS = 40  # on one path, as the kernel allows
 # O_PATH, where there is one: a file server is not asked to open the folder, and a folder that cannot be listed will do.
 _THROUGH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -123,7 +124,7 @@ def make_directories(directory: str | Path) -> None:
             break
         directory = directory.parent
     for new in reversed(missing):
-        new.mkdir(exist_ok=True)
+        new.mkdir(FOLDER_MODE, exist_ok=True)
         fsync_directory(new.parent)
 
 
@@ -168,7 +169,7 @@ def _enter(above: int | None, name: str, where: str, listed: bool) -> int:
 
 def _make_folder(handle: int, name: str) -> None:
     try:
-        os.mkdir(name, dir_fd=handle)
+        os.mkdir(name, FOLDER_MODE, dir_fd=handle)
     except FileExistsError:
         return
     listed = os.open(".", _LISTED, dir_fd=handle)
@@ -192,7 +193,7 @@ def open_file(handle: int | None, name: str | Path, where: str | Path, flags: in
             raise
     flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # for what was put there since
     try:
-        opened = os.open(name, flags, 0o666, dir_fd=handle)
+        opened = os.open(name, flags, FILE_MODE, dir_fd=handle)
     except OSError as e:
         if e.errno in (errno.ELOOP, errno.ENXIO):
             raise refused(where, stat.S_IFLNK if e.errno == errno.ELOOP else stat.S_IFIFO) from e

@@ -20,23 +20,30 @@ class's code; library code only raises.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class Exl2RayError(Exception):
-    """Base of all typed errors: ``message`` says what and where, ``hint`` how to fix it."""
+    """Base of all typed errors: ``message`` says what and where, ``hint`` how to fix it.
+
+    ``more``: further lines of the message. Only these begin on lines of their own where the error is shown: a line end inside
+    of one can only come from a name, and is spelled out.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, message: str, hint: str = "", more: Sequence[str] = ()) -> None:
+        self.lines = (message, *more)
+        self.message = "\n".join(self.lines)
         self.hint = hint
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
 
-    def __reduce__(self) -> tuple[type[Exl2RayError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[Exl2RayError], tuple[str, str, tuple[str, ...]]]:
         # Errors cross process boundaries (Ray); the default reduction would drop the hint.
-        return (type(self), (self.message, self.hint))
+        return (type(self), (self.lines[0], self.hint, self.lines[1:]))
 
 
 class UsageError(Exl2RayError):

@@ -63,9 +63,9 @@ class Exl2Quantizer(HfQuantizer):
             return config
         problems = [p for p in verify_directory(root) if p.rule != NOT_NEEDED]
         if problems:
-            more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-            lines = "".join(f"\n  {p}" for p in problems[:SHOWN])
-            raise FormatError(f"{root}: not a sound EXL2 model:{lines}{more}", f"see them all: exl2ray verify {root}")
+            more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+            lines = [*(f"  {p}" for p in problems[:SHOWN]), *more]
+            raise FormatError(f"{root}: not a sound EXL2 model:", f"see them all: exl2ray verify {root}", lines)
         self._files = weight_files(root, FormatError)
         config.transformers_weights = self._files[0].name
         return config

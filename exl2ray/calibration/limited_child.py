@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import struct
 import sys
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
@@ -20,14 +22,18 @@ Answer = tuple[dict[str, Any], list[bytes]]
 Handler = Callable[[dict[str, Any], list[bytes]], Answer]
 REASON_CHARACTERS = 300  # of an error's text, which may quote whatever the file holds
 ADDRESS_SLACK = 6 << 30  # address space that allocators and threads reserve without using it
+STACK_BYTES = 1 << 18  # of the thread that waits for the end of the parent
 CHUNK_BYTES = 1 << 20  # of text in one batch; encodings take a hundred times as much
 
 
 def main(kind: str) -> None:
-    """Serves until standard input ends."""
+    """Serves until standard input ends, or the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not look like an answer
+    threading.stack_size(STACK_BYTES)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.stack_size(0)
     handlers = {"template": template_handlers, "tokenizer": tokenizer_handlers, "convert": convert_handlers,
                 "data": data_handlers}[kind]()  # fmt: skip
     if kind != "convert":
@@ -41,6 +47,17 @@ def main(kind: str) -> None:
         _limit(**request["limits"])
         head, out = _answer(handlers[request["op"]], request, blobs)
         _send(answers, head, out)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end this process, which may have much of a template or tokenizer in front of it; the
+    pipe from it, which only the parent holds, says that it is gone.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # systems without poll: the limit on time remains
+        hung_up = select.poll()
+        hung_up.register(0, 0)  # being hung up is told without being asked for
+        if any(what & select.POLLHUP for _, what in hung_up.poll()):
+            os._exit(0)
 
 
 def _answer(handler: Handler, request: dict[str, Any], blobs: list[bytes]) -> Answer:

@@ -99,4 +99,5 @@ def show(found: list[Family]) -> None:
         for text in family.loader_differences:
             differences.setdefault(text, []).append(family.name)
     for text, names in differences.items():
-        print(clean(f"  {text}\n    {', '.join(names)}"))
+        print(clean(f"  {text}"))
+        print(clean(f"    {', '.join(names)}"))

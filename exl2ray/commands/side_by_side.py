@@ -20,7 +20,7 @@ from exl2ray.evaluate.forward import RunOptions
 from exl2ray.formats.elsewhere import named
 from exl2ray.formats.json_file import read_bounded
 from exl2ray.remote.source import local
-from exl2ray.terminal.console import clean, is_terminal, json_line, reserved_stdout
+from exl2ray.terminal.console import clean, clean_lines, is_terminal, json_line, reserved_stdout
 
 PROMPTS_BYTES = 1 << 20  # of a file
 PROMPT_BYTES = 1 << 18  # of one question
@@ -148,17 +148,17 @@ def side_by_side(question: str, answers: Sequence[Answer]) -> Group:
     texts = []
     for answer in answers:
         same = answer.common if answer.parts is not None else len(answer.text)
-        text = Text(clean(answer.text[:same]))
-        text.append(clean(answer.text[same:]), style="bold yellow")
+        text = Text(clean_lines(answer.text[:same]))
+        text.append(clean_lines(answer.text[same:]), style="bold yellow")
         texts.append(text)
     table.add_row(*texts)
     table.add_row(*(Text(summary(a), style="dim") for a in answers))
-    return Group(Text(f"\n{clean(question)}\n", style="bold"), table)
+    return Group(Text(f"\n{clean_lines(question)}\n", style="bold"), table)
 
 
 def plain_lines(question: str, answers: Sequence[Answer]) -> list[str]:
     """As `side_by_side`, one model below the other."""
-    lines = [f"? {clean(question)}"]
+    lines = [f"? {clean_lines(question)}"]
     for answer in answers:
         text = answer.text
         if answer.parts is not None:

@@ -69,7 +69,7 @@ def show(result: Tuned, report: bool) -> None:
             f"{100 * result.changed:.2f} % of the integers changed in {result.steps} steps; {file_size(result.file_bytes)}"
         )
     if result.worse:
-        print(f"warning: worse than before on {', '.join(result.worse)}")
+        print(clean(f"warning: worse than before on {', '.join(result.worse)}"))
     parts = [f"{part} {duration(seconds)}" for part, seconds in result.seconds.items()]
     print(", ".join([*parts, *([f"GPU memory {file_size(result.peak_bytes)}"] if result.peak_bytes else [])]))
 

@@ -63,7 +63,8 @@ def show(findings: list[Finding]) -> None:
     if wrong:
         print()
     for f in wrong:
-        print(clean(f"{f.level}: {f.topic}: {f.value}\n  {f.fix}"))
+        print(clean(f"{f.level}: {f.topic}: {f.value}"))
+        print(clean(f"  {f.fix}"))
     problems = sum(f.level == "problem" for f in findings)
     print("\n" + (f"{plural(problems, 'problem')}: a conversion would stop or fail" if problems else "ready to convert"))
 

@@ -53,7 +53,7 @@ def ray_cluster(address: str) -> list[Finding]:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, cwd=trusted_folder())
         answer = "" if ran.returncode == 0 else (ran.stderr or ran.stdout).strip().splitlines()[-1][:200]
     except (OSError, subprocess.TimeoutExpired) as e:
-        answer = str(e)[:200]
+        answer = " ".join(str(e).split())[:200]
     except IndexError:
         answer = "no answer"
     if not answer:

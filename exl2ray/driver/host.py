@@ -73,7 +73,7 @@ def own_error(e: Exception) -> Exception:
     """The exception that the worker raised, rid of Ray's wrapping."""
     cause = getattr(e, "cause", None) or e
     if isinstance(cause, Exl2RayError):
-        return type(cause)(cause.message, cause.hint) if type(cause) in _typed() else cause
+        return type(cause)(cause.lines[0], cause.hint, cause.lines[1:]) if type(cause) in _typed() else cause
     if isinstance(cause, Exception):
         return cause
     return ClusterError(str(e))

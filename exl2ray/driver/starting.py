@@ -167,7 +167,7 @@ def _away_from_here() -> Iterator[None]:
 
 
 def _failed(address: str, e: BaseException, hint: str) -> ClusterError:
-    reason = f"{type(e).__name__}: {str(e).strip()[:300]}"
+    reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
     return ClusterError(f"cannot start or reach Ray at {address!r}: {reason}", hint)
 
 

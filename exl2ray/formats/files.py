@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from exl2ray.beneath import fsync_handle
+from exl2ray.beneath import FILE_MODE, fsync_handle
 from exl2ray.errors import StoreError
 from exl2ray.formats.regular import open_regular
 
@@ -39,7 +39,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as e:
         raise write_error(path, e) from e
     try:
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE, dir_fd=folder)
         with os.fdopen(handle, "w+b") as f:
             yield f
             f.flush()

@@ -113,9 +113,9 @@ class Examination:
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            texts = [f"{i}. {e.message}" + (f"\n   {e.hint}" if e.hint else "") for i, e in enumerate(errors, 1)]
-            count = f"{len(errors)} problems would stop this conversion:\n"
-            raise type(errors[0])(count + "\n".join(texts), "`exl2ray plan` with the same flags lists them again")
+            lines = [x for i, e in enumerate(errors, 1) for x in (f"{i}. {e.message}", *([f"   {e.hint}"] if e.hint else []))]
+            count = f"{len(errors)} problems would stop this conversion:"
+            raise type(errors[0])(count, "`exl2ray plan` with the same flags lists them again", lines)
 
 
 def _joined(errors: Sequence[Exl2RayError], prefix: str) -> Exl2RayError:

@@ -99,11 +99,12 @@ def read_folder(path: str | Path, include: Sequence[str] = ()) -> Folder:
 def _verify(path: Path) -> None:
     problems = verify_directory(path)
     if problems:
-        shown = "\n".join(f"  {p}" for p in problems[:SHOWN])
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        shown = [f"  {p}" for p in problems[:SHOWN]]
+        more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise FormatError(
-            f"{path}: not published: {plural(len(problems), 'rule')} of the format broken:\n{shown}{more}",
+            f"{path}: not published: {plural(len(problems), 'rule')} of the format broken:",
             f"all of them: exl2ray verify {path}",
+            [*shown, *more],
         )
 
 

@@ -13,6 +13,7 @@ from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.links import outside
 from exl2ray.publish.frontmatter import Value, read_fields, split_card
 from exl2ray.recipe import SETTINGS, USUAL_HEAD_BITS, Recipe, place_name
+from exl2ray.terminal.console import clean
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
@@ -171,4 +172,4 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, tuple):
         return " ".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else clean(str(value))  # a name with a line end would end the block

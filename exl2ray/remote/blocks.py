@@ -16,6 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from exl2ray.beneath import make_directories
+
 BLOCK_BYTES = 8 << 20
 SMALL_BYTES = 1 << 14  # smaller tensors, norms mostly, are fetched as they are
 CHECK_BYTES = 4  # CRC-32 at the end of a block's file
@@ -110,7 +112,7 @@ class Blocks:
         if self.root is None:
             return False
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_directories(self.root)
             with open(os.open(self.root / ".used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as f:
                 fcntl.flock(f, fcntl.LOCK_EX)
                 text = f.read(32)

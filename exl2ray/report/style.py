@@ -126,5 +126,5 @@ def plain_log_axis(ax: Axes, which: str) -> None:
 
 def clean_label(text: str) -> str:
     """Text of a label: printable, and cut where it would take the room of the plot."""
-    text = clean(text).replace("\n", " ")
+    text = clean(text.replace("\n", " "))
     return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"

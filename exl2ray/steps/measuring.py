@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from exl2ray.allocation.planning import has_sensitivities, module_cost
+from exl2ray.beneath import make_directories
 from exl2ray.driver.independent import PASSING, Independent, Item
 from exl2ray.formats.measurement import Measurement, ModuleProfile, write_measurement
 from exl2ray.formats.origin import source_identity
@@ -164,7 +165,7 @@ def export_measurement(job: Job, measurement: Measurement) -> str:
     job.source_state.check()
     path = measurement_target(job.recipe.output_measurement or "")
     with translated("create", str(path.parent)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directories(path.parent)
     write_measurement(path, measurement)
     job.reporter.event("note", message=f"measurement written to {path}")
     return str(path)

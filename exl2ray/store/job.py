@@ -166,7 +166,7 @@ def mismatch(
         if has_measurement:
             hint += f"; or give another directory with -o together with -m {root}/measurement.json"
         hint += "; -nr starts anew"
-    return JobMismatchError("\n".join([*lines, reusable]), hint)
+    return JobMismatchError(lines[0], hint, [*lines[1:], reusable])
 
 
 def _show(value: Any) -> str:

@@ -78,7 +78,7 @@ class LocalStore(Store):
     @staticmethod
     def _write_temp(folder: int, chunks: Iterable[bytes | memoryview]) -> str:
         temp = temp_name()
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, beneath.FILE_MODE, dir_fd=folder)
         try:
             try:
                 for chunk in chunks:

@@ -188,8 +188,7 @@ def _refused(report: Report, paths: Sequence[SharedPath]) -> ClusterError:
     for p in paths:
         if p.role != "output" and first.message.startswith(f"{p.flag} {p.path}:") and os.path.exists(p.path):
             hint = f"{p.path} exists on this machine only: copy it to a file system that every node of the cluster mounts"
-    text = "\n".join(f"  {p.message}" for p in report.problems)
-    return ClusterError(f"the command cannot run on this cluster:\n{text}", hint)
+    return ClusterError("the command cannot run on this cluster:", hint, [f"  {p.message}" for p in report.problems])
 
 
 def _compare(report: Report, paths: Sequence[SharedPath], say: Say) -> None:
@@ -225,8 +224,7 @@ def follow_job(cluster: Cluster, job_id: str, write: Say) -> JobState:
     except KeyboardInterrupt as e:
         raise Interrupted(
             f"detached from {job_id}, which goes on running",
-            f"follow it again with: {cluster.command('--logs', job_id)}\n"
-            f"        stop it with: {cluster.command('--stop', job_id)}",
+            f"follow it again with: {cluster.command('--logs', job_id)}; stop it with: {cluster.command('--stop', job_id)}",
         ) from e
 
 

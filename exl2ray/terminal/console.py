@@ -53,7 +53,7 @@ class Plain:
     def _lines(self, name: str, f: Mapping[str, Any]) -> list[str]:
         if name == "start":
             self._workers = f.get("workers") or 1
-            return [job_text(f)]
+            return job_lines(f)
         if name == "stage":
             self._paces[f["stage"]] = Pace(f["items"], f["done"], self._workers, self._clock())
             return [f"[{f['stage']}] {stage_text(f['items'], f['done'])}"]
@@ -109,12 +109,15 @@ def _json_value(value: Any) -> Any:
 
 
 def clean(text: str) -> str:
-    """Text with escapes for whatever is not printable (names from files may hold anything); line ends stay.
-
-    Addresses come in place of the folders that stand for them.
+    """Text on one line, with escapes for whatever is not printable: names from files may hold anything, and a line end in one
+    would begin a line that looks like the program's own. Addresses come in place of the folders that stand for them.
     """
-    text = named(text)
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in named(text))
+
+
+def clean_lines(text: str) -> str:
+    """As ``clean``, but line ends stay: for what has lines by nature, as answers of a model have."""
+    return "\n".join(map(clean, text.split("\n")))
 
 
 def duration(seconds: float) -> str:
@@ -141,7 +144,7 @@ def file_size(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
-def job_text(f: Mapping[str, Any]) -> str:
+def job_lines(f: Mapping[str, Any]) -> list[str]:
     """The fields of a "start" event in words, one line or two."""
     bits = ", ".join(f"{b:g}" for b in f.get("bits", ()))
     workers = f.get("workers") or 0
@@ -153,7 +156,7 @@ def job_text(f: Mapping[str, Any]) -> str:
         f"{workers} workers" if workers > 1 else "",
         "resumed" if f.get("resumed") else "",
     ]
-    return ", ".join(p for p in parts if p) + (f"\n{places_text(f)}" if "source" in f else "")
+    return [", ".join(p for p in parts if p), *([places_text(f)] if "source" in f else [])]
 
 
 def places_text(f: Mapping[str, Any]) -> str:
@@ -211,7 +214,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[st
     """Lines of an aligned table; columns of numbers are right-aligned. Nothing for a table without rows."""
     if not rows:
         return []
-    cells = [[str(c) for c in columns], *[[str(c) for c in row] for row in rows]]
+    cells = [[clean(str(c)) for c in row] for row in (columns, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     right = [is_numeric(column) for column in zip(*cells[1:], strict=True)]
     return [

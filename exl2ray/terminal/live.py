@@ -30,7 +30,7 @@ from exl2ray.terminal.console import (
     duration,
     is_numeric,
     is_terminal,
-    job_text,
+    job_lines,
     outputs_table,
     plural,
     repeated_warnings,
@@ -70,7 +70,8 @@ class Live:
     def event(self, name: str, **f: Any) -> None:
         if name == "start":
             self._workers = f.get("workers") or 1
-            self._print(job_text(f), "bold")
+            for line in job_lines(f):
+                self._print(line, "bold")
         elif name == "stage":
             self._begin(f)
         elif name == "item":
@@ -220,5 +221,9 @@ def human_reporter(animated: bool = True) -> Reporter:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table on standard output, drawn on a terminal, aligned text elsewhere."""
-    human_reporter(animated=False).event("table", title=title, columns=columns, rows=rows)
+    """Prints a table on standard output, drawn on a terminal, aligned text elsewhere; an empty line before one whose title
+    begins with a line end.
+    """
+    if title.startswith("\n"):
+        print()
+    human_reporter(animated=False).event("table", title=title.removeprefix("\n"), columns=columns, rows=rows)

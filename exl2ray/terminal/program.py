@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import stat
 import sys
 import time
 import traceback
@@ -54,6 +55,7 @@ class Cli(click.Group):
         own = argv[: argv.index("--")] if "--" in argv else argv
         run = Invocation(json="--json" in own, debug="--debug" in own, argv=tuple(argv))
         extra.pop("standalone_mode", None)
+        os.umask(os.umask(0o077) | stat.S_IWOTH)  # caches of libraries, too, are never what everybody can write to
         try:
             with stopping.interruptible():
                 code = super().main(argv, prog_name or "exl2ray", standalone_mode=False, obj=run, **extra)
@@ -80,36 +82,36 @@ def _report(error: Exception, run: Invocation) -> int:
     """Shows an error on standard error, as JSON too if asked for; returns the exit code."""
     if run.debug and not isinstance(error, (click.ClickException, click.Abort)):
         last_words("".join(traceback.format_exception(error)).rstrip())
-    message, hint, code = _explain(error, run)
+    lines, hint, code = _explain(error, run)
     red = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = "" if code == Interrupted.exit_code else "error: "
-    last_words((f"\033[31m{label}\033[0m" if red and label else label) + clean(message))
+    last_words((f"\033[31m{label}\033[0m" if red and label else label) + "\n".join(map(clean, lines)))
     if hint:
         last_words(clean(f"  hint: {hint}"))
     if run.json:
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-            print(json_line({"event": "error", "message": message, "hint": hint, "code": code}), flush=True)
+            print(json_line({"event": "error", "message": "\n".join(lines), "hint": hint, "code": code}), flush=True)
     return code
 
 
-def _explain(error: Exception, run: Invocation) -> tuple[str, str, int]:
-    """(message, hint, exit code)"""
+def _explain(error: Exception, run: Invocation) -> tuple[Sequence[str], str, int]:
+    """(lines of the message, hint, exit code)"""
     if isinstance(error, (click.Abort, Interrupted)):
         message = error.message if isinstance(error, Interrupted) else "interrupted"
         hint = run.resume_hint() or (error.hint if isinstance(error, Interrupted) else "")
-        return message, hint, Interrupted.exit_code
+        return [message], hint, Interrupted.exit_code
     if isinstance(error, Exl2RayError):
-        return error.message, error.hint, error.exit_code
+        return error.lines, error.hint, error.exit_code
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx is not None else "exl2ray"
-        return error.format_message(), usage_hint(run.argv, path), UsageError.exit_code
+        return [error.format_message()], usage_hint(run.argv, path), UsageError.exit_code
     if isinstance(error, click.ClickException):
-        return error.format_message(), "", error.exit_code
+        return [error.format_message()], "", error.exit_code
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     log = _write_log(error, run)
     hint = "this is not an error that exl2ray foresaw: please report it"
     hint += f"; the traceback is in {log}" if log else "; --debug shows the traceback"
-    return f"{message} ({_place(error)})", hint, 1
+    return [f"{message} ({_place(error)})"], hint, 1
 
 
 def _place(error: BaseException) -> str:

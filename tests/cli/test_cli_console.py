@@ -20,6 +20,7 @@ from exl2ray.terminal.console import (
     Pace,
     Plain,
     clean,
+    clean_lines,
     duration,
     file_size,
     is_numeric,
@@ -252,7 +253,8 @@ def test_tables_of_text():
 
 
 def test_clean():
-    assert clean("a\tb\x1b[2J\x9b\nc\u202e") == "a\\tb\\x1b[2J\\x9b\nc\\u202e"
+    assert clean("a\tb\x1b[2J\x9b\nc\u202e") == "a\\tb\\x1b[2J\\x9b\\nc\\u202e"
+    assert clean_lines("a\tb\nc") == "a\\tb\nc"
 
 
 def test_reserved_stdout_keeps_everything_else_out():

@@ -98,22 +98,26 @@ class Stopped:
         assert self.process.exitcode is not None, f"does not end\n{self.err[-2000:]}"
         return self.process.exitcode
 
-    def descendants(self) -> list[str]:
-        """Command lines of all processes below it."""
+    def processes(self) -> dict[int, str]:
+        """Command lines of all processes below it, by their numbers."""
         parents: dict[int, int] = {}
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 with contextlib.suppress(OSError, ValueError, IndexError):
                     parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-        found, todo = [], [self.pid]
+        found: dict[int, str] = {}
+        todo = [self.pid]
         while todo:
             parent = todo.pop()
             children = [pid for pid, above in parents.items() if above == parent]
             todo += children
             for pid in children:
                 with contextlib.suppress(OSError):
-                    found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                    found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         return found
+
+    def descendants(self) -> list[str]:
+        return list(self.processes().values())
 
     def has(self, word: str) -> bool:
         return any(word in line for line in self.descendants())

@@ -1,0 +1,181 @@
+"""What a conversion leaves to others: permissions under any umask, processes after kill -9 of the driver. And what it
+makes of being stopped and continued (Ctrl-Z, a laptop's lid).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from bounded import ROOT
+from stopped_runs import Stopped, context
+from workdir_cases import Conversion, contents
+
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # wait a minute for a raylet that is gone, or the next start
+GONE_SECONDS = 20.0  # on a machine that is busy with other things
+
+
+# ---- permissions --------------------------------------------------------------------------------------------------------
+
+
+def modes(*roots: Path) -> dict[str, int]:
+    found = {}
+    for root in roots:
+        for folder, _, files in os.walk(root):
+            for path in (Path(folder), *(Path(folder, name) for name in files)):
+                found[str(path)] = stat.S_IMODE(path.lstat().st_mode)
+    return found
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077], ids=oct)
+def test_nobody_else_can_write_to_what_is_made(umask: int, made: Conversion, tmp_path: Path) -> None:
+    server, new = context(), tmp_path / "new"  # with folders above that are made, too
+    work, target, report = new / "a" / "work", new / "b" / "target", new / "report.html"
+    caches = {"TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(new / "cache")}
+    runs = [made.arguments(work, None, "-om", str(new / "c" / "m.json")), made.arguments(work, target, "-b", "4"),
+            ["report", str(work), "--output", str(report)],
+            ["patch", "-o", str(work), "--set", "lm_head=1:6b_32g", "-cf", str(new / "patched"), "--device", "cpu"],
+            ["verify", str(target)]]  # fmt: skip
+    for i, arguments in enumerate(runs):
+        run = Stopped(server, arguments, tmp_path / f"err{i}", partial(surrounded, umask, caches))
+        assert run.status() == 0, run.err
+    found = modes(new)
+    made_here = (work / "job.json", target / "config.json", report, new / "c" / "m.json", new / "patched" / "config.json")
+    assert {*map(str, made_here)} <= {*found}
+    wrong = {path: oct(mode) for path, mode in found.items() if mode & (stat.S_IWOTH | umask)}
+    assert not wrong
+    assert contents(target) == contents(made.target)
+
+
+def surrounded(umask: int, env: dict[str, str]) -> None:
+    os.umask(umask)
+    os.environ.update(env)
+
+
+def test_caches_of_models_read_from_elsewhere(tmp_path: Path) -> None:
+    from exl2ray.remote.blocks import Blocks
+
+    before = os.umask(0)
+    try:
+        root = tmp_path / "cache" / "exl2ray"
+        blocks = Blocks(root, 1 << 20)
+        blocks.read(memoryview(bytearray(1 << 15)), 0, 1 << 15, "key", lambda into, at: None)
+    finally:
+        os.umask(before)
+    assert len(found := modes(tmp_path / "cache")) > 2
+    assert not [path for path, mode in found.items() if mode & stat.S_IWOTH]
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + GONE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+ENDLESS = {  # requests that keep a child busy until its limit on time, which is long here
+    "template": ([{"op": "compile", "special_tokens": {}}, b"{% for i in range(99999) %}{% for j in range(99999) %}"
+                  b"{% endfor %}{% endfor %}"], [{"op": "render", "messages": [["user", "x"]], "reply": False,
+                                                   "characters": 100}, b""]),
+    "idle": (),
+}  # fmt: skip
+PARENT = """
+import json, os, sys
+from exl2ray.calibration.limited import LimitedProcess
+child = LimitedProcess("template")
+print(child.pid, flush=True)
+for request, blob in json.loads(sys.argv[1]):
+    child.ask(request, [blob.encode()], cpu_seconds=1000, memory_bytes=1 << 28)
+    print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("doing", ENDLESS)
+def test_a_child_that_runs_a_template_ends_with_its_parent(doing: str) -> None:
+    requests = json.dumps([[request, blob.decode()] for request, blob in ENDLESS[doing]])
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, requests], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    if doing != "idle":
+        assert parent.stdout.readline() == "done\n"  # compiled; it renders now, or is about to
+        wait_until(lambda: processor_ticks(child) > 50, "does not render")
+    assert alive(child)
+    parent.kill()
+    parent.communicate()
+    wait_until(lambda: not alive(child), "the child goes on")
+
+
+def processor_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose name leaves room for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="x", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.slow
+def test_ray_ends_with_a_driver_that_is_killed(made: Conversion, short: Path, tmp_path: Path) -> None:
+    work, target = tmp_path / "work", tmp_path / "target"
+    arguments = [*made.arguments(work, target), "--json", "-b", "4"]
+    arguments[arguments.index("inline")] = "ray"
+    run = Stopped(context(), arguments, tmp_path / "err", partial(surrounded, 0o022, {"RAY_TMPDIR": str(short)}))
+    run.until(run.items(1))
+    left = run.processes()
+    assert any("raylet" in line for line in left.values())
+    run.signal(signal.SIGKILL)
+    run.process.join()
+    others = [pid for pid, line in left.items() if not any(agent in line for agent in AGENTS)]
+    wait_until(lambda: not any(map(alive, others)), "workers or daemons of Ray go on")
+    again = Stopped(context(), arguments, tmp_path / "err2", partial(surrounded, 0o022, {"RAY_TMPDIR": str(short)}))
+    assert again.status() == 0, again.err
+    assert not [line for pid, line in left.items() if alive(pid)]  # what waited for its raylet ended with the next start
+    assert contents(target) == contents(made.target)
+    assert not list(short.glob("exl2ray-ray-*"))
+
+
+# ---- stopped and continued -------------------------------------------------------------------------------------------------
+
+
+def stop_for_a_while(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "does not stop")
+    time.sleep(0.5)  # what it would have done meanwhile, it must not have missed
+    os.kill(pid, signal.SIGCONT)
+
+
+def test_a_driver_that_is_stopped_and_continued(made: Conversion, tmp_path: Path) -> None:
+    work, target = tmp_path / "work", tmp_path / "target"
+    run = Stopped(context(), [*made.arguments(work, target), "--json", "-b", "4"], tmp_path / "err")
+    for items in (1, 3, 6):
+        run.until(run.items(items))
+        with contextlib.suppress(ProcessLookupError):
+            stop_for_a_while(run.pid)
+    assert run.status() == 0, run.err
+    assert contents(target) == contents(made.target)
