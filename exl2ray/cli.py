@@ -235,7 +235,7 @@ def doctor(run: Invocation, out_dir: str) -> int:
 
 @command(
     flag("--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="the head node's dashboard: http://HEAD:8265"),
-    flag("--working-dir", metavar="DIR", help="ship this checkout; else the exl2ray installed on the cluster runs"),
+    flag("--working-dir", metavar="DIR", help="ship the package in this checkout; else the cluster's own exl2ray runs"),
     flag("--no-wait", is_flag=True, help="return at once; with --logs: what was printed so far"),
     flag("--no-check", is_flag=True, help="do not look at paths and versions on the cluster first"),
     flag("--status", metavar="ID", help="the state of a job"),

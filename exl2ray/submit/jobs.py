@@ -171,14 +171,16 @@ class Cluster:
 
     @contextmanager
     def _explained(self, action: str) -> Iterator[None]:
-        """ClusterError for what Ray's client raises: RuntimeError with the server's answer, requests' and import errors."""
+        """ClusterError for what Ray's client raises: RuntimeError with the server's answer, requests' and import errors, and
+        TypeError for an answer that has other fields than this Ray knows.
+        """
         from ray.exceptions import RayError
 
         try:
             yield
         except ImportError as e:
             raise _not_installed(e.name or str(e)) from e
-        except (OSError, RuntimeError, ValueError, KeyError, RayError) as e:
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError, RayError) as e:
             text = str(e).strip()
             if isinstance(e, RayError):  # refused; what follows the first line is general advice
                 text = text.partition("\n")[0]

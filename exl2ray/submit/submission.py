@@ -25,8 +25,9 @@ from exl2ray.submit.preflight import Report, Request, SharedPath, model_digest, 
 COMMANDS = ("convert", "measure")
 CHECK_SECONDS = 300.0  # for the job that looks at paths; most of it is starting Python on every node
 CHECK_PROGRAM = "from exl2ray.submit.preflight import main; main()"
-# Left out of a shipped checkout; .gitignore is respected besides. Ray refuses uploads above 500 MiB.
-NOT_SHIPPED = ["/.git", "/tests", "/docs", "/models", "/.venv"]
+# Of a checkout only the package is shipped: who may talk to the cluster can fetch it, and .env files, tokens and keys may lie
+# beside it. Lines of a .gitignore, which is respected besides; the last is the checkout itself.
+NOT_SHIPPED = ["/*", "!/exl2ray", "!/pyproject.toml", ".*", "id_*", "*.pem", "*.key", "__pycache__", "!/."]
 
 Say = Callable[[str], None]
 
