@@ -12,7 +12,7 @@ from exl2ray.formats.file_states import HASHED_BYTES, FileState, compare_states,
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.side_files import NEEDED, examine_side_files
 from exl2ray.store.layout import MEASURE, SOURCE_KEY
-from exl2ray.store.records import Record, hash_inputs
+from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
 
 HINT = "restore the files, or measure anew: another -o, or -nr"
@@ -41,8 +41,9 @@ class SourceState:
             self._states = with_hashes(now, self._source.path, HASHED_BYTES)
             self._commit()
             return
-        self.warnings = list(record.payload["warnings"])
-        self._compare(from_json(record.payload["files"]), now, "since this work directory was begun")
+        with reading(self._work.store, record) as payload:
+            self.warnings, before = list(payload["warnings"]), from_json(payload["files"])
+        self._compare(before, now, "since this work directory was begun")
 
     def check(self) -> None:
         """Before what was made is called finished. Raises JobMismatchError if a file was changed meanwhile."""

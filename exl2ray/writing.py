@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from exl2ray.allocation.planning import Plan, head_bits, head_bpw
-from exl2ray.errors import NumericError, StoreError, UsageError
+from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.formats.claim import existing_shards
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.files import atomic_file, holds
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import pad32
 from exl2ray.formats.shards import (
     Shard,
     TensorEntry,
@@ -36,7 +37,7 @@ from exl2ray.formats.shards import (
 from exl2ray.formats.side_files import copy_side_files, stale_side_files
 from exl2ray.formats.target import Owner, check_claim, check_target, claim_target, release_target, withdraw
 from exl2ray.model.hyper import loader_config
-from exl2ray.model.spec import ModelSpec
+from exl2ray.model.spec import LinearSpec, ModelSpec
 from exl2ray.model.weights import output_tensors, plain_shape, read_plain
 from exl2ray.outputs import OutputSummary
 from exl2ray.publish.card import CardInfo, converted, model_card, write_card
@@ -44,7 +45,7 @@ from exl2ray.publish.names import CARD
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.result_warnings import ResultWarnings
 from exl2ray.store.layout import CALIBRATION, quant_kind
-from exl2ray.store.records import Record, hash_inputs
+from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.tensors import get_tensors
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import Targets, owner_of
@@ -95,8 +96,12 @@ class OutputWriter:
         last = self.spec.modules[-1].index
         if "perplexity" not in out[last].payload:
             separate = self.work.records.find(kind, PERPLEXITY, plan.hashes[-1])
-            value = None if separate is None else separate.payload["perplexity"]
+            value = None if separate is None else separate.payload.get("perplexity")
             out[last] = replace(out[last], payload={**out[last].payload, "perplexity": value})
+        with reading(self.work.store, out[last]) as payload:
+            for name in ("perplexity", "reference_perplexity"):
+                if payload[name] is not None and not isinstance(payload[name], (int, float)):
+                    raise TypeError(f"{name} is {payload[name]!r}")
         return out
 
     def finished(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary | None:
@@ -115,7 +120,7 @@ class OutputWriter:
             if stale or not config.is_file() or config.read_bytes() != config_bytes(self._config(plan)):
                 return None
             card = _identity(self._card(plan, records, shards))
-            if card != stored.payload["card"] or not (target / CARD).is_file():
+            if card != stored.payload.get("card") or not (target / CARD).is_file():
                 return None
             release_target(target)  # a run that was killed at its very end left the claim
         return self._summary(plan, records, shards)
@@ -231,12 +236,10 @@ class OutputWriter:
         """Every tensor of the output in order, read when its turn comes; checks sizes against the plan."""
         source, spec, out = self.source, self.spec, list[TensorEntry]()
         shapes, tensors = (_Tensors(self.work, records, check) for check in (False, True))
-        quantised_bytes = 0
         for entry in output_tensors(spec):
             if entry.linear is not None and entry.module is not None:
                 index = entry.module.index
-                for name, t in PackedLinear.from_tensors(entry.linear.key, shapes(index).get).tensors().items():
-                    quantised_bytes += t.numel() * t.element_size()
+                for name, t in self._packed(plan, entry.linear, records[index], shapes(index)).items():
                     read = partial(tensors.one, index, name)
                     out.append(TensorEntry(name, _DTYPE_NAMES[t.dtype], tuple(t.shape), read))
             elif entry.plain is not None:
@@ -246,12 +249,23 @@ class OutputWriter:
                 name = entry.copied.source_name
                 read = partial(source.load, name)
                 out.append(TensorEntry(entry.name, source.dtype(name), source.shape(name), read))
-        if quantised_bytes != plan.predicted_bytes:
-            raise NumericError(
-                f"the quantised tensors take {quantised_bytes} bytes, the allocation predicted {plan.predicted_bytes}",
-                "this is a defect of exl2ray: please report it",
-            )
         return out
+
+    def _packed(self, plan: Plan, linear: LinearSpec, record: Record, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a linear; StoreError if what its module's record leads to is another module's or bitrate's."""
+        expected = plan.params[linear.key].total_bits(linear.in_features, pad32(linear.out_features), linear.has_bias) // 8
+        try:
+            packed = PackedLinear.from_tensors(linear.key, tensors.get).tensors()
+            problem = f"takes {n} bytes" if (n := sum(t.nbytes for t in packed.values())) != expected else ""
+        except FormatError as e:
+            packed, problem = {}, e.message
+        if problem:
+            files = ", ".join(self.work.store.full_name(f.rel) for f in record.files) or "no file"
+            raise StoreError(
+                f"the record of {record.key} leads to {files}: {linear.key} {problem}; at {plan.bits:g} bpw: {expected}",
+                f"delete {record.kind}/records/{record.key}*: the same command computes it again",
+            )
+        return packed
 
 
 class _Tensors:
@@ -276,7 +290,10 @@ class _Tensors:
 
 def _intact(stored: Record, target: Path) -> list[Shard] | None:
     """The shards of a record if they, and no others, are in ``target`` as they were written."""
-    shards = [Shard(**s) for s in stored.payload["shards"]]
+    try:
+        shards = [Shard(**s) for s in stored.payload["shards"]]
+    except (KeyError, TypeError):  # not of this form: written again
+        return None
     if existing_shards(target) != sorted(s.name for s in shards) or not all(s.is_intact(target) for s in shards):
         return None
     return shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from exl2ray.result_warnings import measured_experts
 from exl2ray.steps.stage import Stage
 from exl2ray.store.faults import translated
 from exl2ray.store.layout import MEASURE, MEASUREMENT
-from exl2ray.store.records import hash_inputs
+from exl2ray.store.records import hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
 from exl2ray.team.messages import Begun, ItemResult, MeasurePass, SensitivityPass, hand_key
 from exl2ray.team.sensitivity import PROBES, deal, sensitivities, sensitivity_key, share_rows_out
@@ -39,11 +40,15 @@ def measure(job: Job) -> Measurement:
     )  # fmt: skip
     hashes = {m.index: hash_inputs(common=common, module=m.profile_key) for m in modules}
     records = {m.index: job.work.records.find(MEASURE, m.profile_key, hashes[m.index]) for m in modules}
-    payloads = {index: record.payload for index, record in records.items() if record is not None}
-    todo = [m for m in modules if m.index not in payloads]
+    profiles: dict[int, ModuleProfile] = {}
+    for m in modules:
+        record = records[m.index]
+        if record is not None:
+            with reading(job.work.store, record) as payload:
+                profiles[m.index] = _profile(m, payload)
+    todo = [m for m in modules if m.index not in profiles]
     if todo:
-        _measure_modules(job, todo, hashes, payloads)
-    profiles = {m.index: _profile(m, payloads[m.index]) for m in modules}
+        _measure_modules(job, todo, hashes, profiles)
     measurement = with_sensitivities(job, _assembled(job, profiles))
     write_measurement_to(job.work, measurement)
     job.warnings.add(measured_experts(measurement), tell=False)  # each module has
@@ -57,14 +62,14 @@ def _profiled(job: Job) -> list[ModuleSpec]:
 
 
 def _measure_modules(
-    job: Job, todo: list[ModuleSpec], hashes: Mapping[int, str], payloads: dict[int, dict[str, Any]]
+    job: Job, todo: list[ModuleSpec], hashes: Mapping[int, str], profiles: dict[int, ModuleProfile]
 ) -> None:
-    """Measures the modules ``todo``; ``payloads`` gets what their records hold."""
+    """Measures the modules ``todo``; ``profiles`` gets what was found."""
     workers = job.workers  # their start is no part of the stage
-    with Stage(job, "measure", len(hashes), len(payloads)) as progress:
+    with Stage(job, "measure", len(hashes), len(profiles)) as progress:
 
         def told(result: ItemResult) -> None:
-            payloads[result.index] = result.payload
+            profiles[result.index] = _profile(job.spec.modules[result.index], result.payload)
             progress(result)
 
         def call(indices: tuple[int, ...], stretches: tuple[tuple[int, ...], ...], keep_from: int) -> MeasurePass:
@@ -103,7 +108,21 @@ def with_sensitivities(job: Job, measurement: Measurement) -> Measurement:
 def _stored_sums(job: Job, shares: Mapping[int, tuple[int, ...]], inputs_hash: str) -> dict[int, Any]:
     """What shares of the backward pass that are finished have found."""
     records = {n: job.work.records.find(MEASURE, sensitivity_key(n), inputs_hash) for n in shares}
-    return {n: r.payload["sums"] for n, r in records.items() if r is not None}
+    found = {}
+    for n, record in records.items():
+        if record is not None:
+            with reading(job.work.store, record) as payload:
+                found[n] = _sums(payload["sums"])
+    return found
+
+
+def _sums(stored: Any) -> Any:
+    """What a share found, module by module and role by role; raises what is not two finite numbers."""
+    for key, roles in stored.items():
+        for role, (first, second) in roles.items():
+            if not (math.isfinite(first) and math.isfinite(second)):
+                raise ValueError(f"{key}, {role}: {first}, {second}")
+    return stored
 
 
 def _run_backward(
@@ -150,7 +169,11 @@ def _assembled(job: Job, profiles: Mapping[int, ModuleProfile]) -> Measurement:
 
 def _profile(module: ModuleSpec, payload: Mapping[str, Any]) -> ModuleProfile:
     value = payload["profile"]
-    return ModuleProfile.from_json(module.profile_key, value["value"], value["extra"])
+    profile = ModuleProfile.from_json(module.profile_key, value["value"], value["extra"])
+    found, wanted = {role for options in profile.slots() for role in options[0].params}, {x.role for x in module.linears}
+    if module.quantized and found != wanted:  # the head has its options in ``extra``
+        raise ValueError(f"it has the linears {', '.join(sorted(found))}, the module {', '.join(sorted(wanted))}")
+    return profile
 
 
 def write_measurement_to(work: WorkDir, measurement: Measurement) -> None:

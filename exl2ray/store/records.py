@@ -15,10 +15,11 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from exl2ray.errors import StoreError
@@ -28,6 +29,10 @@ from exl2ray.store.fs import Store, check_name
 _MAX_KEY_CHARS = 150  # of 255 bytes that file systems allow for a name
 _DAMAGED_HINT = "delete this file to compute the item again (or start anew with -nr)"
 _READERS = 16  # parallel reads of records on an object store
+_FILE_TYPES = {"rel": str, "sha256": str, "size": int}
+_TYPES = {"kind": str, "key": str, "inputs_hash": str, "payload": dict, "seconds": (int, float), "worker": str,
+          "created": (int, float)}  # fmt: skip
+_T = TypeVar("_T")
 
 
 def canonical_json(obj: Any) -> bytes:
@@ -199,10 +204,27 @@ class Records:
             body = stored["record"]
             if hash_inputs(record=body) != stored["sha256"]:
                 raise StoreError(f"{name} does not match its checksum", _DAMAGED_HINT)
-            files = tuple(FileRef(**ref) for ref in body.pop("files"))
-            return Record(files=files, **body)
+            files = tuple(_typed(FileRef(**ref), _FILE_TYPES) for ref in body.pop("files"))
+            return _typed(Record(files=files, **body), _TYPES)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise StoreError(f"{name} is not a record: {type(e).__name__}: {e}", _DAMAGED_HINT) from e
+
+
+def _typed(value: _T, types: Mapping[str, Any]) -> _T:
+    wrong = [name for name, kind in types.items() if not isinstance(getattr(value, name), kind)]
+    if wrong:
+        raise TypeError(f"{wrong[0]} is a {type(getattr(value, wrong[0])).__name__}")
+    return value
+
+
+@contextmanager
+def reading(store: Store, record: Record) -> Iterator[dict[str, Any]]:
+    """Yields a record's payload; StoreError naming the record where the block finds something else in it than it needs."""
+    try:
+        yield record.payload
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        name = store.full_name(_record_file(record.kind, record.key, record.inputs_hash))
+        raise StoreError(f"{name} holds no result of {record.key}: {type(e).__name__}: {e}", _DAMAGED_HINT) from e
 
 
 def file_problem(store: Store, ref: FileRef, deep: bool) -> str:

@@ -85,8 +85,9 @@ class Checkpoints:
         """Checkpoints whose states are those of this chain. Not hashed: they are large, and few of them are read."""
         out = []
         for (_, inputs_hash), r in self._records.scan(chain.kind, STATES).items():
-            if r.payload.get("chain") == chain.name:
-                if inputs_hash == self._hash(chain, int(r.payload["index"])):
+            index, files = r.payload.get("index"), len(r.files)
+            if r.payload.get("chain") == chain.name and isinstance(index, int) and "share" in r.payload and files:
+                if (not chain.hashes or 0 < index <= len(chain.hashes)) and inputs_hash == self._hash(chain, index):
                     out.append(r)
         return out
 
