@@ -30,8 +30,7 @@ _MAX_KEY_CHARS = 150  # of 255 bytes that file systems allow for a name
 _DAMAGED_HINT = "delete this file to compute the item again (or start anew with -nr)"
 _READERS = 16  # parallel reads of records on an object store
 _FILE_TYPES = {"rel": str, "sha256": str, "size": int}
-_TYPES = {"kind": str, "key": str, "inputs_hash": str, "payload": dict, "seconds": (int, float), "worker": str,
-          "created": (int, float)}  # fmt: skip
+_TYPES = {"kind": str, "key": str, "inputs_hash": str, "payload": dict}  # the rest only tells a story
 _T = TypeVar("_T")
 
 

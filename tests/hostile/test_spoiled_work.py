@@ -108,7 +108,7 @@ SPOILED: dict[str, Spoil] = {
     "record without a payload": changed(ATTENTION, lambda r: r.update(payload={})),
     "record with a file outside": changed(ATTENTION, lambda r: r["files"][0].update(rel="../../etc/passwd")),
     "record with an unknown field": changed(ATTENTION, lambda r: r.update(unknown=1)),
-    "record with fields of other types": changed(ATTENTION, lambda r: r.update(seconds="x", worker=[1], created={})),
+    "record with fields of other types": changed(ATTENTION, lambda r: r.update(payload=[1], created={})),
     "head's record without a perplexity": changed("lm_head.linear", lambda r: r.update(payload={})),
     "head's record with a text for a perplexity": changed("lm_head.linear", lambda r: r["payload"].update(perplexity="12")),
     "output's record with shards of another form": changed("output", lambda r: r.update(payload={"shards": [[1]]})),
