@@ -155,6 +155,8 @@ def _changed(recipe: Recipe) -> dict[str, Any]:
 def _shown(name: str, value: Any) -> Any:
     if name in ("cal_dataset", "tune_text") and value is not None:
         return tuple(map(place_name, (value,) if isinstance(value, str) else value))
+    if name == "measurement" and value is not None:
+        return "measurement.json"  # by whatever name or link it was given: a resume knows the file, not how it was called
     return Path(value).name if SETTINGS[name].metavar == "FILE" and value is not None else value
 
 

@@ -41,6 +41,24 @@ def test_a_finished_job_writes_nothing_however_it_is_named(made: Conversion, tmp
         assert written(work, target) == before, str(run)
 
 
+def test_a_measurement_that_is_a_link_of_another_name(made: Conversion, tmp_path: Path) -> None:
+    """However the finished job is named again, and whether by the link, by its target or through a folder that is a link."""
+    measured, work, target = tmp_path / "files" / "measured-7.json", tmp_path / "work", tmp_path / "target"
+    measured.parent.mkdir()
+    shutil.copy(made.work / "measurement.json", measured)
+    (tmp_path / "m.json").symlink_to(measured)
+    (tmp_path / "link").symlink_to(measured.parent)
+    with_flags = made.arguments(work, target, "-b", "4", "-m")
+    exl2ray(*with_flags, tmp_path / "m.json", seconds=60).ends_with(0)
+    assert "-m measurement.json" in (target / "README.md").read_text()
+    before = written(work, target)
+    names = (tmp_path / "m.json", measured, tmp_path / "link" / "measured-7.json")
+    for arguments in (["convert", "-o", str(work), *PLACES], *([*with_flags, name] for name in names)):
+        run = exl2ray(*arguments, seconds=60)
+        run.ends_with(0, "has the model already")
+        assert written(work, target) == before, str(run)
+
+
 SWAPPED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
