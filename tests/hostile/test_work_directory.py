@@ -295,8 +295,8 @@ def test_an_error_that_nobody_foresaw_is_not_logged_through_a_link(work: Path, v
     from exl2ray.terminal.program import Invocation, _explain
 
     plant(work / "logs", victim.root)
-    message, hint, code = _explain(RuntimeError("unforeseen"), Invocation(command="convert", out_dir=str(work)))
-    assert (code, "unforeseen" in message, "--debug" in hint) == (1, True, True)
+    lines, hint, code = _explain(RuntimeError("unforeseen"), Invocation(command="convert", out_dir=str(work)))
+    assert (code, "unforeseen" in lines[0], "--debug" in hint) == (1, True, True)
     victim.unharmed()
     (work / "logs").unlink()
     _, hint, _ = _explain(RuntimeError("unforeseen"), Invocation(command="convert", out_dir=str(work)))
