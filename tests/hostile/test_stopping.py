@@ -84,6 +84,18 @@ def test_a_signal_before_the_first_module(job: Job, number: int) -> None:
     job.ends_the_same()
 
 
+def test_a_suspended_conversion_goes_on_and_nobody_takes_its_place(job: Job) -> None:
+    """As by Ctrl-Z, by a debugger or a batch system; the time in which it slept is no fault."""
+    run = job.start()
+    run.until(run.items(1))
+    run.signal(signal.SIGSTOP)
+    second = exl2ray(*job.made.arguments(job.work, None, "-b", "4"))
+    second.ends_with(7, "in use by")
+    run.signal(signal.SIGCONT)
+    assert run.status() == 0, run.err
+    job.ends_the_same()
+
+
 def test_an_ignored_signal_stays_ignored(job: Job) -> None:
     """As under nohup, and as in the background of a script."""
     run = job.start(prepare=ignore_all)
