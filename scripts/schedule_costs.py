@@ -84,6 +84,9 @@ class Costs:
     driver_s: float  # from the end of a call to the start of the next one on a worker
     sweep_module_s: float  # a module of a sweep, beside forward passes and what is sent: agreeing, many small tensors
     group_reads: float  # how many times as fast as one worker those of one machine read a module together, at most
+    start_s: float  # from the command to the first call, one GPU
+    group_start_s: float  # the same with several: Ray, workers, connecting GPUs
+    write_gb_s: float  # of shards and side files in the end, fsync included
     models: dict[str, ModelCosts]
 
     @staticmethod

@@ -8,7 +8,7 @@ losses.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from schedule_costs import Costs, ModelCosts, ModuleCosts
@@ -82,25 +82,24 @@ def serial_s(costs: Costs, model: ModelCosts, kind: str) -> float:
 
 @dataclass
 class SourceModules:
-    """One pass on ``workers`` GPUs; more than SHARES are several machines, where nobody runs the source model together."""
+    """One pass on ``workers`` GPUs, SHARES of which are in one machine."""
 
     costs: Costs
     model: ModelCosts
     measuring: bool
     workers: int
-    sweep: Sweep = field(default_factory=Sweep)
+    sweeps: dict[int, Sweep] = field(default_factory=dict)  # worker -> what its team ran together
     reached: dict[int, int] = field(default_factory=dict)  # worker -> module at whose entry its states are
     readers: dict[int, Reader] = field(default_factory=dict)
     met: set[tuple[int, int]] = field(default_factory=set)  # (worker, kind of module)
 
     def run(self) -> Result:
         self.chain = self.model.chain()
-        self.virtual = VirtualWorkers(self.workers, self.script, poll=False)
+        self.virtual = VirtualWorkers(self.workers, self.script, poll=False, machine=SHARES)
         cost = [m.enter_s(self.measuring) + m.rest_s(self.measuring) for m in self.chain]
         items = [Item(i, str(i), c) for i, c in enumerate(cost)]
         passing = PASSING["measure" if self.measuring else "quantize"]
-        together = 1 < self.workers <= SHARES
-        work = Independent(items, self.make, self.virtual, lambda r: None, passing=passing, together=together)
+        work = Independent(items, self.make, self.virtual, lambda r: None, passing=passing, together=True)
         Supervisor(self.virtual, ENDLESS).run(work)
         seconds = self.virtual.clock
         if not self.measuring:  # the finished model's perplexity
@@ -115,10 +114,10 @@ class SourceModules:
         assert isinstance(part, MeasurePass)
         wait = self.costs.driver_s
         if part.stretches:
-            if part.meeting.rank == 0:
-                self.sweep = sweep(self.costs, self.model, [s[0] for s in part.stretches], self.measuring)
+            made = sweep(self.costs, self.model, part.stretches, self.measuring)
+            self.sweeps[worker] = replace(made, owned={i for i, rank in made.owners.items() if rank == part.meeting.rank})
             yield wait, Begun("sweep", -1, "sweep", together=True)
-            yield self.sweep.seconds, Ready("sweep", self.sweep.seconds)
+            yield made.seconds, Ready("sweep", made.seconds)
             self.reached[worker], wait = part.modules[0], 0.0
         for index in part.modules:
             if index >= self.virtual.ends.get(worker, NOWHERE):
@@ -129,7 +128,7 @@ class SourceModules:
 
     def module_s(self, worker: int, index: int) -> float:
         m = self.chain[index]
-        prepared = self.sweep.owners.get(index) == worker
+        prepared = worker in self.sweeps and index in self.sweeps[worker].owned
         seconds = self.way(worker, index) + (m.load_s * UPLOAD if prepared else m.enter_s(self.measuring))
         self.reached[worker] = index + 1
         if (worker, id(m)) not in self.met:
@@ -148,8 +147,8 @@ class SourceModules:
 
     def front(self) -> dict[str, float]:
         """Whoever works on the last module has gone through all others, or been brought there."""
-        if self.sweep.starts:
-            return {"sweep": self.sweep.seconds}
+        if self.sweeps:
+            return {"sweep": max(s.seconds for s in self.sweeps.values())}
         reader, now = Reader([m.load_s for m in self.chain]), 0.0
         forward = [m.pass_s(self.measuring) for m in self.chain]
         for index, seconds in enumerate(forward):

@@ -83,7 +83,23 @@ class Simulation:
                 cells = [model, kind, f"{self.result(model, kind, 1).seconds:.0f} s", ups]
                 cells += [str(self.enough(model, kind)), self.limit(model, kind)]
                 lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, "", *self.whole(gpus)]) + "\n"
+
+    def whole(self, gpus: Sequence[int] = GPUS) -> list[str]:
+        """Lines of a table: whole commands that make one bitrate, start, measuring and writing included."""
+        c = self.costs
+        ends = f"{gpus[0]} and {gpus[-1]}"
+        lines = [f"| model | whole command | share of start and writing on {ends} | {' | '.join(map(str, gpus))} |"]
+        lines.append("|---|---|---:|" + "---:|" * len(gpus))
+        for model, made in c.models.items():
+            written = sum(sum(m.packed_gb.values()) for m in made.chain()) / c.write_gb_s
+            for kind in ("reference", "quantized"):
+                besides = [written + (c.start_s if n == 1 else c.group_start_s) for n in gpus]
+                passes = [sum(self.result(model, k, n).seconds for k in ("measure", kind)) for n in gpus]
+                took = [sum(both) for both in zip(besides, passes, strict=True)]
+                shares = f"{100 * besides[0] / took[0]:.0f} %, {100 * besides[-1] / took[-1]:.0f} %"
+                lines.append(f"| {model} | {kind} | {shares} | {' | '.join(f'{t:.0f} s' for t in took)} |")
+        return lines
 
 
 def with_table(page: str, content: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, field
 
 from schedule_costs import Costs, ModelCosts, ModuleCosts
@@ -14,11 +14,11 @@ HOST_SUMS_GB = 7.5  # of Hessians, with more of which partial sums wait in host 
 
 @dataclass(frozen=True)
 class Sweep:
-    """``starts``: where each worker's stretch begins; ``owners``: prepared module -> the worker that it is prepared for."""
+    """``owners``: prepared module -> rank of the worker that it is prepared for; ``owned``: those of one worker."""
 
     seconds: float = 0.0
-    starts: Sequence[int] = ()
     owners: dict[int, int] = field(default_factory=dict)
+    owned: Set[int] = frozenset()
 
 
 def largest_share(rows: int, size: int) -> float:
@@ -38,15 +38,15 @@ def sums_s(costs: Costs, m: ModuleCosts, size: int, wide: Collection[str] = ()) 
     return (whole + parts) / costs.nccl_gb_s
 
 
-def sweep(costs: Costs, model: ModelCosts, starts: Sequence[int], measuring: bool) -> Sweep:
+def sweep(costs: Costs, model: ModelCosts, stretches: Sequence[Sequence[int]], measuring: bool) -> Sweep:
     """All modules up to the start of the last stretch, or the last prepared one (`exl2ray.team.source_forward`).
 
     Every member runs its rows, and reads its part of each weight while the modules before are run; the rest comes from the
     others. It gets all rows of the states that its stretch begins with; of a prepared module the Hessians too, and the
     states after it. The embedding is left out.
     """
-    chain, size = model.chain(), len(starts)
-    owners = {} if measuring else prepared(model, chain, starts)
+    chain, size, starts = model.chain(), len(stretches), [s[0] for s in stretches]
+    owners = {} if measuring else prepared(model, chain, stretches)
     share, others = largest_share(model.quantize_rows, size), (size - 1) / size
     collect = others * (model.measure_state_gb if measuring else model.quantize_state_gb) / costs.nccl_gb_s
     read = now = 0.0
@@ -58,15 +58,15 @@ def sweep(costs: Costs, model: ModelCosts, starts: Sequence[int], measuring: boo
             now += share * m.enter_s(measuring) + sums_s(costs, m, size) + collect
         else:
             now += share * m.pass_s(measuring)
-    return Sweep(now, starts, owners)
+    return Sweep(now, owners)
 
 
-def prepared(model: ModelCosts, chain: Sequence[ModuleCosts], starts: Sequence[int]) -> dict[int, int]:
-    """Module -> worker: the first modules of each stretch, as far as states and Hessians have room on a GPU."""
+def prepared(model: ModelCosts, chain: Sequence[ModuleCosts], stretches: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Module -> rank: the first modules of each stretch, as far as states and Hessians have room on a GPU."""
     owners: dict[int, int] = {}
-    for worker, (start, stop) in enumerate(zip(starts, [*starts[1:], len(chain)], strict=True)):
+    for worker, stretch in enumerate(stretches):
         room = model.room_gb
-        for index in range(start, stop):
+        for index in stretch:
             sums = sum(chain[index].hessian_gb.values())
             room -= model.quantize_state_gb + sums
             if room < 0 or sums > HOST_SUMS_GB:

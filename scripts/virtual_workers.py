@@ -15,10 +15,13 @@ class VirtualWorkers:
 
     script(worker, part): yields (seconds, said): what a worker says on its way through a pass, and how long after what it
     said before. Exceptions and Lost end the call. poll: time passes while nobody has anything to say, as deadlines need it.
+    machine: how many workers share one.
     """
 
-    def __init__(self, size: int, script: Callable[[int, Pass], Iterator[tuple[float, Any]]], poll: bool = True) -> None:
-        self.size, self._script, self.clock, self._poll = size, script, 0.0, poll
+    def __init__(
+        self, size: int, script: Callable[[int, Pass], Iterator[tuple[float, Any]]], poll: bool = True, machine: int = 1 << 30
+    ) -> None:
+        self.size, self._script, self.clock, self._poll, self._machine = size, script, 0.0, poll, machine
         self.notes: list[str] = []
         self.killed: list[int] = []
         self.asleep: set[int] = set()  # workers that say nothing
@@ -33,7 +36,7 @@ class VirtualWorkers:
         return 0
 
     def name(self, worker: int) -> str:
-        return f"fake:{worker}"
+        return f"fake{worker // self._machine}:{worker}"
 
     def now(self) -> float:
         return self.clock

@@ -6,7 +6,9 @@ in front of it, so much of it that both are done at the same time, the way there
 work at once, and what was lost is free again.
 
 Workers of one machine that begin together run the source model together to the starts of their stretches
-(`exl2ray.team.source_forward`); if that fails, or on several machines, each finds its own way.
+(`exl2ray.team.source_forward`); if that fails, each finds its own way. Several machines, or more than SHARES workers of one,
+are as many such teams, one after another along the model. A later team has a longer way to its stretches, so it gets less.
+Simulated, 70B on reference states: two machines of 8 GPUs are 9.8 times as fast as one GPU, and 3.2 times without teams.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from itertools import accumulate, pairwise
 from typing import Protocol
 
 from exl2ray.driver.policy import Fault, Lost
-from exl2ray.driver.workers import Workers, one_machine
+from exl2ray.driver.workers import Workers, host_of
 from exl2ray.quant.rows import SHARES
 from exl2ray.team.messages import Begun, ItemResult, Pass
 
@@ -83,15 +85,31 @@ class Independent:
         if not free:
             self._together = first
             return [call for worker in idle if (call := self._take_over(worker)) is not None]
-        members = list(idle)[:SHARES]
-        if first and 1 < len(members) <= len(free) and one_machine(self._workers, members):
-            return [self._begin_together(members, free)]
+        teams = teams_of(self._workers, idle[: len(free)]) if first else []
+        if any(len(team) > 1 for team in teams):
+            return self._begin_in_teams(teams, free)
         ahead = sorted(idle, key=lambda w: self._reached.get(w, 0))
         pieces = cut([self.items[p].cost for p in free], len(ahead))
         return [self._call(w, [free[i] for i in piece]) for w, piece in zip(ahead, pieces, strict=False)]
 
-    def _begin_together(self, members: Sequence[int], free: Sequence[int]) -> dict[int, Pass]:
-        pieces = [[free[i] for i in piece] for piece in cut([self.items[p].cost for p in free], len(members))]
+    def _begin_in_teams(self, teams: Sequence[Sequence[int]], free: Sequence[int]) -> list[dict[int, Pass]]:
+        """One stretch for every worker. Nobody of a team begins before all of it have gone the way to its stretches."""
+        team_of = [t for t, team in enumerate(teams) for _ in team]
+
+        def way(starts: Sequence[int]) -> float:
+            team = team_of[min(len(starts), len(team_of)) - 1]
+            first = starts[min(team_of.index(team), len(starts) - 1)]
+            return self.passing * self._before[free[first]] / len(teams[team])
+
+        pieces = iter(cut([self.items[p].cost for p in free], len(team_of), way))
+        calls = []
+        for team in teams:
+            owned = [[free[i] for i in piece] for _, piece in zip(team, pieces, strict=False)]
+            calls.append(self._begin_together(team, owned) if len(team) > 1 else self._call(team[0], owned[0]))
+        return calls
+
+    def _begin_together(self, members: Sequence[int], pieces: Sequence[Sequence[int]]) -> dict[int, Pass]:
+        """pieces: positions for each of them, ascending."""
         stretches = tuple(tuple(self.items[p].index for p in piece) for piece in pieces)
         calls: dict[int, Pass] = {}
         for worker, piece, meeting in zip(members, pieces, self._workers.meeting(members), strict=True):
@@ -173,25 +191,37 @@ class Independent:
             self._reached.pop(worker, None)
 
 
-def cut(costs: Sequence[float], count: int) -> list[range]:
-    """At most ``count`` runs of consecutive items, so that the most expensive one is as cheap as can be."""
+def teams_of(workers: Workers, idle: Sequence[int]) -> list[list[int]]:
+    """At most SHARES workers of one machine each. The smallest teams come first: they get what lies at the front."""
+    machines: dict[str, list[int]] = {}
+    for worker in idle:
+        machines.setdefault(host_of(workers.name(worker)), []).append(worker)
+    teams = [own[i : i + SHARES] for own in machines.values() for i in range(0, len(own), SHARES)]
+    return sorted(teams, key=len)
+
+
+Way = Callable[[Sequence[int]], float]  # starts of all runs up to one -> cost of what comes before that one is begun
+
+
+def cut(costs: Sequence[float], count: int, way: Way = lambda starts: 0.0) -> list[range]:
+    """At most ``count`` runs of consecutive items, so that the most expensive, with its ``way``, is as cheap as can be."""
     starts = list(range(len(costs)))
     if len(costs) > count:
-        low, high = max(costs), sum(costs)
-        starts = _runs_within(costs, count, high) or [0]
+        low, high = max(costs), sum(costs) + way([0])
+        starts = _runs_within(costs, count, high, way) or [0]
         for _ in range(40):
             middle = (low + high) / 2
-            within = _runs_within(costs, count, middle)
+            within = _runs_within(costs, count, middle, way)
             low, high, starts = (middle, high, starts) if within is None else (low, middle, within)
     return [range(a, b) for a, b in pairwise([*starts, len(costs)])]
 
 
-def _runs_within(costs: Sequence[float], count: int, limit: float) -> list[int] | None:
+def _runs_within(costs: Sequence[float], count: int, limit: float, way: Way) -> list[int] | None:
     """Starts of ``count`` runs, none of which costs more than ``limit``; None if that takes more runs."""
     starts, cost = [0], costs[0]
     for i in range(1, len(costs)):
         if cost + costs[i] > limit or len(costs) - i <= count - len(starts):
             starts.append(i)
-            cost = 0.0
+            cost = way(starts)
         cost += costs[i]
     return starts if len(starts) <= count else None

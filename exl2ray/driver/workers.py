@@ -72,9 +72,3 @@ class Workers(Protocol):
 def host_of(name: str) -> str:
     """Of host:pid."""
     return name.rpartition(":")[0]
-
-
-def one_machine(workers: Workers, members: Sequence[int]) -> bool:
-    return len({host_of(workers.name(w)) for w in members}) == 1
-
-

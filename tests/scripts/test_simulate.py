@@ -56,7 +56,7 @@ def all_costs(draw: st.DrawFn) -> Costs:
     model = ModelCosts(draw(st.integers(1, 12)), *gb, draw(st.integers(1, 20)), kinds, draw(seconds_(0, 1)), room)
     rate, times = draw(seconds_(1, 100)), (draw(st.floats(0, 0.1)), draw(st.floats(0, 0.1)))
     sweeps = draw(st.floats(0, 0.1)), draw(st.floats(1, 4))
-    return Costs("random", rate, *times, *sweeps, {"m": model})
+    return Costs("random", rate, *times, *sweeps, 1.0, 1.0, 1.0, {"m": model})
 
 
 def run(costs: Costs, kind: str, workers: int) -> float:
@@ -107,9 +107,16 @@ def test_faster_links_help(simulation: simulate.Simulation) -> None:
     assert chains(simulation.costs, model, 8).seconds < 0.95 * chains(narrow, model, 8).seconds
 
 
-def starts_of(model: ModelCosts, size: int, measuring: bool) -> list[int]:
-    """Where the stretches of ``size`` workers begin."""
-    return [piece[0] for piece in cut([m.enter_s(measuring) + m.rest_s(measuring) for m in model.chain()], size)]
+@pytest.mark.parametrize("kind", ["measure", "reference"])
+def test_several_machines_are_faster_than_one(simulation: simulate.Simulation, kind: str) -> None:
+    for model in simulation.costs.models:
+        one, two, eight = (simulation.speed_up(model, kind, n) for n in (8, 16, 64))
+        assert 1.25 * one < two < eight
+
+
+def stretches_of(model: ModelCosts, size: int, measuring: bool) -> list[range]:
+    """Of ``size`` workers."""
+    return [*cut([m.enter_s(measuring) + m.rest_s(measuring) for m in model.chain()], size)]
 
 
 def free_sweeps(costs: Costs, layers: int, room_gb: float) -> tuple[Costs, ModelCosts, ModuleCosts]:
@@ -131,8 +138,8 @@ def test_prepared_modules_are_not_entered_again(simulation: simulate.Simulation)
 
 def test_without_room_owners_go_through_their_modules_alone(simulation: simulate.Simulation) -> None:
     free, model, mlp = free_sweeps(simulation.costs, 4, 0.0)
-    found = sweep(free, model, [0, 2], False)
-    assert (list(found.starts), found.owners) == ([0, 2], {})
+    found = sweep(free, model, [range(2), range(2, 4)], False)
+    assert found.owners == {}
     assert found.seconds == pytest.approx(2 * mlp.forward_s / 2)
     own = 2 * (mlp.enter_s(False) + mlp.rest_s(False))
     assert source_modules(free, model, 2, False).seconds == pytest.approx(found.seconds + own)
@@ -142,13 +149,14 @@ def test_room_bounds_what_is_prepared(simulation: simulate.Simulation) -> None:
     """Of the 70B shape a GPU has room for two layers; partial sums of an MLP of 405B leave it, which ends there."""
     for name, least, most in (("70B", 4, 5), ("405B", 0, 1), ("Mixtral 8x7B", 0, 0)):
         made = simulation.costs.models[name]
-        found = sweep(simulation.costs, made, starts_of(made, 8, False), False)
-        for worker, start in enumerate(found.starts):
+        stretches = stretches_of(made, 8, False)
+        found = sweep(simulation.costs, made, stretches, False)
+        for worker, (start, *_) in enumerate(stretches):
             own = [k for k, w in found.owners.items() if w == worker]
             assert own == list(range(start, start + len(own)))
             assert least <= len(own) <= most, (name, worker)
     model = simulation.costs.models["70B"]
-    assert sweep(simulation.costs, model, starts_of(model, 8, True), True).owners == {}
+    assert sweep(simulation.costs, model, stretches_of(model, 8, True), True).owners == {}
 
 
 def test_a_sweep_takes_about_what_was_seen(simulation: simulate.Simulation) -> None:
@@ -156,7 +164,7 @@ def test_a_sweep_takes_about_what_was_seen(simulation: simulate.Simulation) -> N
     model = simulation.costs.models["70B"]
     for layers, size, measuring, seen in ((4, 2, True, 0.2), (8, 4, True, 0.64), (4, 2, False, 3.41), (8, 4, False, 3.72)):
         made = replace(model, layers=layers)
-        took = sweep(simulation.costs, made, starts_of(made, size, measuring), measuring).seconds
+        took = sweep(simulation.costs, made, stretches_of(made, size, measuring), measuring).seconds
         assert took == pytest.approx(seen, rel=0.1, abs=0.1)
     for layers, size, seen in ((4, 2, 0.32), (8, 4, 0.39)):
         assert perplexity_s(simulation.costs, replace(model, layers=layers), size) == pytest.approx(seen, rel=0.1)

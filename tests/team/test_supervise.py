@@ -7,7 +7,7 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -164,11 +164,39 @@ def test_workers_of_one_machine_begin_together() -> None:
     assert all(not p.stretches for _, p in m.passes[3:])
 
 
-def test_workers_of_several_machines_find_their_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    m = Measuring(16, 3, together=True)
-    monkeypatch.setattr(m.workers, "name", lambda worker: f"machine{worker % 2}:{worker}")
+MACHINES = [("aabb", [2, 2]), ("abab", [2, 2]), ("aaab", [1, 3]), ("a" * 12, [4, 8]), ("abc", [])]
+
+
+@pytest.mark.parametrize(("names", "sizes"), MACHINES, ids=lambda x: str(x))
+def test_workers_of_several_machines_begin_as_a_team_each(
+    monkeypatch: pytest.MonkeyPatch, names: str, sizes: list[int]
+) -> None:
+    """Teams follow one another along the model, and whoever is alone on a machine goes first."""
+    m = Measuring(60, len(names), together=True)
+    monkeypatch.setattr(m.workers, "name", lambda worker: f"{names[worker]}:{worker}")
     m.run()
-    assert not any(part.stretches for _, part in m.passes)
+    first = {worker: part for worker, part in reversed(m.passes)}
+    assert sorted(i for part in first.values() for i in part.modules) == list(range(1, 61))
+    teams = {part.stretches for part in first.values() if part.stretches}
+    assert sorted(len(t) for t in teams) == [n for n in sizes if n > 1]
+    for stretches in teams:
+        members = {names[w] for w, part in first.items() if part.stretches == stretches}
+        assert len(members) == 1
+        modules = [i for stretch in stretches for i in stretch]
+        assert modules == list(range(modules[0], modules[-1] + 1))
+    alone = [part.modules[0] for part in first.values() if not part.stretches]
+    assert (1 in alone) == (len(teams) < len(set(names)))
+
+
+def test_a_team_with_a_longer_way_gets_less() -> None:
+    def way(starts: Sequence[int]) -> float:
+        return 0.5 * starts[2] / 2 if len(starts) > 2 else 0.0
+
+    first = cut([1.0] * 40, 4)
+    assert [len(r) for r in first] == [10] * 4
+    sizes = [len(r) for r in cut([1.0] * 40, 4, way)]
+    assert sum(sizes) == 40
+    assert sizes[0] - sizes[-1] == pytest.approx(0.5 * 22 / 2, abs=2)
 
 
 @pytest.mark.parametrize("loss", [Lost("killed"), WorkerOutOfMemory("GPU memory"), GroupBroken("gone")], ids=repr)
