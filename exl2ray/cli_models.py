@@ -18,6 +18,7 @@ argument, flag = click.argument, click.option
 @command(
     argument("directories", metavar="[MODEL]...", nargs=-1),
     flag("--model", "models", metavar="MODEL", multiple=True, help="EXL2 or fp16 model; the same as MODEL; repeatable"),
+    flag("--gguf", metavar="FILE", multiple=True, help="a GGUF file made from the model in --reference; repeatable"),
     flag("--reference", metavar="MODEL", help="the model to compare with, for KL divergence and agreement"),
     flag("--tokens", metavar="FILE", help=".npy array of token ids, (n,) or (rows, length)"),
     flag("--text", metavar="FILE", help="text, Parquet or JSON lines file, encoded with the model's tokenizer"),

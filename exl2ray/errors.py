@@ -12,7 +12,7 @@ class's code; library code only raises.
 | 5 | BudgetError | the bitrate cannot be reached with the options at hand |
 | 6 | NumericError | NaN, infinity, factorisation failure, an output that is clearly broken |
 | 7 | StoreError | the work directory: locked, corrupted, of another job, not writable, disk full |
-| 8 | FormatError | an EXL2 directory, tensor or measurement file breaks a rule of the format |
+| 8 | FormatError | an EXL2 directory, tensor, measurement or GGUF file breaks a rule of its format |
 | 9 | ClusterError | Ray or its workers: cannot start, item failed repeatedly |
 | 10 | HubError | publishing, or a model or data on the Hub: the Hub cannot be reached, or refuses |
 | 130 | Interrupted | stopped by SIGINT, SIGTERM or SIGHUP, or as standard output was closed; can be resumed |

@@ -32,7 +32,7 @@ ROOMS = {
 }
 EVERYWHERE = {"errors", "beneath", "stopping", "__version__"}
 ONLY_IN = {
-    "ray": {"driver", "submit"}, "numba": {"cuda"}, "matplotlib": {"report"},
+    "gguf": {"formats"}, "ray": {"driver", "submit"}, "numba": {"cuda"}, "matplotlib": {"report"},
     "huggingface_hub": {"publish", "remote", "transformers"},
 }  # fmt: skip
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.compare import evaluate_many
-from exl2ray.evaluate.forward import RunOptions
+from exl2ray.evaluate.forward import OpenModel, RunOptions, open_model
+from exl2ray.evaluate.gguf import open_gguf
 from exl2ray.evaluate.heldout import DEFAULT_LENGTH, heldout_kinds, heldout_rows
 from exl2ray.evaluate.metrics import TAIL, Estimate, Quantile
 from exl2ray.evaluate.record import judged, parse_evaluation
@@ -36,6 +37,7 @@ PLOT = "ladder.png"
 def evaluate(
     models: Sequence[str],
     directories: Sequence[str],
+    gguf: Sequence[str],
     reference: str | None,
     tokens: str | None,
     text: str | None,
@@ -50,16 +52,21 @@ def evaluate(
     plot: str | None,
     quiet: bool,
 ) -> list[EvalResult]:
-    """Results of ``models`` and ``directories`` in order, on the built-in held-out text unless ``tokens`` or ``text`` is
-    given.
+    """Results of ``models``, ``directories`` and ``gguf`` files in order, on the built-in held-out text unless ``tokens`` or
+    ``text`` is given.
 
     ``positions``: a .npz file for the figures of every prediction, see `write_positions`. ``ladder``: draws them over the
     size of the files, to ``plot``, else to ladder.png. Raises UsageError if both texts are given or a file cannot be written.
     """
     models = [*models, *directories]
     drawn = (plot or PLOT) if ladder or plot else None
-    if not models:
+    if not models and not gguf:
         raise UsageError("no model to evaluate", "name directories, or give --model")
+    if not models and reference is None:
+        raise UsageError("--gguf needs the model that the file was made from", "give it as --reference MODEL")
+    misplaced = next((m for m in (*models, reference or "") if m.lower().endswith(".gguf") and Path(m).is_file()), None)
+    if misplaced is not None:
+        raise UsageError(f"{misplaced}: a GGUF file, not a directory", "give it as --gguf FILE, its source as --reference")
     if drawn is not None:
         check_plot(drawn)
     if positions is not None and (not positions.endswith(".npz") or not Path(positions).parent.is_dir()):
@@ -84,11 +91,13 @@ def evaluate(
     if tokenizer is not None:
         tokenizer.close()
     options = RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha)
+    like = open_model(reference or models[0], options) if gguf else None
+    opened: list[str | OpenModel] = [*models, *(open_gguf(f, like, options) for f in gguf if like is not None)]
     reporter = Silent() if quiet or not is_terminal(sys.stdout) else human_reporter()
     try:
         progress = _Progress(reporter)
         keep = positions is not None
-        results = evaluate_many(models, reference, ids, device, stride, options, keep, progress=progress.show, kinds=kinds)
+        results = evaluate_many(opened, reference, ids, device, stride, options, keep, progress=progress.show, kinds=kinds)
         progress.end()
         if positions is not None:
             write_positions(Path(positions), results)

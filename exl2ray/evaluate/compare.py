@@ -1,4 +1,4 @@
-"""Evaluate model directories on rows of tokens: each alone, or against one reference whose forward pass they share.
+"""Evaluate models, directories or opened ones, on rows of tokens: alone, or against one reference that runs once for all.
 
 Steps: open every directory and check that tokens and vocabularies fit (nothing is computed before that); run the
 reference up to its head (``forward``); per model, run it likewise, then walk over blocks of predictions, make the
@@ -50,7 +50,7 @@ def evaluate(
 
 
 def evaluate_many(
-    model_dirs: Sequence[str | Path],
+    model_dirs: Sequence[str | Path | OpenModel],
     reference_dir: str | Path | None,
     ids: Tensor,  # (R, T) integers
     device: torch.device | str,
@@ -70,7 +70,7 @@ def evaluate_many(
     device = checked_device(device)
     if not model_dirs:
         raise UsageError("--model: no model directory given")
-    models = [open_model(path, options) for path in model_dirs]
+    models = [m if isinstance(m, OpenModel) else open_model(m, options) for m in model_dirs]
     reference = open_model(reference_dir, options) if reference_dir is not None else None
     for model in models:
         if reference is not None:
@@ -152,7 +152,7 @@ def _check_windows(ids: Tensor, stride: int) -> None:
 
 
 def _warnings(model: OpenModel, ids: Tensor, nll: Estimate) -> tuple[str, ...]:
-    out = []
+    out = list(model.notes)
     longest = model.spec.hyper.max_seq_len
     if ids.shape[1] > longest:
         out.append(f"{model.path}: rows of {ids.shape[1]} tokens, but config.json says that the model is for {longest}")

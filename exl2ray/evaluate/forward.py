@@ -55,7 +55,8 @@ class RunOptions:
 
 @dataclass(frozen=True, eq=False)
 class OpenModel:
-    """A model directory whose headers and config have been read. ``bos_id``: prepended to every row, or None.
+    """A model directory whose headers and config have been read. ``bos_id``: prepended to every row, or None. ``notes``: what
+    is to be told with its figures.
 
     Only families that are incoherent without BOS have it (architectures section 5.21: Gemma 1-3, GemMoE, Cohere 1-2).
     """
@@ -64,6 +65,7 @@ class OpenModel:
     source: SourceModel
     spec: ModelSpec
     bos_id: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:

@@ -78,6 +78,11 @@ class Evaluation:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # as it was read
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file."""
+        return self.model.lower().endswith(".gguf")
+
+    @property
     def paired_error(self) -> float | None:
         """Standard error of the perplexity's distance from the source's: rows differ in difficulty for all models alike."""
         paired = self.nll_increase.error if self.nll_increase is not None else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from exl2ray.errors import FormatError, SourceError
 from exl2ray.evaluate.forward import OpenModel
+from exl2ray.evaluate.gguf import GgufModel
 from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES
 from exl2ray.model.spec import LinearSpec
 
@@ -40,7 +41,7 @@ def _bpw(model: OpenModel, linears: list[LinearSpec]) -> float:
     return sum(_bits(model, x) for x in linears) / sum(x.in_features * x.padded_out for x in linears)
 
 
-def _bits(model: OpenModel, linear: LinearSpec) -> int:
+def _bits(model: OpenModel, linear: LinearSpec) -> float:
     source = model.source
     if f"{linear.key}.q_weight" in source:
         names = [linear.key + suffix for suffix in QUANTIZED_SUFFIXES]
@@ -48,6 +49,9 @@ def _bits(model: OpenModel, linear: LinearSpec) -> int:
             names.append(f"{linear.key}.bias")
         return 8 * sum(source.nbytes(name) for name in names)
     biases = linear.out_features if linear.has_bias else 0
+    if isinstance(source, GgufModel):
+        bias = 0.0 if linear.bias is None else linear.out_features * source.stored_bits(linear.bias.name)
+        return linear.in_features * linear.padded_out * source.stored_bits(linear.weight.name) + bias
     dtype = source.dtype(linear.weight.name)
     if dtype not in FLOAT_BITS:
         error = FormatError if model.quantized else SourceError

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -51,6 +52,19 @@ def test_plots_and_axes() -> None:
         assert [t.get_text() for t in kl.texts if t.get_text()] == ["2.5", "3", "4", "6"]
         assert [t.get_text() for t in kl.get_legend().get_texts()] == ["mean", "99 % are below"]
         assert "source" in [t.get_text() for t in perplexity.texts]
+
+
+def test_gguf_files_are_a_curve_of_their_own() -> None:
+    other = [(n, replace(e, model=f"/x/{n}.GGUF")) for n, e in (model(3.5, 0.2), model(5.0, 0.04))]
+    with drawn(ladder_plots([*MODELS, *other])) as axes:
+        assert [[list(line.get_xdata()) for line in ax.containers[i].lines[:1]] for ax in axes for i in (0, -1)] == [
+            [[2.5, 3.0, 4.0, 6.0]], [[3.5, 5.0]]] * 3  # fmt: skip
+        names = [t.get_text() for t in axes[0].get_legend().get_texts()]
+        assert names == ["mean", "99 % are below", "GGUF, mean", "GGUF, 99 % are below"]
+        colours = {line.get_color() for line in axes[0].lines if len(line.get_xdata()) > 1}
+        assert len(colours) == 4
+    with drawn(ladder_plots(other)) as axes:
+        assert len(axes[1].containers) == 1
 
 
 def test_without_a_reference_only_perplexity_is_drawn() -> None:
