@@ -52,10 +52,8 @@ def tune_outputs(job: Job, outputs: Sequence[OutputSummary], reporter: Reporter)
         owner = owner_of(job.recipe, job.job["identity"]["fingerprint"], job.work.id, job.tokenizer_files)
         reporter.event("note", message=f"{output.bits:g} bpw: tuning on {job.recipe.tune} tokens")
         found = tune(settings, job.device, reporter, owner)
-        add_tuning(settings.output, found.before, found.after, found.kept, found.tokens)
+        add_tuning(settings.output, found.before, found.after, found.kept, found.tokens, found.worse)
         reporter.event("note", message=f"{output.bits:g} bpw: {told(found)}")
-        if found.worse:
-            reporter.event("warning", message=f"{settings.output}: worse than before on {', '.join(found.worse)}")
         files = tuple(str(Path(settings.output) / Path(f).name) for f in output.files)
         out.append(replace(output, directory=settings.output, files=files, file_bytes=found.file_bytes, tuned=_facts(found)))
     return out
@@ -71,7 +69,8 @@ def told(found: Tuned) -> str:
     """What came of a tuning, in a line."""
     before, after = found.before["mean"], found.after["mean"]
     if found.kept == "nothing":
-        return f"nothing gained by tuning: the model is as it was (held-out KL {before:.4f})"
+        why = f"tuning makes {', '.join(found.worse)} worse" if found.worse else "nothing gained by tuning"
+        return f"{why}: the model is as it was (held-out KL {before:.4f})"
     return f"tuned, held-out KL {before:.4f} -> {after:.4f} ({after / before if before else 1:.3f} times); kept: {found.kept}"
 
 

@@ -62,14 +62,13 @@ def show(result: Tuned, report: bool) -> None:
         show_table("KL (nats) on held-out text", ["kind", "before", "after", "ratio"], rows)
     before, after = result.before["mean"], result.after["mean"]
     if result.kept == "nothing":
-        print(clean(f"nothing gained: {result.directory} holds the model as it was (KL {before:.4f})"))
+        why = f"worse on {', '.join(result.worse)}, so all is rolled back" if result.worse else "nothing gained"
+        print(clean(f"{why}: {result.directory} holds the model as it was (KL {before:.4f})"))
     else:
         print(
             f"{clean(str(result.directory))}: KL {before:.4f} -> {after:.4f}; kept: {result.kept}, "
             f"{100 * result.changed:.2f} % of the integers changed in {result.steps} steps; {file_size(result.file_bytes)}"
         )
-    if result.worse:
-        print(clean(f"warning: worse than before on {', '.join(result.worse)}"))
     parts = [f"{part} {duration(seconds)}" for part, seconds in result.seconds.items()]
     print(", ".join([*parts, *([f"GPU memory {file_size(result.peak_bytes)}"] if result.peak_bytes else [])]))
 

@@ -235,12 +235,13 @@ def add_evaluation(directory: str | Path, evaluation: Evaluation) -> Path:
 
 
 def add_tuning(
-    directory: str | Path, before: Mapping[str, float], after: Mapping[str, float], kept: str, tokens: int
-) -> Path:
+    directory: str | Path, before: Mapping[str, float], after: Mapping[str, float], kept: str, tokens: int,
+    worse: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """Says on the card of a directory what a tuning has brought: KL (nats) by kind of text. Raises StoreError."""
     path = Path(directory) / CARD
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    section = _marked(TUNING_MARKS, tuning_section(before, after, kept, tokens))
+    section = _marked(TUNING_MARKS, tuning_section(before, after, kept, tokens, worse))
     wanted = _replaced(text, TUNING_MARKS, section)
     if not wanted:  # in front of the evaluation, which belongs to the tuned model
         head, mark, tail = text.partition(EVALUATION_MARKS[0])
@@ -248,10 +249,15 @@ def add_tuning(
     return path if wanted == text else _write(Path(directory), wanted)
 
 
-def tuning_section(before: Mapping[str, float], after: Mapping[str, float], kept: str, tokens: int) -> str:
-    """How a model was tuned, in a table."""
-    done = f"{kept[0].upper()}{kept[1:]} were tuned" if kept != "nothing" else "Tuning gained nothing and was left out"
-    rows = [f"| {kind} | {kl:.4f} | {after[kind]:.4f} |" for kind, kl in before.items()]
+def tuning_section(
+    before: Mapping[str, float], after: Mapping[str, float], kept: str, tokens: int, worse: Sequence[str]
+) -> str:
+    """How a model was tuned, in a table. worse: kinds of text for the sake of which it was rolled back."""
+    done = f"{kept[0].upper()}{kept[1:]} were tuned"
+    if kept == "nothing":
+        why = f"made {', '.join(map(_prose, worse))} worse" if worse else "gained nothing"
+        done = f"Tuning {why} and was left out"
+    rows = [f"| {_cell(kind)} | {kl:.4f} | {after[kind]:.4f} |" for kind, kl in before.items()]
     return "\n".join([
         "## Tuning", "", f"{done}, on {tokens:,} tokens of text, towards what the source model predicts.", "",
         "| held-out text | KL (nats) before | after |", "|---|---|---|", *rows,

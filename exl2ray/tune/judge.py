@@ -1,24 +1,23 @@
-"""What a state of the model is worth, on rows that it is not trained on.
+"""What a state of the model is worth, on rows that it is not trained on; and what is kept of it.
 
 The score is the mean over kinds of text of the logarithm of their mean divergence, so that every kind counts alike; exp of a
-difference of two scores is the geometric mean of the ratios.
+difference of two scores is the geometric mean of the ratios. A state that makes any kind of text worse, beyond what may be
+noise, comes after all that make none worse, and is not kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-VARIANTS: Mapping[str, tuple[bool, bool]] = {  # name -> (integers, norms and biases)
-    "integers and norms": (True, True),
-    "integers": (True, False),
-    "norms": (False, True),
-}
+PARTS = ("norms", "attention", "MLP", "head")  # kept or rolled back, each for itself; biases go with the norms
 NOTHING = "nothing"
+RISK = 0.05  # that some kind of text seems worse, where none is
 
 
 def by_kind(rows: Tensor, kinds: Sequence[str]) -> dict[str, float]:
@@ -32,31 +31,76 @@ def score(rows: Tensor, kinds: Sequence[str]) -> float:
     return sum(math.log(m) if m > 0 else (-math.inf if m <= 0 else math.nan) for m in means) / len(means)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verdict:
-    """kept: a name of `VARIANTS` or `NOTHING`. ratio: of its divergence to that of the start, as `score` counts. worse: kinds
-    of text that it says worse, beyond two standard errors."""
+    """kept: some of `PARTS`. ratio: of its divergence to that of the start, as `score` counts. rows: its divergences, (R,).
+    worse: kinds of text for the sake of which everything was rolled back."""
 
-    kept: str
+    kept: tuple[str, ...]
     ratio: float
-    worse: tuple[str, ...]
+    rows: Tensor
+    worse: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        *others, last = self.kept or (NOTHING,)
+        return f"{', '.join(others)} and {last}" if others else last
 
 
-def decide(start: Tensor, variants: Mapping[str, Tensor], kinds: Sequence[str]) -> Verdict:
-    """Which variant is kept. start, variants: divergences (R,) of the same rows.
+def decide(
+    start: Tensor, parts: Sequence[str], evaluate: Callable[[frozenset[str]], Tensor], kinds: Sequence[str]
+) -> Verdict:
+    """Which of ``parts`` are kept. evaluate: some of them -> divergences (R,) of the rows of ``start``, with those tuned.
 
-    One that gains no more than one standard error of the difference does not count; those that are worse on no kind of text
-    come first.
+    From all of them one after another is rolled back, as long as that helps: a kind of text that is no longer worse, or a
+    better score. What gains no more than one standard error of the difference in the end is not kept.
     """
-    before = score(start, kinds)
-    found = []
-    for name, rows in variants.items():
-        gain = before - score(rows, kinds)
-        if not math.isfinite(gain) or gain <= _error(start, rows, kinds):
-            continue
-        worse = tuple(kind for kind in dict.fromkeys(kinds) if _is_worse(start, rows, _where(kinds, kind)))
-        found.append((bool(worse), -gain, Verdict(name, math.exp(-gain), worse)))
-    return min(found, key=lambda f: f[:2])[2] if found else Verdict(NOTHING, 1.0, ())
+    before, found = score(start, kinds), {}
+
+    def of(kept: frozenset[str]) -> tuple[bool, float]:
+        if kept not in found:
+            found[kept] = start if not kept else evaluate(kept)
+        return standing(start, found[kept], kinds)
+
+    kept = frozenset(parts)
+    while kept:
+        best = min((kept, *(kept - {p} for p in parts if p in kept)), key=of)
+        if best == kept:
+            break
+        kept = best
+    fails, after = of(kept)
+    gain = before - after
+    if kept and not fails and math.isfinite(gain) and gain > _error(start, found[kept], kinds):
+        return Verdict(tuple(p for p in PARTS if p in kept), math.exp(-gain), found[kept])
+    return Verdict((), 1.0, start, worse(start, found[frozenset(parts)], kinds) if parts else ())
+
+
+def standing(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> tuple[bool, float]:
+    """The less the better: whether any kind of text is worse than at the start, then the score; infinity for what is none."""
+    found = score(rows, kinds)
+    return bool(worse(start, rows, kinds)), found if math.isfinite(found) or found < 0 else math.inf
+
+
+def worse(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> tuple[str, ...]:
+    """The kinds of text with more divergence than at the start, beyond noise. Changes of rows relative to the mean of their
+    kind are taken to vary alike in all kinds."""
+    names = list(dict.fromkeys(kinds))
+    deviation, changes = _changes(start, rows, kinds)
+    limit = NormalDist().inv_cdf(1 - RISK / len(names)) * deviation
+    return tuple(k for k, (change, count) in zip(names, changes, strict=True) if change > limit / math.sqrt(count))
+
+
+def _changes(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> tuple[float, list[tuple[float, int]]]:
+    """Standard deviation of the relative changes of rows, infinite if there is one row of each kind; (mean, rows) by kind."""
+    squares, found = 0.0, []
+    for kind in dict.fromkeys(kinds):
+        where = _where(kinds, kind)
+        mean = start[where].mean()
+        change = (rows[where] - start[where]) / mean if mean > 0 else rows[where]
+        squares += float((change - change.mean()).square().sum())
+        found.append((float(change.mean()), len(where)))
+    free = len(kinds) - len(found)
+    return math.sqrt(squares / free) if free else math.inf, found
 
 
 def _error(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> float:
@@ -72,13 +116,6 @@ def _error(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> float:
         counts.append(len(where))
     free = len(kinds) - len(counts)
     return math.sqrt(squares / free * sum(1 / n for n in counts)) / len(counts) if free else math.inf
-
-
-def _is_worse(start: Tensor, rows: Tensor, where: Tensor) -> bool:
-    difference = rows[where] - start[where]
-    if len(where) < 2:
-        return False
-    return float(difference.mean()) > 2 * float(difference.std()) / math.sqrt(len(where))
 
 
 def _where(kinds: Sequence[str], kind: str) -> Tensor:

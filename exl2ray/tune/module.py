@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,11 @@ from exl2ray.model.norms import Norm
 from exl2ray.tune.adam import Adam
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import Grid
+from exl2ray.tune.judge import PARTS
 
 NORM_ROLES = ("norm", "post_norm", "q_norm", "k_norm")
+ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS, ATTENTION, MLP, HEAD = PARTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,22 +94,36 @@ class TunedModule:
         return Snapshot(codes, {name: g.delta.cpu().clone() for name, g in self.gains.items()})
 
     @torch.no_grad()
-    def install_in(self, block: Block, found: Snapshot, integers: bool, gains: bool) -> None:
-        """Gives another block of this module the weights of a snapshot: its integers, its norms and biases, or both; else
-        those of the beginning."""
+    def install_in(self, block: Block, found: Snapshot, parts: Collection[str]) -> None:
+        """Gives another block of this module the weights of a snapshot; those of the beginning for what is none of ``parts``
+        (`exl2ray.tune.judge.PARTS`)."""
         weights = {}
         for key, x in self.linears.items():
-            codes = x.grid.signed(found.codes[key]) if integers else x.grid.integers(x.before)
+            codes = x.grid.signed(found.codes[key]) if self.part_of(key) in parts else x.grid.integers(x.before)
             weights[key] = x.grid.weight(codes)
+        gains = NORMS in parts
         values = [(g, g.value(found.deltas[n].to(g.scale.device)) if gains else g.stored) for n, g in self.gains.items()]
         install(block, weights, values)
 
-    def changed_share(self, found: Snapshot) -> tuple[int, int]:
-        """(integers that differ from the beginning, all of them)."""
+    def part_of(self, key: str) -> str:
+        """Which of `exl2ray.tune.judge.PARTS` a linear belongs to."""
+        if self.block.module.kind == "head":
+            return HEAD
+        role = next(x.role for x in self.block.module.linears if x.key == key)
+        return ATTENTION if role in ATTENTION_ROLES else MLP
+
+    @property
+    def parts(self) -> set[str]:
+        """Those that something of this module belongs to."""
+        return {self.part_of(key) for key in self.linears} | ({NORMS} if self.gains else set())
+
+    def changed_share(self, found: Snapshot, parts: Collection[str]) -> tuple[int, int]:
+        """(integers of ``parts`` that differ from the beginning, all that there are)."""
         changed = total = 0
         for key, x in self.linears.items():
             before = x.grid.codes(x.grid.integers(x.before))
-            changed += int((found.codes[key].to(before.device) != before).sum())
+            if self.part_of(key) in parts:
+                changed += int((found.codes[key].to(before.device) != before).sum())
             total += before.numel()
         return changed, total
 

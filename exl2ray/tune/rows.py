@@ -1,4 +1,4 @@
-"""The text that a model is tuned on, as rows of tokens, a part of them held out to judge by."""
+"""The text that a model is tuned on as rows of tokens, a part of every kind held out (`exl2ray.tune.documents`)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from exl2ray.calibration.data.sources import Source
-from exl2ray.calibration.data.stream import CalibrationData
-from exl2ray.calibration.rows import MAX_BUILTIN_LENGTH, builtin_rows, check_ids
+from exl2ray.calibration.rows import check_ids
 from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, UsageError
+from exl2ray.tune.documents import Ids, Kind, builtin_kinds, kinds_of_files, part
 
-HELD_OUT = 10  # every tenth row of a kind
+HELD_OUT = 10  # a tenth of every kind
 MOST_HELD_TOKENS = 1 << 17  # beyond, a held-out row says little more
-Stack = tuple[str, NDArray[np.int64]]  # kind of text, rows (n, length)
 LEAST_HELD_ROWS = 4
-NO_TEXT = frozenset({"shuffled", "random"})  # kinds of built-in rows that are none
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,24 +45,65 @@ def tuning_rows(
     text = length - (bos_id is not None)
     rows = max(2 * HELD_OUT, -(-tokens // length))
     held = max(LEAST_HELD_ROWS, min(rows // (HELD_OUT - 1), MOST_HELD_TOKENS // length))
-    stacks = _of_files(sources, tokenizer, rows + held, text) if sources else _builtin(tokenizer, text, vocab_size, seed)
-    kinds = [kind for kind, stack in stacks for _ in stack]
-    if len(kinds) < 2 * HELD_OUT:
+    wanted = (rows + 3 * held) * text  # held-out documents may be longer than what is wanted of them
+    kinds = kinds_of_files(sources, tokenizer, -(-wanted // len(sources))) if sources else builtin_kinds(tokenizer, seed)
+    if sum(kind.tokens // text for kind in kinds) < 2 * HELD_OUT or not any(kind.tokens >= 2 * text for kind in kinds):
         raise CalibrationError(
-            f"the text to tune on has {sum(s.size for _, s in stacks)} tokens; at least {2 * HELD_OUT} rows of {length} are "
+            f"the text to tune on has {sum(k.tokens for k in kinds)} tokens; at least {2 * HELD_OUT} rows of {length} are "
             "needed",
             "give more text with --text, or a smaller --length",
         )
-    ids = torch.from_numpy(np.concatenate([stack for _, stack in stacks]))
-    check_ids(ids, vocab_size, tokenizer, kinds)
+    trained, kept, notes = _in_two(kinds, held, text, seed)
+    chosen = _even(trained, rows)
+    if sum(map(len, chosen)) < rows:
+        have = sum(map(len, chosen)) * length
+        notes.append(f"the text has {have} tokens to tune on; {tokens} were asked for")
+    ids, held_ids = (torch.from_numpy(np.concatenate(parts)) for parts in (chosen, kept))
+    names = tuple(kind.name for kind, stack in zip(kinds, kept, strict=True) for _ in stack)
+    for part_ids, of in ((ids, [k.name for k, stack in zip(kinds, chosen, strict=True) for _ in stack]), (held_ids, names)):
+        check_ids(part_ids, vocab_size, tokenizer, of)
     if bos_id is not None:
-        ids = torch.cat([torch.full((len(ids), 1), bos_id), ids], dim=1)
-    kept = _held_out([len(stack) for _, stack in stacks], held)
-    others = sorted(set(range(len(kinds))) - set(kept))[:rows]
-    notes = []
-    if len(others) < rows:
-        notes.append(f"the text has {len(others) * length} tokens to tune on; {tokens} were asked for")
-    return TuningRows(ids[others], ids[kept], tuple(kinds[i] for i in kept), tuple(notes))
+        ids, held_ids = (torch.cat([torch.full((len(t), 1), bos_id), t], dim=1) for t in (ids, held_ids))
+    return TuningRows(ids, held_ids, names, tuple(notes))
+
+
+def _in_two(kinds: Sequence[Kind], held: int, length: int, seed: int) -> tuple[list[Ids], list[Ids], list[str]]:
+    """Rows of each kind to train on, those held out, and notes. A tenth of each kind is held out, ``held`` rows in all as
+    far as kinds with less text leave room; at least one row of a kind with two."""
+    usable = [kind for kind in kinds if kind.tokens >= 2 * length]
+    share = max(1, -(-held // max(1, len(usable))))
+    trained, kept, notes = [], [], []
+    for kind in kinds:
+        tenth = kind.tokens // (HELD_OUT * length)
+        wanted = max(1, min(tenth, share)) * length if kind in usable else 0
+        found = part(kind, wanted, length, seed)
+        trained.append(_rows(found.trained, length))
+        kept.append(_spread(_rows(found.held, length), share))
+        if found.cut:
+            notes.append(f"{kind.name}: documents are long; passages of one are held out, apart from what is trained on")
+    return trained, kept, notes
+
+
+def _rows(documents: Sequence[Ids], length: int) -> Ids:
+    """One after the other, cut every ``length`` tokens; what is left over is dropped."""
+    ids = np.concatenate([np.empty(0, np.int64), *documents])
+    count = len(ids) // length
+    return ids[: count * length].reshape(count, length)
+
+
+def _even(stacks: Sequence[Ids], most: int) -> list[Ids]:
+    """Rows of each kind, ``most`` in all, as even as their numbers allow."""
+    left, out, room = sorted(range(len(stacks)), key=lambda k: len(stacks[k])), list(stacks), most
+    for n, k in enumerate(left):
+        share = min(len(stacks[k]), -(-room // (len(left) - n)))
+        out[k] = stacks[k][:share]
+        room -= share
+    return out
+
+
+def _spread(rows: Ids, most: int) -> Ids:
+    count = min(most, len(rows))
+    return rows[[i * len(rows) // count for i in range(count)]] if count else rows
 
 
 @contextmanager
@@ -86,43 +124,3 @@ def batches(rows: int, size: int, steps: int, seed: int) -> list[Tensor]:
     passes = -(-steps * size // rows)
     order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(passes)])
     return [order[i * size : (i + 1) * size] for i in range(steps)]
-
-
-def _of_files(sources: Sequence[Source], tokenizer: ModelTokenizer, rows: int, length: int) -> list[Stack]:
-    """Rows of each source, as even as their lengths allow."""
-    out = []
-    share = -(-rows // len(sources)) * length
-    for source in sources:
-        with CalibrationData([source], tokenizer, most_tokens=share) as data:
-            ids = data.tokens(share)
-        count = len(ids) // length
-        out.append((source.name, ids[: count * length].reshape(count, length)))
-    return out
-
-
-def _builtin(tokenizer: ModelTokenizer, length: int, vocab_size: int, seed: int) -> list[Stack]:
-    found = builtin_rows(tokenizer, "quantize", MAX_BUILTIN_LENGTH, seed, vocab_size, exclude=NO_TEXT)
-    out = []
-    for kind in dict.fromkeys(found.kinds):
-        ids = found.ids[[i for i, k in enumerate(found.kinds) if k == kind]].flatten().numpy()
-        count = len(ids) // length
-        out.append((kind, ids[: count * length].reshape(count, length)))
-    return out
-
-
-def _held_out(counts: Sequence[int], most: int) -> list[int]:
-    """Numbers of the rows that are held out: every tenth of each kind, and at least one of each with two; ``most`` in all, as
-    even over the kinds as their lengths allow."""
-    by_kind, start = [], 0
-    for count in counts:
-        tenth = list(range(start + HELD_OUT - 1, start + count, HELD_OUT)) or list(range(start + 1, start + min(count, 2)))
-        by_kind.append(tenth)
-        start += count
-    wanted = max(most, sum(1 for rows in by_kind if rows))
-    share = max(1, -(-wanted // max(1, sum(1 for rows in by_kind if rows))))
-    return [row for rows in by_kind for row in _spread(rows, share)]
-
-
-def _spread(rows: list[int], most: int) -> list[int]:
-    count = min(most, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]

@@ -3,7 +3,7 @@
     open      the EXL2 model and its source                                  exl2ray.tune.opening
     rows      text to tune on, a part held out                               exl2ray.tune.rows
     train     steps of Adam on KL(source || model)                           exl2ray.tune.training
-    decide    integers and norms, one of them, or nothing: the best on held-out text    exl2ray.tune.judge
+    decide    norms, attention, MLPs, head: what gains on held-out text    exl2ray.tune.judge
     write     the same tensors, the tuned ones in their place                exl2ray.tune.output
 """
 
@@ -33,12 +33,13 @@ from exl2ray.store.records import hash_inputs
 from exl2ray.tune import judge, state
 from exl2ray.tune.grid import REACH
 from exl2ray.tune.memory import check_memory
+from exl2ray.tune.module import NORMS
 from exl2ray.tune.opening import Pair, load_finished, load_source, load_tuned, open_pair, trainable
 from exl2ray.tune.output import Produce, finished, write_record, write_tuned
 from exl2ray.tune.rows import TuningRows, batches, naming, tuning_rows
 from exl2ray.tune.training import Rates, Trainer, schedule
 
-VERSION = 2  # of what equal settings come to
+VERSION = 3  # of what equal settings come to
 WORK = ".exl2ray-tune"  # in the output directory, until it is complete
 EVALUATIONS = 8
 PATIENCE = 4  # evaluations in a row that are worse than the best one
@@ -80,9 +81,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tuned:
-    """kept: what of the training is in the output (`exl2ray.tune.judge`). before, after: KL by kind of held-out text; with
-    "mean" over all of it. changed: share of the integers. worse: kinds that lost. peak_bytes: of the GPU's memory; 0 without
-    one. seconds: by part."""
+    """kept: what of the training is in the output, in words (`exl2ray.tune.judge`). before, after: KL by kind of held-out
+    text; with "mean" over all of it. changed: share of the integers. worse: kinds of text for the sake of which nothing was
+    kept. peak_bytes: of the GPU's memory; 0 without one. seconds: by part."""
 
     directory: str
     kept: str
@@ -187,8 +188,7 @@ def _train(
     reporter.event("stage", stage=STAGE, items=steps, done=progress.step)
 
     def judged() -> None:
-        found = judge.score(trainer.evaluate(rows.held_ids, source), rows.held_kinds)
-        _judged(progress, trainer, found, reporter, steps)
+        _judged(progress, trainer, trainer.evaluate(rows.held_ids, source), rows.held_kinds, reporter, steps)
 
     if not progress.scores:
         judged()
@@ -221,17 +221,24 @@ def _finite(loss: float, step: int) -> float:
     return loss
 
 
-def _judged(progress: state.Progress, trainer: Trainer, found: float, reporter: Reporter, steps: int) -> None:
+def _judged(
+    progress: state.Progress, trainer: Trainer, found: Tensor, kinds: tuple[str, ...], reporter: Reporter, steps: int
+) -> None:
     """Takes note of a score; of the best state a snapshot is kept, and training that only makes it worse ends."""
-    progress.scores.append((progress.step, found))
-    best = progress.scores[progress.best][1] if progress.best >= 0 else math.inf
-    if found < best:
+    progress.start = progress.start or found.tolist()
+    start = torch.tensor(progress.start, dtype=torch.float64)
+    best = progress.scores[progress.best][1:] if progress.best >= 0 else (True, math.inf)
+    standing = judge.standing(start, found, kinds)
+    progress.scores.append((progress.step, *standing))
+    if standing < best:
         progress.best = len(progress.scores) - 1
         progress.snapshots = {m.key: m.snapshot() for m in trainer.modules}
     since = len(progress.scores) - 1 - progress.best
-    progress.stopped = since >= PATIENCE or not found <= best + HOPELESS
-    ratio = math.exp(found - progress.scores[0][1]) if math.isfinite(found) else math.nan
-    message = f"step {progress.step} of {steps}: held-out KL {math.exp(found):.4f}, {ratio:.3f} times that of the start"
+    progress.stopped = since >= PATIENCE or standing[1] > best[1] + HOPELESS
+    ratio = math.exp(standing[1] - progress.scores[0][2])
+    lost = judge.worse(start, found, kinds)
+    message = f"step {progress.step} of {steps}: held-out KL {math.exp(standing[1]):.4f}, {ratio:.3f} times that of the start"
+    message += f"; worse on {', '.join(lost)}" if lost else ""
     reporter.event("note", message=message + ("; stopped here" if progress.stopped and progress.step < steps else ""))
 
 
@@ -242,41 +249,42 @@ def _finish(
     blocks = load_finished(pair, device)
     source = trainer.source_states(rows.held_ids)
     before = trainer.evaluate(rows.held_ids, source, blocks)
-    found = {}
-    for name, (integers, gains) in judge.VARIANTS.items():
+
+    def evaluated(parts: frozenset[str]) -> Tensor:
         for module, block in zip(trainer.modules, blocks, strict=True):
-            module.install_in(block, snapshots[module.key], integers, gains)
-        found[name] = trainer.evaluate(rows.held_ids, source, blocks)
-    verdict = judge.decide(before, found, kinds)
-    after = found.get(verdict.kept, before)
+            module.install_in(block, snapshots[module.key], parts)
+        return trainer.evaluate(rows.held_ids, source, blocks)
+
+    there = set().union(*(m.parts for m in trainer.modules))
+    verdict = judge.decide(before, [p for p in judge.PARTS if p in there], evaluated, kinds)
     clock.lap("decide")
-    integers, gains = judge.VARIANTS.get(verdict.kept, (False, False))
-    changed, total = (sum(n) for n in zip(*(m.changed_share(snapshots[m.key]) for m in trainer.modules), strict=True))
+    changes = (m.changed_share(snapshots[m.key], verdict.kept) for m in trainer.modules)
+    changed, total = (sum(n) for n in zip(*changes, strict=True))
     steps, tokens = progress.scores[progress.best][0], len(rows.ids) * rows.ids.shape[1]
     facts = {
-        "kept": verdict.kept, "steps": steps, "tokens": tokens, "kl_before": float(before.mean()),
-        "kl_after": float(after.mean()),
+        "kept": verdict.words, "steps": steps, "tokens": tokens, "kl_before": float(before.mean()),
+        "kl_after": float(verdict.rows.mean()),
     }  # fmt: skip
-    shards = write_tuned(pair.exl2, Path(settings.output), owner, _tensors(trainer, progress, integers, gains), facts)
+    shards = write_tuned(pair.exl2, Path(settings.output), owner, _tensors(trainer, progress, verdict.kept), facts)
     clock.lap("write")
     result = Tuned(
-        settings.output, verdict.kept, verdict.ratio, steps, tokens, _figures(before, kinds), _figures(after, kinds),
-        changed / max(1, total) if integers else 0.0, verdict.worse, sum(s.size for s in shards),
+        settings.output, verdict.words, verdict.ratio, steps, tokens, _figures(before, kinds), _figures(verdict.rows, kinds),
+        changed / max(1, total), verdict.worse, sum(s.size for s in shards),
         torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, clock.laps,
     )  # fmt: skip
     return result, shards
 
 
-def _tensors(trainer: Trainer, progress: state.Progress, integers: bool, gains: bool) -> dict[str, Produce]:
+def _tensors(trainer: Trainer, progress: state.Progress, parts: tuple[str, ...]) -> dict[str, Produce]:
     """Name in the file -> what makes the tuned tensor."""
     out: dict[str, Produce] = {}
     for module in trainer.modules:
         found = progress.snapshots[module.key]
         for key, x in module.linears.items():
-            if integers:
+            if module.part_of(key) in parts:
                 out[f"{key}.q_weight"] = lambda x=x, c=found.codes[key]: x.grid.packed(x.before, c).q_weight  # type: ignore[misc]
         for name, gain in module.gains.items():
-            if gains:
+            if NORMS in parts:
                 before = next((x.before.bias for key, x in module.linears.items() if key == gain.role), None)
                 value = gain.value(found.deltas[name].to(gain.scale.device)).cpu()
                 out[name] = lambda v=value, b=before: v if b is None else torch.cat([v, b[len(v) :]])  # type: ignore[misc]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ FILE = "tune.safetensors"
 
 @dataclass
 class Progress:
-    """identity: of everything that the result depends on. step: how many are done. scores: (step, held-out score) so far;
-    best: index into them, whose state ``snapshots`` are, by module; loss: (steps, sum) since the last score."""
+    """identity: of everything that the result depends on. step: how many are done. start: divergences of the held-out rows at
+    step 0. scores: (step, any kind of text worse than at the start, held-out score); best: index into them, whose state
+    ``snapshots`` are, by module."""
 
     identity: str
     step: int = 0
-    scores: list[tuple[int, float]] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
+    scores: list[tuple[int, bool, float]] = field(default_factory=list)
     best: int = -1
     stopped: bool = False
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
@@ -44,7 +46,7 @@ def save(store: Store, progress: Progress, modules: Sequence[TunedModule]) -> No
                 tensors.update({f"{kind}/{name}": moment for name, moment in moments.items()})
         for name, value in _flat(progress.snapshots.get(module.key)).items():
             tensors[f"best/{name}"] = value
-    facts = {k: v for k, v in asdict(_without_snapshots(progress)).items() if k != "snapshots"}
+    facts = {k: v for k, v in asdict(replace(progress, snapshots={})).items() if k != "snapshots"}
     tensors["facts"] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
     put_tensors(store, FILE, tensors)
 
@@ -58,8 +60,8 @@ def restore(store: Store, identity: str, modules: Sequence[TunedModule]) -> Prog
     facts = json.loads(bytes(tensors["facts"].tolist()))
     if facts["identity"] != identity:
         return None
-    scores = [(int(s), float(v)) for s, v in facts["scores"]]
-    progress = Progress(identity, facts["step"], scores, facts["best"], facts["stopped"])
+    scores = [(int(s), bool(w), float(v)) for s, w, v in facts["scores"]]
+    progress = Progress(identity, facts["step"], facts["start"], scores, facts["best"], facts["stopped"])
     for module in modules:
         for name, parameter in module.parameters().items():
             parameter.copy_(tensors[f"now/{name}"])
@@ -72,10 +74,6 @@ def restore(store: Store, identity: str, modules: Sequence[TunedModule]) -> Prog
             deltas = {name: tensors[f"best/{name}.delta"].clone() for name in module.gains}
             progress.snapshots[module.key] = Snapshot(codes, deltas)
     return progress
-
-
-def _without_snapshots(progress: Progress) -> Progress:
-    return Progress(progress.identity, progress.step, progress.scores, progress.best, progress.stopped)
 
 
 def _flat(found: Snapshot | None) -> dict[str, Tensor]:

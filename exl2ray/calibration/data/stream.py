@@ -99,6 +99,19 @@ class _Stream:
             have += len(part.ids)
         return np.concatenate(parts)[:count]
 
+    def documents_of(self, count: int) -> list[Ids]:
+        """The first ``count`` tokens, document by document."""
+        out: list[list[Ids]] = []
+        have = 0
+        for part in self._parts:
+            if have >= count:
+                break
+            if part.starts or not out:
+                out.append([])
+            out[-1].append(part.ids[: count - have])
+            have += len(part.ids)
+        return [np.concatenate(parts) for parts in out]
+
     def taken(self, count: int) -> tuple[list[Taken], bytes]:
         """What the first ``count`` tokens come from, and a hash of those texts."""
         found: dict[int, list[int]] = {}
@@ -202,6 +215,12 @@ class CalibrationData:
         for stream in self._streams:
             stream.fill(most)
         return np.concatenate([stream.tokens(most) for stream in self._streams])
+
+    def documents(self, most: int) -> list[Ids]:
+        """What `tokens` gives, document by document."""
+        for stream in self._streams:
+            stream.fill(most)
+        return [ids for stream in self._streams for ids in stream.documents_of(most)]
 
     def rows(
         self, rows: int, length: int, row_flag: str, length_flag: str, vocab_size: int, max_positions: int | None = None

@@ -1,0 +1,121 @@
+"""Text to tune on, by kind and document; and which documents of a kind are held out.
+
+What is held out shall say what tuning does to text that it has not seen, so no document lies in both parts, and neither
+does a copy of one. A document that is longer than what is wanted (a text file is one document, whatever it was made of)
+gives passages instead, and as much text as a row holds is dropped between them and the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exl2ray.calibration import generate
+from exl2ray.calibration.chat import ChatText
+from exl2ray.calibration.data.sources import Source
+from exl2ray.calibration.data.stream import CalibrationData
+from exl2ray.calibration.rows import ROW_SETS
+from exl2ray.calibration.text import builtin_documents, parse_chat
+from exl2ray.calibration.tokenizer import ModelTokenizer
+
+PASSAGES = 4  # at most, of one document
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """One kind of text; documents: the tokens (n,) of each."""
+
+    name: str
+    documents: Sequence[Ids]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.documents))
+
+
+@dataclass(frozen=True, eq=False)
+class Parted:
+    """A kind of text in two parts. cut: whether passages are held out in place of documents."""
+
+    name: str
+    trained: tuple[Ids, ...]
+    held: tuple[Ids, ...]
+    cut: bool
+
+
+def kinds_of_files(sources: Sequence[Source], tokenizer: ModelTokenizer, tokens: int) -> list[Kind]:
+    """The first ``tokens`` tokens of each source, which is a kind of its own; what comes of it may be less."""
+    out: dict[str, list[Ids]] = {}
+    for source in sources:
+        with CalibrationData([source], tokenizer, most_tokens=tokens) as data:
+            out.setdefault(source.name, []).extend(data.documents(tokens))
+    return [Kind(name, documents) for name, documents in out.items()]
+
+
+def builtin_kinds(tokenizer: ModelTokenizer, seed: int) -> list[Kind]:
+    """All of the built-in text, in the kinds of `exl2ray.calibration.rows`; between BOS and EOS where rows of a kind are."""
+    chat = ChatText(tokenizer.templates, next(generate.conversations(seed)))
+    out = []
+    for row_set in ROW_SETS:
+        documents = [d for d in builtin_documents() if d.kind in row_set.kinds]
+        if not documents:
+            continue  # shuffled and random rows are no text
+        templated = row_set.name == "chat" and chat.templated
+        texts = [chat.text(parse_chat(d)) if d.kind == "chat" else d.text.strip("\n") for d in documents]
+        if not row_set.documents:
+            texts = [text + "\n\n\n" for text in texts]
+        ends = (tokenizer.bos_id, tokenizer.eos_id) if row_set.documents and not templated else (None, None)
+        head, tail = (np.array([] if i is None else [i], dtype=np.int64) for i in ends)
+        ids = [np.concatenate([head, found, tail]) for found in tokenizer.encode_batch(texts)]
+        out.append(Kind(row_set.name, ids))
+    return out
+
+
+def part(kind: Kind, wanted: int, length: int, seed: int) -> Parted:
+    """Holds out documents of ``wanted`` tokens, at most twice that; passages of the longest one if they are not enough.
+
+    length: tokens of a row, for what is dropped beside passages.
+    """
+    documents = list(kind.documents)
+    order = list(range(len(documents)))
+    random.Random(f"{seed}/{kind.name}").shuffle(order)
+    held, have = [], 0
+    for i in order:
+        if have < wanted and have + len(documents[i]) <= 2 * wanted:
+            held.append(i)
+            have += len(documents[i])
+    trained, passages = [i for i in range(len(documents)) if i not in set(held)], []  # type: list[int], list[Ids]
+    rest: list[Ids] = [documents[i] for i in trained]
+    cut = have < wanted and bool(trained)
+    if cut:
+        longest = max(trained, key=lambda i: len(documents[i]))
+        rest = [documents[i] for i in trained if i != longest]
+        kept, passages = _passages(documents[longest], wanted - have, length)
+        rest += kept
+    known = {_digest(documents[i]) for i in held}
+    found = tuple(ids for ids in rest if len(ids) and _digest(ids) not in known)
+    return Parted(kind.name, found, (*(documents[i] for i in sorted(held)), *passages), cut)
+
+
+def _passages(ids: Ids, wanted: int, length: int) -> tuple[list[Ids], list[Ids]]:
+    """(what is left, passages): each passage is the end of one of as many equal sections."""
+    wanted = min(wanted, len(ids) // 2)
+    count = max(1, min(PASSAGES, wanted // (4 * length)))
+    size, gap = wanted // count, min(length, wanted // count)
+    left, passages, start = [], [], 0
+    for j in range(count):
+        end = (j + 1) * len(ids) // count
+        left.append(ids[start : max(start, end - size - gap)])
+        passages.append(ids[end - size : end])
+        start = min(end + gap, len(ids))
+    return left, passages
+
+
+def _digest(ids: Ids) -> bytes:
+    return hashlib.sha256(ids.tobytes()).digest()

@@ -1,0 +1,98 @@
+"""What is held out: by kind and by document, a tenth, never what is trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_model
+
+from exl2ray.calibration.data.sources import local_source
+from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.formats.hf import SourceModel
+from exl2ray.tune.documents import Kind, builtin_kinds, part
+from exl2ray.tune.rows import tuning_rows
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "m", "Llama")
+
+
+def text_of(decoded: str) -> str:
+    """Of tokens that are bytes."""
+    return decoded.replace(" ", "").replace("\u0120", " ").replace("\u010a", "\n")
+
+
+def kind(*lengths: int) -> Kind:
+    """Documents whose tokens are all different: document d has d * 10000, d * 10000 + 1, ..."""
+    return Kind("k", [np.arange(n) + 10000 * d for d, n in enumerate(lengths)])
+
+
+@pytest.mark.parametrize("lengths", [[100] * 50, [30, 700, 31, 900, 32, 33, 34] * 5, [20] * 200])
+def test_documents_are_held_out_whole(lengths: list[int]) -> None:
+    total = sum(lengths)
+    found = part(kind(*lengths), total // 10, 16, seed=3)
+    assert not found.cut
+    assert total // 10 <= sum(map(len, found.held)) <= total // 5
+    assert sum(map(len, found.held)) + sum(map(len, found.trained)) == total
+    ids = [{int(d[0]) // 10000 for d in docs} for docs in (found.trained, found.held)]
+    assert not ids[0] & ids[1]
+    assert len(ids[0]) + len(ids[1]) == len(lengths)
+    assert [len(d) for d in found.held] == [lengths[int(d[0]) // 10000] for d in found.held]
+
+
+def test_of_a_long_document_passages_with_a_gap_on_both_sides() -> None:
+    found = part(kind(40_000), 4000, 100, seed=0)
+    assert found.cut
+    assert [len(p) for p in found.held] == [1000] * 4
+    trained = {int(i) for ids in found.trained for i in ids}
+    for passage in found.held:
+        assert not trained & set(range(int(passage[0]) - 100, int(passage[-1]) + 101))
+    assert len(trained) == 40_000 - 4000 - 7 * 100  # nothing follows the last one
+
+
+def test_copies_of_what_is_held_out_are_not_trained_on() -> None:
+    one = Kind("k", [np.arange(100) + 10000 * (d % 10) for d in range(20)])
+    found = part(one, 200, 16, seed=0)
+    held = {int(d[0]) for d in found.held}
+    assert held
+    assert not held & {int(d[0]) for d in found.trained}
+
+
+def test_rows_of_files(model: Path, tmp_path: Path) -> None:
+    talks = [{"text": chr(97 + i % 26) * 300} for i in range(78)]
+    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"text": t["text"] + str(i)}) for i, t in enumerate(talks)))
+    (tmp_path / "book.txt").write_text("\n".join(f"{i:05d} " * 9 for i in range(400)))
+    sources = [local_source(str(tmp_path / name)) for name in ("talks.jsonl", "book.txt")]
+    source = SourceModel(model)
+    with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
+        rows = tuning_rows(sources, tokenizer, 16 * 1024, LENGTH, source.config["vocab_size"])
+        again = tuning_rows(sources, tokenizer, 16 * 1024, LENGTH, source.config["vocab_size"])
+        decoded = [text_of(tokenizer.process.decode(row)) for row in rows.held_ids.tolist()]
+        trained = " ".join(text_of(tokenizer.process.decode(row)) for row in rows.ids.tolist())
+    assert rows.ids.shape == (256, LENGTH)
+    assert all(12 <= rows.held_kinds.count(kind) <= 15 for kind in ("talks.jsonl", "book.txt"))
+    assert (again.ids == rows.ids).all()
+    assert (again.held_ids == rows.held_ids).all()
+    assert [n for n in rows.notes if "passages" in n] == ["book.txt: documents are long; passages of one are held out, "
+                                                         "apart from what is trained on"]  # fmt: skip
+    for text, name in zip(decoded, rows.held_kinds, strict=True):
+        if name == "book.txt":
+            numbers = {n for n in text.split() if len(n) == 5}
+            assert numbers, repr(text)
+            assert not numbers & set(trained.split())
+
+
+def test_the_builtin_text_by_kind(model: Path) -> None:
+    source = SourceModel(model)
+    with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
+        kinds = builtin_kinds(tokenizer, 0)
+        rows = tuning_rows((), tokenizer, 4000, 256, source.config["vocab_size"])
+    assert [k.name for k in kinds] == ["web", "articles", "code", "stories", "chat", "formats", "multilingual", "technical"]
+    assert set(rows.held_kinds) == {k.name for k in kinds}
+    assert len(rows.ids) >= 16
