@@ -77,6 +77,17 @@ def examine_side_files(source: str | Path) -> SideFiles:
     return SideFiles(kept, tuple(refused), tuple(filter(None, warnings)))
 
 
+def check_side_files(source: str | Path) -> SideFiles:
+    """Those that `copy_side_files` copies. Raises SourceError for what it refuses, so that nobody hears of it after hours of
+    work: a link that leads elsewhere, config.json included, a file that is too large. OSError as above."""
+    found = examine_side_files(source)
+    if found.refused:
+        raise found.refused[0]
+    for name, real in outside_links(source, [*found.sizes, "config.json"]).items():
+        raise link_error(source, name, real)
+    return found
+
+
 def side_files(source: str | Path) -> list[str]:
     """Names of the files that `copy_side_files` copies, sorted."""
     return list(examine_side_files(source).sizes)
@@ -101,13 +112,9 @@ def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     refuse_same_directory(source, target)
     try:
         make_directories(target)
-        found = examine_side_files(source)
+        found = check_side_files(source)
     except OSError as e:
         raise write_error(target, e) from e
-    if found.refused:
-        raise found.refused[0]
-    for name, real in outside_links(source, [*found.sizes, "config.json"]).items():
-        raise link_error(source, name, real)
     for name, size in found.sizes.items():
         with atomic_file(target / name) as out:
             for piece in _pieces(source / name, size):

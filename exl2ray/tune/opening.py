@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from exl2ray.errors import FormatError, SourceError, UsageError
 from exl2ray.evaluate.forward import OpenModel, RunOptions, linear_reader, load_module, open_model
 from exl2ray.formats.exl2 import Exl2Model
+from exl2ray.formats.side_files import check_side_files
 from exl2ray.model.blocks import Block, load_block
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec, PlainTensor
@@ -42,6 +44,9 @@ def open_pair(directory: str | Path, reference: str | Path) -> Pair:
     start, source = open_model(directory), open_model(reference)
     if not start.quantized:
         raise UsageError(f"{directory}: is no EXL2 model", "tune takes the folder of a converted model, and its --reference")
+    if os.path.samefile(start.path, source.path):
+        raise UsageError(f"--reference {reference}: is the model to be tuned itself", "give the model that it was made from")
+    check_side_files(start.path)
     theirs, ours = _shapes(source.spec), _shapes(start.spec)
     if theirs != ours or source.vocab_size != start.vocab_size:
         different = next((k for k in ours if theirs.get(k) != ours[k]), None)
