@@ -54,7 +54,7 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
     from exl2ray.steps.measuring import export_measurement, measure
     from exl2ray.steps.producing import produce
 
-    recipe = _on_this_disk(recipe)
+    recipe = _in_reach(_on_this_disk(recipe), reporter)
     try:
         with interruptible(), Job(recipe, reporter) as job:
             job.lock_targets()
@@ -119,6 +119,16 @@ def _on_this_disk(recipe: Recipe) -> Recipe:
     return localised(recipe)
 
 
+def _in_reach(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """With --nearest: bitrates that this model cannot have become the nearest that it can."""
+    from exl2ray.allocation.reach import within_reach
+
+    recipe, notes = within_reach(recipe)
+    for note in notes:
+        reporter.event("note", message=note)
+    return recipe
+
+
 def _warn_of_others(recipe: Recipe, reporter: Reporter) -> None:
     from exl2ray.store.trust import others_who_write
 
@@ -143,7 +153,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> None:
     from exl2ray.steps.job import Job
     from exl2ray.targets import places
 
-    recipe = _on_this_disk(recipe)
+    recipe = _in_reach(_on_this_disk(recipe), reporter)
     with Job(recipe, reporter, dry=True):
         reporter.event("note", message=places_text(places(recipe)))
         reporter.event("note", message="dry run: nothing was computed or written")

@@ -59,6 +59,8 @@ class Recipe:
     bits: tuple[float, ...] = field(default=(4.125,), metadata=setting(
         "-b", "target bits per weight of the decoder layers; may be given several times.",
         QUANTISE, rule=_BITS, job="quantize.bits", measured=False))
+    nearest: bool = field(default=False, metadata=setting(
+        "--nearest", "where this model cannot have a bitrate, take the nearest that it can.", QUANTISE, measured=False))
     head_bits: int | None = field(default=None, metadata=setting(
         "-hb", "bits of the output head: 2, 3, 4, 5, 6 or 8; if absent 6, or what --allocation linear finds best.",
         QUANTISE, rule=_HEAD, job="quantize.head_bits", measured=False))

@@ -25,11 +25,11 @@ from exl2ray.formats.json_file import shown
 from exl2ray.formats.layout import WIDTHS, QParams
 from exl2ray.formats.measurement_rules import AGAIN, MOST, is_amount
 from exl2ray.quant.losses import USELESS, piece_rows
-from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse
+from exl2ray.quant.qparams import attention_options, head_option, low_options, mlp_options, parse
 
 # Squared error with this width and group size, relative to 4 bits in groups of 128.
 RELATIVE = {
-    (2, 32): 15.02, (2, 64): 15.48, (2, 128): 15.98,
+    (2, 32): 15.02, (2, 64): 15.48, (2, 128): 15.98, (2, 256): 17.8, (2, 512): 20.2,
     (3, 32): 3.333, (3, 64): 3.645, (3, 128): 3.897,
     (4, 32): 0.7697, (4, 64): 0.8943, (4, 128): 1.0,
     (5, 32): 0.1883, (5, 64): 0.2229, (5, 128): 0.2553,
@@ -127,20 +127,31 @@ def _parts(option: QParams, in_features: int) -> tuple[NDArray[np.float64], NDAr
     return np.cumsum([0.0, *rows.values()]), np.array([relative(b, sizes[b]) for b in rows])
 
 
+def flat_loss(option: QParams, in_features: int) -> float:
+    """Squared error of an option, relative to 4 bits in groups of 128, for a linear whose rows all count alike."""
+    edges, losses = _parts(option, in_features)
+    return float(np.diff(edges) @ losses) / in_features
+
+
 def relative(bits: int, group_size: int) -> float:
-    """`RELATIVE` for any group size: the nearest one below, or the largest."""
-    size = GROUP_SIZES[max(0, bisect(GROUP_SIZES, group_size) - 1)]
-    return RELATIVE[bits, size]
+    """`RELATIVE` for any group size: the nearest one below, or the smallest."""
+    sizes = [size for width, size in RELATIVE if width == bits]
+    return RELATIVE[bits, sizes[max(0, bisect(sizes, group_size) - 1)]]
 
 
 @cache
-def all_options() -> tuple[QParams, ...]:
-    """Every option that a linear may get: those of the tables, and single widths and pairs in a few shares."""
+def all_options(low: bool = False) -> tuple[QParams, ...]:
+    """Every option that a linear may get: those of the tables, and single widths and pairs in a few shares.
+
+    ``low``: also those that are kept for bitrates below the tables.
+    """
+    if low:
+        return tuple(dict.fromkeys((*all_options(), *low_options())))
     found = [q for row in (*attention_options(), *mlp_options()) for q in row]
     found += [head_option(b) for b in WIDTHS]
     found += [parse(f"1:{b}b_{g}g") for b in WIDTHS for g in GROUP_SIZES]
-    for high, low in PAIRS:
-        found += [parse(f"{p}:{high}b_{g}g/{1 - p:g}:{low}b_{g}g") for p in SHARES for g in GROUP_SIZES]
+    for high, rest in PAIRS:
+        found += [parse(f"{p}:{high}b_{g}g/{1 - p:g}:{rest}b_{g}g") for p in SHARES for g in GROUP_SIZES]
     return tuple(q for q in dict.fromkeys(found) if frozenset(q.bits) in KERNEL_SETS)
 
 

@@ -165,13 +165,23 @@ def reachable_range(slots: Sequence[tuple[Sequence[int], int]]) -> tuple[float, 
     return sum(min(b) for b, _ in slots) / weights, sum(max(b) for b, _ in slots) / weights
 
 
-def check_reachable(bits_per_weight: float, slots: Sequence[tuple[Sequence[int], int]]) -> None:
-    """Raises BudgetError with the reachable range if a bitrate lies outside of it."""
+def nearest_reachable(bits_per_weight: float, slots: Sequence[tuple[Sequence[int], int]]) -> float:
+    """The bitrate itself if the options reach it, else the nearest thousandth of a bit that they do."""
     low, high = reachable_range(slots)
-    if not low <= bits_per_weight <= math.ceil(high * 1000) / 1000:
+    if bits_per_weight < low:
+        return math.ceil(low * 1000) / 1000
+    return min(bits_per_weight, math.ceil(high * 1000) / 1000)
+
+
+def check_reachable(bits_per_weight: float, slots: Sequence[tuple[Sequence[int], int]]) -> None:
+    """Raises BudgetError with the reachable range, and the nearest bitrate in it, if a bitrate lies outside of it."""
+    low, high = reachable_range(slots)
+    nearest = nearest_reachable(bits_per_weight, slots)
+    if nearest != bits_per_weight:
         raise BudgetError(
-            f"-b {bits_per_weight:g}: this model can be quantised to {low:.4f} .. {high:.4f} bits per weight",
-            "choose a bitrate within this range (it counts scales and permutations, not the head and embeddings)",
+            f"-b {bits_per_weight:g}: this model can be quantised to {low:.4f} .. {high:.4f} bits per weight, which counts "
+            "scales and permutations of the decoder layers",
+            f"the nearest that works is -b {nearest:g}; --nearest takes it",
         )
 
 

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from exl2ray.allocation.frontier import ALL, NEAR, LossCurve, all_options, frontier
-from exl2ray.allocation.knapsack import Allocation, Slot, budget, solve
+from exl2ray.allocation.frontier import ALL, NEAR, LossCurve, all_options, flat_loss, frontier
+from exl2ray.allocation.knapsack import Allocation, Slot, budget, reachable_range, solve
 from exl2ray.allocation.overrides import Override, counting, overridden
 from exl2ray.errors import FormatError
 from exl2ray.formats.layout import WIDTHS, QParams, pad32
-from exl2ray.formats.measurement import Measurement
+from exl2ray.formats.measurement import Measurement, OptionProfile
 from exl2ray.formats.measurement_rules import checked_pair
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
-from exl2ray.quant.qparams import head_option, option_tables
+from exl2ray.quant.qparams import head_option, low_options, option_tables
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 
 HEAD_SHARE = 0.7  # of what as many weights of a layer cost: no forward pass of all rows goes through the head
@@ -81,11 +81,12 @@ def allocate_linears(
     of the decoder. With ``free_head`` the head takes part, and the budget grows by what a head of the usual 6 bits takes: the
     files are as large as those of `allocate` with that head, whatever the decoder and the head have each.
     """
+    low = below_tables(spec, bits, overrides)
     groups = [g for g in linear_groups(spec, measurement) if free_head or g.linears[0].role != "lm_head"]
     few = len(groups) <= FEW_GROUPS
     found = [
         frontier(
-            g.curve, partial(_group_bits, g.linears, overrides), _options(g.linears, overrides),
+            g.curve, partial(_group_bits, g.linears, overrides), _options(g.linears, overrides, low),
             ALL if few or g.linears[0].role == "lm_head" else NEAR,  # the head's steps are the largest of all
         )
         for g in groups
@@ -170,15 +171,15 @@ def head_bits(recipe: Recipe, spec: ModelSpec, plan: Plan) -> int:
     return min(WIDTHS, key=lambda b: abs(b - mean))
 
 
-def _options(linears: Sequence[LinearSpec], overrides: Sequence[Override]) -> Sequence[QParams] | None:
-    """What a group may choose from if the user wants the same for all of its linears; None: everything."""
+def _options(linears: Sequence[LinearSpec], overrides: Sequence[Override], low: bool) -> Sequence[QParams]:
+    """What a group may choose from: everything, or what the user wants if that is the same for all of its linears."""
     wanted = {counting(overrides, x) for x in linears}
     override = wanted.pop()
     if wanted or override is None:
-        return None
+        return all_options(low)
     if override.option is not None:
         return (override.option,)
-    return [q for q in all_options() if min(q.bits) >= (override.minimum or 0)]
+    return [q for q in all_options(low) if min(q.bits) >= (override.minimum or 0)]
 
 
 def _group_bits(linears: Sequence[LinearSpec], overrides: Sequence[Override], option: QParams) -> int:
@@ -198,12 +199,13 @@ def allocate(
     ``overrides`` change what a row of an option table stands for: linears that they concern get what the user wants. The
     row's error stays as measured, which is too high where an override widened a linear.
     """
+    low = below_tables(spec, bits, overrides)
     slots: list[Slot] = []
     owners: list[list[dict[str, QParams]]] = []
     for module in spec.modules:
         if not module.quantized:
             continue
-        for options in measurement[module.profile_key].slots():
+        for options in scored_options(module, measurement, low):
             rows = [
                 {x.key: overridden(overrides, x, o.params[x.role]) for x in module.linears if x.role in o.params}
                 for o in options
@@ -220,6 +222,31 @@ def allocate(
     for rows, choice in zip(owners, allocation.choice, strict=True):
         params.update(rows[choice])
     return allocation, params
+
+
+def scored_options(module: ModuleSpec, measurement: Measurement, low: bool) -> list[list[OptionProfile]]:
+    """The rows that each slot of a module was measured with, followed if ``low`` by those of `low_options`.
+
+    The error of the latter is told from the smallest row that was measured, as if all inputs counted alike.
+    """
+    out = []
+    for measured in measurement[module.profile_key].slots():
+        linears = [x for x in module.linears if x.role in measured[0].params]
+        least = min(measured, key=lambda o: o.total_bits)
+        known = sum(flat_loss(least.params[x.role], x.in_features) for x in linears)
+        more = []
+        for q in low_options() if low else ():
+            worse = sum(flat_loss(q, x.in_features) for x in linears) / known
+            error = (1 - least.accuracy) * worse**0.5
+            more.append(OptionProfile(1 - error, sum(_bits(x, q) for x in linears), dict.fromkeys(least.params, q)))
+        out.append([*measured, *more])
+    return out
+
+
+def below_tables(spec: ModelSpec, bits: float, overrides: Sequence[Override] = ()) -> bool:
+    """Whether a bitrate lies below the smallest rows of the option tables, so that `low_options` take part."""
+    slots = [slot for module in spec.modules for slot in option_bits(module, overrides)]
+    return bits < reachable_range(slots)[0]
 
 
 def slot_weights(spec: ModelSpec) -> int:
@@ -239,8 +266,13 @@ def head_bpw(spec: ModelSpec, params: Mapping[str, QParams]) -> float:
     return _bits(head, params[head.key]) / (head.in_features * pad32(head.out_features))
 
 
-def option_bits(module: ModuleSpec, overrides: Sequence[Override] = ()) -> list[tuple[list[int], int]]:
-    """(total bits of each option, weights) of every slot of a module, from the option tables and what the user wants."""
+def option_bits(
+    module: ModuleSpec, overrides: Sequence[Override] = (), low: bool = False
+) -> list[tuple[list[int], int]]:
+    """(total bits of each option, weights) of every slot of a module, from the option tables and what the user wants.
+
+    ``low``: with the options for bitrates below the tables, behind the others.
+    """
     if not module.quantized:
         return []
     out = []
@@ -251,7 +283,8 @@ def option_bits(module: ModuleSpec, overrides: Sequence[Override] = ()) -> list[
         def cost(row: tuple[QParams, ...], xs: list[LinearSpec], names: tuple[str, ...] = names) -> int:
             return len(xs) * _bits(xs[0], overridden(overrides, xs[0], row[names.index(xs[0].role)]))
 
-        bits = [sum(cost(row, xs) for xs in alike) for row in table.rows]
+        rows = [*table.rows, *((q,) * len(names) for q in low_options() if low)]
+        bits = [sum(cost(row, xs) for xs in alike) for row in rows]
         out.append((bits, sum(len(xs) * xs[0].in_features * pad32(xs[0].out_features) for xs in alike)))
     return out
 

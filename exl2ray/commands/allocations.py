@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exl2ray.allocation.knapsack import check_reachable
-from exl2ray.allocation.planning import choose, decoder_bpw, has_sensitivities, head_bpw, insensitive, linear_groups
+from exl2ray.allocation.planning import (
+    below_tables,
+    choose,
+    decoder_bpw,
+    has_sensitivities,
+    head_bpw,
+    insensitive,
+    linear_groups,
+    scored_options,
+)
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape, QParams, pad32
 from exl2ray.formats.measurement import Measurement, OptionProfile, check_against, read_measurement
@@ -97,9 +106,10 @@ def solve(
 
 def _solution(spec: ModelSpec, measurement: Measurement, recipe: Recipe) -> Solution:
     (bits,), linear = recipe.bits, recipe.allocates == "linear"
-    slots = _slots(spec, measurement)
+    slots = _slots(spec, measurement, below_tables(spec, bits))
     if not linear:
-        check_reachable(bits, [([o.total_bits for o in options], _weights(m, options[0].params)) for m, options in slots])
+        reached = _slots(spec, measurement, low=True)
+        check_reachable(bits, [([o.total_bits for o in options], _weights(m, options[0].params)) for m, options in reached])
     chosen = choose(spec, measurement, bits, recipe)
     found, achieved = chosen.allocation, decoder_bpw(spec, chosen.params)
     doubts = insensitive_warning(*insensitive(spec, measurement)) if linear else []
@@ -119,8 +129,8 @@ def _solution(spec: ModelSpec, measurement: Measurement, recipe: Recipe) -> Solu
     )
 
 
-def _slots(spec: ModelSpec, measurement: Measurement) -> list[tuple[ModuleSpec, Sequence[OptionProfile]]]:
-    return [(m, options) for m in spec.modules if m.quantized for options in measurement[m.profile_key].slots()]
+def _slots(spec: ModelSpec, measurement: Measurement, low: bool) -> list[tuple[ModuleSpec, Sequence[OptionProfile]]]:
+    return [(m, options) for m in spec.modules if m.quantized for options in scored_options(m, measurement, low)]
 
 
 def _linear_choices(

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from exl2ray.allocation.knapsack import reachable_range
-from exl2ray.allocation.planning import choose, decoder_bpw, option_bits
+from exl2ray.allocation.knapsack import nearest_reachable, reachable_range
+from exl2ray.allocation.planning import choose, decoder_bpw
+from exl2ray.allocation.reach import reachable_slots, within_reach
 from exl2ray.calibration.data.taken import PASSES, described_passes
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError
 from exl2ray.formats.hf import SourceModel
@@ -100,11 +101,11 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     if wishes.context is not None and memory is None:
         raise UsageError("--context is a setting of --fit", "name the memory of the card with --fit 24GB")
     try:
-        recipe = localised(recipe)
+        recipe, notes = within_reach(localised(recipe))
     except Exl2RayError as e:
         return Report(redacted(recipe.in_dir), problems=[("source", e)])
     found = examine(recipe)
-    report = Report(recipe.in_dir, problems=[(p.topic, p.error) for p in found.problems])
+    report = Report(recipe.in_dir, problems=[(p.topic, p.error) for p in found.problems], warnings=notes)
     if found.spec is not None and falls_back(recipe, found.spec, found.measurement):
         recipe = replace(recipe, allocation="module")
         report.warnings.append("-m holds no sensitivities: options are chosen per module")
@@ -190,9 +191,9 @@ class _Planner:
     def bitrates(self, memory: int | None, wishes: Wishes, bits_given: bool) -> list[float]:
         """Those asked for that can be reached, and the one that --fit finds."""
         wanted = self.found.overrides
-        slots = [slot for m in self.spec.modules for slot in option_bits(m, wanted)]
-        low, high = self.report.reachable_bpw = reachable_range(slots)
-        bits = [b for b in self.recipe.bits if low <= b <= high] if bits_given or memory is None else []
+        slots = reachable_slots(self.spec, wanted)
+        low, _ = self.report.reachable_bpw = reachable_range(slots)
+        bits = [b for b in self.recipe.bits if nearest_reachable(b, slots) == b] if bits_given or memory is None else []
         if memory is None:
             return bits
         longest = self.spec.hyper.max_seq_len

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from exl2ray.allocation.knapsack import budget, reachable_range
-from exl2ray.allocation.planning import option_bits, slot_weights
+from exl2ray.allocation.planning import slot_weights
+from exl2ray.allocation.reach import reachable_slots
 from exl2ray.errors import BudgetError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import pad32
@@ -58,8 +59,7 @@ def best_fit(
         raise UsageError(f"--cache {cache}: one of {', '.join(CACHE_BITS)} is needed")
     if context < 1:
         raise UsageError(f"--context {context}: at least one token is needed")
-    tables = [slot for module in spec.modules for slot in option_bits(module, freedom.overrides)]
-    low, high = reachable_range(tables)
+    low, high = reachable_range(reachable_slots(spec, freedom.overrides))
     host = sum(e.nbytes for e in output_entries(spec, source, {}) if e.name in _embeddings(spec))
     cache_bytes, windowed = (cache_size(spec.hyper, context, cache, w) for w in (False, True))
     allowance = allowance_bytes(spec)

@@ -18,7 +18,8 @@ import torch
 
 from exl2ray.allocation.knapsack import check_reachable
 from exl2ray.allocation.overrides import Override, parse_overrides
-from exl2ray.allocation.planning import linear_groups, option_bits
+from exl2ray.allocation.planning import linear_groups
+from exl2ray.allocation.reach import reachable_slots
 from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
@@ -136,7 +137,7 @@ def examine(recipe: Recipe) -> Examination:
     spec, source = found.spec, found.source
     if spec is not None and recipe.output_measurement is None and not found.has("tensors"):  # else linears have no options
         found.overrides = found.attempt("--set", lambda: parse_overrides(recipe.overrides, spec)) or ()
-        tables = [slot for module in spec.modules for slot in option_bits(module, found.overrides)]
+        tables = reachable_slots(spec, found.overrides)
         for bits in recipe.bits:
             found.attempt("bitrate", lambda b=bits: check_reachable(b, tables))  # type: ignore[misc]
     if recipe.measurement is not None:

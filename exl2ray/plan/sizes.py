@@ -18,13 +18,13 @@ import torch
 from exl2ray.allocation.frontier import all_options
 from exl2ray.allocation.knapsack import budget
 from exl2ray.allocation.overrides import Override, counting, overridden
-from exl2ray.allocation.planning import option_bits, slot_weights, total_bits
+from exl2ray.allocation.planning import below_tables, option_bits, slot_weights, total_bits
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.shards import TensorEntry, header_of, plan_shards
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import output_tensors, plain_shape
-from exl2ray.quant.qparams import distinct_options, head_option
+from exl2ray.quant.qparams import distinct_options, head_option, low_options
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 
 FILE_OVERHEAD = 8 + 2 + 7  # of a further shard: header length, braces, padding to a multiple of 8
@@ -87,7 +87,7 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freed
     head = spec.modules[-1].linears[0]
     fixed = 0 if freedom.head else _bits(head, overridden(freedom.overrides, head, head_option(freedom.head_bits))) // 8
     packed = (low_bits // 8 + fixed, high_bits // 8 + fixed)
-    options = _options(spec, freedom)
+    options = _options(spec, freedom, below_tables(spec, bits, freedom.overrides))
     small, large = (
         output_entries(spec, source, {x.key: _extent(x, options[x.key], choice) for x in spec.linears})
         for choice in (min, max)
@@ -103,16 +103,16 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freed
 
 def allocated_range(spec: ModelSpec, bits: float, freedom: Freedom) -> tuple[int, int]:
     """(least, most) bits of the linears that an allocation at ``bits`` shares out: decoder, and the head if it is free."""
-    wanted = budget(slot_weights(spec), bits)
+    wanted, small = budget(slot_weights(spec), bits), below_tables(spec, bits, freedom.overrides)
     if not freedom.linears:
-        slots = [sorted(b) for module in spec.modules for b, _ in option_bits(module, freedom.overrides)]
+        slots = [sorted(b) for module in spec.modules for b, _ in option_bits(module, freedom.overrides, small)]
         floor, ceiling = sum(s[0] for s in slots), sum(s[-1] for s in slots)
         if wanted >= ceiling:
             return ceiling, ceiling
         # What is left does not buy the next larger option of any module, so it is less than the largest of all steps.
         step = max(b - a for s in slots for a, b in pairwise(s))
         return max(floor, wanted - step), wanted
-    costs = [c for module in spec.modules for c in _linear_costs(module, freedom)]
+    costs = [c for module in spec.modules for c in _linear_costs(module, freedom, small)]
     if freedom.head:
         wanted += _bits(spec.modules[-1].linears[0], head_option(USUAL_HEAD_BITS))
     floor, ceiling = sum(min(c.values()) for c in costs), sum(max(c.values()) for c in costs)
@@ -123,7 +123,7 @@ def allocated_range(spec: ModelSpec, bits: float, freedom: Freedom) -> tuple[int
     return max(floor, min(high, top) - step), high
 
 
-def _linear_costs(module: ModuleSpec, freedom: Freedom) -> list[dict[QParams, int]]:
+def _linear_costs(module: ModuleSpec, freedom: Freedom, low: bool) -> list[dict[QParams, int]]:
     """Option -> bits of each linear that is allocated by itself; the experts of a role go together."""
     if not (module.quantized or (module.kind == "head" and freedom.head)):
         return []
@@ -135,7 +135,7 @@ def _linear_costs(module: ModuleSpec, freedom: Freedom) -> list[dict[QParams, in
                 key = (x.in_features, x.out_features, x.has_bias, counting(freedom.overrides, x))
                 alike.setdefault(key, []).append(x)
         costs = {}
-        for q in all_options():
+        for q in all_options(low):
             chosen = [(overridden(freedom.overrides, xs[0], q), xs) for xs in alike.values()]
             costs[chosen[0][0]] = sum(len(xs) * _bits(xs[0], option) for option, xs in chosen)
         out.append(costs)
@@ -173,11 +173,12 @@ def linear_entries(linear: LinearSpec, packed_rows: int, groups: int) -> list[Te
     return [_entry(f"{linear.key}.{name}", dtype, shape) for name, dtype, shape in shapes]
 
 
-def _options(spec: ModelSpec, freedom: Freedom) -> dict[str, tuple[QParams, ...]]:
+def _options(spec: ModelSpec, freedom: Freedom, low: bool) -> dict[str, tuple[QParams, ...]]:
     """Linear key -> the options that it may get."""
-    columns = {x.role: all_options() for x in spec.linears}
+    columns = {x.role: all_options(low) for x in spec.linears}
     if not freedom.linears:
-        columns.update({role: options for role in columns if (options := distinct_options(role))})
+        more = low_options() if low else ()
+        columns.update({role: (*options, *more) for role in columns if (options := distinct_options(role))})
     if not freedom.head:
         columns["lm_head"] = (head_option(freedom.head_bits),)
     wanted = freedom.overrides

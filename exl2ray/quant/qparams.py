@@ -4,6 +4,10 @@ A table row names one option per projection. Text form: ``share:widthb_groupsize
 ``0.05:3b_64g/0.95:2b_64g``: the most active 5 % of the rows in 3 bits, the rest in 2, both in groups of 64 rows.
 The tables are those of ExLlamaV2 0.3.2 (converter-algorithm section 9), so that measurement files are interchangeable.
 Rows repeat options; `unique` reduces a column to what has to be computed.
+
+Bitrates that no row reaches have `low_options`: pure 2 bits, in groups of up to 512 rows. Groups may be larger (the loader
+keeps their rows in 16 bits), but at 512 scales take 0.008 bits per weight, and larger ones would not fit the solver's panels.
+They are for these bitrates alone and never measured, so all other bitrates and measurement files stay as they were.
 """
 
 from __future__ import annotations
@@ -59,6 +63,8 @@ _MLP = """
 0.1:8b_128g/0.9:6b_128g | 0.1:8b_128g/0.9:6b_128g | 1:8b_128g
 1:8b_128g | 1:8b_128g | 1:8b_128g
 """
+
+LOW_GROUPS = (64, 128, 256, 512)
 
 _HEAD = {
     2: "0.3:4b_32g/0.7:2b_32g",
@@ -130,6 +136,12 @@ def option_tables(of: Collection[str]) -> list[OptionTable]:
 def distinct_options(role: str) -> tuple[QParams, ...]:
     """The options that the tables have for a role; none for the head."""
     return next((tuple(t.columns()[role][0]) for t in _tables() if role in t.roles), ())
+
+
+@cache
+def low_options() -> tuple[QParams, ...]:
+    """What a linear may get beside the options of the tables where these take more than the bitrate, largest first."""
+    return tuple(parse(f"1:2b_{g}g") for g in LOW_GROUPS)
 
 
 @cache

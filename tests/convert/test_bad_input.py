@@ -179,10 +179,11 @@ def test_rows_longer_than_the_model(model: Path, tmp_path: Path) -> None:
 # ---- what is asked for ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2.0, 3.7, 9.0])
+@pytest.mark.parametrize("bits", [2.0, 2.5, 9.0])
 def test_unreachable_bitrate(model: Path, tmp_path: Path, bits: float) -> None:
-    with pytest.raises(BudgetError, match=rf"-b {bits:g}: .*3\.7224 \.\. 8\.5693 bits per weight"):
+    with pytest.raises(BudgetError, match=rf"-b {bits:g}: .*2\.5693 \.\. 8\.5693 bits per weight") as refusal:
         run(model, tmp_path / "work", bits=(4.0, bits))
+    assert f"nearest that works is -b {2.57 if bits < 4 else 8.57:g}" in refusal.value.hint
     assert not (tmp_path / "work").exists()
 
 

@@ -131,7 +131,7 @@ def test_settings(
 def test_every_setting_is_among_them() -> None:
     """A new field of Recipe has to be thought about here."""
     elsewhere = {"in_dir", "out_dir", "measurement", "output_measurement", "no_resume", "device", "ray_address",
-                 "objective", "objective_power", "eval_text", "source_cache", "tune", "tune_text"}  # fmt: skip
+                 "objective", "objective_power", "eval_text", "source_cache", "tune", "tune_text", "nearest"}  # fmt: skip
     assert {name for changes, _ in CHANGES for name in changes} | elsewhere == {f.name for f in fields(Recipe)}
 
 

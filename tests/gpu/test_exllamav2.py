@@ -32,7 +32,10 @@ def model_dir(request: pytest.FixtureRequest) -> Path:
     return shared / "models" / "tiny-llama-7m"
 
 
-VARIANTS = {"2.6": {}, "3.0": {}, "4.5": {}, "6.0": {}, "4.0 rotated": {"rotate": True}, "4.0 best": {"quality": "best"}}
+# 2.15: pure 2 bits in groups as large as a linear (exl2ray.quant.qparams.low_options)
+VARIANTS = {
+    "2.15": {}, "2.6": {}, "3.0": {}, "4.5": {}, "6.0": {}, "4.0 rotated": {"rotate": True}, "4.0 best": {"quality": "best"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

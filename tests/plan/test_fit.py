@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 from header_models import LLAMA_8B, write_header_model
 
+from exl2ray.allocation.knapsack import nearest_reachable, reachable_range
+from exl2ray.allocation.planning import below_tables
+from exl2ray.allocation.reach import reachable_slots
 from exl2ray.errors import BudgetError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import find_arch, load_spec
 from exl2ray.model.hyper import Hyper, resolve_hyper
 from exl2ray.plan.fit import STEP, allowance_bytes, best_fit, cache_size, check_fit
 from exl2ray.plan.sizes import Freedom, size_range
+from exl2ray.quant.qparams import LOW_GROUPS, low_options
 from exl2ray.units import parse_size
 
 GIB = 1 << 30
@@ -90,8 +94,8 @@ def test_a_large_card_gets_the_ceiling_and_a_small_one_nothing(llama_70b: Path) 
     assert best_fit(spec, source, 200 * GIB, 8192, "q4", Freedom(), 0).bits == 8.03, "the option tables end at 8.0342"
     small = best_fit(spec, source, 16 * GIB, 8192, "q4", Freedom(), 0)
     assert small.bits is None
-    with pytest.raises(BudgetError, match=r"--fit 17\.18 GB: the smallest weights \(2\.2163 bits .*\) take 19\.80 GB"):
-        check_fit(small, 2.2163)
+    with pytest.raises(BudgetError, match=r"--fit 17\.18 GB: the smallest weights \(2\.0108 bits .*\) take 18\.04 GB"):
+        check_fit(small, 2.0108)
 
 
 def test_what_the_user_wants_of_single_linears_costs_bitrate(tmp_path: Path) -> None:
@@ -106,3 +110,17 @@ def test_what_the_user_wants_of_single_linears_costs_bitrate(tmp_path: Path) -> 
     plain, held = (best_fit(spec, source, tight, 2048, "fp16", Freedom(overrides=w), 0) for w in ((), wanted))
     assert plain.bits is not None
     assert held.bits is None, "with down_proj at 8 bits the smallest model is larger"
+
+
+def test_floor_of_a_7b_shape(tmp_path: Path) -> None:
+    config = {**LLAMA_8B, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
+    spec = load_spec(SourceModel(write_header_model(tmp_path / "7b", config, 1)))
+    low, high = reachable_range(reachable_slots(spec))
+    overhead = 4 / LOW_GROUPS[-1] + 32 / 4096  # scales, and permutations
+    assert 2.0 + overhead - 0.003 < low < 2.06
+    assert below_tables(spec, 2.13)
+    assert not below_tables(spec, 2.25)
+    slots = reachable_slots(spec)
+    assert [nearest_reachable(b, slots) for b in (2.0, 2.02, 8.0, 9.0)] == [2.014, 2.02, 8.0, 8.037]
+    assert high < 8.04
+    assert [q.desc for q in low_options()][-1] == "1:2b_512g s4"

@@ -36,7 +36,8 @@ def test_options_are_those_with_kernels() -> None:
     assert all(frozenset(q.bits) in KERNEL_SETS for q in options)
     assert {b for q in options for b in q.bits} == {2, 3, 4, 5, 6, 8}
     assert relative(4, 96) == RELATIVE[4, 64]
-    assert relative(2, 512) == RELATIVE[2, 128]
+    assert (relative(2, 512), relative(3, 512)) == (RELATIVE[2, 512], RELATIVE[3, 128])
+    assert [q.desc for q in all_options(low=True)[len(options) :]] == ["1:2b_256g s4", "1:2b_512g s4"], "the others are there"
 
 
 def test_general_numbers_are_reproduced() -> None:
