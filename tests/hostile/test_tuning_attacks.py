@@ -61,6 +61,16 @@ def sparse(path: Path) -> None:
     os.truncate(path, 6 << 30)
 
 
+def holds_a_thesis(root: Path) -> None:
+    (root / "out").mkdir()
+    (root / "out/thesis").touch()
+
+
+def without_tokenizers(root: Path) -> None:
+    for folder in ("model", "source"):
+        (root / folder / "tokenizer.json").unlink()
+
+
 def elsewhere(path: Path) -> None:
     path.symlink_to(path.parents[1] / "secret.json")
     (path.parents[1] / "secret.json").write_text("{}")
@@ -80,8 +90,8 @@ REFUSED: list[tuple[str, Spoil, int, str]] = [
     ("text of the kernel", replaced("text.txt", lambda p: p.symlink_to("/proc/kmsg")), 4, "text.txt"),
     ("text of 6 GB of zeros", replaced("text.txt", sparse), 4, "holds only zeros"),
     ("no text", replaced("text.txt", Path.touch), 4, "is empty"),
-    ("something in the output", lambda r: (r / "out/thesis").parent.mkdir() or (r / "out/thesis").touch(), 2, "holds thesis"),
-    ("no tokenizer", lambda r: [(r / d / "tokenizer.json").unlink() for d in ("model", "source")], 3, "no tokenizer.json"),
+    ("something in the output", holds_a_thesis, 2, "holds thesis"),
+    ("no tokenizer", without_tokenizers, 3, "no tokenizer.json"),
 ]  # fmt: skip
 
 
