@@ -11,7 +11,8 @@ import pytest
 import torch
 from bounded import Run, exl2ray
 from safetensors.torch import load_file, save_file
-from small_sources import byte_tokenizer, write_exl2, write_source
+from small_sources import write_exl2, write_source
+from tiny_models import byte_tokenizer
 
 Spoil = Callable[[Path], object]  # of the folder that holds source, model and text
 
