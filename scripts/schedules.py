@@ -88,7 +88,7 @@ class SourceModules:
     model: ModelCosts
     measuring: bool
     workers: int
-    sweeps: dict[int, Sweep] = field(default_factory=dict)  # worker -> what its team ran together
+    sweeps: dict[int, Sweep] = field(default_factory=dict)  # worker -> what its group ran together
     reached: dict[int, int] = field(default_factory=dict)  # worker -> module at whose entry its states are
     readers: dict[int, Reader] = field(default_factory=dict)
     met: set[tuple[int, int]] = field(default_factory=set)  # (worker, kind of module)

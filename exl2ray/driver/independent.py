@@ -7,8 +7,8 @@ work at once, and what was lost is free again.
 
 Workers of one machine that begin together run the source model together to the starts of their stretches
 (`exl2ray.team.source_forward`); if that fails, each finds its own way. Several machines, or more than SHARES workers of one,
-are as many such teams, one after another along the model. A later team has a longer way to its stretches, so it gets less.
-Simulated, 70B on reference states: two machines of 8 GPUs are 9.8 times as fast as one GPU, and 3.2 times without teams.
+are as many such groups, one after another along the model. A later group has a longer way to its stretches, so it gets less.
+Simulated, 70B on reference states: two machines of 8 GPUs are 9.8 times as fast as one GPU, and 3.2 times without groups.
 """
 
 from __future__ import annotations
@@ -85,27 +85,27 @@ class Independent:
         if not free:
             self._together = first
             return [call for worker in idle if (call := self._take_over(worker)) is not None]
-        teams = teams_of(self._workers, idle[: len(free)]) if first else []
-        if any(len(team) > 1 for team in teams):
-            return self._begin_in_teams(teams, free)
+        groups = groups_of(self._workers, idle[: len(free)]) if first else []
+        if any(len(group) > 1 for group in groups):
+            return self._begin_in_groups(groups, free)
         ahead = sorted(idle, key=lambda w: self._reached.get(w, 0))
         pieces = cut([self.items[p].cost for p in free], len(ahead))
         return [self._call(w, [free[i] for i in piece]) for w, piece in zip(ahead, pieces, strict=False)]
 
-    def _begin_in_teams(self, teams: Sequence[Sequence[int]], free: Sequence[int]) -> list[dict[int, Pass]]:
-        """One stretch for every worker. Nobody of a team begins before all of it have gone the way to its stretches."""
-        team_of = [t for t, team in enumerate(teams) for _ in team]
+    def _begin_in_groups(self, groups: Sequence[Sequence[int]], free: Sequence[int]) -> list[dict[int, Pass]]:
+        """One stretch for every worker. Nobody of a group begins before all of it have gone the way to its stretches."""
+        group_of = [t for t, group in enumerate(groups) for _ in group]
 
         def way(starts: Sequence[int]) -> float:
-            team = team_of[min(len(starts), len(team_of)) - 1]
-            first = starts[min(team_of.index(team), len(starts) - 1)]
-            return self.passing * self._before[free[first]] / len(teams[team])
+            group = group_of[min(len(starts), len(group_of)) - 1]
+            first = starts[min(group_of.index(group), len(starts) - 1)]
+            return self.passing * self._before[free[first]] / len(groups[group])
 
-        pieces = iter(cut([self.items[p].cost for p in free], len(team_of), way))
+        pieces = iter(cut([self.items[p].cost for p in free], len(group_of), way))
         calls = []
-        for team in teams:
-            owned = [[free[i] for i in piece] for _, piece in zip(team, pieces, strict=False)]
-            calls.append(self._begin_together(team, owned) if len(team) > 1 else self._call(team[0], owned[0]))
+        for group in groups:
+            owned = [[free[i] for i in piece] for _, piece in zip(group, pieces, strict=False)]
+            calls.append(self._begin_together(group, owned) if len(group) > 1 else self._call(group[0], owned[0]))
         return calls
 
     def _begin_together(self, members: Sequence[int], pieces: Sequence[Sequence[int]]) -> dict[int, Pass]:
@@ -191,13 +191,13 @@ class Independent:
             self._reached.pop(worker, None)
 
 
-def teams_of(workers: Workers, idle: Sequence[int]) -> list[list[int]]:
-    """At most SHARES workers of one machine each. The smallest teams come first: they get what lies at the front."""
+def groups_of(workers: Workers, idle: Sequence[int]) -> list[list[int]]:
+    """At most SHARES workers of one machine each. The smallest groups come first: they get what lies at the front."""
     machines: dict[str, list[int]] = {}
     for worker in idle:
         machines.setdefault(host_of(workers.name(worker)), []).append(worker)
-    teams = [own[i : i + SHARES] for own in machines.values() for i in range(0, len(own), SHARES)]
-    return sorted(teams, key=len)
+    groups = [own[i : i + SHARES] for own in machines.values() for i in range(0, len(own), SHARES)]
+    return sorted(groups, key=len)
 
 
 Way = Callable[[Sequence[int]], float]  # starts of all runs up to one -> cost of what comes before that one is begun

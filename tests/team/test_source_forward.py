@@ -84,7 +84,7 @@ def gang(size: int, setup: WorkerSetup, stretches: tuple[tuple[int, ...], ...], 
 STRETCHES = [
     ((1, 2, 3, 4),), ((1, 2), (3, 4)), ((1,), (2, 3, 4)), ((1,), (2,), (3, 4)),
     ((1,), (1,), (2,), (3,), (3,), (4,), (4,), (4,)),
-    ((3,), (4,)),  # the team of a second machine
+    ((3,), (4,)),  # the group of a second machine
 ]  # fmt: skip
 
 

@@ -168,10 +168,10 @@ MACHINES = [("aabb", [2, 2]), ("abab", [2, 2]), ("aaab", [1, 3]), ("a" * 12, [4,
 
 
 @pytest.mark.parametrize(("names", "sizes"), MACHINES, ids=lambda x: str(x))
-def test_workers_of_several_machines_begin_as_a_team_each(
+def test_workers_of_several_machines_begin_as_a_group_each(
     monkeypatch: pytest.MonkeyPatch, names: str, sizes: list[int]
 ) -> None:
-    """Teams follow one another along the model, and whoever is alone on a machine goes first."""
+    """Groups follow one another along the model, and whoever is alone on a machine goes first."""
     m = Measuring(60, len(names), together=True)
     monkeypatch.setattr(m.workers, "name", lambda worker: f"{names[worker]}:{worker}")
     m.run()
@@ -188,7 +188,7 @@ def test_workers_of_several_machines_begin_as_a_team_each(
     assert (1 in alone) == (len(teams) < len(set(names)))
 
 
-def test_a_team_with_a_longer_way_gets_less() -> None:
+def test_a_group_with_a_longer_way_gets_less() -> None:
     def way(starts: Sequence[int]) -> float:
         return 0.5 * starts[2] / 2 if len(starts) > 2 else 0.0
 
