@@ -40,6 +40,7 @@ def pass_rows(
     Raises CalibrationError, naming the flags of the pass, for lengths and numbers of rows that cannot be had.
     """
     from exl2ray.calibration.rows import builtin_rows
+    from exl2ray.calibration.text import builtin_documents
 
     measuring, longest = plan == "measure", None if spec is None else spec.hyper.max_seq_len
     length = recipe.measurement_length if measuring else recipe.length
@@ -47,6 +48,7 @@ def pass_rows(
         return builtin_rows(
             tokenizer, plan, length, recipe.seed, vocabulary, noise=spec is not None and spec.arch.noise_rows is not None,
             chat_rows=recipe.chat_rows, max_positions=longest,
+            documents=builtin_documents(more=recipe.builtin_text == "all"),
         )  # fmt: skip
     flags = ("-mr", "-ml") if measuring else ("-r", "-l")
     count = recipe.measurement_rows if measuring else recipe.dataset_rows

@@ -150,6 +150,9 @@ class Recipe:
     chat_rows: bool = field(default=True, metadata=setting(
         "--chat-rows/--no-chat-rows", "render part of the built-in rows with the model's chat template.",
         CALIBRATE, job="measure.chat_rows quantize.chat_rows"))
+    builtin_text: Literal["usual", "all"] = field(default="usual", metadata=setting(
+        "--builtin-text", "the usual documents, or all of them, with which large vocabularies need no generated text.",
+        CALIBRATE, job="measure.builtin_text quantize.builtin_text"))
     moe_all_experts: bool = field(default=False, metadata=setting(
         "--moe-all-experts",
         "collect the Hessians of every expert from all tokens; the forward pass stays as routed.",
@@ -295,7 +298,7 @@ class Recipe:
         }
         for name, about in SETTINGS.items():
             value = self._stored(name)
-            if name in ("rotate", "overrides", "tune", "tune_text") and not value:
+            if (name in ("rotate", "overrides", "tune", "tune_text") and not value) or value == "usual":
                 continue  # jobs that were begun before there were these have no such entry
             for entry in about.job:
                 section, _, key = entry.partition(".")

@@ -1,6 +1,7 @@
 """The built-in calibration text: original documents of fifteen kinds.
 
-A git checkout keeps one file per document, ``text/<kind>/<name>.<ext>``. A wheel carries the same files as one
+A git checkout keeps one file per document, ``text/<kind>/<name>.<ext>``; what was written later lies in ``text/more/``, and
+is left out of the usual rows, whose bytes decide those of every conversion. A wheel carries the same files as one
 compressed archive, ``text.tar.xz`` (written by ``pack_text`` while the wheel is built). Both are read here and give the
 same documents in the same order. design section 6.
 """
@@ -38,6 +39,7 @@ KINDS = (
     "unicode",
 )
 ARCHIVE = "text.tar.xz"
+MORE = "more/"
 ROLES = ("system", "user", "assistant")
 
 
@@ -48,6 +50,7 @@ class Document:
     kind: str
     name: str
     text: str
+    more: bool = False  # written later: part of the larger set only
 
     @property
     def family(self) -> str:
@@ -75,12 +78,17 @@ class Conversation:
     messages: tuple[tuple[str, str], ...]
 
 
-@lru_cache(maxsize=1)
-def builtin_documents() -> tuple[Document, ...]:
-    """All built-in documents, sorted by kind (order of ``KINDS``) and name.
+def builtin_documents(more: bool = False) -> tuple[Document, ...]:
+    """The usual built-in documents, sorted by kind (order of ``KINDS``) and name; ``more``: the larger set, for tuning and
+    ``--builtin-text all``.
 
     Raises CalibrationError if the installation has no text, or holds a file that is not UTF-8 or of no known kind.
     """
+    return tuple(d for d in _all_documents() if more or not d.more)
+
+
+@lru_cache(maxsize=1)
+def _all_documents() -> tuple[Document, ...]:
     root = Path(str(resources.files("exl2ray.calibration")))
     if (root / "text").is_dir():
         return load_tree(root / "text")
@@ -169,11 +177,11 @@ def _text_files(root: Path) -> list[Path]:
 def _documents(files: Iterable[tuple[str, bytes]]) -> tuple[Document, ...]:
     documents = []
     for rel, data in files:
-        kind, _, name = rel.partition("/")
+        kind, _, name = rel.removeprefix(MORE).partition("/")
         if kind not in KINDS or not name or "/" in name:
             raise CalibrationError(f"calibration text {rel}: not <kind>/<file> with a kind of {', '.join(KINDS)}")
         try:
-            documents.append(Document(kind, name, data.decode("utf-8")))
+            documents.append(Document(kind, name, data.decode("utf-8"), rel.startswith(MORE)))
         except UnicodeDecodeError as e:
             raise CalibrationError(f"calibration text {rel}: not UTF-8 at byte {e.start}") from e
     return tuple(sorted(documents, key=lambda d: (KINDS.index(d.kind), d.name)))

@@ -63,7 +63,7 @@ def builtin_kinds(tokenizer: ModelTokenizer, seed: int) -> list[Kind]:
     chat = ChatText(tokenizer.templates, next(generate.conversations(seed)))
     out = []
     for row_set in ROW_SETS:
-        documents = [d for d in builtin_documents() if d.kind in row_set.kinds]
+        documents = [d for d in builtin_documents(more=True) if d.kind in row_set.kinds]
         if not documents:
             continue  # shuffled and random rows are no text
         templated = row_set.name == "chat" and chat.templated

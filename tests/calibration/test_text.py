@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from exl2ray.calibration.rows import ROW_SETS
 from exl2ray.calibration.text import (
     ARCHIVE,
     KINDS,
     Document,
+    builtin_documents,
     load_archive,
     load_tree,
     pack_text,
@@ -34,6 +36,7 @@ def tree(tmp_path: Path) -> Path:
         "code/x.py": "print('é')\n",
         "code/__pycache__/x.cpython-311.pyc": "",
         "essays/.hidden": "no",
+        "more/essays/c.txt": "Third.",
     }.items():
         (root / rel).parent.mkdir(parents=True, exist_ok=True)
         (root / rel).write_bytes(text.encode())
@@ -43,9 +46,10 @@ def tree(tmp_path: Path) -> Path:
 def test_tree_and_archive_agree(tree: Path, tmp_path: Path) -> None:
     documents = load_tree(tree)
     assert [(d.kind, d.name) for d in documents] == [
-        ("essays", "a.txt"), ("essays", "b.txt"), ("code", "x.py"), ("unicode", "z.txt"),
+        ("essays", "a.txt"), ("essays", "b.txt"), ("essays", "c.txt"), ("code", "x.py"), ("unicode", "z.txt"),
     ]  # fmt: skip
     assert documents[1].text == "Second.\r\nline"
+    assert [d.more for d in documents] == [False, False, True, False, False]
     archive = pack_text(tmp_path / ARCHIVE, tree)
     assert load_archive(archive.read_bytes(), archive) == documents
 
@@ -139,3 +143,41 @@ def test_builtin_text_is_complete(builtin: tuple[Document, ...]) -> None:
         if doc.kind == "multilingual":
             assert 2 <= len(doc.family) <= 3
             assert doc.family.islower()
+
+
+# Characters of a token, by set of rows, in the vocabulary of 262144 tokens of Gemma 3, which needs the most text of all.
+LONGEST_TOKENS = {"web": 3.74, "articles": 4.35, "code": 3.21, "stories": 3.89, "chat": 3.34, "formats": 2.51,
+                  "multilingual": 2.99, "technical": 3.12}  # fmt: skip
+REPEATED = {"letters": 0.01, "chat": 0.04, "code": 0.04, "formats": 0.04}  # of the others next to nothing
+
+
+def test_the_larger_set_fills_all_rows_without_repeating_itself() -> None:
+    """115 x 2048 tokens of the largest vocabulary: no second pass over a kind, and nothing that a generator made."""
+    usual, every = builtin_documents(), builtin_documents(more=True)
+    assert set(usual) < set(every)
+    assert not any(d.more for d in usual), "what the bytes of conversions depend on"
+    for row_set in ROW_SETS:
+        if row_set.kinds:
+            characters = sum(len(d.text) for d in every if d.kind in row_set.kinds)
+            assert characters >= 2048 * row_set.quantize * LONGEST_TOKENS[row_set.name], row_set.name
+    for kind in KINDS:
+        seen: set[str] = set()
+        again = total = 0
+        for text in (" ".join(d.text.split()) for d in every if d.kind == kind):
+            passages = [text[i : i + 40] for i in range(0, len(text) - 39, 8)]
+            again, total = again + sum(p in seen for p in passages), total + len(passages)
+            seen.update(text[i : i + 40] for i in range(len(text) - 39))
+        assert again / total <= REPEATED.get(kind, 0.002), f"{kind}: {again} of {total} passages of 40 characters"
+
+
+def test_every_document_of_the_larger_set_is_sound() -> None:
+    more = [d for d in builtin_documents(more=True) if d.more]
+    assert len(more) > 40
+    assert len({d.text[:200] for d in more}) == len(more)
+    for d in more:
+        assert d.text.endswith("\n"), d.name
+        assert "�" not in d.text, d.name
+        if d.kind == "chat":
+            parse_chat(d)
+        if d.name.endswith(".py"):
+            compile(d.text, d.name, "exec")

@@ -101,6 +101,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"chat_rows": False}, set()),
     ({"cal_dataset": None}, ALL),
     ({"cal_dataset": None, "seed": 7}, ALL),
+    ({"builtin_text": "all"}, set()),
     ({"rope_alpha": 2.0}, {MEASURE, SENSITIVITY, QUANTIZE}),
     ({"rope_scale": 2.0}, {MEASURE, SENSITIVITY, QUANTIZE}),
     ({"rotate": True}, {MEASURE, SENSITIVITY, QUANTIZE}),
