@@ -48,6 +48,8 @@ def evaluate(run: Invocation, /, **settings: Any) -> None:
     flag("--prompts", "prompts_file", metavar="FILE", help="questions: a line each, or a JSON array of strings"),
     flag("--system", metavar="TEXT", help="system message in front of every question"),
     flag("--max-tokens", type=int, default=200, show_default=True, help="longest answer"),
+    flag("--engine", type=click.Choice(("exl2ray", "transformers", "exllamav2")), default="exl2ray", show_default=True,
+         help="the program that runs the models; the others must be installed"),
     recipe_flags(RUNS_MODEL, required=()),
 )
 def chat(run: Invocation, /, **settings: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from exl2ray.commands import engines
 from exl2ray.errors import CalibrationError, UsageError
 from exl2ray.evaluate.chat import Answer, Messages, Panel
 from exl2ray.evaluate.forward import RunOptions
@@ -36,6 +38,7 @@ def chat(
     device: str,
     rope_scale: float | None,
     rope_alpha: float | None,
+    engine: str,
     as_json: bool,
 ) -> None:
     """Asks ``models`` everything in ``prompts`` and ``prompts_file``; without any, what the user types until the input ends.
@@ -44,12 +47,12 @@ def chat(
     """
     with reserved_stdout() if as_json else nullcontext() as out:
         options = RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha)
-        _chat(models, prompts, prompts_file, system, max_tokens, device, options, out)
+        _chat(models, prompts, prompts_file, system, max_tokens, device, options, engine, out)
 
 
 def _chat(
     models: Sequence[str], prompts: Sequence[str], prompts_file: str | None, system: str | None, max_tokens: int, device: str,
-    options: RunOptions, out: TextIO | None,
+    options: RunOptions, engine: str, out: TextIO | None,
 ) -> None:  # fmt: skip
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}: at least one token is needed")
@@ -59,7 +62,7 @@ def _chat(
     for question in (*questions, *([system] if system is not None else [])):
         _check_text(question)
     models = [local(m, flag="MODEL") for m in models]
-    panel = Panel(models, device, options)
+    panel = Panel(models, device, options, partial(engines.engine, engine))
     opening: Messages = (("system", system),) if system is not None else ()
     if system is not None and not panel.templated:
         raise UsageError("--system: the model has no chat template", "leave it out; the prompt is continued as it is")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from exl2ray.calibration.text import Conversation
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
@@ -38,15 +38,25 @@ class Answer:
         }  # fmt: skip
 
 
+class Greedy(Protocol):
+    def greedy(self, prompt: list[int]) -> Iterator[int]:
+        """The most probable token after ``prompt``, then the one after that; as far as a cache reaches."""
+
+
+Engine = Callable[[OpenModel, str, RunOptions], Greedy]  # (model, device, options)
+
+
 class Speaker:
     """A model that answers. Raises what opening and reading it raises."""
 
-    def __init__(self, directory: str, device: str, tokenizer: ModelTokenizer | None, options: RunOptions) -> None:
+    def __init__(
+        self, directory: str, device: str, tokenizer: ModelTokenizer | None, options: RunOptions, engine: Engine = Generator
+    ) -> None:
         self.name = directory
         self.model = open_model(directory, options)
         self.tokenizer = tokenizer or load_tokenizer(directory, self.model.source.config, self.model.vocab_size)
         self.stops = stop_ids(self.model, self.tokenizer)
-        self._generator = Generator(self.model, device, options)
+        self._generator = engine(self.model, device, options)
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of a conversation that ends with a question; of the last text alone for a model without chat template."""
@@ -97,13 +107,15 @@ def stop_ids(model: OpenModel, tokenizer: ModelTokenizer) -> frozenset[int]:
 class Panel:
     """Several models under the same questions. The first, usually the source, is what the others are compared with."""
 
-    def __init__(self, directories: Sequence[str], device: str, options: RunOptions | None = None) -> None:
+    def __init__(
+        self, directories: Sequence[str], device: str, options: RunOptions | None = None, engine: Engine = Generator
+    ) -> None:
         checked_device(device)
         self.speakers: list[Speaker] = []
         for directory in directories:
             # one tokenizer for all: the answers are compared token by token
             tokenizer = self.speakers[0].tokenizer if self.speakers else None
-            self.speakers.append(Speaker(directory, device, tokenizer, options or RunOptions()))
+            self.speakers.append(Speaker(directory, device, tokenizer, options or RunOptions(), engine))
             first, last = self.speakers[0].model, self.speakers[-1].model
             if last.vocab_size != first.vocab_size:
                 raise SourceError(

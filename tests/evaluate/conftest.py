@@ -43,7 +43,12 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EXL2 = {"quantization_config": {"quant_method": "exl2", "version": "0.3.2", "bits": 4.0, "head_bits": 4}}
+EXL2 = {
+    "quantization_config": {
+        "quant_method": "exl2", "version": "0.3.2", "bits": 4.0, "head_bits": 4,
+        "calibration": {"rows": 1, "length": 64, "dataset": "(default)"},
+    }
+}  # fmt: skip
 
 
 def write_model(directory: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
