@@ -16,17 +16,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from exl2ray.errors import FormatError, UsageError
-from exl2ray.formats.hf import weight_files
-from exl2ray.formats.tensorfile import TensorFile, TensorInfo
-from exl2ray.formats.verify import verify_directory
+from exl2ray.errors import UsageError
+from exl2ray.formats.tensorfile import TensorInfo
+from exl2ray.run.directory import headers, local_directory, sound_files
 from exl2ray.run.linear import check_device
 from exl2ray.run.modules import insert_linears
 
 logger = logging.get_logger(__name__)
-SHOWN = 5  # broken rules in one message
-NOT_NEEDED = "side-file"  # the rule about tokenizer files, which are no business of the model
-DOWNLOADED = ["*.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"]
 
 
 @register_quantization_config("exl2")
@@ -58,15 +54,11 @@ class Exl2Quantizer(HfQuantizer):
 
         Checks the directory as ``exl2ray verify`` does, so that broken models are refused before anything is loaded.
         """
-        root = _directory(config)
-        if root is None:
-            return config
-        problems = [p for p in verify_directory(root) if p.rule != NOT_NEEDED]
-        if problems:
-            more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-            lines = [*(f"  {p}" for p in problems[:SHOWN]), *more]
-            raise FormatError(f"{root}: not a sound EXL2 model:", f"see them all: exl2ray verify {root}", lines)
-        self._files = weight_files(root, FormatError)
+        name = getattr(config, "name_or_path", "")
+        if not name:
+            return config  # a config that comes from nowhere
+        root = local_directory(name, getattr(config, "_commit_hash", None))
+        self._files = sound_files(root)
         config.transformers_weights = self._files[0].name
         return config
 
@@ -91,9 +83,7 @@ class Exl2Quantizer(HfQuantizer):
             raise UsageError("an EXL2 model is loaded from its files, not from a state_dict")
         if self._files:  # transformers found the first of them; it reads those that stand in this list
             checkpoint_files[:] = [str(Path(checkpoint_files[0]).parent / f.name) for f in self._files]
-        tensors: dict[str, TensorInfo] = {}
-        for file in checkpoint_files:
-            tensors |= TensorFile(Path(file), FormatError).tensors
+        tensors = headers([Path(file) for file in checkpoint_files])
         _check_memory(tensors, self._device_map)
         placed = insert_linears(model, tensors, _renaming(model))
         _untie(model, placed)
@@ -110,19 +100,6 @@ class Exl2Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True  # adapters: gradients pass through packed linears to what is in front of them
-
-
-def _directory(config: Any) -> Path | None:
-    """The model's folder, downloaded first if it is a name on the Hub; None for a config that comes from nowhere."""
-    name = getattr(config, "name_or_path", "")
-    if not name:
-        return None
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    revision = getattr(config, "_commit_hash", None)
-    return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
 
 
 def _gpus(device_map: Any) -> list[torch.device]:

@@ -20,6 +20,8 @@ ROOMS = {
     "model": {"cuda", "formats"},
     "quant": {"cuda", "formats", "quality"},
     "run": {"cuda", "formats"},
+    "transformers": {"formats", "run"},
+    "vllm": {"formats", "run"},
     "evaluate": {"calibration", "formats", "model", "quant"},
     "allocation": {"formats", "model", "quant", "recipe"},
     "publish": {"evaluate", "formats", "recipe", "remote", "terminal"},
@@ -33,7 +35,7 @@ ROOMS = {
 EVERYWHERE = {"errors", "beneath", "stopping", "__version__"}
 ONLY_IN = {
     "gguf": {"formats"}, "ray": {"driver", "submit"}, "numba": {"cuda"}, "matplotlib": {"report"},
-    "huggingface_hub": {"publish", "remote", "transformers"},
+    "huggingface_hub": {"publish", "remote", "run"},
 }  # fmt: skip
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
 # What a weight may meet knows nothing of what plans, shows, publishes and submits: they may be left out of a copy.

@@ -19,9 +19,8 @@ from exl2ray.errors import FormatError
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.linear import Exl2Linear
+from exl2ray.run.names import EXPERT_ROLES, FUSED, packed_keys
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-EXPERT_ROLES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))  # gate, up, down
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d{1,6})\.(?P<role>\w+)")
 
 
@@ -63,11 +62,6 @@ class Exl2Experts(torch.nn.Module):
             y = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token, place, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
-
-
-def packed_keys(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Names of the quantised linears among the tensors of a model's files, sorted."""
-    return sorted(name.removesuffix(".q_weight") for name in tensors if name.endswith(".q_weight"))
 
 
 def empty_linear(key: str, tensors: Mapping[str, TensorInfo], out_features: int | None = None) -> Exl2Linear:

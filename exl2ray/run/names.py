@@ -1,0 +1,15 @@
+"""What linears are called in EXL2 files, beside what they are called in the source and in programs that run them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from exl2ray.formats.tensorfile import TensorInfo
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+EXPERT_ROLES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))  # gate, up, down
+
+
+def packed_keys(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of the quantised linears among the tensors of a model's files, sorted."""
+    return sorted(name.removesuffix(".q_weight") for name in tensors if name.endswith(".q_weight"))
