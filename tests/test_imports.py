@@ -54,7 +54,9 @@ STILL_CIRCLES = [  # through imports inside of functions
     {"store.fs", "store.local", "store.objects"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "matplotlib", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}
-LIGHT = ["exl2ray", "exl2ray.cli", "exl2ray.recipe", "exl2ray.errors", "exl2ray.convert", "exl2ray.formats.layout"]
+LIGHT = [
+    "exl2ray", "exl2ray.cli", "exl2ray.recipe", "exl2ray.errors", "exl2ray.convert", "exl2ray.formats.layout", "exl2ray.vllm",
+]  # fmt: skip
 
 
 def sources() -> list[Path]:
