@@ -166,7 +166,7 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     flag("--reference", metavar="MODEL", required=True, help="the model that DIR was converted from"),
     flag("-o", "--output", metavar="OUT", required=True, help="where the tuned model goes; run again, it goes on"),
     flag("--tokens", metavar="COUNT", default="1M", show_default=True, help="to tune on, as in 500k or 4M"),
-    flag("--text", metavar="PLACE", multiple=True, help="text, as -c of convert takes it; else built-in; repeatable"),
+    flag("--text", metavar="PLACE", multiple=True, help="as -c of convert; builtin (if absent); self:COUNT; repeatable"),
     flag("--length", type=int, default=1024, show_default=True, help="tokens of a row"),
     flag("--step-tokens", type=int, default=8192, show_default=True, help="tokens of a step"),
     flag("--rate", type=float, default=2e-3, show_default=True, help="of Adam, in steps between two integers"),

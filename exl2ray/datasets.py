@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exl2ray.calibration.data.sources import HUB, Source, local_source
+from exl2ray.calibration.data.sources import BUILTIN, HUB, WRITTEN, Source, local_source
 from exl2ray.errors import CalibrationError
 from exl2ray.recipe import Recipe
+from exl2ray.units import parse_count
 
 if TYPE_CHECKING:
     from exl2ray.calibration.data.stream import CalibrationData
@@ -30,6 +31,15 @@ def source_of(place: str) -> Source:
     from exl2ray.remote.hub_data import hub_source
 
     return hub_source(place)
+
+
+def text_source(place: str, files: Callable[[str], Source] = source_of) -> Source:
+    """What one place of text to tune on names: "builtin", "self" or "self:COUNT" (tokens that the source model writes), or
+    files, as -c has them. The first two have no files. Raises UsageError for a count that is none, and as ``files``."""
+    name, _, count = place.partition(":")
+    if name not in (BUILTIN, WRITTEN) or (name == BUILTIN and count):
+        return files(place)
+    return Source(f"{name}:{parse_count(count, 'self:COUNT')}" if count else name, name, (), None)
 
 
 def pass_rows(

@@ -168,7 +168,8 @@ class Recipe:
         "--tune", "tokens, as in 4M, to tune each finished model on against the source's own predictions; none if absent.",
         AFTER, "TOKENS", job="output.tune", measured=False))
     tune_text: str | tuple[str, ...] | None = field(default=None, metadata=setting(
-        "--tune-text", "text to tune on, as -c takes it; repeatable. If absent that of -c, else the built-in text.",
+        "--tune-text",
+        "text to tune on: as -c; builtin; self:COUNT, tokens that the source writes; repeatable. If absent -c, else builtin.",
         AFTER, "PLACE", job="output.tune_text", measured=False))
     checkpoint_seconds: float = field(default=120.0, metadata=setting(
         "--checkpoint-seconds", "least time between saved hidden states.", PLACE, rule=_SECONDS))

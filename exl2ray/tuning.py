@@ -80,7 +80,7 @@ def _facts(found: Tuned) -> dict[str, object]:
 
 
 def _settings(recipe: Recipe, output: OutputSummary) -> Settings:
-    from exl2ray.datasets import source_of
+    from exl2ray.datasets import text_source
     from exl2ray.tune.rows import naming
     from exl2ray.tune.run import Settings
 
@@ -89,7 +89,8 @@ def _settings(recipe: Recipe, output: OutputSummary) -> Settings:
         raise AssertionError("a tuning has -cf")
     flag = "-c" if recipe.tune_text is None else "--tune-text"
     with naming(flag):
-        sources = tuple(source_of(place) for place in recipe.tuning_text)
+        sources = tuple(text_source(place) for place in recipe.tuning_text)
     work = os.path.join(recipe.out_dir, quant_kind(output.bits), WORK)
     tokens = parse_count(recipe.tune, "--tune")
-    return Settings(solved, recipe.in_dir, target, sources, tokens, seed=recipe.seed, work=work, text_flag=flag)
+    return Settings(solved, recipe.in_dir, target, sources, tokens, seed=recipe.seed, work=work, text_flag=flag,
+        written=recipe.out_dir)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from exl2ray.calibration.data.sources import local_source
+from exl2ray.datasets import text_source
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.forward import checked_device
 from exl2ray.events import Silent
@@ -42,7 +43,7 @@ def run(
     if not 0 <= reach < 0.5:
         raise UsageError(f"--reach {reach}: a number from 0 to below 0.5 is needed", "0.45 is usual")
     with naming("--text"):
-        sources = tuple(local_source(place) for place in text)
+        sources = tuple(text_source(place, local_source) for place in text)
     chosen = checked_device(device)
     count = parse_count(tokens, "--tokens")
     settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, reach, seed=seed)

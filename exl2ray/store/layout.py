@@ -7,6 +7,7 @@
     measurement.json
     quant/<bpw>/tensors|records|states/
     quant/<bpw>/solved/             the model as it was quantised, where it is tuned afterwards
+    quant/written/tensors|records/  text that the source wrote to be tuned on
     quant/<bpw>/tune/  tune.json    how far the tuning is, and what came of it
     output*.safetensors             the compiled shards, where no output directory was given
     events.jsonl  events/           one line per event (events/ on object stores)

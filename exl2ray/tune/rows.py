@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exl2ray.calibration.data.sources import Source
+from exl2ray.calibration.data.sources import BUILTIN, Source
 from exl2ray.calibration.rows import check_ids
 from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, UsageError
@@ -40,13 +40,20 @@ def tuning_rows(
     vocab_size: int,  # rows of the embedding
     bos_id: int | None = None,
     seed: int = 0,
+    written: Sequence[Kind] = (),  # what the source wrote itself (`exl2ray.tune.written`)
 ) -> TuningRows:
-    """Raises CalibrationError for too little text, and what reading it raises."""
+    """Of all sources together: files, the built-in text if it is named (or nothing is), and ``written``.
+
+    Raises CalibrationError for too little text, and what reading it raises."""
     text = length - (bos_id is not None)
     rows = max(2 * HELD_OUT, -(-tokens // length))
     held = max(LEAST_HELD_ROWS, min(rows // (HELD_OUT - 1), MOST_HELD_TOKENS // length))
     wanted = (rows + 3 * held) * text  # held-out documents may be longer than what is wanted of them
-    kinds = kinds_of_files(sources, tokenizer, -(-wanted // len(sources))) if sources else builtin_kinds(tokenizer, seed)
+    files = [s for s in sources if s.files]
+    kinds = kinds_of_files(files, tokenizer, -(-wanted // len(sources))) if files else []
+    if not sources or any(s.name == BUILTIN and not s.files for s in sources):
+        kinds += builtin_kinds(tokenizer, seed)
+    kinds += written
     if sum(kind.tokens // text for kind in kinds) < 2 * HELD_OUT or not any(kind.tokens >= 2 * text for kind in kinds):
         raise CalibrationError(
             f"the text to tune on has {sum(k.tokens for k in kinds)} tokens; at least {2 * HELD_OUT} rows of {length} are "

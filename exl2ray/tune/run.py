@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exl2ray.calibration.data.sources import Source
-from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.calibration.data.sources import WRITTEN, Source
+from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import NumericError, SourceError
 from exl2ray.events import Reporter
@@ -31,6 +31,7 @@ from exl2ray.formats.target import Owner, locked, release_target
 from exl2ray.store.fs import Store
 from exl2ray.store.records import hash_inputs
 from exl2ray.tune import judge, state
+from exl2ray.tune.documents import Kind
 from exl2ray.tune.grid import REACH
 from exl2ray.tune.memory import check_memory
 from exl2ray.tune.module import NORMS
@@ -38,6 +39,7 @@ from exl2ray.tune.opening import Pair, load_finished, load_source, load_tuned, o
 from exl2ray.tune.output import Produce, finished, write_record, write_tuned
 from exl2ray.tune.rows import TuningRows, batches, naming, tuning_rows
 from exl2ray.tune.training import Rates, Trainer, schedule
+from exl2ray.tune.written import self_written
 
 VERSION = 3  # of what equal settings come to
 WORK = ".exl2ray-tune"  # in the output directory, until it is complete
@@ -45,7 +47,7 @@ EVALUATIONS = 8
 PATIENCE = 4  # evaluations in a row that are worse than the best one
 HOPELESS = math.log(2)  # worse than the best score by that much
 STAGE = "tune"
-PLACES = ("directory", "reference", "output", "sources", "work", "text_flag")  # settings that no byte depends on
+PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "written")  # settings that no byte depends on
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Settings:
     tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
     for norms and biases, relative to their size. reach: how far latents may begin from their integers. dtype: of the
     products; None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not finished, beside it (its name and .json)
-    a record of what is; None: in the output, hidden. text_flag: what messages about the text call it.
+    a record of what is; None: in the output, hidden. text_flag: what messages about the text call it. written: work
+    directory that keeps what the source writes; None: ``work``, where it stays for a finished tuning that is run again.
     """
 
     directory: str
@@ -74,6 +77,7 @@ class Settings:
     dtype: torch.dtype | None = None
     work: str | None = None
     text_flag: str = "--text"
+    written: str | None = None
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         return self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -107,7 +111,7 @@ def tune(settings: Settings, device: torch.device, reporter: Reporter, owner: Ow
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     pair = open_pair(settings.directory, settings.reference)
     with naming(settings.text_flag):
-        rows = _rows(settings, pair)
+        rows = _rows(settings, pair, device, reporter)
     for note in rows.notes:
         reporter.event("note", message=note)
     clock.lap("text")
@@ -129,21 +133,40 @@ def tune(settings: Settings, device: torch.device, reporter: Reporter, owner: Ow
         clock.lap("train")
         result, shards = _finish(trainer, pair, settings, rows, progress, owner, clock)
         write_record(record, identity, target, asdict(result), shards)
-        shutil.rmtree(work, ignore_errors=True)
+        if (work / "written").is_dir():  # for the same call again
+            state.forget(Store.open(str(work)))
+        else:
+            shutil.rmtree(work, ignore_errors=True)
     return result
 
 
-def _rows(settings: Settings, pair: Pair) -> TuningRows:
+def _rows(settings: Settings, pair: Pair, device: torch.device, reporter: Reporter) -> TuningRows:
     folder = next((m for m in (pair.start, pair.source) if has_tokenizer(m.path)), None)
     if folder is None:
         raise SourceError(
             f"{pair.start.path} and {pair.source.path} have no tokenizer.json", "copy it into one of them: text needs it"
         )
     with load_tokenizer(folder.path, folder.source.config, folder.vocab_size) as tokenizer:
+        written = _written(settings, pair, tokenizer, device, reporter)
         return tuning_rows(
             settings.sources, tokenizer, settings.tokens, settings.length, pair.start.vocab_size, pair.start.bos_id,
-            settings.seed,
+            settings.seed, written,
         )  # fmt: skip
+
+
+def _written(
+    settings: Settings, pair: Pair, tokenizer: ModelTokenizer, device: torch.device, reporter: Reporter
+) -> list[Kind]:
+    """What the source writes itself, if the text asks for it: as many tokens as are named, or as are tuned on."""
+    counts = [s.given.partition(":")[2] for s in settings.sources if s.name == WRITTEN and not s.files]
+    if not counts:
+        return []
+    tokens = sum(int(c) if c else settings.tokens for c in counts)
+    work = settings.work or os.path.join(settings.output, WORK)
+    root, kind = (work, "written") if settings.written is None else (settings.written, "quant/written")
+    return self_written(
+        pair.source, tokenizer, tokens, settings.length, settings.seed, device, Store.open(root), kind, reporter
+    )
 
 
 def _identity(settings: Settings, pair: Pair, rows: TuningRows, device: torch.device) -> str:

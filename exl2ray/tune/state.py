@@ -76,6 +76,11 @@ def restore(store: Store, identity: str, modules: Sequence[TunedModule]) -> Prog
     return progress
 
 
+def forget(store: Store) -> None:
+    """Deletes what `save` has written."""
+    store.delete(FILE)
+
+
 def _flat(found: Snapshot | None) -> dict[str, Tensor]:
     if found is None:
         return {}

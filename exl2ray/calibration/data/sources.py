@@ -26,6 +26,7 @@ KINDS = {  # file name endings
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 HUB = "hf://"
+BUILTIN, WRITTEN = "builtin", "self"  # names of sources that are no files: of what is tuned on
 MAX_FILES = 100_000  # looked at in a folder
 NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"})
 _TRAIN, _OTHER = (re.compile(rf"(^|[^a-z])({names})([^a-z]|$)") for names in ("train", "test|valid|validation|val|dev|eval"))
