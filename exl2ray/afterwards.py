@@ -56,13 +56,13 @@ def _evaluated(
     from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
     from exl2ray.publish.card import add_evaluation
     from exl2ray.report.ladder import plot_ladder
-    from exl2ray.store.fs import Store
+    from exl2ray.store.open import open_store
 
     with find_tokenizer([recipe.in_dir]) as tokenizer:
         builtin = recipe.eval_text is None
         rows = heldout_rows(tokenizer) if builtin else load_tokens(recipe.eval_text or "", tokenizer)
         kinds = heldout_kinds(tokenizer, rows) if builtin else {}
-    store, identity = Store.open(recipe.out_dir), _identity(recipe, outputs, rows)
+    store, identity = open_store(recipe.out_dir), _identity(recipe, outputs, rows)
     results = _stored(store, identity)
     drawn = results is not None and store.exists(PLOT)
     if results is None:

@@ -1,9 +1,9 @@
 """The story of a conversion, on one screen.
 
     calibrate   tokens of the calibration rows                       exl2ray.calibration
-    measure     every module: cost and error of each option          exl2ray.team.measure -> exl2ray.quant.measure
+    measure     every module: cost and error of each option          exl2ray.team.measure -> exl2ray.quant.module
     allocate    one option per module within the budget              exl2ray.allocation.knapsack
-    quantise    module by module, on what the quantised ones produce  exl2ray.team.chain -> exl2ray.quant.quantize
+    quantise    module by module, on what the quantised ones produce  exl2ray.team.chain -> exl2ray.quant.module
     write       shards, tokenizer, config.json                       exl2ray.formats.shards
     tune        with --tune: integers and norms on the end loss      exl2ray.tuning -> exl2ray.tune.run
 

@@ -30,15 +30,15 @@ import torch
 from safetensors.torch import save_file
 
 from exl2ray.allocation.knapsack import Slot, budget, solve
+from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import GroupLayout, pad32
+from exl2ray.formats.layout import GroupLayout, QParams, pad32
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import check_states, load_block
 from exl2ray.quant import pack as packing
-from exl2ray.quant.measure import measure_block
 from exl2ray.quant.memory import settings_for, states_fit
+from exl2ray.quant.module import Entered, cut, enter_module, measure_module, quantize_module
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
-from exl2ray.quant.quantize import quantize_block, quantize_head
 from exl2ray.quant.solve import synchronize
 
 CALLS = 10  # of a kernel per timing
@@ -102,6 +102,15 @@ def make_model(folder: Path, shape: ShapeSpec, layers: int = 1, vocab: int = 320
     save_file(tensors, str(folder / "model.safetensors"))
 
 
+class Packed(dict[str, PackedLinear]):
+    """Keeps what is packed."""
+
+    add = dict[str, PackedLinear].update
+
+    def flush(self) -> None:
+        pass
+
+
 class Bench:
     def __init__(self, name: str, device: torch.device, repeat: int, frugal: bool = False) -> None:
         self.frugal = frugal  # source weights wait on the host, as they do in a conversion
@@ -153,7 +162,9 @@ class Bench:
             module = self.spec.modules[index]
             block = load_block(self.spec, module, self.source, self.device, self.dtype)
             settings = settings_for(module, rows, tokens, self.device, 0.12)
-            seconds, first = self.time(lambda b=block, s=settings: measure_block(b, x, s, check_states, lambda note: None))
+            seconds, first = self.time(
+                lambda b=block, s=settings: measure_module(enter_module(b, x, s, check_states), lambda note: None)
+            )
             self.add(f"measure {module.kind}", seconds, first)
             total, first_total = total + seconds, first_total + first
         reference = self.shape.reference[0] if self.shape.reference else None
@@ -182,7 +193,7 @@ class Bench:
             def work(b=source, m=module, o=originals, c=chosen, s=settings) -> None:
                 for key, weight in o.items():
                     b.weights[key] = weight.to(self.device)
-                quantize_block(b, x, {y.key: c[y.role] for y in m.linears}, s, check_states)
+                self.quantized(enter_module(b, x, s, check_states), {y.key: c[y.role] for y in m.linears})
 
             seconds, first = self.time(work)
             self.add(f"quantize {module.kind}", seconds, first)
@@ -194,6 +205,10 @@ class Bench:
         per_token = 2 * s.hidden * (heads + 3 * active * s.intermediate)
         self.add("quantize layer", total, first_total, reference, 2 * per_token * rows * tokens)
 
+    def quantized(self, entered: Entered, params: dict[str, QParams]) -> None:
+        x, packed = entered.x, Packed()
+        quantize_module(entered.block, cut(x), {}, len(x), params, entered.settings, check_states, packed, entered=entered)
+
     def head(self, rows: int, tokens: int) -> None:
         x = self.states(rows, tokens)
         module = self.spec.modules[-1]
@@ -203,7 +218,7 @@ class Bench:
 
         def work() -> None:
             block.weights.update(original)
-            quantize_head(block, x, head_option(6), settings)
+            self.quantized(enter_module(block, x, settings, check_states), {module.linears[0].key: head_option(6)})
 
         self.add("quantize head", *self.time(work))
 

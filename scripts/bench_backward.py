@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from bench import SHAPES, make_model
 
-from exl2ray.store.fs import Store
 from exl2ray.store.layout import CALIBRATION
+from exl2ray.store.open import open_store
 from exl2ray.store.tensors import put_tensors
 from exl2ray.team.messages import WorkerSetup
 from exl2ray.team.runner import Runner
@@ -44,7 +44,7 @@ def main() -> None:
         model.mkdir()
         make_model(model, SHAPES[args.shape], args.layers, args.vocab)
         ids = torch.randint(3, args.vocab, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-        put_tensors(Store.open(str(work)), CALIBRATION, {"measure": ids, "quantize": ids[:1]})
+        put_tensors(open_store(str(work)), CALIBRATION, {"measure": ids, "quantize": ids[:1]})
         setup = WorkerSetup(str(model), str(work), args.device, None, None, 0.12, 120.0, CALIBRATION, "0" * 64, 1)
         runner = Runner(setup)
         shares, tokens = share_rows_out(["text"] * ROWS, TOKENS)

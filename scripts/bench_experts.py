@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from exl2ray.model.half import LinearBank
+from exl2ray.model.half import LinearBank, Norm
 from exl2ray.model.moe import Expert, ExpertBank, cut_runs, route
-from exl2ray.model.norms import Norm
 from exl2ray.model.spec import LinearSpec, Stored
 from exl2ray.quant.solve import synchronize
 

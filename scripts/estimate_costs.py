@@ -27,8 +27,8 @@ from schedule_costs import Costs
 from sweeps import HOST_SUMS_GB
 
 from exl2ray.quant.cholesky import block_count
+from exl2ray.quant.factorising import TOGETHER_ROWS
 from exl2ray.quant.memory import room_within
-from exl2ray.team.factorising import TOGETHER_ROWS
 
 OBSERVED = Path(__file__).with_name("observed.json")
 FORWARD = 620e12  # FLOP/s of fp16 products, as traces of 70B modules on an H200 have it, like the next five

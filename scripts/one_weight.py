@@ -62,8 +62,10 @@ def called(model: Path, everything: bool) -> tuple[dict[Path, set[str]], set[Pat
         if not code.co_flags & 0x2:  # a class body: no fast locals
             return
         name = code.co_name
-        if not watching and name == "lock_targets":
+        if name == "lock_targets":
             watching = True
+        elif name == "tune_outputs" and not everything:  # written
+            watching = False
         if watching:
             path = Path(code.co_filename)
             found.setdefault(path, set()).add(getattr(code, "co_qualname", name))
@@ -71,8 +73,6 @@ def called(model: Path, everything: bool) -> tuple[dict[Path, set[str]], set[Pat
                 arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
                 if any(holds_tensor(frame.f_locals.get(a)) for a in arguments):
                     handed.add(path)
-        if name == "_finished" and code.co_filename.endswith("convert.py") and not everything:
-            watching = False
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(

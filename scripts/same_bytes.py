@@ -45,6 +45,7 @@ def digests(model: Path, quality: str, propagation: str, workers: int) -> dict[s
         (out / "text.txt").write_text(text())
         command = [*PROGRAM, "convert", "-i", str(model), "-o", str(out / "work"), "-cf", str(out / "{bpw}"), "-b", "3.0"]
         command += ["-b", "4.5", "--quality", quality, "--propagate", propagation, "--device", "cpu"]
+        command += ["--evaluate", "never"]
         command += ["-c", str(out / "text.txt"), *ROWS]
         if workers > 1:
             command += ["--gpus", str(workers), "--executor", "ray"]

@@ -17,7 +17,7 @@ from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
 from exl2ray.recipe import Recipe
 from exl2ray.store.events import read_events
-from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 
 SINGLE = (4.0,)
 
@@ -109,7 +109,7 @@ def execute(
     try:
         convert(recipe, recorder)
         end = time.monotonic()
-        log, _ = read_events(Store.open(str(work)))
+        log, _ = read_events(open_store(str(work)))
         if events is not None:
             events.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(e) + "\n" for e in log)

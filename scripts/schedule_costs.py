@@ -39,7 +39,7 @@ class ModuleCosts:
     first_chain_s: float = 0.0
     """the same, in a chain on quantised states"""
     wide_s: dict[str, float] = field(default_factory=dict)
-    """of solve_s, products of factorising wide Hessians, which a group shares out (``exl2ray.team.factorising``)"""
+    """of solve_s, products of factorising wide Hessians, which a group shares out (``exl2ray.quant.factorising``)"""
     wide_serial_s: dict[str, float] = field(default_factory=dict)
     """of solve_s, what of these factorisations one member does while the others wait"""
     group: float = 1.0

@@ -285,7 +285,7 @@ def check_distances(device: str, tokens: int = 5, hidden: int = 32) -> None:
 def check_rms_norm(device: str, hidden: int = 96) -> None:
     """Against the plain form, which runs on a CPU."""
     from exl2ray.cuda.elementwise import rms_norm
-    from exl2ray.model.norms import Norm
+    from exl2ray.model.half import Norm
 
     g = torch.Generator().manual_seed(3)
     x = (torch.randn(2, 2, hidden, generator=g) * 3).half()

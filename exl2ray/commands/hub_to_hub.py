@@ -28,6 +28,7 @@ from exl2ray.recipe import Recipe
 from exl2ray.store.fs import Store
 from exl2ray.store.job import JOB_FILE
 from exl2ray.store.layout import EVENTS, FOLDERS, is_ours
+from exl2ray.store.open import open_store
 from exl2ray.store.records import hash_inputs
 
 BRANCH = "{bpw}bpw"
@@ -58,7 +59,7 @@ def convert(recipe: Recipe, wishes: Wishes, reporter: Reporter) -> None:
     """
     if recipe.output_measurement is not None or "://" in (recipe.compile_full or ""):
         raise UsageError("--publish: there is no model to publish with -om, or with -cf elsewhere", "drop one of them")
-    store, identity = Store.open(recipe.out_dir), _identity(recipe, wishes)
+    store, identity = open_store(recipe.out_dir), _identity(recipe, wishes)
     noted = None if recipe.no_resume else _noted(store, identity)
     if noted is None:
         _ready(wishes)

@@ -37,6 +37,7 @@ from exl2ray.remote.token import read_token
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import MEASUREMENT
+from exl2ray.store.open import open_store
 from exl2ray.terminal.console import clean, file_size, plural, text_table
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def publish(
             closing.callback(folders[-1].close)
         _check_include(folders, include)
         branches = branch_names(folders, branch)
-        store = Store.open(work) if work is not None else None
+        store = open_store(work) if work is not None else None
         if store is not None and not evaluations and store.exists(EVALUATION):
             evaluations = [store.full_name(EVALUATION)]
         results = [e for path in evaluations for e in read_evaluations(path)]

@@ -11,7 +11,7 @@ from exl2ray.errors import StoreError
 from exl2ray.formats.files import atomic_file
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
-from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.terminal.console import clean, file_size
 
 REPORT = "report.html"
@@ -36,7 +36,7 @@ def report(work_dir: str, output: str | None, evaluations: Sequence[str], show_p
     page, sections = render(facts, show_paths)
     data = page.encode()
     if output is None:
-        store = Store.open(work_dir)
+        store = open_store(work_dir)
         store.put(REPORT, data)
         path = store.full_name(REPORT)
     else:

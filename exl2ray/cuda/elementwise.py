@@ -1,7 +1,7 @@
 """Memory-bound steps of the forward passes on half tensors, each one pass over its data.
 
-Plain references: `exl2ray.model.rope.RotaryTable.rotate`, `exl2ray.model.mlp.gated`, `exl2ray.model.norms.Norm`,
-`exl2ray.quant.measure.row_errors` and `exl2ray.quant.correct`, written with torch operations. Arithmetic is float32, results
+Plain references: `exl2ray.model.rope.RotaryTable.rotate`, `exl2ray.model.half.gated`, `exl2ray.model.half.Norm`,
+`exl2ray.quant.rows.row_errors` and `exl2ray.quant.correct`, written with torch operations. Arithmetic is float32, results
 are rounded to half once.
 """
 
@@ -116,7 +116,7 @@ def _gated_silu(gate, up, out):
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up clamped to +-65504, for halves of equal shape; `exl2ray.model.mlp.gated`."""
+    """silu(gate) * up clamped to +-65504, for halves of equal shape; `exl2ray.model.half.gated`."""
     out = torch.empty_like(gate)
     blocks = (gate.numel() + 4 * THREADS - 1) // (4 * THREADS)
     launch(_gated_silu, blocks, THREADS, gate.view(-1), up.view(-1), out.view(-1))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from exl2ray.errors import ClusterError, Exl2RayError
-from exl2ray.store.fs import Store
 from exl2ray.store.layout import LOGS
+from exl2ray.store.open import open_store
 from exl2ray.team.faults import DeviceFailed, translate
 from exl2ray.team.messages import Pass, WorkerSetup
 from exl2ray.team.network import use_interface_of
@@ -58,7 +58,7 @@ def _write_log(root: str, what: str, text: str) -> None:
     """The traceback of an unexpected error, where everybody can read it."""
     with contextlib.suppress(Exl2RayError):
         name = f"{LOGS}/{socket.gethostname()}-{os.getpid()}-{time.strftime('%Y%m%dT%H%M%S')}.log"
-        Store.open(root).put(name, f"{what}\n{text}".encode())
+        open_store(root).put(name, f"{what}\n{text}".encode())
 
 
 def first_lines(e: BaseException) -> str:

@@ -33,25 +33,36 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     dot keeps loaders, which take every ``*.safetensors`` file, from seeing it after a crash. Raises StoreError with a
     hint when the disk is full or the directory not writable.
     """
-    temporary = f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as e:
         raise write_error(path, e) from e
+    try:
+        with replacing(folder, path.name, f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") as f:
+            yield f
+    except OSError as e:
+        raise write_error(path, e) from e
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def replacing(folder: int, name: str, temporary: str) -> Iterator[BinaryIO]:
+    """A binary file that appears as ``name`` in an open folder, durably, only when the block ends without an exception.
+
+    temporary: its name until then, free. Raises OSError.
+    """
     try:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE, dir_fd=folder)
         with os.fdopen(handle, "w+b") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)  # a link of that name is replaced, too
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)  # a link of that name is replaced, too
         fsync_handle(folder)
-    except OSError as e:
-        raise write_error(path, e) from e
     finally:
         with suppress(OSError):  # there is none any more; or, on a disk that fails, the first error counts
             os.unlink(temporary, dir_fd=folder)
-        os.close(folder)
 
 
 def write_error(path: Path, e: OSError) -> StoreError:

@@ -194,7 +194,10 @@ def check_against(
         for options in profile.slots():
             for i, option in enumerate(options):
                 _check_bits(f"measurement: {entry_key!r}, option {i}", option, roles, hint)
-    refuse_meaningless(measurement)
+    refuse_meaningless(
+        [[o.accuracy for o in options] for p in measurement.profiles for options in p.slots()],
+        [p.extra for p in measurement.profiles],
+    )
 
 
 def _check_bits(place: str, option: OptionProfile, roles: Mapping[str, Sequence[LinearShape]], hint: str) -> None:

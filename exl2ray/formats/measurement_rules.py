@@ -6,13 +6,10 @@ consequence. An allocation takes whatever is cheapest then, and the model is far
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from exl2ray.errors import FormatError
-
-if TYPE_CHECKING:
-    from exl2ray.formats.measurement import Measurement
 
 MAX_OPTIONS = 64  # of a module; the tables have 19 and 17
 NOTHING = 1e-30  # a sensitivity below is none
@@ -20,12 +17,15 @@ MOST = 1e33  # of sensitivities and losses; a loss of 1e30 is that of an option 
 AGAIN = "measure again without -m"
 
 
-def refuse_meaningless(measurement: Measurement) -> None:
-    """FormatError if all options of all modules are equally good, or the sensitivities of all linears are zero."""
-    lists = [options for p in measurement.profiles for options in p.slots() if len(options) > 1]
-    if lists and all(o.accuracy == options[0].accuracy for options in lists for o in options):
+def refuse_meaningless(accuracies: Sequence[Sequence[float]], extras: Iterable[Mapping[str, Any]]) -> None:
+    """FormatError if all options of all modules are equally good, or the sensitivities of all linears are zero.
+
+    accuracies: of the options of each choice; extras: what modules hold that the reference ignores.
+    """
+    lists = [options for options in accuracies if len(options) > 1]
+    if lists and all(accuracy == options[0] for options in lists for accuracy in options):
         raise FormatError("measurement: all options of each module have the same accuracy; none can be chosen by it", AGAIN)
-    kl = [pair[0] for pair in _sensitivities(measurement)]
+    kl = [pair[0] for extra in extras for pair in _sensitivities(extra)]
     if kl and all(is_amount(v) and v <= NOTHING for v in kl):
         raise FormatError("measurement: the sensitivities of all linears are 0; no option can be chosen by them", AGAIN)
 
@@ -47,9 +47,8 @@ def is_amount(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= MOST
 
 
-def _sensitivities(measurement: Measurement) -> Iterator[list[Any]]:
-    for p in measurement.profiles:
-        found = p.extra.get("sensitivity")
-        for pair in found.values() if isinstance(found, Mapping) else ():
-            if isinstance(pair, list) and pair:
-                yield pair
+def _sensitivities(extra: Mapping[str, Any]) -> Iterator[list[Any]]:
+    found = extra.get("sensitivity")
+    for pair in found.values() if isinstance(found, Mapping) else ():
+        if isinstance(pair, list) and pair:
+            yield pair

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exl2ray.model.half import Half, LinearBank
+from exl2ray.model.half import Half, LinearBank, Norm
 from exl2ray.model.hyper import Hyper
-from exl2ray.model.norms import Norm
 from exl2ray.model.rope import RotaryTable
 from exl2ray.model.spec import LinearSpec
 

@@ -20,10 +20,8 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import FLOAT16_MAX
 from exl2ray.formats.readahead import ReadAhead
 from exl2ray.model.attention import AttentionHalf
-from exl2ray.model.half import Capture, Half, LinearBank
-from exl2ray.model.mlp import MlpHalf
+from exl2ray.model.half import Capture, Half, LinearBank, MlpHalf, Norm
 from exl2ray.model.moe import Expert, ExpertBank, Routing, route
-from exl2ray.model.norms import Norm
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_linear, read_tensor
 

@@ -1,4 +1,4 @@
-"""What attention and MLP have in common: norm, first linears, a core without weights, second linear, residual.
+"""What attention and MLP have in common: norm, first linears, a core without weights, second linear, residual; and the MLP.
 
 ``Half`` exposes the stages one by one, so that quantisation options can be scored without recomputing what they share:
 ``post(x, linear(second, mid({role: linear(first, pre(x))})))`` is the whole of it.
@@ -10,13 +10,52 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from exl2ray.errors import NumericError
-from exl2ray.model.norms import Norm
+from exl2ray.formats.layout import FLOAT16_MAX
+from exl2ray.model.hyper import Hyper
+from exl2ray.model.rules import Activation, NormKind
 from exl2ray.model.spec import LinearSpec
 
 Capture = Callable[[str, Tensor], None]  # (input group, inputs (tokens, K) in compute dtype)
+
+
+class Norm:
+    """RMSNorm or LayerNorm, with or without a weight offset (architectures 5.6, 5.7), of the last dimension in float32.
+
+    RMSNorm y = x / sqrt(mean(x^2) + eps) * (w + offset); LayerNorm y = (x - mean) / sqrt(var + eps) * w + b. weight:
+    (n,), or (heads, n) for one weight per head. Infinities of a float16 input count as +-65504, as at run time.
+    """
+
+    def __init__(self, kind: NormKind, weight: Tensor, eps: float, offset: float = 0.0, bias: Tensor | None = None) -> None:
+        self.kind = kind
+        self.weight = weight.float() + offset
+        self.bias = bias.float() if bias is not None else None
+        self.eps = eps
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (..., n) -> (..., n) in ``dtype``."""
+        if x.is_cuda and self.kind == "rms" and self.weight.dim() == 1 and dtype == torch.float16:
+            from exl2ray.cuda import elementwise
+
+            if elementwise.usable(x):
+                return elementwise.rms_norm(x, self.weight, self.eps)
+        y = x.float()
+        if x.dtype == torch.float16:
+            y = y.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
+        size = (x.shape[-1],)
+        weight = self.weight if self.weight.dim() == 1 else None
+        if self.kind == "rms":
+            y = F.rms_norm(y, size, weight, self.eps)
+        else:
+            y = F.layer_norm(y, size, weight, self.bias if weight is not None else None, self.eps)
+        if weight is None:
+            y = y * self.weight
+            if self.bias is not None:
+                y = y + self.bias
+        return y.to(dtype)
 
 
 class LinearBank:
@@ -130,3 +169,45 @@ class Half(ABC):
         if capture is not None:
             capture(self.second.input_group, m.flatten(0, -2))
         return self.linear(self.second, m)
+
+
+def activate(kind: Activation, x: Tensor) -> Tensor:
+    """silu, GELU in its tanh approximation, or exact GELU (architectures 5.8)."""
+    if kind == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def gated(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up, clamped to +-65504 as at run time; a new tensor."""
+    if torch.is_grad_enabled() and gate.requires_grad:  # what a backward pass needs must not be overwritten
+        return (activate(kind, gate) * up).clamp(-FLOAT16_MAX, FLOAT16_MAX)
+    if kind == "silu" and gate.is_cuda:
+        from exl2ray.cuda import elementwise
+
+        if elementwise.usable(gate, up):
+            return elementwise.gated_silu(gate, up)
+    return activate(kind, gate).mul_(up).clamp_(-FLOAT16_MAX, FLOAT16_MAX)
+
+
+class MlpHalf(Half):
+    """gate, up -> act(gate) * up -> down; or up -> act(up) -> down."""
+
+    def __init__(
+        self,
+        bank: LinearBank,
+        linears: tuple[LinearSpec, ...],  # [gate,] up, down
+        hyper: Hyper,
+        activation: Activation,
+        norm: Norm,
+        post_norm: Norm | None = None,
+        add_residual: bool = True,
+    ) -> None:
+        super().__init__(bank, linears[:-1], linears[-1], norm, post_norm, hyper.residual_scale, add_residual)
+        self.activation = activation
+
+    def mix(self, outs: Mapping[str, Tensor]) -> Tensor:
+        """gate_proj (if there is one) and up_proj, (R, T, I) each -> (R, T, I)."""
+        if "gate_proj" in outs:
+            return gated(self.activation, outs["gate_proj"], outs["up_proj"])
+        return activate(self.activation, outs["up_proj"])

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2ray.model.half import Capture, LinearBank
-from exl2ray.model.mlp import gated
-from exl2ray.model.norms import Norm
+from exl2ray.model.half import Capture, LinearBank, Norm, gated
 from exl2ray.model.rules import Activation
 from exl2ray.model.spec import LinearSpec
 

@@ -27,8 +27,8 @@ from exl2ray.plan.problems import Examination
 from exl2ray.plan.times import Timed, kind_of, weights_of
 from exl2ray.quant.qparams import head_option, option_tables
 from exl2ray.recipe import Recipe
-from exl2ray.store.fs import Store
 from exl2ray.store.layout import CALIBRATION
+from exl2ray.store.open import open_store
 from exl2ray.store.tensors import put_tensors
 from exl2ray.team.messages import Choices, MeasurePass, Pass, ReferencePass, RowSet, WorkerSetup
 from exl2ray.team.worker import Worker
@@ -109,7 +109,7 @@ class _Run:
     ) -> None:
         self.recipe, self.spec, self.device = recipe, spec, device
         self.rows = {name: r.ids for name, r in found.rows.items()}
-        store = Store.open(scratch)
+        store = open_store(scratch)
         file = put_tensors(store, CALIBRATION, self.rows)
         self.worker = Worker(
             WorkerSetup(

@@ -18,39 +18,13 @@ never measured since, the simulation of docs/scaling.md says 3.1 against 2.7 tim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from exl2ray.quant.group import Comm, Solo
+
 BLOCK = 1024
-
-
-class Team(Protocol):
-    """Devices that factorise together; all members make the same calls in the same order."""
-
-    rank: int
-    size: int
-
-    def broadcast(self, t: Tensor, source: int) -> Tensor:
-        """Fills ``t`` (contiguous) everywhere with the source's values."""
-        ...
-
-    def gather_tensors(self, t: Tensor) -> Tensor:
-        """Everybody's ``t`` (contiguous), by rank: (size, *t.shape). Shapes are equal."""
-        ...
-
-
-class Alone:
-    """A team of one."""
-
-    rank, size = 0, 1
-
-    def broadcast(self, t: Tensor, source: int) -> Tensor:
-        return t
-
-    def gather_tensors(self, t: Tensor) -> Tensor:
-        return t[None]
 
 
 def block_count(k: int) -> int:
@@ -91,13 +65,13 @@ def upper_factor(h: Tensor, rows: int, perm: Tensor, damping: float) -> Tensor |
     None if the matrix is not positive definite. Both axes reversed: a lower factor of the flipped matrix is an upper factor
     of the matrix itself.
     """
-    order, team = perm.flip(0), Alone()
+    order, team = perm.flip(0), Solo()
     held = {i: prepared(block_row(h, order, i), i, rows, damping) for i in range(block_count(len(order)))}
     r = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
     return r if factorise_rows(held, len(order), team, h.device, r) else None
 
 
-def factorise_rows(held: dict[int, Tensor], k: int, team: Team, device: torch.device, r: Tensor | None) -> bool:
+def factorise_rows(held: dict[int, Tensor], k: int, team: Comm, device: torch.device, r: Tensor | None) -> bool:
     """Factorises the K x K matrix whose block rows (`prepared`) the members hold; whether it is positive definite.
 
     held: this member's block rows by index; used up. r: (K, K) float32 zeros that get the factor of the matrix with both axes

@@ -25,7 +25,7 @@ from exl2ray.cuda.device import device_bytes
 from exl2ray.cuda.small_batches import with_room
 from exl2ray.errors import NumericError
 from exl2ray.quant import cholesky
-from exl2ray.quant.block import Module
+from exl2ray.quant.block import Block, Module, device_of, has_experts
 from exl2ray.quant.settings import DAMPING, Settings
 
 _DAMPING_FLOOR = 1e-5
@@ -241,9 +241,60 @@ def factorise(
     return factor
 
 
+def input_factor(
+    block: Block, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]
+) -> Factor:
+    """Factor for the linears on an input of a block. Its Hessian is used up, unless other experts may borrow it."""
+    device = device_of(block)
+    if has_experts(block):
+        for name, own in hessians.items():
+            if name == group or name.startswith("w13."):
+                own.h = own.h.to(device)
+        factor = expert_factor(block, hessians, group, settings, notes)
+        if not group.startswith("w13."):
+            del hessians[group]
+        return factor
+    own = hessians.pop(group)
+    own.h = own.h.to(device)
+    return factorise(own, settings, input_name(block.module, group), notes, keeps_order(block.module, group))
+
+
+def expert_factor(
+    block: Block, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]
+) -> Factor:
+    """Factor of one expert's Hessian. For w1/w3 an expert with fewer tokens than dimensions adds the Hessian of all experts.
+
+    The sum over experts of the routed tokens' Hessians is that of all tokens, each counted once per choice. It is mixed in
+    with the weight that makes up the missing tokens, so a starved expert degrades smoothly towards the all-token Hessian.
+    """
+    where = input_name(block.module, group)
+    own = hessians[group]
+    dimensions = own.h.shape[0]
+    if group.startswith("w13.") and own.tokens < dimensions:
+        others = [a for name, a in hessians.items() if name.startswith("w13.")]
+        tokens = sum(a.tokens for a in others)
+        if tokens:
+            mixed = HessianAccumulator(dimensions, own.h.device)
+            share = (dimensions - own.tokens) / tokens
+            for a in others:
+                mixed.h += a.h
+            mixed.h.mul_(share).add_(own.h)
+            mixed.rows, mixed.tokens = max(own.rows, 1), dimensions
+            notes.append(f"{group}: {own.tokens} tokens for {dimensions} dimensions, completed from all experts")
+            return factorise(mixed, settings, where, notes)
+    if own.tokens == 0:
+        notes.append(f"{group}: no calibration token reached this expert, rounded without feedback")
+    return factorise(own, settings, where, notes)
+
+
 def keeps_order(module: Module, group: str) -> bool:
     """Whether the linear on this input must stay in natural order: down_proj of an MLP with biases (exl2-format section 9).
 
     Loaders put the columns of up and gate into the order of down's rows, but leave their biases as they are.
     """
     return group == "down" and any(x.has_bias for x in module.linears if x.role in ("gate_proj", "up_proj"))
+
+
+def input_name(module: Module, group: str) -> str:
+    """An input of a module, for messages."""
+    return module.linears[0].key if module.kind == "head" else f"{module.profile_key} ({group})"

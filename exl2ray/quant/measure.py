@@ -1,6 +1,6 @@
-"""Measuring one module: how much each quantisation option costs and how much it changes the module's output.
+"""Scoring the options of a dense module, and of the head: what each costs and how much it changes the module's output.
 
-Per module (converter-algorithm section 10): one reference forward collects the Hessians and the target output; every
+Per module (converter-algorithm section 10): one reference pass gives the Hessians and the target output; every
 distinct option of every linear is quantised once; then each row of the option table is scored by a forward pass with the
 candidates in place. The score is the mean over calibration rows of ||Y - Y_ref||_F / ||Y_ref||_F.
 
@@ -10,113 +10,54 @@ projection outputs of distinct options are computed once per batch of rows and c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exl2ray.errors import NumericError
 from exl2ray.formats.layout import pad32
-from exl2ray.formats.measurement import ModuleProfile, OptionProfile
-from exl2ray.quant.block import Block, Check, Half, Linear, Module, by_input, device_of, has_experts
-from exl2ray.quant.hessian import Factor, HessianAccumulator, factorise, keeps_order
+from exl2ray.formats.measurement import OptionProfile
+from exl2ray.quant.block import Block, Half, Linear, by_input, device_of
+from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor
 from exl2ray.quant.losses import LossTable
-from exl2ray.quant.measure_moe import measure_experts
 from exl2ray.quant.pack import pad_columns
-from exl2ray.quant.qparams import OptionTable, option_tables
-from exl2ray.quant.rows import batches
-from exl2ray.quant.scoring import accuracy_of, row_errors
+from exl2ray.quant.qparams import OptionTable, option_tables, parse
+from exl2ray.quant.rows import accuracy_of, batches, row_errors
 from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import solve_with_losses
 
-USELESS_ACCURACY = 0.1  # the reference stops below this, and so do we: the module's output is noise
+# Of the head, which no reference measures, for allocations that choose its bits. Few, because a head is as large as several
+# layers; what lies between them can be told (`exl2ray.allocation.frontier`).
+HEAD_OPTIONS = tuple(parse(text) for text in ("1:3b_64g", "1:4b_64g", "1:6b_64g"))
 
 
-def measure_block(
-    block: Block, x: Tensor, settings: Settings, check: Check, report: Callable[[str], None] = print
-) -> tuple[ModuleProfile, Tensor]:
-    """Profile of a measurable block and its reference output.
-
-    x: (R, T, hidden) reference states entering the module, on any device. Returns the profile and the states after the
-    module, where x lives. ``check(states, where)`` raises NumericError for NaN and clamps infinities; ``report`` gets notes
-    (damping raised, fallbacks). Raises NumericError if no option keeps at least a tenth of the output.
-    """
-    y, hessians = reference_pass(block, x, settings, check)
-    return profile_of(block.module, *score_options(block, x, y, hessians, settings), report), y
-
-
-def score_options(
-    block: Block,
-    x: Tensor,
-    y: Tensor,
-    hessians: dict[str, HessianAccumulator],
-    settings: Settings,
+def measure_halves(
+    block: Block, x: Tensor, y: Tensor, hessians: dict[str, HessianAccumulator], settings: Settings, notes: list[str]
 ) -> tuple[list[list[OptionProfile]], dict[str, Any]]:
-    """Second half of `measure_block`, after `reference_pass`: the scored rows of each option table, and the extra profile.
+    """The scored rows of the option table of each half of a dense block, and the losses of its linears for the profile.
 
-    Takes Hessians out of ``hessians`` as it uses them, to make room.
+    x, y: (R, T, hidden) states before and after it. Hessians are used up, to make room.
     """
-    notes: list[str] = []
-    if has_experts(block):
-        lists, extra = measure_experts(block, x, y, hessians, settings, notes)
-    else:
-        lists = []
-        factors: dict[str, Factor] = {}
-        losses = LossTable()
-        for half in block.halves:
-            candidates = _candidates(block, half, hessians, factors, settings, notes, losses, x.shape[1])
-            lists.append(_score(block, half, x, y, candidates, settings))
-        extra = losses.extra()
-    return lists, {**extra, "notes": notes} if notes else extra
+    lists = []
+    factors: dict[str, Factor] = {}
+    losses = LossTable()
+    for half in block.halves:
+        candidates = _candidates(block, half, hessians, factors, settings, notes, losses, x.shape[1])
+        lists.append(_score(block, half, x, y, candidates, settings))
+    return lists, losses.extra()
 
 
-def profile_of(
-    module: Module, lists: Sequence[Sequence[OptionProfile]], extra: dict[str, Any], report: Callable[[str], None] = print
-) -> ModuleProfile:
-    """The profile of a module from its complete scored tables. Raises NumericError if no option is of any use."""
-    where = module.profile_key
-    for note in extra.get("notes", ()):
-        report(f"{where}: {note}")
-    for options in lists:
-        best = max(o.accuracy for o in options)
-        if best < USELESS_ACCURACY:
-            raise NumericError(
-                f"{where}: the best of {len(options)} options has accuracy {best:.4f}",
-                "quantising destroys this module's output: check the weights and the calibration data",
-            )
-    key, mode = where.rsplit(".", 1)
-    if module.kind == "parallel":
-        return ModuleProfile(key, mode, attn=tuple(lists[0]), mlp=tuple(lists[1]), extra=extra)
-    return ModuleProfile(key, mode, tuple(lists[0]), extra=extra)
-
-
-def reference_pass(
-    block: Block, x: Tensor, settings: Settings, check: Check, slices: Iterable[slice] | None = None
-) -> tuple[Tensor, dict[str, HessianAccumulator]]:
-    """Unquantised forward of all rows: output states, and a Hessian per distinct input ("qkv", "down", "w2.3", ...).
-
-    slices: the batches of rows; None: as large ones as ``settings`` has.
-    """
-    sizes = {linear.input_group: linear.in_features for linear in block.module.linears}
-    device = device_of(block)
-    hessians = {group: HessianAccumulator(k, device) for group, k in sizes.items()}
-    y = torch.empty_like(x)
-    for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
-        xb = x[part].to(device)
-
-        def capture(group: str, inputs: Tensor, rows: int = xb.shape[0]) -> None:
-            hessians[group].add(inputs, rows)
-
-        if has_experts(block) and settings.all_experts:
-            out = block.forward(xb)
-            for group, inputs, routed in block.inputs_of_all_experts(xb):
-                hessians[group].add(inputs, xb.shape[0], routed)
-        else:
-            out = block.forward(xb, capture)
-        check(out, f"output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
-        y[part] = out.to(y.dtype)
-    return y, hessians
+def measure_head(
+    block: Block, x: Tensor, hessians: dict[str, HessianAccumulator], settings: Settings, notes: list[str]
+) -> dict[str, Any]:
+    """Losses of the head's options, for the profile. x: (R, T, hidden) normed states."""
+    head = block.module.linears[0]
+    factor = input_factor(block, hessians, head.input_group, settings, notes)
+    weights, options, losses = {head.role: pad_columns(block.weights[head.key])}, {head.role: HEAD_OPTIONS}, LossTable()
+    solved = solve_with_losses(factor, weights, options, settings.budget_bytes, settings.offload)
+    losses.add(head.role, HEAD_OPTIONS, solved[head.role], factor, 1 / x.shape[1])
+    return losses.extra()
 
 
 def _candidates(
@@ -134,10 +75,8 @@ def _candidates(
     columns = table.columns()
     out: dict[str, dict[int, Tensor]] = {}
     for group, linears in by_input((*half.first, half.second)).items():
-        if group not in factors:
-            where = f"{block.module.profile_key} ({group})"
-            # a table is scored once: its Hessians make room for what comes next
-            factors[group] = factorise(hessians.pop(group), settings, where, notes, keeps_order(block.module, group))
+        if group not in factors:  # parallel halves share an input
+            factors[group] = input_factor(block, hessians, group, settings, notes)
         weights = {x.role: pad_columns(block.weights[x.key]) for x in linears}
         options = {x.role: columns[x.role][0] for x in linears}
         solved = solve_with_losses(factors[group], weights, options, settings.budget_bytes, settings.offload)
@@ -195,17 +134,6 @@ def _combinations(
         key = tuple(index[r][i] for r in first)
         out.setdefault(key, {}).setdefault(index[second][i], []).append(i)
     return list(out.items())
-
-
-def relative_error(result: Tensor, target: Tensor) -> float:
-    """Sum over the rows of a batch of ||result - target|| / ||target||; both (R, T, hidden)."""
-    if result.is_cuda:
-        from exl2ray.cuda import elementwise
-
-        if elementwise.usable(result, target):
-            difference, norm = elementwise.distances(result, target)
-            return float((difference / norm).double().sum())
-    return float(row_errors(result, target, target.float().flatten(1).norm(dim=1)))
 
 
 def branch_errors(half: Half, x: Tensor, out: Tensor, target: Tensor, norm: Tensor) -> Tensor:

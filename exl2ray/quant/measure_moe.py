@@ -1,9 +1,9 @@
 """Measuring a mixture-of-experts block: one choice per role for all experts of the layer (converter-algorithm section 15).
 
 Better than the reference: the Hessian of w1 and w3 of an expert comes from the tokens routed to it, as that of w2 does.
-An expert that saw fewer tokens than its Hessian has dimensions borrows: see `expert_factor`. Small experts are solved side by
-side (`exl2ray.cuda.small_batches`), large ones one after another: where memory is short, the candidates of one wait in host
-memory while the next is solved.
+An expert that saw fewer tokens than its Hessian has dimensions borrows (`exl2ray.quant.hessian.expert_factor`). Small experts
+are solved side by side (`exl2ray.cuda.small_batches`), large ones one after another: where memory is short, the candidates of
+one wait in host memory while the next is solved.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.small_batches import COUNT, SMALL, Streams
-from exl2ray.formats import roles
+from exl2ray.cuda.small_batches import Streams
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
-from exl2ray.quant.block import Block, ExpertBlock, Routing, device_of, has_experts
-from exl2ray.quant.hessian import Factor, HessianAccumulator, factorise
+from exl2ray.quant.block import ExpertBlock, Routing, device_of
+from exl2ray.quant.hessian import HessianAccumulator, input_factor
 from exl2ray.quant.losses import LossTable
 from exl2ray.quant.pack import pad_columns
-from exl2ray.quant.qparams import option_tables
-from exl2ray.quant.rows import batches
-from exl2ray.quant.scoring import accuracy_of, row_errors
+from exl2ray.quant.qparams import MOE_TABLE
+from exl2ray.quant.rows import accuracy_of, batches, row_errors
 from exl2ray.quant.settings import Settings
-from exl2ray.quant.solve import solve_with_losses
+from exl2ray.quant.solve import lanes_of, solve_with_losses
 
-(MOE_TABLE,) = option_tables(roles.EXPERT)
 STARVED_SHARE = 0.1  # of a fair share of the tokens; an expert below is warned of
 
 
@@ -52,8 +49,8 @@ def measure_experts(
             inputs = {f"w13.{index}": (expert.gate, expert.up), f"w2.{index}": (expert.down,)}
             kept: dict[str, dict[int, Tensor]] = {}
             with streams.turn():
-                factors = {group: expert_factor(block, hessians, group, settings, notes) for group in inputs}
-                del hessians[f"w2.{index}"]  # a table is scored once: what nobody borrows from makes room
+                # a table is scored once: what nobody borrows from makes room
+                factors = {group: input_factor(block, hessians, group, settings, notes) for group in inputs}
                 for group, members in inputs.items():
                     factor = factors.pop(group)
                     weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
@@ -67,44 +64,6 @@ def measure_experts(
         losses.include(table)
     notes.insert(0, describe_coverage(report))
     return [_score_experts(block, x, y, candidates, settings)], {"experts": report, **losses.extra()}
-
-
-def lanes_of(block: Block) -> int:
-    """Inputs that are solved at the same time: several for experts whose solver batches leave most of a GPU idle."""
-    if not has_experts(block):
-        return 1
-    gate = block.experts.experts[0].gate
-    columns = MOE_TABLE.columns()
-    weights = gate.in_features * gate.padded_out * sum(len(columns[role][0]) for role in ("w1", "w3"))
-    return COUNT if weights <= SMALL else 1
-
-
-def expert_factor(
-    block: Block, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]
-) -> Factor:
-    """Factor of one expert's Hessian. For w1/w3 an expert with fewer tokens than dimensions adds the Hessian of all experts.
-
-    The sum over experts of the routed tokens' Hessians is that of all tokens, each counted once per choice. It is mixed in
-    with the weight that makes up the missing tokens, so a starved expert degrades smoothly towards the all-token Hessian.
-    """
-    where = f"{block.module.profile_key} ({group})"
-    own = hessians[group]
-    dimensions = own.h.shape[0]
-    if group.startswith("w13.") and own.tokens < dimensions:
-        others = [a for name, a in hessians.items() if name.startswith("w13.")]
-        tokens = sum(a.tokens for a in others)
-        if tokens:
-            mixed = HessianAccumulator(dimensions, own.h.device)
-            share = (dimensions - own.tokens) / tokens
-            for a in others:
-                mixed.h += a.h
-            mixed.h.mul_(share).add_(own.h)
-            mixed.rows, mixed.tokens = max(own.rows, 1), dimensions
-            notes.append(f"{group}: {own.tokens} tokens for {dimensions} dimensions, completed from all experts")
-            return factorise(mixed, settings, where, notes)
-    if own.tokens == 0:
-        notes.append(f"{group}: no calibration token reached this expert, rounded without feedback")
-    return factorise(own, settings, where, notes)
 
 
 def token_shares(block: ExpertBlock, hessians: dict[str, HessianAccumulator], tokens: int) -> dict[str, float]:

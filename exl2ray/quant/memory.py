@@ -16,8 +16,7 @@ from exl2ray.formats import roles
 from exl2ray.formats.layout import pad32
 from exl2ray.quant.block import Module
 from exl2ray.quant.hessian import FLOAT64_ROWS
-from exl2ray.quant.measure_moe import MOE_TABLE
-from exl2ray.quant.qparams import distinct_options
+from exl2ray.quant.qparams import MOE_TABLE, distinct_options
 from exl2ray.quant.settings import DAMPING, Settings
 from exl2ray.quant.solve import BYTES_PER_WEIGHT
 
@@ -99,7 +98,7 @@ def room_within(modules: Sequence[Module], state_bytes: int, tokens: int, total:
 
 
 def sums_on_host(module: Module, device: torch.device, corrected: bool = False) -> bool:
-    """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.team.tree`)."""
+    """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.quant.sums`)."""
     return device.type == "cuda" and sums_on_host_within(module, device_bytes(device), corrected)
 
 

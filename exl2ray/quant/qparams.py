@@ -123,7 +123,10 @@ class OptionTable:
 @cache
 def _tables() -> tuple[OptionTable, ...]:
     mlp = (OptionTable(roles.MLP, mlp_options()), OptionTable(roles.MLP[1:], mlp_options(gated=False)))
-    return OptionTable(roles.ATTENTION, attention_options()), *mlp, OptionTable(roles.EXPERT, mlp_options())
+    return OptionTable(roles.ATTENTION, attention_options()), *mlp, MOE_TABLE
+
+
+MOE_TABLE = OptionTable(roles.EXPERT, mlp_options())
 
 
 def option_tables(of: Collection[str]) -> list[OptionTable]:

@@ -22,5 +22,6 @@ class Settings:
     budget_bytes: int | None = None  # working memory of one solver batch
     offload: bool = False  # keep the candidates of a module in host memory, for GPUs that cannot hold them all
     expert_tokens: int | None = None  # tokens of one expert that are scored at once; None: all
+    sums_on_host: bool = False  # partial sums of Hessians wait in host memory, for GPUs that cannot hold several
     all_experts: bool = False  # Hessians of every expert from all tokens; the forward pass stays as routed
     numerics: Numerics = PLAIN

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.small_batches import CACHE, run_recorded
+from exl2ray.cuda.small_batches import CACHE, COUNT, SMALL, run_recorded
 from exl2ray.cuda.solver import Segment, Solution, run_batch, solve_segments
 from exl2ray.formats.layout import GroupLayout, QParams
 from exl2ray.quality import PLAIN, Numerics
+from exl2ray.quant.block import Block, has_experts
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.hessian import Factor
+from exl2ray.quant.qparams import MOE_TABLE
 
 # Bytes that a weight of a batch costs: error float32, result float16 and its copy, a share of the panel buffers.
 BYTES_PER_WEIGHT = 10
@@ -155,3 +157,13 @@ def synchronize(device: torch.device) -> None:
     """Waits for queued GPU work (for honest timings); nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def lanes_of(block: Block) -> int:
+    """Inputs that are solved at the same time: several for experts whose solver batches leave most of a GPU idle."""
+    if not has_experts(block):
+        return 1
+    gate = block.experts.experts[0].gate
+    columns = MOE_TABLE.columns()
+    weights = gate.in_features * gate.padded_out * sum(len(columns[role][0]) for role in ("w1", "w3"))
+    return COUNT if weights <= SMALL else 1

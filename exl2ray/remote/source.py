@@ -29,6 +29,7 @@ from exl2ray.remote.objects import Bucket
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import SOURCE_FILE, SOURCE_FOLDER
+from exl2ray.store.open import open_store
 from exl2ray.store.trust import others_who_write
 from exl2ray.units import parse_size
 
@@ -126,7 +127,7 @@ def _remembered(asked: Address, work: str, cache_bytes: int) -> Opened | None:
     """From a work directory that began with this address; None if there is none, or others can have written it."""
     if not work or (not is_remote(work) and not os.path.isdir(work)) or others_who_write(work) is not None:
         return None
-    store = Store.open(work)
+    store = open_store(work)
     try:
         found = parse_json_object(store.get(SOURCE_FILE), store.full_name(SOURCE_FILE), StoreError)
     except MissingFileError:

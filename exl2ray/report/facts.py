@@ -28,6 +28,7 @@ from exl2ray.report.values import mapping, nominal_bpw, number, parse_option, te
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
 from exl2ray.store.job import StoredJob
+from exl2ray.store.open import open_store
 from exl2ray.store.status import read_status
 
 MAX_BITRATES = 16  # of one page
@@ -97,7 +98,7 @@ def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
     damaged inside the directory is left out and named in ``problems``.
     """
     status = read_status(root)
-    store = Store.open(root)
+    store = open_store(root)
     problems = list(status.problems)
     events, _ = read_events(store)
     job = status.job.job if status.job is not None else {}

@@ -28,8 +28,8 @@ from exl2ray.remote.source import keep
 from exl2ray.result_warnings import ResultWarnings
 from exl2ray.source_state import SourceState, needed_files
 from exl2ray.stopping import shielded
-from exl2ray.store.fs import Store
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY
+from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, Records, hash_inputs
 from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir
@@ -126,7 +126,7 @@ class Job:
     def _tell_of_start(self, resumed: bool) -> None:
         """Before anything is written: a resume has its source and its targets from a file."""
         recipe = self.recipe
-        records = Records(Store.open(recipe.out_dir)).scan(MEASURE) if resumed else {}
+        records = Records(open_store(recipe.out_dir)).scan(MEASURE) if resumed else {}
         self.reporter.event(
             "start", model=recipe.in_dir, architecture=self.spec.arch.name, modules=len(self.spec.modules),
             bits=list(recipe.bits), device=str(self.device), workers=recipe.gpus or 0,

@@ -1,6 +1,6 @@
-"""Files of a work directory: what a store can do; ``local.py`` and ``objects.py`` are the two kinds.
+"""Files of a work directory: what a store can do. ``local.py`` and ``objects.py`` are the two kinds, ``open.py`` picks one.
 
-``Store.open("/path")`` or ``Store.open("s3://bucket/prefix")``. Names below the root are relative POSIX strings. Every
+Names below the root are relative POSIX strings. Every
 ``put`` is atomic: a reader sees the old content, the new content or nothing, whatever is killed and whenever. Locally
 this is the usual sequence: temporary file in the same directory, fsync, rename, fsync of the directory; on an object
 store an object appears when its upload completes.
@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,29 +36,8 @@ class Store(ABC):
     root: str
     is_local: bool
 
-    @staticmethod
-    def open(root: str) -> Store:
-        """Store for a local path (also ``file://``), ``s3://bucket/prefix`` or ``gs://bucket/prefix``; touches nothing.
-
-        S3 honours AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION, AWS_DEFAULT_REGION and the credential variables
-        and files of the AWS SDK; gs:// honours GOOGLE_APPLICATION_CREDENTIALS and STORAGE_EMULATOR_HOST.
-        """
-        if not root:
-            raise StoreError("the work directory's name is empty", "give a directory with -o")
-        # Imported here: both build on this file, and pyarrow.fs takes a while to load that local runs do without.
-        scheme, separator, rest = root.partition("://")
-        if not separator or scheme == "file":
-            from exl2ray.store.local import LocalStore
-
-            return LocalStore(rest if separator else root)
-        if scheme in ("s3", "gs"):
-            from exl2ray.store.objects import ObjectStore
-
-            return ObjectStore(root)
-        raise StoreError(f"{root}: cannot store under {scheme}://", "use a local path, s3:// or gs://")
-
-    def __reduce__(self) -> tuple[Callable[[str], Store], tuple[str]]:
-        return (Store.open, (self.root,))
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return (type(self), (self.root,))
 
     def full_name(self, rel: str) -> str:
         """``rel`` with the root in front, for messages."""

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from exl2ray import beneath
 from exl2ray.errors import StoreError
+from exl2ray.formats.files import replacing
 from exl2ray.store.faults import MissingFileError, translated
 from exl2ray.store.fs import CHUNK_BYTES, TEMP_NAME, TEMP_PREFIX, Names, Store, check_name, temp_name
 
@@ -67,29 +68,9 @@ class LocalStore(Store):
         """As ``put``, piece by piece."""
         path = self._path(rel)
         with translated("write", str(path)), self._folder_of(rel, create=True) as (folder, name):
-            temp = self._write_temp(folder, chunks)
-            try:
-                os.replace(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
-            except BaseException:
-                _unlink_quietly(folder, temp)
-                raise
-            beneath.fsync_handle(folder)
-
-    @staticmethod
-    def _write_temp(folder: int, chunks: Iterable[bytes | memoryview]) -> str:
-        temp = temp_name()
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, beneath.FILE_MODE, dir_fd=folder)
-        try:
-            try:
+            with replacing(folder, name, temp_name()) as f:
                 for chunk in chunks:
-                    _write_all(fd, chunk)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        except BaseException:
-            _unlink_quietly(folder, temp)
-            raise
-        return temp
+                    _write_all(f.fileno(), chunk)
 
     def descriptor(self, rel: str, flags: int = os.O_RDONLY) -> int:
         path = self._path(rel)
@@ -231,11 +212,6 @@ def _unlink_temporary(folder: beneath.Listing) -> Names:
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=folder.handle)
     return [folder.path(n) for n in stale]
-
-
-def _unlink_quietly(folder: int, name: str) -> None:
-    with suppress(OSError):
-        os.unlink(name, dir_fd=folder)
 
 
 def _remove_empty(folder: int, name: str) -> None:

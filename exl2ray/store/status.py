@@ -11,10 +11,10 @@ from typing import Any
 from exl2ray.errors import StoreError
 from exl2ray.store.events import read_events
 from exl2ray.store.faults import MissingFileError
-from exl2ray.store.fs import Store
 from exl2ray.store.job import JOB_FILE, StoredJob, decode_job
 from exl2ray.store.layout import CALIBRATION, MEASUREMENT, NOT_MODULES, REFERENCE_KIND
 from exl2ray.store.lock import LOCK_FILE, LockTiming, heartbeat_age, is_held, read_holder
+from exl2ray.store.open import open_store
 from exl2ray.store.passes import PassStatus, passes
 
 _LAST_EVENTS = 20
@@ -45,7 +45,7 @@ class WorkStatus:
 
 def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
     """Status of the directory at ``root``; StoreError if there is no work directory or it cannot be read."""
-    store = Store.open(root)
+    store = open_store(root)
     problems = []
     job = None
     try:

@@ -32,6 +32,7 @@ from exl2ray.store.job import (
 from exl2ray.store.layout import EVENTS, FOLDERS, MEASUREMENT, is_ours, is_place_of_ours
 from exl2ray.store.lock import LOCK_FILE, DriverLock, LockTiming, check_lock
 from exl2ray.store.nonce import write_nonce
+from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
 from exl2ray.store.status import WorkStatus, read_status
 
@@ -83,7 +84,7 @@ class WorkDir:
         if not REUSABLE.issuperset(allow_changed):
             names = ", ".join(sorted(set(allow_changed) - REUSABLE))
             raise StoreError(f"a change of {names} cannot be allowed: everything depends on it")
-        store = Store.open(root)
+        store = open_store(root)
         data = _read_job(store)  # refuses a foreign directory before anything is written into it
         if data is not None and resume:
             _changes(store, decode_job(data, store.full_name(JOB_FILE)), wanted, allow_changed, flags or {})
@@ -120,7 +121,7 @@ class WorkDir:
         flags: Mapping[str, str] | None = None,
     ) -> None:
         """Raises what ``create_or_resume`` would, as far as that can be known without writing anything."""
-        store = Store.open(root)
+        store = open_store(root)
         data = _read_job(store)
         check_lock(store)
         if data is None or not resume:
@@ -131,7 +132,7 @@ class WorkDir:
     @staticmethod
     def read_job(root: str) -> StoredJob | None:
         """The settings a directory was made with (a resume needs only -o); None if it is new or empty."""
-        store = Store.open(root)
+        store = open_store(root)
         data = _read_job(store)
         return None if data is None else decode_job(data, store.full_name(JOB_FILE))
 
@@ -189,7 +190,7 @@ def work_id(root: str) -> str:
     if not root:
         return ""
     try:
-        return stored_id(Store.open(root).get(JOB_FILE))
+        return stored_id(open_store(root).get(JOB_FILE))
     except StoreError:
         return ""
 

@@ -25,7 +25,8 @@ from typing import Any, Literal
 from exl2ray import __version__
 from exl2ray.calibration.data.sources import is_there, split_column
 from exl2ray.errors import Exl2RayError, StoreError
-from exl2ray.store.fs import Store, temp_name
+from exl2ray.store.fs import temp_name
+from exl2ray.store.open import open_store
 
 MARKER = "exl2ray-preflight: "  # begins the line of the job's log that holds the report
 NODE_SECONDS = 120.0
@@ -127,7 +128,7 @@ def look(where: str, paths: Sequence[SharedPath], tokens: Mapping[str, tuple[str
 def _joined(p: SharedPath, where: str, root: str, token: str) -> list[Problem]:
     """Whether the file ``token`` under ``root`` is seen here, and another one can be written beside it."""
     try:
-        store = Store.open(root)
+        store = open_store(root)
         deadline = time.monotonic() + SEEN_SECONDS
         while not store.exists(token):
             if time.monotonic() > deadline:
@@ -194,7 +195,7 @@ def examine(ray: Any, request: Request) -> Report:
     for p in (p for p in request.paths if p.role == "output"):
         try:
             root, token = writable_root(p.path), temp_name()
-            Store.open(root).put(token, b"")
+            open_store(root).put(token, b"")
             tokens[p.path] = (root, token)
         except StoreError as e:
             problems.append(Problem(f"{p.flag} {p.path}: not writable on the head node: {e.message}", e.hint))
@@ -205,7 +206,7 @@ def examine(ray: Any, request: Request) -> Report:
     finally:
         for root, token in tokens.values():
             with suppress(Exl2RayError):
-                Store.open(root).delete(token)
+                open_store(root).delete(token)
     for where, view in views.items():
         known = {p.message for p in here.problems}  # what is missing on the head node need not be said for every node
         problems += [p for p in view.problems if p.message.replace(where, "the head node") not in known]

@@ -18,7 +18,8 @@ from exl2ray import __version__
 from exl2ray.errors import ClusterError, Exl2RayError, Interrupted, UsageError
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import is_remote, parse
-from exl2ray.store.fs import Store, temp_name
+from exl2ray.store.fs import temp_name
+from exl2ray.store.open import open_store
 from exl2ray.submit.jobs import STOP_SECONDS, Cluster, JobState
 from exl2ray.submit.preflight import Report, Request, SharedPath, model_digest, writable_root
 
@@ -152,7 +153,7 @@ def _witness(paths: Sequence[SharedPath]) -> Iterator[str | None]:
         if root == os.sep:  # this machine knows nothing of the path
             yield None
             return
-        store, name = Store.open(root), temp_name()
+        store, name = open_store(root), temp_name()
         store.put(name, b"")
     except Exl2RayError:
         yield None

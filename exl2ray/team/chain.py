@@ -1,16 +1,8 @@
 """Quantising one module after another as a group: calibration rows stay where they are, weights move.
 
 The calibration rows are cut into ``SHARES`` ranges, the same whatever the size of the group; a member keeps the states of a
-run of shares. Per module
-
-1. every member runs its rows through the source module and accumulates a Hessian per input and share,
-2. the Hessians of an input are summed on its owner, in the fixed shape of a binary tree over the shares: the sum has the
-   same bits whoever held which share,
-3. owners factorise, quantise, pack and write the linears of their inputs; the packed tensors are broadcast,
-4. everybody runs its rows through the quantised module; the first member commits the record.
-
-With corrected targets (`exl2ray.quant.correct`) the members keep the states of the source model beside those of the
-quantised one, and attention and MLP go through 1 to 3 twice: for the first linears, then for the second one.
+run of shares. What is done per module is `exl2ray.quant.module.quantize_module`; the first member commits the record. With
+corrected targets the members keep the states of the source model beside those of the quantised one.
 
 A group of one does the same without sending anything, so one worker and eight give the same bytes. After a loss the group
 is formed anew: shares that a survivor holds are sent to their new holders, lost ones start from a checkpoint or from the
@@ -21,39 +13,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.spec import ModuleSpec
-from exl2ray.quant.block import by_input
-from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
-from exl2ray.quant.gptq import Quantized
-from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import reference_pass, relative_error
-from exl2ray.quant.measure_moe import describe_coverage, lanes_of, shares_of
+from exl2ray.quant.group import Comm, Solo
+from exl2ray.quant.module import quantize_module
 from exl2ray.quant.pack import dequantize
-from exl2ray.quant.quantize import quantize_groups, solve_group
-from exl2ray.quant.rows import batches, share_rows
-from exl2ray.quant.settings import Settings
+from exl2ray.quant.rows import share_rows
+from exl2ray.quant.sums import owner_shares
 from exl2ray.store.layout import quant_kind
 from exl2ray.store.records import FileRef, Record, hash_inputs
 from exl2ray.team.checkpoints import Chain, Checkpoints
-from exl2ray.team.comm import Comm, Solo
 from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, ChainPass, ItemResult, Ready
-from exl2ray.team.owning import Sums, share_out
 from exl2ray.team.packed_files import PackedFiles
 from exl2ray.team.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.team.shared_reading import SharedReading
-from exl2ray.team.spreading import spread
-from exl2ray.team.tree import TreeSum, owner_shares
+
+PERPLEXITIES = ("perplexity", "reference_perplexity")  # of the quantised and of the source model, in the head's record
 
 
 def quantize(worker: Member, part: ChainPass) -> Iterator[Begun | Ready | ItemResult]:
@@ -72,11 +55,7 @@ def quantize(worker: Member, part: ChainPass) -> Iterator[Begun | Ready | ItemRe
         gang = worker.kept = Gang(worker.runner, worker.checkpoints, chain)
     comm = worker.group(part.meeting)
     before = comm.received
-    reading = SharedReading(worker.runner, comm)
-    if together:
-        reading.expect(0, 1)
-    gang.join(first, comm, reading)
-    reading.close()
+    gang.join(first, comm)
     yield Ready("join", time.monotonic() - begin, comm.received - before)
     for index in worker.until_taken(part.modules, comm):
         key = spec.modules[index].profile_key
@@ -119,21 +98,18 @@ class Gang:
         rows = len(runner.rows("quantize"))
         self.rows = share_rows(rows)
         self.reported = min(rows, runner.setup.perplexity_rows)
-        self.corrected = runner.setup.numerics.target_correction > 0
-        self.other_rows = self.rows if self.corrected else share_rows(self.reported)
+        corrected = runner.setup.numerics.target_correction > 0
+        self.other_rows = self.rows if corrected else share_rows(self.reported)
 
     # ---- forming -----------------------------------------------------------------------------------------------
 
-    def join(self, index: int, comm: Comm, reading: SharedReading) -> None:
-        """Takes over shares that other members hold, brings all of its own to module ``index``.
-
-        reading: of this group, for weights that all members need at the same time.
-        """
+    def join(self, index: int, comm: Comm) -> None:
+        """Takes over shares that other members hold, brings all of its own to module ``index``."""
         self.comm = comm
         wanted = [s for s in owner_shares(comm.rank, comm.size) if len(self.rows[s])]
         self._exchange_shares(index)
         self.shares = {s: self.shares[s] for s in wanted if s in self.shares}
-        self._restore([s for s in wanted if s not in self.shares], index, reading)
+        self._restore([s for s in wanted if s not in self.shares], index)
         self._go_to(index)
 
     def _go_to(self, index: int) -> None:
@@ -163,7 +139,7 @@ class Gang:
                     self.comm.exchange([], [(t, source) for t in received])
                     self.shares[s] = Share(index, *map(self.run.place, received))
 
-    def _restore(self, shares: Sequence[int], index: int, reading: SharedReading) -> None:
+    def _restore(self, shares: Sequence[int], index: int) -> None:
         """Shares that no member holds: from checkpoints, else from the token rows."""
         saved = {s: self.checkpoints.load(self.chain, index, s) for s in shares}
         for s, found in saved.items():
@@ -174,184 +150,72 @@ class Gang:
         together = self.comm.size > 1 and all(self.comm.gather(bool(anew)))
         if not anew:
             return
-        block = self.run.load_from(reading, self.run.spec.modules[0]) if together else None
-        states = self.run.embedded("quantize", block)
+        states = self.run.embedded("quantize", self._shared_embedding() if together else None)
         for s in anew:
             x, other = (states[r.start : r.stop].clone() for r in (self.rows[s], self.other_rows[s]))
             self.shares[s] = Share(1, x, other)
+
+    def _shared_embedding(self) -> Block:
+        """Module 0, of which every member reads a part."""
+        reading = SharedReading(self.run, self.comm)
+        reading.expect(0, 1)
+        block = self.run.load_from(reading, self.run.spec.modules[0])
+        reading.close()
+        return block
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def _step(self, shares: Sequence[Share], module: ModuleSpec) -> None:
         """Moves shares through a module that is finished: rows of the source, then rows of the quantised model."""
         block = self.run.load(module)
-        self._advance_other(block, shares)
+        for s in shares:
+            if len(s.other):
+                s.other = self.run.advance(block, s.other)
         if module.linears:
             packed = self.run.packed(self.chain.kind, module, self.chain.hashes[module.index])
             for key, p in packed.items():
                 block.set_weight(key, dequantize(p, self.run.device))
         for s in shares:
-            s.x = self.run.advance(block, s.x, self.run.settings(module, s.x))
+            s.x = self.run.advance(block, s.x)
             s.index += 1
-
-    def _advance_other(self, block: Block, shares: Sequence[Share]) -> None:
-        for s in shares:
-            if len(s.other):
-                s.other = self.run.advance(block, s.other, self.run.settings(block.module, s.other))
 
     # ---- one module --------------------------------------------------------------------------------------------
 
     def quantize(self, index: int, params: Mapping[str, QParams]) -> tuple[dict[str, Any], str]:
         """Quantises one module with the group: payload of its record, and a few words for the display.
 
-        params: linear key -> option.
+        params: linear key -> option. Nobody goes on before the record is durable.
         """
-        module = self.run.spec.modules[index]
+        module, run = self.run.spec.modules[index], self.run
         self._go_to(index)
-        own = {x.key: params[x.key] for x in module.linears}
-        return self._head(module, own) if module.kind == "head" else self._module(module, own)
-
-    def _module(self, module: ModuleSpec, params: Mapping[str, QParams]) -> tuple[dict[str, Any], str]:
-        block = self.run.load(module)
-        if self.corrected and can_correct(block):
-            others, experts, writing, notes = self._corrected(block, params)
-            targets = dict(others)
-        else:
-            targets, others, trees = self._plain(block)
-            experts = self._coverage(module, trees)
-            writing, notes = self._quantize_linears(block, params, trees)
-        errors: list[tuple[int, float]] = []
-        outs: dict[int, Tensor] = {}
-        for s, share in sorted(self.shares.items()):
-            settings = self.run.settings(module, share.x)
-            outs[s], error = self._quantized_pass(block, share.x, targets.pop(s), settings)
-            errors.append((s, error))
-        total = sum(e for _, e in sorted(x for member in self.comm.gather(errors) for x in member))
-        error = total / sum(len(r) for r in self.rows)
-        payload: dict[str, Any] = {"error": error, "notes": notes, "options": option_names(params)}
-        if experts:
-            payload["experts"] = experts
-            notes.insert(0, describe_coverage(experts))
-        self._commit(module, payload, writing)
-        self.shares = {s: Share(module.index + 1, out, others[s]) for s, out in outs.items()}
+        block = run.load(module)
+        payload: dict[str, Any] = {"options": option_names({x.key: params[x.key] for x in module.linears})}
+        if module.kind == "head":
+            payload["reference_perplexity"] = self._perplexity(block, "other", self.other_rows)
+        x, other = ({s: t.tensors()[name] for s, t in self.shares.items()} for name in ("x", "other"))
+        rows, tokens = run.rows("quantize").shape
+        settings = run.settings(module, max(map(len, self.rows)), tokens)
+        files = PackedFiles(run.writers, self.chain.kind, module.profile_key, self.chain.hashes[index])
+        result = quantize_module(block, x, other, rows, params, settings, check_states, files, self.comm)
+        payload["notes"] = result.notes
+        if result.experts:
+            payload["experts"] = result.experts
+        if result.error is None:
+            payload["perplexity"] = self._perplexity(block, "x", self.rows)
+            self._commit(module, payload, files)
+            quantised, source = ("not a number" if v is None else f"{v:.4g}" for v in (payload[n] for n in PERPLEXITIES))
+            return payload, f"perplexity {quantised} (source {source})"
+        payload["error"] = result.error
+        self._commit(module, payload, files)
+        self.shares = {s: Share(index + 1, out, result.other[s]) for s, out in result.x.items()}
         if self.checkpoints.due():
             tensors: dict[int | None, dict[str, Tensor]] = {s: h.tensors() for s, h in self.shares.items()}
-            self.checkpoints.save(self.chain, module.index + 1, tensors, module.index + 1)
-        return payload, f"error {error:.5f}"
+            self.checkpoints.save(self.chain, index + 1, tensors, index + 1)
+        return payload, f"error {result.error:.5f}"
 
-    def _plain(self, block: Block) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[str, TreeSum]]:
-        """Source outputs of the rows, of the rows in the source model, and the Hessians of all inputs."""
-        module = block.module
-        trees = {group: TreeSum(self.run.sums_on_host(module)) for group in by_input(module.linears)}
-        targets: dict[int, Tensor] = {}
-        others: dict[int, Tensor] = {}
-        for s, share in sorted(self.shares.items()):
-            settings = self.run.settings(module, share.x)
-            targets[s], hessians = reference_pass(block, share.x, settings, check_states)
-            for group, tree in trees.items():
-                tree.add(s, hessians.pop(group))
-            if len(share.other):
-                others[s] = self.run.advance(block, share.other, self.run.settings(module, share.other))
-            else:
-                others[s] = share.other
-        return targets, others, trees
-
-    def _corrected(
-        self, block: Block, params: Mapping[str, QParams]
-    ) -> tuple[dict[int, Tensor], list[dict[str, float]], dict[str, Future[FileRef]], list[str]]:
-        """Quantises a block towards corrected targets: source model's states after it, coverage, files, notes."""
-        others: dict[int, Tensor] = {}
-        files: dict[str, Future[FileRef]] = {}
-        notes: list[str] = []
-        first = first_linears(block)
-        source = {x.key: block.weights[x.key] for linears in first.values() for x in linears}
-        for stage in (first, second_linears(block)):
-            on_host = self.run.sums_on_host(block.module)
-            trees, crosses = ({group: TreeSum(on_host) for group in stage} for _ in range(2))
-            for s, share in sorted(self.shares.items()):
-                settings = self.run.settings(block.module, share.x)
-                if stage is first:
-                    sums = first_sums(block, share.x, share.other, settings)
-                else:
-                    sums, others[s] = second_sums(block, share.x, share.other, source, settings, check_states)
-                for group in stage:
-                    own = sums.pop(group)
-                    trees[group].add(s, own.hessian)
-                    crosses[group].add(s, own.cross)
-            experts = self._coverage(block.module, trees) if stage is not first else []
-            writing, noted = self._quantize_linears(block, params, trees, crosses)
-            files.update(writing)
-            notes += noted
-        return others, experts, files, notes
-
-    def _quantized_pass(self, block: Block, x: Tensor, target: Tensor, settings: Settings) -> tuple[Tensor, float]:
-        """Output of the quantised block, and the sum over rows of its relative error."""
-        out = torch.empty_like(x)
-        error = 0.0
-        for part in batches(x.shape[0], settings.batch_rows):
-            result = block.forward(x[part].to(self.run.device))
-            check_states(result, f"quantised output of {block.module.profile_key}")
-            reference = target[part].to(self.run.device)
-            error += relative_error(result, reference)
-            out[part] = result.to(out.dtype)
-        return out, error
-
-    def _quantize_linears(
-        self, block: Block, params: Mapping[str, QParams], trees: dict[str, TreeSum],
-        crosses: dict[str, TreeSum] | None = None,
-    ) -> tuple[dict[str, Future[FileRef]], list[str]]:
-        """Sums Hessians on their owners; quantises and spreads the linears on these inputs, and starts to write them.
-
-        crosses: sums for corrected targets. Returns the files of this member by their first linear, as they will be, and all
-        members' notes in order.
-        """
-        module = block.module
-        inputs = by_input(module.linears)
-        groups = {group: inputs[group] for group in trees}
-        settings = self.run.settings(module, torch.empty(1, self.run.rows("quantize").shape[1], 0))
-        owned, owners = share_out(self.run, self.comm, module, groups, Sums(trees, crosses or {}), settings)
-        files = PackedFiles(self.run, self.chain.kind, module.profile_key, self.chain.hashes[module.index])
-        packed: dict[str, dict[str, PackedLinear]] = {}
-        own = [group for group in groups if owners[group] == self.comm.rank]
-        if lanes_of(block) > 1:  # they are used on several streams
-            for accumulator in owned.hessians.values():
-                accumulator.h = accumulator.h.to(self.run.device)
-
-        def solve(group: str) -> dict[str, Quantized]:
-            factor = owned.factor(block, group, settings, self.run.device)
-            targets = None
-            if group in owned.moments:
-                strength = settings.numerics.target_correction
-                targets = corrected_weights(block, groups[group], factor, owned.moments.pop(group), strength)
-            return solve_group(block, groups[group], factor, params, settings, targets)
-
-        for group, packed[group] in quantize_groups(block, own, solve, keep=True):
-            files.add(packed[group])
-        writing = files.close()
-        done: dict[str, list[str]] = {}
-        for member in self.comm.gather(owned.notes):
-            done.update(member)
-        if self.comm.size > 1:
-            for group, linears in groups.items():
-                mine_too = packed.get(group)
-                for key, p in spread(self.comm, linears, mine_too, owners[group], self.run.device).items():
-                    if mine_too is None:
-                        block.set_weight(key, dequantize(p, self.run.device))
-        return writing, [n for g in groups for n in done[g]]
-
-    def _coverage(self, module: ModuleSpec, trees: dict[str, TreeSum]) -> list[dict[str, float]]:
-        """Tokens routed to each expert, over all members; empty for a dense module."""
-        if module.kind != "moe":
-            return []
-        groups = [x.input_group for x in module.linears if x.role == "w2"]
-        mine = [sum(c[2] for c in trees[g].counts().values()) for g in groups]
-        return shares_of([sum(column) for column in zip(*self.comm.gather(mine), strict=True)])
-
-    def _commit(
-        self, module: ModuleSpec, payload: dict[str, Any], writing: dict[str, Future[FileRef]]
-    ) -> None:
-        """Waits until all files are written; the first member writes the record. Nobody goes on before it is durable."""
-        mine = {key: future.result() for key, future in writing.items()}
+    def _commit(self, module: ModuleSpec, payload: dict[str, Any], packed: PackedFiles) -> None:
+        """Waits until all files are written; the first member writes the record."""
+        mine = {key: future.result() for key, future in packed.flush().items()}
         files: dict[str, FileRef] = {}
         for member in self.comm.gather(mine):
             files.update(member)
@@ -361,39 +225,10 @@ class Gang:
             self.run.records.commit(Record(self.chain.kind, module.profile_key, inputs_hash, payload, ordered))
         self.comm.gather(None)
 
-    # ---- head --------------------------------------------------------------------------------------------------
-
-    def _head(self, module: ModuleSpec, params: Mapping[str, QParams]) -> tuple[dict[str, Any], str]:
-        block = self.run.load(module)
-        linear = module.linears[0]
-        before = [(s, self._sums_of(block, h.other, self.other_rows[s])) for s, h in self.shares.items()]
-        tree = TreeSum()
-        for s, share in sorted(self.shares.items()):
-            own = HessianAccumulator(linear.in_features, self.run.device)
-            settings = self.run.settings(module, share.x)
-            for part in batches(share.x.shape[0], settings.batch_rows):
-                own.add(share.x[part].to(self.run.device).to(self.run.dtype), part.stop - part.start)
-            tree.add(s, own)
-        writing, notes = self._quantize_linears(block, params, {linear.input_group: tree})
-        after = [(s, self._sums_of(block, h.x, self.rows[s])) for s, h in self.shares.items()]
-        quantised, source = self._perplexity(after), self._perplexity(before)
-        payload = {
-            "perplexity": quantised,
-            "reference_perplexity": source,
-            "notes": notes,
-            "options": option_names(params),
-        }
-        self._commit(module, payload, writing)
-        shown = ["not a number" if v is None else f"{v:.4g}" for v in (quantised, source)]
-        return payload, f"perplexity {shown[0]} (source {shown[1]})"
-
-    def _sums_of(self, block: Block, x: Tensor, rows: range) -> tuple[float, int]:
-        """`perplexity_sums` of those of ``rows``, whose normed states x are, that are reported."""
-        count = len(range(rows.start, min(rows.stop, self.reported)))
-        return perplexity_sums(block, x[:count], self._ids(rows)[:count]) if count else (0.0, 0)
-
-    def _perplexity(self, sums: list[tuple[int, tuple[float, int]]]) -> float | None:
-        return perplexity_of([v for _, v in sorted(x for member in self.comm.gather(sums) for x in member)])
-
-    def _ids(self, rows: range) -> Tensor:
-        return self.run.rows("quantize")[rows.start : rows.stop]
+    def _perplexity(self, head: Block, name: Literal["x", "other"], ranges: Sequence[range]) -> float | None:
+        """Of the reported ones among the rows ``ranges`` of the shares, whose normed states are ``name``; by all members."""
+        mine, ids = [], self.run.rows("quantize")[: self.reported]
+        for s, share in self.shares.items():
+            own = ids[ranges[s].start : ranges[s].stop]
+            mine.append((s, perplexity_sums(head, share.tensors()[name][: len(own)], own)))
+        return perplexity_of([v for _, v in sorted(x for member in self.comm.gather(mine) for x in member)])

@@ -1,4 +1,4 @@
-"""How the members of a group exchange tensors: not at all (a group of one), or through torch.distributed.
+"""How the members of a group of processes exchange tensors (`exl2ray.quant.group`): through torch.distributed.
 
 NCCL between GPUs, gloo between CPUs and for small Python objects. Members meet at a TCPStore that the driver serves. A call
 that fails because another member is gone raises GroupBroken; nothing here tries again.
@@ -13,51 +13,17 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from exl2ray.quant.cholesky import Alone, Team
 from exl2ray.team.faults import GroupBroken
 
 RENDEZVOUS_SECONDS = 120
 STEP_SECONDS = 6 * 3600  # the driver's deadlines are the ones that matter
-
-
-class Comm(Team, Protocol):
-    received: int  # bytes of tensors that came from other members; gathered objects are small and do not count
-
-    def gather(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank."""
-        ...
-
-    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
-        """Sends tensors (tensor, to), fills others (tensor, source), all contiguous and on the group's device, at one go.
-
-        What two members send each other arrives in the order in which it is listed.
-        """
-        ...
-
-    def close(self) -> None: ...
-
-
-class Solo(Alone):
-    """A group of one."""
-
-    received = 0
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
-        if sends or receives:
-            raise GroupBroken("a group of one has no other members")
-
-    def close(self) -> None:
-        pass
 
 
 class Group:

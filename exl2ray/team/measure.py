@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from exl2ray.errors import ClusterError
 from exl2ray.formats.measurement import ModuleProfile
-from exl2ray.quant.measure import profile_of, score_options
-from exl2ray.quant.measure_head import measure_head
+from exl2ray.quant.module import measure_module
 from exl2ray.store.layout import MEASURE
 from exl2ray.store.records import Record
 from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, ItemResult, MeasurePass, Ready
-from exl2ray.team.source_states import Entered
 
 
 def measure(worker: Member, part: MeasurePass) -> Iterator[Begun | Ready | ItemResult]:
@@ -25,24 +22,11 @@ def measure(worker: Member, part: MeasurePass) -> Iterator[Begun | Ready | ItemR
         entered = states.enter(index, part.keep_from)
         begin = time.monotonic()
         notes: list[str] = []
-        profile = _profile(entered, notes)
+        profile = measure_module(entered, notes.append)
         record = measure_record(profile, part.hashes[index], notes, time.monotonic() - begin)
         del entered
         worker.runner.records.commit(record)
         yield worker.result(index, key, begin, describe(profile), record.payload, notes=tuple(notes))
-
-
-def _profile(entered: Entered, notes: list[str]) -> ModuleProfile:
-    module = entered.block.module
-    if module.kind == "head":
-        key, mode = module.profile_key.rsplit(".", 1)
-        profile = ModuleProfile(key, mode, extra=measure_head(entered.block, entered.x, entered.settings))
-        notes += [f"{profile.entry_key}: {n}" for n in profile.extra.get("notes", ())]
-        return profile
-    if entered.y is None:
-        raise ClusterError(f"{module.profile_key} has no states after it")
-    found = score_options(entered.block, entered.x, entered.y, entered.hessians, entered.settings)
-    return profile_of(module, *found, notes.append)
 
 
 def measure_record(profile: ModuleProfile, inputs_hash: str, notes: list[str], seconds: float) -> Record:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl2ray.quant.group import Comm, Solo
 from exl2ray.quant.warm import warm_up
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.team.checkpoints import Checkpoints
-from exl2ray.team.comm import Comm, Group, Solo
+from exl2ray.team.comm import Group
 from exl2ray.team.messages import Begun, ItemResult, Meeting, Ready, RowSet, SourcePass, WorkerSetup
 from exl2ray.team.runner import Runner
 from exl2ray.team.source_forward import Found, source_forward

@@ -1,24 +1,89 @@
-"""Writing the packed linears of a module to the work directory, while the next ones are computed."""
+"""Packed linears on their way into the work directory, while the next ones are computed.
+
+Copying what a GPU has made straight to ordinary memory holds a lock of the driver from beginning to end (0.1 s for 120 MB),
+and no thread of the process can launch a kernel meanwhile. A copy to page-locked memory does not, but locking enough of it
+for a whole module takes as long. So bytes go through a small page-locked buffer.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.model.weights import pinned
+from exl2ray.store.fs import Store
 from exl2ray.store.records import FileRef, item_file
-from exl2ray.team.runner import Runner
+from exl2ray.store.tensors import put_tensors
 
 LEAST_BYTES = 32 << 20  # of a file: every one is made durable by itself, and a layer may have hundreds of experts
+BUFFER_BYTES = 32 << 20
+WRITERS = 3  # threads that write; hashing keeps one busy at 1 to 2 GB/s
+
+
+class HostCopies:
+    """For one thread. Copies are made on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._buffer = pinned(BUFFER_BYTES)
+
+    def copy(self, tensors: dict[str, Tensor], ready: torch.cuda.Event) -> dict[str, Tensor]:
+        """The tensors in ordinary memory, of any shape and dtype. ready: recorded when they were complete."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            return {name: self._copied(t) for name, t in tensors.items()}
+
+    def _copied(self, t: Tensor) -> Tensor:
+        if t.device.type == "cpu":
+            return t
+        out = torch.empty(t.shape, dtype=t.dtype)
+        source, target = (x.reshape(-1).view(torch.uint8) for x in (t, out))
+        for start in range(0, len(source), BUFFER_BYTES):
+            part = source[start : start + BUFFER_BYTES]
+            staged = self._buffer[: len(part)]
+            staged.copy_(part, non_blocking=True)
+            self._stream.synchronize()
+            target[start : start + len(part)] = staged
+        return out
+
+
+class Writers:
+    """Threads that write tensors to the work directory; the GPU goes on, also while they are copied from it."""
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        self._store, self._on_gpu = store, device.type == "cuda"
+        self._copies = threading.local()  # of each thread
+        copies = [HostCopies(device) for _ in range(WRITERS)] if self._on_gpu else []
+        self._threads = ThreadPoolExecutor(WRITERS, "write", self._begin, (copies,))
+
+    def _begin(self, copies: list[HostCopies]) -> None:
+        """In each thread, at first."""
+        if copies:
+            self._copies.own = copies.pop()
+
+    def write(self, rel: str, tensors: dict[str, Tensor]) -> Future[FileRef]:
+        ready = None
+        if self._on_gpu:
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        return self._threads.submit(self._write, rel, tensors, ready)
+
+    def _write(self, rel: str, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> FileRef:
+        if ready is not None:
+            tensors = self._copies.own.copy(tensors, ready)
+        return put_tensors(self._store, rel, tensors)
 
 
 class PackedFiles:
     """Files of one module, on one worker. Large linears have one each, so that several are written at a time."""
 
-    def __init__(self, run: Runner, kind: str, key: str, inputs_hash: str) -> None:
-        self._run, self._kind, self._key, self._hash = run, kind, key, inputs_hash
+    def __init__(self, writers: Writers, kind: str, key: str, inputs_hash: str) -> None:
+        self._writers, self._kind, self._key, self._hash = writers, kind, key, inputs_hash
         self._name = ""
         self._tensors: dict[str, Tensor] = {}
         self._writing: dict[str, Future[FileRef]] = {}
@@ -29,16 +94,13 @@ class PackedFiles:
             self._name = self._name or key
             self._tensors.update(p.tensors())
             if sum(t.nbytes for t in self._tensors.values()) >= LEAST_BYTES:
-                self._write()
+                self.flush()
 
-    def close(self) -> dict[str, Future[FileRef]]:
-        """Begins to write what is left. Files by the key of the first linear in each."""
+    def flush(self) -> dict[str, Future[FileRef]]:
+        """Begins to write what is left. All files by the key of the first linear in each."""
         if self._tensors:
-            self._write()
+            name = self._name.removeprefix(f"{self._key}.")
+            rel = item_file(self._kind, "tensors", f"{self._key}.{name}", self._hash)
+            self._writing[self._name] = self._writers.write(rel, self._tensors)
+            self._name, self._tensors = "", {}
         return self._writing
-
-    def _write(self) -> None:
-        name = self._name.removeprefix(f"{self._key}.")
-        rel = item_file(self._kind, "tensors", f"{self._key}.{name}", self._hash)
-        self._writing[self._name] = self._run.write(rel, self._tensors)
-        self._name, self._tensors = "", {}

@@ -13,15 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from exl2ray.errors import ClusterError
 from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.quant.group import Comm
 from exl2ray.quant.rows import share_rows
+from exl2ray.quant.sharing import spread
+from exl2ray.quant.sums import owner_shares
 from exl2ray.store.layout import quant_kind
 from exl2ray.store.records import Record
-from exl2ray.team.comm import Comm
 from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, Choices, ItemResult, PerplexityPass, Ready
 from exl2ray.team.runner import Runner, perplexity_of, perplexity_sums
-from exl2ray.team.spreading import spread
-from exl2ray.team.tree import owner_shares
 
 PERPLEXITY = "perplexity"  # key of a record
 READ_AHEAD = 5  # of the modules that a member reads, each by a thread of its own
@@ -73,5 +73,5 @@ def quantized_perplexity(run: Runner, comm: Comm, choices: Choices) -> float | N
             if module.kind == "head":
                 mine = [(s, perplexity_sums(block, x, ids[ranges[s].start : ranges[s].stop])) for s, x in shares.items()]
                 return perplexity_of([v for _, v in sorted(x for member in comm.gather(mine) for x in member)])
-            shares = {s: run.advance(block, x, run.settings(module, x)) if len(x) else x for s, x in shares.items()}
+            shares = {s: run.advance(block, x) if len(x) else x for s, x in shares.items()}
     raise ClusterError("the model has no head")

@@ -6,17 +6,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import check_states
-from exl2ray.quant.block import by_input
-from exl2ray.quant.quantize import quantize_after, quantize_head
+from exl2ray.quant.module import Entered, cut, quantize_module
 from exl2ray.store.layout import quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, Choices, ItemResult, Ready, ReferencePass
 from exl2ray.team.packed_files import PackedFiles
 from exl2ray.team.runner import Runner, option_names, perplexity_of, perplexity_sums
-from exl2ray.team.source_states import Entered
 
 
 def quantize_on_source_states(worker: Member, part: ReferencePass) -> Iterator[Begun | Ready | ItemResult]:
@@ -30,44 +27,31 @@ def quantize_on_source_states(worker: Member, part: ReferencePass) -> Iterator[B
             entered = entered or states.enter(index, part.keep_from)
             begin = time.monotonic()
             source = dict(entered.block.weights)  # the next bitrate starts from them again
-            record = _quantize(worker.runner, entered, choices, begin)
-            entered.block.weights.update(source)
+            record = _quantize(worker.runner, entered, index, choices, begin)
+            for name, weight in source.items():
+                entered.block.set_weight(name, weight)
             worker.runner.records.commit(record)
             detail = f"error {record.payload['error']:.5f}" if "error" in record.payload else "head"
             notes = tuple(record.payload["notes"])
             yield worker.result(index, key, begin, detail, record.payload, bits=choices.bits, notes=notes)
 
 
-def _quantize(run: Runner, entered: Entered, choices: Choices, begin: float) -> Record:
+def _quantize(run: Runner, entered: Entered, index: int, choices: Choices, begin: float) -> Record:
     """Quantises an entered module, the head included, and writes its tensors; the record to be committed."""
     block, module = entered.block, entered.block.module
-    kind, inputs_hash = quant_kind(choices.bits), choices.hashes[module.index]
-    params = {x.key: choices.params[x.key] for x in module.linears}
-    files = PackedFiles(run, kind, module.profile_key, inputs_hash)
-    payload: dict[str, Any]
+    kind, inputs_hash = quant_kind(choices.bits), choices.hashes[index]
+    payload: dict[str, Any] = {"options": option_names({x.key: choices.params[x.key] for x in module.linears})}
     if entered.y is None:
-        linear, ids = module.linears[0], run.rows("quantize")[: run.setup.perplexity_rows]
-        before = perplexity_of([perplexity_sums(block, entered.x[: len(ids)], ids)])
-        packed, notes = quantize_head(block, entered.x, params[linear.key], entered.settings, keep=True)
-        files.add({linear.key: packed})
-        writing = list(files.close().values())
-        payload = {"reference_perplexity": before, "notes": list(notes)}
-    else:
-        writing = []
-        last = list(by_input(module.linears))[-1]
-
-        def done(group: str, packed: dict[str, PackedLinear]) -> None:
-            files.add(packed)
-            if group == last:
-                writing.extend(files.close().values())
-
-        hessians = dict(entered.hessians)  # kept for the next bitrate
-        result, _ = quantize_after(
-            block, entered.x, entered.y, hessians, params, entered.settings, check_states, done
-        )
-        payload = {"error": result.error, "notes": list(result.notes)}
-        if result.experts:
-            payload["experts"] = [dict(e) for e in result.experts]
-    payload["options"] = option_names(params)
-    refs = tuple(w.result() for w in writing)
+        ids = run.rows("quantize")[: run.setup.perplexity_rows]
+        payload["reference_perplexity"] = perplexity_of([perplexity_sums(block, entered.x[: len(ids)], ids)])
+    files, x = PackedFiles(run.writers, kind, module.profile_key, inputs_hash), cut(entered.x)
+    result = quantize_module(
+        block, x, {}, len(entered.x), choices.params, entered.settings, check_states, files, entered=entered
+    )
+    payload["notes"] = result.notes
+    if result.error is not None:
+        payload["error"] = result.error
+    if result.experts:
+        payload["experts"] = result.experts
+    refs = tuple(written.result() for written in files.flush().values())
     return Record(kind, module.profile_key, inputs_hash, payload, refs, time.monotonic() - begin)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exl2ray.errors import NumericError, StoreError
+from exl2ray.errors import StoreError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams
@@ -20,21 +18,17 @@ from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_ahead, whole_tensors
-from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import reference_pass
+from exl2ray.quant import block as quant
 from exl2ray.quant.memory import room_for_contexts, settings_for, states_fit, sums_on_host
 from exl2ray.quant.pack import dequantize
-from exl2ray.quant.rows import batches, share_rows, shared_batches
+from exl2ray.quant.rows import forward_rows, shared_batches
 from exl2ray.quant.settings import Settings
 from exl2ray.remote.source import local
-from exl2ray.store.fs import Store
-from exl2ray.store.records import FileRef, Record, Records
-from exl2ray.store.tensors import get_tensors, put_tensors
-from exl2ray.team.host_copies import HostCopies
+from exl2ray.store.open import open_store
+from exl2ray.store.records import Records
+from exl2ray.store.tensors import get_tensors
 from exl2ray.team.messages import WorkerSetup
-from exl2ray.team.tree import TreeSum
-
-WRITERS = 3  # threads that write; hashing keeps one busy at 1 to 2 GB/s
+from exl2ray.team.packed_files import Writers
 
 
 class Runner:
@@ -44,7 +38,7 @@ class Runner:
         self.setup = setup
         self.device = torch.device(setup.device)
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        self.store = Store.open(setup.work_root)
+        self.store = open_store(setup.work_root)
         self.records = Records(self.store)
         self.source = SourceModel(local(setup.in_dir, setup.work_root, cache_bytes=setup.source_cache))
         self.ahead = read_ahead(self.source, pin=self.device.type == "cuda")
@@ -52,9 +46,7 @@ class Runner:
         self.spec: ModelSpec = rotated(spec) if setup.rotate else spec
         self._rows: dict[str, Tensor] = {}
         self._homes: dict[int, torch.device] = {}
-        copies = [HostCopies(self.device) for _ in range(WRITERS)] if self.device.type == "cuda" else []
-        self._copies = threading.local()  # of each writer
-        self._writer = ThreadPoolExecutor(WRITERS, "write", self._begin_to_write, (copies,))
+        self.writers = Writers(self.store, self.device)
         self.expect(0 if setup.alone or self.device.type == "cpu" else 1)  # members of a group share the embedding out
         self.shrink: Mapping[str, int] = {}  # of batches, for items that ran out of memory
         self.in_hand = ""  # the item whose entry in ``shrink`` counts
@@ -98,24 +90,28 @@ class Runner:
 
         return load_block(self.spec, module, self.source, self.device, self.dtype, read=read)
 
-    def settings(self, module: ModuleSpec, x: Tensor) -> Settings:
-        """Batch sizes for states x (R, T, hidden), from shapes alone; smaller ones after running out of memory."""
-        shrink = self.shrink.get(self.in_hand, 1)
-        s = settings_for(module, x.shape[0], x.shape[1], self.device, self.setup.damping)
+    def settings(self, module: ModuleSpec, rows: int, tokens: int) -> Settings:
+        """How to run a module on so many calibration rows at most, from shapes alone; smaller batches after running out of
+        memory."""
+        shrink, numerics = self.shrink.get(self.in_hand, 1), self.setup.numerics
         s = replace(
-            s,
+            settings_for(module, rows, tokens, self.device, self.setup.damping),
+            sums_on_host=sums_on_host(module, self.device, numerics.target_correction > 0),
             all_experts=self.setup.moe_all_experts,
-            numerics=self.setup.numerics,
+            numerics=numerics,
         )
         if shrink == 1:
             return s
         if not self.crowded:
             self.crowded = True
             self._homes.clear()
-        budget = None if s.budget_bytes is None else s.budget_bytes // shrink
-        tokens = None if s.expert_tokens is None else max(1, s.expert_tokens // shrink)
-        rows = max(1, s.batch_rows // shrink)
-        return replace(s, batch_rows=rows, budget_bytes=budget, expert_tokens=tokens, offload=self.device.type == "cuda")
+        return replace(
+            s,
+            batch_rows=max(1, s.batch_rows // shrink),
+            budget_bytes=None if s.budget_bytes is None else s.budget_bytes // shrink,
+            expert_tokens=None if s.expert_tokens is None else max(1, s.expert_tokens // shrink),
+            offload=self.device.type == "cuda",
+        )
 
     def rows(self, name: str) -> Tensor:
         """Token ids (R, T) int64 of a set of calibration rows."""
@@ -143,10 +139,6 @@ class Runner:
         """Tokens of the longest calibration row."""
         return max(self.rows(name).shape[1] for name in ("measure", "quantize"))
 
-    def sums_on_host(self, module: ModuleSpec) -> bool:
-        """Whether partial sums of a module's Hessians have to leave the GPU."""
-        return sums_on_host(module, self.device, self.setup.numerics.target_correction > 0)
-
     def room(self, nbytes: int) -> int:
         """Bytes for what can be done without, beside states of ``nbytes``."""
         if self.home(nbytes).type != self.device.type:
@@ -162,85 +154,33 @@ class Runner:
         """States where they are kept; on a CPU a copy."""
         return x.clone() if self.device.type == "cpu" else x.to(self.home(x.numel() * x.element_size()))
 
-    def advance_all(self, block: Block, x: Tensor) -> Tensor:
-        """Output of a block for a whole set of rows, the same bits as if they were spread over workers."""
-        settings = self.settings(block.module, x)
-        return self.advance(block, x, settings, shared_batches(len(x), settings.batch_rows))
+    def advance(self, block: Block, x: Tensor, shared: bool = False) -> Tensor:
+        """Output of a block for rows x (R, T, hidden), where they live. shared: x is a whole set of rows, and they shall
+        have the same bits as if they were spread over workers."""
+        settings = self.settings(block.module, len(x), x.shape[1])
+        slices = shared_batches(len(x), settings.batch_rows) if shared else None
+        return forward_rows(block, x, settings, check_states, self.device, slices)
 
-    def advance(self, block: Block, x: Tensor, settings: Settings, slices: Iterable[slice] | None = None) -> Tensor:
-        """Output of a block for all rows, where x lives. slices: the batches of rows; None: as large as ``settings`` has."""
-        out: Tensor | None = None
-        for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
-            y = block.forward(x[part].to(self.device))
-            check_states(y, f"output of {block.module.profile_key}")
-            if out is None:
-                out = torch.empty((x.shape[0], *y.shape[1:]), dtype=y.dtype, device=x.device)
-            out[part] = y
-        if out is None:
-            raise NumericError(f"{block.module.profile_key}: no calibration rows")
-        return out
-
-    def enter(self, block: Block, x: Tensor) -> tuple[Tensor, dict[str, HessianAccumulator]]:
-        """Reference pass over a whole set of rows: states after the block, and a Hessian per input.
-
-        The same bits as if the rows were spread over workers; where partial sums would have to leave the GPU, rows are summed
-        one after another instead.
-        """
-        settings = self.settings(block.module, x)
-        if self.sums_on_host(block.module):
-            return reference_pass(block, x, settings, check_states, shared_batches(len(x), settings.batch_rows))
-        trees = {x.input_group: TreeSum() for x in block.module.linears}
-        y = torch.empty_like(x)
-        for s, rows in enumerate(share_rows(len(x))):
-            if len(rows):
-                part = slice(rows.start, rows.stop)
-                y[part], hessians = reference_pass(block, x[part], settings, check_states)
-                for group, tree in trees.items():
-                    tree.add(s, hessians.pop(group))
-        return y, {group: tree.total() for group, tree in trees.items()}
-
-    def write(self, rel: str, tensors: dict[str, Tensor]) -> Future[FileRef]:
-        """Writes tensors to the work directory in the background; the GPU goes on, also while they are copied from it."""
-        ready = None
-        if self.device.type == "cuda":
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
-        return self._writer.submit(self._write, rel, tensors, ready)
-
-    def _begin_to_write(self, copies: list[HostCopies]) -> None:
-        """In each writer, at first."""
-        if copies:
-            self._copies.own = copies.pop()
-
-    def _write(self, rel: str, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> FileRef:
-        if ready is not None:
-            tensors = self._copies.own.copy(tensors, ready)
-        return put_tensors(self.store, rel, tensors)
-
-    def record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:
-        """The record of a quantised module; StoreError if it is gone. Its files are hashed by whoever reads them."""
+    def packed(self, kind: str, module: ModuleSpec, inputs_hash: str, deep: bool = True) -> dict[str, PackedLinear]:
+        """Packed tensors of a quantised module, from its record; StoreError if that is gone. ``deep``: hashes the files."""
         record = self.records.find(kind, module.profile_key, inputs_hash, deep=False)
         if record is None:
             raise StoreError(
                 f"{module.profile_key} has no usable record in {kind}",
                 "its files were removed or damaged while the job ran; run the same command again",
             )
-        return record
-
-    def packed(self, kind: str, module: ModuleSpec, inputs_hash: str, deep: bool = True) -> dict[str, PackedLinear]:
-        """Packed tensors of a quantised module, from its record. ``deep``: hashes the files."""
         tensors: dict[str, Tensor] = {}
-        for file in self.record(kind, module, inputs_hash).files:
+        for file in record.files:
             tensors.update(get_tensors(self.store, file.rel, expect=file, deep=deep))
         return {x.key: PackedLinear.from_tensors(x.key, tensors.get) for x in module.linears}
 
 
-def perplexity_sums(block: Block, x: Tensor, ids: Tensor) -> tuple[float, int]:
+def perplexity_sums(block: quant.Block, x: Tensor, ids: Tensor) -> tuple[float, int]:
     """Sum of the negative log-likelihoods of the next token, and their number; x (P, T, hidden) normed, ids (P, T) int64.
 
     Rows with ids that the head does not know (noise rows) are left out.
     """
-    linear: LinearSpec = block.module.linears[0]
+    linear = block.module.linears[0]
     device = block.weights[linear.key].device
     total, count = 0.0, 0
     for r in range(len(ids)):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.model.weights import READERS, pinned, whole_tensors
-from exl2ray.team.comm import Comm
+from exl2ray.quant.group import Comm
 from exl2ray.team.runner import Runner
 
 AHEAD = 6  # modules of which parts are read in advance

@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 
 from exl2ray.model.blocks import Block, check_states
+from exl2ray.quant.group import Comm
 from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import reference_pass
 from exl2ray.quant.memory import context_bytes
+from exl2ray.quant.module import add_share, empty_trees
 from exl2ray.quant.rows import SHARES, share_rows
-from exl2ray.team.comm import Comm
+from exl2ray.quant.sums import gather_sums, owner_shares
 from exl2ray.team.messages import RowSet
-from exl2ray.team.reducing import gather_sums
 from exl2ray.team.runner import Runner
 from exl2ray.team.shared_reading import SharedReading
-from exl2ray.team.tree import TreeSum, owner_shares
 
 PREPARE_TOKENS = 1 << 17  # of calibration rows: with fewer, adding up Hessians over members takes longer than a pass alone
 
@@ -107,7 +106,7 @@ def _owners(run: Runner, stretches: Sequence[Sequence[int]], rooms: Sequence[int
         for index in stretch:
             module = run.spec.modules[index]
             room -= context_bytes(module, nbytes)
-            if index in out or room < 0 or module.kind == "head" or run.sums_on_host(module):
+            if index in out or room < 0 or module.kind == "head" or run.settings(module, 1, 1).sums_on_host:
                 break
             out[index] = rank
     return out
@@ -125,19 +124,17 @@ class _Sweep:
     def advance(self, block: Block) -> None:
         for s, x in self._shares.items():
             if len(x):
-                self._shares[s] = self._run.advance(block, x, self._run.settings(block.module, x))
+                self._shares[s] = self._run.advance(block, x)
 
     def enter(self, block: Block, owner: int) -> tuple[Tensor | None, dict[str, HessianAccumulator]]:
         """Goes through a block. The owner gets the states after it and the Hessians of its inputs."""
         run, comm = self._run, self._comm
         sizes = {x.input_group: x.in_features for x in block.module.linears}
-        trees = {group: TreeSum() for group in sizes}
+        trees = empty_trees(block)
         for s, x in self._shares.items():
             if len(x):
-                settings = run.settings(block.module, x)
-                self._shares[s], hessians = reference_pass(block, x, settings, check_states)
-                for group, tree in trees.items():
-                    tree.add(s, hessians.pop(group))
+                settings = run.settings(block.module, len(x), x.shape[1])
+                self._shares[s] = add_share(trees, s, block, x, settings, check_states, self._ranges[s].start)
         held = comm.gather({group: tree.counts() for group, tree in trees.items()})
         for group, tree in trees.items():
             gather_sums(comm, tree, [member[group] for member in held], owner, sizes[group], run.device)

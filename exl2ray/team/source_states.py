@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from exl2ray.model.blocks import Block
-from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.settings import Settings
+from exl2ray.model.blocks import check_states
+from exl2ray.quant.module import Entered, enter_module
 from exl2ray.store.layout import MEASURE, REFERENCE_KIND
 from exl2ray.store.records import Record
 from exl2ray.team.checkpoints import Chain, Checkpoints
 from exl2ray.team.messages import RowSet
 from exl2ray.team.runner import Runner
 from exl2ray.team.source_forward import Found
-
-
-@dataclass(frozen=True)
-class Entered:
-    """A module, the states x before and y after it (R, T, hidden), and a Hessian per input. The head has only x."""
-
-    block: Block
-    x: Tensor
-    y: Tensor | None
-    hessians: dict[str, HessianAccumulator]
-    settings: Settings
 
 
 class SourceStates:
@@ -61,18 +47,21 @@ class SourceStates:
         if prepared is not None:
             self._held = None
         x = self._at(index) if prepared is None else prepared.x
-        block, settings = run.load(module), run.settings(module, x)
-        if module.kind == "head":
+        block, settings = run.load(module), run.settings(module, len(x), x.shape[1])
+        if prepared is None:
+            entered = enter_module(block, x, settings, check_states)
+        else:
+            entered = Entered(block, x, prepared.y, prepared.hessians, settings)
+        if entered.y is None:
             self._held = (index, x)
-            return Entered(block, x, None, {}, settings)
-        y, hessians = run.enter(block, x) if prepared is None else (prepared.y, prepared.hessians)
-        self._held = (index + 1, y)
+            return entered
+        self._held = (index + 1, entered.y)
         if self._checkpoints.due():
-            saved = self._checkpoints.save(self._chain, index + 1, {None: {"x": y}}, keep_from)
+            saved = self._checkpoints.save(self._chain, index + 1, {None: {"x": entered.y}}, keep_from)
             for record in self._saved:  # this worker has finished all up to here since
                 run.records.remove(record)
             self._saved = saved
-        return Entered(block, x, y, hessians, settings)
+        return entered
 
     def _at(self, index: int) -> Tensor:
         """States at the entry of a module. What is held is let go first: two sets of states need not fit."""
@@ -85,5 +74,5 @@ class SourceStates:
             here, x = (1, run.embedded(self.rows)) if saved is None else (saved.index, run.place(saved.tensors["x"]))
         del held
         for module in run.spec.modules[here:index]:
-            x = run.advance_all(run.load(module), x)
+            x = run.advance(run.load(module), x, shared=True)
         return x

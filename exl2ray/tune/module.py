@@ -10,7 +10,7 @@ from torch import Tensor
 
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, MoeBlock, NormBlock
-from exl2ray.model.norms import Norm
+from exl2ray.model.half import Norm
 from exl2ray.tune.adam import Adam
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import Grid

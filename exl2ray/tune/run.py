@@ -29,6 +29,7 @@ from exl2ray.events import Reporter
 from exl2ray.formats.shards import Shard
 from exl2ray.formats.target import Owner, locked, release_target
 from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.store.records import hash_inputs
 from exl2ray.tune import judge, state
 from exl2ray.tune.documents import Kind
@@ -129,12 +130,12 @@ def tune(settings: Settings, device: torch.device, reporter: Reporter, owner: Ow
         check_memory(pair.start.spec, device)
         trainer = _load(pair, settings, device, reporter)
         clock.lap("load")
-        progress = _train(trainer, settings, rows, identity, Store.open(str(work)), reporter)
+        progress = _train(trainer, settings, rows, identity, open_store(str(work)), reporter)
         clock.lap("train")
         result, shards = _finish(trainer, pair, settings, rows, progress, owner, clock)
         write_record(record, identity, target, asdict(result), shards)
         if (work / "written").is_dir():  # for the same call again
-            state.forget(Store.open(str(work)))
+            state.forget(open_store(str(work)))
         else:
             shutil.rmtree(work, ignore_errors=True)
     return result
@@ -165,7 +166,7 @@ def _written(
     work = settings.work or os.path.join(settings.output, WORK)
     root, kind = (work, "written") if settings.written is None else (settings.written, "quant/written")
     return self_written(
-        pair.source, tokenizer, tokens, settings.length, settings.seed, device, Store.open(root), kind, reporter
+        pair.source, tokenizer, tokens, settings.length, settings.seed, device, open_store(root), kind, reporter
     )
 
 

@@ -1,6 +1,6 @@
 """Sums of gradients over shares of a step's rows, in an order that does not depend on who computes which share.
 
-The shares of a step are added pairwise along a binary tree, as `exl2ray.team.tree` adds Hessians.
+The shares of a step are added pairwise along a binary tree, as `exl2ray.quant.sums` adds Hessians.
 """
 
 from __future__ import annotations

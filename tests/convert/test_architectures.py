@@ -35,7 +35,7 @@ from exl2ray.model.table import ARCHITECTURES
 from exl2ray.plan.compose import Wishes, compose
 from exl2ray.quant import measure_moe
 from exl2ray.quant.measure_moe import describe_coverage
-from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
 
 ROWS, LENGTH = 4, 128
@@ -202,7 +202,7 @@ def test_differences_of_the_loader_are_warned_of_by_name(converted: Callable[[st
 
 def test_coverage_of_experts_is_told_and_kept(converted: Callable[[str], Converted]) -> None:
     c = converted("MixtralForCausalLM")
-    stored = Records(Store.open(str(c.work)))
+    stored = Records(open_store(str(c.work)))
     records = {kind: stored.scan(kind).values() for kind in ("measure", "quant/4.0")}
     for kind, found in records.items():
         payloads = {r.key: r.payload for r in found if "block_sparse_moe" in r.key}

@@ -224,10 +224,10 @@ def _linked(work: Path) -> None:
 
 def _used(work: Path) -> None:
     """Another driver is at work: this process."""
-    from exl2ray.store.fs import Store
     from exl2ray.store.lock import LOCK_FILE, Holder
+    from exl2ray.store.open import open_store
 
-    Store.open(str(work)).put(LOCK_FILE, Holder.here("t").to_bytes())
+    open_store(str(work)).put(LOCK_FILE, Holder.here("t").to_bytes())
 
 
 NEW: list[tuple[str, Change]] = [

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from exl2ray.team.host_copies import BUFFER_BYTES, HostCopies
+from exl2ray.team.packed_files import BUFFER_BYTES, HostCopies
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

@@ -15,12 +15,11 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.model import moe
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import MoeBlock, check_states, load_block
-from exl2ray.model.half import LinearBank
+from exl2ray.model.half import LinearBank, Norm
 from exl2ray.model.moe import MOST_PADDING, Expert, ExpertBank, Routing, cut_runs, route
-from exl2ray.model.norms import Norm
 from exl2ray.model.spec import LinearSpec, Stored
-from exl2ray.quant.measure import reference_pass
 from exl2ray.quant.measure_moe import coverage
+from exl2ray.quant.rows import reference_pass
 from exl2ray.quant.settings import Settings
 
 WIDTH = 24

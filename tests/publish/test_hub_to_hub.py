@@ -137,7 +137,7 @@ def test_flags_that_need_a_repository(tmp_path: Path) -> None:
 def test_files_of_others_stay(tmp_path: Path) -> None:
     """What --clean did not publish it does not delete, and says so."""
     from exl2ray.commands.hub_to_hub import _clean
-    from exl2ray.store.fs import Store
+    from exl2ray.store.open import open_store
 
     out, work = tmp_path / "out", tmp_path / "work"
     for folder, names in ((out, ("output.safetensors", "notes.txt")), (work, ("job.json", "report.html", "thesis.pdf"))):
@@ -146,7 +146,7 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
             (folder / name).write_text("x")
     told: list[str] = []
     reporter = type("Told", (), {"event": lambda self, name, **f: told.append(f["message"]), "close": lambda self: None})()
-    _clean(Store.open(str(work)), [{"directory": str(out), "files": ["output.safetensors", "README.md"]}], reporter)
+    _clean(open_store(str(work)), [{"directory": str(out), "files": ["output.safetensors", "README.md"]}], reporter)
     assert [p.name for p in out.iterdir()] == ["notes.txt"]
     assert sorted(p.name for p in work.iterdir()) == ["job.json", "thesis.pdf"]
     assert "notes.txt" in told[0]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.layout import QParams
+from exl2ray.formats.measurement import ModuleProfile
 from exl2ray.model.arch import load_spec
-from exl2ray.model.blocks import Block, load_block
+from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.spec import ModelSpec
 from exl2ray.quant.gptq import Quantized, feedback_factor, quantize_reference
 from exl2ray.quant.hessian import Factor
+from exl2ray.quant.module import QuantizedModule, cut, enter_module, measure_module, quantize_module
+from exl2ray.quant.settings import Settings
 
 
 def correlated_inputs(k: int, tokens: int = 256, seed: int = 0) -> Tensor:
@@ -50,3 +56,30 @@ def states(spec: ModelSpec, rows: int = 3, tokens: int = 40, seed: int = 0) -> T
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, tokens, spec.hyper.hidden_size, generator=g)
     return x.to(getattr(torch, spec.hyper.state_dtype))
+
+
+class Packed(dict[str, PackedLinear]):
+    """Takes packed linears as a work directory does."""
+
+    add = dict[str, PackedLinear].update
+
+    def flush(self) -> None:
+        pass
+
+
+def measured(
+    block: Block, x: Tensor, settings: Settings, report: Callable[[str], None] = print
+) -> tuple[ModuleProfile, Tensor | None]:
+    """A module's profile, and the states after it."""
+    entered = enter_module(block, x, settings, check_states)
+    return measure_module(entered, report), entered.y
+
+
+def quantized(
+    block: Block, x: Tensor, params: Mapping[str, QParams], settings: Settings
+) -> tuple[QuantizedModule, Packed, Tensor]:
+    """A module quantised by a worker alone: the result, what was packed in the module's order, and the states after it."""
+    packed = Packed()
+    result = quantize_module(block, cut(x), cut(x), len(x), params, settings, check_states, packed)
+    ordered = Packed((linear.key, packed[linear.key]) for linear in block.module.linears)
+    return result, ordered, torch.cat(list(result.x.values())) if result.x else x

@@ -22,8 +22,8 @@ from exl2ray.quant.correct import (
     solve_damped,
 )
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare, round_to_nearest
-from exl2ray.quant.measure import reference_pass
-from exl2ray.quant.quantize import pack_group, solve_group
+from exl2ray.quant.module import pack_input, solve_input
+from exl2ray.quant.rows import reference_pass
 from exl2ray.quant.settings import Settings
 
 SETTINGS = Settings(batch_rows=2)
@@ -208,5 +208,5 @@ def test_targets_are_what_is_quantised(tiny: Callable[[str], Path]) -> None:
     linears = second_linears(block)["o"]
     key = linears[0].key
     target = block.weights[key] + 0.1
-    pack_group(block, solve_group(block, linears, prepare(hessian(64)), {key: parse("1:8b_32g")}, SETTINGS, {key: target}))
+    pack_input(block, solve_input(linears, {key: target}, prepare(hessian(64)), {key: parse("1:8b_32g")}, SETTINGS))
     assert float((block.weights[key] - target).abs().max()) < 0.01

@@ -8,21 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from quant_helpers import load, states
+from quant_helpers import load, measured, quantized, states
 
 from exl2ray.cuda.small_batches import CACHE
 from exl2ray.model.blocks import check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec, Stored
 from exl2ray.quality import Numerics
-from exl2ray.quant import measure_moe
+from exl2ray.quant import solve
 from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.measure import reference_pass, score_options
 from exl2ray.quant.measure_moe import STARVED_SHARE, coverage, describe_coverage, shares_of, starved_experts
 from exl2ray.quant.memory import peak_bytes, settings_within, states_fit_within
 from exl2ray.quant.qparams import parse
-from exl2ray.quant.quantize import quantize_block
+from exl2ray.quant.rows import reference_pass
 from exl2ray.quant.settings import Settings
-from exl2ray.team.tree import TreeSum
+from exl2ray.quant.sums import TreeSum
 
 GB = 10**9
 
@@ -48,10 +47,9 @@ def test_all_experts_collect_from_all_tokens_and_nothing_else_changes(tiny: Call
 def test_pieces_of_an_experts_tokens_give_the_same_scores(tiny: Callable[[str], Path]) -> None:
     spec, block = load(tiny("Mixtral"), 2)
     x, settings = states(spec), Settings(batch_rows=2)
-    y, hessians = reference_pass(block, x, settings, check_states)
-    whole, extra = score_options(block, x, y, dict(hessians), settings)
-    pieces, _ = score_options(block, x, y, dict(hessians), replace(settings, expert_tokens=7))
-    for a, b in zip(whole[0], pieces[0], strict=True):
+    whole, pieces = (measured(block, x, s)[0] for s in (settings, replace(settings, expert_tokens=7)))
+    extra = whole.extra
+    for a, b in zip(whole.slots()[0], pieces.slots()[0], strict=True):
         assert 1 - a.accuracy == pytest.approx(1 - b.accuracy, rel=1e-3)
     tokens = [e["tokens"] for e in extra["experts"]]
     assert sum(tokens) == 2 * x.shape[0] * x.shape[1]
@@ -61,7 +59,7 @@ def test_pieces_of_an_experts_tokens_give_the_same_scores(tiny: Callable[[str], 
 def test_quantised_module_reports_its_coverage(tiny: Callable[[str], Path]) -> None:
     spec, block = load(tiny("Mixtral"), 2)
     params = {x.key: parse("1:4b_32g s4") for x in block.module.linears}
-    module, _, _ = quantize_block(block, states(spec), params, Settings(batch_rows=2), check_states)
+    module, _, _ = quantized(block, states(spec), params, Settings(batch_rows=2))
     assert sum(e["tokens"] for e in module.experts) == 2 * 3 * 40
     assert sum(e["share"] for e in module.experts) == pytest.approx(1)
     assert module.notes[0] == describe_coverage(module.experts)
@@ -124,13 +122,12 @@ def test_experts_side_by_side_on_a_gpu_have_the_same_results(
     found = []
     monkeypatch.setattr(CACHE, "record_at", 2)
     for lanes in (1, 1, 1, 4, 4, 4):
-        monkeypatch.setattr(measure_moe, "COUNT", lanes)
+        monkeypatch.setattr(solve, "COUNT", lanes)
         spec, block = load(tiny("Mixtral"), 2, torch.float16, "cuda")
         x, settings = states(spec).half().cuda(), Settings(batch_rows=2, numerics=Numerics(0.0, "feedback", 1))
-        y, hessians = reference_pass(block, x, settings, check_states)
-        lists, extra = score_options(block, x, y, hessians, settings)
+        profile, _ = measured(block, x, settings)
         params = {x.key: parse("0.5:4b_32g/0.5:3b_32g s4") for x in block.module.linears}
-        module, out, _ = quantize_block(block, x, params, settings, check_states)
-        packed = [t for p in module.packed for t in p.tensors().values()]
-        found.append((lists, extra, [t.tolist() for t in packed], out.tolist()))
+        _, made, out = quantized(block, x, params, replace(settings, numerics=Numerics(0.0, "feedback", 1)))
+        packed = [t for p in made.values() for t in p.tensors().values()]
+        found.append((profile, [t.tolist() for t in packed], out.tolist()))
     assert all(f == found[0] for f in found[1:])

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from quant_helpers import hessian, load, states, weights
+from quant_helpers import hessian, load, measured, states, weights
 
 from exl2ray.model.blocks import check_states
 from exl2ray.quant.hessian import prepare, round_to_nearest
 from exl2ray.quant.losses import PIECES, LossTable, piece_rows, shape_option, squared_error
-from exl2ray.quant.measure import reference_pass, score_options
 from exl2ray.quant.qparams import mlp_options, parse, unique
+from exl2ray.quant.rows import reference_pass
 from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import Problem, solve_problems, solve_with_losses
 
@@ -69,8 +69,7 @@ def test_table_and_shape() -> None:
 def test_every_role_has_losses_and_a_shape(tiny: Callable[[str], Path], family: str, index: int, roles: int) -> None:
     spec, block = load(tiny(family), index)
     x = states(spec)
-    y, hessians = reference_pass(block, x, Settings(), check_states)
-    _, extra = score_options(block, x, y, hessians, Settings())
+    extra = measured(block, x, Settings())[0].extra
     assert len(extra["linears"]) == roles
     for role, entry in extra["linears"].items():
         assert len(entry["shape"]) >= 2, role
@@ -81,9 +80,9 @@ def test_losses_of_a_block_are_those_of_its_outputs(tiny: Callable[[str], Path])
     """Per token, over the calibration tokens."""
     spec, block = load(tiny("Llama"), 2)
     x = states(spec)
-    y, hessians = reference_pass(block, x, Settings(), check_states)
+    _, hessians = reference_pass(block, x, Settings(), check_states)
     h = {g: a.h / a.rows for g, a in hessians.items()}
-    _, extra = score_options(block, x, y, hessians, Settings())
+    extra = measured(block, x, Settings())[0].extra
     inputs = []
     block.forward(x, lambda group, n: inputs.append(n) if group == "down" else None)
     down = block.module.linear("down_proj")

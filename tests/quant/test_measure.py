@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quant_helpers import load, states
+from quant_helpers import load, measured, states
 from torch import Tensor
 
 from exl2ray.cuda.solver import Solution
@@ -20,13 +20,13 @@ from exl2ray.formats.measurement import ModuleProfile, OptionProfile, read_measu
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.quant import measure
+from exl2ray.quant import module as module_room
 from exl2ray.quant.gptq import feedback_factor, quantize_reference
-from exl2ray.quant.hessian import Factor, factorise
-from exl2ray.quant.measure import measure_block, profile_of, reference_pass
-from exl2ray.quant.measure_moe import coverage, expert_factor
+from exl2ray.quant.hessian import Factor, expert_factor, factorise
+from exl2ray.quant.measure_moe import coverage
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import attention_options, mlp_options
-from exl2ray.quant.scoring import accuracy_of, row_errors
+from exl2ray.quant.rows import accuracy_of, reference_pass, row_errors
 from exl2ray.quant.settings import Settings
 
 
@@ -92,7 +92,7 @@ def test_scores_are_those_of_whole_forwards(
     x, settings = states(spec), Settings(batch_rows=2)
     y_plain = block.forward(x)
     before = {k: w.clone() for k, w in block.weights.items()}
-    profile, y = measure_block(block, x, settings, check_states)
+    profile, y = measured(block, x, settings)
     assert torch.equal(y, y_plain)
     assert all(torch.equal(block.weights[k], w) for k, w in before.items())
     assert profile.entry_key == f"model.layers.{(module - 1) // 2}.{mode}"
@@ -108,7 +108,7 @@ def test_scores_are_those_of_whole_forwards(
 def test_parallel_block_scores_each_half_without_the_residual(tiny: Callable[[str], Path]) -> None:
     spec, block = load(tiny("Cohere"), 1)
     x, settings = states(spec), Settings(batch_rows=2)
-    profile, y = measure_block(block, x, settings, check_states)
+    profile, y = measured(block, x, settings)
     assert profile.options is None
     assert profile.attn is not None
     assert profile.mlp is not None
@@ -140,8 +140,8 @@ def test_batching_of_rows_changes_nothing_but_rounding(
 ) -> None:
     spec, block = load(tiny(family), module)
     x = states(spec, rows=5)
-    one, y1 = measure_block(block, x, Settings(batch_rows=1), check_states)
-    all_, y5 = measure_block(block, x, Settings(batch_rows=8, budget_bytes=1), check_states)
+    one, y1 = measured(block, x, Settings(batch_rows=1))
+    all_, y5 = measured(block, x, Settings(batch_rows=8, budget_bytes=1))
     # Half states: a product summed in another order may land on the neighbouring half, rarely.
     assert torch.allclose(y1.float(), y5.float(), rtol=2e-3, atol=1e-3)
     for a, b in zip(one.slots(), all_.slots(), strict=True):
@@ -152,7 +152,7 @@ def test_batching_of_rows_changes_nothing_but_rounding(
 def test_two_runs_agree_to_the_bit(tiny: Callable[[str], Path]) -> None:
     spec, block = load(tiny("Llama"), 1)
     x = states(spec)
-    a, b = (measure_block(block, x, Settings(), check_states)[0] for _ in range(2))
+    a, b = (measured(block, x, Settings())[0] for _ in range(2))
     assert a == b
 
 
@@ -160,7 +160,7 @@ def test_experts_without_tokens_have_a_defined_fallback(tiny: Callable[[str], Pa
     spec, block = load(tiny("Mixtral"), 2)
     x = states(spec, rows=1, tokens=1).expand(1, 30, -1).contiguous()  # equal tokens go to the same two experts
     reported: list[str] = []
-    profile, _ = measure_block(block, x, Settings(), check_states, reported.append)
+    profile, _ = measured(block, x, Settings(), reported.append)
     tokens = [e["tokens"] for e in profile.extra["experts"]]
     assert sorted(tokens) == [0, 0, 30, 30]
     idle = tokens.index(0)
@@ -195,17 +195,15 @@ def test_nan_states_are_refused_with_the_place(tiny: Callable[[str], Path]) -> N
     x = states(spec)
     x[2, 5, 7] = float("nan")
     with pytest.raises(NumericError, match=r"output of model\.layers\.0\.mlp, rows 2 to 2: 64 of"):
-        measure_block(block, x, Settings(batch_rows=2), check_states)
+        measured(block, x, Settings(batch_rows=2))
 
 
-def test_a_module_that_no_option_can_hold_is_refused(tiny: Callable[[str], Path]) -> None:
+def test_a_module_that_no_option_can_hold_is_refused(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     spec, block = load(tiny("Llama"), 2)
-    x = states(spec)
-    profile, _ = measure_block(block, x, Settings(), check_states)
-    assert profile.options is not None
-    useless = [OptionProfile(0.05, o.total_bits, o.params) for o in profile.options]
+    options = [OptionProfile(0.05, o.total_bits, o.params) for o in measured(block, states(spec), Settings())[0].slots()[0]]
+    monkeypatch.setattr(module_room, "measure_halves", lambda *_: ([options], {}))
     with pytest.raises(NumericError, match=r"model\.layers\.0\.mlp: the best of 17 options has accuracy 0\.05"):
-        profile_of(block.module, [useless], {})
+        measured(block, states(spec), Settings())
 
 
 def test_a_candidate_that_yields_nan_counts_as_useless(
@@ -222,7 +220,7 @@ def test_a_candidate_that_yields_nan_counts_as_useless(
         return solved
 
     monkeypatch.setattr(measure, "solve_with_losses", broken)
-    profile, _ = measure_block(block, states(spec), Settings(), check_states)
+    profile, _ = measured(block, states(spec), Settings())
     assert profile.options is not None
     rows = [row["down_proj"] for row in MLP]
     for option, row in zip(profile.options, rows, strict=True):
@@ -254,7 +252,7 @@ def test_layer_of_a_trained_model_agrees_with_the_reference(shared_dir: Path) ->
     x = load_block(spec, spec.modules[0], source, "cpu", torch.float32).forward(ids)
     for module in spec.modules[1:3]:
         block = load_block(spec, module, source, "cpu", torch.float32)
-        profile, x = measure_block(block, x, Settings(batch_rows=4), check_states)
+        profile, x = measured(block, x, Settings(batch_rows=4))
         theirs = golden[profile.entry_key]
         assert isinstance(theirs, ModuleProfile)
         assert profile.options is not None

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from quant_helpers import hessian, load, states
+from quant_helpers import hessian, load, quantized, states
 
-from exl2ray.model.blocks import check_states
 from exl2ray.quant.hessian import keeps_order, prepare, round_to_nearest
 from exl2ray.quant.qparams import parse
-from exl2ray.quant.quantize import quantize_block
 from exl2ray.quant.settings import Settings
 
 
@@ -35,8 +33,8 @@ def test_down_proj_of_a_biased_mlp_is_not_reordered(
     assert keeps_order(block.module, "down") is natural
     assert not keeps_order(block.module, "gate_up")
     params = {x.key: parse("1:4b_32g s4") for x in block.module.linears}
-    module, _, _ = quantize_block(block, states(spec), params, Settings(), check_states)
-    orders = {p.key.rsplit(".", 1)[1]: p.q_invperm.tolist() for p in module.packed}
+    _, packed, _ = quantized(block, states(spec), params, Settings())
+    orders = {p.key.rsplit(".", 1)[1]: p.q_invperm.tolist() for p in packed.values()}
     assert (orders["down_proj"] == list(range(96))) is natural
     assert orders["up_proj"] != list(range(64))
     assert orders["up_proj"] == orders["gate_proj"]

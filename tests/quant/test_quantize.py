@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quant_helpers import load, states
+from quant_helpers import load, measured, quantized, states
 from torch import Tensor
 
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import check_linear, dequantize_numpy
 from exl2ray.formats.layout import QParams
 from exl2ray.model.blocks import Block, check_states
-from exl2ray.quant import quantize as quantize_module
-from exl2ray.quant.gptq import feedback_factor, quantize_reference, relative_error
+from exl2ray.quant import module as module_room
+from exl2ray.quant.gptq import feedback_factor, quantize_reference
 from exl2ray.quant.hessian import HessianAccumulator, prepare
-from exl2ray.quant.measure import measure_block, reference_pass
 from exl2ray.quant.pack import pad_columns
-from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse
-from exl2ray.quant.quantize import quantize_block, quantize_head
+from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.quant.rows import reference_pass
 from exl2ray.quant.settings import Settings
 
 CASES = [("Llama", 1), ("Llama", 2), ("Qwen2", 3), ("Mixtral", 2), ("Cohere", 1)]
@@ -45,10 +44,11 @@ def test_packed_tensors_are_what_the_block_holds_afterwards(
     x, params = states(spec), options(block)
     source, biases = dict(block.weights), dict(block.biases)
     plain = block.forward(x)
-    result, y, target = quantize_block(block, x, params, Settings(batch_rows=2), check_states)
+    result, found, y = quantized(block, x, params, Settings(batch_rows=2))
+    target = torch.cat(list(result.other.values()))
     assert torch.equal(target, plain)
-    assert [p.key for p in result.packed] == [n.key for n in block.module.linears]
-    for packed, linear in zip(result.packed, block.module.linears, strict=True):
+    assert found.keys() == {n.key for n in block.module.linears}
+    for packed, linear in zip(found.values(), block.module.linears, strict=True):
         assert check_linear(packed) == []
         assert packed.layout == params[packed.key].layout(linear.in_features)
         assert packed.total_bits == params[packed.key].total_bits(
@@ -71,11 +71,11 @@ def test_error_equals_the_measured_one(tiny: Callable[[str], Path]) -> None:
     """The same options on the same states: the measurement predicts the quantisation."""
     spec, block = load(tiny("Llama"), 1)
     x, settings = states(spec), Settings(batch_rows=2)
-    profile, _ = measure_block(block, x, settings, check_states)
+    profile, _ = measured(block, x, settings)
     assert profile.options is not None
     for row in (0, 9, 18):
         _, fresh = load(tiny("Llama"), 1)
-        result, _, _ = quantize_block(fresh, x, options(fresh, attention=row), settings, check_states)
+        result, _, _ = quantized(fresh, x, options(fresh, attention=row), settings)
         assert result.error == pytest.approx(1 - profile.options[row].accuracy, rel=5e-3)
 
 
@@ -89,7 +89,7 @@ def test_every_hessian_comes_from_the_unquantised_module(tiny: Callable[[str], P
     factor = prepare(hessians["down"].finish())
     layout = params[down.key].layout(down.in_features)
     expected = quantize_reference(pad_columns(source), factor.perm, feedback_factor(factor), layout)
-    quantize_block(block, x, params, Settings(), check_states)
+    quantized(block, x, params, Settings())
     assert float((block.weights[down.key].half() == expected.weight).double().mean()) > 0.99
 
 
@@ -97,10 +97,10 @@ def test_same_input_same_bytes(tiny: Callable[[str], Path]) -> None:
     runs = []
     for _ in range(2):
         spec, block = load(tiny("Mixtral"), 2)
-        result, y, _ = quantize_block(block, states(spec), options(block), Settings(), check_states)
-        runs.append((result, y))
+        _, packed, y = quantized(block, states(spec), options(block), Settings())
+        runs.append((packed, y))
     assert torch.equal(runs[0][1], runs[1][1])
-    for a, b in zip(runs[0][0].packed, runs[1][0].packed, strict=True):
+    for a, b in zip(runs[0][0].values(), runs[1][0].values(), strict=True):
         assert all(torch.equal(t, b.tensors()[name]) for name, t in a.tensors().items())
 
 
@@ -108,17 +108,17 @@ def test_packed_that_decodes_to_something_else_is_an_error(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, block = load(tiny("Llama"), 2)
-    original = quantize_module.pack
+    original = module_room.pack
 
-    def damaged(key: str, *rest: Any) -> Any:
-        packed = original(key, *rest)
+    def damaged(*linear: Any, **how: Any) -> Any:
+        packed = original(*linear, **how)
         word = packed.q_weight.clone()
         word[1, 3] ^= 1 << 5
         return dataclasses.replace(packed, q_weight=word)
 
-    monkeypatch.setattr(quantize_module, "pack", damaged)
+    monkeypatch.setattr(module_room, "pack", damaged)
     with pytest.raises(NumericError, match=r"model\.layers\.0\.mlp\.gate_proj: the packed tensors decode to other"):
-        quantize_block(block, states(spec), options(block), Settings(), check_states)
+        quantized(block, states(spec), options(block), Settings())
 
 
 def test_nan_states_are_refused_with_the_place(tiny: Callable[[str], Path]) -> None:
@@ -126,7 +126,7 @@ def test_nan_states_are_refused_with_the_place(tiny: Callable[[str], Path]) -> N
     x = states(spec)
     x[1, 0, 0] = float("nan")
     with pytest.raises(NumericError, match=r"output of model\.layers\.0\.self_attn, rows 1 to 1"):
-        quantize_block(block, x, options(block), Settings(batch_rows=1), check_states)
+        quantized(block, x, options(block), Settings(batch_rows=1))
 
 
 def head_inputs(spec: Any) -> Tensor:
@@ -140,8 +140,10 @@ def test_head(tiny: Callable[[str], Path], bits: int) -> None:
     spec, block = load(tiny("Llama"), len(load(tiny("Llama"), 1)[0].modules) - 1)
     key = block.module.linears[0].key
     x, source = head_inputs(spec), block.weights[key].clone()
-    packed, notes = quantize_head(block, x, head_option(bits), Settings(batch_rows=2))
-    assert notes == ()
+    result, found, _ = quantized(block, x, {key: head_option(bits)}, Settings(batch_rows=2))
+    packed = found[key]
+    assert result.notes == []
+    assert result.error is None
     assert packed.out_features == 288
     assert check_linear(packed) == []
     decoded = dequantize_numpy(packed)
@@ -154,18 +156,3 @@ def test_head(tiny: Callable[[str], Path], bits: int) -> None:
     expected = quantize_reference(pad_columns(source), factor.perm, feedback_factor(factor), layout)
     assert float((torch.from_numpy(decoded) == expected.weight).double().mean()) > 0.98
     assert block.forward(x).shape == (3, 60, 272)
-
-
-def test_head_rounded_to_nearest_says_so_and_is_worse(tiny: Callable[[str], Path]) -> None:
-    last = len(load(tiny("Llama"), 1)[0].modules) - 1
-    errors = []
-    for feedback in (True, False):
-        spec, block = load(tiny("Llama"), last)
-        key = block.module.linears[0].key
-        x, source = head_inputs(spec), block.weights[key].clone()
-        _, notes = quantize_head(block, x, parse("1:3b_32g"), Settings(), feedback)
-        flat = x.flatten(0, 1)
-        errors.append(relative_error(flat.T @ flat, source, block.weights[key]))
-        assert bool(notes) != feedback
-    assert notes == (f"{key}: round to nearest (no error feedback)",)
-    assert errors[0] < errors[1]

@@ -21,6 +21,7 @@ from exl2ray.report.page import render
 from exl2ray.store.fs import Store
 from exl2ray.store.job import JOB_FILE, StoredJob, encode_job
 from exl2ray.store.layout import EVENTS, MEASURE, MEASUREMENT, quant_kind
+from exl2ray.store.open import open_store
 from exl2ray.store.records import FileRef, Record, Records, hash_inputs, item_file
 from exl2ray.store.tensors import put_tensors
 
@@ -199,7 +200,7 @@ def whole_work(
     root: Path, model: Model, bits: tuple[float, ...], workers: int = 1, tensors: bool = False, **identity: Any
 ) -> Path:
     """A finished job."""
-    store = Store.open(str(root))
+    store = open_store(str(root))
     write_job(store, model, bits, **identity)
     profiles = write_measurement(store, model)
     for b in bits:

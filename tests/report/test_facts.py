@@ -19,8 +19,8 @@ from exl2ray.report.allocation import allocation_of
 from exl2ray.report.facts import group_notes, read_facts
 from exl2ray.report.timeline import busy_share, read_timeline
 from exl2ray.report.values import layer_of, nominal_bpw, number, parse_option, role_of
-from exl2ray.store.fs import Store
 from exl2ray.store.layout import quant_kind
+from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, Records, hash_inputs
 
 ALL_OPTIONS = [q for row in (*attention_options(), *mlp_options()) for q in row]
@@ -65,7 +65,7 @@ def test_curves_know_the_weights_of_their_modules(small_work: Path) -> None:
 
 
 def test_half_a_conversion_shows_what_there_is(tmp_path: Path) -> None:
-    store, model = Store.open(str(tmp_path)), Model(6)
+    store, model = open_store(str(tmp_path)), Model(6)
     write_job(store, model, (3.0,))
     write_events(store, model, (3.0,), 2)
     write_chain(store, model, write_measurement(store, model), 3.0, modules=5)
@@ -78,7 +78,7 @@ def test_half_a_conversion_shows_what_there_is(tmp_path: Path) -> None:
 
 
 def test_half_a_measurement_comes_from_records(tmp_path: Path) -> None:
-    store, model = Store.open(str(tmp_path)), Model(6)
+    store, model = open_store(str(tmp_path)), Model(6)
     write_job(store, model, (3.0,))
     write_measurement(store, model, complete=False)
     facts = read_facts(str(tmp_path))
@@ -87,7 +87,7 @@ def test_half_a_measurement_comes_from_records(tmp_path: Path) -> None:
 
 
 def test_the_newest_record_of_a_module_counts(tmp_path: Path) -> None:
-    store = Store.open(str(tmp_path))
+    store = open_store(str(tmp_path))
     write_job(store, Model(1), (3.0,))
     key, records = "model.layers.0.mlp", Records(store)
     for i, created in enumerate((5.0, 9.0, 7.0)):
@@ -256,7 +256,7 @@ def test_a_damaged_file_shortens_the_report(small_work: Path, tmp_path: Path, na
 
 def test_values_of_other_types_are_left_out(tmp_path: Path) -> None:
     """Records with a sound checksum that no version of ours would write."""
-    store = Store.open(str(tmp_path))
+    store = open_store(str(tmp_path))
     write_job(store, Model(1), (3.0,))
     payloads = [
         {"error": "small", "notes": "none", "options": ["x"], "experts": {"0": 1}},

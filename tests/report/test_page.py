@@ -20,8 +20,8 @@ from exl2ray.report.facts import read_facts
 from exl2ray.report.figures import frontier
 from exl2ray.report.page import render
 from exl2ray.report.style import THEMES, WIDTH
-from exl2ray.store.fs import Store
 from exl2ray.store.layout import quant_kind
+from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, Records, hash_inputs
 
 NOTHING = Allocation(3.0, (), (), {}, False)
@@ -151,7 +151,7 @@ def test_without_an_evaluation_calibration_rows_stand_in(small_html: str, moe_ht
 
 
 def test_unfinished_models_are_not_judged(tmp_path: Path) -> None:
-    store, model = Store.open(str(tmp_path)), Model(6)
+    store, model = open_store(str(tmp_path)), Model(6)
     write_job(store, model, (3.0,))
     write_events(store, model, (3.0,), 2)
     write_chain(store, model, write_measurement(store, model), 3.0, modules=5)
@@ -221,7 +221,7 @@ def test_cells_name_their_column(moe_html: str) -> None:
 
 
 def test_names_from_a_hostile_directory(tmp_path: Path) -> None:
-    store, model = Store.open(str(tmp_path)), Model(2)
+    store, model = open_store(str(tmp_path)), Model(2)
     names = [h for h in HOSTILE if "\ud800" not in h]  # the store writes no lone surrogates
     write_job(store, model, (3.0,), in_dir="/models/" + names[0].replace("/", "|"), architecture=names[1])
     write_measurement(store, model)
@@ -260,7 +260,7 @@ def test_names_from_a_hostile_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["job", "measurement", "events"])
 def test_a_directory_that_has_hardly_anything(tmp_path: Path, what: str) -> None:
-    store, model = Store.open(str(tmp_path)), Model(1)
+    store, model = open_store(str(tmp_path)), Model(1)
     write_job(store, model, (3.0,))
     if what == "measurement":
         write_measurement(store, model, complete=False)

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 from report_helpers import Model, evaluation, write_job
 
 from exl2ray.cli import cli
-from exl2ray.store.fs import Store
 from exl2ray.store.layout import is_ours
+from exl2ray.store.open import open_store
 
 
 def run(*args: object) -> Result:
@@ -21,7 +21,7 @@ def run(*args: object) -> Result:
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     root = tmp_path / "work"
-    write_job(Store.open(str(root)), Model(1), (3.0,))
+    write_job(open_store(str(root)), Model(1), (3.0,))
     return root
 
 

@@ -11,6 +11,7 @@ from gcs_server import GcsServer
 from store_helpers import JOB
 
 from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 
 
 @pytest.fixture
@@ -68,4 +69,4 @@ def root(request: pytest.FixtureRequest, tmp_path: Any) -> str:
 
 @pytest.fixture
 def store(root: str) -> Store:
-    return Store.open(root)
+    return open_store(root)

@@ -21,6 +21,7 @@ from exl2ray.errors import StoreError
 from exl2ray.store.fs import Store
 from exl2ray.store.local import LocalStore
 from exl2ray.store.lock import LOCK_FILE, DriverLock, Holder, LockTiming, check_lock, heartbeat_age, read_holder
+from exl2ray.store.open import open_store
 
 ELSEWHERE = replace(Holder.here("other"), host="node-7", boot_id="other")
 
@@ -57,9 +58,10 @@ def test_second_driver_process_is_refused(tmp_path: Path) -> None:
 import sys
 from exl2ray.errors import StoreError
 from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.store.lock import DriverLock
 try:
-    DriverLock(Store.open(sys.argv[1])).acquire()
+    DriverLock(open_store(sys.argv[1])).acquire()
 except StoreError as e:
     print(e)
 """
@@ -98,7 +100,7 @@ def test_other_machine_counts_by_its_heartbeat(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_other_machine_on_an_object_store(kind: str, request: pytest.FixtureRequest) -> None:
-    store = Store.open(str(request.getfixturevalue(f"{kind}_root")))
+    store = open_store(str(request.getfixturevalue(f"{kind}_root")))
     store.put(LOCK_FILE, ELSEWHERE.to_bytes())
     with pytest.raises(StoreError, match="node-7"):
         DriverLock(store, LockTiming(settle=0.05)).acquire()
@@ -158,7 +160,7 @@ def test_without_locks_of_the_kernel_the_name_is_kept_fresh(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     without_flock(monkeypatch)
-    store = Store.open(str(tmp_path) if kind == "local" else str(request.getfixturevalue(f"{kind}_root")))
+    store = open_store(str(tmp_path) if kind == "local" else str(request.getfixturevalue(f"{kind}_root")))
     beats: list[int] = []
     lock = DriverLock(store, FAST, on_beat=lambda: beats.append(1))
     lock.acquire()
@@ -203,8 +205,9 @@ def test_the_kernel_frees_the_lock_of_a_killed_driver_and_of_none_else(tmp_path:
     code = """
 import sys
 from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.store.lock import DriverLock
-DriverLock(Store.open(sys.argv[1])).acquire()
+DriverLock(open_store(sys.argv[1])).acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -283,8 +286,9 @@ def test_forked_child_does_not_release(tmp_path: Path) -> None:
     code = """
 import os, sys
 from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.store.lock import DriverLock
-store = Store.open(sys.argv[1])
+store = open_store(sys.argv[1])
 lock = DriverLock(store)
 lock.acquire()
 pid = os.fork()

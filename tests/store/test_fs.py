@@ -17,6 +17,7 @@ from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import TEMP_NAME, TEMP_PREFIX, Store, check_name, temp_name
 from exl2ray.store.local import LocalStore
+from exl2ray.store.open import open_store
 
 
 def test_put_get_size_exists_delete(store: Store) -> None:
@@ -104,11 +105,11 @@ def test_names_outside_the_root_are_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", ["", "ftp://host/x", "s3://", "s3:///x", "s3://b/x?y=1"])
 def test_bad_roots_are_refused(bad: str) -> None:
     with pytest.raises(StoreError):
-        Store.open(bad)
+        open_store(bad)
 
 
 def test_missing_bucket_is_a_typed_error(s3_bucket: str) -> None:
-    store = Store.open("s3://no-such-bucket-here/x")
+    store = open_store("s3://no-such-bucket-here/x")
     with pytest.raises(StoreError, match=r"s3://no-such-bucket-here/x/a") as caught:
         store.put("a", b"1")
     assert "bucket" in caught.value.hint
@@ -116,8 +117,8 @@ def test_missing_bucket_is_a_typed_error(s3_bucket: str) -> None:
 
 def test_root_is_absolute_and_file_urls_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Store.open("work").root == str(tmp_path / "work")
-    assert Store.open(f"file://{tmp_path}/work").root == str(tmp_path / "work")
+    assert open_store("work").root == str(tmp_path / "work")
+    assert open_store(f"file://{tmp_path}/work").root == str(tmp_path / "work")
 
 
 def test_full_disk_leaves_old_content_and_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +160,9 @@ def test_file_size_limit_is_a_typed_error(tmp_path: Path) -> None:
 import resource, sys
 from exl2ray.errors import StoreError
 from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-store = Store.open(sys.argv[1])
+store = open_store(sys.argv[1])
 store.put("small", b"x" * 1000)
 try:
     store.put("large", b"x" * 1_000_000)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from exl2ray.store.fs import TEMP_PREFIX, Store
+from exl2ray.store.fs import TEMP_PREFIX
+from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
 
 DRIVER = """
@@ -63,14 +64,14 @@ def run_and_kill(root: str, items: int, item_bytes: int, acks: int, delay_second
 
 def contents(root: str) -> dict[str, object]:
     """Bytes of the results: state files, and records without the time and process that made them."""
-    store = Store.open(root)
+    store = open_store(root)
     found: dict[str, object] = {n: store.get(n) for n in store.list("measure/states")}
     found |= {key: (r.payload, r.files) for (key, _), r in Records(store).scan("measure").items()}
     return found
 
 
 def check_whole(root: str, acknowledged: set[str]) -> None:
-    store = Store.open(root)
+    store = open_store(root)
     records = Records(store, deep=True)
     keys = {key for key, _ in records.scan("measure", deep=True)}
     assert records.notes == []

@@ -19,6 +19,7 @@ from exl2ray.store.job import compare_jobs, is_marked, section_hash
 from exl2ray.store.layout import CALIBRATION, MEASUREMENT, is_ours, quant_kind
 from exl2ray.store.local import LocalStore
 from exl2ray.store.nonce import verify_nonce
+from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, hash_inputs, item_file
 from exl2ray.store.status import read_status
 from exl2ray.store.workdir import WorkDir
@@ -81,7 +82,7 @@ def test_new_directory_then_resume(root: str, job: Job) -> None:
     stored = WorkDir.read_job(root)
     assert stored.job == job
     assert stored.versions == VERSIONS
-    assert "driver.lock" not in Store.open(root).entries()
+    assert "driver.lock" not in open_store(root).entries()
 
 
 def test_tuples_and_key_order_are_the_same_settings(tmp_path: Path, job: Job) -> None:
@@ -291,7 +292,7 @@ def test_nonce(root: str, job: Job) -> None:
         with pytest.raises(StoreError, match="another token"):
             verify_nonce(work.store, rel, "0" * 32)
         assert work.store.list("nonce") == [rel]
-    assert Store.open(root).list("nonce") == []
+    assert open_store(root).list("nonce") == []
 
 
 def test_nonce_on_another_file_system_or_a_read_only_mount(
@@ -336,7 +337,7 @@ def test_status_of_a_running_a_stopped_and_a_crashed_job(root: str, job: Job) ->
         assert status.problems == ()
         lock = work.store.get("driver.lock")
     assert read_status(root).state == "stopped"
-    store = Store.open(root)
+    store = open_store(root)
     stale = json.loads(lock)
     stale["process"]["pid"] = 2**31 - 2
     store.put("driver.lock", json.dumps(stale).encode())

@@ -123,7 +123,7 @@ class HeldWorker(Worker):
 WIDE = {
     "exl2ray.quant.cholesky.BLOCK": 32,
     "exl2ray.quant.hessian.FLOAT64_ROWS": 48,
-    "exl2ray.team.owning.TOGETHER_ROWS": 48,
+    "exl2ray.quant.sharing.TOGETHER_ROWS": 48,
 }  # tiny models have wide Hessians
 
 
@@ -133,17 +133,17 @@ class WideWorker(Worker):
     def __init__(self, setup: Any) -> None:
         import importlib
 
-        import exl2ray.team.owning as owning
+        import exl2ray.quant.sharing as sharing
 
         for name, value in WIDE.items():
             module, _, attribute = name.rpartition(".")
             setattr(importlib.import_module(module), attribute, value)
-        together = owning.factorise_together
+        together = sharing.factorise_together
 
         def noted(comm: Any, tree: Any, held: Any, owner: int, device: Any, damping: float, where: str, *more: Any) -> Any:
             with open(f"{setup.work_root}.together", "a", encoding="utf-8") as f:
                 f.write(f"{where} {comm.size}\n")
             return together(comm, tree, held, owner, device, damping, where, *more)
 
-        owning.factorise_together = noted
+        sharing.factorise_together = noted
         super().__init__(setup)

@@ -24,7 +24,7 @@ from exl2ray.convert import convert
 from exl2ray.driver.policy import Limits
 from exl2ray.events import Silent
 from exl2ray.store.events import read_events
-from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.team.messages import Begun
 from exl2ray.team.worker import Worker
 
@@ -61,7 +61,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while self.killed < KILLS and not self.stopped.wait(self.random.uniform(0.3, 1.2)):
-            done = [e for e in read_events(Store.open(str(self.work)))[0] if e["name"] == "item"]
+            done = [e for e in read_events(open_store(str(self.work)))[0] if e["name"] == "item"]
             pids = self.pids()
             if pids and self.killed < 2 * (len(done) + 1):
                 os.kill(self.random.choice(pids), signal.SIGKILL)
@@ -71,7 +71,7 @@ class Killer(threading.Thread):
     def pids(self) -> list[int]:
         """Workers that have been given something to do and run."""
         found = set()
-        for event in read_events(Store.open(str(self.work)))[0]:
+        for event in read_events(open_store(str(self.work)))[0]:
             if event["name"] == "started":
                 found.add(int(event["fields"]["worker"].rpartition(":")[2]))
         return sorted(p for p in found if b"ray::" in _command(p))
@@ -113,7 +113,7 @@ def test_chaos(seed: int, model: Path, tmp_path: Path, cluster: Any, monkeypatch
 def computed_again(work: Path) -> list[str]:
     """Items with a call that computes them after the event that they are finished."""
     out, done = [], set()
-    for event in read_events(Store.open(str(work)))[0]:
+    for event in read_events(open_store(str(work)))[0]:
         f = event["fields"]
         if event["name"] == "item":
             done.add((f["stage"], f["key"]))

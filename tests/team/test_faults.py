@@ -22,7 +22,7 @@ from exl2ray.driver.supervise import POLL_SECONDS
 from exl2ray.errors import ClusterError, Exl2RayError, StoreError
 from exl2ray.events import Silent
 from exl2ray.store.events import read_events
-from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.team.messages import Begun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def quiet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 
 def events(work: Path, name: str) -> list[dict[str, Any]]:
-    return [e["fields"] for e in read_events(Store.open(str(work)))[0] if e["name"] == name]
+    return [e["fields"] for e in read_events(open_store(str(work)))[0] if e["name"] == name]
 
 
 def test_killed_in_every_kind_of_item(

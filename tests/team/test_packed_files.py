@@ -11,17 +11,17 @@ import torch
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.pack import pack
-from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.store.tensors import get_tensors, put_tensors
 from exl2ray.team import packed_files
 from exl2ray.team.packed_files import PackedFiles
 
 
-class Run:
-    """A Runner that writes at once."""
+class AtOnce:
+    """Writers that write at once."""
 
     def __init__(self, root: Path) -> None:
-        self.store = Store.open(str(root))
+        self.store = open_store(str(root))
 
     def write(self, rel: str, tensors: dict[str, torch.Tensor]) -> Any:
         return put_tensors(self.store, rel, tensors)
@@ -38,12 +38,12 @@ def linear(key: str) -> Any:
 @pytest.mark.parametrize(("least", "count"), [(1, 7), (2000, 4), (1 << 20, 1)])
 def test_everything_is_written_once(least: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_files, "LEAST_BYTES", least)
-    run = Run(tmp_path)
+    run = AtOnce(tmp_path)
     made = {f"w{i}": linear(f"expert.{i}") for i in range(7)}
     files = PackedFiles(run, "quant/4.0", "model.layers.0.mlp", "ab" * 32)  # type: ignore[arg-type]
     for pair in (("w0", "w1", "w2"), ("w3", "w4"), ("w5",), ("w6",)):
         files.add({made[name].key: made[name] for name in pair})
-    found = files.close()
+    found = files.flush()
     assert len(found) == count
     assert set(found) <= {p.key for p in made.values()}
     read: dict[str, torch.Tensor] = {}
@@ -54,4 +54,4 @@ def test_everything_is_written_once(least: int, count: int, tmp_path: Path, monk
     expected = {name: t for p in made.values() for name, t in p.tensors().items()}
     assert read.keys() == expected.keys()
     assert all(torch.equal(read[name], t) for name, t in expected.items())
-    assert files.close() is found  # nothing is left
+    assert files.flush() is found  # nothing is left

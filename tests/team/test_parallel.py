@@ -14,7 +14,7 @@ from team_helpers import BITS, WIDE, WideWorker, digests, recipe
 from exl2ray.convert import convert
 from exl2ray.events import Silent
 from exl2ray.store.events import read_events
-from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.store.status import read_status
 
 
@@ -31,7 +31,7 @@ def quiet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 def started(work: Path) -> list[tuple[str, str]]:
     """(method, key) of all calls that were made."""
-    events, _ = read_events(Store.open(str(work)))
+    events, _ = read_events(open_store(str(work)))
     return [(e["fields"]["method"], e["fields"]["key"]) for e in events if e["name"] == "started"]
 
 
@@ -87,7 +87,7 @@ def test_several_bitrates_share_the_workers(model: Path, tmp_path: Path, cluster
     convert(recipe(model, many, bits=bits, gpus=2, ray_address=cluster.address), Silent())
     assert digests(one) == digests(many)
     workers = [set[str](), set[str]()]
-    events, _ = read_events(Store.open(str(many)))
+    events, _ = read_events(open_store(str(many)))
     for e in events:
         if e["name"] == "started" and e["fields"]["method"] == "chain":
             workers[0].add(e["fields"]["worker"])
@@ -184,7 +184,7 @@ def test_what_workers_send_each_other_is_counted(propagate: str, model: Path, tm
     for workers in (1, 2):
         work = tmp_path / str(workers)
         convert(recipe(model, work, gpus=workers, ray_address=cluster.address, propagate=propagate), Silent())
-        events, _ = read_events(Store.open(str(work)))
+        events, _ = read_events(open_store(str(work)))
         calls = [e["fields"] for e in events if e["name"] == "finished"]
         moved[workers] = {m: sum(c["received"] for c in calls if c["method"] == m) for m in ("sweep", "chain")}
         in_items = sum(e["fields"]["received"] for e in events if e["name"] == "item")
@@ -210,7 +210,7 @@ def test_work_directory_in_a_bucket(kind: str, model: Path, tmp_path: Path, requ
     produced = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     expected = {p.name: p.read_bytes() for p in Path(f"{local}-out/{BITS[0]}").iterdir() if p.is_file()}
     assert produced == expected
-    store = Store.open(root)
+    store = open_store(root)
     assert store.get("measurement.json") == (local / "measurement.json").read_bytes()
     states = [n for kind in ("measure", "quant/4.0") for n in store.list(f"{kind}/states")]
     assert [n for n in states if n.endswith(".safetensors")]  # which ones depends on how long saving takes

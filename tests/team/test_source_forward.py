@@ -15,17 +15,18 @@ from torch import Tensor
 
 import exl2ray.team.shared_reading as reading_module
 import exl2ray.team.source_forward as sweep_module
+from exl2ray.model.blocks import check_states
+from exl2ray.quant.group import Solo
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.memory import context_bytes
+from exl2ray.quant.module import enter_module
 from exl2ray.quant.rows import SHARES, share_rows, shared_batches
-from exl2ray.store.fs import Store
+from exl2ray.quant.sums import TreeSum, owner_shares, reduction
+from exl2ray.store.open import open_store
 from exl2ray.store.tensors import put_tensors
-from exl2ray.team.comm import Solo
 from exl2ray.team.messages import WorkerSetup
-from exl2ray.team.reducing import reduction
 from exl2ray.team.runner import Runner
 from exl2ray.team.source_forward import Found, source_forward
-from exl2ray.team.tree import TreeSum, owner_shares
 
 ROWS, TOKENS = 19, 32
 
@@ -33,7 +34,7 @@ ROWS, TOKENS = 19, 32
 @pytest.fixture
 def setup(model: Path, tmp_path: Path) -> WorkerSetup:
     ids = torch.randint(0, 200, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
-    put_tensors(Store.open(str(tmp_path)), "rows.safetensors", {"measure": ids, "quantize": ids})
+    put_tensors(open_store(str(tmp_path)), "rows.safetensors", {"measure": ids, "quantize": ids})
     return WorkerSetup(
         in_dir=str(model), work_root=str(tmp_path), device="cpu", rope_scale=None, rope_alpha=None, damping=0.12,
         checkpoint_seconds=1e9, calibration="rows.safetensors", calibration_sha256="ab" * 32, perplexity_rows=ROWS, threads=1,
@@ -59,9 +60,10 @@ def alone(run: Runner) -> dict[int, Entered]:
     x = run.embedded("measure")
     out = {}
     for module in run.spec.modules[1:-2]:
-        y, sums = run.enter(run.load(module), x)
-        out[module.index] = Entered(x, y, {group: h.h for group, h in sums.items()})
-        x = y
+        entered = enter_module(run.load(module), x, run.settings(module, *x.shape[:2]), check_states)
+        assert entered.y is not None
+        out[module.index] = Entered(x, entered.y, {group: h.h for group, h in entered.hessians.items()})
+        x = entered.y
     return out
 
 
@@ -152,7 +154,7 @@ def test_the_entry_of_the_head_is_not_prepared(setup: WorkerSetup) -> None:
     run = Runner(setup)
     states = alone(run)[4].y
     for module in run.spec.modules[5:-1]:
-        states = run.advance_all(run.load(module), states)
+        states = run.advance(run.load(module), states, shared=True)
     first, second = gang(2, setup, ((1, 2, 3, 4), (6,)))
     assert list(first.prepared) == [1, 2, 3, 4]
     assert not second.prepared

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from exl2ray.errors import NumericError
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.rows import SHARES, share_rows
-from exl2ray.team.tree import TreeSum, owner_shares
+from exl2ray.quant.sums import TreeSum, owner_shares
 
 
 def accumulators(rows: int) -> dict[int, HessianAccumulator]:

@@ -20,7 +20,7 @@ from exl2ray.errors import UsageError
 from exl2ray.evaluate.forward import open_model
 from exl2ray.evaluate.generate import Draft, Generator
 from exl2ray.events import Silent
-from exl2ray.store.fs import Store
+from exl2ray.store.open import open_store
 from exl2ray.tune.documents import Kind
 from exl2ray.tune.run import Settings, tune
 from exl2ray.tune.written import self_written
@@ -81,7 +81,7 @@ def test_pieces_are_kept_and_the_text_is_the_same_again(model: Path, tmp_path: P
 
     def write(root: Path, tokens: int, seed: int = 0) -> list[Kind]:
         with load_tokenizer(model, opened.source.config, opened.vocab_size) as tokenizer:
-            return self_written(opened, tokenizer, tokens, 24, seed, CPU, Store.open(str(root)), "written", Silent())
+            return self_written(opened, tokenizer, tokens, 24, seed, CPU, open_store(str(root)), "written", Silent())
 
     def flat(kinds: list[Kind]) -> dict[str, list[int]]:
         return {k.name: np.concatenate(k.documents).tolist() for k in kinds}

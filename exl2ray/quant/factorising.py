@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from exl2ray.quant import cholesky
+from exl2ray.quant.group import Comm
 from exl2ray.quant.hessian import Factor, HessianAccumulator, no_feedback, plan_factor
-from exl2ray.team.comm import Comm
-from exl2ray.team.tree import Counts, Node, TreeSum
+from exl2ray.quant.sums import Counts, Node, TreeSum
 
 TOGETHER_ROWS = 16384  # up to so many inputs, a member alone is as fast
 
@@ -31,7 +31,7 @@ def factorise_together(
     notes: list[str],
     natural: bool,
 ) -> Factor | None:
-    """`exl2ray.quant.measure.factorise` of the sum of all members' ``tree``, which is used up. All members call it.
+    """`exl2ray.quant.hessian.factorise` of the sum of all members' ``tree``, which is used up. All members call it.
 
     held: the counts of each member's tree, by rank; at least one token in all. The owner gets the factor and
     the notes, the others None. Raises NumericError on all members if the sum is not finite.

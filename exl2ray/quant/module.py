@@ -1,0 +1,336 @@
+"""One module: what each of its options costs (`measure_module`), and quantising it with the chosen ones (`quantize_module`).
+
+Both begin with the module's source weights on calibration rows, which are cut into shares (`exl2ray.quant.rows`), and so both
+give the same bits whoever holds which of them. `enter_module` runs all rows of a worker alone; it serves measuring, and
+quantising on the states of the source model, where one pass is enough for all bitrates. In a chain every module is entered
+on what the quantised ones before it produce, by a group of workers; a group of one is a group. Then (converter-algorithm
+section 12)
+
+1. the members sum Hessians over their own shares,
+2. each input gets an owner, and its sum goes there,
+3. owners factorise, solve and pack the linears on their inputs; what runs from then on is what the packing decodes to,
+4. the packed linears go to all members, who run their rows through the quantised module.
+
+With corrected targets (`exl2ray.quant.correct`) 1 to 4 are gone through twice: for the first linears of a block, then for the
+second one, whose input comes from the quantised first ones. The head is a module like any other, but for its target: none.
+
+The other shape that was considered, an object for a module under work with a method for each of the four, keeps between calls
+what `sum_hessians` keeps between two stages, and makes a rule of the order that is a loop here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from exl2ray.cuda.small_batches import Streams
+from exl2ray.errors import NumericError
+from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.formats.layout import QParams
+from exl2ray.formats.measurement import ModuleProfile
+from exl2ray.quant.block import Block, Check, Linear, by_input, device_of, has_experts
+from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
+from exl2ray.quant.gptq import Quantized
+from exl2ray.quant.group import Comm, Solo
+from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor
+from exl2ray.quant.measure import measure_halves, measure_head
+from exl2ray.quant.measure_moe import describe_coverage, measure_experts, shares_of
+from exl2ray.quant.pack import dequantize, pack, pad_columns
+from exl2ray.quant.rows import batches, forward_rows, head_sum, reference_pass, relative_error, share_rows, shared_batches
+from exl2ray.quant.settings import Settings
+from exl2ray.quant.sharing import Owned, PartialSums, share_out, spread
+from exl2ray.quant.solve import lanes_of, quantize_linears
+from exl2ray.quant.sums import TreeSum
+
+USELESS_ACCURACY = 0.1  # the reference stops below this, and so do we: the module's output is noise
+Shares = Mapping[int, Tensor]  # share of the rows -> states (r, T, hidden); shares without rows are left out
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A module that all calibration rows went through with its source weights.
+
+    x, y: (R, T, hidden) states before and after it; the head has no y. hessians: of all inputs, over all rows.
+    """
+
+    block: Block
+    x: Tensor
+    y: Tensor | None
+    hessians: dict[str, HessianAccumulator]
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """error: mean over all rows of the relative Frobenius error of the output, None for the head. experts: coverage of a
+    mixture of experts (`measure_moe.shares_of`). x, other: this member's states after the module, in the quantised and in the
+    source model; empty for the head."""
+
+    error: float | None
+    notes: list[str]
+    experts: list[dict[str, float]]
+    x: dict[int, Tensor]
+    other: dict[int, Tensor]
+
+
+class PackedSink(Protocol):
+    """Where packed linears go, input by input, on the device that made them. flush: the next ones take a while."""
+
+    def add(self, packed: Mapping[str, PackedLinear]) -> None: ...
+    def flush(self) -> object: ...
+
+
+def enter_module(block: Block, x: Tensor, settings: Settings, check: Check) -> Entered:
+    """Runs a module with its source weights on all rows x (R, T, hidden).
+
+    The bits are those of rows that are spread over workers; where partial sums would have to leave the GPU, rows are summed
+    one after another instead. ``check(states, where)`` raises NumericError for NaN and clamps infinities.
+    """
+    if block.module.kind == "head":
+        group = block.module.linears[0].input_group
+        return Entered(block, x, None, {group: head_sum(block, x, settings)}, settings)
+    if settings.sums_on_host:
+        slices = shared_batches(len(x), settings.batch_rows)
+        return Entered(block, x, *reference_pass(block, x, settings, check, slices=slices), settings)
+    trees, y = empty_trees(block), torch.empty_like(x)
+    for s, rows in enumerate(share_rows(len(x))):
+        if len(rows):
+            part = slice(rows.start, rows.stop)
+            y[part] = add_share(trees, s, block, x[part], settings, check, rows.start)
+    return Entered(block, x, y, {group: tree.total() for group, tree in trees.items()}, settings)
+
+
+def empty_trees(block: Block, on_host: bool = False) -> dict[str, TreeSum]:
+    """A sum for each input of a module."""
+    return {group: TreeSum(on_host) for group in by_input(block.module.linears)}
+
+
+def add_share(
+    trees: Mapping[str, TreeSum], share: int, block: Block, x: Tensor, settings: Settings, check: Check, first: int = 0
+) -> Tensor:
+    """States after a module with its source weights, for one share of the rows, whose Hessians are added to ``trees``.
+
+    first: number of the share's first row, for messages.
+    """
+    y, hessians = reference_pass(block, x, settings, check, first)
+    for group, tree in trees.items():
+        tree.add(share, hessians.pop(group))
+    return y
+
+
+def measure_module(entered: Entered, report: Callable[[str], None] = print) -> ModuleProfile:
+    """Cost and accuracy of each option of a module that was entered; its Hessians are used up, to make room.
+
+    ``report`` gets notes (damping raised, fallbacks). Raises NumericError if no option keeps at least a tenth of the output.
+    """
+    block, x, y = entered.block, entered.x, entered.y
+    module, notes = block.module, list[str]()
+    tables: list[Any] = []
+    if y is None:
+        extra = measure_head(block, x, entered.hessians, entered.settings, notes)
+    elif has_experts(block):
+        tables, extra = measure_experts(block, x, y, entered.hessians, entered.settings, notes)
+    else:
+        tables, extra = measure_halves(block, x, y, entered.hessians, entered.settings, notes)
+    for note in notes:
+        report(f"{module.profile_key}: {note}")
+    for options in tables:
+        best = max(o.accuracy for o in options)
+        if best < USELESS_ACCURACY:
+            raise NumericError(
+                f"{module.profile_key}: the best of {len(options)} options has accuracy {best:.4f}",
+                "quantising destroys this module's output: check the weights and the calibration data",
+            )
+    key, mode = module.profile_key.rsplit(".", 1)
+    slots = dict(zip(("attn", "mlp") if module.kind == "parallel" else ("options",), map(tuple, tables), strict=False))
+    return ModuleProfile(key, mode, extra={**extra, "notes": notes} if notes else extra, **slots)
+
+
+def quantize_module(
+    block: Block,
+    x: Shares,  # states that enter the module: of the quantised modules before, or of the source model
+    other: Shares,  # with corrected targets, the same rows in the source model; else some of them, which only go along
+    rows: int,  # calibration rows, of all members
+    params: Mapping[str, QParams],  # linear key -> option
+    settings: Settings,
+    check: Check,
+    sink: PackedSink,
+    comm: Comm | None = None,
+    entered: Entered | None = None,
+) -> QuantizedModule:
+    """Quantises a module with a group; all members call it. On return the block holds the reconstructed weights.
+
+    sink: gets what this member has packed. comm: the group, None: a group of one. entered: what is known of the module, where
+    it is quantised on the states of the source model.
+    """
+    comm, device = comm or Solo(), device_of(block)
+    notes: list[str] = []
+    experts: list[dict[str, float]] = []
+    for sums in sum_hessians(block, x, other, rows, settings, check, entered):
+        owned = share_out(comm, block.module, sums, settings, device)
+        packed = solve_and_pack(block, sums, owned, params, settings, sink, comm.rank)
+        broadcast(block, sums, owned, packed, comm)
+        noted = {group: said for member in comm.gather(owned.notes) for group, said in member.items()}
+        notes += [note for group in sums.inputs for note in noted[group]]
+        if routed := [n for group, n in owned.routed.items() if group.startswith("w2.")]:
+            experts = shares_of(routed)
+    if experts:
+        notes.insert(0, describe_coverage(experts))
+    if block.module.kind == "head":
+        return QuantizedModule(None, notes, experts, {}, {})
+    out, error = _quantized_pass(block, x, sums.targets, rows, settings, check, comm)
+    return QuantizedModule(error, notes, experts, out, sums.after)
+
+
+def sum_hessians(
+    block: Block, x: Shares, other: Shares, rows: int, settings: Settings, check: Check, entered: Entered | None
+) -> Iterator[PartialSums]:
+    """This member's part of the sums for inputs that are quantised at a time: all of them, or with corrected targets those of
+    the first linears and, once these are quantised, that of the second one. Arguments as of `quantize_module`."""
+    inputs, ranges = by_input(block.module.linears), share_rows(rows)
+    if entered is not None:
+        trees = {group: TreeSum.complete(h) for group, h in entered.hessians.items()}
+        yield PartialSums(inputs, trees, targets={} if entered.y is None else cut(entered.y))
+    elif block.module.kind == "head":
+        trees = empty_trees(block)
+        for s, own in sorted(x.items()):
+            for tree in trees.values():
+                tree.add(s, head_sum(block, own, settings))
+        yield PartialSums(inputs, trees)
+    elif settings.numerics.target_correction > 0 and can_correct(block):
+        first, after = first_linears(block), dict[int, Tensor]()
+        source = {linear.key: block.weights[linear.key] for linears in first.values() for linear in linears}
+        for stage in (first, second_linears(block)):
+            trees, crosses = ({group: TreeSum(settings.sums_on_host) for group in stage} for _ in range(2))
+            for s, own in sorted(x.items()):
+                if stage is first:
+                    sums = first_sums(block, own, other[s], settings)
+                else:
+                    sums, after[s] = second_sums(block, own, other[s], source, settings, check)
+                for group in stage:
+                    found = sums.pop(group)
+                    trees[group].add(s, found.hessian)
+                    crosses[group].add(s, found.cross)
+            yield PartialSums(stage, trees, crosses, dict(after), after)
+    else:
+        trees, targets, after = empty_trees(block, settings.sums_on_host), dict[int, Tensor](), dict[int, Tensor]()
+        for s, own in sorted(x.items()):
+            targets[s] = add_share(trees, s, block, own, settings, check, ranges[s].start)
+            after[s] = forward_rows(block, other[s], settings, check, device_of(block)) if len(other[s]) else other[s]
+        yield PartialSums(inputs, trees, {}, targets, after)
+
+
+def cut(x: Tensor) -> dict[int, Tensor]:
+    """All rows (R, T, hidden) by share: views."""
+    return {s: x[r.start : r.stop] for s, r in enumerate(share_rows(len(x))) if len(r)}
+
+
+def solve_and_pack(
+    block: Block,
+    sums: PartialSums,
+    owned: Owned,
+    params: Mapping[str, QParams],
+    settings: Settings,
+    sink: PackedSink,
+    rank: int,
+) -> dict[str, dict[str, PackedLinear]]:
+    """Quantises the linears on the inputs that a member owns: packed linears by input, which the sink has got, too.
+
+    Inputs are solved one after another, small experts some at a time side by side.
+    """
+    lanes = lanes_of(block)
+    if lanes > 1:  # Hessians are used on several streams
+        for accumulator in owned.hessians.values():
+            accumulator.h = accumulator.h.to(device_of(block))
+    own = [group for group in sums.inputs if owned.owners[group] == rank]
+    packed: dict[str, dict[str, PackedLinear]] = {}
+    size = 1 if lanes == 1 else 2 * lanes
+    for start in range(0, len(own), size):
+        solved: dict[str, dict[str, Quantized]] = {}
+        with Streams(device_of(block), lanes) as side_by_side:
+            for group in own[start : start + size]:
+                with side_by_side.turn():
+                    solved[group] = _solve_input(block, sums.inputs[group], group, owned, params, settings)
+        for group in list(solved):
+            packed[group] = pack_input(block, solved.pop(group))
+            sink.add(packed[group])
+    sink.flush()
+    return packed
+
+
+def _solve_input(
+    block: Block, linears: Sequence[Linear], group: str, owned: Owned, params: Mapping[str, QParams], settings: Settings
+) -> dict[str, Quantized]:
+    notes = owned.notes.setdefault(group, [])
+    factor = owned.factors.pop(group, None) or input_factor(block, owned.hessians, group, settings, notes)
+    targets: Mapping[str, Tensor] = block.weights
+    if group in owned.crosses:
+        strength = settings.numerics.target_correction
+        targets = corrected_weights(block, linears, factor, owned.crosses.pop(group), strength)
+    return solve_input(linears, targets, factor, params, settings)
+
+
+def solve_input(
+    linears: Sequence[Linear],
+    targets: Mapping[str, Tensor],  # linear key -> (K, N) to quantise
+    factor: Factor,
+    params: Mapping[str, QParams],
+    settings: Settings,
+) -> dict[str, Quantized]:
+    """Quantises linears that share an input."""
+    weights = {x.key: pad_columns(targets[x.key]) for x in linears}
+    layouts = {x.key: params[x.key].layout(x.in_features) for x in linears}
+    return quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.numerics)
+
+
+def pack_input(block: Block, solved: Mapping[str, Quantized]) -> dict[str, PackedLinear]:
+    """Packs what `solve_input` found, on its device; puts the weights reconstructed from the packing into the block."""
+    out: dict[str, PackedLinear] = {}
+    for key, q in solved.items():
+        packed = pack(key, q, block.biases.get(key), keep=True)
+        loaded = dequantize(packed, q.weight.device)
+        worst = float((loaded.float() - q.weight.float()).abs().max())
+        if worst != 0.0:
+            raise NumericError(
+                f"{key}: the packed tensors decode to other weights than were chosen (largest difference {worst:.3g})",
+                "this is a defect of exl2ray or of the GPU: please report it with the log",
+            )
+        block.set_weight(key, loaded)
+        out[key] = packed
+    return out
+
+
+def broadcast(
+    block: Block, sums: PartialSums, owned: Owned, packed: Mapping[str, Mapping[str, PackedLinear]], comm: Comm
+) -> None:
+    """Brings what each member has packed to all others, and there into their blocks."""
+    if comm.size == 1:
+        return
+    for group, linears in sums.inputs.items():
+        for key, p in spread(comm, linears, packed.get(group), owned.owners[group], device_of(block)).items():
+            if group not in packed:
+                block.set_weight(key, dequantize(p, device_of(block)))
+
+
+def _quantized_pass(
+    block: Block, x: Shares, targets: dict[int, Tensor], rows: int, settings: Settings, check: Check, comm: Comm
+) -> tuple[dict[int, Tensor], float]:
+    """Output of the quantised block by share, and the mean over all members' rows of its relative error. Uses targets up."""
+    device, ranges = device_of(block), share_rows(rows)
+    out: dict[int, Tensor] = {}
+    errors: list[tuple[int, float]] = []
+    for s, own in sorted(x.items()):
+        target, out[s], error, first = targets.pop(s), torch.empty_like(own), 0.0, ranges[s].start
+        for part in batches(len(own), settings.batch_rows):
+            result = block.forward(own[part].to(device))
+            place = f"rows {first + part.start} to {first + part.stop - 1}"
+            check(result, f"quantised output of {block.module.profile_key}, {place}")
+            error += relative_error(result, target[part].to(device))
+            out[s][part] = result.to(own.dtype)
+        errors.append((s, error))
+    total = sum(e for _, e in sorted(found for member in comm.gather(errors) for found in member))
+    return out, total / rows

@@ -1,0 +1,121 @@
+"""One module, one function: a group of any size packs what a worker alone does, and tells the same. Members are threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quant_helpers import Packed, load, states
+from thread_comm import together
+from torch import Tensor
+
+from exl2ray.model.blocks import check_states
+from exl2ray.quality import Numerics
+from exl2ray.quant import factorising
+from exl2ray.quant.group import Solo
+from exl2ray.quant.measure_moe import describe_coverage
+from exl2ray.quant.module import QuantizedModule, cut, enter_module, quantize_module
+from exl2ray.quant.qparams import head_option, parse
+from exl2ray.quant.settings import Settings
+from exl2ray.quant.sums import owner_shares
+
+ROWS = 11
+CORRECTED = Numerics(0.5, "feedback", 1)
+Found = tuple[QuantizedModule, Packed, dict[str, Tensor]]
+
+
+def by_group(directory: Path, index: int, settings: Settings, size: int) -> list[Found]:
+    """What each member of a group gets, packs and holds afterwards."""
+
+    def member(comm: Any) -> Found:
+        spec, block = load(directory, index)
+        x = states(spec, rows=ROWS, tokens=24)
+        # in the source model: near the others, not equal
+        other = x + 0.05 * states(spec, rows=ROWS, tokens=24, seed=1)
+        if block.module.kind == "head":
+            params = {y.key: head_option(6) for y in block.module.linears}
+        else:
+            params = {y.key: parse("1:4b_32g s4") for y in block.module.linears}
+        own = owner_shares(comm.rank, comm.size)
+        mine, others = ({s: t for s, t in cut(t).items() if s in own} for t in (x, other))
+        packed = Packed()
+        result = quantize_module(block, mine, others, ROWS, params, settings, check_states, packed, comm)
+        return result, packed, dict(block.weights)
+
+    return together(size, member) if size > 1 else [member(Solo())]
+
+
+@pytest.mark.parametrize("numerics", [Numerics(), CORRECTED], ids=["plain", "corrected"])
+@pytest.mark.parametrize(("family", "index"), [("Llama", 1), ("Mixtral", 2), ("Cohere", 1), ("Llama", 6)])
+def test_a_group_of_any_size_packs_the_same_bits(
+    tiny: Callable[[str], Path], family: str, index: int, numerics: Numerics
+) -> None:
+    settings = Settings(batch_rows=2, numerics=numerics)
+    ((alone, expected, weights),) = by_group(tiny(family), index, settings, 1)
+    for size in (2, 3, 8):
+        found = by_group(tiny(family), index, settings, size)
+        packed = {key: p for _, own, _ in found for key, p in own.items()}
+        assert sum(len(own) for _, own, _ in found) == len(packed)  # each by one member
+        assert packed.keys() == expected.keys()
+        for key, p in packed.items():
+            assert all(torch.equal(t, expected[key].tensors()[name]) for name, t in p.tensors().items())
+        for result, _, held in found:
+            assert (result.error, result.notes, result.experts) == (alone.error, alone.notes, alone.experts)
+            assert all(torch.equal(held[key], w) for key, w in weights.items())
+            for mine, whole in ((result.x, alone.x), (result.other, alone.other)):
+                assert all(torch.equal(t, whole[s]) for s, t in mine.items())
+        assert {s for result, _, _ in found for s in result.x} == alone.x.keys()
+    if family == "Mixtral":
+        assert sum(e["tokens"] for e in alone.experts) == 2 * ROWS * 24
+        assert alone.notes[0] == describe_coverage(alone.experts)
+
+
+def test_wide_hessians_of_a_group_are_factorised_by_all(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("cholesky.BLOCK", 32), ("hessian.FLOAT64_ROWS", 48), ("sharing.TOGETHER_ROWS", 48)):
+        monkeypatch.setattr(f"exl2ray.quant.{name}", value)
+    done: list[str] = []
+    factorise = factorising.factorise_together
+
+    def noted(*arguments: Any) -> Any:
+        done.append(arguments[6])
+        return factorise(*arguments)
+
+    monkeypatch.setattr("exl2ray.quant.sharing.factorise_together", noted)
+    ((_, expected, _),) = by_group(tiny("Llama"), 2, Settings(), 1)
+    assert not done
+    found = by_group(tiny("Llama"), 2, Settings(), 3)
+    assert sorted(set(done)) == ["model.layers.0.mlp (down)", "model.layers.0.mlp (gate_up)"]
+    for _, own, _ in found:
+        for key, p in own.items():
+            assert all(torch.equal(t, expected[key].tensors()[name]) for name, t in p.tensors().items())
+
+
+@pytest.mark.parametrize("index", [1, 2, 6])
+def test_an_entered_module_is_quantised_again_and_again(tiny: Callable[[str], Path], index: int) -> None:
+    """One pass over the source model serves all bitrates, and is what the chain does with the states of the source model."""
+    spec, block = load(tiny("Llama"), index)
+    x, settings = states(spec, rows=ROWS), Settings(batch_rows=2)
+    source = dict(block.weights)
+    entered = enter_module(block, x, settings, check_states)
+    found = []
+    for bits, known in (("4b", entered), ("3b", entered), ("4b", entered), ("4b", None)):
+        params = {y.key: parse(f"1:{bits}_32g s4") for y in block.module.linears}
+        packed = Packed()
+        result = quantize_module(block, cut(x), cut(x), ROWS, params, settings, check_states, packed, entered=known)
+        found.append((result.error, {k: t for p in packed.values() for k, t in p.tensors().items()}))
+        for key, w in source.items():
+            block.set_weight(key, w)
+    first, coarse, again, chain = found
+    if index != 6:  # the head's Hessian is summed share by share in a chain only
+        assert first[0] == again[0] == chain[0]
+        assert first[0] is not None
+        assert coarse[0] is not None
+        assert coarse[0] > 1.5 * first[0]
+    for name, t in first[1].items():
+        assert torch.equal(t, again[1][name])
+        assert index == 6 or torch.equal(t, chain[1][name])
