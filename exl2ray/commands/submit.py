@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -15,6 +16,8 @@ from exl2ray.recipe import SETTINGS
 from exl2ray.submit import submission as jobs
 from exl2ray.submit.jobs import Cluster, JobState
 from exl2ray.terminal.console import clean, duration, json_line, reserved_stdout
+
+ITEM = re.compile(r"\[[^\]]{1,40}\] \d+/\d+  ")  # a line of `exl2ray.terminal.console.Plain` about an item
 
 
 def submit(
@@ -46,7 +49,8 @@ def submit(
             return _submit(screen, command, settings, address, working_dir, not no_wait, not no_check)
         cluster = Cluster(address)
         if status is not None:
-            screen.state(cluster.state(status))
+            state = cluster.state(status)
+            screen.state(state, progress(cluster.log(status)) if state.status == "RUNNING" else "")
             return 0
         if stop is not None:
             screen.state(jobs.stop_job(cluster, stop))
@@ -129,9 +133,9 @@ class Screen:
         else:
             self.say(f"{state.id} {state.status.lower()}")
 
-    def state(self, state: JobState) -> None:
+    def state(self, state: JobState, progress: str = "") -> None:
         if self.as_json:
-            self._event("job", **state.__dict__)
+            self._event("job", **state.__dict__, **({"progress": progress} if progress else {}))
             return
         rows = [("job", state.id), ("status", state.status), ("command", _shown(state.command))]
         if state.started is not None:
@@ -139,11 +143,26 @@ class Screen:
             rows.append(("for", duration((state.ended or time.time()) - state.started)))
         if state.exit_code is not None:
             rows.append(("exit code", str(state.exit_code)))
+        if progress:
+            rows.append(("progress", progress))
         for name, value in rows:
             print(clean(f"{name:10} {value}"), file=self._out)
 
     def _event(self, name: str, **fields: Any) -> None:
         print(json_line({"event": name, **fields}), file=self._out, flush=True)
+
+
+def progress(log: str) -> str:
+    """How far a job is, from what it printed: the last line about an item, with the time left as the job reckons it."""
+    for line in reversed(log.splitlines()):
+        if ITEM.match(line):
+            return line
+        if line.startswith('{"event": "item"') and _is_json(line):
+            f = json.loads(line)
+            eta = f.get("eta_seconds")
+            left = f"  ETA {duration(eta)}" if isinstance(eta, (int, float)) and f.get("queue") else ""
+            return f"[{f.get('stage')}] {f.get('done')}/{f.get('items')}  {f.get('key')}{left}"
+    return ""
 
 
 def _is_json(line: str) -> bool:

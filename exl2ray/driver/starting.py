@@ -49,6 +49,11 @@ def start_ray(address: str | None) -> Any:
     return ray
 
 
+def is_of_a_cluster() -> bool:
+    """Whether the Ray of this process, if there is one, is a cluster's, not one that was started for it alone."""
+    return _private is None
+
+
 def _check_answers(address: str, hint: str) -> None:
     """ClusterError if nobody listens there: Ray would try for many minutes. "auto" is Ray's to find."""
     host, _, port = address.removeprefix("ray://").rpartition(":")

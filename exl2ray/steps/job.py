@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ from exl2ray.calibration.data.taken import described_passes
 from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.devices import pick_executor, versions
 from exl2ray.driver.actors import open_workers
+from exl2ray.driver.metrics import ClusterMetrics
 from exl2ray.driver.policy import Limits
 from exl2ray.driver.supervise import Supervisor
 from exl2ray.driver.workers import Workers
@@ -92,6 +94,7 @@ class Job:
             allow_changed=allowed_changes(recipe, stored), flags=JOB_FLAGS,
             begin=lambda: self._tell_of_start(stored is not None and not recipe.no_resume),
         )  # fmt: skip
+        self.work.listener = ClusterMetrics(Path(recipe.out_dir).name).hear
         self.targets = Targets()
         try:
             for note in self.work.notes:

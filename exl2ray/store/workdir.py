@@ -55,6 +55,7 @@ class WorkDir:
         self.created = stored.created
         self.id = stored.id  # what a target's claim names it by
         self.notes: list[str] = []
+        self.listener: Callable[[str, Mapping[str, Any]], None] = lambda name, fields: None  # hears the events of the log
         self._versions = dict(versions)
         self._lock = lock
         self._nonces: list[str] = []
@@ -151,6 +152,7 @@ class WorkDir:
         """Append to the event log: {"time", "host", "pid", "name", "fields"}, see ``events.py``. Checks the lock."""
         self.check()
         self.store.append_line(EVENTS, event_line(name, fields))
+        self.listener(name, fields)
 
     def nonce_check(self) -> tuple[str, str]:
         """Write a nonce for the workers' ``verify_nonce(store, rel, token, versions)``: (rel, token)."""

@@ -357,6 +357,16 @@ def test_status_and_output_of_a_job(one_cluster: FakeClient, capsys: pytest.Capt
     assert capsys.readouterr().out == one_cluster.text
 
 
+def test_progress_of_a_running_job(one_cluster: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    one_cluster.status, one_cluster.text = "RUNNING", "[measure] 2/9  model.layers.1.mlp  4.1 s  ETA 29 s\nnote: something\n"
+    assert program("--address", ADDRESS, "--status", JOB) == 0
+    assert "progress   [measure] 2/9  model.layers.1.mlp  4.1 s  ETA 29 s" in capsys.readouterr().out
+    assert program("--json", "--address", ADDRESS, "--status", JOB) == 0
+    event = json.loads(capsys.readouterr().out)
+    assert event["progress"].endswith("ETA 29 s")
+    jsonschema.validate(event, json.loads(importlib.resources.files("exl2ray").joinpath("events.schema.json").read_text()))
+
+
 # ---- looking at the cluster first -----------------------------------------------------------------------------------
 
 
