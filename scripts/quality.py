@@ -7,7 +7,10 @@
 * A variant is NAME:"options", any that `exl2ray convert` takes; others are compared with the first one.
 * Every model is converted with each variant, at each bitrate, with each draw of each calibration set. A draw is another
   selection of rows: draw d of the built-in set has seed d, draw d of a file its data rows in another order (0: as they are).
-* Evaluation tokens: --tokens FILE, or --tokens MODEL=FILE, or eval-tokens.npy in the model's directory.
+* Evaluation tokens: --heldout FILE, text of several kinds made by `quality_text.py`, with figures by kind; or --tokens FILE,
+  or --tokens MODEL=FILE, or eval-tokens.npy in the model's directory.
+* A variant NAME:"peer:exllamav2 -hb 6" is another quantiser, run where it is installed, else skipped (`quality_peers.py`).
+* MODEL may be NAME=build: then `real_model.py` builds smollm2 or gemma3 in the work directory.
 * A bitrate below what the first variant can reach is raised to that in steps of 0.01.
 * With --match-bytes the other variants are asked for the bitrate at which their files are as large as the first one's: of
   all bitrates the allocation is solved, only the closest is quantised. Without, sizes that differ by more than 0.1 % are
@@ -27,13 +30,14 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +50,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import click  # noqa: E402
+import quality_peers  # noqa: E402
 import quality_table  # noqa: E402
 import torch  # noqa: E402
 from click.core import ParameterSource  # noqa: E402
 from quality_calibration import Calibration, Experiment  # noqa: E402
-from torch import Tensor  # noqa: E402
+from quality_models import Model  # noqa: E402
 
 from exl2ray.allocation.planning import Plan  # noqa: E402
 from exl2ray.cli import convert as convert_command  # noqa: E402
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError  # noqa: E402
-from exl2ray.evaluate.forward import ModelOutput, RunOptions, open_model, run_model  # noqa: E402
-from exl2ray.evaluate.metrics import score  # noqa: E402
-from exl2ray.evaluate.sizes import model_size  # noqa: E402
-from exl2ray.evaluate.tokens import load_tokens  # noqa: E402
 from exl2ray.events import Silent  # noqa: E402
-from exl2ray.formats.hf import SourceModel  # noqa: E402
+from exl2ray.plan.sizes import exact_size  # noqa: E402
 from exl2ray.recipe import Recipe  # noqa: E402
 from exl2ray.steps.allocating import allocate  # noqa: E402
 from exl2ray.steps.measuring import measure  # noqa: E402
@@ -107,37 +108,6 @@ class Case:
     variant: Variant
 
 
-class Model:
-    """A source model with its evaluation rows; runs it once, when first compared with."""
-
-    def __init__(self, name: str, path: Path, tokens: Path, args: argparse.Namespace) -> None:
-        self.name, self.path, self.device = name, path, args.device
-        flat = np.load(tokens, mmap_mode="r").ndim == 1
-        self.ids: Tensor = load_tokens(tokens, length=args.length if flat else None)[: args.rows]
-        self.options = RunOptions(dtype=getattr(torch, args.dtype))
-        self.tokens_sha256 = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return SourceModel(self.path).fingerprint()
-
-    @cached_property
-    def expected(self) -> ModelOutput:
-        """States in front of the head; logits are made from them slice by slice."""
-        return run_model(self.path, self.ids, self.device, self.options)
-
-    def judge(self, directory: Path) -> dict[str, Any]:
-        """Figures of a converted model, means of each row of tokens, and its sizes."""
-        start = time.perf_counter()
-        scores = score(run_model(directory, self.ids, self.device, self.options), self.expected, self.ids)
-        named = {"nll": scores.nll, "source_nll": scores.reference_nll, "kl": scores.kl, "top1": scores.top1}
-        figures = {k: [float(f"{x:.9g}") for x in v.mean(dim=1).tolist()] for k, v in named.items() if v is not None}
-        size = model_size(open_model(directory))
-        seconds = time.perf_counter() - start
-        return {"rows": figures, "file_bytes": size.file_bytes, "linears_bpw": size.linears_bpw,
-                "head_bpw": size.head_bpw, "evaluate_seconds": round(seconds, 3)}  # fmt: skip
-
-
 class Study:
     """All conversions of one command line, with the results that exist."""
 
@@ -145,13 +115,12 @@ class Study:
         self.args = args
         self.work, self.results = Path(args.work), Path(args.json or Path(args.work) / "results.jsonl")
         self.source = source_hash()
-        self.plain: dict[str, int] = {}  # model -> bytes of its files beside the quantised tensors
         self.steps_up: dict[tuple[str, float, Variant], int] = {}  # how far a bitrate had to be raised
         tokens = dict(t.split("=", 1) for t in args.tokens if "=" in t)
         common = next((t for t in args.tokens if "=" not in t), None)
         self.models = {
-            name: Model(name, Path(path), Path(tokens.get(name) or common or Path(path) / "eval-tokens.npy"), args)
-            for name, path in (named(m, "=") for m in args.model)
+            name: Model(name, path, Path(tokens.get(name) or common or path / "eval-tokens.npy"), args)
+            for name, path in ((name, self.built(name, given)) for name, given in (named(m, "=") for m in args.model))
         }
         self.calibrations = [Calibration.parse(c) for c in args.calibration or ["builtin"]]
         self.variants = [Variant(*named(v, ":")) for v in args.variant]
@@ -159,8 +128,15 @@ class Study:
                 "length": args.cal_length, "measurement_length": args.cal_length}  # fmt: skip
         self.rows = {name: value for name, value in rows.items() if value}
         for variant in self.variants:
-            for model in self.models.values():
+            for model in self.models.values() if quality_peers.peer_of(variant.options) is None else ():
                 self.recipe(Case(model.name, self.calibrations[0], 0, args.bits[0], variant))
+
+    def built(self, name: str, given: str) -> Path:
+        """The folder of a model; ``build``: made by `real_model.py`, once, below the work directory."""
+        path = self.work / "models" / name if given == "build" else Path(given)
+        if given == "build" and not (path / "config.json").exists():
+            subprocess.run([sys.executable, str(ROOT / "scripts" / "real_model.py"), name, str(path)], check=True)
+        return path
 
     def groups(self) -> list[list[Case]]:
         """Cases that follow each other in one process: those of a model, a calibration set and a draw."""
@@ -177,7 +153,8 @@ class Study:
 
     def key(self, case: Case, target: int | None) -> str:
         """What a result depends on, the sources of the package aside."""
-        settings = {k: v for k, v in asdict(self.recipe(case)).items() if k not in PLACES}
+        peer = quality_peers.peer_of(case.variant.options) is not None
+        settings = case.variant.options if peer else {k: v for k, v in asdict(self.recipe(case)).items() if k not in PLACES}
         model = self.models[case.model]
         return digest([settings, case.bits, case.draw, case.calibration.identity, model.fingerprint,
                        model.tokens_sha256, self.args.device, self.args.dtype, target])  # fmt: skip
@@ -188,13 +165,15 @@ class Study:
         done = {(r["key"], r["source"] if not self.args.any_source else ""): r for r in quality_table.load([self.results])}
         first_bytes: dict[float, int] = {}
         for case in cases:
-            is_first = case.variant == self.variants[0]
-            target = first_bytes.get(case.bits) if self.args.match_bytes and not is_first else None
+            target = first_bytes.get(case.bits) if self.args.match_bytes else None
             key = self.key(case, target)
             result = done.get((key, self.source if not self.args.any_source else ""))
             if result is None:
                 try:
                     result = {**self.convert(case, target), "key": key, "source": self.source}
+                except quality_peers.Skipped as e:
+                    say(f"skipped: {case.model}, {case.bits:g} bpw, {case.variant.name}: {e}")
+                    continue
                 except Exception as e:  # one variant that fails must not cost the others their time on the machine
                     if not isinstance(e, Exl2RayError):
                         traceback.print_exc()
@@ -204,14 +183,15 @@ class Study:
                     continue
                 append(self.results, json.dumps(result))
                 say(quality_table.line(result))
-            if is_first:
-                first_bytes[case.bits] = result["file_bytes"]
+            first_bytes.setdefault(case.bits, result["file_bytes"])  # if the first variant was skipped, of the next one
             results.append(result)
         return results, failed
 
     def convert(self, case: Case, target: int | None) -> dict[str, Any]:
         """Converts and evaluates; the result without its key."""
         start, reporter = time.perf_counter(), Silent()
+        if quality_peers.peer_of(case.variant.options) is not None:
+            return self.of_peer(case)
         recipe = self.place(case)
         out, quantised = Path(recipe.compile_full or ""), Path(recipe.out_dir) / "quant"
         for folder in (out, quantised):
@@ -220,11 +200,12 @@ class Study:
             measurement = measure(job)
             plan = allocate(job, measurement, job.recipe.bits[0])
             if target is not None:
-                plan = matched(partial(allocate, job, measurement), plan, target - self.plain_bytes(case))
+                size = exact_size(job.spec, job.source, plan.bits, plan.params, job.recipe.shard_bytes)
+                beside = size.high_bytes - plan.predicted_bytes
+                plan = matched(partial(allocate, job, measurement), plan, target - beside)
             (output,) = produce(job, [plan])
         stages = [(f["stage"], f["seconds"]) for name, f in reporter.events if name == "end"]
         figures = self.models[case.model].judge(out)
-        self.plain[case.model] = figures["file_bytes"] - plan.predicted_bytes
         for folder in (quantised,) if self.args.keep else (out, quantised):
             shutil.rmtree(folder)
         return {
@@ -236,6 +217,17 @@ class Study:
             "quantize_seconds": round(sum(s for name, s in stages if name.startswith("quantize")), 3),
             "seconds": round(time.perf_counter() - start, 3), "machine": machine(self.args.device),
             "warnings": [f["message"] for name, f in reporter.events if name == "warning"],
+        }  # fmt: skip
+
+    def of_peer(self, case: Case) -> dict[str, Any]:
+        if case.draw:
+            raise quality_peers.Skipped("peers choose their own text: one draw")
+        figures = quality_peers.convert(self.models[case.model], case.variant.options, case.bits, self.work / "jobs")
+        return {
+            "model": case.model, "calibration": case.calibration.name, "draw": 0, "bits": case.bits,
+            "variant": case.variant.name, "options": case.variant.options, "asked_bits": case.bits,
+            "achieved_bpw": figures.get("linears_bpw", case.bits), **figures, "measure_seconds": 0.0,
+            "machine": machine(self.args.device), "warnings": [],
         }  # fmt: skip
 
     def place(self, case: Case) -> Recipe:
@@ -252,16 +244,6 @@ class Study:
             return folder.with_name(folder.name + "-out")
         names = (case.model, case.calibration.name, f"draw{case.draw}", f"{case.bits:g}", case.variant.name)
         return self.work / "out" / "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in n) for n in names)
-
-    def plain_bytes(self, case: Case) -> int:
-        """Of ``plain``; before the first conversion of this process from the first variant's result."""
-        if case.model not in self.plain:
-            first = replace(case, variant=self.variants[0])
-            with self.opened(self.place(first), first, Silent()) as job:
-                plan = allocate(job, measure(job), job.recipe.bits[0])
-            result = next(r for r in quality_table.load([self.results]) if r["key"] == self.key(first, None))
-            self.plain[case.model] = int(result["file_bytes"]) - plan.predicted_bytes
-        return self.plain[case.model]
 
     def opened(self, recipe: Recipe, case: Case, reporter: Silent) -> Experiment:
         """The job; its bitrate is raised to what the option tables reach."""
@@ -347,6 +329,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="NAME=DIR", help="source model; repeatable")
     add("--tokens", action="append", default=[], metavar="[MODEL=]FILE", help=".npy of token ids, (n,) or (rows, length)")
+    add("--heldout", metavar="FILE", help="text of several kinds, of quality_text.py; --rows: of each kind")
     add("--calibration", action="append", metavar="SET",
         help="builtin (default), random, builtin-without:KIND or a Parquet file; repeatable")  # fmt: skip
     add("--variant", action="append", required=True, metavar='NAME:"OPTIONS"', help="repeatable; the first is compared with")
@@ -394,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             done = list(pool.map(run_group, [args] * len(groups), range(len(groups))))
     results, failed = [r for some, _ in done for r in some], [message for _, some in done for message in some]
-    text = quality_table.render(results, [v.name for v in study.variants])
+    text = quality_table.document(results, [v.name for v in study.variants])
     print(text)
     for message in failed:
         say(f"failed: {message}")

@@ -69,6 +69,45 @@ def render(results: Sequence[Result], variants: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+def document(results: Sequence[Result], variants: Sequence[str] = ()) -> str:
+    """`render`, and where the text is of several kinds, KL by kind and in the tails."""
+    there = {r["variant"] for r in results}
+    parts = [render(results, [v for v in variants if v in there])]
+    if any(r.get("kinds") for r in results):
+        parts.append("KL by kind of text, with the standard error over its rows:\n\n" + by_kind(results))
+    if any(r.get("tails") for r in results):
+        parts.append("KL in the tails (the value that so many of all predictions do not exceed):\n\n" + tails(results))
+    return "\n\n".join(parts)
+
+
+def by_kind(results: Sequence[Result]) -> str:
+    """A row for each result that knows the kinds of its rows, a column for each kind; draws beside each other."""
+    known = [r for r in results if r.get("kinds")]
+    kinds = list(dict.fromkeys(k for r in known for k in r["kinds"]))
+    lines = [row(["model", "bits", "variant", "draw", *kinds]), row(["---"] * (4 + len(kinds)))]
+    for r in known:
+        kl, of = np.array(r["rows"]["kl"], dtype=np.float64), np.array(r["kinds"])
+        cells = []
+        for kind in kinds:
+            rows = kl[of == kind]
+            error = f" ± {rows.std(ddof=1) / math.sqrt(len(rows)):.4f}" if len(rows) > 1 else ""
+            cells.append(f"{rows.mean():.4f}{error}" if len(rows) else "-")
+        lines.append(row([r["model"], f"{r['bits']:g}", r["variant"], str(r["draw"]), *cells]))
+    return "\n".join(lines)
+
+
+def tails(results: Sequence[Result]) -> str:
+    """Percentiles of the divergences of single predictions."""
+    known = [r for r in results if r.get("tails")]
+    names = list(dict.fromkeys(n for r in known for n in r["tails"]))
+    shown = [f"{float('0.' + n.removeprefix('kl_p')) * 100:g} %" for n in names]
+    lines = [row(["model", "bits", "variant", "draw", *shown]), row(["---"] * (4 + len(names)))]
+    for r in known:
+        cells = [f"{r['tails'][n]:.4f}" for n in names]
+        lines.append(row([r["model"], f"{r['bits']:g}", r["variant"], str(r["draw"]), *cells]))
+    return "\n".join(lines)
+
+
 def mean_ratios(ratios: dict[tuple[str, float], list[float]], order: Sequence[str]) -> list[str]:
     """Geometric means of the KL ratios over models and calibration sets."""
     bits = sorted({b for _, b in ratios})
@@ -167,7 +206,7 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--first", help="variant to compare with; the first in the files if absent")
     args = parser.parse_args()
-    print(render(load(args.results), [args.first] if args.first else []))
+    print(document(load(args.results), [args.first] if args.first else []))
 
 
 if __name__ == "__main__":

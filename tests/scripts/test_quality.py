@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import quality
+import quality_models
+import quality_peers
 import quality_table
+import quality_text
 import torch
 from quality_calibration import Calibration, Experiment
 
 from exl2ray.calibration.rows import ROW_SETS, Rows
+from exl2ray.calibration.text import builtin_documents
+from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.errors import Exl2RayError, UsageError
 from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
@@ -88,7 +94,7 @@ def test_second_run_does_nothing(
     monkeypatch.setattr(quality.torch, "set_num_threads", lambda n: None)
     assert quality.main([*arguments, "--any-source"]) == 0
     table = capsys.readouterr().out
-    assert table.count("| demo |") == 3  # source and two variants
+    assert table.count("| demo |") == 5  # source and two variants, and both once more in the tails
     assert "!)" not in table
     assert quality.main([*arguments, "--any-source", "--bits", "3.5"]) == 1  # another bitrate is another result
 
@@ -304,3 +310,48 @@ def test_predictions_of_the_log() -> None:
         for of in ("predicted", "measured"):
             assert getattr(points[i], of) > getattr(points[i + 1], of) > getattr(points[i + 2], of)
     assert predicted_kl.of_log("# Nothing\n") == []
+
+
+def test_heldout_text_shares_nothing_with_what_is_known(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    fresh = "".join(chr(97 + (i * i * 7 + i // 13) % 26) + " " * (i % 5 == 0) for i in range(3000))
+    taken = next(d.text for d in builtin_documents() if d.kind == "essays")
+    (folder / "fresh.txt").write_text(fresh)
+    (folder / "copied.txt").write_text("Another beginning. " + taken[200:2200])
+    tuning = tmp_path / "tuning.txt.xz"
+    tuning.write_bytes(lzma.compress((fresh[:1500] * 2).encode()))
+    assert quality_text.main([str(tmp_path / "a.jsonl"), f"mine={folder}", "--most", "20000"]) == 0
+    found = quality_text.load(tmp_path / "a.jsonl")
+    assert [d.name for d in found if d.kind == "mine"] == ["fresh.txt"], "calibration text is left out"
+    assert {"code", "stories", "chat", "maths"} <= {d.kind for d in found}
+    assert max(sum(len(d.text) for d in found if d.kind == k) for k in {d.kind for d in found}) <= 20_000
+    quality_text.main([str(tmp_path / "b.jsonl"), f"mine={folder}", "--most", "20000", "--apart-from", str(tuning)])
+    assert "mine" not in {d.kind for d in quality_text.load(tmp_path / "b.jsonl")}
+    with load_tokenizer(str(DEMO), {}, 4096) as tokenizer:
+        ids, kinds = quality_text.heldout_rows(found, tokenizer, 64, most=3)
+    assert ids.shape == (len(kinds), 64)
+    assert all(kinds.count(k) == 3 for k in ("code", "stories"))
+
+
+def test_figures_by_kind_and_tails() -> None:
+    kl = torch.tensor([[0.1] * 99 + [5.0], [0.3] * 100, [0.4] * 100]).double()
+    found = {**quality_models.figures_of({"kl": kl}, ("code", "chat", "chat")), "model": "m", "bits": 3.0, "variant": "v",
+             "draw": 0}  # fmt: skip
+    assert found["rows"]["kl"][1:] == [pytest.approx(0.3), pytest.approx(0.4)]
+    assert found["tails"] == {"kl_p90": pytest.approx(0.4), "kl_p99": pytest.approx(0.4), "kl_p999": pytest.approx(5.0)}
+    table = quality_table.by_kind([found])
+    assert "| 0.1490 | 0.3500 ± 0.0500 |" in table.splitlines()[-1]
+    assert "| 90 % | 99 % | 99.9 % |" in quality_table.tails([found])
+
+
+def test_peers_that_cannot_run_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = argparse.Namespace(device="cpu", path=DEMO)
+    assert quality_peers.peer_of("-hb 6") is None
+    assert quality_peers.peer_of("peer:exllamav2 -hb 6") == "exllamav2"
+    for package, reason in (("exllamav2", "not installed"), ("unheard", "known are exllamav2, exllamav3")):
+        with pytest.raises(quality_peers.Skipped, match=reason):
+            quality_peers.convert(model, f"peer:{package}", 3.0, tmp_path)  # type: ignore[arg-type]
+    monkeypatch.setattr(quality_peers.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(quality_peers.Skipped, match="needs a CUDA GPU"):
+        quality_peers.convert(model, "peer:exllamav3", 3.0, tmp_path)  # type: ignore[arg-type]

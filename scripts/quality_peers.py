@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""Other quantisers as columns of `quality.py`: installed programs, run in processes of their own.
+
+A variant ``ExLlamaV2:peer:exllamav2 -hb 6`` converts with ExLlamaV2's own converter and its own calibration set; the result
+is EXL2 and judged like ours. ``EXL3:peer:exllamav3 -hb 6`` converts with exllamav3, whose format only it can run: its logits
+are compared with the source's in that process (`judge`, below). A peer that is not installed, or needs a GPU that is not
+there, or a model that it cannot take, is skipped, and why is said. One draw: peers choose their own text.
+
+Without flash-attn ExLlamaV2's attention is not causal unless SDPA is switched off, which is done here. Whether exllamav3's is
+causal is tested on the model itself, by changing a last token, before its figures are believed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from quality_models import Figures, Model, figures_of  # noqa: E402
+
+PREFIX = "peer:"
+CONVERTERS = {  # of each package, the module that converts, and its flags for bits and head
+    "exllamav2": "exllamav2.conversion.convert_exl2",
+    "exllamav3": "exllamav3.conversion.convert_model",
+}
+EXL3_MULTIPLE = 128  # widths that exllamav3 takes
+TAIL = 1500  # characters of a failed program's output that are shown
+ATTENTION = ({"attn_mode": "flash_attn_nc"}, {"attn_mode": "sdpa_nc"}, {})  # ways to run a forward pass without a cache
+
+
+class Skipped(Exception):
+    """Why a peer has no column."""
+
+
+def peer_of(options: str) -> str | None:
+    """The package that a variant's options name; None for a variant of ours."""
+    return options.removeprefix(PREFIX).split()[0] if options.startswith(PREFIX) else None
+
+
+def convert(model: Model, options: str, bits: float, work: Path) -> Figures:
+    """Converts with the peer and judges what comes of it; the result of a variant without its settings. Raises Skipped."""
+    package, *flags = options.removeprefix(PREFIX).split()
+    _check(package, model)
+    out, scratch = work / "peer-out", work / "peer-work"
+    for folder in (out, scratch):
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        folder.mkdir(parents=True)
+    start = time.perf_counter()
+    command = ["-m", CONVERTERS[package], "-i", str(model.path), "-b", repr(bits), *flags]
+    places = ["-o", str(scratch), "-cf", str(out)] if package == "exllamav2" else ["-w", str(scratch), "-o", str(out)]
+    _run([*command, *places])
+    seconds = time.perf_counter() - start
+    figures = model.judge(out) if package == "exllamav2" else _judged_there(model, out)
+    return {**figures, "quantize_seconds": round(seconds, 3), "version": importlib.metadata.version(package)}
+
+
+def _check(package: str, model: Model) -> None:
+    if package not in CONVERTERS:
+        raise Skipped(f"{package}: known are {', '.join(CONVERTERS)}")
+    if importlib.util.find_spec(package) is None:
+        raise Skipped(f"the {package} package is not installed")
+    if model.device != "cuda":
+        raise Skipped(f"{package} needs a CUDA GPU")
+    config = json.loads((model.path / "config.json").read_text())
+    widths = [config.get(k) for k in ("hidden_size", "intermediate_size")]
+    if package == "exllamav3" and any(w is None or w % EXL3_MULTIPLE for w in widths):
+        raise Skipped(f"exllamav3 takes widths that are multiples of {EXL3_MULTIPLE}, this model has {widths}")
+
+
+def _run(arguments: Sequence[str]) -> None:
+    env = {**os.environ, "EXLLAMA_NO_SDPA": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise Skipped(f"{' '.join(arguments[:2])} ended with {done.returncode}: {(done.stdout + done.stderr)[-TAIL:]}")
+
+
+def _judged_there(model: Model, directory: Path) -> Figures:
+    with tempfile.TemporaryDirectory() as folder:
+        ids, found = Path(folder) / "ids.npy", Path(folder) / "scores.npz"
+        np.save(ids, model.ids.numpy())
+        dtype = str(model.options.dtype).removeprefix("torch.")
+        start = time.perf_counter()
+        _run([str(Path(__file__)), "judge", str(model.path), str(directory), str(ids), str(found), "--dtype", dtype])
+        with np.load(found) as scores:
+            tokens = {name: torch.from_numpy(scores[name]) for name in scores.files}
+    size = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+    figures = figures_of(tokens, model.kinds)
+    return {**figures, "file_bytes": size, "evaluate_seconds": round(time.perf_counter() - start, 3)}
+
+
+# ---- in the process of exllamav3 ----------------------------------------------------------------------------------------
+
+
+def judge(source: str, directory: str, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """Figures (R, T - 1) of an EXL3 model against the source's logits, which exl2ray computes."""
+    from exl2ray.evaluate.forward import RunOptions, run_model
+
+    expected = run_model(source, ids, "cuda", RunOptions(dtype=dtype))
+    forward = _exl3_forward(directory, ids[:1])
+    found: dict[str, list[torch.Tensor]] = {"nll": [], "source_nll": [], "kl": [], "top1": []}
+    for r in range(len(ids)):
+        theirs = expected.logits(slice(r, r + 1), slice(0, ids.shape[1] - 1))[0].float().log_softmax(-1)
+        ours = forward(ids[r : r + 1])[0, :-1, : theirs.shape[-1]].to(theirs.device).float().log_softmax(-1)
+        target = ids[r, 1:].to(theirs.device)[:, None]
+        found["nll"].append(-ours.gather(1, target)[:, 0])
+        found["source_nll"].append(-theirs.gather(1, target)[:, 0])
+        found["kl"].append((theirs.exp() * (theirs - ours)).sum(-1))
+        found["top1"].append((theirs.argmax(-1) == ours.argmax(-1)).float())
+    return {name: torch.stack(rows).double().cpu().numpy() for name, rows in found.items()}
+
+
+def _exl3_forward(directory: str, row: torch.Tensor) -> Any:
+    """ids (1, T) -> logits (1, T, vocabulary), by the first way that runs and is causal."""
+    from exllamav3 import Config, Model as Exl3  # noqa: I001
+
+    model = Exl3.from_config(Config.from_directory(directory))
+    model.load()
+    problems = []
+    for params in ATTENTION:
+
+        def forward(ids: torch.Tensor, params: dict[str, str] = params) -> torch.Tensor:
+            with torch.inference_mode():
+                return model.forward(ids, dict(params)).float()
+
+        other = row.clone()
+        other[0, -1] = (other[0, -1] + 1) % 256
+        try:
+            moved = float((forward(row)[0, :-1] - forward(other)[0, :-1]).abs().max())
+        except Exception as e:
+            problems.append(f"{params}: {type(e).__name__}: {e}")
+            continue
+        if moved < 1e-2:
+            return forward
+        problems.append(f"{params}: not causal, a last token moves earlier logits by {moved:.3g}")
+    raise SystemExit("no usable forward pass of exllamav3: " + "; ".join(problems))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What quality.py runs in a peer's process.")
+    parser.add_argument("what", choices=["judge"])
+    parser.add_argument("source")
+    parser.add_argument("directory")
+    parser.add_argument("ids", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--dtype", default="float16")
+    args = parser.parse_args()
+    found = judge(args.source, args.directory, torch.from_numpy(np.load(args.ids)), getattr(torch, args.dtype))
+    np.savez(args.output, **found)
+
+
+if __name__ == "__main__":
+    main()
