@@ -6,6 +6,11 @@ What is to be done, and by whom, is the business of a `Work` (`independent`, `se
 * whatever a worker begins has a deadline, from the rates measured so far; past it the worker is killed;
 * if a member of a group fails at what all do together, the others get a little time to notice, and are killed then;
 * the first Ctrl-C (or SIGTERM, or SIGHUP) lets every worker finish the module in hand, the second ends at once.
+
+The driver never tells a worker what is next; it only moves the end of a pass: to give the rest to a worker that joins or
+idles, to take a free worker into a group, or to stop. Taken out, since no gain could be measured (docs/log.md, 2026-11-29):
+shipping states between CPU workers through Ray's object store, splitting the options of a module for idle workers, and
+rehearsing first modules, which moved their cost out of the measured time and saved none.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Factorising a wide Hessian as a group, while its sum is still spread over the members.
 
-One member alone takes a quarter of a second for the 28672 inputs of a large MLP, and all others would have nothing to do.
-Members send each other block rows of their partial sums instead of whole matrices, add them up in the order of the tree, and
-factorise together (`exl2ray.quant.cholesky`): the bits are those of a worker alone.
+One member alone takes 0.24 s of the 0.97 of a module for the 28672 inputs of a 70B MLP, and all others would have nothing to
+do. Members send each other block rows of their partial sums instead of whole matrices, add them up in the order of the tree,
+and factorise together (`exl2ray.quant.cholesky`): the bits are those of a worker alone, since products have the shape that
+their block prescribes, whoever makes them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Calibration rows: how they are cut into shares and batches, passes over them, and how far their outputs are apart.
 
 Matrix products of a GPU depend in their last bits on how many rows go into one. So forward passes whose results travel
-between workers cut the rows in one way, whoever holds which of them: into SHARES ranges, and these into batches.
+between workers cut the rows in one way, whoever holds which of them: into SHARES ranges, and these into batches. Sizes of
+batches follow from shapes and the device's total memory. The one exception: after running out of memory a module is tried
+again with smaller ones, which changes the order of sums.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 Floating-point addition is not associative, so the order is fixed: rows are cut into shares (`exl2ray.quant.rows`), and the
 sums of the shares are added pairwise along a binary tree. A member adds up the subtrees inside its run of shares and sends
 one matrix for each; the owner adds what remains. An alternative, adding shares one after another, needs a matrix per share
-on the wire; letting the collective add them is cheapest and gives other bits for every number of members.
+on the wire; letting the collective add them is cheapest and gives other bits for every number of members. Siblings meet
+level by level, so an owner among eight receives three matrices rather than seven. The price: a group has at most eight
+members, and up to four partial sums of an input exist at a time on one GPU.
 """
 
 from __future__ import annotations

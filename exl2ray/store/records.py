@@ -1,9 +1,13 @@
 """Immutable records: what has been finished, one file per item, named by content.
 
-A record is ``<kind>/records/<key>.<inputs hash, 16 digits>.json``. Its inputs hash covers everything the result depends
-on (recipe fields that matter, fingerprint of the source weights, entry state), so a record can be trusted for exactly
-these inputs for ever, and results of other settings live beside it. There is no manifest that could be lost: a resume
-lists the directory. Order of a commit: the files of the item first, then the record, then the acknowledgement.
+A record is ``<kind>/records/<key>.<inputs hash, 16 digits>.json``. Its inputs hash covers everything the result depends on
+(recipe fields that matter, fingerprint of the source weights, entry state), so a record can be trusted for exactly these
+inputs for ever, and results of other settings live beside it. There is no manifest that could be lost: a resume lists the
+directory. Order of a commit: the files of the item first, then the record, then the acknowledgement.
+
+There is a record per module, not per linear: a loss costs at most the module in work, 3.6 s of one GPU for a 70B MLP while
+measuring and 2.7 while quantising (docs/log.md), 13 to 26 s and 10 to 20 for 405B by operation counts. Starting Ray and a
+worker takes 12 to 14 s by itself. Records of single linears would have to keep or compute again a Hessian of 11 GB.
 """
 
 from __future__ import annotations

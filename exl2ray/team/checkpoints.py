@@ -1,7 +1,8 @@
 """Hidden states saved now and then, so that a fresh worker need not compute them from the token rows.
 
 A checkpoint is a record like any other (kind of its pass, key ``states-<index>`` or ``states-<index>-<share>``). Saving
-takes at most a twentieth of the time, whatever the disk: after a save of s seconds the next one waits 19 s at least.
+takes at most a twentieth of the time, whatever the disk: after a save of s seconds the next one waits 19 s at least. Looking
+for a checkpoint reads its records and compares sizes; its files are hashed when they are read.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 Copying what a GPU has made straight to ordinary memory holds a lock of the driver from beginning to end (0.1 s for 120 MB),
 and no thread of the process can launch a kernel meanwhile. A copy to page-locked memory does not, but locking enough of it
-for a whole module takes as long. So bytes go through a small page-locked buffer.
+for a whole module takes as long. So bytes go through a small page-locked buffer; the straight way took 0.29 of the 1.25 s of
+a 70B MLP. Files are written in pieces and hashed beside: serialising a module at one go held the interpreter's lock for 0.1
+to 0.3 s, during which the other members of a group waited.
 """
 
 from __future__ import annotations

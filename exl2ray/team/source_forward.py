@@ -1,15 +1,20 @@
 """Running the source model as a group, so that every member gets what its work begins with.
 
 Work on reference states is independent but for the states at the entry of a module (`exl2ray.driver.independent`). A worker
-alone has
-to run every module before its own, and to read it, which takes longer. A group shares both out: every member runs its own
-rows (`exl2ray.quant.rows`), and reads its own part of each weight, the rest of which comes from the others. Between GPUs of
-one machine that is many times faster than reading. Batches and the order of sums are those of a worker alone, so all results
-have the same bits.
+alone has to run every module before its own, and to read it, which takes longer. A group shares both out: every member runs
+its own rows (`exl2ray.quant.rows`), and reads its own part of each weight, the rest of which comes from the others. Between
+GPUs of one machine that is many times faster than reading. Batches and the order of sums are those of a worker alone, so all
+results have the same bits.
+
+Measured with 8 layers of 70B on four H200: measuring was 2.66 times as fast as on one while every worker found its own way,
+and 3.71 times with this. A layer takes 0.06 s for the measurement rows in place of 0.25.
 
 The modules that a member begins with are *prepared* for it: their Hessians are summed in the sweep too, and it gets them with
 the states before and after. So nothing of a reference pass is done twice. Prepared modules wait on the GPU, so their number
-is limited; before later ones a member makes the reference passes alone, from the states that it has.
+is limited; before later ones a member makes the reference passes alone, from the states that it has. With few rows nothing is
+prepared: adding up K x K matrices over members takes longer than the pass alone (1.1 s against 0.2 and 0.6). Where partial
+sums would not fit on the GPU (70B on 24 GB), neither. Only members of one machine do this: moving Hessians through a network
+would cost more than it saves.
 """
 
 from __future__ import annotations
