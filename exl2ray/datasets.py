@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from exl2ray.calibration.tokenizer import ModelTokenizer
     from exl2ray.model.spec import ModelSpec
 
+BUILTIN_PERPLEXITY_ROWS = 19  # rows of the built-in measurement set
+
 
 def sources_of(recipe: Recipe) -> list[Source]:
     """Every -c of a recipe. Raises UsageError, CalibrationError, and HubError for a Hub that does not answer."""
@@ -63,6 +65,11 @@ def pass_rows(
     flags = ("-mr", "-ml") if measuring else ("-r", "-l")
     count = recipe.measurement_rows if measuring else recipe.dataset_rows
     return data.rows(count, length, *flags, vocabulary, max_positions=longest)
+
+
+def reported_rows(recipe: Recipe) -> int:
+    """Leading rows of the quantisation set whose perplexity is reported; of the built-in one as many as the reference."""
+    return BUILTIN_PERPLEXITY_ROWS if recipe.cal_dataset is None else recipe.measurement_rows
 
 
 def stored_places(places: Sequence[str]) -> str | list[str] | None:

@@ -45,7 +45,6 @@ COMPANIONS = (
 STILL_USED = {  # companions that the core imports all the same: to be moved, not to be added to
     "afterwards": {"publish.card", "report.ladder"},
     "steps.job": {"plan.problems"},
-    "steps.producing": {"plan.problems"},
     "tuning": {"publish.card"},
     "writing": {"publish.card", "publish.names"},
 }

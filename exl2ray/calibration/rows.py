@@ -24,17 +24,12 @@ and ``Rows.notes`` says how much of it there is.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from exl2ray.calibration import generate
@@ -54,7 +49,7 @@ from exl2ray.calibration.pieces import (
 )
 from exl2ray.calibration.text import Document, builtin_documents, parse_chat
 from exl2ray.calibration.tokenizer import ModelTokenizer
-from exl2ray.errors import CalibrationError, SourceError, StoreError
+from exl2ray.errors import CalibrationError, SourceError
 
 Plan = Literal["measure", "quantize"]
 MAX_BUILTIN_LENGTH = 2048
@@ -267,34 +262,3 @@ class _Sources:
             return map(self._chat.text, generate.conversations(self._seed))
         end = "" if row_set.documents else "\n\n\n"
         return (text.strip("\n") + end for text in generate.texts(row_set.name, self._seed))
-
-
-def rows_to_bytes(rows: Rows) -> bytes:
-    """The safetensors file of ``rows``: ``input_ids`` int64 (R, T), the rest as metadata. Equal rows, equal bytes."""
-    meta = json.dumps({"kinds": rows.kinds, "source": rows.source, "notes": rows.notes}, ensure_ascii=False)
-    return save({"input_ids": rows.ids.contiguous()}, metadata={"exl2ray_rows": meta})
-
-
-def save_rows(rows: Rows, path: str | Path) -> None:
-    """Write ``rows_to_bytes`` to ``path``; the file appears whole or not at all."""
-    target = Path(path)
-    temp = target.with_name(f".{target.name}.tmp")
-    try:
-        with temp.open("wb") as f:
-            f.write(rows_to_bytes(rows))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, target)
-    except OSError as e:
-        raise StoreError(f"{target}: cannot write calibration rows: {e}") from e
-
-
-def load_rows(path: str | Path) -> Rows:
-    """Inverse of ``save_rows``; raises StoreError if the file is missing or not of this form."""
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            meta = json.loads((f.metadata() or {})["exl2ray_rows"])
-            ids = f.get_tensor("input_ids")
-        return Rows(ids, tuple(meta["kinds"]), meta["source"], tuple(meta["notes"]))
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, CalibrationError) as e:
-        raise StoreError(f"{path}: not calibration rows: {type(e).__name__}: {e}", "delete it to make them anew") from e

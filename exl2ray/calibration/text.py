@@ -63,14 +63,6 @@ class Document:
 
 
 @dataclass(frozen=True)
-class KindSummary:
-    kind: str
-    documents: int
-    characters: int
-    bytes: int  # UTF-8
-
-
-@dataclass(frozen=True)
 class Conversation:
     """A chat document. ``messages`` are (role, content); roles are system (first only), user, assistant."""
 
@@ -127,18 +119,6 @@ def pack_text(dest: Path, root: Path | None = None) -> Path:
             tar.addfile(info, io.BytesIO(data))
     dest.write_bytes(raw.getvalue())
     return dest
-
-
-def summarize(documents: Iterable[Document]) -> tuple[KindSummary, ...]:
-    """Documents, characters and UTF-8 bytes per kind, in the order of ``KINDS``; kinds without any are left out."""
-    by_kind: dict[str, list[Document]] = {}
-    for doc in documents:
-        by_kind.setdefault(doc.kind, []).append(doc)
-    return tuple(
-        KindSummary(k, len(docs), sum(len(d.text) for d in docs), sum(len(d.text.encode()) for d in docs))
-        for k in KINDS
-        if (docs := by_kind.get(k))
-    )
 
 
 def parse_chat(doc: Document) -> Conversation:

@@ -62,11 +62,6 @@ def register(mount: Mount) -> None:
         _MOUNTS[mount.folder] = mount
 
 
-def forget(folder: Path) -> None:
-    with _lock:
-        _MOUNTS.pop(folder, None)
-
-
 def mount_at(folder: str | Path) -> Mount | None:
     """The mount of a folder; None for an ordinary one."""
     return _MOUNTS.get(Path(os.path.abspath(folder))) if _MOUNTS else None

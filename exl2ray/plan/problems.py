@@ -24,7 +24,7 @@ from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
-from exl2ray.datasets import pass_rows, sources_of
+from exl2ray.datasets import pass_rows, reported_rows, sources_of
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
 from exl2ray.formats.hf import SourceModel, weight_files
@@ -56,7 +56,6 @@ from exl2ray.terminal.pasted import missing_folder_hint
 from exl2ray.tune.memory import check_memory
 
 T = TypeVar("T")
-BUILTIN_PERPLEXITY_ROWS = 19  # rows of the built-in measurement set, as the reference reports it
 BUILTIN_ROWS = tuple(sum(getattr(s, plan) for s in ROW_SETS) for plan in ("measure", "quantize"))
 MANY = ("tensors", "values")  # topics whose problems come in numbers: a checkpoint without a layer lacks a dozen
 SHOWN_TENSORS = 5  # in the message of an error; `plan` lists more
@@ -180,7 +179,7 @@ def row_sizes(recipe: Recipe, rows: dict[str, Rows]) -> RowSizes:
         "quantize": (recipe.dataset_rows if given else BUILTIN_ROWS[1], recipe.length),
         **{name: (r.ids.shape[0], r.ids.shape[1]) for name, r in rows.items()},
     }
-    return RowSizes(sizes["measure"], sizes["quantize"], recipe.measurement_rows if given else BUILTIN_PERPLEXITY_ROWS)
+    return RowSizes(sizes["measure"], sizes["quantize"], reported_rows(recipe))
 
 
 def size_ranges(

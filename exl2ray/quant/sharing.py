@@ -33,8 +33,8 @@ class PartialSums:
     """
 
     inputs: Mapping[str, Sequence[Linear]]
-    trees: Mapping[str, TreeSum]
-    crosses: Mapping[str, TreeSum] = field(default_factory=dict)
+    trees: dict[str, TreeSum]
+    crosses: dict[str, TreeSum] = field(default_factory=dict)
     targets: dict[int, torch.Tensor] = field(default_factory=dict)
     after: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -53,9 +53,10 @@ class Owned:
 
 
 def share_out(comm: Comm, module: Module, sums: PartialSums, settings: Settings, device: torch.device) -> Owned:
-    """Chooses an owner for each input and brings the sums there, which are used up. All members call it.
+    """Chooses an owner for each input and brings the sums there. All members call it.
 
-    Wide Hessians are factorised on the way, by all members, but not where memory is short.
+    ``sums`` holds none of them afterwards, so that a Hessian makes room as soon as its owner has used it. Wide Hessians are
+    factorised on the way, by all members, but not where memory is short.
     """
     counts = comm.gather([{g: tree.counts() for g, tree in trees.items()} for trees in (sums.trees, sums.crosses)])
     tokens = {g: sum(c[1] for trees, _ in counts for c in trees[g].values()) for g in sums.inputs}
@@ -63,23 +64,22 @@ def share_out(comm: Comm, module: Module, sums: PartialSums, settings: Settings,
     owned = Owned(assign_owners(module, sums.inputs, tokens, comm.size), routed)
     spread = comm.size > 1 and module.kind != "moe" and not settings.sums_on_host
     for group, (linear, *_) in sums.inputs.items():
-        owner, k = owned.owners[group], linear.in_features
+        owner, k, tree = owned.owners[group], linear.in_features, sums.trees.pop(group)
         held = [trees[group] for trees, _ in counts]
         if spread and tokens[group] and k > TOGETHER_ROWS:
             where, natural, notes = input_name(module, group), keeps_order(module, group), list[str]()
-            factor = factorise_together(
-                comm, sums.trees[group], held, owner, device, settings.damping, where, notes, natural
-            )
+            factor = factorise_together(comm, tree, held, owner, device, settings.damping, where, notes, natural)
             if factor is not None:
                 owned.factors[group], owned.notes[group] = factor, notes
         else:
-            gather_sums(comm, sums.trees[group], held, owner, k, device)
+            gather_sums(comm, tree, held, owner, k, device)
             if owner == comm.rank:
-                owned.hessians[group] = sums.trees[group].total()
+                owned.hessians[group] = tree.total()
         if group in sums.crosses:
-            gather_sums(comm, sums.crosses[group], [crosses[group] for _, crosses in counts], owner, k, device)
+            tree, held = sums.crosses.pop(group), [crosses[group] for _, crosses in counts]
+            gather_sums(comm, tree, held, owner, k, device)
             if owner == comm.rank:
-                owned.crosses[group] = sums.crosses[group].total()
+                owned.crosses[group] = tree.total()
     return owned
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from exl2ray.errors import StoreError
 from exl2ray.formats.elsewhere import Mount, mount_at, register
-from exl2ray.formats.json_file import MIB, parse_json_object
+from exl2ray.formats.json_file import parse_json_object
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import COMMIT, Address, is_remote, parse
 from exl2ray.remote.blocks import Blocks
@@ -35,7 +35,6 @@ from exl2ray.units import parse_size
 
 BLOCKS = f"{SOURCE_FOLDER}/blocks"
 CACHE_BYTES = 20 * 10**9
-MANIFEST_BYTES = 64 * MIB
 FORMAT = 1
 MAX_FOLDERS = 100
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exl2ray.calibration.data.taken import described_passes
 from exl2ray.calibration.output_files import tokenizer_output
+from exl2ray.datasets import reported_rows
 from exl2ray.devices import pick_executor, versions
 from exl2ray.driver.actors import open_workers
 from exl2ray.driver.metrics import ClusterMetrics
@@ -23,7 +24,7 @@ from exl2ray.events import Reporter
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.model.spec import ModelSpec
 from exl2ray.opening import allowed_changes, falls_back, job_of
-from exl2ray.plan.problems import examine, row_sizes
+from exl2ray.plan.problems import examine
 from exl2ray.quality import Numerics
 from exl2ray.recipe import JOB_FLAGS, Recipe
 from exl2ray.remote.source import keep
@@ -184,7 +185,7 @@ class Job:
             checkpoint_seconds=recipe.checkpoint_seconds,
             calibration=CALIBRATION,
             calibration_sha256=self.calibration_sha256,
-            perplexity_rows=row_sizes(recipe, self.rows).reported,
+            perplexity_rows=reported_rows(recipe),
             threads=torch.get_num_threads(),  # sums depend on it, so it does not depend on the number of workers
             nonce=self.work.nonce_check(),
             versions=versions(),

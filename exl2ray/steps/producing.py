@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from exl2ray.allocation.planning import Plan
 from exl2ray.calibration.soundness import baseline
+from exl2ray.datasets import reported_rows
 from exl2ray.errors import NumericError
 from exl2ray.outputs import OutputSummary
-from exl2ray.plan.problems import row_sizes
 from exl2ray.recipe import bpw_name
 from exl2ray.result_warnings import is_broken, show
 from exl2ray.steps.quantizing import quantize
@@ -84,7 +84,7 @@ def produce(
 def _examine_records(job: Job, plan: Plan, records: Mapping[int, Record]) -> None:
     """What the records of a finished bitrate say against it; for its card, so before that is written."""
     head, rows = job.spec.modules[-1], job.rows["quantize"].ids
-    known = baseline(rows, row_sizes(job.recipe, job.rows).reported, head.linears[0].out_features)
+    known = baseline(rows, reported_rows(job.recipe), head.linears[0].out_features)
     job.warnings.add_records(plan.bits, records, head.index, known)
 
 

@@ -52,10 +52,6 @@ class Store(ABC):
         self.put(rel, b"".join(parts))
 
     @abstractmethod
-    def put_file(self, rel: str, path: str | Path) -> None:
-        """As ``put``, with the content of the local file ``path``, which is not loaded into memory."""
-
-    @abstractmethod
     def get(self, rel: str) -> bytes: ...
 
     @abstractmethod

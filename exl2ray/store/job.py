@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exl2ray.errors import JobMismatchError, StoreError
-from exl2ray.store.records import canonical_json, hash_inputs
+from exl2ray.store.records import canonical_json
 
 JOB_FILE = "job.json"
 SECTIONS = ("identity", "measure", "quantize", "output")  # each depends on those before it
@@ -72,17 +72,6 @@ def normalise(job: Mapping[str, Mapping[str, Any]]) -> Job:
         if not isinstance(settings, dict):
             raise StoreError(f"section {section} of the job is not a mapping of settings")
     return {section: plain[section] for section in SECTIONS}
-
-
-def section_hash(job: Mapping[str, Mapping[str, Any]], section: str) -> str:
-    """SHA-256 (hex) of a section together with those it depends on.
-
-    ``section_hash(job, "measure")`` covers identity and measure: other bitrates or shard sizes leave it unchanged.
-    """
-    plain = normalise(job)
-    if section not in SECTIONS:
-        raise StoreError(f"a job has no section {section!r}; its sections are {', '.join(SECTIONS)}")
-    return hash_inputs(**{s: _without_places(plain, s) for s in SECTIONS[: SECTIONS.index(section) + 1]})
 
 
 def _without_places(job: Job, section: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from exl2ray import beneath
 from exl2ray.errors import StoreError
 from exl2ray.formats.files import replacing
 from exl2ray.store.faults import MissingFileError, translated
-from exl2ray.store.fs import CHUNK_BYTES, TEMP_NAME, TEMP_PREFIX, Names, Store, check_name, temp_name
+from exl2ray.store.fs import TEMP_NAME, TEMP_PREFIX, Names, Store, check_name, temp_name
 
 MAX_JSON_BYTES = 64 << 20  # of a job, a record, a measurement
 MAX_LINES_BYTES = 32 << 20  # of events: some 100 000
@@ -57,12 +57,6 @@ class LocalStore(Store):
 
     def put_parts(self, rel: str, parts: Sequence[bytes | memoryview]) -> None:
         self.put_stream(rel, parts)
-
-    def put_file(self, rel: str, path: str | Path) -> None:
-        with translated("read", str(path)):
-            source = open(path, "rb")
-        with source:
-            self.put_stream(rel, iter(lambda: source.read(CHUNK_BYTES), b""))
 
     def put_stream(self, rel: str, chunks: Iterable[bytes | memoryview]) -> None:
         """As ``put``, piece by piece."""

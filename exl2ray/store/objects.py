@@ -8,7 +8,6 @@ lifecycle rule for incomplete multipart uploads frees it). There is no exclusive
 
 from __future__ import annotations
 
-import mmap
 import os
 import socket
 import threading
@@ -16,7 +15,6 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow.fs as pafs
@@ -57,19 +55,6 @@ class ObjectStore(Store):
     def put(self, rel: str, data: bytes | memoryview) -> None:
         with translated("write", self.full_name(rel)), self._fs.open_output_stream(self._key(rel)) as f:
             f.write(data)
-
-    def put_file(self, rel: str, path: str | Path) -> None:
-        # Mapped and written in one call: an error while reading pieces would end in close(), which publishes what
-        # was uploaded so far.
-        with translated("read", str(path)), open(path, "rb") as source:
-            if os.fstat(source.fileno()).st_size == 0:
-                return self.put(rel, b"")
-            with (
-                mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-                translated("write", self.full_name(rel)),
-                self._fs_in_order.open_output_stream(self._key(rel)) as f,
-            ):
-                f.write(mapped)
 
     def get(self, rel: str) -> bytes:
         with translated("read", self.full_name(rel)), self._fs.open_input_stream(self._key(rel)) as f:

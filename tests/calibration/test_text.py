@@ -19,7 +19,6 @@ from exl2ray.calibration.text import (
     load_tree,
     pack_text,
     parse_chat,
-    summarize,
 )
 from exl2ray.errors import CalibrationError
 
@@ -95,11 +94,6 @@ def test_families() -> None:
     assert Document("multilingual", "de_brief.txt", "").family == "de"
     assert Document("code", "a.RS", "").family == "code:.rs"
     assert Document("essays", "a.txt", "").family == "essays"
-
-
-def test_summary_counts_characters_and_bytes() -> None:
-    (summary,) = summarize([Document("essays", "a", "é"), Document("essays", "b", "xy")])
-    assert (summary.kind, summary.documents, summary.characters, summary.bytes) == ("essays", 2, 3, 4)
 
 
 def _chat(*messages: tuple[str, str]) -> Document:

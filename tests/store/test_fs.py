@@ -56,17 +56,13 @@ def test_list_is_recursive_sorted_and_without_temporary_files(store: Store) -> N
     assert store.entries() == ["a.json", "b", "bb"]
 
 
-def test_put_file(store: Store, tmp_path: Path) -> None:
+def test_large_and_empty_files(store: Store) -> None:
     data = os.urandom(12 << 20)  # on S3 more than one part
-    (tmp_path / "source").write_bytes(data)
-    (tmp_path / "nothing").write_bytes(b"")
-    store.put_file("big/file.bin", tmp_path / "source")
-    store.put_file("big/empty.bin", tmp_path / "nothing")
+    store.put_parts("big/file.bin", [data[: 5 << 20], b"", data[5 << 20 :]])
+    store.put("big/empty.bin", b"")
     assert store.size("big/empty.bin") == 0
     assert store.get("big/file.bin") == data
     assert (store.local_path("big/file.bin") is not None) is store.is_local
-    with pytest.raises(StoreError, match="source-that-is-not"):
-        store.put_file("x", tmp_path / "source-that-is-not")
 
 
 def test_pickled_store_reopens_the_same_place(store: Store) -> None:

@@ -12,7 +12,6 @@ from exl2ray.calibration.data.columns import CONTENT_KEYS, ROLE_KEYS, Choice, Ki
 from exl2ray.calibration.data.plain import MIB
 from exl2ray.calibration.data.problem import DataError
 
-MAGIC = b"PAR1"
 BATCH_ROWS, BATCH_BYTES = 64, 4 * MIB  # of a read, by what the file says; a row may be a whole book
 THRIFT_STRING_BYTES, THRIFT_ITEMS = 64 * MIB, 1_000_000  # of the file's own description
 MAX_NESTING = 32  # of a column's type

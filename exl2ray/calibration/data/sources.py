@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,7 +159,3 @@ def _regular(path: Path) -> Path:
 
 def _is_pattern(place: str) -> bool:
     return any(c in place for c in "*?[")
-
-
-def names_of(sources: Sequence[Source]) -> str:
-    return ", ".join(s.name for s in sources)
