@@ -17,7 +17,7 @@ from schedules import SHARES, chains, serial_s, source_modules, step
 from sweeps import perplexity_s, sweep
 
 from exl2ray.driver.independent import cut
-from exl2ray.team import tree
+from exl2ray.quant import sums as group_sums
 
 KINDS = ("measure", "reference", "quantized")
 
@@ -209,7 +209,7 @@ def test_costs_take_over_what_was_seen(simulation: simulate.Simulation) -> None:
 
 
 def test_largest_group_is_the_real_one() -> None:
-    assert SHARES == tree.SHARES
+    assert SHARES == group_sums.SHARES
 
 
 def test_models_of_the_table(simulation: simulate.Simulation) -> None:
