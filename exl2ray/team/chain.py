@@ -49,19 +49,19 @@ def quantize(worker: Member, part: ChainPass) -> Iterator[Begun | Ready | ItemRe
     plan = hash_inputs(hashes=list(choices.hashes))[:16]
     name = f"quantized:{worker.setup.calibration_sha256[:32]}:{plan}"
     chain = Chain(quant_kind(choices.bits), name, choices.hashes)
-    gang = worker.kept
-    if not isinstance(gang, Gang) or gang.chain != chain:
+    states = worker.kept
+    if not isinstance(states, ChainStates) or states.chain != chain:
         worker.kept = None
-        gang = worker.kept = Gang(worker.runner, worker.checkpoints, chain)
+        states = worker.kept = ChainStates(worker.runner, worker.checkpoints, chain)
     comm = worker.group(part.meeting)
     before = comm.received
-    gang.join(first, comm)
+    states.join(first, comm)
     yield Ready("join", time.monotonic() - begin, comm.received - before)
     for index in worker.until_taken(part.modules, comm):
         key = spec.modules[index].profile_key
         yield worker.begin(Begun("chain", index, key, choices.bits, together=together))
         begin, before = time.monotonic(), comm.received
-        payload, detail = gang.quantize(index, choices.params)
+        payload, detail = states.quantize(index, choices.params)
         received = sum(comm.gather(comm.received - before))
         if comm.rank == 0:
             notes = tuple(payload.get("notes", ()))
@@ -88,8 +88,8 @@ class Share:
         return {"x": self.x, "other": self.other}
 
 
-class Gang:
-    """One member's part in the chain of one bitrate."""
+class ChainStates:
+    """The states of one member of the group that goes through the chain of one bitrate, and what the member does there."""
 
     def __init__(self, runner: Runner, checkpoints: Checkpoints, chain: Chain) -> None:
         self.run, self.checkpoints, self.chain = runner, checkpoints, chain

@@ -67,7 +67,7 @@ def alone(run: Runner) -> dict[int, Entered]:
     return out
 
 
-def gang(size: int, setup: WorkerSetup, stretches: tuple[tuple[int, ...], ...], read: Any = None) -> list[Found]:
+def members(size: int, setup: WorkerSetup, stretches: tuple[tuple[int, ...], ...], read: Any = None) -> list[Found]:
     def member(comm: Any) -> Found:
         run = Runner(setup)
         load = run.source.load
@@ -98,7 +98,7 @@ def test_prepared_modules_have_the_bits_of_a_worker_alone(
     read: list[tuple[str, int, int]] = []
     size = len(stretches)
     taken: set[int] = set()
-    for found, stretch in zip(gang(size, setup, stretches, read), stretches, strict=True):
+    for found, stretch in zip(members(size, setup, stretches, read), stretches, strict=True):
         assert found.index == stretch[0]
         if stretch[0] in taken:  # somebody else's
             assert not found.prepared
@@ -131,7 +131,7 @@ def test_without_room_a_member_gets_the_states(setup: WorkerSetup, monkeypatch: 
     one = context_bytes(run.spec.modules[3], nbytes)
     for room, prepared in ((0, []), (2 * one, [3])):
         monkeypatch.setattr(Runner, "room", lambda self, n, room=room: room)
-        first, second = gang(2, setup, ((1, 2), (3, 4)))
+        first, second = members(2, setup, ((1, 2), (3, 4)))
         assert list(second.prepared) == prepared
         if prepared:
             assert second.x is None
@@ -145,7 +145,7 @@ def test_without_room_a_member_gets_the_states(setup: WorkerSetup, monkeypatch: 
 
 def test_few_tokens_are_not_worth_preparing(setup: WorkerSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    found = gang(2, setup, ((1, 2), (3, 4)))
+    found = members(2, setup, ((1, 2), (3, 4)))
     assert not any(f.prepared for f in found)
     assert found[1].x is not None
 
@@ -155,7 +155,7 @@ def test_the_entry_of_the_head_is_not_prepared(setup: WorkerSetup) -> None:
     states = alone(run)[4].y
     for module in run.spec.modules[5:-1]:
         states = run.advance(run.load(module), states, shared=True)
-    first, second = gang(2, setup, ((1, 2, 3, 4), (6,)))
+    first, second = members(2, setup, ((1, 2, 3, 4), (6,)))
     assert list(first.prepared) == [1, 2, 3, 4]
     assert not second.prepared
     assert second.x is not None
