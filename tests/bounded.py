@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, MEMORY = 10.0, 2 << 30  # of a command that only looks: plan, --dry-run, inspect, verify, solve
 WAITING = 4.0  # times the limit that a run may wait where other processes have the machine
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.02
 CLOSED = "closed"
 
 
@@ -105,12 +106,7 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
-    # What the commands import when they run; without it every fork would import it again.
-    import exl2ray.commands.allocations
-    import exl2ray.commands.evaluate
-    import exl2ray.commands.plan
-    import exl2ray.convert
-    import exl2ray.steps  # noqa: F401
+    import preloaded  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a stray print must not look like an answer
@@ -125,11 +121,8 @@ def _watched(request: dict[str, Any]) -> Run:
         pid = os.fork()
         if pid == 0:
             _child(request, out.fileno(), err.fileno())
-        peak, stopped = 0, ""
-        while True:
-            ended, status, usage = os.wait4(pid, os.WNOHANG)
-            if ended:
-                break
+        peak, stopped, handle = 0, "", os.pidfd_open(pid)
+        while not stopped and not select.select([handle], [], [], POLL_SECONDS)[0]:
             held, used = _session(pid)
             peak = max(peak, held)
             waited = time.monotonic() - start
@@ -137,11 +130,10 @@ def _watched(request: dict[str, Any]) -> Run:
                 stopped = "memory"
             elif waited > request["seconds"] and (used > request["seconds"] or waited > WAITING * request["seconds"]):
                 stopped = "time"
-            if stopped:
-                _kill_session(pid)
-                _, status, usage = os.wait4(pid, 0)
-                break
-            time.sleep(POLL_SECONDS)
+        if stopped:
+            _kill_session(pid)
+        _, status, usage = os.wait4(pid, 0)
+        os.close(handle)
         seconds = time.monotonic() - start
         _kill_session(pid)  # what it left running
         texts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,16 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def write_text(path: Path) -> Path:
-    """A small calibration file: random printable characters, so that rows of bytes reach most of the tokens."""
+    """A small calibration file: random printable characters, so that rows of bytes reach most of the tokens.
+
+    JSON lines unless ``path`` ends with .parquet: the child that reads them starts in half the time without pyarrow.
+    """
     g = torch.Generator().manual_seed(0)
     rows = ["".join(chr(32 + i) for i in torch.randint(0, 95, (256,), generator=g).tolist()) for _ in range(16)]
-    pq.write_table(pa.table({"text": rows}), path)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": rows}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -56,7 +56,7 @@ class Converted:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("calibration") / "rows.parquet")
+    return write_text(tmp_path_factory.mktemp("calibration") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

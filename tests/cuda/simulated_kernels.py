@@ -6,9 +6,12 @@ from __future__ import annotations
 import kernel_checks as checks
 import pytest
 from numba import config
+from simulator import take_turns
 
 from exl2ray.cuda import elementwise
 from exl2ray.formats.layout import GroupLayout
+
+take_turns()
 
 
 def test_the_simulator_is_on() -> None:

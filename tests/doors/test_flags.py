@@ -127,7 +127,7 @@ def test_values_out_of_range_and_names_that_are_not_clear(line: str, says: str, 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(write_text(tmp_path_factory.mktemp("data") / "text.parquet"))
+    return Path(write_text(tmp_path_factory.mktemp("data") / "text.jsonl"))
 
 
 @pytest.fixture(scope="module")

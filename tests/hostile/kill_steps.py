@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 RENAMES = ("os.rename", "os.link")
 REMOVALS = ("os.remove", "os.rmdir", "os.mkdir")
@@ -23,7 +25,9 @@ def _context() -> ForkServerContext:
     """Starts processes that have the imports behind them, and no threads."""
     os.environ["OMP_NUM_THREADS"] = "1"  # sums depend on it
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["exl2ray.cli", "exl2ray.steps", "kill_steps"])
+    context.set_forkserver_preload(["preloaded", "kill_steps"])
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p)):  # it does not take sys.path over
+        forkserver.ensure_running()
     return context
 
 

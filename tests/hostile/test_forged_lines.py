@@ -83,7 +83,7 @@ def test_names_in_a_card_and_a_report(made: Conversion, tmp_path: Path) -> None:
     """Model, work directory, target and calibration file; the card has the command in a block that a name could end."""
     name = FORGED.replace("/", "")
     model = Path(shutil.copytree(made.model, tmp_path / f"model{name}"))
-    text = Path(shutil.copy(made.text, tmp_path / f"text{name}.parquet"))
+    text = Path(shutil.copy(made.text, tmp_path / f"text{name}.jsonl"))
     work, target = tmp_path / f"work{name}", tmp_path / f"target{name}"
     runs = [exl2ray("convert", "-i", model, "-o", work, "-c", text, "-cf", target, *FLAGS, "-b", "4", seconds=30)]
     runs += [exl2ray(*c) for c in (["status", work], ["report", work], ["convert", "-o", work, *PLACES])]

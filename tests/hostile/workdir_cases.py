@@ -59,7 +59,7 @@ class Conversion:
 
 
 def make_conversion(root: Path, model: Path) -> Conversion:
-    made = Conversion(model, write_text(root / "text.parquet"), root / "work", root / "target", root / "target5")
+    made = Conversion(model, write_text(root / "text.jsonl"), root / "work", root / "target", root / "target5")
     made.convert(made.work, made.target5, bits=(5.0,))
     made.convert(made.work, made.target)
     assert len(list(made.target.glob("output-*-of-00002.safetensors"))) == 2

@@ -22,7 +22,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("calibration") / "rows.parquet")
+    return write_text(tmp_path_factory.mktemp("calibration") / "rows.jsonl")
 
 
 @pytest.fixture(scope="session")

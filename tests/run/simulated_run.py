@@ -9,10 +9,13 @@ import pytest
 import run_checks as checks
 import torch
 from numba import config
+from simulator import take_turns
 
 from exl2ray.cuda import run
 from exl2ray.cuda.run_source import Variant
 from exl2ray.formats.layout import GroupLayout
+
+take_turns()
 
 
 def test_the_simulator_is_on() -> None:

@@ -1,0 +1,17 @@
+"""Imports all that the commands import when they run: a process that imports this hands it to its forks, which would each
+need up to a second for it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from numba.core.registry import cpu_target
+
+for name in (
+    "afterwards", "cli", "commands.allocations", "commands.evaluate", "commands.plan", "commands.report", "convert",
+    "cuda.cpu", "driver.inline", "report.page", "report.style", "steps", "steps.producing", "tuning", "writing",
+):  # fmt: skip
+    import_module(f"exl2ray.{name}")
+import_module("matplotlib.backends.backend_svg")
+cpu_target.typing_context.refresh()  # what numba imports when it first loads a compiled function
+cpu_target.target_context.refresh()
