@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,16 @@ CLUSTER_FILES = {"test_chaos.py", "test_faults.py", "test_parallel.py", "test_su
 CLUSTER_SECONDS = 1200  # the driver's own deadlines, which these tests are about, are shorter
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist hands files out in the order below
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in CLUSTER_FILES:
             item.add_marker(pytest.mark.cluster)
             item.add_marker(pytest.mark.timeout(CLUSTER_SECONDS))
+    if hasattr(config, "workerinput"):  # one of several processes: a long file that comes last is waited for by the others
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        sizes = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path not in slow, -sizes[item.path]))

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
 from jsonschema import Draft202012Validator
+from tiny_models import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., Result]
@@ -28,8 +29,8 @@ def schema() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Demo:
-    """Flags of a quick conversion of the demo model: what both commands take, and what only `convert` does."""
+class Flags:
+    """Flags of a quick conversion of a tiny model: what both commands take, and what only `convert` does."""
 
     work: Path
     both: list[str]
@@ -37,17 +38,18 @@ class Demo:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    folder = tmp_path_factory.mktemp("demo")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    folder = tmp_path_factory.mktemp("tiny")
     lines = range(12_000)  # `measure` wants enough for the usual -r and -l, too
     text = [f"Line {i} of some text, with {i * i} and {i**3 % 1009} in it." for i in lines]
     pq.write_table(pa.table({"text": text}), folder / "text.parquet")
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(3, 200, (2, 64)))
-    both = {"-i": ROOT / "models" / "demo", "-o": folder / "work", "-c": folder / "text.parquet", "-mr": 2, "-ml": 128,
+    model = write_model(folder / "model", max_position_embeddings=2048)
+    both = {"-i": model, "-o": folder / "work", "-c": folder / "text.parquet", "-mr": 2, "-ml": 128,
             "--executor": "inline", "--device": "cpu"}  # fmt: skip
     more = {"-cf": f"{folder}/out-{{bpw}}", "-r": 2, "-l": 128, "--eval-text": folder / "ids.npy"}
     words = [[str(w) for pair in flags.items() for w in pair] for flags in (both, more)]
-    return Demo(folder / "work", words[0], [*words[1], "-b", "3.5", "-b", "5"])
+    return Flags(folder / "work", words[0], [*words[1], "-b", "4", "-b", "5"])
 
 
 def events_of(result: Result) -> list[Event]:
@@ -90,13 +92,13 @@ def test_the_examples_of_the_page_are_events(schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_events_of_the_demo_model(schema: dict[str, Any], demo: Demo, run: Run) -> None:
+def test_events_of_a_conversion(schema: dict[str, Any], tiny: Flags, run: Run) -> None:
     """Measured alone, converted, resumed, patched, and refused."""
-    measured = events_of(run("measure", *demo.both, "--json"))
-    converted = events_of(run("convert", *demo.both, *demo.more, "--json"))
-    again = events_of(run("convert", *demo.both, *demo.more, "--json"))
-    patched = events_of(run("patch", "-o", str(demo.work), "--set", "*.0.*down_proj=8", "-b", "5", "--json"))
-    refused = events_of(run("convert", *demo.both, *demo.more, "-b", "4", "--json"))
+    measured = events_of(run("measure", *tiny.both, "--json"))
+    converted = events_of(run("convert", *tiny.both, *tiny.more, "--json"))
+    again = events_of(run("convert", *tiny.both, *tiny.more, "--json"))
+    patched = events_of(run("patch", "-o", str(tiny.work), "--set", "*.0.*down_proj=8", "-b", "5", "--json"))
+    refused = events_of(run("convert", *tiny.both, *tiny.more, "-b", "6", "--json"))
     for events in (measured, converted, again, patched, refused):
         assert problems(schema, events) == []
         names = [e["event"] for e in events if e["event"] not in ("note", "warning")]
@@ -104,7 +106,7 @@ def test_events_of_the_demo_model(schema: dict[str, Any], demo: Demo, run: Run) 
         assert names[0] == ("error" if events is refused else "start")
     assert [e["stage"] for e in measured if e["event"] == "stage"] == ["measure", "sensitivity"]
     stages = [e["stage"] for e in converted if e["event"] == "stage"]
-    assert sorted(stages) == ["compile 3.5", "compile 5.0", "evaluate", "quantize 3.5", "quantize 5.0"]
+    assert sorted(stages) == ["compile 4.0", "compile 5.0", "evaluate", "quantize 4.0", "quantize 5.0"]
     for stage in stages:
         done = [e["done"] for e in converted if e["event"] == "item" and e["stage"] == stage]
         assert done == list(range(1, len(done) + 1))

@@ -12,9 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from exl2ray.convert import Summary, convert
 from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
@@ -41,12 +38,12 @@ class Quiet:
 
 @cache
 def calibration_file() -> str:
-    """A Parquet file with enough text for some rows: much quicker than the 134 rows of the built-in set."""
+    """A file with enough text for some rows: much quicker than the 134 rows of the built-in set."""
     directory = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     text = [f"Line {i} of some text, with {i * i} and {i**3 % 1009} in it and {chr(97 + i % 26) * 3}." for i in range(99)]
-    pq.write_table(pa.table({"text": text}), f"{directory}/calibration.parquet")
-    return f"{directory}/calibration.parquet"
+    Path(directory, "calibration.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text))
+    return f"{directory}/calibration.jsonl"
 
 
 def recipe(model: Path, out: Path, **changes: Any) -> Recipe:

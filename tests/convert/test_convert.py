@@ -63,7 +63,7 @@ def test_output_is_a_sound_model(quiet: Quiet) -> None:
         quantisation = config["quantization_config"]
         assert quantisation["quant_method"] == "exl2"
         assert (quantisation["bits"], quantisation["head_bits"]) == (bits, 6)
-        assert quantisation["calibration"] == {"rows": QUANTISED, "length": 128, "dataset": "calibration.parquet"}
+        assert quantisation["calibration"] == {"rows": QUANTISED, "length": 128, "dataset": "calibration.jsonl"}
         assert config["rope_theta"] == 10000.0  # also where transformers 5 writes rope_parameters only
         assert (output / "tokenizer.json").read_bytes() == (quiet.model / "tokenizer.json").read_bytes()
         assert not list(output.glob("*.index.json"))

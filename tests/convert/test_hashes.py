@@ -147,7 +147,7 @@ def test_places_do_not_matter_and_contents_do(
     quiet: Quiet, usual: Hashes, measured: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Path(shutil.copytree(quiet.model, tmp_path / "elsewhere"))
-    data = shutil.copy(calibration_file(), tmp_path / "other.parquet")
+    data = shutil.copy(calibration_file(), tmp_path / "other.jsonl")
     found = hashes_of(recipe(model, tmp_path / "a", cal_dataset=str(data)), measured, monkeypatch)
     assert usual.changed(found) == set()
     tensors = load_file(model / "model.safetensors")

@@ -50,7 +50,8 @@ def forkserver(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerContext]:
     """Starts processes that have the imports, which take most of the time of these small conversions, behind them."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # inherited; the quiet conversion uses one thread, and sums depend on it
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["exl2ray.cli", "exl2ray.steps"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))  # it does not take sys.path over
+    context.set_forkserver_preload(["preloaded"])
     yield context
     multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
