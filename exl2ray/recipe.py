@@ -65,7 +65,7 @@ class Recipe:
         "-hb", "bits of the output head: 2, 3, 4, 5, 6 or 8; if absent 6, or what --allocation linear finds best.",
         QUANTISE, rule=_HEAD, job="quantize.head_bits", measured=False))
     compile_full: str | None = field(default=None, metadata=setting(
-        "-cf", "directory for the complete model: tensors, config, tokenizer. {bpw} stands for the bitrate.",
+        "-cf", "directory for the complete model: tensors, config, tokenizer. {bpw} stands for the bitrate, {head} for -hb.",
         FILES, "DIR", job="output.compile_full", measured=False))
     # a tuple if there are several
     cal_dataset: str | tuple[str, ...] | None = field(default=None, metadata=setting(
@@ -206,6 +206,11 @@ class Recipe:
                 f"-cf {self.compile_full}: {len(self.bits)} bitrates would write into one directory",
                 "put {bpw} into the path, as in -cf out/{bpw}",
             )
+        if "{head}" in (self.compile_full or "") and self.head_is_free:
+            raise UsageError(
+                f"-cf {self.compile_full}: the bits of the head are found with those of the rest, so no name can have them",
+                "say what {head} is to be with -hb, or leave it out",
+            )
         if self.target_correction and self.propagate == "reference":
             raise UsageError(
                 f"--target-correction {self.target_correction:g} needs the states of the quantised model",
@@ -277,7 +282,8 @@ class Recipe:
 
     def output_dir(self, bits: float) -> str | None:
         """Directory of the complete model at one bitrate; None without -cf."""
-        return None if self.compile_full is None else self.compile_full.replace("{bpw}", bpw_name(bits))
+        path = self.compile_full
+        return None if path is None else path.replace("{bpw}", bpw_name(bits)).replace("{head}", str(self.usual_head_bits))
 
     def job(
         self, identity: dict[str, Any], calibration: str | None, quantising: str | None = None

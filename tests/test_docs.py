@@ -17,7 +17,7 @@ from tiny_models import write_model
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
 RUN = re.compile(r"<!-- run -->\n```bash\n(.*?)```", re.S)
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "cluster").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "cluster").rglob("*.md")])
 
 
 def commands(page: Path) -> list[list[str]]:

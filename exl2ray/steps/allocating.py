@@ -35,9 +35,8 @@ def allocate(job: Job, measurement: Measurement, bits: float) -> Plan:
         "allocated", bits=bits, bpw=achieved, gap=allocation.gap, choice=list(allocation.choice),
         allocation=job.recipe.allocates, head=params[head.key].desc, predicted_kl=chosen.predicted_kl,
     )  # fmt: skip
-    message = f"{bits:g} bpw: allocation uses {achieved:.4f} bits per weight"
-    if job.recipe.head_is_free:
-        message += f", {size[head.key] / (head.in_features * pad32(head.out_features)):.4f} for the head"
+    of_head = size[head.key] / (head.in_features * pad32(head.out_features))
+    message = f"{bits:g} bpw: allocation uses {achieved:.4f} bits per weight in the decoder, {of_head:.4f} in the head"
     message += f", within {max(0.0, allocation.gap) * 100:.4f} % of the optimum"
     if chosen.predicted_kl is not None:
         message += f"; predicted KL {chosen.predicted_kl:.4g}"

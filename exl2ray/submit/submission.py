@@ -80,7 +80,7 @@ def _shared_path(kind: Path, path: str) -> SharedPath:
             f"{kind.flag} {path}: a relative path is another place on the cluster",
             f"give the absolute path that the cluster's nodes see, as {kind.flag} /shared/{os.path.basename(local)}",
         )
-    return SharedPath(kind.flag, path.replace("{bpw}", "bpw"), kind.role, kind.workers)
+    return SharedPath(kind.flag, path.replace("{bpw}", "bpw").replace("{head}", "head"), kind.role, kind.workers)
 
 
 def check_settings(command: str, settings: Mapping[str, Any]) -> None:

@@ -57,6 +57,11 @@ def test_output_directories() -> None:
     r = recipe(bits=(3.0, 4.125), compile_full="out/{bpw}")
     assert [r.output_dir(b) for b in r.bits] == ["out/3.0", "out/4.125"]
     assert recipe().output_dir(4.125) is None
+    named = recipe(bits=(6.0,), head_bits=8, compile_full="out/{bpw}-h{head}")
+    assert named.output_dir(6.0) == "out/6.0-h8"
+    assert recipe(quality="reference", compile_full="out-h{head}").output_dir(4.0) == "out-h6"  # what convert.py takes
+    with pytest.raises(UsageError, match="found with those of the rest"):
+        recipe(allocation="linear", compile_full="out/{bpw}-h{head}")
     assert bpw_name(4) == "4.0"
 
 
