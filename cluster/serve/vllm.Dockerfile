@@ -18,7 +18,7 @@ ARG RAY_VERSION=2.60.0
 RUN python3 -m pip list --format=freeze \
         | grep -E '^(vllm|torch|torchvision|torchaudio|numba|numpy|transformers)==' > /tmp/kept.txt \
     && grep -qE "^vllm==${VLLM_VERSION}([+.]|$)" /tmp/kept.txt \
-    && python3 -m pip install --no-cache-dir -c /tmp/kept.txt "/src[cuda]" "ray[default,serve]==${RAY_VERSION}" \
+    && python3 -m pip install --no-cache-dir -c /tmp/kept.txt "/src[cuda,vllm]" "ray[default,serve]==${RAY_VERSION}" \
     && rm -rf /src /tmp/kept.txt \
     && exl2ray --version
 
