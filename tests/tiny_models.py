@@ -25,6 +25,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}  # where they are not called as the family
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -56,7 +57,8 @@ def write_model(directory: Path, family: str = "Llama", seed: int = 0, **config:
     import transformers
 
     settings = {**SIZES, **(MIXTRAL if family == "Mixtral" else {}), **config}
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings))
+    made = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(made)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
