@@ -20,6 +20,7 @@ ROOMS = {
     "model": {"cuda", "formats"},
     "quant": {"cuda", "formats", "quality"},
     "run": {"cuda", "formats"},
+    "peft": {"run"},
     "transformers": {"formats", "run"},
     "vllm": {"formats", "run"},
     "evaluate": {"calibration", "formats", "model", "quant"},

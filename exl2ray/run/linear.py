@@ -55,6 +55,11 @@ class Exl2Linear(torch.nn.Module):
         return out
 
     @property
+    def qweight(self) -> Tensor:
+        """``q_weight`` under the name by which PEFT finds the device of quantised linears."""
+        return self.q_weight
+
+    @property
     def layout(self) -> GroupLayout:
         """Groups of stored rows; raises FormatError if ``q_groups`` is not legal."""
         return groups_layout(self.q_groups.tolist(), self.q_weight.shape[0])

@@ -66,10 +66,18 @@ class Exl2Config(QuantizationConfig):  # type: ignore[misc]  # of a package that
         return WeightsMapper()
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """Leaves packed tensors, and biases of packed linears, out of the stream of weights."""
+        """Leaves packed tensors, and biases of packed linears, out of the stream of weights.
+
+        Asked for when all layers are made and no weight is read. Raises FormatError if a packed linear has no place.
+        """
         from vllm.model_executor.models.utils import WeightsMapper
 
-        return WeightsMapper(orig_to_new_regex={re.compile(p): None for p in self.files.patterns()})
+        from exl2ray.vllm.surroundings import check_nothing_left
+
+        check_nothing_left(self.files)
+        renamed = {self.files.prefix: ""} if self.files.prefix else {}
+        dropped = {re.compile(p): None for p in self.files.patterns()}
+        return WeightsMapper(orig_to_new_regex=dropped, orig_to_new_prefix=renamed)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; None or vLLM's own where the files have it unquantised."""

@@ -19,18 +19,21 @@ from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, sound_files
 from exl2ray.run.names import EXPERT_ROLES, FUSED, packed_keys
 
+TEXT_MODEL = "language_model."  # EXL2 has this in front of Gemma 3, also of one that is text alone
+
 
 @dataclass
 class PackedFiles:
     """Made once, in front of everything, and sent to the processes that load the model: names, and no weights.
 
-    names: linear in vLLM's model -> in the files; biased: those of the files that have a bias; claimed: those of the files
-    that a layer of this process is going to read.
+    names: linear in vLLM's model -> in the files; biased: those of the files that have a bias; prefix: in front of all names
+    in the files, and of none in vLLM; claimed: those of the files that a layer of this process is going to read.
     """
 
     root: Path
     names: dict[str, str]
     biased: list[str]
+    prefix: str = ""
     claimed: set[str] = field(default_factory=set)
     _tensors: dict[str, TensorInfo] = field(default_factory=dict)
 
@@ -72,6 +75,10 @@ class PackedFiles:
 
         merged: last part of a name -> those of its parts, in this family. Raises FormatError if only some parts are packed.
         """
+        parent = layer.rpartition(".")[0]
+        if parent and not self.prefix and any(name.startswith(f"{TEXT_MODEL}{parent}.") for name in self.names):
+            self.prefix = TEXT_MODEL
+            self.names = {name.removeprefix(TEXT_MODEL): key for name, key in self.names.items()}
         if layer in self.names:
             return self.claim([layer])
         parent, _, leaf = layer.rpartition(".")

@@ -5,7 +5,9 @@ ask_vllm.py MODEL OUT dtype [eager | compiled] [ranks]: log-probabilities (2, 39
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,11 @@ def rows(prompt: Any) -> list[list[float]]:
 def main(model: str, out: str, dtype: str, mode: str, ranks: str) -> None:
     from vllm import LLM, SamplingParams
 
+    config = json.loads((Path(model) / "config.json").read_text())
+    text = {"architectures": ["Gemma3ForCausalLM"]} if config["model_type"] == "gemma3_text" else None
     llm = LLM(
         model, dtype=dtype, enforce_eager=mode == "eager", tensor_parallel_size=int(ranks), max_model_len=64, max_num_seqs=4,
-        max_logprobs=-1, skip_tokenizer_init=True,
+        max_logprobs=-1, skip_tokenizer_init=True, hf_overrides=text,
     )  # fmt: skip
     asked = SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=-1, detokenize=False, ignore_eos=True)
     answers = llm.generate([{"prompt_token_ids": ids} for ids in tokens().tolist()], asked)
