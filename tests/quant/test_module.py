@@ -27,14 +27,13 @@ CORRECTED = Numerics(0.5, "feedback", 1)
 Found = tuple[QuantizedModule, Packed, dict[str, Tensor]]
 
 
-def by_group(directory: Path, index: int, settings: Settings, size: int) -> list[Found]:
+def by_group(directory: Path, index: int, settings: Settings, size: int, rows: int = ROWS) -> list[Found]:
     """What each member of a group gets, packs and holds afterwards."""
 
     def member(comm: Any) -> Found:
         spec, block = load(directory, index)
-        x = states(spec, rows=ROWS, tokens=24)
-        # in the source model: near the others, not equal
-        other = x + 0.05 * states(spec, rows=ROWS, tokens=24, seed=1)
+        x = states(spec, rows=rows, tokens=24)
+        other = x + 0.05 * states(spec, rows=rows, tokens=24, seed=1)  # in the source model: near the others, not equal
         if block.module.kind == "head":
             params = {y.key: head_option(6) for y in block.module.linears}
         else:
@@ -42,7 +41,7 @@ def by_group(directory: Path, index: int, settings: Settings, size: int) -> list
         own = owner_shares(comm.rank, comm.size)
         mine, others = ({s: t for s, t in cut(t).items() if s in own} for t in (x, other))
         packed = Packed()
-        result = quantize_module(block, mine, others, ROWS, params, settings, check_states, packed, comm)
+        result = quantize_module(block, mine, others, rows, params, settings, check_states, packed, comm)
         return result, packed, dict(block.weights)
 
     return together(size, member) if size > 1 else [member(Solo())]
@@ -71,6 +70,17 @@ def test_a_group_of_any_size_packs_the_same_bits(
     if family == "Mixtral":
         assert sum(e["tokens"] for e in alone.experts) == 2 * ROWS * 24
         assert alone.notes[0] == describe_coverage(alone.experts)
+
+
+def test_members_without_rows_take_part(tiny: Callable[[str], Path]) -> None:
+    settings = Settings(batch_rows=2, numerics=CORRECTED)
+    ((alone, expected, _),) = by_group(tiny("Llama"), 1, settings, 1, rows=2)
+    found = by_group(tiny("Llama"), 1, settings, 8, rows=2)
+    assert sum(bool(result.x) for result, _, _ in found) == 2
+    assert {result.error for result, _, _ in found} == {alone.error}
+    for _, own, _ in found:
+        for key, p in own.items():
+            assert all(torch.equal(t, expected[key].tensors()[name]) for name, t in p.tensors().items())
 
 
 def test_wide_hessians_of_a_group_are_factorised_by_all(
