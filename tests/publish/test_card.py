@@ -80,7 +80,7 @@ def test_everything_is_on_the_card() -> None:
         "| `--damping` | 0.12 |",
         'AutoModelForCausalLM.from_pretrained("DIRECTORY")',
         'python test_inference.py -m DIRECTORY -p "Once upon a time,"',
-        "the last version with the backend `exllamav2`",
+        "a version with the backend `exllamav2`, as commit `01a5915a7bfd`",
         "**Good.** Close to the source model: KL divergence 0.012 nats per token, perplexity 7.5 against 7 of the source",
         "| KL divergence, 99 % are below | 0.120 (0.100 to 0.150) | 0 |",
         "| KL divergence, maximum | 3.000 | 0 |",
