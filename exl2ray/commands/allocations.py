@@ -18,11 +18,12 @@ from exl2ray.allocation.planning import (
     scored_options,
 )
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import LinearShape, QParams, pad32
+from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement, OptionProfile, check_against, read_measurement
 from exl2ray.formats.origin import origin_findings
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.plan.problems import expected_measurement
 from exl2ray.recipe import SETTINGS, Recipe
 from exl2ray.remote.source import local
 from exl2ray.result_warnings import insensitive_warning, unspent_warning
@@ -93,7 +94,7 @@ def solve(
         SETTINGS["bits"].check((b,))
     source = SourceModel(local(in_dir))
     spec, found = load_spec(source), read_measurement(measurement)
-    check_against(found, [m.profile_key for m in spec.modules if m.kind != "embedding"], _shapes(spec))
+    check_against(found, *expected_measurement(spec))
     if allocation is None:
         allocation = "linear" if has_sensitivities(spec, found) else "module"
     settings: dict[str, Any] = {"allocation": allocation, "objective": objective, "objective_power": objective_power}
@@ -159,16 +160,6 @@ def _choice(module: ModuleSpec, options: Sequence[OptionProfile], index: int) ->
 
 def _weights(module: ModuleSpec, params: Mapping[str, QParams]) -> int:
     return sum(x.in_features * pad32(x.out_features) for x in module.linears if x.role in params)
-
-
-def _shapes(spec: ModelSpec) -> dict[str, dict[str, list[LinearShape]]]:
-    out: dict[str, dict[str, list[LinearShape]]] = {}
-    for module in spec.modules:
-        if module.quantized:
-            roles = out.setdefault(module.profile_key, {})
-            for x in module.linears:
-                roles.setdefault(x.role, []).append(LinearShape(x.in_features, x.out_features, x.has_bias))
-    return out
 
 
 def show(solutions: Sequence[Solution]) -> None:

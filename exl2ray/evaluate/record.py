@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import FormatError
-from exl2ray.formats.json_file import parse_json_object, read_bounded
+from exl2ray.formats.json_file import as_number, parse_json_object, read_bounded
 
 EVALUATION = "evaluation.json"  # in work directories and published repositories
 MAX_BYTES = 64 << 20
@@ -121,7 +121,8 @@ def parse_evaluation(result: Mapping[str, Any], where: str) -> Evaluation:
         _figure(result, "reference_perplexity", where), _figure(result, "nll_increase", where), _figure(result, "kl", where),
         top1, _figure(result, "top5_agreement", where), tail,
         {str(k): _kind(v, f"{where}: {k}") for k, v in kinds.items()} if isinstance(kinds, Mapping) else {},
-        file_bytes, _number(result.get("linears_bpw")), _number(result.get("head_bpw")), _number(result.get("file_bpw")),
+        file_bytes, as_number(result.get("linears_bpw")), as_number(result.get("head_bpw")),
+        as_number(result.get("file_bpw")),
         tuple(w for w in warnings if isinstance(w, str)) if isinstance(warnings, list) else (), result,
     )  # fmt: skip
 
@@ -140,10 +141,10 @@ def _figure(result: Mapping[str, Any], name: str, where: str) -> Figure | None:
     if found is None:
         return None
     fields = found if isinstance(found, Mapping) else {}
-    value, error = _number(fields.get("value")), _number(fields.get("standard_error"))
+    value, error = as_number(fields.get("value")), as_number(fields.get("standard_error"))
     if value is None:
         raise FormatError(f"{where}: {name!r} has no finite 'value'", HINT)
-    return Figure(value, None if error is None else abs(error), _number(fields.get("low")), _number(fields.get("high")))
+    return Figure(value, None if error is None else abs(error), as_number(fields.get("low")), as_number(fields.get("high")))
 
 
 def _count(result: Mapping[str, Any], name: str, where: str) -> int:
@@ -151,16 +152,6 @@ def _count(result: Mapping[str, Any], name: str, where: str) -> int:
     if type(found) is not int or found < 0:
         raise FormatError(f"{where}: {name!r} is {str(found)[:40]}, not a count", HINT)
     return found
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 # ---- what it means ----------------------------------------------------------------------------------------------------

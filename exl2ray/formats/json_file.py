@@ -55,6 +55,17 @@ def read_json_object(
     return parse_json_object(read_bounded(path, limit, error, hint), str(path), error, hint, unique)
 
 
+def as_number(value: Any) -> float | None:
+    """``value`` as a float if it is a finite number, truth values not counted; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
 def read_bounded(path: str | Path, max_bytes: int, error: Error = SourceError, hint: str = "") -> bytes:
     """All bytes of a regular file of at most ``max_bytes``; raises ``error`` otherwise. Never waits for a FIFO or device."""
     path = Path(path)

@@ -6,12 +6,11 @@ counts as absent, except that a null hides a family default (a Gemma 2 config wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from exl2ray.errors import SourceError
-from exl2ray.formats.json_file import shown
+from exl2ray.formats.json_file import as_number, shown
 
 # Names of one number in the configs of different families; the first that is given counts.
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer")
@@ -103,17 +102,6 @@ class ConfigReader:
                 raise SourceError(f"config.json: {' / '.join(keys)} is missing", "the config does not fit the weights")
             return default
         return value
-
-
-def as_number(value: Any) -> float | None:
-    """``value`` as a float if it is a finite number, truth values not counted; else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _dotted(level: Mapping[str, Any], key: str) -> tuple[Any, bool]:

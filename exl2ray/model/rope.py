@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import SourceError
-from exl2ray.formats.json_file import shown
-from exl2ray.model.config_reader import HINT, MAX_INTEGER, as_number
+from exl2ray.formats.json_file import as_number, shown
+from exl2ray.model.config_reader import HINT, MAX_INTEGER
 from exl2ray.model.rules import RopeStyle
 
 UNSCALED = ("default", "dynamic", "mrope")  # dynamic: only beyond the trained length; mrope: plain RoPE for text

@@ -15,47 +15,38 @@ from exl2ray.model.rules import Arch, Fixed, HeadNormRule, Names, NormRule, Wind
 
 _LAYER = "model.layers.{L}."
 _LLAMA = Names()
-_MIXTRAL_MOE: dict[str, str] = {
-    "router": _LAYER + "block_sparse_moe.gate",
-    "gate": _LAYER + "block_sparse_moe.experts.{E}.w1",
-    "up": _LAYER + "block_sparse_moe.experts.{E}.w3",
-    "down": _LAYER + "block_sparse_moe.experts.{E}.w2",
-}
-_MIXTRAL = replace(_LLAMA, **_MIXTRAL_MOE)
-_QWEN3_MOE = replace(
+
+def _layered(base: Names, **names: str) -> Names:
+    """``base`` with other names of what stands in a layer."""
+    return replace(base, **{part: _LAYER + name for part, name in names.items()})
+
+
+_MIXTRAL = _layered(
     _LLAMA,
-    router=_LAYER + "mlp.gate",
-    gate=_LAYER + "mlp.experts.{E}.gate_proj",
-    up=_LAYER + "mlp.experts.{E}.up_proj",
-    down=_LAYER + "mlp.experts.{E}.down_proj",
+    router="block_sparse_moe.gate",
+    gate="block_sparse_moe.experts.{E}.w1",
+    up="block_sparse_moe.experts.{E}.w3",
+    down="block_sparse_moe.experts.{E}.w2",
 )
-_GEMMA2 = replace(
+_QWEN3_MOE = _layered(
     _LLAMA,
-    attn_post_norm=_LAYER + "post_attention_layernorm",
-    mlp_norm=_LAYER + "pre_feedforward_layernorm",
-    mlp_post_norm=_LAYER + "post_feedforward_layernorm",
+    router="mlp.gate",
+    gate="mlp.experts.{E}.gate_proj",
+    up="mlp.experts.{E}.up_proj",
+    down="mlp.experts.{E}.down_proj",
 )
-_PHI3_SOURCE = replace(
+_GEMMA2 = _layered(
     _LLAMA,
-    q=_LAYER + "self_attn.qkv_proj",
-    k=_LAYER + "self_attn.qkv_proj",
-    v=_LAYER + "self_attn.qkv_proj",
-    gate=_LAYER + "mlp.gate_up_proj",
-    up=_LAYER + "mlp.gate_up_proj",
+    attn_post_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
 )
-_GLM4 = replace(
-    _LLAMA,
-    attn_post_norm=_LAYER + "post_self_attn_layernorm",
-    mlp_post_norm=_LAYER + "post_mlp_layernorm",
-)
+_QKV = "self_attn.qkv_proj"
+_PHI3_SOURCE = _layered(_LLAMA, q=_QKV, k=_QKV, v=_QKV, gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
+_GLM4 = _layered(_LLAMA, attn_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm")
 _COHERE = replace(_LLAMA, mlp_norm=None)
-_STARCODER2 = replace(_LLAMA, gate=None, up=_LAYER + "mlp.c_fc", down=_LAYER + "mlp.c_proj")
-_GPT = replace(
-    _STARCODER2,
-    positions="model.wpe",
-    attn_norm=_LAYER + "ln_1",
-    mlp_norm=_LAYER + "ln_2",
-)
+_STARCODER2 = replace(_layered(_LLAMA, up="mlp.c_fc", down="mlp.c_proj"), gate=None)
+_GPT = replace(_layered(_STARCODER2, attn_norm="ln_1", mlp_norm="ln_2"), positions="model.wpe")
 _GPT2_SOURCE = Names(
     embed="wte",
     positions="wpe",
@@ -70,28 +61,21 @@ _GPT2_SOURCE = Names(
     down="h.{L}.mlp.c_proj",
     final_norm="ln_f",
 )
-_GPT_LAYOUTS = (
-    (("lm_head", "lm_head"), ("", "transformer.")),
-    (("", ""),),
-)
-_INTERNLM2 = replace(
+_PLAIN = (("", ""),)
+_GPT_LAYOUTS = ((("lm_head", "lm_head"), ("", "transformer.")), _PLAIN)
+_INTERNLM2 = _layered(
     _LLAMA,
-    attn_norm=_LAYER + "attention_norm",
-    mlp_norm=_LAYER + "ffn_norm",
-    gate=_LAYER + "feed_forward.w1",
-    up=_LAYER + "feed_forward.w3",
-    down=_LAYER + "feed_forward.w2",
+    attn_norm="attention_norm",
+    mlp_norm="ffn_norm",
+    gate="feed_forward.w1",
+    up="feed_forward.w3",
+    down="feed_forward.w2",
 )
+_WQKV = "attention.wqkv"
 _INTERNLM2_SOURCE = replace(
-    _INTERNLM2,
-    embed="model.tok_embeddings",
-    q=_LAYER + "attention.wqkv",
-    k=_LAYER + "attention.wqkv",
-    v=_LAYER + "attention.wqkv",
-    o=_LAYER + "attention.wo",
-    head="output",
+    _layered(_INTERNLM2, q=_WQKV, k=_WQKV, v=_WQKV, o="attention.wo"), embed="model.tok_embeddings", head="output"
 )
-_DBRX = replace(_MIXTRAL, up=_LAYER + "block_sparse_moe.experts.{E}.v1")
+_DBRX = _layered(_MIXTRAL, up="block_sparse_moe.experts.{E}.v1")
 _DBRX_BLOCK = "transformer.blocks.{L}."
 _DBRX_SOURCE = Names(
     embed="transformer.wte",
@@ -107,7 +91,7 @@ _DBRX_SOURCE = Names(
     down=_DBRX_BLOCK + "ffn.experts.mlp.w2",
     final_norm="transformer.norm_f",
 )
-_YI = replace(_LLAMA, attn_norm=_LAYER + "ln1", mlp_norm=_LAYER + "ln2")
+_YI = _layered(_LLAMA, attn_norm="ln1", mlp_norm="ln2")
 
 # Multimodal checkpoints: the published layout, and the one of transformers 4.52 and later when it saves its own names.
 _LANGUAGE_MODEL = (
@@ -131,10 +115,7 @@ _GEMMA3_COPIED = tuple(
         ("vision_tower.", "vision_tower.vision_model."),
     )
 )
-_QWEN_VL_LAYOUTS = (
-    (("", ""),),
-    (("model.", "model.language_model."), ("lm_head", "lm_head")),
-)
+_QWEN_VL_LAYOUTS = (_PLAIN, _LANGUAGE_MODEL[1])
 _QWEN_VL_COPIED = (("visual.", "visual."), ("model.visual.", "visual."))
 
 _LAYER_NORM = NormRule("layer", ("layer_norm_eps",))
@@ -293,7 +274,7 @@ _ENTRIES = (
         _GEMMA3_ARCH,
         name="Gemma3ForCausalLM",
         loads_as="Gemma3ForConditionalGeneration",
-        source_layouts=((("", ""),),),
+        source_layouts=(_PLAIN,),
         copied=(),
     ),
     Arch(
@@ -346,7 +327,7 @@ _ENTRIES = (
     Arch(
         "Glm4ForCausalLM",
         output=_GLM4,
-        source=replace(_GLM4, gate=_LAYER + "mlp.gate_up_proj", up=_LAYER + "mlp.gate_up_proj"),
+        source=_layered(_GLM4, gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
         gate_up_fused=True,
         attention_bias_o=False,
         rope="gptj",

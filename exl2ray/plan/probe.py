@@ -23,7 +23,7 @@ from exl2ray.errors import NumericError, StoreError
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.layout import QParams
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.plan.problems import Examination
+from exl2ray.plan.findings import Examination
 from exl2ray.plan.times import Timed, kind_of, weights_of
 from exl2ray.quant.qparams import head_option, option_tables
 from exl2ray.recipe import Recipe

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -23,7 +21,7 @@ from exl2ray.allocation.reach import reachable_slots
 from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
-from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
+from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.datasets import pass_rows, reported_rows, sources_of
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
@@ -43,8 +41,9 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
 from exl2ray.opening import check_measurement_target, check_opening
-from exl2ray.plan.disk import DiskNeed, check_disks, disk_needs
+from exl2ray.plan.disk import check_disks, disk_needs
 from exl2ray.plan.doubts import calibration_doubts, model_doubts
+from exl2ray.plan.findings import Examination
 from exl2ray.plan.flat import flat_warnings
 from exl2ray.plan.memory import RowSizes
 from exl2ray.plan.scan import scan_values, stored_names
@@ -55,73 +54,8 @@ from exl2ray.targets import check_output
 from exl2ray.terminal.pasted import missing_folder_hint
 from exl2ray.tune.memory import check_memory
 
-T = TypeVar("T")
 BUILTIN_ROWS = tuple(sum(getattr(s, plan) for s in ROW_SETS) for plan in ("measure", "quantize"))
-MANY = ("tensors", "values")  # topics whose problems come in numbers: a checkpoint without a layer lacks a dozen
-SHOWN_TENSORS = 5  # in the message of an error; `plan` lists more
 UNKNOWN_TENSORS = 4096  # whose values are looked at in a model of which no architecture is known
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that would stop a conversion. ``topic``: what to look at, e.g. "tensors", "disk"."""
-
-    topic: str
-    error: Exl2RayError  # as a conversion raises it
-
-
-@dataclass
-class Examination:
-    """What the checks found. Without problems everything is there; with some, what they leave to be known."""
-
-    device: torch.device | None = None
-    source: SourceModel | None = None
-    spec: ModelSpec | None = None
-    overrides: tuple[Override, ...] = ()  # of --set
-    measurement: Measurement | None = None  # of -m
-    tokenizer: ModelTokenizer | None = None  # closed
-    rows: dict[str, Rows] = field(default_factory=dict)  # "measure", "quantize"
-    data: tuple[str, ...] = ()  # every -c, absolute
-    disks: list[DiskNeed] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)  # of what spoils a run without stopping it
-    doubts: list[str] = field(default_factory=list)  # warnings that concern the result
-    notes: list[str] = field(default_factory=list)
-
-    def attempt(self, topic: str, check: Callable[[], T]) -> T | None:
-        """The result of a check, or None and a problem more."""
-        try:
-            return check()
-        except Exl2RayError as e:
-            self.add(topic, [e])
-            return None
-
-    def add(self, topic: str, errors: Sequence[Exl2RayError]) -> None:
-        """Notes problems; the same one found twice is one (a file that both passes read)."""
-        known = {p.error.message for p in self.problems}
-        self.problems += [Problem(topic, e) for e in errors if e.message not in known]
-
-    def has(self, *topics: str) -> bool:
-        return any(p.topic in topics for p in self.problems)
-
-    def raise_any(self) -> None:
-        """Raises the problem, or all of them as one error of the first one's kind. Of many tensors some are named."""
-        errors: list[Exl2RayError] = []
-        for topic, group in groupby(self.problems, key=lambda p: p.topic):
-            some = [p.error for p in group]
-            errors += [_joined(some, f"{self.source.path}: ")] if topic in MANY and self.source is not None else some
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            lines = [x for i, e in enumerate(errors, 1) for x in (f"{i}. {e.message}", *([f"   {e.hint}"] if e.hint else []))]
-            count = f"{len(errors)} problems would stop this conversion:"
-            raise type(errors[0])(count, "`exl2ray plan` with the same flags lists them again", lines)
-
-
-def _joined(errors: Sequence[Exl2RayError], prefix: str) -> Exl2RayError:
-    texts = [e.message if i == 0 else e.message.removeprefix(prefix) for i, e in enumerate(errors[:SHOWN_TENSORS])]
-    more = f"; and {len(errors) - SHOWN_TENSORS} more" if len(errors) > SHOWN_TENSORS else ""
-    return type(errors[0])("; ".join(texts) + more, errors[0].hint)
 
 
 def examine(recipe: Recipe) -> Examination:

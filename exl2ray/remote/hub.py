@@ -19,11 +19,12 @@ from typing import Any
 
 from exl2ray.errors import Exl2RayError, HubError, SourceError, StoreError, UsageError
 from exl2ray.formats.elsewhere import STAMP, RemoteFile
+from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import read_json_object
 from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
 from exl2ray.remote.address import Address, redacted
 from exl2ray.remote.blocks import Blocks
-from exl2ray.remote.listing import MAX_NAMES, Entry, Listing, folders_of
+from exl2ray.remote.listing import MAX_NAMES, Listing, folders_of
 from exl2ray.remote.retry import Passing, patiently
 from exl2ray.remote.token import Token, redacted_logs
 
@@ -74,14 +75,14 @@ class Repository:
                 continue
             sha = s.lfs.sha256 if s.lfs is not None else None
             size = s.lfs.size if s.lfs is not None and s.lfs.size is not None else s.size
-            entries.append(Entry(s.rfilename[len(prefix) :], int(size or 0), f"{STAMP}{sha or s.blob_id or commit}", sha))
+            entries.append(FileState(s.rfilename[len(prefix) :], int(size or 0), f"{STAMP}{sha or s.blob_id or commit}", sha))
         if not entries:
             raise SourceError(f"{address}: the repository has no folder {address.path}" if prefix else f"{address}: is empty",
                               f"its folders: {', '.join(folders_of([s.rfilename for s in siblings])[:5]) or 'none'}")
         self.address = address.at(commit)
         return self.reopened(tuple(entries))
 
-    def reopened(self, entries: tuple[Entry, ...]) -> Listing:
+    def reopened(self, entries: tuple[FileState, ...]) -> Listing:
         """The listing of a commit that is known."""
         folders = folders_of([e.name for e in entries])
         return Listing(self.address, entries, folders, self.fetch, self.open)
@@ -107,7 +108,7 @@ class Repository:
             name = path.relative_to(folder).as_posix()
             real = path.resolve().name  # blobs have the name of their ETag
             sha = real if re.fullmatch(r"[0-9a-f]{64}", real) else None
-            entries.append(Entry(name, path.stat().st_size, f"{STAMP}{real}", sha))
+            entries.append(FileState(name, path.stat().st_size, f"{STAMP}{real}", sha))
         return self.reopened(tuple(entries))
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class Repository:
             found = try_to_load_from_cache(self.address.place, self._name(name), revision=self.address.revision)
         return Path(found) if isinstance(found, str) else None
 
-    def fetch(self, entry: Entry) -> bytes:
+    def fetch(self, entry: FileState) -> bytes:
         """A small file, through the Hub's cache."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
@@ -142,7 +143,7 @@ class Repository:
 
         return patiently(step)
 
-    def open(self, entry: Entry) -> RemoteFile:
+    def open(self, entry: FileState) -> RemoteFile:
         key = f"{self.address}/{entry.name}\0{entry.size}\0{entry.stamp}"
         cached = self._cached(entry.name)
 
@@ -155,7 +156,7 @@ class Repository:
 
         return RemoteFile(entry.name, entry.size, entry.stamp, read, lambda: entry.stamp, entry.sha256)
 
-    def _range(self, entry: Entry, buffer: memoryview, offset: int) -> None:
+    def _range(self, entry: FileState, buffer: memoryview, offset: int) -> None:
         """Fills the buffer; goes on where a connection broke off."""
         done = 0
 
@@ -189,7 +190,7 @@ class Repository:
         url = hf_hub_url(self.address.place, self._name(name), revision=self.address.revision, endpoint=_endpoint())
         return url, build_hf_headers()
 
-    def _check(self, answer: Any, entry: Entry, offset: int, asked: str) -> None:
+    def _check(self, answer: Any, entry: FileState, offset: int, asked: str) -> None:
         """Whether an answer is the range of the file that was listed."""
         status = answer.status_code
         known, _, expected = self._places.get(entry.name, NOWHERE)
@@ -281,7 +282,7 @@ def _token(value: str) -> Token:
     return token
 
 
-def _read_cached(path: Path | None, entry: Entry, buffer: memoryview, offset: int) -> bool:
+def _read_cached(path: Path | None, entry: FileState, buffer: memoryview, offset: int) -> bool:
     """From a file of the Hub's cache; False if it is not there, or no longer."""
     if path is None:
         return False

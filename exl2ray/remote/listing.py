@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.elsewhere import RemoteFile
+from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import LIMITS
 from exl2ray.formats.side_files import OTHER_BYTES, TOTAL_BYTES
 from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
@@ -29,26 +30,17 @@ MAX_FILE_BYTES = 1 << 46
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A file. ``name``: with folders, relative to the address. stamp: changes with the content. sha256 where it is known."""
-
-    name: str
-    size: int
-    stamp: str
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
 class Listing:
-    """address: with the commit. ``fetch``: content of a small file; ``open``: a shard."""
+    """address: with the commit. entries: their names have folders, relative to it. ``fetch``: content of a small file;
+    ``open``: a shard."""
 
     address: Address
-    entries: tuple[Entry, ...]
+    entries: tuple[FileState, ...]
     folders: tuple[str, ...]
-    fetch: Callable[[Entry], bytes]
-    open: Callable[[Entry], RemoteFile]
+    fetch: Callable[[FileState], bytes]
+    open: Callable[[FileState], RemoteFile]
 
-    def small(self) -> tuple[list[Entry], list[str]]:
+    def small(self) -> tuple[list[FileState], list[str]]:
         """(files to fetch, notes of those that are too large to be what their names say). Raises SourceError."""
         chosen, notes = [], []
         for entry in self.entries:
@@ -66,7 +58,7 @@ class Listing:
             raise SourceError(f"{self.address}: small files of more than {FETCHED_BYTES >> 20} MiB", "is it a model?")
         return chosen, notes
 
-    def shards(self) -> list[Entry]:
+    def shards(self) -> list[FileState]:
         """The weights, at the top level."""
         found = [e for e in self.entries if "/" not in e.name and e.name.lower().endswith(".safetensors")]
         if any(e.size > MAX_FILE_BYTES for e in found):

@@ -10,9 +10,10 @@ from typing import Any
 
 from exl2ray.errors import Exl2RayError, SourceError, StoreError
 from exl2ray.formats.elsewhere import STAMP, RemoteFile
+from exl2ray.formats.file_states import FileState
 from exl2ray.remote.address import Address, redacted
 from exl2ray.remote.blocks import SMALL_BYTES, Blocks
-from exl2ray.remote.listing import MAX_NAMES, TEMPLATES, Entry, Listing
+from exl2ray.remote.listing import MAX_NAMES, TEMPLATES, Listing
 from exl2ray.remote.retry import Passing, patiently
 
 CREDENTIALS = {
@@ -71,24 +72,24 @@ class Bucket:
             raise SourceError(f"{self.address}: there is nothing", hint)
         return sorted(set(files)), tuple(sorted(folders))
 
-    def _entry(self, name: str, size: int, mtime: int) -> Entry:
+    def _entry(self, name: str, size: int, mtime: int) -> FileState:
         if name.endswith(".safetensors"):
             return patiently(lambda: self._state(name))
-        return Entry(name, size, f"{STAMP}{mtime}")
+        return FileState(name, size, f"{STAMP}{mtime}")
 
-    def _state(self, name: str) -> Entry:
+    def _state(self, name: str) -> FileState:
         """As it is now."""
         with self._typed(name), self._fs.open_input_file(f"{self._base}/{name}") as f:
             return self._described(name, f)
 
-    def _described(self, name: str, f: Any) -> Entry:
+    def _described(self, name: str, f: Any) -> FileState:
         found = {_text(k).lower(): _text(v) for k, v in (f.metadata() or {}).items()}
         mark = found.get("etag") or found.get("md5hash") or found.get("md5_hash") or found.get("generation")
         if not mark:
             mark = str(self._fs.get_file_info(f"{self._base}/{name}").mtime_ns)
-        return Entry(name, int(f.size()), STAMP + mark.strip('"'))
+        return FileState(name, int(f.size()), STAMP + mark.strip('"'))
 
-    def fetch(self, entry: Entry) -> bytes:
+    def fetch(self, entry: FileState) -> bytes:
         def step() -> bytes:
             with self._typed(entry.name), self._fs.open_input_stream(f"{self._base}/{entry.name}") as f:
                 data = bytes(f.read(entry.size + 1))
@@ -98,7 +99,7 @@ class Bucket:
 
         return patiently(step)
 
-    def open(self, entry: Entry) -> RemoteFile:
+    def open(self, entry: FileState) -> RemoteFile:
         key = f"{self.address}/{entry.name}\0{entry.size}\0{entry.stamp}"
 
         def now() -> str:
@@ -115,7 +116,7 @@ class Bucket:
 
         return RemoteFile(entry.name, entry.size, entry.stamp, read, now, entry.sha256)
 
-    def _range(self, entry: Entry, buffer: memoryview, offset: int) -> None:
+    def _range(self, entry: FileState, buffer: memoryview, offset: int) -> None:
         with self._typed(entry.name), self._fs.open_input_file(f"{self._base}/{entry.name}") as f:
             if (now := self._described(entry.name, f)).size != entry.size or now.stamp != entry.stamp:
                 raise self._changed(entry)
@@ -124,7 +125,7 @@ class Bucket:
             raise Passing(SourceError(f"{self.address}/{entry.name}: {len(data)} of {len(buffer)} bytes came", "try again"))
         buffer[:] = data
 
-    def _changed(self, entry: Entry) -> StoreError:
+    def _changed(self, entry: FileState) -> StoreError:
         return StoreError(f"{self.address}/{entry.name}: another object than when the conversion began", CHANGED)
 
     @contextmanager

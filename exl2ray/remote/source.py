@@ -19,12 +19,13 @@ from typing import Any
 
 from exl2ray.errors import StoreError
 from exl2ray.formats.elsewhere import Mount, mount_at, register
+from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import parse_json_object
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import COMMIT, Address, is_remote, parse
 from exl2ray.remote.blocks import Blocks
 from exl2ray.remote.hub import Repository
-from exl2ray.remote.listing import TEMPLATES, Entry, Listing
+from exl2ray.remote.listing import TEMPLATES, Listing
 from exl2ray.remote.objects import Bucket
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store
@@ -140,7 +141,7 @@ def _remembered(asked: Address, work: str, cache_bytes: int) -> Opened | None:
             return None
         if address.scheme == "hf" and COMMIT.fullmatch(address.revision or "") is None:
             return None
-        entries = tuple(Entry(**e) for e in found["entries"])
+        entries = tuple(FileState(**e) for e in found["entries"])
         folders, hashes = tuple(map(str, found["folders"])), dict(found["small"])
         small = {}
         for name, expected in hashes.items():

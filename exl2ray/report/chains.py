@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from exl2ray.errors import StoreError
-from exl2ray.report.values import layer_of, mapping, module_order, number, texts, token_counts
+from exl2ray.formats.json_file import as_number
+from exl2ray.report.values import layer_of, mapping, module_order, texts, token_counts
 from exl2ray.store.fs import Store
 from exl2ray.store.layout import NOT_MODULES, quant_kind
 from exl2ray.store.records import FileRef, Record, Records
@@ -42,7 +43,7 @@ class Chain:
     @property
     def nbytes(self) -> int:
         """Bytes of the quantised tensors so far."""
-        return sum(int(number(f.size) or 0) for m in self.modules for f in m.files)
+        return sum(int(as_number(f.size) or 0) for m in self.modules for f in m.files)
 
     @property
     def options(self) -> dict[str, str]:
@@ -89,7 +90,7 @@ def read_chain(store: Store, bits: float, problems: list[str]) -> Chain:
             separate.append(record)
         elif record.key == OUTPUT:
             shards = record.payload.get("shards")
-            sizes = [number(mapping(s).get("size")) for s in shards] if isinstance(shards, list) else []
+            sizes = [as_number(mapping(s).get("size")) for s in shards] if isinstance(shards, list) else []
             file_bytes = int(sum(size or 0 for size in sizes))
         elif not NOT_MODULES.fullmatch(record.key):
             superseded += record.key in best
@@ -102,11 +103,11 @@ def read_chain(store: Store, bits: float, problems: list[str]) -> Chain:
 
 def created(record: Record) -> float:
     """When the record was written, in seconds since 1970; 0 if it does not say."""
-    return number(record.created) or 0.0
+    return as_number(record.created) or 0.0
 
 
 def _last(payloads: Sequence[Mapping[str, object]], name: str) -> float | None:
-    found = [value for p in payloads if (value := number(p.get(name))) is not None]
+    found = [value for p in payloads if (value := as_number(p.get(name))) is not None]
     return found[-1] if found else None
 
 
@@ -116,7 +117,7 @@ def _result(record: Record) -> ModuleResult:
     return ModuleResult(
         key=record.key,
         layer=layer_of(record.key),
-        error=number(payload.get("error")),
+        error=as_number(payload.get("error")),
         options={k: v for k, v in mapping(payload.get("options")).items() if isinstance(v, str)},
         experts=experts,
         notes=notes[1:] if experts else notes,  # the first one is the coverage in words

@@ -11,6 +11,7 @@ from typing import Any
 
 from exl2ray.errors import FormatError
 from exl2ray.evaluate.record import EVALUATION, MAX_BYTES, Evaluation, parse_evaluations, read_evaluations
+from exl2ray.formats.json_file import as_number
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.measurement import ModuleProfile
 from exl2ray.report.allocation import Allocation, allocation_of, linear_shapes
@@ -24,7 +25,7 @@ from exl2ray.report.curves import (
     with_weights,
 )
 from exl2ray.report.timeline import Timeline, read_timeline
-from exl2ray.report.values import mapping, nominal_bpw, number, parse_option, texts
+from exl2ray.report.values import mapping, nominal_bpw, parse_option, texts
 from exl2ray.store.events import read_events
 from exl2ray.store.fs import Store
 from exl2ray.store.job import StoredJob
@@ -163,13 +164,13 @@ class _Log:
             self._take(str(event["name"]), mapping(event["fields"]))
 
     def _take(self, name: str, f: Mapping[str, Any]) -> None:
-        bits, key = number(f.get("bits")), str(f.get("key", ""))
+        bits, key = as_number(f.get("bits")), str(f.get("key", ""))
         if name == "allocated" and bits is not None:
             self.allocated[bits] = f
         elif name == "written" and bits is not None:
             self.directory[bits] = str(f.get("directory") or "")
         elif name == "stage":
-            self.items[str(f.get("stage"))] = int(number(f.get("items")) or 0)
+            self.items[str(f.get("stage"))] = int(as_number(f.get("items")) or 0)
         elif name == "lost":
             self.notes.append((key, f"a worker was lost: {f.get('reason')}"))
         elif name == "retry":
@@ -186,8 +187,8 @@ class _Log:
 def _bitrate(chain: Chain, log: _Log, shapes: Mapping[str, LinearShape], evaluation: Evaluation | None) -> Bitrate:
     event, bits = log.allocated.get(chain.bits, {}), chain.bits
     return Bitrate(
-        chain, number(event.get("bpw")), _head_bpw(chain, event, shapes), number(event.get("gap")),
-        number(event.get("predicted_kl")), log.items.get(f"quantize {bits!r}", 0), log.directory.get(bits, ""),
+        chain, as_number(event.get("bpw")), _head_bpw(chain, event, shapes), as_number(event.get("gap")),
+        as_number(event.get("predicted_kl")), log.items.get(f"quantize {bits!r}", 0), log.directory.get(bits, ""),
         allocation_of(bits, chain.options, shapes), evaluation,
     )  # fmt: skip
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from exl2ray.formats.json_file import as_number
 from exl2ray.recipe import bpw_name
-from exl2ray.report.values import mapping, number
+from exl2ray.report.values import mapping
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class _Reader:
             self.now += max(0.0, moment - self.clock)  # clocks of several machines may disagree
         self.clock = moment
         if name == "stage":
-            self._stage(str(f.get("stage")), number(f.get("items")))
+            self._stage(str(f.get("stage")), as_number(f.get("items")))
         elif name == "started":
             self._started(str(f.get("worker") or "?"), f)
         elif name == "item":
@@ -108,7 +109,7 @@ class _Reader:
 
     def _started(self, worker: str, f: Mapping[str, Any]) -> None:
         self._close(lambda stage, key: True, worker)
-        self.open[worker] = (self._stage_of(str(f.get("method")), number(f.get("bits"))), str(f.get("key")), self.now)
+        self.open[worker] = (self._stage_of(str(f.get("method")), as_number(f.get("bits"))), str(f.get("key")), self.now)
 
     def _stage_of(self, method: str, bits: float | None) -> str:
         """The stage that a call is for. A reference forward for several bitrates at once belongs to all of them."""

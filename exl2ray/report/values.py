@@ -8,23 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from exl2ray.errors import FormatError
+from exl2ray.formats.json_file import as_number
 from exl2ray.formats.layout import QParams
 
 _LAYER = re.compile(r"(?:^|\.)(\d{1,6})(?:\.|$)")
 _ROLES = {"w1": "gate", "w3": "up", "v1": "up", "w2": "down", "c_fc": "up", "fc1": "up", "fc2": "down"}
 _OPTION = re.compile(r"(\S+) s(\d+)")
 _PART = re.compile(r"([\d.e+-]+):(\d+)b_(\d+)g")
-
-
-def number(value: Any) -> float | None:
-    """A finite number as float; None for everything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        out = float(value)
-    except OverflowError:
-        return None
-    return out if math.isfinite(out) else None
 
 
 def texts(value: Any) -> tuple[str, ...]:
@@ -40,7 +30,7 @@ def token_counts(value: Any) -> tuple[int, ...]:
     """Calibration tokens per expert, of the coverage that a record holds; () if there is none or it is not one."""
     if not isinstance(value, (list, tuple)):
         return ()
-    counts = [number(mapping(e).get("tokens")) for e in value]
+    counts = [as_number(mapping(e).get("tokens")) for e in value]
     return tuple(int(c) for c in counts if c is not None and c >= 0) if None not in counts else ()
 
 

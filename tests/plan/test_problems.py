@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from exl2ray.convert import convert
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UnknownArchitectureError, UsageError
 from exl2ray.events import Silent
-from exl2ray.plan.problems import Examination, examine
+from exl2ray.plan.findings import Examination
+from exl2ray.plan.problems import examine
 from exl2ray.recipe import Recipe
 
 Tensors = dict[str, torch.Tensor]

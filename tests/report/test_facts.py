@@ -13,12 +13,13 @@ from report_helpers import Model, choice, profile, write_chain, write_events, wr
 
 from exl2ray.errors import FormatError, StoreError
 from exl2ray.evaluate.record import parse_evaluations
+from exl2ray.formats.json_file import as_number
 from exl2ray.formats.layout import QParams
 from exl2ray.quant.qparams import attention_options, mlp_options
 from exl2ray.report.allocation import allocation_of
 from exl2ray.report.facts import group_notes, read_facts
 from exl2ray.report.timeline import busy_share, read_timeline
-from exl2ray.report.values import layer_of, nominal_bpw, number, parse_option, role_of
+from exl2ray.report.values import layer_of, nominal_bpw, parse_option, role_of
 from exl2ray.store.layout import quant_kind
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, Records, hash_inputs
@@ -201,7 +202,7 @@ def test_nominal_bits_are_close_to_the_stored_ones_of_a_large_linear() -> None:
 
 @pytest.mark.parametrize("value", [None, True, "1", float("nan"), float("inf"), 10**400, [1]])
 def test_what_is_no_number(value: object) -> None:
-    assert number(value) is None
+    assert as_number(value) is None
 
 
 def test_names_of_all_families_mean_the_same_projections() -> None:
