@@ -103,7 +103,9 @@ def evaluate(
             write_positions(Path(positions), results)
         if drawn is not None:
             sound = [r for r in results if math.isfinite(r.perplexity.value)]
-            plot_ladder([(r.model.name, parse_evaluation(r.to_json(), named(str(r.model)))) for r in sound], drawn)
+            labels = [r.model.name.removesuffix(".gguf") for r in sound]
+            found = [parse_evaluation(r.to_json(), named(str(r.model))) for r in sound]
+            plot_ladder(list(zip(labels, found, strict=True)), drawn)
         return list(results)
     finally:
         reporter.close()

@@ -47,7 +47,7 @@ def ladder_plots(models: Sequence[tuple[str, Evaluation]]) -> list[Plot]:
         for text, at in zip([label for label, *_ in points], zip(x, y, strict=True), strict=True):
             ax.annotate(text, at, xytext=(6, -10 if below else 4), textcoords="offset points", fontsize=8)
         ax.set_xlabel(f"size of the files, {unit}")
-        ax.margins(x=0.16, y=0.16)
+        ax.margins(x=0.16 if len(models[-1][0]) < 9 else 0.28, y=0.16)  # room for the label of the last point
         ax.locator_params(axis="x", nbins=5)
 
     gguf: dict[str, Any] = {"color": SERIES[2], "marker": "D"}
