@@ -12,6 +12,7 @@ import torch
 from exl2ray.allocation.knapsack import nearest_reachable, reachable_range
 from exl2ray.allocation.planning import choose, decoder_bpw
 from exl2ray.allocation.reach import reachable_slots, within_reach
+from exl2ray.calibration.data.sources import WRITTEN
 from exl2ray.calibration.data.taken import PASSES, described_passes
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError
 from exl2ray.formats.hf import SourceModel
@@ -171,6 +172,8 @@ def _not_estimated(recipe: Recipe) -> list[str]:
     out = []
     if recipe.allocates == "linear" and recipe.measurement is None:
         out.append("the time leaves out the pass in which --allocation linear measures sensitivities")
+    if recipe.tune and any(place.partition(":")[0] == WRITTEN for place in recipe.tuning_text):
+        out.append("the time leaves out the text that the source writes for --tune-text self")
     beyond = recipe.numerics.describe()
     if beyond:
         out.append(f"the time is that of the plain algorithm; quantising with {beyond} takes longer")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from exl2ray.calibration.text import Conversation, Document, builtin_documents, parse_chat
 from exl2ray.calibration.tokenizer import ModelTokenizer
-from exl2ray.errors import CalibrationError
+from exl2ray.errors import CalibrationError, UsageError
 from exl2ray.evaluate.chat import stop_ids
 from exl2ray.evaluate.forward import OpenModel
 from exl2ray.evaluate.generate import Draft, Generator
@@ -57,8 +57,10 @@ def self_written(
     """Documents that ``model`` wrote, ``tokens`` in all or a few more; kinds "self: chat", "self: continued", "self: token".
 
     BOS of families that need it is left out: rows get it again. Raises what reading the weights raises, NumericError for
-    states that are not finite, StoreError for a piece that cannot be kept.
+    states that are not finite, StoreError for a piece that cannot be kept, UsageError for a model that a GPU has no room for.
     """
+    if device.type == "cuda":
+        check_weights(model, torch.cuda.get_device_properties(device).total_memory)
     rows = rows_at_once(model, length, device)
     records = Records(store)
     inputs = {
@@ -100,6 +102,17 @@ def rows_at_once(model: OpenModel, length: int, device: torch.device) -> int:
     size = 2 * h.num_layers * h.kv_heads * h.head_dim * length * (4 if device.type == "cpu" else 2)
     room = CACHE_BYTES if device.type == "cpu" else int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return max(LEAST_ROWS, min(MOST_ROWS, room // size))
+
+
+def check_weights(model: OpenModel, total_bytes: int) -> None:
+    """UsageError if the weights in 16 bits, beside keys and values, are more than a GPU of ``total_bytes`` holds."""
+    h = model.spec.hyper
+    weights = 2 * (sum(x.in_features * x.out_features for x in model.spec.linears) + h.vocab_size * h.hidden_size)
+    if weights > (0.95 - GPU_SHARE) * total_bytes:
+        raise UsageError(
+            f"self: the source writes with all of its weights on one GPU: {weights / 1e9:.1f} GB, of {total_bytes / 1e9:.1f}",
+            "leave out self, and give files or builtin",
+        )
 
 
 class _Writer:

@@ -23,7 +23,7 @@ from exl2ray.events import Silent
 from exl2ray.store.open import open_store
 from exl2ray.tune.documents import Kind
 from exl2ray.tune.run import Settings, tune
-from exl2ray.tune.written import self_written
+from exl2ray.tune.written import check_weights, self_written
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -114,6 +114,10 @@ def test_a_model_is_tuned_on_a_mixture(model: Path, tmp_path: Path) -> None:
     events = Silent()
     assert tune(settings, CPU, events).after == found.after
     assert [f["message"] for n, f in events.events if n == "note"][-1].endswith("has the tuned model already")
+    opened = open_model(model)
+    check_weights(opened, 1 << 30)
+    with pytest.raises(UsageError, match=r"all of its weights on one GPU: 0\.0 GB, of 0\.0"):
+        check_weights(opened, 100_000)
     for wrong in ("self:some", "self:-1"):
         with pytest.raises(UsageError, match="self:COUNT"):
             text_source(wrong, local_source)
