@@ -21,7 +21,8 @@ from exl2ray.units import parse_count
 
 if TYPE_CHECKING:
     from exl2ray.steps.job import Job
-    from exl2ray.tune.run import Settings, Tuned
+    from exl2ray.tune.run import Tuned
+    from exl2ray.tune.settings import Settings
 
 WORK = "tune"  # beside the records of a bitrate
 
@@ -82,7 +83,7 @@ def _facts(found: Tuned) -> dict[str, object]:
 def _settings(recipe: Recipe, output: OutputSummary) -> Settings:
     from exl2ray.datasets import text_source
     from exl2ray.tune.rows import naming
-    from exl2ray.tune.run import Settings
+    from exl2ray.tune.settings import Settings
 
     target, solved = recipe.output_dir(output.bits), output.directory
     if target is None or solved is None or recipe.tune is None:

@@ -30,7 +30,7 @@ ROOMS = {
     "team": {"formats", "model", "quality", "quant", "remote", "store"},
     "driver": {"quant", "store", "team"},
     "submit": {"calibration", "recipe", "remote", "store"},
-    "tune": {"calibration", "evaluate", "events", "formats", "model", "quant", "store"},
+    "tune": {"calibration", "devices", "driver", "evaluate", "events", "formats", "host", "model", "quant", "store", "team"},
     "remote": {"calibration", "formats", "recipe", "store", "units"},
 }
 EVERYWHERE = {"errors", "beneath", "stopping", "__version__"}

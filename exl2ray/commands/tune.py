@@ -14,7 +14,8 @@ from exl2ray.events import Silent
 from exl2ray.terminal.console import clean, duration, file_size
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.tune.rows import naming
-from exl2ray.tune.run import Settings, Tuned, tune
+from exl2ray.tune.run import Tuned, tune
+from exl2ray.tune.settings import Settings
 from exl2ray.units import parse_count
 
 

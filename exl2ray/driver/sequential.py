@@ -32,7 +32,7 @@ class _Chain:
 class Sequential:
     """chains: what each bitrate quantises with, and its modules without a record, ascending. told, look_up: of results.
 
-    make: the call of a group for some of them.
+    make: the call of a group for some of them. largest: of the groups.
     """
 
     def __init__(
@@ -43,9 +43,10 @@ class Sequential:
         told: Callable[[ItemResult], None],
         look_up: Callable[[Begun], ItemResult | None] = lambda begun: None,
         make: Callable[[Choices, tuple[int, ...]], Pass] = lambda c, modules: ChainPass(choices=c, modules=modules),
+        largest: int = SHARES,
     ) -> None:
         self._workers, self._limits, self._told, self.found = workers, limits, told, look_up
-        self._make = make
+        self._make, self._largest = make, largest
         self._todo = [(choices, list(items)) for choices, items in chains if items]
         self._chains: list[_Chain] = []
 
@@ -70,7 +71,7 @@ class Sequential:
         free = [w for w in idle if w not in taken]
         calls = []
         for rank, chain in enumerate(self._chains):
-            target = max(1, min(SHARES, size // len(self._chains) + (rank < size % len(self._chains))))
+            target = max(1, min(self._largest, size // len(self._chains) + (rank < size % len(self._chains))))
             more = max(0, target - len(chain.members))
             if chain.running:
                 if free[:more] and len(chain.left) > 1:

@@ -28,18 +28,16 @@ from exl2ray.plan.probe import ProbeResult, probe
 from exl2ray.plan.problems import examine, row_sizes
 from exl2ray.plan.sizes import OutputSize, exact_size, freedom_of, size_range
 from exl2ray.plan.times import LOGGED, Timed, Times, estimate, far_below, logged_for
+from exl2ray.plan.tuned import of_tuning
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.remote.address import redacted
 from exl2ray.remote.source import localised
 from exl2ray.result_warnings import unspent_warning
-from exl2ray.tune.memory import needed_bytes
-from exl2ray.units import parse_count, parse_size
+from exl2ray.units import parse_size
 
 GIB = 1 << 30
 USUAL_GPUS = (24 * GIB, 80 * GIB)  # planned for where this machine has none
 LONGEST_DEFAULT_CONTEXT = 32768
-TUNING_OPERATIONS = 10  # a weight and token: two forward passes, a backward one
-BUSY_GPU = 3e14  # operations a second
 PROBED = "a layer and the head timed on this machine just now, files included; the other modules by their weights"
 TIMED = (
     "seconds per weight of a 70B layer on one {gpu}, for the default calibration rows (docs/log.md); files and start as in "
@@ -149,22 +147,11 @@ def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
     report.warnings += sorted({n for rows in found.rows.values() for n in rows.notes})
     report.warnings += _not_estimated(recipe)
     if spec is not None and recipe.tune is not None:
-        report.warnings.append(_of_tuning(recipe.tune, spec, len(recipe.bits)))
+        report.warnings.append(of_tuning(recipe.tune, spec, len(recipe.bits), found.device))
     for need in found.disks:
         if need.free_bytes is not None and need.least_bytes <= need.free_bytes < need.bytes:
             free, most = need.free_bytes / 1e9, need.bytes / 1e9
             report.warnings.append(f"{need.path}: {free:.2f} GB free; with saved hidden states it may need {most:.2f} GB")
-
-
-def _of_tuning(tokens: str, spec: ModelSpec, bitrates: int) -> str:
-    """What tuning adds. Its time has not been measured over sizes: operations are what can be said of it."""
-    weights = sum(x.in_features * x.out_features for x in spec.linears)
-    operations = TUNING_OPERATIONS * weights * parse_count(tokens, "--tune") * bitrates
-    return (
-        f"the time leaves out --tune {tokens}: {operations:.2g} operations, {operations / BUSY_GPU / 60:.1f} min at "
-        f"{BUSY_GPU / 1e12:.0f} TFLOP/s (expected of an H200, not measured; small models take longer than that); "
-        f"it takes {needed_bytes(spec) / 1e9:.1f} GB of GPU memory and more"
-    )
 
 
 def _not_estimated(recipe: Recipe) -> list[str]:

@@ -11,12 +11,14 @@ from exl2ray.beneath import existing_parent
 from exl2ray.errors import StoreError
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.formats.side_files import side_bytes
+from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.memory import RowSizes, state_bytes
 from exl2ray.plan.sizes import OutputSize
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.remote.source import cached_bytes
 from exl2ray.store.layout import SOLVED, quant_kind
+from exl2ray.tune.estimate import a_module_at_a_time
 
 FILE_BYTES = 4096  # of a record, and of the header of a file of packed tensors: more than most take
 CHECKPOINT_BYTES = 13  # a weight, of a tuning: latent and moments in float32, the best integers so far
@@ -57,7 +59,8 @@ def disk_needs(recipe: Recipe, spec: ModelSpec, sizes: Sequence[OutputSize], row
             if recipe.tune is not None and recipe.out_dir:  # the solved model lies in the work directory as well
                 solved = _output(recipe, os.path.join(recipe.out_dir, quant_kind(size.bits), SOLVED), size)
                 checkpoints = STATE_COPIES * CHECKPOINT_BYTES * sum(x.in_features * x.out_features for x in spec.linears)
-                least, most = least + solved[0], most + solved[1] + checkpoints
+                homes = a_module_at_a_time(spec, 1, usable_memory_bytes()).file_bytes
+                least, most = least + solved[0], most + solved[1] + checkpoints + homes
         elif recipe.out_dir:
             here = _existing_output(Path(recipe.out_dir))
             least, most = least + max(0, size.low_bytes - here), most + max(0, size.high_bytes - here)

@@ -26,22 +26,18 @@ class Adam:
         self.counts = [torch.zeros((), device=p.device) for p in parameters.values()]
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None], rate: Tensor) -> None:
-        """gradients: in the order of the parameters; None is 0. rate: () float32 on their device."""
+    def step(self, gradients: Sequence[Tensor], rate: Tensor) -> None:
+        """gradients: in the order of the parameters. rate: () float32 on their device."""
         if not self.parameters:
             return
-        parameters = list(self.parameters.values())
-        given = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        parameters, given = list(self.parameters.values()), list(gradients)
         first, second = (list(self.moments[m].values()) for m in MOMENTS)
         adam(
             parameters, given, first, second, [], self.counts, fused=True, capturable=rate.is_cuda, amsgrad=False,
             beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip
 
-    def restore(self, moments: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
-        """Moments by kind and parameter, after ``steps`` steps; in place."""
-        for kind, tensors in self.moments.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(moments[kind][name])
+    def count(self, steps: int) -> None:
+        """Says how many steps the moments come from."""
         for count in self.counts:
             count.fill_(float(steps))

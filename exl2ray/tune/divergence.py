@@ -27,7 +27,7 @@ def divergence_backward(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """(sum of the divergences, float64; gradient of scale times it at the states; its gradients at the head's leaves)."""
     total = torch.zeros((), dtype=torch.float64, device=states.device)
-    gradient, of_leaves = torch.empty_like(states), [None for _ in leaves]  # type: Tensor, Gradients
+    gradient, of_leaves = torch.empty_like(states), []  # type: Tensor, Gradients
     for part in _parts(len(states), source_head):
         with torch.enable_grad():
             x = states[part].detach().requires_grad_()
@@ -37,7 +37,10 @@ def divergence_backward(
             mine, *others = torch.autograd.grad(logits, [x, *leaves], upstream)
         total += kl.sum(dtype=torch.float64)
         gradient[part] = mine
-        of_leaves = [g.float() if t is None else t.add_(g) for t, g in zip(of_leaves, others, strict=True)]
+        if of_leaves:
+            of_leaves = [t.add_(g) for t, g in zip(of_leaves, others, strict=True)]
+        else:
+            of_leaves = [g.float() for g in others]
     return total, gradient, of_leaves
 
 

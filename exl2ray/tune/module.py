@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, MoeBlock, NormBlock
 from exl2ray.model.half import Norm
+from exl2ray.model.spec import LinearSpec, ModuleSpec
 from exl2ray.tune.adam import Adam
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import Grid
 from exl2ray.tune.judge import PARTS
+from exl2ray.tune.sums import owners_of
 
 NORM_ROLES = ("norm", "post_norm", "q_norm", "k_norm")
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -23,35 +25,55 @@ NORMS, ATTENTION, MLP, HEAD = PARTS
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What tuning has made of a module, on the host: codes (K, N) uint8 by linear, deltas by gain."""
+    """What tuning has made of a module, on the host: codes (K, N) uint8 by linear; values by gain, float16."""
 
     codes: Mapping[str, Tensor]
-    deltas: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
 
 
 @dataclass(eq=False)
 class TunedLinear:
-    """``before``: as it was packed. ``latents``: (K, N) float32, trained."""
+    """``before``: as it was packed. ``latents``: (K, N) float32, trained; None: another worker has them."""
 
     before: PackedLinear
     grid: Grid
-    latents: Tensor
+    latents: Tensor | None
+
+    def weight(self) -> Tensor:
+        """(K, N) float16, as it would be stored now."""
+        integers = self.grid.integers(self.before) if self.latents is None else self.grid.rounded(self.latents)
+        return self.grid.weight(integers)
 
 
 class TunedModule:
-    """``block`` computes with what would be stored at the moment: call `refresh` after every change.
+    """``block`` computes with what would be stored at the moment.
 
     Gradients are asked for with respect to ``leaves``; `update` takes them, summed over the tokens of a step. Leaves stay the
-    tensors that they are and change in place, for a recorded step reads them where they were.
+    tensors that they are and change in place, for a recorded step reads them where they were. ``owners``: the worker, of
+    ``size``, that each leaf belongs to; this is worker ``rank``.
     """
 
-    def __init__(self, block: Block, linears: Mapping[str, TunedLinear], gains: Sequence[Gain]) -> None:
-        self.block = block
+    def __init__(
+        self, block: Block, linears: Mapping[str, TunedLinear], gains: Sequence[Gain], rank: int = 0, size: int = 1
+    ) -> None:
+        self.block, self.rank = block, rank
         self.linears = dict(linears)
         self.gains = {gain.name: gain for gain in gains}
-        latents = Adam({f"{key}.latents": x.latents for key, x in self.linears.items()})
-        self.optimisers = (latents, Adam({f"{name}.delta": g.delta for name, g in self.gains.items()}))
         self.leaves = self._installed()
+        self.owners = owners_of([leaf.numel() for leaf in self.leaves], size)
+        own = {name for name, owner in zip(self.names, self.owners, strict=True) if owner == rank}
+        for key in self.linears.keys() - own:
+            self.linears[key].latents = None
+        latents = {f"{key}.latents": x.latents for key, x in self.linears.items() if x.latents is not None}
+        deltas = {f"{name}.delta": g.delta for name, g in self.gains.items() if name in own}
+        self.optimisers = (Adam(latents), Adam(deltas))
+        self.owned = own
+        self.updated: Callable[[TunedModule], None] = lambda module: None  # called after every step
+
+    @property
+    def names(self) -> list[str]:
+        """Of the linears and gains, in the order of ``leaves``."""
+        return [*self.linears, *self.gains]
 
     @property
     def trained(self) -> bool:
@@ -61,71 +83,74 @@ class TunedModule:
     def key(self) -> str:
         return self.block.module.profile_key
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Latents and deltas by a name of their own."""
-        return {name: p for optimiser in self.optimisers for name, p in optimiser.parameters.items()}
+    def state(self) -> dict[str, Tensor]:
+        """Latents, deltas and moments of what this worker owns, by names of their own; the tensors themselves."""
+        out = {}
+        for optimiser in self.optimisers:
+            out.update({f"now/{name}": p for name, p in optimiser.parameters.items()})
+            for kind, moments in optimiser.moments.items():
+                out.update({f"{kind}/{name}": m for name, m in moments.items()})
+        return out
+
+    def of_others(self) -> dict[str, Tensor]:
+        """The leaves that other workers own, by name."""
+        return {name: leaf for name, leaf in zip(self.names, self.leaves, strict=True) if name not in self.owned}
+
+    @torch.no_grad()
+    def take(self, state: Mapping[str, Tensor], others: Mapping[str, Tensor], steps: int) -> None:
+        """Takes up this worker's `state` after ``steps`` steps and the leaves of others."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        for optimiser in self.optimisers:
+            optimiser.count(steps)
+        self.refresh()
+        for name, leaf in self.of_others().items():
+            leaf.copy_(others[name])
+
+    @torch.no_grad()
+    def restore(self, found: Mapping[str, Tensor], steps: int) -> None:
+        """Takes up a checkpoint after ``steps`` steps; found: the states of all workers together."""
+        others = {}
+        for name in self.of_others():
+            if name in self.linears:
+                grid = self.linears[name].grid
+                others[name] = grid.weight(grid.rounded(found[f"now/{name}.latents"].to(grid.low.device, copy=True)))
+            else:
+                gain = self.gains[name]
+                others[name] = as_leaf(gain, gain.value(found[f"now/{name}.delta"].to(gain.scale.device)), self.block)
+        self.take(found, others, steps)
 
     @torch.no_grad()
     def _installed(self) -> list[Tensor]:
-        weights = {key: x.grid.weight(x.grid.rounded(x.latents)) for key, x in self.linears.items()}
+        weights = {key: x.weight() for key, x in self.linears.items()}
         leaves = install(self.block, weights, [(g, g.value()) for g in self.gains.values()])
         return [leaf.requires_grad_() for leaf in leaves]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Puts the weights that would be stored now into the block."""
+        """Puts the weights of this worker that would be stored now into the block."""
         linears, gains = self.leaves[: len(self.linears)], self.leaves[len(self.linears) :]
         for leaf, x in zip(linears, self.linears.values(), strict=True):
-            leaf.copy_(x.grid.weight(x.grid.rounded(x.latents)))
+            if x.latents is not None:
+                leaf.copy_(x.weight())
         for leaf, gain in zip(gains, self.gains.values(), strict=True):
-            leaf.copy_(as_leaf(gain, gain.value(), self.block))
+            if gain.name in self.owned:
+                leaf.copy_(as_leaf(gain, gain.value(), self.block))
 
     def update(self, gradients: Sequence[Tensor | None], rate: Tensor, gain_rate: Tensor) -> None:
-        """One step of Adam. gradients: float32, in the order of ``leaves``; None for experts that saw no token."""
+        """One step of Adam. gradients: float32, in the order of ``leaves``; None for those of other workers."""
         latents, deltas = self.optimisers
-        of_values = zip(self.gains.values(), gradients[len(self.linears) :], strict=True)
-        latents.step(gradients[: len(self.linears)], rate)
-        deltas.step([None if g is None else gain.gradient(g) for gain, g in of_values], gain_rate)
+        found = {name: g for name, g in zip(self.names, gradients, strict=True) if g is not None}
+        latents.step([found[key] for key, x in self.linears.items() if x.latents is not None], rate)
+        deltas.step([g.gradient(found[name]) for name, g in self.gains.items() if name in self.owned], gain_rate)
         self.refresh()
 
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
-        codes = {key: x.grid.codes(x.grid.rounded(x.latents)).cpu() for key, x in self.linears.items()}
-        return Snapshot(codes, {name: g.delta.cpu().clone() for name, g in self.gains.items()})
-
-    @torch.no_grad()
-    def install_in(self, block: Block, found: Snapshot, parts: Collection[str]) -> None:
-        """Gives another block of this module the weights of a snapshot; those of the beginning for what is none of ``parts``
-        (`exl2ray.tune.judge.PARTS`)."""
-        weights = {}
-        for key, x in self.linears.items():
-            codes = x.grid.signed(found.codes[key]) if self.part_of(key) in parts else x.grid.integers(x.before)
-            weights[key] = x.grid.weight(codes)
-        gains = NORMS in parts
-        values = [(g, g.value(found.deltas[n].to(g.scale.device)) if gains else g.stored) for n, g in self.gains.items()]
-        install(block, weights, values)
-
-    def part_of(self, key: str) -> str:
-        """Which of `exl2ray.tune.judge.PARTS` a linear belongs to."""
-        if self.block.module.kind == "head":
-            return HEAD
-        role = next(x.role for x in self.block.module.linears if x.key == key)
-        return ATTENTION if role in ATTENTION_ROLES else MLP
-
-    @property
-    def parts(self) -> set[str]:
-        """Those that something of this module belongs to."""
-        return {self.part_of(key) for key in self.linears} | ({NORMS} if self.gains else set())
-
-    def changed_share(self, found: Snapshot, parts: Collection[str]) -> tuple[int, int]:
-        """(integers of ``parts`` that differ from the beginning, all that there are)."""
-        changed = total = 0
-        for key, x in self.linears.items():
-            before = x.grid.codes(x.grid.integers(x.before))
-            if self.part_of(key) in parts:
-                changed += int((found.codes[key].to(before.device) != before).sum())
-            total += before.numel()
-        return changed, total
+        """Of what this worker owns."""
+        latents = {key: (x.grid, x.latents) for key, x in self.linears.items() if x.latents is not None}
+        codes = {key: grid.codes(grid.rounded(found)).cpu() for key, (grid, found) in latents.items()}
+        return Snapshot(codes, {name: g.value().cpu() for name, g in self.gains.items() if name in self.owned})
 
 
 def install(block: Block, weights: Mapping[str, Tensor], gains: Sequence[tuple[Gain, Tensor]]) -> list[Tensor]:
@@ -169,3 +194,10 @@ def norms_of(block: Block) -> dict[str, list[Norm]]:
             if norm is not None:
                 found.setdefault(role, []).append(norm)
     return found
+
+
+def part_of(module: ModuleSpec, linear: LinearSpec) -> str:
+    """Which of `exl2ray.tune.judge.PARTS` a linear belongs to."""
+    if module.kind == "head":
+        return HEAD
+    return ATTENTION if linear.role in ATTENTION_ROLES else MLP

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from exl2ray.errors import FormatError, SourceError, UsageError
 from exl2ray.evaluate.forward import OpenModel, RunOptions, linear_reader, load_module, open_model
 from exl2ray.formats.exl2 import Exl2Model
+from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.side_files import check_side_files
 from exl2ray.model.blocks import Block, load_block
 from exl2ray.model.rotated import rotated
@@ -20,7 +21,8 @@ from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec, PlainTensor
 from exl2ray.model.weights import read_linear, read_stored
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import REACH, Grid
-from exl2ray.tune.module import NORM_ROLES, TunedLinear, TunedModule
+from exl2ray.tune.judge import PARTS
+from exl2ray.tune.module import NORM_ROLES, NORMS, Snapshot, TunedLinear, TunedModule, install, part_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,38 +73,81 @@ def _as_quantised(start: OpenModel, spec: ModelSpec) -> ModelSpec | None:
 
 
 def load_tuned(
-    pair: Pair, module: ModuleSpec, device: torch.device, dtype: torch.dtype, reach: float = REACH
-) -> TunedModule:
-    """One module of the start on the device, computing in ``dtype``, the residual stream in float32."""
-    start = pair.exl2
-    block = load_block(pair.start.spec, module, start, device, dtype, torch.float32, linear_reader(device))
+    pair: Pair, module: ModuleSpec, device: torch.device, dtype: torch.dtype, reach: float = REACH,
+    rank: int = 0, size: int = 1, latents: Mapping[str, Tensor] | None = None,
+) -> TunedModule:  # fmt: skip
+    """One module of the start on the device, computing in ``dtype``, the residual stream in float32.
+
+    rank, size: which of how many workers this is. latents: of its linears, by key, in place of those to begin with.
+    """
     linears, gains = {}, []
     for linear in module.linears:
-        if f"{linear.key}.q_weight" not in start:
+        if f"{linear.key}.q_weight" not in pair.exl2:
             continue  # kept in float16, as a head may be
-        packed = start.linear(linear.key)
+        packed = pair.exl2.linear(linear.key)
         grid = Grid.of(packed, linear.out_features, device)
-        latents = grid.latents(grid.integers(packed), _weight(pair, linear, device), reach)
-        linears[linear.key] = TunedLinear(packed, grid, latents)
+        if latents is None:
+            mine: Tensor | None = grid.latents(grid.integers(packed), _weight(pair, linear, device), reach)
+        else:
+            mine = latents[linear.key].to(device, copy=True) if linear.key in latents else None
+        linears[linear.key] = TunedLinear(packed, grid, mine)
         if packed.bias is not None:
-            bias = packed.bias[: linear.out_features]
-            gains.append(Gain.of(f"{linear.key}.bias", linear.key, bias, 0.0, device))
+            gains.append(_bias_gain(linear, packed.bias, device))
+    gains += _norm_gains(pair, module, device)
+    stored = linear_reader(device)
+
+    def read(spec: ModelSpec, linear: LinearSpec, source: SourceModel) -> tuple[Tensor, Tensor | None]:
+        found = linears.get(linear.key)
+        return stored(spec, linear, source) if found is None else (found.weight(), found.before.bias)
+
+    block = load_block(pair.start.spec, module, pair.exl2, device, dtype, torch.float32, read)
+    return TunedModule(block, linears, gains, rank, size)
+
+
+def _bias_gain(linear: LinearSpec, bias: Tensor, device: torch.device) -> Gain:
+    return Gain.of(f"{linear.key}.bias", linear.key, bias[: linear.out_features], 0.0, device)
+
+
+def _norm_gains(pair: Pair, module: ModuleSpec, device: torch.device) -> list[Gain]:
+    out = []
     for plain in module.plain:
         if _is_gain(plain):
             offset = 0.0 if plain.role.endswith(".bias") else _offset(pair.start.spec, plain.role)
-            stored = read_stored(plain.stored, start)
-            gains.append(Gain.of(plain.stored.name, plain.role, stored, offset, device))
-    return TunedModule(block, linears, gains)
+            stored = read_stored(plain.stored, pair.exl2)
+            out.append(Gain.of(plain.stored.name, plain.role, stored, offset, device))
+    return out
 
 
-def load_source(pair: Pair, device: torch.device) -> list[Block]:
-    """All modules of the source, as they are evaluated."""
-    return [load_module(pair.source, module, device, RunOptions()) for module in pair.source.spec.modules]
+def load_source(pair: Pair, module: ModuleSpec, device: torch.device) -> Block:
+    """The module of the source that is in the place of ``module``, as it is evaluated."""
+    return load_module(pair.source, pair.source.spec.modules[module.index], device, RunOptions())
 
 
-def load_finished(pair: Pair, device: torch.device) -> list[Block]:
-    """All modules of the start, as they are evaluated."""
-    return [load_module(pair.start, module, device, RunOptions()) for module in pair.start.spec.modules]
+def load_finished(pair: Pair, module: ModuleSpec, device: torch.device) -> Block:
+    """A module of the start, as it is evaluated."""
+    return load_module(pair.start, module, device, RunOptions())
+
+
+def install_snapshot(pair: Pair, block: Block, device: torch.device, found: Snapshot, parts: Collection[str]) -> None:
+    """Gives a module of `load_finished` the weights of a snapshot; those of the beginning for what is none of ``parts``
+    (`exl2ray.tune.judge.PARTS`)."""
+    module, weights, gains = block.module, {}, _norm_gains(pair, block.module, device)
+    for linear in module.linears:
+        if linear.key in found.codes:
+            packed = pair.exl2.linear(linear.key)
+            grid = Grid.of(packed, linear.out_features, device)
+            tuned = part_of(module, linear) in parts
+            weights[linear.key] = grid.weight(grid.signed(found.codes[linear.key]) if tuned else grid.integers(packed))
+            if packed.bias is not None:
+                gains.append(_bias_gain(linear, packed.bias, device))
+    install(block, weights, [(g, found.values[g.name].to(device) if NORMS in parts else g.stored) for g in gains])
+
+
+def parts_of(spec: ModelSpec, pair: Pair) -> list[str]:
+    """The parts (`exl2ray.tune.judge.PARTS`) that something is trained of."""
+    linears = {part_of(m, x) for m in spec.modules for x in m.linears if f"{x.key}.q_weight" in pair.exl2}
+    gains = any(_is_gain(p) for m in spec.modules for p in m.plain) or any(x.has_bias for x in spec.linears)
+    return [p for p in PARTS if p in linears or (p == NORMS and gains)]
 
 
 def _weight(pair: Pair, linear: LinearSpec, device: torch.device) -> Tensor | None:
@@ -121,9 +166,3 @@ def _is_gain(plain: PlainTensor) -> bool:
 def _offset(spec: ModelSpec, role: str) -> float:
     rule = spec.arch.head_norm if role in ("q_norm", "k_norm") else spec.arch.norm
     return 0.0 if rule is None else rule.offset
-
-
-def trainable(modules: Sequence[TunedModule]) -> tuple[int, int]:
-    """(integers, values of norms and biases)."""
-    integers = sum(x.latents.numel() for m in modules for x in m.linears.values())
-    return integers, sum(g.delta.numel() for m in modules for g in m.gains.values())

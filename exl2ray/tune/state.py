@@ -1,88 +1,120 @@
 """How far a tuning is, in a work directory: what has been trained, the optimiser, the best state so far.
 
-One file, replaced atomically: whoever is killed goes on from the last one that was whole, and comes to the same bytes.
+A file for each module and worker, with what that worker owns of it, and one that names them all, which is replaced when they
+are there: whoever is killed goes on from the last state that was whole, in a group of any size, and comes to the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-import torch
 from torch import Tensor
 
+from exl2ray.quant.group import Comm
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store
 from exl2ray.store.tensors import get_tensors, put_tensors
-from exl2ray.tune.adam import MOMENTS
 from exl2ray.tune.module import Snapshot, TunedModule
 
-FILE = "tune.safetensors"
+FILE = "tune.json"
+FOLDER = "states"
 
 
 @dataclass
 class Progress:
     """identity: of everything that the result depends on. step: how many are done. start: divergences of the held-out rows at
     step 0. scores: (step, any kind of text worse than at the start, held-out score); best: index into them, whose state
-    ``snapshots`` are, by module."""
+    ``snapshots`` are, by module, of what this worker owns. over: whether no more steps are to come."""
 
     identity: str
     step: int = 0
     start: list[float] = field(default_factory=list)
     scores: list[tuple[int, bool, float]] = field(default_factory=list)
     best: int = -1
-    stopped: bool = False
+    over: bool = False
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
 
 
-def save(store: Store, progress: Progress, modules: Sequence[TunedModule]) -> None:
-    tensors: dict[str, Tensor] = {}
-    for module in modules:
-        for name, parameter in module.parameters().items():
-            tensors[f"now/{name}"] = parameter
-        for optimiser in module.optimisers:
-            for kind, moments in optimiser.moments.items():
-                tensors.update({f"{kind}/{name}": moment for name, moment in moments.items()})
-        for name, value in _flat(progress.snapshots.get(module.key)).items():
-            tensors[f"best/{name}"] = value
-    facts = {k: v for k, v in asdict(replace(progress, snapshots={})).items() if k != "snapshots"}
-    tensors["facts"] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-    put_tensors(store, FILE, tensors)
+@dataclass(frozen=True)
+class Saved:
+    """A state in a store. files: by module key."""
+
+    store: Store
+    progress: Progress
+    files: Mapping[str, tuple[str, ...]]
+
+    def into(self, module: TunedModule) -> Snapshot:
+        """Puts the state of a module into it; the best one so far, as far as this worker owns the module."""
+        if module.key not in self.files:  # nothing is trained of it
+            return Snapshot({}, {})
+        found = self._tensors(module.key)
+        module.restore(found, self.progress.step)
+        best = self._best(found)
+        return Snapshot(
+            {key: t.clone() for key, t in best.codes.items() if key in module.owned},
+            {name: t.clone() for name, t in best.values.items() if name in module.owned},
+        )
+
+    def best(self, key: str) -> Snapshot:
+        """The best state of a module."""
+        return self._best(self._tensors(key) if key in self.files else {})
+
+    def _tensors(self, key: str) -> dict[str, Tensor]:
+        return {name: t for file in self.files[key] for name, t in get_tensors(self.store, file).items()}
+
+    @staticmethod
+    def _best(found: Mapping[str, Tensor]) -> Snapshot:
+        of = {kind: {n.removeprefix(f"{kind}/"): t for n, t in found.items() if n.startswith(f"{kind}/")}
+              for kind in ("codes", "values")}  # fmt: skip
+        return Snapshot(of["codes"], of["values"])
 
 
-def restore(store: Store, identity: str, modules: Sequence[TunedModule]) -> Progress | None:
-    """Puts a saved state into the modules; None, and nothing done, if there is none of ``identity``."""
-    try:
-        tensors = get_tensors(store, FILE)
-    except MissingFileError:
-        return None
-    facts = json.loads(bytes(tensors["facts"].tolist()))
-    if facts["identity"] != identity:
+def save(store: Store, comm: Comm, progress: Progress, states: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
+    """All members of a group call it together. states: of all modules, `TunedModule.state`; empty if no steps are to come."""
+    files = {}
+    for number, (key, state) in enumerate(states):
+        tensors = dict(state)
+        if key in progress.snapshots:
+            tensors.update({f"codes/{name}": t for name, t in progress.snapshots[key].codes.items()})
+            tensors.update({f"values/{name}": t for name, t in progress.snapshots[key].values.items()})
+        if tensors:
+            which = f"{progress.step}{'-over' if progress.over else ''}-{comm.size}-{comm.rank}-{number}"
+            files[key] = f"{FOLDER}/{which}.safetensors"
+            put_tensors(store, files[key], tensors)
+    every = comm.gather(files)
+    if comm.rank == 0:
+        named = {key: [f[key] for f in every if key in f] for key in dict.fromkeys(k for f in every for k in f)}
+        facts = {k: v for k, v in asdict(replace(progress, snapshots={})).items() if k != "snapshots"}
+        store.put(FILE, json.dumps({**facts, "files": named}).encode())
+        known = {file for files_of in named.values() for file in files_of}
+        for old in store.list(FOLDER):
+            if old not in known:
+                store.delete(old)
+    comm.gather(None)
+
+
+def restore(store: Store, comm: Comm, identity: str) -> Saved | None:
+    """What was saved of ``identity``, if anything; all members of a group call it together."""
+    facts = comm.gather(_facts(store, identity) if comm.rank == 0 else None)[0]
+    if facts is None:
         return None
     scores = [(int(s), bool(w), float(v)) for s, w, v in facts["scores"]]
-    progress = Progress(identity, facts["step"], facts["start"], scores, facts["best"], facts["stopped"])
-    for module in modules:
-        for name, parameter in module.parameters().items():
-            parameter.copy_(tensors[f"now/{name}"])
-        for optimiser in module.optimisers:
-            moments = {kind: {n: tensors[f"{kind}/{n}"] for n in optimiser.parameters} for kind in MOMENTS}
-            optimiser.restore(moments, progress.step)
-        module.refresh()
-        if progress.best >= 0:
-            codes = {key: tensors[f"best/{key}.codes"].clone() for key in module.linears}
-            deltas = {name: tensors[f"best/{name}.delta"].clone() for name in module.gains}
-            progress.snapshots[module.key] = Snapshot(codes, deltas)
-    return progress
+    progress = Progress(identity, facts["step"], facts["start"], scores, facts["best"], facts["over"])
+    return Saved(store, progress, {key: tuple(files) for key, files in facts["files"].items()})
 
 
 def forget(store: Store) -> None:
     """Deletes what `save` has written."""
     store.delete(FILE)
+    for file in store.list(FOLDER):
+        store.delete(file)
 
 
-def _flat(found: Snapshot | None) -> dict[str, Tensor]:
-    if found is None:
-        return {}
-    codes = {f"{key}.codes": t for key, t in found.codes.items()}
-    return {**codes, **{f"{name}.delta": t for name, t in found.deltas.items()}}
+def _facts(store: Store, identity: str) -> dict[str, object] | None:
+    try:
+        facts = json.loads(store.get(FILE))
+        return dict(facts) if facts["identity"] == identity else None
+    except (MissingFileError, ValueError, KeyError, TypeError):
+        return None

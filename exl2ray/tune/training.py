@@ -1,9 +1,10 @@
 """One step: both models forward on the same rows, the loss, and the way back, module by module.
 
-A step's rows are cut into `SHARES`, each computed by itself in tensors of one shape; gradients are summed along a tree.
-So the results do not depend on who computes which share. On the way forward the states before every module are kept; on the
-way back a module is computed once more with gradients, unless there is memory to keep what that takes the first time (the
-same numbers, earlier). A module is updated as soon as the gradients of all shares are there: those of one exist at a time.
+A step's rows are cut into shares (`exl2ray.tune.sums`), each computed by itself in tensors of one shape; gradients are summed
+along a tree. So the results do not depend on who computes which share. On the way forward the states before every module are
+kept; on the way back a module is computed once more with gradients, unless there is memory to keep what that takes the first
+time (the same numbers, earlier). A module is updated as soon as the gradients of all shares are there: those of one exist at
+a time. So modules may come and go (`exl2ray.tune.shelves`); then the states wait on the host.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exl2ray.model.attention import AttentionHalf
 from exl2ray.model.blocks import Block, MoeBlock
-from exl2ray.tune.divergence import divergence_backward, divergences
+from exl2ray.quant.group import Comm, Solo
+from exl2ray.tune.divergence import divergence_backward
 from exl2ray.tune.module import TunedModule
 from exl2ray.tune.recording import RecordedStep
-from exl2ray.tune.sums import Gradients, TreeOfSums
+from exl2ray.tune.sums import SHARES, Gradients, TreeOfSums, bring_to_owners, give_to_others, shares_of
 
-SHARES = 4  # of a step's rows; a power of two
-EVALUATED_AT_ONCE = 8192  # tokens
 TRIED_TOKENS = 1024  # of a row, to see whether attention gives the same gradients twice
 GRAPH_BYTES = 6  # kept for the way back by a token in a module, for each input and output of its linears
 GRAPH_SHARE = 0.35  # of the free memory of a GPU that may be used so
@@ -51,85 +51,95 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 class Trainer:
     """The model that is tuned, and its source. ``skip``: positions at the start of a row that do not count (BOS).
-    ``record``: whether steps are replayed on GPUs (`exl2ray.tune.recording`)."""
+    ``record``: whether steps are replayed on GPUs (`exl2ray.tune.recording`); ``keep``: whether graphs may be kept for the
+    way back; ``streamed``: whether modules come and go, and states wait on the host."""
 
     def __init__(
-        self,
-        modules: Sequence[TunedModule],
-        source: Sequence[Block],
-        device: torch.device,
-        skip: int = 0,
-        record: bool = True,
-    ) -> None:
-        self.modules, self.source, self.device, self.skip = list(modules), list(source), device, skip
+        self, modules: Sequence[TunedModule], source: Sequence[Block], device: torch.device, skip: int = 0,
+        record: bool = True, comm: Comm | None = None, keep: bool = True, streamed: bool = False,
+    ) -> None:  # fmt: skip
+        self.modules, self.source, self.device, self.skip = modules, source, device, skip
+        self.comm, self.streamed = comm or Solo(), streamed
+        self._keep = keep and not streamed
         self.first = next((i for i, m in enumerate(self.modules) if m.trained), len(self.modules))
         self.fused = self._fused_attention_is_reproducible()
         self._fitting: dict[tuple[int, int], bool] = {}
         self._rates = torch.zeros(2, device=device)
-        self.recording = RecordedStep(self._step, record and device.type == "cuda" and not self._waits_for_the_gpu())
+        wanted = record and device.type == "cuda" and not streamed and self.comm.size == 1 and not self._waits_for_the_gpu()
+        self.recording = RecordedStep(self._step, wanted)
 
     def step(self, ids: Tensor, rates: Rates) -> Tensor:
-        """ids (R, T) -> mean divergence over the rows before the step, float64 on the device; the model is updated."""
+        """ids (R, T), the same on all members -> what the rows of this one add to the mean divergence before the step,
+        float64 on the device; the model is updated."""
         self._rates.copy_(torch.tensor([rates.factor * rates.latents, rates.factor * rates.gains]))
         return self.recording(ids.to(self.device))
 
     def _step(self, ids: Tensor) -> Tensor:
         shares = [share for share in ids.tensor_split(min(SHARES, len(ids))) if len(share)]
-        source = [self._source_states(share) for share in shares]
+        mine = {s: shares[s] for s in shares_of(self.comm.rank, self.comm.size, len(shares))}
+        source = self._source_states(list(mine.values()))
         counted = ids.shape[0] * (ids.shape[1] - self.skip)
-        kept = self._forward(shares)
-        return self._backward(kept, source, counted) / counted
+        kept, last = self._forward(list(mine.values()))
+        return self._backward(kept, last, source, list(mine), len(shares), counted) / counted
 
     def _waits_for_the_gpu(self) -> bool:
         """Whether the host has to see numbers in the middle of a step, as to route tokens to experts."""
         return any(isinstance(b, MoeBlock) or b.spec.arch.noise_rows is not None for b in self.source)
 
-    def _source_states(self, ids: Tensor) -> Tensor:
-        """(positions, hidden) before the head of the source, those that count."""
-        with torch.no_grad():
-            x = ids
-            for block in self.source[:-1]:
-                x = block.forward(x)
-        return x[:, self.skip :].flatten(0, 1)
+    @torch.no_grad()
+    def _source_states(self, xs: list[Tensor]) -> list[Tensor]:
+        """(positions, hidden) before the head of the source, those that count, of each share."""
+        for i in range(len(self.source) - 1):
+            block = self.source[i]
+            xs = [block.forward(x) for x in xs]
+        return [x[:, self.skip :].flatten(0, 1) for x in xs]
 
-    def _forward(self, shares: Sequence[Tensor]) -> list[list[_Pass]]:
-        """By module but the head, by share: what goes into it, and what comes out."""
-        keep = self._graphs_fit(sum(s.numel() for s in shares), shares[0].shape[1])
+    def _forward(self, shares: list[Tensor]) -> tuple[list[list[_Pass]], list[Tensor]]:
+        """By module but the head, by share: what goes into it, and what comes out; the states before the head."""
+        keep = bool(shares) and self._graphs_fit(sum(s.numel() for s in shares), shares[0].shape[1])
         kept: list[list[_Pass]] = []
-        xs = list(shares)
-        for i, module in enumerate(self.modules[:-1]):
+        xs = shares
+        for i in range(len(self.modules) - 1):
+            module = self.modules[i]
             with self._attention(module):
                 passes = [_forward(module, x, i >= self.first, i > self.first, keep) for x in xs]
-            kept.append(passes)
             xs = [p.after.detach() for p in passes]
-        return kept
+            kept.append([_Pass(p.before.cpu(), p.after[:0]) for p in passes] if self.streamed else passes)
+        return kept, xs
 
-    def _backward(self, kept: list[list[_Pass]], source: list[Tensor], counted: int) -> Tensor:
+    def _backward(
+        self, kept: list[list[_Pass]], last: list[Tensor], source: list[Tensor], shares: Sequence[int], count: int,
+        counted: int,
+    ) -> Tensor:  # fmt: skip
+        """``shares``: the numbers of those that are computed here, of ``count``."""
         head, total = self.modules[-1], torch.zeros((), dtype=torch.float64, device=self.device)
-        gradients, sums = [], TreeOfSums()
-        for p, theirs in zip(kept[-1], source, strict=True):
-            states = p.after.detach()[:, self.skip :]
+        gradients, sums, source_head = [], TreeOfSums(), self.source[-1]
+        for share, after, theirs in zip(shares, last, source, strict=True):
+            states = after[:, self.skip :]
             kl, gradient, of_leaves = divergence_backward(
-                head.block, head.leaves, self.source[-1], states.flatten(0, 1), theirs, 1 / counted
+                head.block, head.leaves, source_head, states.flatten(0, 1), theirs, 1 / counted
             )
-            whole = torch.zeros_like(p.after)
+            whole = torch.zeros_like(after)
             whole[:, self.skip :] = gradient.view_as(states)
             gradients.append(whole)
-            sums.add(of_leaves)
+            sums.add(share, of_leaves)
             total += kl
-        self._update(head, sums)
+        self._update(head, sums, count)
         for i in range(len(self.modules) - 2, self.first - 1, -1):
             module, passes, sums = self.modules[i], kept.pop(), TreeOfSums()
             with self._attention(module):
                 for s, p in enumerate(passes):
                     gradients[s], of_leaves = _backward(module, p, gradients[s], i > self.first)
-                    sums.add(of_leaves)
-            self._update(module, sums)
+                    sums.add(shares[s], of_leaves)
+            self._update(module, sums, count)
         return total
 
-    def _update(self, module: TunedModule, sums: TreeOfSums) -> None:
+    def _update(self, module: TunedModule, sums: TreeOfSums, count: int) -> None:
         if module.trained:
-            module.update(sums.total(), self._rates[0], self._rates[1])
+            mine = bring_to_owners(self.comm, sums, module.leaves, module.owners, count)
+            module.update(mine, self._rates[0], self._rates[1])
+            give_to_others(self.comm, module.leaves, module.owners)
+            module.updated(module)
 
     def _attention(self, module: TunedModule) -> AbstractContextManager[None]:
         return _reproducible(self.fused) if _attends(module) else nullcontext()
@@ -156,6 +166,8 @@ class Trainer:
         return self._fitting[tokens, length]
 
     def _room_for_graphs(self, tokens: int, length: int) -> bool:
+        if not self._keep:
+            return False
         widths = sum(x.in_features + x.out_features for m in self.modules[:-1] for x in m.block.module.linears)
         needed = GRAPH_BYTES * widths * tokens
         if self.device.type != "cuda":
@@ -166,35 +178,9 @@ class Trainer:
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return needed <= GRAPH_SHARE * free
 
-    @torch.no_grad()
-    def source_states(self, ids: Tensor) -> Tensor:
-        """(R, positions, hidden) before the head of the source, on the host."""
-        count = max(1, EVALUATED_AT_ONCE // ids.shape[1])
-        parts = [self._source_states(part.to(self.device)).cpu() for part in _pieces(ids, count)]
-        return torch.cat(parts).view(len(ids), ids.shape[1] - self.skip, -1)
-
-    @torch.no_grad()
-    def evaluate(self, ids: Tensor, source: Tensor, blocks: Sequence[Block] | None = None) -> Tensor:
-        """Mean divergence of each row, (R,) float64. source: from `source_states`. blocks: in place of the modules' own."""
-        *body, head = [m.block for m in self.modules] if blocks is None else blocks
-        out = []
-        count = max(1, EVALUATED_AT_ONCE // ids.shape[1])
-        for part, theirs in zip(_pieces(ids, count), _pieces(source, count), strict=True):
-            x = part.to(self.device)
-            for block in body:
-                x = block.forward(x)
-            states = x[:, self.skip :].flatten(0, 1)
-            found = divergences(head, self.source[-1], states, theirs.to(self.device).flatten(0, 1))
-            out.append(found.double().view(len(part), -1).mean(1).cpu())
-        return torch.cat(out)
-
 
 def _attends(module: TunedModule) -> bool:
     return any(isinstance(half, AttentionHalf) for half in module.block.halves)
-
-
-def _pieces(rows: Tensor, count: int) -> list[Tensor]:
-    return [rows[i : i + count] for i in range(0, len(rows), count)]
 
 
 @dataclass(eq=False)
@@ -215,15 +201,15 @@ def _forward(module: TunedModule, x: Tensor, trained: bool, inputs: bool, keep: 
 
 
 def _backward(module: TunedModule, p: _Pass, gradient: Tensor, inputs: bool) -> tuple[Tensor, Gradients]:
-    """Gradients at the states before a module, if they are asked for (else as given), and at its leaves."""
+    """Gradients at the states before a module, if they are asked for (else as given), and at its leaves, float32; 0 for
+    experts that saw no token."""
     if not p.after.requires_grad and (module.leaves or inputs):
-        p = _forward(module, p.before, True, inputs, True)
+        p = _forward(module, p.before.to(gradient.device), True, inputs, True)
     wanted = [p.before, *module.leaves] if inputs else module.leaves
-    found: Gradients = list(torch.autograd.grad(p.after, wanted, gradient.to(p.after.dtype), allow_unused=True))
-    if not inputs:
-        return gradient, found
-    mine = found.pop(0)
-    return torch.zeros_like(p.before) if mine is None else mine, found
+    found = torch.autograd.grad(p.after, wanted, gradient.to(p.after.dtype), allow_unused=True)
+    filled = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+    mine = filled.pop(0) if inputs else gradient
+    return mine, [g.float() for g in filled]
 
 
 @contextmanager

@@ -28,9 +28,10 @@ def test_replayed_steps_are_those_that_are_launched(
     states: list[list[Tensor]] = []
     for record in (True, False):
         modules = [load_tuned(found, m, device, torch.bfloat16) for m in found.start.spec.modules]
-        one = Trainer(modules, load_source(found, device), device, int(found.start.bos_id is not None), record)
+        source_blocks = [load_source(found, m, device) for m in found.start.spec.modules]
+        one = Trainer(modules, source_blocks, device, int(found.start.bos_id is not None), record)
         losses = [one.step(ids, Rates(2e-2, 5e-3, 1 / (1 + i))) for i, ids in enumerate(rows)]
         assert one.recording.recorded == (record and recorded), one.recording.problem
-        states.append([*losses, *(p.cpu() for m in modules for p in m.parameters().values())])
+        states.append([*losses, *(p.cpu() for m in modules for p in m.state().values())])
         assert len({float(loss) for loss in losses}) == len(rows)
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*states, strict=True))

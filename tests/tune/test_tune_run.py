@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +19,11 @@ from exl2ray.evaluate.compare import evaluate
 from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
 from exl2ray.formats.verify import verify_directory
-from exl2ray.tune import judge
-from exl2ray.tune.run import WORK, Settings, Tuned, tune
+from exl2ray.tune import judge, state
+from exl2ray.tune.run import WORK, Tuned, tune
+from exl2ray.tune.settings import Settings
 
 Pairs = Callable[..., tuple[Path, Path]]
-ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {"tokens": 8192, "length": 64, "step_tokens": 512, "rate": 2e-2, "gain_rate": 5e-3}
 
 
@@ -95,38 +92,64 @@ def test_what_does_not_gain_is_left_as_it_was(pair: Pairs, text: tuple[Path, Pat
     assert sha256_of(exl2 / "output.safetensors") == sha256_of(tmp_path / "out" / "output.safetensors")
 
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {here!r}]
-torch.set_num_threads(1)
-from exl2ray.tune import state
-from test_tune_run import settings, tuned
-save, saved = state.save, []
-def saving(*given):
-    save(*given)
-    saved.append(1)
-    if len(saved) == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-state.save = saving
-pair = lambda family: (Path({source!r}), Path({exl2!r}))
-tuned(settings(pair, (Path({first!r}), Path({second!r})), Path({out!r}), checkpoint_seconds=0))
-"""
+class Killed(BaseException):
+    """Not an error that anybody answers to."""
 
 
-def test_killed_it_comes_to_the_same_bytes(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:
-    source, exl2 = pair("Llama")
-    tuned(settings(pair, text, tmp_path / "whole"))
-    places = {"tests": str(ROOT / "tests"), "here": str(Path(__file__).parent), "source": str(source), "exl2": str(exl2),
-              "first": str(text[0]), "second": str(text[1]), "out": str(tmp_path / "killed")}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", KILLED.format(**places)], cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "config.json").exists()
+def same(first: Path, second: Path) -> bool:
+    return all(sha256_of(first / n) == sha256_of(second / n) for n in ("output.safetensors", "config.json"))
+
+
+def test_killed_ten_times_it_comes_to_the_same_bytes(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few: dict[str, Any] = {"tokens": 6144}
+    tuned(settings(pair, text, tmp_path / "whole", **few))
+    save, moments = state.save, iter([0, 1, 1, 2, 1, 1, 2, 1, 1, 1])  # checkpoints until the next kill; 0: before the first
+    left = [next(moments)]
+
+    def saving(*given: Any) -> None:
+        if left[0] == 0:
+            raise Killed
+        save(*given)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(state, "save", saving)
+    kills = 0
+    while True:
+        reporter = Silent()
+        try:
+            tune(settings(pair, text, tmp_path / "killed", checkpoint_seconds=0, **few), torch.device("cpu"), reporter)
+            break
+        except Killed:
+            kills += 1
+            assert not (tmp_path / "killed" / "config.json").exists()
+            left[0] = next(moments, 1000)
+    notes = " ".join(fields.get("message", "") for _, fields in reporter.events)
+    steps = [int(n) for n in re.findall(r"going on from step (\d+)", notes)]
+    assert kills == 10
+    assert steps == [11]
+    assert same(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob(".exl2ray-tune/*"))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])
+def test_a_module_at_a_time_the_numbers_are_the_same(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    few: dict[str, Any] = {"tokens": 2048}
+    tuned(settings(pair, text, tmp_path / "whole", family, **few))
+    monkeypatch.setattr("exl2ray.tune.memory.usable_memory_bytes", lambda: 1 << 20)  # for some; the others lie in files
     reporter = Silent()
-    tune(settings(pair, text, tmp_path / "killed"), torch.device("cpu"), reporter)
-    assert next(f["done"] for name, f in reporter.events if name == "stage") == 8
-    names = ("output.safetensors", "config.json")
-    assert [sha256_of(tmp_path / "whole" / n) for n in names] == [sha256_of(tmp_path / "killed" / n) for n in names]
+    streamed = settings(pair, text, tmp_path / "streamed", family, checkpoint_seconds=0, **few)
+    result = tune(streamed, torch.device("cpu"), reporter)
+    notes = " ".join(fields.get("message", "") for _, fields in reporter.events)
+    assert "tuning a module at a time" in notes
+    assert "lie in files" in notes
+    assert result.kept != "nothing"
+    assert same(tmp_path / "whole", tmp_path / "streamed")
 
 
 def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from thread_comm import together
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from exl2ray.quant.group import Solo
 from exl2ray.quant.pack import dequantize
 from exl2ray.tune import divergence, training
+from exl2ray.tune.evaluating import Evaluator
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import REACH
 from exl2ray.tune.module import TunedModule
@@ -29,7 +35,7 @@ class Recording(TunedModule):
     found: list[Tensor | None]
 
     def update(self, gradients: Sequence[Tensor | None], rate: Tensor, gain_rate: Tensor) -> None:
-        self.found = list(gradients)
+        self.found = [None if g is None else g.clone() for g in gradients]
 
 
 def opened(pair: Pairs, family: str) -> Pair:
@@ -41,7 +47,8 @@ def trainer(found: Pair, recording: bool = True) -> Trainer:
     modules = [load_tuned(found, m, CPU, torch.float32) for m in found.start.spec.modules]
     if recording:
         modules = [Recording(m.block, m.linears, list(m.gains.values())) for m in modules]
-    return Trainer(modules, load_source(found, CPU), CPU, int(found.start.bos_id is not None))
+    source = [load_source(found, m, CPU) for m in found.start.spec.modules]
+    return Trainer(modules, source, CPU, int(found.start.bos_id is not None))
 
 
 def token_ids(found: Pair, rows: int = 6, length: int = 20) -> Tensor:
@@ -67,8 +74,10 @@ def test_gradients_are_those_of_the_whole_model(pair: Pairs, family: str, monkey
     gradients = [g for m in mine.modules if m.trained for g in m.found]  # type: ignore[attr-defined]
     assert len(gradients) == len(expected) > 10
     for g, e in zip(gradients, expected, strict=True):
-        assert (g is None) == (e is None)
-        if g is not None and e is not None:
+        assert g is not None
+        if e is None:  # of an expert that saw no token
+            assert not g.any()
+        else:
             assert float((g - e).norm()) <= 1e-4 * float(e.norm()) + 1e-9
     assert any(e is not None and float(e.norm()) > 0 for e in expected)
 
@@ -82,18 +91,18 @@ def test_the_same_numbers_whether_graphs_are_kept_or_modules_computed_again(
         one = trainer(found, recording=False)
         for _ in range(2):
             one.step(token_ids(found), Rates(2e-3, 2e-3))
-        results.append([p.clone() for m in one.modules for p in m.parameters().values()])
+        results.append([p.clone() for m in one.modules for p in m.state().values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_steps_lower_the_divergence(pair: Pairs) -> None:
     found = opened(pair, "Llama")
     one, ids = trainer(found, recording=False), token_ids(found, 8, 32)
-    source = one.source_states(ids)
-    before = one.evaluate(ids, source).mean()
+    evaluate = Evaluator(ids, one.source, CPU, one.skip, Solo())
+    before = evaluate([m.block for m in one.modules]).mean()
     for step in range(12):
         one.step(ids, Rates(2e-2, 5e-3, schedule(step, 12, 2)))
-    assert float(one.evaluate(ids, source).mean()) < 0.8 * float(before)
+    assert float(evaluate([m.block for m in one.modules]).mean()) < 0.8 * float(before)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Qwen2"])
@@ -153,19 +162,47 @@ def test_gains_of_heads_that_share_a_weight_stay_shared() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
 def test_sums_along_the_tree(count: int) -> None:
     g = torch.Generator().manual_seed(count)
-    shares = [[torch.randn(5, generator=g), None if i % 2 else torch.randn(3, generator=g)] for i in range(count)]
+    shares = [[torch.randn(5, generator=g), torch.randn(3, generator=g)] for i in range(count)]
     tree = TreeOfSums()
-    for share in shares:
-        tree.add([None if t is None else t.clone() for t in share])
-    first, second = tree.total()
-    level = [s[0] for s in shares]
-    while len(level) > 1:
-        level = [level[i] + level[i + 1] if i + 1 < len(level) else level[i] for i in range(0, len(level), 2)]  # type: ignore[operator]
-    assert first is not None
-    assert level[0] is not None
-    assert torch.equal(first, level[0])
-    assert second is not None
-    torch.testing.assert_close(second, sum(s[1] for s in shares if s[1] is not None))
+    for i in torch.randperm(count, generator=g).tolist():
+        tree.add(i, [t.clone() for t in shares[i]])
+    for found, level in zip(tree.total(), map(list, zip(*shares, strict=True)), strict=True):
+        while len(level) > 1:
+            level = [level[i] + level[i + 1] if i + 1 < len(level) else level[i] for i in range(0, len(level), 2)]
+        assert torch.equal(found, level[0])
+
+
+@pytest.mark.parametrize("rows", [6, 3])
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])
+def test_groups_take_the_same_steps_as_one_worker(
+    pair: Pairs, family: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = opened(pair, family)
+    skip = int(found.start.bos_id is not None)
+    # The members are threads here, and what form of attention is taken is a setting of the whole process.
+    monkeypatch.setattr(Trainer, "_attention", lambda self, module: nullcontext())
+
+    def states(comm: Any) -> tuple[dict[str, Tensor], list[float]]:
+        modules = [load_tuned(found, m, CPU, torch.float32, rank=comm.rank, size=comm.size) for m in found.start.spec.modules]
+        one = Trainer(modules, [load_source(found, m, CPU) for m in found.start.spec.modules], CPU, skip, comm=comm)
+        losses = [sum(comm.gather(float(one.step(token_ids(found, rows), Rates(2e-2, 5e-3))))) for _ in range(2)]
+        owned = {f"{m.key} {name}": p for m in modules for name, p in m.state().items()}
+        leaves = {f"{m.key} {i}": leaf.detach() for m in modules for i, leaf in enumerate(m.leaves)}
+        return {**owned, **{f"leaf {n}": t for n, t in leaves.items()}}, losses
+
+    with sdpa_kernel(SDPBackend.MATH):
+        alone, losses = states(Solo())
+        groups = {size: together(size, states) for size in (2, 3, 4)}
+    assert losses[1] < losses[0]
+    for size, members in groups.items():
+        shared: dict[str, Tensor] = {}
+        for mine, said in members:
+            assert said == pytest.approx(losses, rel=1e-12)
+            for name, t in mine.items():
+                assert torch.equal(t, alone[name]), (size, name)
+                assert name.startswith("leaf") or name not in shared  # the optimiser's state lies with one of them
+                shared[name] = t
+        assert shared.keys() == alone.keys()
 
 
 def test_the_rate_rises_and_falls() -> None:

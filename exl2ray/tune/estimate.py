@@ -1,0 +1,42 @@
+"""What a tuning takes, told before it begins: memory and time, as a whole and a module at a time.
+
+Sizes follow from shapes; times from operations and bytes, at rates that are expected and were not measured over sizes. Small
+models take longer: they wait for launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exl2ray.model.spec import ModelSpec
+from exl2ray.tune.memory import HOME_SHARE, STEP_TOKENS, TRAINED_BYTES, host_bytes, needed_bytes, streamed_bytes, weights_of
+
+OPERATIONS = 10  # a weight and token: two forward passes, a backward one
+FORWARD_AGAIN = 2  # the same, of modules that are computed a second time
+BUSY_GPU = 3e14  # operations a second
+LINK_BYTES = 12e9  # a second, between main memory and a GPU
+DISK_BYTES = 2e9
+MOVED_BYTES = 2 + 4 + 2 * TRAINED_BYTES  # a weight and step: the source, latents for the way forward, all for the way back
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """gpu_bytes: at least. host_bytes: of main memory. file_bytes: of what has no room there."""
+
+    gpu_bytes: int
+    host_bytes: int
+    file_bytes: int
+    seconds: float
+
+
+def as_a_whole(spec: ModelSpec, tokens: int) -> Estimate:
+    return Estimate(needed_bytes(spec), weights_of(spec), 0, OPERATIONS * weights_of(spec) * tokens / BUSY_GPU)
+
+
+def a_module_at_a_time(spec: ModelSpec, tokens: int, memory: int) -> Estimate:
+    """memory: bytes of main memory of the machine."""
+    weights, steps = weights_of(spec), max(1, tokens // STEP_TOKENS)
+    files = max(0, TRAINED_BYTES * weights - max(0, int(HOME_SHARE * memory) - weights))
+    computing = (OPERATIONS + FORWARD_AGAIN) * weights * tokens / BUSY_GPU
+    moving = steps * (MOVED_BYTES * weights / LINK_BYTES + 2 * files / DISK_BYTES)
+    return Estimate(streamed_bytes(spec), host_bytes(spec) - files, files, computing + moving)
