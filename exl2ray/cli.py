@@ -174,7 +174,7 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     flag("--gain-rate", type=float, default=2e-3, show_default=True, help="of norms and biases, relative to their size"),
     flag("--seed", type=int, default=0, show_default=True, help="of the order of rows"),
     flag("--report", is_flag=True, help="KL before and after by kind of held-out text"),
-    recipe_flags(("device",), required=()),
+    recipe_flags(("device", "gpus", "ray_address", "executor"), required=()),
 )
 def tune(run: Invocation, /, report: bool, **settings: Any) -> None:
     """Tune a finished EXL2 model on what its source says.

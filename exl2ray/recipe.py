@@ -20,6 +20,7 @@ from exl2ray.settings import Rule, Setting, setting, settings_of, too_long
 from exl2ray.units import parse_count, parse_size
 
 USUAL_HEAD_BITS = 6
+BEST_TUNE = "1M"  # tokens of --tune that --quality best asks for
 MIN_BITS, MAX_BITS = 2.0, 9.0  # outside of this no option table reaches; the exact range depends on the model
 LENGTH_STEP = 128
 MIN_SHARD, MAX_SHARD = 0.001, 2.0**30  # MiB; more than the one and less than the other has no file
@@ -108,7 +109,7 @@ class Recipe:
         "--executor", "ray, inline (in this process, one device), or auto: ray for a cluster or several GPUs, else inline.",
         PLACE))
     quality: Quality = field(default="balanced", metadata=setting(
-        "--quality", "reference: the plain algorithm; balanced, best: better weights at the same size, for more time.",
+        "--quality", "reference: the plain algorithm; balanced: better weights, same size; best: balanced and --tune 1M.",
         QUANTISE, job="quantize.quality", decides="quantize.allocates quantize.numerics", measured=False))
     overrides: tuple[str, ...] = field(default=(), metadata=setting(
         "--set", "PATTERN=BITS or PATTERN=OPTION for linears whose names match; may be given several times.",
@@ -165,7 +166,8 @@ class Recipe:
         "--eval-text", "text, Parquet, .jsonl file, or .npy array of token ids, to evaluate on; a built-in text if absent.",
         AFTER, "FILE"))
     tune: str | None = field(default=None, metadata=setting(
-        "--tune", "tokens, as in 4M, to tune each finished model on against the source's own predictions; none if absent.",
+        "--tune",
+        "tokens, as in 4M, to tune each finished model on against the source's own predictions; else as --quality says.",
         AFTER, "TOKENS", job="output.tune", measured=False))
     tune_text: str | tuple[str, ...] | None = field(default=None, metadata=setting(
         "--tune-text",
@@ -216,22 +218,27 @@ class Recipe:
                 f"--target-correction {self.target_correction:g} needs the states of the quantised model",
                 "leave out --propagate reference, or --target-correction",
             )
-        self._check_tuning()
+        implied = self.quality == "best" and self.tune is None
+        if implied:
+            object.__setattr__(self, "tune", BEST_TUNE)
+        self._check_tuning(f"--quality best (--tune {BEST_TUNE})" if implied else "--tune")
         if self.shard_size == int(self.shard_size):  # 8192.0 is no change of 8192
             object.__setattr__(self, "shard_size", int(self.shard_size))
 
-    def _check_tuning(self) -> None:
+    def _check_tuning(self, flag: str) -> None:
+        """flag: that asks for tuning, for messages."""
         if self.tune is None:
             if self.tune_text is not None:
                 raise UsageError("--tune-text: nothing is tuned without --tune", "say on how many tokens, as in --tune 4M")
             return
         parse_count(self.tune, "--tune")
         if self.compile_full is None and self.output_measurement is None:
-            raise UsageError("--tune needs -cf: the tuned models go there", "name a directory with -cf")
+            raise UsageError(f"{flag} needs -cf: the tuned models go there", "name a directory with -cf")
         if "://" in self.out_dir:
-            raise UsageError("--tune needs a work directory on this machine", "name a local one with -o")
+            raise UsageError(f"{flag} needs a work directory on this machine", "name a local one with -o")
         if self.rope_scale is not None or self.rope_alpha is not None:
-            raise UsageError("--tune runs the models as their config.json says, without -rs and -ra", "leave out one of them")
+            why = "runs the models as their config.json says, without -rs and -ra"
+            raise UsageError(f"{flag} {why}", "leave out one of them")
 
     @property
     def tuning_text(self) -> tuple[str, ...]:

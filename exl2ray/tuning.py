@@ -20,11 +20,14 @@ from exl2ray.targets import owner_of
 from exl2ray.units import parse_count
 
 if TYPE_CHECKING:
+    import torch
+
     from exl2ray.steps.job import Job
     from exl2ray.tune.run import Tuned
-    from exl2ray.tune.settings import Settings
+    from exl2ray.tune.settings import Settings, Where
 
 WORK = "tune"  # beside the records of a bitrate
+SMALL_WEIGHTS = 1_000_000_000  # a step of fewer is launched for longer than it computes
 
 
 def place_of_solved(recipe: Recipe) -> str | None:
@@ -39,25 +42,40 @@ def tune_outputs(job: Job, outputs: Sequence[OutputSummary], reporter: Reporter)
     """
     if job.recipe.tune is None:
         return list(outputs)
-    if job.device.type == "cuda" and not torch_has_gpu():
+    from exl2ray.publish.card import add_tuning
+    from exl2ray.tune.memory import weights_of
+    from exl2ray.tune.run import tune
+
+    where = place_of_tuning(job.recipe, job.device, weights_of(job.spec))
+    if where.executor == "inline" and job.device.type == "cuda" and not torch_has_gpu():
         raise ClusterError(
             f"--tune: no GPU on this machine; the solved models are complete in {job.recipe.out_dir}/quant/*/{SOLVED}",
             "run the same command on a machine with a GPU, or tune them there with `exl2ray tune`",
         )
-    from exl2ray.publish.card import add_tuning
-    from exl2ray.tune.run import tune
-
     out = []
     for output in outputs:
         settings = _settings(job.recipe, output)
         owner = owner_of(job.recipe, job.job["identity"]["fingerprint"], job.work.id, job.tokenizer_files)
         reporter.event("note", message=f"{output.bits:g} bpw: tuning on {job.recipe.tune} tokens")
-        found = tune(settings, job.device, reporter, owner)
+        found = tune(settings, job.device, reporter, owner, where)
         add_tuning(settings.output, found.before, found.after, found.kept, found.tokens, found.worse)
         reporter.event("note", message=f"{output.bits:g} bpw: {told(found)}")
         files = tuple(str(Path(settings.output) / Path(f).name) for f in output.files)
         out.append(replace(output, directory=settings.output, files=files, file_bytes=found.file_bytes, tuned=_facts(found)))
     return out
+
+
+def place_of_tuning(recipe: Recipe, device: torch.device, weights: int) -> Where:
+    """On what workers a model of so many weights is tuned: as --executor, --gpus and --ray-address say, but a small one on
+    one GPU unless --gpus asks for more. There its steps are replayed from a recording, which a group cannot do."""
+    from exl2ray.devices import pick_executor
+    from exl2ray.tune.settings import Where
+
+    executor = pick_executor(recipe, device)
+    if executor == "ray" and device.type == "cuda" and recipe.gpus is None and weights < SMALL_WEIGHTS:
+        remote = recipe.executor == "ray" or recipe.ray_address or os.environ.get("RAY_ADDRESS")
+        return Where("ray", 1, recipe.ray_address) if remote else Where()
+    return Where(executor, recipe.gpus, recipe.ray_address)
 
 
 def torch_has_gpu() -> bool:

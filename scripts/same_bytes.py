@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROWS = ["-r", "9", "-mr", "4", "-l", "128", "-ml", "128"]
-QUALITIES, PROPAGATION = ("reference", "balanced", "best"), ("quantized", "reference")
+QUALITIES, PROPAGATION = ("reference", "balanced"), ("quantized", "reference")
 PROGRAM = [sys.executable, "-c", "from exl2ray.cli import main; main()"]
 
 

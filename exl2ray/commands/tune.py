@@ -8,14 +8,18 @@ from typing import Any
 
 from exl2ray.calibration.data.sources import local_source
 from exl2ray.datasets import text_source
+from exl2ray.devices import pick_device
 from exl2ray.errors import UsageError
-from exl2ray.evaluate.forward import checked_device
+from exl2ray.evaluate.forward import open_model
 from exl2ray.events import Silent
+from exl2ray.recipe import Recipe
 from exl2ray.terminal.console import clean, duration, file_size
 from exl2ray.terminal.live import human_reporter, show_table
+from exl2ray.tune.memory import weights_of
 from exl2ray.tune.rows import naming
 from exl2ray.tune.run import Tuned, tune
 from exl2ray.tune.settings import Settings
+from exl2ray.tuning import place_of_tuning
 from exl2ray.units import parse_count
 
 
@@ -31,10 +35,11 @@ def run(
     gain_rate: float,
     reach: float,
     seed: int,
-    device: str,
     quiet: bool,
+    **place: Any,
 ) -> Tuned:
-    """Writes the tuned model. Raises UsageError naming the flag, and what `exl2ray.tune.run.tune` raises."""
+    """Writes the tuned model. place: fields of a recipe that say where to compute. Raises UsageError naming the flag, and
+    what `exl2ray.tune.run.tune` raises."""
     if length < 16:
         raise UsageError(f"--length {length}: at least 16 tokens a row are needed", "1024 is usual")
     if step_tokens < length:
@@ -44,13 +49,15 @@ def run(
     if not 0 <= reach < 0.5:
         raise UsageError(f"--reach {reach}: a number from 0 to below 0.5 is needed", "0.45 is usual")
     with naming("--text"):
-        sources = tuple(text_source(place, local_source) for place in text)
-    chosen = checked_device(device)
+        sources = tuple(text_source(given, local_source) for given in text)
+    recipe = Recipe("", "", **place)
+    chosen = pick_device(recipe)
     count = parse_count(tokens, "--tokens")
     settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, reach, seed=seed)
+    where = place_of_tuning(recipe, chosen, weights_of(open_model(directory).spec))
     reporter = Silent() if quiet else human_reporter()
     try:
-        return tune(settings, chosen, reporter)
+        return tune(settings, chosen, reporter, where=where)
     finally:
         reporter.close()
 

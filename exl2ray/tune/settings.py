@@ -9,7 +9,7 @@ import torch
 from exl2ray.calibration.data.sources import Source
 from exl2ray.tune.grid import REACH
 
-PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "streamed", "written")  # no byte depends on them
+PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "streamed", "written")  # of no consequence
 
 
 @dataclass(frozen=True)

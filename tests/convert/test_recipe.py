@@ -83,7 +83,7 @@ def changed(**changes: Any) -> dict[str, set[str]]:
         ({"length": 1024}, {"quantize"}),
         ({"propagate": "reference"}, {"quantize"}),
         ({"objective": "product"}, {"quantize"}),
-        ({"quality": "best"}, {"quantize"}),
+        ({"quality": "best", "compile_full": "out"}, {"quantize", "output"}),
         ({"allocation": "module"}, {"quantize"}),
         ({"target_correction": 0.3}, {"quantize"}),
         ({"scale_search": "error"}, {"quantize"}),

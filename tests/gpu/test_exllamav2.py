@@ -34,7 +34,8 @@ def model_dir(request: pytest.FixtureRequest) -> Path:
 
 # 2.15: pure 2 bits in groups as large as a linear (exl2ray.quant.qparams.low_options)
 VARIANTS = {
-    "2.15": {}, "2.6": {}, "3.0": {}, "4.5": {}, "6.0": {}, "4.0 rotated": {"rotate": True}, "4.0 best": {"quality": "best"},
+    "2.15": {}, "2.6": {}, "3.0": {}, "4.5": {}, "6.0": {}, "4.0 rotated": {"rotate": True},
+    "4.0 best": {"quality": "best", "tune": "64k"},
 }  # fmt: skip
 
 
