@@ -211,9 +211,8 @@ class _Told:
 
     def __init__(self, reporter: Reporter, pieces: int) -> None:
         self._reporter, self._pieces, self._done = reporter, pieces, 0
-        self._begin = time.monotonic()
+        self._begin = 0.0  # of the steps: models that are refused when they are loaded have none
         self.decision: ItemResult | None = None
-        reporter.event("stage", stage=STAGE, items=pieces, done=0)
 
     def result(self, result: ItemResult) -> None:
         if result.index == self._pieces:
@@ -229,7 +228,10 @@ class _Told:
 
     def event(self, name: str, **fields: Any) -> None:
         """Of the supervisor."""
-        if name == "lost":
+        if name == "started" and fields["method"] == "steps" and not self._begin:
+            self._begin = time.monotonic()
+            self._reporter.event("stage", stage=STAGE, items=self._pieces, done=0)
+        elif name == "lost":
             message = f"a worker was lost at {fields['key']} ({fields['reason']}); going on from the last checkpoint"
             self._reporter.event("warning", message=message)
         elif name == "retry":
@@ -238,7 +240,8 @@ class _Told:
             self._reporter.event("note", message=fields["message"])
 
     def end(self) -> None:
-        self._reporter.event("end", stage=STAGE, seconds=time.monotonic() - self._begin)
+        if self._begin:
+            self._reporter.event("end", stage=STAGE, seconds=time.monotonic() - self._begin)
 
 
 def _finish(

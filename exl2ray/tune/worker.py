@@ -257,8 +257,9 @@ class _Tuning:
         return self.modules[index].state() if self._homes is None else self._homes.state(key)
 
     def _told(self) -> tuple[str, ...]:
+        """Notes since the last time; all members of a group have the same, and the driver hears the first that comes."""
         notes, self.notes = tuple(self.notes), []
-        return notes if self.comm.rank == 0 else ()
+        return notes
 
     def _close(self) -> None:
         """After the last step: the best state is in the store, and what was trained need not be in memory any more."""
