@@ -13,9 +13,8 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +24,26 @@ from torch import Tensor
 from exl2ray.calibration.data.sources import WRITTEN
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
-from exl2ray.driver.actors import open_workers
-from exl2ray.driver.independent import Item
-from exl2ray.driver.policy import Limits
-from exl2ray.driver.sequential import Sequential
-from exl2ray.driver.supervise import Supervisor
-from exl2ray.driver.workers import Workers
 from exl2ray.errors import SourceError
 from exl2ray.events import Reporter
 from exl2ray.formats.shards import Shard
 from exl2ray.formats.target import Owner, locked, release_target
 from exl2ray.quant.group import Solo
-from exl2ray.store.fs import Store
-from exl2ray.store.nonce import write_nonce
 from exl2ray.store.open import open_store
 from exl2ray.store.records import hash_inputs
-from exl2ray.store.tensors import put_tensors
-from exl2ray.team.messages import Choices, ItemResult, WorkerSetup
 from exl2ray.tune import judge, state
 from exl2ray.tune.documents import Kind
+from exl2ray.tune.driving import ROWS, trained
 from exl2ray.tune.grid import Grid
 from exl2ray.tune.module import NORMS, part_of
 from exl2ray.tune.opening import Pair, open_pair
 from exl2ray.tune.output import Produce, finished, write_record, write_tuned
 from exl2ray.tune.rows import TuningRows, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
-from exl2ray.tune.sums import SHARES
-from exl2ray.tune.worker import BITS, TunePass, TuningWorker, ends_of
 from exl2ray.tune.written import self_written
 
 VERSION = 4  # of what equal settings come to
 WORK = ".exl2ray-tune"  # in the output directory, until it is complete
-ROWS = "rows.safetensors"
-STAGE = "tune"
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ def tune(
             reporter.event("note", message=f"{target} has the tuned model already")
             return Tuned(**{**done, "directory": settings.output, "worse": tuple(done["worse"])})
         store = open_store(os.path.abspath(work))
-        decision = _trained(settings, rows, identity, store, device, where or Where(), reporter)
+        decision = trained(settings, rows, identity, store, device, where or Where(), reporter)
         clock.lap("train")
         clock.laps["decide"] = decision.seconds
         clock.laps["train"] -= decision.seconds
@@ -164,84 +150,6 @@ def _digest(rows: TuningRows) -> str:
         digest.update(f"{tuple(ids.shape)}".encode())
         digest.update(ids.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _trained(
-    settings: Settings, rows: TuningRows, identity: str, store: Store, device: torch.device, where: Where, reporter: Reporter
-) -> ItemResult:
-    """Has workers do all steps; what is decided in the end (`exl2ray.tune.worker`)."""
-    from exl2ray.devices import versions
-
-    steps = settings.steps(len(rows.ids))
-    names = [f"step {end}" for end in ends_of(steps)] + ["decision"]
-    file = put_tensors(store, ROWS, {"ids": rows.ids, "held": rows.held_ids})
-    rel, token = write_nonce(store, versions())
-    threads = torch.get_num_threads()  # sums depend on it, so it does not depend on the number of workers
-    setup = WorkerSetup(
-        settings.directory, store.root, str(device), None, None, 0.0, settings.checkpoint_seconds, ROWS, file.sha256, 0,
-        threads=threads, nonce=(rel, token), versions=versions(),
-    )  # fmt: skip
-    plain = replace(settings, sources=(), directory=os.path.abspath(settings.directory), reference=settings.reference)
-
-    def part(choices: Choices, pieces: tuple[int, ...]) -> TunePass:
-        return TunePass(settings=plain, identity=identity, held_kinds=rows.held_kinds, steps=steps, pieces=pieces)
-
-    told = _Told(reporter, len(names) - 1)
-    with _workers(setup, where) as workers:
-        items = [Item(k, name, 1.0) for k, name in enumerate(names)]
-        work = Sequential([(Choices(BITS, {}, ()), items)], workers, Limits(), told.result, make=part, largest=SHARES)
-        Supervisor(workers, Limits(), told.event).run(work)
-    store.delete(rel)
-    told.end()
-    assert told.decision is not None
-    return told.decision
-
-
-@contextmanager
-def _workers(setup: WorkerSetup, where: Where) -> Iterator[Workers]:
-    workers = open_workers(setup, TuningWorker, where.executor, where.workers, where.address)
-    try:
-        yield workers
-    finally:
-        workers.close()
-
-
-class _Told:
-    """What workers tell, for whoever watches."""
-
-    def __init__(self, reporter: Reporter, pieces: int) -> None:
-        self._reporter, self._pieces, self._done = reporter, pieces, 0
-        self._begin = 0.0  # of the steps: models that are refused when they are loaded have none
-        self.decision: ItemResult | None = None
-
-    def result(self, result: ItemResult) -> None:
-        if result.index == self._pieces:
-            self.decision = result
-        elif result.detail:
-            self._done = result.index + 1
-            self._reporter.event(
-                "item", stage=STAGE, key=result.key, done=self._done, items=self._pieces, seconds=result.seconds,
-                detail=result.detail,
-            )  # fmt: skip
-        for note in result.notes:
-            self._reporter.event("note", message=note)
-
-    def event(self, name: str, **fields: Any) -> None:
-        """Of the supervisor."""
-        if name == "started" and fields["method"] == "steps" and not self._begin:
-            self._begin = time.monotonic()
-            self._reporter.event("stage", stage=STAGE, items=self._pieces, done=0)
-        elif name == "lost":
-            message = f"a worker was lost at {fields['key']} ({fields['reason']}); going on from the last checkpoint"
-            self._reporter.event("warning", message=message)
-        elif name == "retry":
-            self._reporter.event("warning", message=f"{fields['key']}: {fields['reason']}")
-        elif name == "note":
-            self._reporter.event("note", message=fields["message"])
-
-    def end(self) -> None:
-        if self._begin:
-            self._reporter.event("end", stage=STAGE, seconds=time.monotonic() - self._begin)
 
 
 def _finish(

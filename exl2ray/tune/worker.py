@@ -129,6 +129,7 @@ class _Tuning:
         self.comm = self.worker.group(self.part.meeting)
         rows = get_tensors(self.store, self.worker.setup.calibration)
         self.pair = open_pair(self.settings.directory, self.settings.reference)
+        self.modules_of = self.pair.start.spec.modules
         self.skip = int(self.pair.start.bos_id is not None)
         self.ids, self.held = rows["ids"].clone(), rows["held"].clone()
         shrink = max(self.part.shrink.values(), default=1)
@@ -147,10 +148,6 @@ class _Tuning:
             payload = decided(self.pair, saved, self._evaluator(), self.part.held_kinds, self.device, self._shelf)
             seconds, detail = time.monotonic() - begin, f"kept: {payload['words']}"
             yield ItemResult(self.part.pieces[-1], "decision", seconds, detail, payload, BITS, self._told())
-
-    @property
-    def modules_of(self) -> tuple[Any, ...]:
-        return self.pair.start.spec.modules
 
     def _shelf(self, make: Any) -> Sequence[Any]:
         count = len(self.modules_of)

@@ -31,7 +31,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[RayWorkers]:
         found.append(RayWorkers(setup, make, workers, address, claim={"num_cpus": 0.25}))
         return found[-1]
 
-    monkeypatch.setattr("exl2ray.tune.run.open_workers", open_workers)
+    monkeypatch.setattr("exl2ray.tune.driving.open_workers", open_workers)
     return found
 
 
