@@ -138,6 +138,8 @@ class _Tuning:
         self.saved = state.restore(self.store, self.comm, self.part.identity)
         self.progress = self.saved.progress if self.saved else state.Progress(self.part.identity)
         self.was_over = self.progress.over
+        if not self.progress.over:
+            self._open()
         yield Ready("join", time.monotonic() - begin)
         yield from self._steps(together)
         if self.progress.over and self.part.pieces[-1] == len(ends_of(self.part.steps)):
@@ -161,8 +163,6 @@ class _Tuning:
     def _steps(self, together: bool) -> Iterator[Begun | Ready | ItemResult]:
         ends = ends_of(self.part.steps)
         pieces = [k for k in self.part.pieces if k < len(ends)]
-        if not self.progress.over:
-            self._open()
         for k in pieces:
             yield Begun("steps", k, f"step {ends[k]}", BITS, together=together)
             begin, loss, counts = time.monotonic(), torch.zeros(()), self.progress.step < ends[k]
@@ -172,7 +172,7 @@ class _Tuning:
                     return
                 begun = time.monotonic()
                 loss = self._step()
-                yield Ready("steps", time.monotonic() - begun)
+                yield Ready("step", time.monotonic() - begun)  # so that somebody may ask for an end
             detail = f"KL {self._finite(loss):.4f}" if counts and self.progress.step >= ends[k] else ""
             yield ItemResult(k, f"step {ends[k]}", time.monotonic() - begin, detail, {}, BITS, self._told())
         if not self.progress.over:  # all was told, and not saved, when the worker was lost
@@ -182,7 +182,7 @@ class _Tuning:
                 self._save()
                 return
             self._step()
-            yield Ready("again", 0.0)
+            yield Ready("step", 0.0)
         self._close()
 
     def _open(self) -> None:
