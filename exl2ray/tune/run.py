@@ -33,7 +33,7 @@ from exl2ray.store.open import open_store
 from exl2ray.store.records import hash_inputs
 from exl2ray.tune import judge, state
 from exl2ray.tune.documents import Kind
-from exl2ray.tune.driving import ROWS, trained
+from exl2ray.tune.driving import trained
 from exl2ray.tune.grid import Grid
 from exl2ray.tune.module import NORMS, part_of
 from exl2ray.tune.opening import Pair, open_pair
@@ -97,12 +97,18 @@ def tune(
         clock.laps["train"] -= decision.seconds
         result, shards = _finish(pair, settings, rows, decision.payload, state.restore(store, Solo(), identity), owner, clock)
         write_record(record, identity, target, asdict(result), shards)
-        if (work / "written").is_dir():  # for the same call again
-            state.forget(store)
-            store.delete(ROWS)
-        else:
-            shutil.rmtree(work, ignore_errors=True)
+        _clear(work)
     return result
+
+
+def _clear(work: Path) -> None:
+    """Leaves what the source has written, for the same call again."""
+    kept = work / "written"
+    for path in work.iterdir() if kept.is_dir() else [work]:
+        if path.is_dir() and path != kept:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path != kept:
+            path.unlink(missing_ok=True)
 
 
 def _rows(settings: Settings, pair: Pair, device: torch.device, reporter: Reporter) -> TuningRows:

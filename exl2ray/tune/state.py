@@ -18,7 +18,7 @@ from exl2ray.store.fs import Store
 from exl2ray.store.tensors import get_tensors, put_tensors
 from exl2ray.tune.module import Snapshot, TunedModule
 
-FILE = "tune.json"
+FILE = "state.json"
 FOLDER = "states"
 
 
@@ -103,13 +103,6 @@ def restore(store: Store, comm: Comm, identity: str) -> Saved | None:
     scores = [(int(s), bool(w), float(v)) for s, w, v in facts["scores"]]
     progress = Progress(identity, facts["step"], facts["start"], scores, facts["best"], facts["over"])
     return Saved(store, progress, {key: tuple(files) for key, files in facts["files"].items()})
-
-
-def forget(store: Store) -> None:
-    """Deletes what `save` has written."""
-    store.delete(FILE)
-    for file in store.list(FOLDER):
-        store.delete(file)
 
 
 def _facts(store: Store, identity: str) -> dict[str, object] | None:
