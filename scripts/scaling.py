@@ -367,7 +367,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], help="as far as there are so many")
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--seconds", type=float, default=570.0, help="when everything has to be over")
-    parser.add_argument("--quality", choices=("reference", "balanced", "best"), default="reference")
+    parser.add_argument("--quality", choices=("reference", "balanced"), default="reference")
     parser.add_argument("--length", type=int, default=2048, help="tokens per row; 128 for tiny models")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="a file for everything that is printed")
