@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from exl2ray.errors import JobMismatchError, SourceError
-from exl2ray.formats.file_states import HASHED_BYTES, FileState, compare_states, file_states, from_json, with_hashes
+from exl2ray.formats.file_states import HASHED_BYTES, FileState, Hashing, compare_states, file_states, from_json, with_hashes
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.side_files import NEEDED, examine_side_files
 from exl2ray.store.layout import MEASURE, SOURCE_KEY
@@ -21,6 +21,8 @@ HINT = "restore the files, or measure anew: another -o, or -nr"
 class SourceState:
     """Remembers the files of the source in the work directory, and compares them with what is there later.
 
+    Sizes and times are remembered at once, hashes (`HASHED_BYTES`) when the first result arrives: 2 GB take 1 to 4 s, for which
+    the first module does not wait.
     ``warnings``: what cannot be decided, of this run and of earlier ones of the job.
     """
 
@@ -32,21 +34,39 @@ class SourceState:
         self._key = hash_inputs(source=fingerprint)
         self.warnings: list[str] = []
         self._states: tuple[FileState, ...] = ()
+        self._hashing: Hashing | None = None
 
     def open(self) -> None:
         """At the start of a run. Raises JobMismatchError for a file whose content is another one than when the job began."""
         record = self._work.records.find(MEASURE, SOURCE_KEY, self._key)
         now = file_states(self._paths)
         if record is None:
-            self._states = with_hashes(now, self._source.path, HASHED_BYTES)
+            self._states = now
             self._commit()
+        else:
+            with reading(self._work.store, record) as payload:
+                self.warnings, before = list(payload["warnings"]), from_json(payload["files"])
+            self._compare(before, now, "since this work directory was begun")
+        if not all(s.sha256 for s in self._states):  # also after a run that was stopped before it had them
+            self._hashing = Hashing(self._states, self._source.path, HASHED_BYTES)
+
+    def settle(self) -> None:
+        """Waits for the hashes, and remembers them. Those of files that were written meanwhile say nothing of what was there."""
+        if self._hashing is None:
             return
-        with reading(self._work.store, record) as payload:
-            self.warnings, before = list(payload["warnings"]), from_json(payload["files"])
-        self._compare(before, now, "since this work directory was begun")
+        states, self._hashing = self._hashing.result(), None
+        if states != self._states and file_states(self._paths) == tuple(replace(s, sha256=None) for s in self._states):
+            self._states = states
+            self._commit()
+
+    def close(self) -> None:
+        """Ends what is still being hashed."""
+        if self._hashing is not None:
+            self._hashing.cancel()
 
     def check(self) -> None:
         """Before what was made is called finished. Raises JobMismatchError if a file was changed meanwhile."""
+        self.settle()
         when = "while it was converted, so the result mixes two models"
         self._compare(self._states, file_states(self._paths), when)
         now = needed_files(self._source.path)

@@ -13,9 +13,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.calibration.text import Conversation
 from exl2ray.errors import CalibrationError
@@ -40,6 +37,8 @@ class ChatRenderer:
     """Renders conversations with one template. Raises CalibrationError if the template cannot be compiled."""
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # in the child alone
+
         env = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -170,6 +169,8 @@ class ChatText:
 
 
 def _raise_exception(message: str) -> None:
+    from jinja2 import TemplateError
+
     raise TemplateError(message)
 
 

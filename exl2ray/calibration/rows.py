@@ -242,7 +242,7 @@ class _Sources:
 
     def _encode(self, text: str) -> Ids:
         """Ids of a text. Raises SourceError for a tokenizer that makes next to nothing of it: rows would never be full."""
-        ids = self._tokenizer.encode(text)
+        ids = self._tokenizer.encode_once(text)
         self._characters, self._ids = self._characters + len(text), self._ids + len(ids)
         if self._characters > ENOUGH_CHARACTERS and self._characters > MAX_CHARACTERS_PER_ID * self._ids:
             raise SourceError(

@@ -8,7 +8,7 @@ occur literally in the text are matched. The tokenizer itself lives in a child p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -125,10 +125,19 @@ class ModelTokenizer:
     rejected: frozenset[str]  # tokens whose stated ids are not those of tokenizer.json
     converted: bytes | None  # content of a tokenizer.json that the model does not have
     templates: TemplateProcess | None  # None without a template
+    _encoded: dict[str, NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)  # until it is closed
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Ids of ``text``, int64 (T,), without BOS, EOS or any other token that is not in the text."""
         return self.process.encode([text])[0]
+
+    def encode_once(self, text: str) -> NDArray[np.int64]:
+        """``encode``, for texts that are asked for again, by the rows of the other pass: kept until ``close``."""
+        found = self._encoded.get(text)
+        if found is None:
+            found = self._encoded[text] = self.encode(text)
+            found.flags.writeable = False
+        return found
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """``encode`` of each text; the library spreads a batch over the CPU cores."""
@@ -140,6 +149,7 @@ class ModelTokenizer:
 
     def close(self) -> None:
         self.process.close()
+        self._encoded.clear()
         if self.templates is not None:
             self.templates.close()
 

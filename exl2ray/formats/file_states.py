@@ -10,8 +10,9 @@ A ``stamp`` is whatever text changes when a file is written: the time in nanosec
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from exl2ray.errors import SourceError
 from exl2ray.formats.elsewhere import STAMP, open_binary, remote_file
 
-HASHED_BYTES = 4 << 30  # models up to this size are hashed at the start: seconds, and the reading has to be done anyway
+HASHED_BYTES = 4 << 30  # models up to this size are hashed, while the first modules are measured: they are read anyway
 _PIECE_BYTES = 4 << 20
 _THREADS = 4
 
@@ -68,14 +69,35 @@ def file_states(paths: Iterable[Path]) -> tuple[FileState, ...]:
     return tuple(out)
 
 
+class Hashing:
+    """The hashes of files while other work goes on. Nothing is hashed if they are not on this disk or have more than ``limit``
+    bytes together."""
+
+    def __init__(self, states: Sequence[FileState], directory: Path, limit: int = HASHED_BYTES) -> None:
+        self._states, self._stop = tuple(states), threading.Event()
+        self._found: list[Future[str]] = []
+        if sum(s.size for s in states) > limit or any(s.stamp.startswith(STAMP) for s in states):
+            return
+        pool = ThreadPoolExecutor(_THREADS, "hashing")
+        self._found = [pool.submit(lambda s=s: s.sha256 or file_sha256(directory / s.name, self._stop)) for s in states]  # type: ignore[misc]
+        pool.shutdown(wait=False)
+
+    def result(self) -> tuple[FileState, ...]:
+        """The states with their hashes, once they are all there. Raises SourceError for a file that cannot be read."""
+        if not self._found:
+            return self._states
+        return tuple(replace(s, sha256=f.result()) for s, f in zip(self._states, self._found, strict=True))
+
+    def cancel(self) -> None:
+        """Gives up what is not done."""
+        self._stop.set()
+        for future in self._found:
+            future.cancel()
+
+
 def with_hashes(states: Sequence[FileState], directory: Path, limit: int = HASHED_BYTES) -> tuple[FileState, ...]:
-    """``states`` with the hash of every file, if they are on this disk and have at most ``limit`` bytes together; else as
-    they are."""
-    if sum(s.size for s in states) > limit or any(s.stamp.startswith(STAMP) for s in states):
-        return tuple(states)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(lambda s: s.sha256 or file_sha256(directory / s.name), states)
-        return tuple(replace(s, sha256=value) for s, value in zip(states, hashes, strict=True))
+    """``states`` with the hash of every file that `Hashing` looks at."""
+    return Hashing(states, directory, limit).result()
 
 
 def compare_states(before: Sequence[FileState], now: Sequence[FileState], directory: Path) -> Comparison:
@@ -106,13 +128,13 @@ def from_json(values: Iterable[Mapping[str, Any]]) -> tuple[FileState, ...]:
     return tuple(FileState(**v) for v in values)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file, read once. Raises SourceError."""
+def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 (hex) of a file, read once. Raises SourceError. ``stop``: once it is set, of what was read so far."""
     digest, buffer = hashlib.sha256(), bytearray(_PIECE_BYTES)
     view = memoryview(buffer)
     try:
         with open_binary(path) as f:
-            while count := f.readinto(view):  # type: ignore[attr-defined]
+            while (count := f.readinto(view)) and not (stop is not None and stop.is_set()):  # type: ignore[attr-defined]
                 digest.update(view[:count])
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from e

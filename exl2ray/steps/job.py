@@ -97,17 +97,18 @@ class Job:
         )  # fmt: skip
         self.work.listener = ClusterMetrics(Path(recipe.out_dir).name).hear
         self.targets = Targets()
+        self.source_state = SourceState(self.work, self.source, self.job["identity"]["fingerprint"], self._beside)
         try:
             for note in self.work.notes:
                 self.reporter.event("note", message=note)
             self.warnings.opened(self.work)
             for note in keep(recipe.in_dir, self.work.store):
                 self.reporter.event("note", message=note)
-            self.source_state = SourceState(self.work, self.source, self.job["identity"]["fingerprint"], self._beside)
             self.source_state.open()
             self.warnings.add(self.source_state.warnings)
             self._store_rows()
         except BaseException:
+            self.source_state.close()
             self.work.close()
             raise
         return self
@@ -118,6 +119,7 @@ class Job:
         if self.dry:
             return
         with shielded():  # a second signal waits for the locks to be released
+            self.source_state.close()
             try:
                 if self._workers is not None:
                     self._workers.close()

@@ -29,6 +29,7 @@ class Stage:
         return self
 
     def __call__(self, result: ItemResult) -> None:
+        self.job.source_state.settle()
         self.done += 1
         now, workers = time.monotonic(), self.job.workers.size
         self.pace.finished(self.done, now, result.worker, result.seconds, workers)
