@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from exl2ray.beforehand import begin_device
 from exl2ray.errors import Interrupted, UsageError
 from exl2ray.events import Reporter
 from exl2ray.outputs import OutputSummary, Summary
@@ -25,6 +26,7 @@ from exl2ray.recipe import Recipe
 from exl2ray.stopping import interruptible
 from exl2ray.team.faults import DeviceFailed
 from exl2ray.terminal.console import places_text
+from exl2ray.timeline import step
 
 if TYPE_CHECKING:
     from exl2ray.steps.job import Job
@@ -37,7 +39,8 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
     what is in the work directory.
     """
     start = time.monotonic()
-    _warn_of_others(recipe, reporter)
+    with step("python, command line", 0.0):
+        _warn_of_others(recipe, reporter)
     try:
         return _convert(recipe, reporter, start)
     except DeviceFailed as e:
@@ -48,13 +51,15 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
 
 
 def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
-    from exl2ray import afterwards, tuning
-    from exl2ray.steps.allocating import allocate
-    from exl2ray.steps.job import Job
-    from exl2ray.steps.measuring import export_measurement, measure
-    from exl2ray.steps.producing import produce
-
+    begin_device(recipe)
     recipe = _in_reach(_on_this_disk(recipe), reporter)
+    with step("import exl2ray"):
+        from exl2ray import afterwards, tuning
+        from exl2ray.steps.allocating import allocate
+        from exl2ray.steps.job import Job
+        from exl2ray.steps.measuring import export_measurement, measure
+        from exl2ray.steps.producing import produce
+
     try:
         with interruptible(), Job(recipe, reporter) as job:
             job.lock_targets()

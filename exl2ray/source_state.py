@@ -14,6 +14,7 @@ from exl2ray.formats.side_files import NEEDED, examine_side_files
 from exl2ray.store.layout import MEASURE, SOURCE_KEY
 from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
+from exl2ray.timeline import step
 
 HINT = "restore the files, or measure anew: another -o, or -nr"
 
@@ -21,8 +22,8 @@ HINT = "restore the files, or measure anew: another -o, or -nr"
 class SourceState:
     """Remembers the files of the source in the work directory, and compares them with what is there later.
 
-    Sizes and times are remembered at once, hashes (`HASHED_BYTES`) when the first result arrives: 2 GB take 1 to 4 s, for which
-    the first module does not wait.
+    Sizes and times are remembered at once, hashes (`HASHED_BYTES`) when the first result arrives: 2 GB take 1 to 4 s, and
+    the first module does not wait for them.
     ``warnings``: what cannot be decided, of this run and of earlier ones of the job.
     """
 
@@ -51,10 +52,11 @@ class SourceState:
             self._hashing = Hashing(self._states, self._source.path, HASHED_BYTES)
 
     def settle(self) -> None:
-        """Waits for the hashes, and remembers them. Those of files that were written meanwhile say nothing of what was there."""
+        """Waits for the hashes, and remembers them; not of files that were written meanwhile, which may have been others."""
         if self._hashing is None:
             return
-        states, self._hashing = self._hashing.result(), None
+        with step("hashes waited for"):
+            states, self._hashing = self._hashing.result(), None
         if states != self._states and file_states(self._paths) == tuple(replace(s, sha256=None) for s in self._states):
             self._states = states
             self._commit()

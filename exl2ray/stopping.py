@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from exl2ray.errors import Interrupted
 
+EXPENDABLE = "expendable"  # begins the names of threads whose end nobody needs to wait for
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 Handler = Callable[[int, "FrameType | None"], Any]
 

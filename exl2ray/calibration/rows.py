@@ -27,6 +27,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -56,6 +57,7 @@ MAX_BUILTIN_LENGTH = 2048
 LENGTH_STEP = 128  # shuffled rows are made of pieces this long
 NOISE_ROWS = {"measure": 5, "quantize": 30}
 MAX_CHARACTERS_PER_ID, ENOUGH_CHARACTERS = 100, 20_000  # of a tokenizer that can be used; real ones have 2 to 8
+CHARACTERS_PER_ID = 2.5  # of text that is tokenised in one request; what is needed beyond it follows one by one
 LENGTH_FLAGS = {"measure": "-ml/--measurement-length", "quantize": "-l/--length"}
 
 
@@ -225,6 +227,8 @@ class _Sources:
             if doc.kind in row_set.kinds:
                 families.setdefault(doc.family, []).append(self._text(row_set, doc))
         texts = interleave(families, rng)
+        begins = accumulate(map(len, texts), initial=0)
+        self._tokenizer.encode_ahead(t for t, at in zip(texts, begins, strict=False) if at < CHARACTERS_PER_ID * count * ctx)
         pieces = Pieces(texts, row_set.repeat, self._generated(row_set), self._encode, limit=ctx)
         if row_set.documents:
             templated = row_set.name == "chat" and self._chat.templated

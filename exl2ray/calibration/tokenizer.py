@@ -7,7 +7,7 @@ occur literally in the text are matched. The tokenizer itself lives in a child p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -138,6 +138,13 @@ class ModelTokenizer:
             found = self._encoded[text] = self.encode(text)
             found.flags.writeable = False
         return found
+
+    def encode_ahead(self, texts: Iterable[str]) -> None:
+        """Finds what `encode_once` will give for ``texts``: one request, which the library spreads over the CPU cores."""
+        wanted = [text for text in dict.fromkeys(texts) if text not in self._encoded]
+        for text, ids in zip(wanted, self.process.encode(wanted) if wanted else (), strict=True):
+            ids.flags.writeable = False
+            self._encoded[text] = ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """``encode`` of each text; the library spreads a batch over the CPU cores."""

@@ -70,8 +70,8 @@ def file_states(paths: Iterable[Path]) -> tuple[FileState, ...]:
 
 
 class Hashing:
-    """The hashes of files while other work goes on. Nothing is hashed if they are not on this disk or have more than ``limit``
-    bytes together."""
+    """The hashes of files while other work goes on. None if they are not on this disk or have more than ``limit`` bytes
+    together."""
 
     def __init__(self, states: Sequence[FileState], directory: Path, limit: int = HASHED_BYTES) -> None:
         self._states, self._stop = tuple(states), threading.Event()

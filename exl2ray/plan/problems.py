@@ -52,6 +52,7 @@ from exl2ray.recipe import Recipe
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import check_output
 from exl2ray.terminal.pasted import missing_folder_hint
+from exl2ray.timeline import step
 from exl2ray.tune.memory import check_memory
 
 BUILTIN_ROWS = tuple(sum(getattr(s, plan) for s in ROW_SETS) for plan in ("measure", "quantize"))
@@ -61,9 +62,11 @@ UNKNOWN_TENSORS = 4096  # whose values are looked at in a model of which no arch
 def examine(recipe: Recipe) -> Examination:
     """All checks, in seconds; raises nothing that is a problem of model, data, flags or disks."""
     found = Examination()
-    _examine_source(found, recipe)
-    _examine_side_files(found, recipe)
-    device = found.device = found.attempt("device", lambda: pick_device(recipe))
+    with step("checks: headers"):
+        _examine_source(found, recipe)
+        _examine_side_files(found, recipe)
+    with step("checks: device"):
+        device = found.device = found.attempt("device", lambda: pick_device(recipe))
     idle = None if device is None else idle_gpu(device, recipe)
     found.warnings += [] if idle is None else [idle]
     _examine_directories(found, recipe)
@@ -75,16 +78,20 @@ def examine(recipe: Recipe) -> Examination:
             found.attempt("bitrate", lambda b=bits: check_reachable(b, tables))  # type: ignore[misc]
     if recipe.measurement is not None:
         found.measurement = found.attempt("measurement", lambda: _measurement(recipe, spec))
-    _examine_calibration(found, recipe)
+    with step("checks: rows of tokens"):
+        _examine_calibration(found, recipe)
     if source is not None and spec is not None and len(found.rows) == 2 and not found.has("work directory", "measurement"):
         given, rows, data = found.measurement, found.rows, found.data
         found.attempt("work directory", lambda: check_opening(recipe, source, spec, given, rows, data))
     if source is not None:
         names = source.names()[:UNKNOWN_TENSORS] if spec is None else stored_names(spec)
-        found.add("values", scan_values(source, names, recipe.seed))
-    _examine_soundness(found, recipe)
+        with step("checks: samples of weights"):
+            found.add("values", scan_values(source, names, recipe.seed))
+    with step("checks: soundness"):
+        _examine_soundness(found, recipe)
     if not found.has("tensors", "bitrate"):  # without these, sizes are not known
-        _examine_disks(found, recipe)
+        with step("checks: room on disks"):
+            _examine_disks(found, recipe)
     if device is not None and spec is not None and recipe.tune is not None:
         found.attempt("--tune", lambda: check_memory(spec, device, f"--tune {recipe.tune}"))
     if device is not None:

@@ -88,10 +88,8 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freed
     fixed = 0 if freedom.head else _bits(head, overridden(freedom.overrides, head, head_option(freedom.head_bits))) // 8
     packed = (low_bits // 8 + fixed, high_bits // 8 + fixed)
     options = _options(spec, freedom, below_tables(spec, bits, freedom.overrides))
-    small, large = (
-        output_entries(spec, source, {x.key: _extent(x, options[x.key], choice) for x in spec.linears})
-        for choice in (min, max)
-    )
+    least, most = (_extents(spec, options, choice) for choice in (min, max))
+    small, large = (output_entries(spec, source, extents) for extents in (least, most))
     rest = sum(e.nbytes for e in output_entries(spec, source, {}))
     sizes = [p + rest for p in packed]
     single = limit_bytes <= 0 or sum(e.nbytes for e in large) <= limit_bytes
@@ -112,15 +110,28 @@ def allocated_range(spec: ModelSpec, bits: float, freedom: Freedom) -> tuple[int
         # What is left does not buy the next larger option of any module, so it is less than the largest of all steps.
         step = max(b - a for s in slots for a, b in pairwise(s))
         return max(floor, wanted - step), wanted
-    costs = [c for module in spec.modules for c in _linear_costs(module, freedom, small)]
+    alike: dict[object, list[dict[QParams, int]]] = {}  # layers have the same linears, mostly
+    costs = []
+    for module in spec.modules:
+        sizes = [(x.role, x.in_features, x.out_features, x.has_bias, counting(freedom.overrides, x)) for x in module.linears]
+        key = (module.kind, tuple(sizes))
+        if key not in alike:
+            alike[key] = _linear_costs(module, freedom, small)
+        costs += alike[key]
     if freedom.head:
         wanted += _bits(spec.modules[-1].linears[0], head_option(USUAL_HEAD_BITS))
     floor, ceiling = sum(min(c.values()) for c in costs), sum(max(c.values()) for c in costs)
     # Which options a linear will choose from depends on its losses; at the top it is one of those with 8 bits.
-    top = sum(min(bits for q, bits in c.items() if min(q.bits) == max(min(o.bits) for o in c)) for c in costs)
+    top = sum(map(_at_the_top, costs))
     step = max(max(c.values()) - min(c.values()) for c in costs)
     high = min(wanted, ceiling)
     return max(floor, min(high, top) - step), high
+
+
+def _at_the_top(costs: Mapping[QParams, int]) -> int:
+    """The least bits of the options of most bits per weight."""
+    width = max(min(q.bits) for q in costs)
+    return min(bits for q, bits in costs.items() if min(q.bits) == width)
 
 
 def _linear_costs(module: ModuleSpec, freedom: Freedom, low: bool) -> list[dict[QParams, int]]:
@@ -185,6 +196,20 @@ def _options(spec: ModelSpec, freedom: Freedom, low: bool) -> dict[str, tuple[QP
     if not wanted:
         return {x.key: columns[x.role] for x in spec.linears}
     return {x.key: tuple(dict.fromkeys(overridden(wanted, x, q) for q in columns[x.role])) for x in spec.linears}
+
+
+def _extents(
+    spec: ModelSpec, options: Mapping[str, tuple[QParams, ...]], choose: Callable[[Iterable[int]], int]
+) -> dict[str, tuple[int, int]]:
+    """Linear key -> `_extent`; that of linears of one size with the same options is found once."""
+    known: dict[tuple[int, int], tuple[int, int]] = {}
+    out = {}
+    for x in spec.linears:
+        key = (x.in_features, id(options[x.key]))
+        if key not in known:
+            known[key] = _extent(x, options[x.key], choose)
+        out[x.key] = known[key]
+    return out
 
 
 def _extent(

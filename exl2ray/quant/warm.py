@@ -3,11 +3,16 @@
 Handles of cuBLAS and cuSOLVER, their kernels, ours from Numba's cache on disk: seconds of a process's life during which the
 first weights can be read and other workers can start. Everything that follows is done once on tensors of a few kilobytes.
 
+In a conversion this begins in a thread as soon as torch is there (`exl2ray.beforehand`), and the worker waits for its end.
+
 Meanwhile four threads read weights straight into pinned memory. bf16 is converted on the GPU: `.to(device, dtype)` in one
 call would do it on the CPU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +23,47 @@ from exl2ray.quant.hessian import HessianAccumulator, prepare
 from exl2ray.quant.pack import dequantize, pack
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.solve import quantize_linears, solve_options
+from exl2ray.timeline import step
 
 ROWS, COLUMNS, TOKENS, HEADS = 256, 64, 64, 4
 
 
+_begun: list[Future[tuple[str | None, Numerics]]] = []  # at most one: what a thread of this process sets up
+
+
+def begin_warm_up(device: Callable[[], str | None], numerics: Numerics) -> None:
+    """`warm_up` of the ``device`` found (None: of nothing), in this thread. The next `warm_up` waits for its end, and raises
+    what it raised."""
+    future: Future[tuple[str | None, Numerics]] = Future()
+    _begun[:] = [future]
+    try:
+        with step("device"):
+            found = device()
+        if found is not None:
+            _run_kernels(torch.device(found), numerics)
+        future.set_result((found, numerics))
+    except BaseException as e:
+        future.set_exception(e)
+
+
 def warm_up(device: torch.device, numerics: Numerics = PLAIN) -> None:
-    """Runs every kernel once that ``numerics`` need; nothing on a CPU."""
+    """Runs every kernel once that ``numerics`` need, unless `begin_warm_up` has; nothing on a CPU."""
+    with step("wait for the device"):
+        done = _begun.pop().result() if _begun else None
+    if done != (device.type, numerics):
+        _run_kernels(device, numerics)
+    elif device.type == "cuda":
+        torch.cuda.synchronize(device)  # makes the thread's context that of this thread, too
+
+
+def _run_kernels(device: torch.device, numerics: Numerics) -> None:
     if device.type != "cuda":
         return
+    with step("kernels"):
+        _run_each(device, numerics)
+
+
+def _run_each(device: torch.device, numerics: Numerics) -> None:
     from exl2ray.cuda import elementwise
 
     x = torch.linspace(-1, 1, TOKENS * ROWS, device=device).view(1, TOKENS, ROWS).half()

@@ -39,6 +39,7 @@ from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import Targets, owner_of, places
 from exl2ray.team.messages import Begun, ItemResult, WorkerSetup
 from exl2ray.team.worker import Worker
+from exl2ray.timeline import step
 from exl2ray.units import parse_size
 
 CALIBRATION_KEY = "calibration"  # record of the rows of tokens; every job has one
@@ -53,8 +54,9 @@ class Job:
 
     def __init__(self, recipe: Recipe, reporter: Reporter, dry: bool = False, writes: Recipe | None = None) -> None:
         self.recipe, self.reporter, self.dry, self.writes = recipe, reporter, dry, writes or recipe
-        self._beside = needed_files(recipe.in_dir)  # before they are read
-        found = examine(recipe)
+        with step("checks"):
+            self._beside = needed_files(recipe.in_dir)  # before they are read
+            found = examine(recipe)
         found.raise_any()
         if found.source is None or found.spec is None or found.device is None:
             raise AssertionError("checks without a problem leave nothing out")
@@ -67,6 +69,7 @@ class Job:
             recipe = self.recipe = replace(recipe, allocation="module")
             self.reporter.event("note", message="-m holds no sensitivities: options are chosen per module")
         self.limits = Limits()
+        self.began = False  # the first pass
         self._workers: Workers | None = None
         self._supervisor: Supervisor | None = None
         parts = [f"options chosen per {recipe.allocates}", recipe.numerics.describe()]
@@ -88,7 +91,13 @@ class Job:
         recipe = self.recipe
         if self.dry:
             return self
-        self.job = job_of(recipe, self.source, self.spec, self.rows, self._data)
+        with step("fingerprint"):
+            self.job = job_of(recipe, self.source, self.spec, self.rows, self._data)
+        with step("work directory"):
+            self._open(recipe)
+        return self
+
+    def _open(self, recipe: Recipe) -> None:
         stored = WorkDir.read_job(recipe.out_dir)
         self.work = WorkDir.create_or_resume(
             recipe.out_dir, self.job, resume=not recipe.no_resume, versions=versions(),
@@ -111,7 +120,6 @@ class Job:
             self.source_state.close()
             self.work.close()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -162,7 +170,8 @@ class Job:
         """Started on first use, so that a finished job starts none."""
         if self._workers is None:
             executor = pick_executor(self.recipe, self.device)
-            self._workers = open_workers(self._setup(), Worker, executor, self.recipe.gpus, self.recipe.ray_address)
+            with step("workers"):
+                self._workers = open_workers(self._setup(), Worker, executor, self.recipe.gpus, self.recipe.ray_address)
         return self._workers
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from exl2ray import timeline
 from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.store.pace import Pace
 from exl2ray.team.messages import ItemResult
@@ -25,6 +26,9 @@ class Stage:
         self.start = time.monotonic()
         self.pace = Pace(self.items, self.done, 1, self.start)
         self.job.reporter.event("stage", stage=self.name, items=self.items, done=self.done)
+        if not self.job.began:
+            self.job.began = True
+            self.job.work.event("start", **timeline.taken())
         self.job.work.event("stage", stage=self.name, items=self.items, done=self.done)
         return self
 

@@ -20,6 +20,7 @@ from exl2ray.team.messages import Begun, ItemResult, Meeting, Ready, RowSet, Sou
 from exl2ray.team.runner import Runner
 from exl2ray.team.source_forward import Found, source_forward
 from exl2ray.team.source_states import SourceStates
+from exl2ray.timeline import step
 
 NOWHERE = 1 << 62  # no module has an index as large
 
@@ -31,7 +32,8 @@ class Member:
         self.setup = setup
         self.set_threads()
         self.name = f"{socket.gethostname()}:{os.getpid()}"
-        self.runner = Runner(setup)  # reads the first modules in the background meanwhile
+        with step("first weights begun"):
+            self.runner = Runner(setup)  # reads the first modules in the background meanwhile
         warm_up(self.runner.device, setup.numerics)
         if setup.nonce is not None:
             verify_nonce(self.runner.store, *setup.nonce, setup.versions)

@@ -7,6 +7,7 @@ start are taken for /dev/null: who closes them wants silence, and no file that i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 from exl2ray.errors import Exl2RayError, Interrupted, StoreError
 from exl2ray.events import Reporter
+from exl2ray.stopping import EXPENDABLE
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)  # a pipe's reader, a terminal, the descriptor, a socket
 
@@ -116,8 +118,11 @@ def leave(status: int) -> NoReturn:
 def leave_threads(status: Any) -> None:
     """After a stop, ends the process if threads are left: the interpreter would wait for a model to be written to its end.
 
-    What they write has its name only when it is whole.
+    What they write has its name only when it is whole. Those that set up a GPU are not waited for at any end.
     """
-    here = threading.current_thread()
-    if status == Interrupted.exit_code and any(not t.daemon for t in threading.enumerate() if t is not here):
+    others = [t for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon]
+    if status == Interrupted.exit_code and others:
         os._exit(Interrupted.exit_code)
+    if any(t.name.startswith(EXPENDABLE) for t in others):
+        atexit._run_exitfuncs()
+        os._exit(status if isinstance(status, int) else 0)
