@@ -52,7 +52,6 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
 
 def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
     begin_device(recipe)
-    recipe = _in_reach(_on_this_disk(recipe), reporter)
     with step("import exl2ray"):
         from exl2ray import afterwards, tuning
         from exl2ray.steps.allocating import allocate
@@ -60,6 +59,7 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
         from exl2ray.steps.measuring import export_measurement, measure
         from exl2ray.steps.producing import produce
 
+    recipe = _in_reach(_on_this_disk(recipe), reporter)
     try:
         with interruptible(), Job(recipe, reporter) as job:
             job.lock_targets()

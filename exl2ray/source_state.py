@@ -16,6 +16,7 @@ from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
 from exl2ray.timeline import step
 
+MEANWHILE = "while it was converted, so the result mixes two models"
 HINT = "restore the files, or measure anew: another -o, or -nr"
 
 
@@ -52,12 +53,16 @@ class SourceState:
             self._hashing = Hashing(self._states, self._source.path, HASHED_BYTES)
 
     def settle(self) -> None:
-        """Waits for the hashes, and remembers them; not of files that were written meanwhile, which may have been others."""
+        """Waits for the hashes, and remembers them. Raises JobMismatchError if a file was written meanwhile: its hash does not
+        say what was read before."""
         if self._hashing is None:
             return
         with step("hashes waited for"):
             states, self._hashing = self._hashing.result(), None
-        if states != self._states and file_states(self._paths) == tuple(replace(s, sha256=None) for s in self._states):
+        written = [s.name for s, now in zip(self._states, file_states(self._paths), strict=True) if not now.is_as(s)]
+        if written:
+            raise JobMismatchError(f"{self._source.path}: {_some(written)} was changed {MEANWHILE}", HINT)
+        if states != self._states:
             self._states = states
             self._commit()
 
@@ -69,12 +74,11 @@ class SourceState:
     def check(self) -> None:
         """Before what was made is called finished. Raises JobMismatchError if a file was changed meanwhile."""
         self.settle()
-        when = "while it was converted, so the result mixes two models"
-        self._compare(self._states, file_states(self._paths), when)
+        self._compare(self._states, file_states(self._paths), MEANWHILE)
         now = needed_files(self._source.path)
         altered = {state.name for state in set(self._beside) ^ set(now)}
         if altered:
-            raise JobMismatchError(f"{self._source.path}: {_some(sorted(altered))} was changed {when}", HINT)
+            raise JobMismatchError(f"{self._source.path}: {_some(sorted(altered))} was changed {MEANWHILE}", HINT)
 
     def _compare(self, before: tuple[FileState, ...], now: tuple[FileState, ...], when: str) -> None:
         found = compare_states(before, now, self._source.path)

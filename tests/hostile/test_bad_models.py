@@ -34,6 +34,10 @@ from exl2ray.recipe import Recipe
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
 from exl2ray.result_warnings import output_warnings, source_warnings
+from exl2ray.store.events import read_events
+from exl2ray.store.fs import Store
+from exl2ray.store.layout import MEASURE, SOURCE_KEY
+from exl2ray.store.records import Records
 
 Tensors = dict[str, torch.Tensor]
 Edit = Callable[[Tensors], None]
@@ -544,15 +548,39 @@ def test_what_was_too_large_to_hash_is_a_warning_that_stays(
         assert "written again" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_edit_while_it_is_converted(begun: Recipe) -> None:
-    class Editing(Silent):
-        def event(self, name: str, **fields: Any) -> None:
-            super().event(name, **fields)
-            if name == "item" and fields["done"] == 2:
-                change_between_samples(Path(begun.in_dir) / "model.safetensors")
+class Editing(Silent):
+    """Changes a weight of the source when an event is told."""
 
+    def __init__(self, job: Recipe, when: str) -> None:
+        super().__init__()
+        self._file, self._when = Path(job.in_dir) / "model.safetensors", when
+
+    def event(self, name: str, **fields: Any) -> None:
+        super().event(name, **fields)
+        if f"{name} {fields.get('done')}" == self._when:
+            change_between_samples(self._file)
+
+
+def test_an_edit_while_it_is_converted(begun: Recipe) -> None:
     with pytest.raises(JobMismatchError, match="while it was converted"):
-        convert(begun, Editing())
+        convert(begun, Editing(begun, "item 2"))
+
+
+def test_an_edit_while_it_is_hashed(begun: Recipe) -> None:
+    """Hashes are waited for when the first result is there; what was written before that is known by its time."""
+    anew, reporter = replace(begun, no_resume=True), Editing(begun, "stage 0")
+    with pytest.raises(JobMismatchError, match="while it was converted"):
+        convert(anew, reporter)
+    assert not any(name == "item" for name, _ in reporter.events)
+
+
+def test_a_source_is_hashed_once_and_the_start_is_told_of(begun: Recipe) -> None:
+    store = Store.open(begun.out_dir)
+    (record,) = [r for (key, _), r in Records(store).scan(MEASURE).items() if key == SOURCE_KEY]
+    assert [len(f["sha256"]) for f in record.payload["files"]] == [64]
+    (told,) = [e["fields"] for e in read_events(store)[0] if e["name"] == "start"]
+    assert {"checks", "work directory", "workers"} <= {s["step"] for s in told["steps"]}
+    assert all(0 <= s["begin"] <= s["end"] <= told["seconds"] for s in told["steps"])
 
 
 # ---- who is told --------------------------------------------------------------------------------------------------------
