@@ -53,8 +53,8 @@ class SourceState:
             self._hashing = Hashing(self._states, self._source.path, HASHED_BYTES)
 
     def settle(self) -> None:
-        """Waits for the hashes, and remembers them. Raises JobMismatchError if a file was written meanwhile: its hash does not
-        say what was read before."""
+        """Waits for the hashes, and remembers them. Raises JobMismatchError if a file was written meanwhile: its hash does
+        not say what was read before."""
         if self._hashing is None:
             return
         with step("hashes waited for"):
