@@ -217,8 +217,10 @@ class _Planner:
         if self.found.device is not None and self.found.device.type == "cpu":
             devices.append(("CPU", None))
         self.report.main_memory_bytes = usable_memory_bytes()
+        corrected = self.recipe.numerics.target_correction > 0
         for name, total in devices:
-            device = DeviceMemory(name, total, tuple(peaks(self.spec, self.source, self.rows, total, self.recipe.damping)))
+            found = peaks(self.spec, self.source, self.rows, total, self.recipe.damping, corrected)
+            device = DeviceMemory(name, total, tuple(found))
             self.report.memory.append(device)
             self.report.warnings += _too_much(device, self.report.main_memory_bytes)
 

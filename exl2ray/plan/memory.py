@@ -20,12 +20,14 @@ from exl2ray.quant.memory import (
     CPU_SOLVER_BYTES,
     PARTIAL_SUMS,
     STATE_SETS,
+    cross_bytes,
     peak_bytes,
     recorded_bytes,
     settings_within,
     states_fit_within,
     sums_on_host_within,
 )
+from exl2ray.quant.rows import SHARES
 from exl2ray.quant.settings import Settings
 
 RESERVED = 1.1  # of what tensors take: torch's allocator rounds up and keeps what it has, as far as there is room
@@ -59,8 +61,12 @@ class Peak:
     notes: tuple[str, ...] = ()
 
 
-def peaks(spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu_bytes: int | None, damping: float) -> list[Peak]:
+def peaks(
+    spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu_bytes: int | None, damping: float, corrected: bool = False
+) -> list[Peak]:
     """Peaks of measuring, quantising and of the head, on a GPU of ``gpu_bytes`` or (None) on CPUs.
+
+    corrected: with targets corrected towards the source model, whose states of all rows go along.
 
     On a GPU that has the room, recorded solver batches of earlier modules count too.
     """
@@ -68,8 +74,8 @@ def peaks(spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu_bytes: int |
     head = spec.modules[-1]
     found = [
         _worst(modules, lambda m: _measure(spec, source, m, rows.measure, gpu_bytes, damping)),
-        _worst(modules, lambda m: _quantize(spec, source, m, rows, gpu_bytes, damping)),
-        replace(_quantize(spec, source, head, rows, gpu_bytes, damping), stage="head"),
+        _worst(modules, lambda m: _quantize(spec, source, m, rows, gpu_bytes, damping, corrected)),
+        replace(_quantize(spec, source, head, rows, gpu_bytes, damping, corrected), stage="head"),
     ]
     if gpu_bytes is None:
         return found
@@ -116,7 +122,7 @@ def _measure(
     settings = settings_within(module, *rows, gpu, damping)
     fits = states_fit_within(spec.modules, states, rows[1], gpu)
     most = max(peak_bytes(module, settings, rows[1], states if fits else 0).values())
-    notes, ram = _kept_on_host(spec, fits, states)
+    notes, ram = _kept_on_host(fits, STATE_SETS * states)
     if settings.offload:
         notes.append("candidate weights in main memory")
         ram += _candidate_bytes(module)
@@ -124,7 +130,8 @@ def _measure(
 
 
 def _quantize(
-    spec: ModelSpec, source: SourceModel, module: ModuleSpec, rows: RowSizes, gpu: int | None, damping: float
+    spec: ModelSpec, source: SourceModel, module: ModuleSpec, rows: RowSizes, gpu: int | None, damping: float,
+    corrected: bool,
 ) -> Peak:
     """A module (or the head) as one worker quantises it on what the quantised modules before it produce."""
     r, tokens = rows.quantize
@@ -132,29 +139,32 @@ def _quantize(
     others = 2 * state_bytes(spec, (min(r, rows.reported), tokens))  # of the source model, before and after the module
     settings = _cpu_settings(rows.quantize, damping) if gpu is None else settings_within(module, r, tokens, gpu, damping)
     hessians = _hessian_bytes(module)
-    partial = PARTIAL_SUMS * hessians
+    partial = PARTIAL_SUMS * (hessians + (cross_bytes(module) if corrected else 0))
+    # In main memory states go as those after the module come, a share at a time; when rows are embedded there are three sets.
+    others = states if corrected else others
+    held, embedded = 2 * states + states // SHARES + (0 if corrected else others), 3 * states
     forward = _weight_bytes(module) + hessians + _activations(spec, module, settings, tokens)
     solve = _weight_bytes(module) + hessians + max(_solving(module, g) for g in {x.input_group for x in module.linears})
     if gpu is None:
         twice = forward - hessians if module.kind != "head" else _weight_bytes(module)  # logits are float32 anyway
-        most = max(forward + partial, solve) + twice + STATE_SETS * states + others
+        most = max(embedded, max(forward + partial, solve) + twice + held)
         ram = CPU_BASE_BYTES + most + _source_bytes(source, module)
         return Peak("quantize", module.profile_key, None, ram)
-    fits = states_fit_within(spec.modules, states, tokens, gpu)
-    notes, ram = _kept_on_host(spec, fits, states + others // STATE_SETS)
-    if sums_on_host_within(module, gpu):
+    fits = states_fit_within(spec.modules, states, tokens, gpu, corrected)
+    on_host = partial if sums_on_host_within(module, gpu, corrected) else 0
+    notes, ram = _kept_on_host(fits, max(embedded, held + on_host), on_host)
+    if on_host:
         notes.append("sums of Hessians in main memory")
-        ram += partial
         partial = 0
     most = max(forward + partial, solve) + (STATE_SETS * states + others if fits else 0)
     return Peak("quantize", module.profile_key, most, ram + 2 * _source_bytes(source, module), tuple(notes))
 
 
-def _kept_on_host(spec: ModelSpec, fits: bool, states: int) -> tuple[list[str], int]:
-    """(notes, main memory) of a GPU worker."""
+def _kept_on_host(fits: bool, with_states: int, without: int = 0) -> tuple[list[str], int]:
+    """(notes, main memory) of a GPU worker, from what is there beside it with the states and without."""
     if fits:
-        return [], GPU_BASE_BYTES
-    return ["hidden states in main memory"], GPU_BASE_BYTES + STATE_SETS * states
+        return [], GPU_BASE_BYTES + without
+    return ["hidden states in main memory"], GPU_BASE_BYTES + with_states
 
 
 def _cpu_settings(rows: tuple[int, int], damping: float) -> Settings:

@@ -89,7 +89,7 @@ def room_within(modules: Sequence[Module], state_bytes: int, tokens: int, total:
     worst = 0
     for module in modules:
         settings = settings_within(module, max(1, state_bytes // (2 * tokens * _hidden(module))), tokens, total, DAMPING)
-        sums = _hessian_bytes(module) + (_cross_bytes(module) if corrected else 0)
+        sums = _hessian_bytes(module) + (cross_bytes(module) if corrected else 0)
         partial = 0 if sums_on_host_within(module, total, corrected) else PARTIAL_SUMS * sums
         extra = _correction_bytes(module) if corrected else 0
         worst = max(worst, partial + extra + max(peak_bytes(module, settings, tokens, 0).values()))
@@ -104,7 +104,7 @@ def sums_on_host(module: Module, device: torch.device, corrected: bool = False) 
 
 def sums_on_host_within(module: Module, total: int, corrected: bool = False) -> bool:
     """`sums_on_host` on a GPU of ``total`` bytes."""
-    sums = _hessian_bytes(module) + (_cross_bytes(module) if corrected else 0)
+    sums = _hessian_bytes(module) + (cross_bytes(module) if corrected else 0)
     return PARTIAL_SUMS * sums > SUMS_SHARE * total
 
 
@@ -119,7 +119,7 @@ def _hessian_bytes(module: Module) -> int:
     return sum(4 * k * k for k in inputs.values())
 
 
-def _cross_bytes(module: Module) -> int:
+def cross_bytes(module: Module) -> int:
     """Products that corrected targets are made of: K x K for linears on a common input, K x N for those that write back."""
     if not module.quantized:
         return 0
@@ -131,7 +131,7 @@ def _cross_bytes(module: Module) -> int:
 
 def _correction_bytes(module: Module) -> int:
     """What corrected targets add to the peak of a module: the products, the targets, the source weights."""
-    return _cross_bytes(module) + 4 * sum(int(x.in_features * x.out_features) for x in module.linears)
+    return cross_bytes(module) + 4 * sum(int(x.in_features * x.out_features) for x in module.linears)
 
 
 def _hidden(module: Module) -> int:

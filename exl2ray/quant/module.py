@@ -47,7 +47,7 @@ from exl2ray.quant.solve import lanes_of, quantize_linears
 from exl2ray.quant.sums import TreeSum
 
 USELESS_ACCURACY = 0.1  # the reference stops below this, and so do we: the module's output is noise
-Shares = Mapping[int, Tensor]  # share of the rows -> states (r, T, hidden); shares without rows are left out
+Shares = dict[int, Tensor]  # share of the rows -> states (r, T, hidden); shares without rows are left out
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ def quantize_module(
 ) -> QuantizedModule:
     """Quantises a module with a group; all members call it. On return the block holds the reconstructed weights.
 
+    States are taken out of x (but for the head) and other as soon as those after the module are there: where the caller lets
+    go of them, two sets of states are held and not four (7B: 3.9 GB in place of 7.7).
     sink: gets what this member has packed. comm: the group, None: a group of one. entered: what is known of the module, where
     it is quantised on the states of the source model.
     """
@@ -210,7 +212,7 @@ def sum_hessians(
                 if stage is first:
                     sums = first_sums(block, own, other[s], settings)
                 else:
-                    sums, after[s] = second_sums(block, own, other[s], source, settings, check)
+                    sums, after[s] = second_sums(block, own, other.pop(s), source, settings, check)
                 for group in stage:
                     found = sums.pop(group)
                     trees[group].add(s, found.hessian)
@@ -220,7 +222,8 @@ def sum_hessians(
         trees, targets, after = empty_trees(block, settings.sums_on_host), dict[int, Tensor](), dict[int, Tensor]()
         for s, own in sorted(x.items()):
             targets[s] = add_share(trees, s, block, own, settings, check, ranges[s].start)
-            after[s] = forward_rows(block, other[s], settings, check, device_of(block)) if len(other[s]) else other[s]
+            beside = other.pop(s)
+            after[s] = forward_rows(block, beside, settings, check, device_of(block)) if len(beside) else beside
         yield PartialSums(inputs, trees, {}, targets, after)
 
 
@@ -319,12 +322,14 @@ def broadcast(
 def _quantized_pass(
     block: Block, x: Shares, targets: dict[int, Tensor], rows: int, settings: Settings, check: Check, comm: Comm
 ) -> tuple[dict[int, Tensor], float]:
-    """Output of the quantised block by share, and the mean over all members' rows of its relative error. Uses targets up."""
+    """Output of the quantised block by share, and the mean over all members' rows of its relative error. Uses x and targets
+    up."""
     device, ranges = device_of(block), share_rows(rows)
     out: dict[int, Tensor] = {}
     errors: list[tuple[int, float]] = []
-    for s, own in sorted(x.items()):
-        target, out[s], error, first = targets.pop(s), torch.empty_like(own), 0.0, ranges[s].start
+    for s in sorted(x):
+        own, target = x.pop(s), targets.pop(s)
+        out[s], error, first = torch.empty_like(own), 0.0, ranges[s].start
         for part in batches(len(own), settings.batch_rows):
             result = block.forward(own[part].to(device))
             place = f"rows {first + part.start} to {first + part.stop - 1}"

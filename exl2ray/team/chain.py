@@ -193,6 +193,8 @@ class ChainStates:
         if module.kind == "head":
             payload["reference_perplexity"] = self._perplexity(block, "other", self.other_rows)
         x, other = ({s: t.tensors()[name] for s, t in self.shares.items()} for name in ("x", "other"))
+        if self._lets_go(module):
+            self.shares = {}  # after an error they are restored
         rows, tokens = run.rows("quantize").shape
         settings = run.settings(module, max(map(len, self.rows)), tokens)
         files = PackedFiles(run.writers, self.chain.kind, module.profile_key, self.chain.hashes[index])
@@ -212,6 +214,12 @@ class ChainStates:
             tensors: dict[int | None, dict[str, Tensor]] = {s: h.tensors() for s, h in self.shares.items()}
             self.checkpoints.save(self.chain, index + 1, tensors, index + 1)
         return payload, f"error {result.error:.5f}"
+
+    def _lets_go(self, module: ModuleSpec) -> bool:
+        """Whether states before a module are given up while it is quantised: those in main memory, so that it holds two sets.
+        A group keeps them, so that a member that is lost does not cost the others theirs."""
+        in_memory = all(share.x.device.type == "cpu" for share in self.shares.values())
+        return in_memory and self.comm.size == 1 and module.kind != "head"
 
     def _commit(self, module: ModuleSpec, payload: dict[str, Any], packed: PackedFiles) -> None:
         """Waits until all files are written; the first member writes the record."""
