@@ -18,9 +18,9 @@ LLAMA_7B = {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidde
             "num_key_value_heads": 32, "vocab_size": 32000}  # fmt: skip
 
 
-def peaks_of(directory: Path, gpu: int | None) -> dict[str, Peak]:
+def peaks_of(directory: Path, gpu: int | None, corrected: bool = False) -> dict[str, Peak]:
     source = SourceModel(directory)
-    return {p.stage: p for p in peaks(load_spec(source), source, ROWS, gpu, 0.12)}
+    return {p.stage: p for p in peaks(load_spec(source), source, ROWS, gpu, 0.12, corrected)}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,13 @@ def test_a_7b_model_on_8_gb(llama_7b: Path) -> None:
     assert 9e9 < max(p.ram_bytes for p in found.values()) < 15e9
     assert "candidate weights in main memory" in found["measure"].notes
     assert "hidden states in main memory" in found["quantize"].notes
+
+
+def test_corrected_targets_take_no_more_states_than_16_gb_hold(llama_7b: Path) -> None:
+    """The source model's states go along; those before a module go as those after it come, two sets and not four."""
+    plain, corrected = (peaks_of(llama_7b, int(7.98 * GIB), c)["quantize"].ram_bytes for c in (False, True))
+    assert plain <= corrected < 13e9
+    assert corrected - GPU_BASE_BYTES < 4 * state_bytes(spec_of(llama_7b), ROWS.quantize)
 
 
 def test_what_leaves_the_gpu_counts_in_main_memory(llama_7b: Path) -> None:

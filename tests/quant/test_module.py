@@ -42,6 +42,7 @@ def by_group(directory: Path, index: int, settings: Settings, size: int, rows: i
         mine, others = ({s: t for s, t in cut(t).items() if s in own} for t in (x, other))
         packed = Packed()
         result = quantize_module(block, mine, others, rows, params, settings, check_states, packed, comm)
+        assert block.module.kind == "head" or not (mine or others)  # whoever handed them over may have had no other use
         return result, packed, dict(block.weights)
 
     return together(size, member) if size > 1 else [member(Solo())]
