@@ -1,5 +1,5 @@
 """Imports all that the commands import when they run: a process that imports this hands it to its forks, which would each
-need up to a second for it."""
+need up to a second for it. Not matplotlib, which makes caches when it is imported."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from importlib import import_module
 from numba.core.registry import cpu_target
 
 for name in (
-    "afterwards", "cli", "commands.allocations", "commands.evaluate", "commands.plan", "commands.report", "convert",
-    "cuda.cpu", "driver.inline", "report.page", "report.style", "steps", "steps.producing", "tuning", "writing",
+    "afterwards", "cli", "commands.allocations", "commands.evaluate", "commands.plan", "convert", "cuda.cpu", "driver.inline",
+    "steps", "steps.producing", "tuning", "writing",
 ):  # fmt: skip
     import_module(f"exl2ray.{name}")
-import_module("matplotlib.backends.backend_svg")
 cpu_target.typing_context.refresh()  # what numba imports when it first loads a compiled function
 cpu_target.target_context.refresh()

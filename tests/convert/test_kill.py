@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from convert_helpers import MEASURED, QUANTISED, Quiet, calibration_file, contents, logged
+from forks import fork_server
 
 from exl2ray.store.fs import TEMP_PREFIX
 
@@ -49,10 +50,7 @@ def run_cli(argv: list[str], output: Path) -> None:
 def forkserver(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerContext]:
     """Starts processes that have the imports, which take most of the time of these small conversions, behind them."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # inherited; the quiet conversion uses one thread, and sums depend on it
-    context = multiprocessing.get_context("forkserver")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))  # it does not take sys.path over
-    context.set_forkserver_preload(["preloaded"])
-    yield context
+    yield fork_server()
     multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 

@@ -5,16 +5,15 @@ Python reports what it is about to do to files (audit events), so every step is 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 from functools import cache
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+
+from forks import fork_server
 
 RENAMES = ("os.rename", "os.link")
 REMOVALS = ("os.remove", "os.rmdir", "os.mkdir")
@@ -24,11 +23,7 @@ REMOVALS = ("os.remove", "os.rmdir", "os.mkdir")
 def _context() -> ForkServerContext:
     """Starts processes that have the imports behind them, and no threads."""
     os.environ["OMP_NUM_THREADS"] = "1"  # sums depend on it
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded", "kill_steps"])
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p)):  # it does not take sys.path over
-        forkserver.ensure_running()
-    return context
+    return fork_server("kill_steps")
 
 
 def start(arguments: list[str], output: Path, target: Path | None = None, n: int = 0) -> ForkServerProcess:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import select
 import sys
@@ -16,13 +15,6 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 90.0  # for one run, on a machine that is busy with other things
-
-
-def context() -> ForkServerContext:
-    """Processes that have the imports behind them."""
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["exl2ray.cli", "exl2ray.steps", "ray"])
-    return made
 
 
 def _child(argv: Sequence[str], out: Any, err: str, prepare: Callable[[], None] | None) -> None:

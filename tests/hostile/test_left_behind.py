@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 from bounded import ROOT
-from stopped_runs import Stopped, context
+from forks import fork_server
+from stopped_runs import Stopped
 from workdir_cases import Conversion, contents
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # wait a minute for a raylet that is gone, or the next start
@@ -45,7 +46,7 @@ def test_nobody_else_can_write_to_what_is_made(made: Conversion, tmp_path: Path)
     runs = [made.arguments(work, None, "-om", str(new / "c" / "m.json")), made.arguments(work, target, "-b", "4"),
             ["report", str(work), "--output", str(report)]]  # fmt: skip
     for i, arguments in enumerate(runs):
-        run = Stopped(context(), arguments, tmp_path / f"err{i}", partial(surrounded, 0, caches))
+        run = Stopped(fork_server("ray"), arguments, tmp_path / f"err{i}", partial(surrounded, 0, caches))
         assert run.status() == 0, run.err
     found = modes(new)
     assert {*map(str, (work / "job.json", target / "config.json", report, new / "c" / "m.json"))} <= {*found}
@@ -56,7 +57,7 @@ def test_nobody_else_can_write_to_what_is_made(made: Conversion, tmp_path: Path)
 def test_a_strict_umask_is_kept(made: Conversion, tmp_path: Path) -> None:
     work, target = made.copy_of_work(tmp_path / "work"), tmp_path / "b" / "target"
     arguments = made.arguments(work, target, "-b", "4")
-    run = Stopped(context(), arguments, tmp_path / "err", partial(surrounded, 0o077, {}))
+    run = Stopped(fork_server("ray"), arguments, tmp_path / "err", partial(surrounded, 0o077, {}))
     assert run.status() == 0, run.err
     assert not {path: oct(mode) for path, mode in modes(target.parent).items() if mode & 0o077}
     assert contents(target) == contents(made.target)
@@ -149,7 +150,7 @@ def test_ray_ends_with_a_driver_that_is_killed(made: Conversion, short: Path, tm
     work, target = tmp_path / "work", tmp_path / "target"
     arguments = [*made.arguments(work, target), "--json", "-b", "4"]
     arguments[arguments.index("inline")] = "ray"
-    run = Stopped(context(), arguments, tmp_path / "err", partial(surrounded, 0o022, {"RAY_TMPDIR": str(short)}))
+    run = Stopped(fork_server("ray"), arguments, tmp_path / "err", partial(surrounded, 0o022, {"RAY_TMPDIR": str(short)}))
     run.until(run.items(1))
     left = run.processes()
     assert any("raylet" in line for line in left.values())
@@ -157,7 +158,7 @@ def test_ray_ends_with_a_driver_that_is_killed(made: Conversion, short: Path, tm
     run.process.join()
     others = [pid for pid, line in left.items() if not any(agent in line for agent in AGENTS)]
     wait_until(lambda: not any(map(alive, others)), "workers or daemons of Ray go on")
-    again = Stopped(context(), arguments, tmp_path / "err2", partial(surrounded, 0o022, {"RAY_TMPDIR": str(short)}))
+    again = Stopped(fork_server("ray"), arguments, tmp_path / "err2", partial(surrounded, 0o022, {"RAY_TMPDIR": str(short)}))
     assert again.status() == 0, again.err
     assert not [line for pid, line in left.items() if alive(pid)]  # what waited for its raylet ended with the next start
     assert contents(target) == contents(made.target)
@@ -175,7 +176,7 @@ def stop_for_a_while(pid: int) -> None:
 
 def test_a_driver_that_is_stopped_and_continued(made: Conversion, tmp_path: Path) -> None:
     work, target = tmp_path / "work", tmp_path / "target"
-    run = Stopped(context(), [*made.arguments(work, target), "--json", "-b", "4"], tmp_path / "err")
+    run = Stopped(fork_server("ray"), [*made.arguments(work, target), "--json", "-b", "4"], tmp_path / "err")
     for items in (1, 4):
         run.until(run.items(items))
         with contextlib.suppress(ProcessLookupError):

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from bounded import CLOSED, ROOT, exl2ray
-from stopped_runs import Stopped, context
+from forks import fork_server
+from stopped_runs import Stopped
 from workdir_cases import FLAGS, Conversion
 
 STOPPED = 130
@@ -26,7 +27,7 @@ def forked() -> Iterator[ForkServerContext]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # as the conversion that results are held against
         patch.delenv("RAY_ADDRESS", raising=False)
-        yield context()
+        yield fork_server("ray")
         multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
