@@ -25,6 +25,7 @@ def inspect_json(d: DirectorySummary) -> dict[str, Any]:
         "settings": d.settings,
         "decoder_bpw": d.decoder_bpw,
         "head_bpw": d.head_bpw,
+        "file_bpw": d.file_bpw,
         "layers": [{"layer": i, "bpw": bpw} for i, bpw in d.layer_bpw().items()],
         "linears": [
             {
@@ -50,7 +51,7 @@ def show_inspect(d: DirectorySummary, every_linear: bool) -> None:
     """Prints sizes, settings and bits per weight; ``every_linear``: of each linear, else of each layer."""
     print(clean(f"{d.path}: {d.architecture}, {file_size(d.total_bytes)} in {plural(len(d.files), 'file')}"))
     head = f"{d.head_bpw:.4f}" if d.head_bpw else "not quantised"
-    print(f"decoder {d.decoder_bpw:.4f} bits per weight, head {head}")
+    print(f"decoder {d.decoder_bpw:.4f} bits per weight, head {head}, whole file {d.file_bpw:.4f}")
     quantised = f"{plural(len(d.linears), 'quantised linear')} {file_size(sum(x.nbytes for x in d.linears))}"
     print(f"{quantised}, {plural(d.plain_tensors, 'other tensor')} {file_size(d.plain_bytes)}")
     settings = [[key, value] for key, value in _flat(d.settings)]

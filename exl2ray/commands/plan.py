@@ -98,13 +98,20 @@ def _show_sizes(report: Report) -> None:
     for s in report.sizes:
         bpw = f"{s.achieved_bpw:.4f}" if s.achieved_bpw is not None else f"<= {s.bits:g}"
         size = f"{s.high_bytes:,}" if s.exact else f"{s.low_bytes:,} to {s.high_bytes:,}"
-        rows.append([f"{s.bits:g}", bpw, size, f"{file_size(s.high_bytes)}", _files(s)])
+        head = "free" if s.head_bpw is None else f"{s.head_bpw:.4f}"
+        rows.append([f"{s.bits:g}", bpw, head, _file_bpw(report, s), size, f"{file_size(s.high_bytes)}", _files(s)])
     _heading("output")
-    show_table("", ["-b", "decoder bpw", "bytes of the weights", "about", "files"], rows)
+    show_table("", ["-b", "decoder bpw", "head bpw", "file bpw", "bytes of the weights", "about", "files"], rows)
     note = f"{report.other_bytes or 0:,} bytes of tokenizer and other files are copied beside them; config.json is written"
     if any(not s.exact for s in report.sizes):
         note = "the allocation decides where between: exact with a measurement (-m). " + note
     _say(note)
+
+
+def _file_bpw(report: Report, size: OutputSize) -> str:
+    """Bits of the files per weight of the model, embedding included."""
+    low, high = (f"{8 * n / report.weights:.2f}" if report.weights else "?" for n in (size.low_bytes, size.high_bytes))
+    return low if low == high else f"{low} to {high}"
 
 
 def _files(size: OutputSize) -> str:

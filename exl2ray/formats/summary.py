@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class DirectorySummary:
     plain_tensors: int
     plain_bytes: int  # embeddings, norms, routers, vision towers
     files: Mapping[str, int]  # shard name -> bytes
+    parameters: int  # a head tied to the embedding counts none of its own
+
+    @property
+    def file_bpw(self) -> float:
+        """Bits of the weight files per parameter."""
+        return 8 * self.total_bytes / self.parameters
 
     @property
     def total_bytes(self) -> int:
@@ -84,6 +91,8 @@ def inspect_directory(path: str | Path) -> DirectorySummary:
     quantized = {key + s for key in keys for s in (*QUANTIZED_SUFFIXES, ".bias")}
     plain = [n for n in model.names() if n not in quantized]
     settings = model.config.get("quantization_config")
+    tied = bool(model.config.get("tie_word_embeddings"))
+    weights = sum(x.in_features * x.out_features + x.out_features * x.has_bias for x in linears if not (tied and x.layer is None))
     return DirectorySummary(
         path=model.path,
         architecture=model.architecture,
@@ -92,6 +101,7 @@ def inspect_directory(path: str | Path) -> DirectorySummary:
         plain_tensors=len(plain),
         plain_bytes=sum(model.nbytes(n) for n in plain),
         files={name: f.file_bytes for name, f in model.files.items()},
+        parameters=max(1, weights + sum(math.prod(model.shape(n)) for n in plain)),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from exl2ray.allocation.frontier import all_options
 from exl2ray.allocation.knapsack import budget
 from exl2ray.allocation.overrides import Override, counting, overridden
-from exl2ray.allocation.planning import below_tables, option_bits, slot_weights, total_bits
+from exl2ray.allocation.planning import below_tables, head_bpw, option_bits, slot_weights, total_bits
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.shards import TensorEntry, header_of, plan_shards
@@ -52,7 +52,7 @@ class OutputSize:
     """Bytes of output*.safetensors at one bitrate; equal bounds if ``exact``.
 
     packed: bytes of the quantised linears, head included (what the work directory holds too). achieved_bpw, files: bits per
-    weight of the decoder and the sizes of the files, where the options are known.
+    weight of the decoder and the sizes of the files, where the options are known. head_bpw: of the head, unless it is free.
     """
 
     bits: float
@@ -62,6 +62,7 @@ class OutputSize:
     packed_high_bytes: int
     achieved_bpw: float | None = None
     files: tuple[int, ...] = ()
+    head_bpw: float | None = None
 
     @property
     def exact(self) -> bool:
@@ -78,7 +79,7 @@ def exact_size(
     decoder = [x for m in spec.modules if m.quantized for x in m.linears]
     packed = sum(_bits(x, params[x.key]) for x in spec.linears) // 8
     achieved = sum(_bits(x, params[x.key]) for x in decoder) / slot_weights(spec)
-    return OutputSize(bits, sum(files), sum(files), packed, packed, achieved, files)
+    return OutputSize(bits, sum(files), sum(files), packed, packed, achieved, files, head_bpw(spec, params))
 
 
 def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freedom, limit_bytes: int) -> OutputSize:
@@ -96,7 +97,8 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freed
     low_header = len(header_of(small)) if single else _least_headers(small)
     shards = 1 if single else 2 * -(-sizes[1] // limit_bytes) + len(large) * (max(e.nbytes for e in large) > limit_bytes)
     high_header = len(header_of(large)) + (shards - 1) * FILE_OVERHEAD
-    return OutputSize(bits, sizes[0] + low_header, sizes[1] + high_header, *packed)
+    of_head = None if freedom.head else 8 * fixed / (head.in_features * pad32(head.out_features))
+    return OutputSize(bits, sizes[0] + low_header, sizes[1] + high_header, *packed, head_bpw=of_head)
 
 
 def allocated_range(spec: ModelSpec, bits: float, freedom: Freedom) -> tuple[int, int]:
