@@ -92,7 +92,8 @@ def inspect_directory(path: str | Path) -> DirectorySummary:
     plain = [n for n in model.names() if n not in quantized]
     settings = model.config.get("quantization_config")
     tied = bool(model.config.get("tie_word_embeddings"))
-    weights = sum(x.in_features * x.out_features + x.out_features * x.has_bias for x in linears if not (tied and x.layer is None))
+    own = [x for x in linears if not (tied and x.layer is None)]
+    weights = sum(x.in_features * x.out_features + x.out_features * x.has_bias for x in own)
     return DirectorySummary(
         path=model.path,
         architecture=model.architecture,
