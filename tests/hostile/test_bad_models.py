@@ -35,8 +35,8 @@ from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
 from exl2ray.result_warnings import output_warnings, source_warnings
 from exl2ray.store.events import read_events
-from exl2ray.store.fs import Store
 from exl2ray.store.layout import MEASURE, SOURCE_KEY
+from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
 
 Tensors = dict[str, torch.Tensor]
@@ -575,7 +575,7 @@ def test_an_edit_while_it_is_hashed(begun: Recipe) -> None:
 
 
 def test_a_source_is_hashed_once_and_the_start_is_told_of(begun: Recipe) -> None:
-    store = Store.open(begun.out_dir)
+    store = open_store(begun.out_dir)
     (record,) = [r for (key, _), r in Records(store).scan(MEASURE).items() if key == SOURCE_KEY]
     assert [len(f["sha256"]) for f in record.payload["files"]] == [64]
     (told,) = [e["fields"] for e in read_events(store)[0] if e["name"] == "start"]
