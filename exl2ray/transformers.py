@@ -21,6 +21,8 @@ from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, local_directory, sound_files
 from exl2ray.run.linear import check_device
 from exl2ray.run.modules import insert_linears
+from exl2ray.run.names import TEXT_MODEL
+from exl2ray.run.norms import check_norms, insert_norms
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +45,7 @@ class Exl2Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._files: list[Path] = []
         self._device_map: Any = None
+        self._text_prefix = False  # whether names in the files begin as those of the text part of a larger model
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         self._device_map = device_map
@@ -85,13 +88,28 @@ class Exl2Quantizer(HfQuantizer):
             checkpoint_files[:] = [str(Path(checkpoint_files[0]).parent / f.name) for f in self._files]
         tensors = headers([Path(file) for file in checkpoint_files])
         _check_memory(tensors, self._device_map)
-        placed = insert_linears(model, tensors, _renaming(model))
+        text_only = not any("language_model" in name for name, _ in model.named_children()) and not hasattr(
+            getattr(model, model.base_model_prefix, None), "language_model"
+        )
+        self._text_prefix = text_only and any(name.startswith(TEXT_MODEL) for name in tensors)
+        renamed = _renaming(model, self)
+        placed = insert_linears(model, tensors, renamed)
+        insert_norms(model, tensors, renamed)
         _untie(model, placed)
         return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Names of a text model that EXL2 has as the text part of another one (Gemma 3)."""
+        from transformers.core_model_loading import WeightRenaming
+
+        prefix = "^" + TEXT_MODEL.replace(".", r"\.")
+        pairs = ((rf"{prefix}model\.", "model."), (f"{prefix}lm_head", "lm_head"))
+        return [WeightRenaming(a, b) for a, b in pairs] if self._text_prefix else []
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if hasattr(model.config, "transformers_weights"):  # of these files; those of save_pretrained have other names
             del model.config.transformers_weights
+        check_norms(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -128,12 +146,12 @@ def _check_memory(tensors: dict[str, TensorInfo], device_map: Any) -> None:
         )
 
 
-def _renaming(model: Any) -> Any:
+def _renaming(model: Any, quantizer: Exl2Quantizer) -> Any:
     """Name of a linear in the files -> name of the module, as transformers renames the weights of this family."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+    renamings = [x for x in get_model_conversion_mapping(model, None, quantizer) if isinstance(x, WeightRenaming)]
     state = model.state_dict()
 
     def renamed(key: str) -> str:

@@ -51,7 +51,7 @@ class Exl2Config(QuantizationConfig):  # type: ignore[misc]  # of a package that
         from exl2ray.run.directory import local_directory
         from exl2ray.vllm.files import PackedFiles
 
-        self.files = PackedFiles.opened(local_directory(model_name, revision))
+        self.files = PackedFiles.opened(local_directory(model_name, revision), model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """vLLM's model may have other names for its modules than the files."""

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from exl2ray.errors import UsageError
 from exl2ray.vllm.files import PackedFiles
 from exl2ray.vllm.layers import Part, read_part, run_parts
-from exl2ray.vllm.surroundings import check_memory, check_nothing_left, ignore_index
+from exl2ray.vllm.surroundings import check_memory, check_nothing_left, ignore_index, single_norms
 
 
 class Exl2ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -38,6 +38,7 @@ class Exl2ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             raise UsageError(f"{self.name}: experts of another form than down(act(gate(x)) * up(x))")
         check_memory(self.files, self.device, vllm_config)
         ignore_index(self.files.root)
+        single_norms(self.files)
         wide, rank = intermediate_size_per_partition, self.moe.tp_rank
         for number in range(layer.global_num_experts):
             gate, up, down = self.files.expert(self.name, number)

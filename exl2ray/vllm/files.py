@@ -14,12 +14,11 @@ from typing import Any
 from exl2ray.errors import FormatError
 from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES
 from exl2ray.formats.hf import weight_files
+from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, sound_files
-from exl2ray.run.names import EXPERT_ROLES, FUSED, packed_keys
-
-TEXT_MODEL = "language_model."  # EXL2 has this in front of Gemma 3, also of one that is text alone
+from exl2ray.run.names import EXPERT_ROLES, FUSED, TEXT_MODEL, packed_keys
 
 
 @dataclass
@@ -27,22 +26,27 @@ class PackedFiles:
     """Made once, in front of everything, and sent to the processes that load the model: names, and no weights.
 
     names: linear in vLLM's model -> in the files; biased: those of the files that have a bias; prefix: in front of all names
-    in the files, and of none in vLLM; claimed: those of the files that a layer of this process is going to read.
+    in the files, and of none in vLLM; claimed: those of the files that a layer of this process is going to read. source: what
+    vLLM calls the model; norms_apart: each head has a norm of its own.
     """
 
     root: Path
     names: dict[str, str]
     biased: list[str]
+    source: str
+    norms_apart: bool
     prefix: str = ""
     claimed: set[str] = field(default_factory=set)
     _tensors: dict[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
-    def opened(cls, root: Path) -> PackedFiles:
+    def opened(cls, root: Path, source: str = "") -> PackedFiles:
         """Raises FormatError for whatever ``exl2ray verify`` refuses."""
         tensors = headers(sound_files(root))
         keys = packed_keys(tensors)
-        return cls(root, {key: key for key in keys}, [key for key in keys if f"{key}.bias" in tensors])
+        biased = [key for key in keys if f"{key}.bias" in tensors]
+        family = str(read_config(root / "config.json", FormatError)["architectures"][0])
+        return cls(root, {key: key for key in keys}, biased, source or str(root), family.startswith("Cohere"))
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Headers of the files, read once in each process."""

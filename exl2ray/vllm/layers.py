@@ -25,7 +25,7 @@ from exl2ray.formats.tensorfile import read_tensor
 from exl2ray.run.linear import Exl2Linear
 from exl2ray.run.slices import columns, rows
 from exl2ray.vllm.files import PackedFiles
-from exl2ray.vllm.surroundings import check_memory, check_nothing_left, ignore_index
+from exl2ray.vllm.surroundings import check_memory, check_nothing_left, ignore_index, single_norms
 
 _layers: WeakValueDictionary[str, torch.nn.ModuleList] = WeakValueDictionary()
 
@@ -120,6 +120,7 @@ class Exl2LinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.device = torch.empty(0).device  # that of the model being made
         check_memory(self.files, self.device, get_current_vllm_config())
         ignore_index(self.files.root)
+        single_norms(self.files)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Reads the packed tensors of this rank from the files, onto the device."""

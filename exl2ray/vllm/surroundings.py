@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from exl2ray.errors import FormatError, UsageError
+from exl2ray.run.norms import HEAD_NORM, single_row
 from exl2ray.vllm.files import PackedFiles
 
 logger = logging.getLogger("vllm.exl2ray")  # below vLLM's own, which are the ones that it shows
@@ -45,6 +46,28 @@ def check_nothing_left(files: PackedFiles) -> None:
         logger.warning("This model of vLLM takes the embedding for its head: %s of the file is not used", ", ".join(left))
         return
     raise FormatError(f"{files.root}: vLLM's model has no place for {len(left)} packed linears, first {left[0]}")
+
+
+def single_norms(files: PackedFiles) -> None:
+    """Lets vLLM read one row of norms of heads, as its models have it, where the files repeat it for each head."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    original = getattr(DefaultModelLoader, "_get_weights_iterator", None)
+    if original is None or files.norms_apart:
+        return
+    sources = getattr(original, "exl2_sources", None)
+    if sources is not None:
+        sources.add(files.source)
+        return
+
+    @functools.wraps(original)
+    def tensors(self: Any, source: Any) -> Any:
+        for name, tensor in original(self, source):
+            repeated = source.model_or_path in tensors.exl2_sources and tensor.dim() == 2 and HEAD_NORM.fullmatch(name)  # type: ignore[attr-defined]
+            yield name, single_row(name, tensor) if repeated else tensor
+
+    tensors.exl2_sources = {files.source}  # type: ignore[attr-defined]
+    DefaultModelLoader._get_weights_iterator = tensors
 
 
 def ignore_index(root: Path | None) -> None:

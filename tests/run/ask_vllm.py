@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from exl2_models import tokens
 
 
 def rows(prompt: Any) -> list[list[float]]:
@@ -28,6 +27,8 @@ def main(model: str, out: str, dtype: str, mode: str, ranks: str) -> None:
         model, dtype=dtype, enforce_eager=mode == "eager", tensor_parallel_size=int(ranks), max_model_len=64, max_num_seqs=4,
         max_logprobs=-1, skip_tokenizer_init=True, hf_overrides=text,
     )  # fmt: skip
+    from exl2_models import tokens  # loads numba, in front of which vLLM has to have started on a CPU
+
     asked = SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=-1, detokenize=False, ignore_eos=True)
     answers = llm.generate([{"prompt_token_ids": ids} for ids in tokens().tolist()], asked)
     continued = [list(a.outputs[0].token_ids) for a in answers]  # by the fused kernel, as prompts are not

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_models import write_model
 
 from exl2ray.formats.exl2 import PackedLinear, pack_linear_numpy
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout, pad32
 from exl2ray.model.arch import load_spec
-
-FUSED = ("qkv_proj", "gate_up_proj")
+from exl2ray.model.hyper import loader_config
+from exl2ray.model.weights import read_plain
 
 
 def layout_of(rows: int, widths: Sequence[int]) -> GroupLayout:
@@ -43,19 +43,19 @@ def write_exl2(
     """An EXL2 directory in ``files`` files; ``head``: bits of the head, None: in float16."""
     write_model(directory, family, **config)
     source = SourceModel(directory)
-    rng = np.random.default_rng(7)
-    tensors = load_file(directory / "model.safetensors")
-    for module in load_spec(source).modules:
+    spec, rng = load_spec(source), np.random.default_rng(7)
+    tensors = {}
+    for module in spec.modules:
         for linear in module.linears:
             is_head = linear.key.endswith("lm_head")
             if is_head and head is None:
+                if not spec.tied:
+                    tensors[f"{linear.key}.weight"] = source.load(f"{linear.key}.weight")
                 continue
-            p = packed(
+            tensors |= packed(
                 linear.key, linear.in_features, linear.out_features, [head] if is_head else widths, rng, linear.has_bias
-            )  # fmt: skip
-            tensors |= p.tensors()
-            tensors.pop(f"{linear.key}.weight", None)
-    tensors = {n: t.contiguous() for n, t in tensors.items() if not any(f"{f}.weight" in n for f in FUSED)}
+            ).tensors()  # fmt: skip
+        tensors |= {plain.output_name: read_plain(spec, plain, source) for plain in module.plain}
     (directory / "model.safetensors").unlink()
     names = sorted(tensors)
     for i in range(files):
@@ -63,7 +63,8 @@ def write_exl2(
         save_file({n: tensors[n] for n in names[i::files]}, directory / name)
     path = directory / "config.json"
     quantization = {"quant_method": "exl2", "version": "0.3.2", "bits": 4.5, "head_bits": head or 16, "calibration": {}}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}, indent=1))
+    settings = loader_config(spec.arch, source.config)
+    path.write_text(json.dumps({**settings, "quantization_config": quantization}, indent=1))
     return directory
 
 

@@ -59,10 +59,12 @@ CASES = {
     "biases": ("Qwen2", {}),
     "mixtral": ("Mixtral", {"widths": (5, 4)}),
     "qwen3-moe": ("Qwen3Moe", QWEN3_MOE),
+    "norms of heads": ("Qwen3", {"head_dim": 16}),
     "fused in the source": ("Phi3", {}),
     "glm-4": ("Glm4", {"head_dim": 16}),
     "cohere, its logits scaled": ("Cohere", {"tie_word_embeddings": True, "logit_scale": 0.25}),
     "gemma": ("Gemma", {"head_dim": 16, "head": 8, "tie_word_embeddings": True}),
+    "gemma 3": ("Gemma3", {"head_dim": 16, "head": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}),
     "gemma 2": ("Gemma2", {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}),
 }
 

@@ -48,6 +48,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str, int]] = {
     "several files, odd vocabulary": ("Llama", {"files": 3, "vocab_size": 275, "head": 8}, "float32", "eager", 1),
     "tied, head of 8 bits": ("Llama", {"tie_word_embeddings": True, "head": 8}, "float32", "eager", 1),
     "tied, head in float16": ("Llama", {"tie_word_embeddings": True, "head": None}, "float32", "eager", 1),
+    "gemma 3": ("Gemma3", {"tie_word_embeddings": True, "head": 8, "query_pre_attn_scalar": 32}, "float32", "eager", 1),
+    "norms of heads": ("Qwen3", {}, "float32", "eager", 1),
     "fused in the source": ("Phi3", {}, "float32", "eager", 1),
     "mixtral": ("Mixtral", {"widths": (5, 4)}, "float32", "eager", 1),
     "gemma 2": ("Gemma2", {"tie_word_embeddings": True, "head": None, "query_pre_attn_scalar": 32}, "float32", "eager", 1),
