@@ -108,8 +108,8 @@ def planned(flags: list[str]) -> list[dict[str, Any]]:
     command = [sys.executable, "-c", PROGRAM, "plan", *flags, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["peaks"]
-        return found
+        devices = json.loads(done.stdout.splitlines()[-1])["memory"]
+        return [{"device": device["device"], **peak} for device in devices for peak in device["peaks"]]
     except (ValueError, KeyError, IndexError):
         return []
 
@@ -133,7 +133,7 @@ def main() -> None:
             print(f"| {name} | {' | '.join(cells)} |")
         for p in plan:
             gpu = "" if p.get("gpu_bytes") is None else f", GPU {p['gpu_bytes'] / 1e9:.2f} GB"
-            print(f"plan: {p['stage']} {p['ram_bytes'] / 1e9:.2f} GB{gpu}")
+            print(f"plan, {p['device']}: {p['stage']} {p['ram_bytes'] / 1e9:.2f} GB{gpu}")
     raise SystemExit(status)
 
 
