@@ -137,7 +137,7 @@ def measure_module(entered: Entered, report: Callable[[str], None] = print) -> M
     else:
         tables, extra = measure_halves(block, x, y, entered.hessians, entered.settings, notes)
     for note in notes:
-        report(f"{module.profile_key}: {note}")
+        report(note)  # without the module's name, which whoever shows it adds
     for options in tables:
         best = max(o.accuracy for o in options)
         if best < USELESS_ACCURACY:

@@ -166,7 +166,7 @@ def test_experts_without_tokens_have_a_defined_fallback(tiny: Callable[[str], Pa
     idle = tokens.index(0)
     assert any(f"w2.{idle}" in line and "no calibration token" in line for line in reported)
     assert any(f"w13.{idle}" in line and "0 tokens for 64 dimensions" in line for line in reported)
-    assert all(line.startswith("model.layers.0.block_sparse_moe: ") for line in reported)
+    assert not any(line.startswith("model.layers.0") for line in reported)  # whoever shows them names the module
 
 
 def test_a_starved_expert_borrows_from_all(tiny: Callable[[str], Path]) -> None:
