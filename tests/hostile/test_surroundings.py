@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from bounded import exl2ray
+from forks import fork_server
 from small_sources import write_exl2
-from stopped_runs import Stopped, context
+from stopped_runs import Stopped
 from workdir_cases import FLAGS, PLACES, Conversion, contents
 
 NAME = "mo\x1b[2Jd\nel\x1b]0;x\x07\u202e \"x\" $(id) `id`"
@@ -96,7 +97,7 @@ def test_tokens_reach_the_terminal_as_text(tmp_path: Path) -> None:
 
 def test_one_work_directory_for_two_at_the_same_moment(made: Conversion, tmp_path: Path) -> None:
     """One of them goes on, or one after the other; what is written is whole, and no lock stays."""
-    server = context()
+    server = fork_server("ray")
     for attempt in range(2):
         work, target = made.copy_of_work(tmp_path / f"work{attempt}"), tmp_path / f"target{attempt}"
         runs = [Stopped(server, [*made.arguments(work, target), "-b", "4"], tmp_path / f"err{i}") for i in range(2)]
