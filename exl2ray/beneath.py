@@ -10,6 +10,7 @@ The directory itself may be a link (to a larger disk, say): see ``resolved``.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -257,6 +258,29 @@ def reopenable(handle: int, path: Path) -> str:
     """A path that opens just the file of a descriptor, for libraries that take paths; where the system has none, ``path``."""
     link = f"/proc/self/fd/{handle}"
     return link if os.path.exists(link) else str(path)
+
+
+# ---- room -----------------------------------------------------------------------------------------------------------------
+
+
+def reserve(handle: int, nbytes: int) -> None:
+    """Makes a file ``nbytes`` long with the space for them, as far as the file system can promise it. Raises OSError.
+
+    Not posix_fallocate, which writes every block where a file system has no such call.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    allocate = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
+    code = errno.ENOSYS if allocate is None else errno.EINTR
+    while allocate is not None and code == errno.EINTR:
+        arguments = (ctypes.c_int(handle), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
+        code = 0 if allocate(*arguments) == 0 else ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EOPNOTSUPP):
+        stats = os.fstatvfs(handle)
+        room = stats.f_bavail * stats.f_frsize + 512 * os.fstat(handle).st_blocks
+        code = 0 if nbytes <= room else errno.ENOSPC
+    if code:
+        raise OSError(code, os.strerror(code))
+    os.ftruncate(handle, nbytes)
 
 
 # ---- durability ---------------------------------------------------------------------------------------------------------

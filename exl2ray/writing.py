@@ -1,5 +1,9 @@
 """From packed modules in the work directory to the files of a model.
 
+The shards are filled while modules are still being quantised, and become files of the output as hard links, wherever the
+output can have such (`exl2ray.store.assembly`). Else, on another file system or with a work directory in an object store,
+they are written there at the end.
+
 Writing is a step like others. Its record (key `output` of a bitrate) names the shards with size, SHA-256 and time, under a
 hash of the packed tensors' hashes. A file with the recorded size and time counts as intact; one that was touched or copied is
 hashed. So a finished job writes nothing. config.json is removed, durably, before anything else changes, and written last:
@@ -10,35 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from exl2ray.allocation.planning import Plan, head_bits, head_bpw
-from exl2ray.errors import FormatError, StoreError, UsageError
+from exl2ray.contents import Contents
+from exl2ray.errors import UsageError
+from exl2ray.filling import Filling, quantised_record
 from exl2ray.formats.claim import existing_shards
-from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.files import atomic_file, holds
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import pad32
-from exl2ray.formats.shards import (
-    Shard,
-    TensorEntry,
-    config_bytes,
-    output_config,
-    plan_shards,
-    shard_names,
-    write_config,
-    write_shards,
-)
+from exl2ray.formats.shards import Shard, config_bytes, output_config, write_config, write_shards
 from exl2ray.formats.side_files import copy_side_files, stale_side_files
 from exl2ray.formats.target import Owner, check_claim, check_target, claim_target, release_target, withdraw
 from exl2ray.model.hyper import loader_config
-from exl2ray.model.spec import LinearSpec, ModelSpec
-from exl2ray.model.weights import output_tensors, plain_shape, read_plain
+from exl2ray.model.spec import ModelSpec
 from exl2ray.outputs import OutputSummary
 from exl2ray.publish.card import CardInfo, converted, model_card, write_card
 from exl2ray.publish.names import CARD
@@ -46,14 +37,12 @@ from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.result_warnings import ResultWarnings
 from exl2ray.store.layout import CALIBRATION, quant_kind
 from exl2ray.store.records import Record, hash_inputs, reading
-from exl2ray.store.tensors import get_tensors
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import Targets, owner_of
 from exl2ray.team.perplexity import PERPLEXITY
 
 OUTPUT = "output"  # key of the record of a written model
 WRITTEN = 1  # how a model is written; another number when the same tensors would become other files
-_DTYPE_NAMES = {torch.int32: "I32", torch.int16: "I16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +62,12 @@ class OutputWriter:
     side_files: Mapping[str, bytes] = field(default_factory=dict)  # in place of the source's, or beside them
     targets: Targets = field(default_factory=Targets)  # locked for this conversion
 
+    @cached_property
+    def filling(self) -> Filling:
+        """The shards of all bitrates, on the way."""
+        contents = Contents(self.spec, self.source, self.work.store)
+        return Filling(contents, self.work, self.fingerprint, self.recipe.shard_bytes)
+
     @property
     def owner(self) -> Owner:
         """The conversion as the claim of its target names it."""
@@ -85,14 +80,7 @@ class OutputWriter:
         for module in self.spec.modules:
             if not module.linears:
                 continue
-            # Hashed when they are read, in `write`.
-            record = self.work.records.find(kind, module.profile_key, plan.hashes[module.index], deep=False)
-            if record is None:
-                raise StoreError(
-                    f"{module.profile_key}: the record written a moment ago cannot be read back",
-                    "is the disk healthy? run the same command again",
-                )
-            out[module.index] = record
+            out[module.index] = quantised_record(self.work, plan, module)
         last = self.spec.modules[-1].index
         if "perplexity" not in out[last].payload:
             separate = self.work.records.find(kind, PERPLEXITY, plan.hashes[-1])
@@ -109,8 +97,8 @@ class OutputWriter:
 
         The card may have changed since: evaluations are added to it.
         """
-        target, stored = self._target(plan), self._stored(plan, records)
-        shards = None if stored is None else _intact(stored, target)
+        target, stored = self.target(plan), self._stored(plan, records)
+        shards = None if stored is None else self._intact(plan, records, stored)
         if stored is None or shards is None:
             return None
         if self.recipe.compile_full is not None:
@@ -128,7 +116,7 @@ class OutputWriter:
     def check(self, plan: Plan) -> None:
         """Raises UsageError if `write` would, so that nothing is quantised in vain."""
         if self.recipe.compile_full is not None:
-            check_target(self._target(plan), self.owner)
+            check_target(self.target(plan), self.owner)
 
     def write(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
         """Shards, and with -cf a complete model directory. Reports nothing: it runs beside the scheduler.
@@ -136,27 +124,33 @@ class OutputWriter:
         Shards that are there already stay as they are. With -cf, config.json is gone before anything changes and comes back
         last. Raises UsageError if the directory has files of something else, StoreError if it is gone.
         """
-        target, stored = self._target(plan), self._stored(plan, records)
+        target, stored = self.target(plan), self._stored(plan, records)
         complete = self.recipe.compile_full is not None
-        shards = None if stored is None else _intact(stored, target)
-        entries, limit = [] if shards else self._entries(plan, records), self.recipe.shard_bytes
+        shards = None if stored is None else self._intact(plan, records, stored)
+        payload: dict[str, Any] = {} if stored is None else dict(stored.payload)
         if complete:
             self.targets.check(target)
-            names = [s.name for s in shards or ()] or shard_names(len(plan_shards([e.nbytes for e in entries], limit)))
-            claim_target(target, self.owner, names)
+            claim_target(target, self.owner, self.filling.assembly(plan).names)
 
         def begin() -> None:
             if complete:
                 withdraw(target)
 
         if shards is None:
-            shards = write_shards(target, entries, limit, [*existing_shards(target), CALIBRATION], begin)
+            ours = [*existing_shards(target), CALIBRATION]
+            if self.filling.can_link(plan, target):
+                shards, others = self.filling.link(plan, records, target, ours, payload.get("others"), begin)
+                payload = {"others": others}
+            else:
+                entries = self.filling.contents.entries(plan, records)
+                shards, payload = write_shards(target, entries, self.recipe.shard_bytes, ours, begin), {}
         else:
             begin()
-        payload: dict[str, Any] = {"shards": [asdict(s) for s in shards]}
+        payload |= {"shards": [asdict(s) for s in shards]}
         if complete:
             payload["card"] = self._complete(plan, records, shards, target)
-        self.work.records.commit(Record(quant_kind(plan.bits), OUTPUT, self._contents(records), payload))
+        self.work.records.commit(Record(quant_kind(plan.bits), OUTPUT, self._hash(records), payload))
+        self.filling.finish(plan)
         return self._summary(plan, records, shards)
 
     def _complete(self, plan: Plan, records: Mapping[int, Record], shards: Sequence[Shard], target: Path) -> str:
@@ -174,7 +168,23 @@ class OutputWriter:
         release_target(target)
         return _identity(card)
 
-    def _contents(self, records: Mapping[int, Record]) -> str:
+    def _intact(self, plan: Plan, records: Mapping[int, Record], stored: Record) -> list[Shard] | None:
+        """The shards of a record if they, and no others, are in the output as they were written."""
+        target = self.target(plan)
+        try:
+            shards = [Shard(**s) for s in stored.payload["shards"]]
+        except (KeyError, TypeError):  # not of this form: written again
+            return None
+        if existing_shards(target) != sorted(s.name for s in shards):
+            return None
+        if all(s.is_intact(target) for s in shards):
+            return shards
+        others = stored.payload.get("others")
+        if any(s.sha256 for s in shards) or not isinstance(others, str):
+            return None
+        return shards if self.filling.same(plan, records, target, others) else None
+
+    def _hash(self, records: Mapping[int, Record]) -> str:
         """Hash of all that the shards contain."""
         tensors = [[ref.sha256 for ref in records[i].files] for i in sorted(records)]
         rotation = {} if self.spec.rotation is None else {"rotation": self.spec.rotation.identity()}
@@ -184,7 +194,7 @@ class OutputWriter:
 
     def _stored(self, plan: Plan, records: Mapping[int, Record]) -> Record | None:
         """The record of having written these shards; where, it does not say: they may have been moved."""
-        return self.work.records.find(quant_kind(plan.bits), OUTPUT, self._contents(records))
+        return self.work.records.find(quant_kind(plan.bits), OUTPUT, self._hash(records))
 
     def _perplexities(self, records: Mapping[int, Record]) -> tuple[float | None, float | None]:
         """On calibration rows, of the quantised model and of its source."""
@@ -192,7 +202,7 @@ class OutputWriter:
         return head["perplexity"], head["reference_perplexity"]
 
     def _card(self, plan: Plan, records: Mapping[int, Record], shards: Sequence[Shard]) -> CardInfo:
-        paths, rows = [self._target(plan) / s.name for s in shards], self.calibration_rows
+        paths, rows = [self.target(plan) / s.name for s in shards], self.calibration_rows
         name, patches = self.spec.arch.name, self.overrides[len(self.recipe.overrides) :]
         perplexities = self._perplexities(records)
         info = converted(self.recipe, plan.bits, plan.achieved_bpw, name, rows, paths, *perplexities, patches)
@@ -216,11 +226,11 @@ class OutputWriter:
     def _summary(self, plan: Plan, records: Mapping[int, Record], shards: Sequence[Shard]) -> OutputSummary:
         return OutputSummary(
             plan.bits, plan.achieved_bpw, self.recipe.output_dir(plan.bits),
-            tuple(str(self._target(plan) / s.name) for s in shards), sum(s.size for s in shards),
+            tuple(str(self.target(plan) / s.name) for s in shards), sum(s.size for s in shards),
             *self._perplexities(records), head_bpw=head_bpw(self.spec, plan.params),
         )  # fmt: skip
 
-    def _target(self, plan: Plan) -> Path:
+    def target(self, plan: Plan) -> Path:
         """The directory of the shards."""
         directory = self.recipe.output_dir(plan.bits)
         return Path(directory) if directory is not None else self._bare_output(plan)
@@ -231,72 +241,6 @@ class OutputWriter:
             raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
         root = Path(self.work.store.root)
         return root if len(self.recipe.bits) == 1 else root / "quant" / bpw_name(plan.bits) / "output"
-
-    def _entries(self, plan: Plan, records: Mapping[int, Record]) -> list[TensorEntry]:
-        """Every tensor of the output in order, read when its turn comes; checks sizes against the plan."""
-        source, spec, out = self.source, self.spec, list[TensorEntry]()
-        shapes, tensors = (_Tensors(self.work, records, check) for check in (False, True))
-        for entry in output_tensors(spec):
-            if entry.linear is not None and entry.module is not None:
-                index = entry.module.index
-                for name, t in self._packed(plan, entry.linear, records[index], shapes(index)).items():
-                    read = partial(tensors.one, index, name)
-                    out.append(TensorEntry(name, _DTYPE_NAMES[t.dtype], tuple(t.shape), read))
-            elif entry.plain is not None:
-                read = partial(read_plain, spec, entry.plain, source)
-                out.append(TensorEntry(entry.name, "F16", plain_shape(entry.plain, source), read))
-            elif entry.copied is not None:
-                name = entry.copied.source_name
-                read = partial(source.load, name)
-                out.append(TensorEntry(entry.name, source.dtype(name), source.shape(name), read))
-        return out
-
-    def _packed(self, plan: Plan, linear: LinearSpec, record: Record, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a linear; StoreError if what its module's record leads to is another module's or bitrate's."""
-        expected = plan.params[linear.key].total_bits(linear.in_features, pad32(linear.out_features), linear.has_bias) // 8
-        try:
-            packed = PackedLinear.from_tensors(linear.key, tensors.get).tensors()
-            problem = f"takes {n} bytes" if (n := sum(t.nbytes for t in packed.values())) != expected else ""
-        except FormatError as e:
-            packed, problem = {}, e.message
-        if problem:
-            files = ", ".join(self.work.store.full_name(f.rel) for f in record.files) or "no file"
-            raise StoreError(
-                f"the record of {record.key} leads to {files}: {linear.key} {problem}; at {plan.bits:g} bpw: {expected}",
-                f"delete {record.kind}/records/{record.key}*: the same command computes it again",
-            )
-        return packed
-
-
-class _Tensors:
-    """The tensors of one module at a time, mapped from its files; ``check``: hashed when a module is opened."""
-
-    def __init__(self, work: WorkDir, records: Mapping[int, Record], check: bool) -> None:
-        self._store, self._records, self._check = work.store, records, check
-        self._index, self._loaded = -1, dict[str, Tensor]()
-
-    def __call__(self, index: int) -> dict[str, Tensor]:
-        if index != self._index:
-            self._loaded = {}
-            for file in self._records[index].files:
-                self._loaded.update(get_tensors(self._store, file.rel, expect=file if self._check else None))
-            self._index = index
-        return self._loaded
-
-    def one(self, index: int, name: str) -> Tensor:
-        """One tensor of the module with this index."""
-        return self(index)[name]
-
-
-def _intact(stored: Record, target: Path) -> list[Shard] | None:
-    """The shards of a record if they, and no others, are in ``target`` as they were written."""
-    try:
-        shards = [Shard(**s) for s in stored.payload["shards"]]
-    except (KeyError, TypeError):  # not of this form: written again
-        return None
-    if existing_shards(target) != sorted(s.name for s in shards) or not all(s.is_intact(target) for s in shards):
-        return None
-    return shards
 
 
 def _identity(card: CardInfo) -> str:

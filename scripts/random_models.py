@@ -73,7 +73,12 @@ def build(directory: Path, shape: Shape) -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
     byte_tokenizer().save(str(directory / "tokenizer.json"))
-    config = {
+    (directory / "config.json").write_text(json.dumps(model_config(shape)), encoding="utf-8")
+
+
+def model_config(shape: Shape) -> dict[str, object]:
+    """Content of config.json."""
+    config: dict[str, object] = {
         "architectures": ["MixtralForCausalLM" if shape.experts else "LlamaForCausalLM"],
         "model_type": "mixtral" if shape.experts else "llama", "hidden_size": shape.hidden,
         "intermediate_size": shape.wide, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
@@ -83,7 +88,7 @@ def build(directory: Path, shape: Shape) -> None:
     }  # fmt: skip
     if shape.experts:
         config |= {"num_local_experts": shape.experts, "num_experts_per_tok": 2}
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return config
 
 
 def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -80,7 +80,10 @@ def shard_names(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Shard:
-    """A written file: size in bytes, SHA-256 (hex) of the content, time of the last change in nanoseconds."""
+    """A written file: size in bytes, SHA-256 (hex) of the content, time of the last change in nanoseconds.
+
+    sha256: "" for one that was filled in any order: whoever made it knows the hashes of its parts.
+    """
 
     name: str
     size: int
@@ -95,7 +98,9 @@ class Shard:
             found = os.lstat(directory / self.name)
             if not stat.S_ISREG(found.st_mode) or found.st_size != self.size:
                 return False
-            return found.st_mtime_ns == self.mtime_ns or sha256_of(directory / self.name) == self.sha256
+            if found.st_mtime_ns == self.mtime_ns:
+                return True
+            return bool(self.sha256) and sha256_of(directory / self.name) == self.sha256
         except OSError:
             return False
 
@@ -115,14 +120,21 @@ def write_shards(
     directory, entries, ours = Path(directory), list(entries), set(ours)
     plan = plan_shards([e.nbytes for e in entries], limit_bytes)
     names = shard_names(len(plan))
-    _check_target(directory, entries, set(names) | ours)
+    check_names(directory, entries)
+    reusable = check_place(directory, set(names) | ours)
+    _check_room(directory, sum(e.nbytes for e in entries), reusable)
     begin()
     shards = [write_tensor_file(directory / n, [entries[i] for i in ii]) for n, ii in zip(names, plan, strict=True)]
-    for stale in sorted(ours - set(names)):
+    remove_stale(directory, ours - set(names))
+    return shards
+
+
+def remove_stale(directory: Path, names: Iterable[str]) -> None:
+    """Removes those of ``names`` that are shards, and makes the names in the directory durable. Raises StoreError."""
+    for stale in sorted(names):
         if OUTPUT_NAME.fullmatch(stale):
             _made(directory, lambda n=stale: (directory / n).unlink(missing_ok=True))  # type: ignore[misc]
     _made(directory, lambda: fsync_directory(directory))
-    return shards
 
 
 def _made(path: Path, step: Callable[[], T]) -> T:
@@ -133,19 +145,26 @@ def _made(path: Path, step: Callable[[], T]) -> T:
         raise write_error(path, e) from e
 
 
-def _check_target(directory: Path, entries: Sequence[TensorEntry], allowed: set[str]) -> None:
+def check_names(directory: Path, entries: Sequence[TensorEntry]) -> None:
+    """Raises FormatError for a name that two tensors have."""
     seen: set[str] = set()
     for e in entries:
         if e.name in seen:
             raise FormatError(f"{directory}: tensor {e.name!r} would be written twice")
         seen.add(e.name)
+
+
+def check_place(directory: Path, allowed: set[str]) -> int:
+    """Makes the directory if it is missing, and sweeps it; bytes of the files ``allowed`` there.
+
+    Raises StoreError for other shards.
+    """
     try:
         make_directories(directory)
         for leftover in directory.iterdir():
             if LEFTOVER_NAME.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
         present = {p.name for p in directory.iterdir() if not p.name.startswith(".")}
-        free = shutil.disk_usage(directory).free
     except OSError as e:
         raise write_error(directory, e) from e
     foreign = sorted(n for n in present if n.endswith(".safetensors") and n not in allowed)
@@ -155,8 +174,11 @@ def _check_target(directory: Path, entries: Sequence[TensorEntry], allowed: set[
             "which is not of this conversion; loaders would read it as part of the model",
             "choose an empty output directory, or move those files away",
         )
-    reusable = sum(os.lstat(directory / n).st_size for n in present & allowed)
-    needed = sum(e.nbytes for e in entries)
+    return sum(os.lstat(directory / n).st_size for n in present & allowed)
+
+
+def _check_room(directory: Path, needed: int, reusable: int) -> None:
+    free = _made(directory, lambda: shutil.disk_usage(directory).free)
     if needed > free + reusable:
         raise StoreError(
             f"{directory}: the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
@@ -188,15 +210,19 @@ def header_of(entries: Iterable[TensorEntry]) -> bytes:
 
 def _write_tensor(sinks: Iterable[Callable[[memoryview], object]], entry: TensorEntry, path: Path) -> None:
     """Gives the bytes of a tensor to all ``sinks``; nothing of it stays in memory."""
-    t = entry.load()
+    data = announced_bytes(entry, entry.load(), path)
+    for sink in sinks:
+        sink(data)
+
+
+def announced_bytes(entry: TensorEntry, t: torch.Tensor, path: Path) -> memoryview:
+    """The bytes of a tensor; FormatError if it is not what its entry announced. path: of the shard, for the message."""
     if DTYPE_NAMES.get(t.dtype) != entry.dtype or tuple(t.shape) != entry.shape:
         raise FormatError(
             f"{path}: tensor {entry.name!r} was announced as {entry.dtype} {list(entry.shape)} "
             f"and is {DTYPE_NAMES.get(t.dtype, t.dtype)} {list(t.shape)}"
         )
-    data = tensor_bytes(t)
-    for sink in sinks:
-        sink(data)
+    return tensor_bytes(t)
 
 
 def refuse_same_directory(source: str | Path, target: str | Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from exl2ray.beneath import existing_parent
 from exl2ray.errors import StoreError
-from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
@@ -17,11 +16,12 @@ from exl2ray.plan.memory import RowSizes, state_bytes
 from exl2ray.plan.sizes import OutputSize
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.remote.source import cached_bytes
-from exl2ray.store.layout import SOLVED, quant_kind
+from exl2ray.store.layout import quant_kind
 from exl2ray.tune.estimate import a_module_at_a_time
 
 FILE_BYTES = 4096  # of a record, and of the header of a file of packed tensors: more than most take
 CHECKPOINT_BYTES = 13  # a weight, of a tuning: latent and moments in float32, the best integers so far
+BACKLOG = 0.1  # of the packed tensors: modules that are not in the shards yet
 STATE_COPIES = 2  # a checkpoint is written before the one before it goes
 
 
@@ -49,21 +49,24 @@ def disk_needs(recipe: Recipe, spec: ModelSpec, sizes: Sequence[OutputSize], row
         most += modules * FILE_BYTES + STATE_COPIES * state_bytes(spec, rows.measure)
     outputs = []
     for size in () if recipe.output_measurement is not None else sizes:
-        done = _bytes_in(Path(recipe.out_dir) / quant_kind(size.bits) / "tensors")
-        least += max(0, size.packed_low_bytes - done)
         states = state_bytes(spec, rows.quantize) + state_bytes(spec, (rows.reported, rows.quantize[1]))
-        most += max(0, size.packed_high_bytes - done) + len(spec.linears) * FILE_BYTES + STATE_COPIES * states
-        directory = recipe.output_dir(size.bits)
+        most += len(spec.linears) * FILE_BYTES + STATE_COPIES * states
+        directory, tensors = recipe.output_dir(size.bits), Path(recipe.out_dir) / quant_kind(size.bits) / "tensors"
+        if directory is None or recipe.tune is not None or _on_one_disk(recipe.out_dir, directory):
+            # Shards are filled in the work directory, and linked into the output (or the solved model that is tuned).
+            done = _bytes_in(tensors, "output*")
+            least += max(0, size.low_bytes - done)
+            most += max(0, size.high_bytes - done) + int(BACKLOG * size.packed_high_bytes)
+        else:
+            done = _bytes_in(tensors, "*")
+            least, most = least + max(0, size.packed_low_bytes - done), most + max(0, size.packed_high_bytes - done)
         if directory is not None:
-            outputs.append(_need(f"output {bpw_name(size.bits)}", directory, *_output(recipe, directory, size)))
-            if recipe.tune is not None and recipe.out_dir:  # the solved model lies in the work directory as well
-                solved = _output(recipe, os.path.join(recipe.out_dir, quant_kind(size.bits), SOLVED), size)
-                checkpoints = STATE_COPIES * CHECKPOINT_BYTES * sum(x.in_features * x.out_features for x in spec.linears)
-                homes = a_module_at_a_time(spec, 1, usable_memory_bytes()).file_bytes
-                least, most = least + solved[0], most + solved[1] + checkpoints + homes
-        elif recipe.out_dir:
-            here = _existing_output(Path(recipe.out_dir))
-            least, most = least + max(0, size.low_bytes - here), most + max(0, size.high_bytes - here)
+            linked = recipe.tune is None and _on_one_disk(recipe.out_dir, directory)
+            outputs.append(_need(f"output {bpw_name(size.bits)}", directory, *_output(recipe, directory, size, linked)))
+        if recipe.tune is not None:
+            most += STATE_COPIES * CHECKPOINT_BYTES * sum(x.in_features * x.out_features for x in spec.linears)
+            most += a_module_at_a_time(spec, 1, usable_memory_bytes()).file_bytes
+            least, most = least + side_bytes(recipe.in_dir), most + side_bytes(recipe.in_dir)
     most += cached_bytes(recipe.in_dir)
     work = [_need("work directory", recipe.out_dir, least, max(least, most))] if recipe.out_dir else []
     return work + outputs
@@ -98,16 +101,22 @@ def _need(what: str, path: str, least: int, most: int) -> DiskNeed:
         return DiskNeed(what, path, least, most, None, None)
 
 
-def _output(recipe: Recipe, directory: str, size: OutputSize) -> tuple[int, int]:
-    """(least, most) bytes to write into an output directory. An earlier output there is replaced."""
-    here = _existing_output(Path(directory))
-    files = side_bytes(recipe.in_dir)
+def _output(recipe: Recipe, directory: str, size: OutputSize, linked: bool) -> tuple[int, int]:
+    """(least, most) bytes to write into an output directory. An earlier output there is replaced. linked: but for shards."""
+    here, files = _bytes_in(Path(directory), "output*"), side_bytes(recipe.in_dir)
+    if linked:
+        return files, files
     return max(0, size.low_bytes + files - here), max(0, size.high_bytes + files - here)
 
 
-def _existing_output(directory: Path) -> int:
-    return sum(p.stat().st_size for p in directory.glob("output*.safetensors") if OUTPUT_NAME.fullmatch(p.name))
+def _on_one_disk(*places: str) -> bool:
+    """Whether files of one can most likely be linked into the other."""
+    try:
+        devices = {os.stat(existing_parent(Path(p))).st_dev if p and "://" not in p else -1 for p in places}
+        return len(devices) == 1 and -1 not in devices
+    except OSError:
+        return False
 
 
-def _bytes_in(directory: Path) -> int:
-    return sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+def _bytes_in(directory: Path, pattern: str) -> int:
+    return sum(p.stat().st_size for p in directory.glob(f"{pattern}.safetensors"))

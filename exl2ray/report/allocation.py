@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exl2ray.beneath import reopenable
 from exl2ray.errors import Exl2RayError, FormatError
@@ -15,6 +14,7 @@ from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.report.chains import Chain
 from exl2ray.report.values import layer_of, nominal_bpw, parse_option, role_of
 from exl2ray.store.fs import Store
+from exl2ray.store.records import FileRef
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")  # order of rows; others follow
 
@@ -66,7 +66,7 @@ def linear_shapes(store: Store, chains: Iterable[Chain], problems: list[str]) ->
             continue
         for file in module.files:
             try:
-                out.update(_stored_shapes(store, file.rel))
+                out.update(_piece_shapes(file) if file.pieces else _stored_shapes(store, file.rel))
             except Exl2RayError as e:
                 problems.append(e.message)
     return out
@@ -78,18 +78,22 @@ def _stored_shapes(store: Store, rel: str) -> dict[str, LinearShape]:
         return {}
     path = reopenable(handle, Path(name))
     try:
-        return _shapes_of(TensorFile(path, FormatError))
+        return _linears({n: t.shape for n, t in TensorFile(path, FormatError).tensors.items()})
     except FormatError as e:
         raise FormatError(e.message.replace(path, name), e.hint) from e
     finally:
         os.close(handle)
 
 
-def _shapes_of(file: TensorFile) -> dict[str, LinearShape]:
+def _piece_shapes(file: FileRef) -> dict[str, LinearShape]:
+    return _linears({p.name: p.shape for p in file.pieces})
+
+
+def _linears(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LinearShape]:
     out = {}
-    for name, info in file.tensors.items():
+    for name, shape in shapes.items():
         key, _, suffix = name.rpartition(".")
-        order: Any = file.tensors.get(f"{key}.q_invperm")
-        if suffix == "q_weight" and order is not None and len(info.shape) == 2 and len(order.shape) == 1:
-            out[key] = LinearShape(order.shape[0], info.shape[1], f"{key}.bias" in file.tensors)
+        order = shapes.get(f"{key}.q_invperm", ())
+        if suffix == "q_weight" and len(shape) == 2 and len(order) == 1:
+            out[key] = LinearShape(order[0], shape[1], f"{key}.bias" in shapes)
     return out

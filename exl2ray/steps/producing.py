@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exl2ray.allocation.planning import Plan
 from exl2ray.calibration.soundness import baseline
@@ -22,6 +24,9 @@ from exl2ray.writing import OutputWriter
 
 if TYPE_CHECKING:
     from exl2ray.steps.job import Job
+
+
+WRITERS = 3
 
 
 def produce(
@@ -44,9 +49,20 @@ def produce(
     for plan in plans:
         writer.check(plan)
     job.targets.lock(recipe, [p.bits for p in plans], writer.owner)
-    with ThreadPoolExecutor(1, "write") as pool:
+    placing: dict[float, list[Future[None]]] = {plan.bits: [] for plan in plans}
+    with closing(writer.filling) as filling, _Writers() as pool:
         writing: dict[float, Future[OutputSummary]] = {}
         kept: dict[float, OutputSummary] = {}
+
+        def done(plan: Plan, index: int) -> None:
+            if not placing[plan.bits]:
+                placing[plan.bits].append(pool.submit(filling.place_others, plan))
+            placing[plan.bits].append(pool.submit(filling.place, plan, index))
+
+        def write(plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
+            for future in placing[plan.bits]:  # begun before this, and none of them waits for another
+                future.result()
+            return writer.write(plan, records)
 
         def complete(plan: Plan) -> None:
             records = writer.records(plan)
@@ -58,14 +74,15 @@ def produce(
                 job.reporter.event("note", message=f"{plan.bits:g} bpw: {where} has the model already")
                 return
             job.reporter.event("stage", stage=_compile_stage(plan), items=1, done=0)
-            writing[plan.bits] = pool.submit(writer.write, plan, records)
+            writing[plan.bits] = pool.submit(write, plan, records)
 
         def tick() -> None:
-            for future in writing.values():
+            futures: list[Future[Any]] = [*writing.values(), *chain.from_iterable(placing.values())]
+            for future in futures:
                 if future.done():
                     future.result()  # raises what went wrong as soon as it is known
 
-        quantize(job, plans, complete, tick)
+        quantize(job, plans, complete, tick, lambda plan: filling.begin(plan, writer.target(plan)), done)
         outputs = []
         for plan in plans:
             if plan.bits in writing:
@@ -79,6 +96,16 @@ def produce(
         job.source_state.check()
         job.warnings.add(job.source_state.warnings)
         return outputs
+
+
+class _Writers(ThreadPoolExecutor):
+    """Threads that write: several, since one hashes no faster than 1 to 2 GB/s. What waits is dropped after an error."""
+
+    def __init__(self) -> None:
+        super().__init__(WRITERS, "write")
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.shutdown(wait=True, cancel_futures=kind is not None)
 
 
 def _examine_records(job: Job, plan: Plan, records: Mapping[int, Record]) -> None:

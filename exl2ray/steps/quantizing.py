@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from exl2ray.allocation.planning import Plan, module_cost
@@ -24,11 +25,21 @@ Told = Callable[[ItemResult], None]
 
 
 def quantize(
-    job: Job, plans: Sequence[Plan], complete: Callable[[Plan], None], tick: Callable[[], None] = lambda: None
-) -> None:
-    """Quantises all bitrates; ``complete(plan)`` as soon as the records of one are all there."""
+    job: Job, plans: Sequence[Plan], complete: Callable[[Plan], None], tick: Callable[[], None] = lambda: None,
+    prepare: Callable[[Plan], None] = lambda plan: None, done: Callable[[Plan, int], None] = lambda plan, index: None,
+) -> None:  # fmt: skip
+    """Quantises all bitrates; ``complete(plan)`` as soon as the records of one are all there.
+
+    prepare: called before work for every bitrate that lacks something. done: told of each of its modules that has a record,
+    by index.
+    """
     todo = {plan.bits: missing(job, plan) for plan in plans}
     linear = [m for m in job.spec.modules if m.linears]
+    for plan in (p for p in plans if todo[p.bits]):
+        prepare(plan)
+        for module in linear:
+            if module not in todo[plan.bits]:
+                done(plan, module.index)
     if any(todo.values()):
         _ = job.workers  # started before the clocks of the stages
     stages: dict[float, ExitStack] = {plan.bits: ExitStack() for plan in plans}
@@ -37,7 +48,7 @@ def quantize(
         left = todo[plan.bits]
         if left:
             stage = Stage(job, f"quantize {bpw_name(plan.bits)}", len(linear), len(linear) - len(left))
-            progress[plan.bits] = stages[plan.bits].enter_context(stage)
+            progress[plan.bits] = _both(stages[plan.bits].enter_context(stage), partial(done, plan))
 
     def finish(plan: Plan) -> None:
         stages[plan.bits].close()
@@ -47,6 +58,14 @@ def quantize(
         _on_source_states(job, plans, todo, progress, finish, tick)
     else:
         _in_chains(job, plans, todo, progress, finish, tick)
+
+
+def _both(told: Told, done: Callable[[int], None]) -> Told:
+    def both(result: ItemResult) -> None:
+        told(result)
+        done(result.index)
+
+    return both
 
 
 def _in_chains(

@@ -72,6 +72,29 @@ class LocalStore(Store):
         with translated("write" if create else "open", str(path)), self._folder_of(rel, create) as (folder, name):
             return beneath.open_file(folder, name, path, flags)
 
+    def rename(self, rel: str, new: str) -> None:
+        """Gives a file another name in its folder, durably, in place of what is there."""
+        with translated("write", str(self._path(new))), self._folder_of(rel, create=True) as (folder, name):
+            os.replace(name, new.rpartition("/")[2], src_dir_fd=folder, dst_dir_fd=folder)
+            beneath.fsync_handle(folder)
+
+    def link(self, rel: str, directory: Path, name: str, temporary: str) -> None:
+        """Gives a file a further name, in place of what is there: ``name`` in ``directory``, by way of ``temporary``.
+
+        Raises OSError; without a trace where the file system has no hard links, or is another one.
+        """
+        target = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with self._folder_of(rel) as (folder, own):
+                with suppress(FileNotFoundError):  # renaming a name of a file to another of its names would do nothing
+                    there = os.stat(name, dir_fd=target, follow_symlinks=False)
+                    if os.path.samestat(os.stat(own, dir_fd=folder, follow_symlinks=False), there):
+                        return
+                os.link(own, temporary, src_dir_fd=folder, dst_dir_fd=target, follow_symlinks=False)
+            os.replace(temporary, name, src_dir_fd=target, dst_dir_fd=target)
+        finally:
+            os.close(target)
+
     def get(self, rel: str) -> bytes:
         with translated("read", str(self._path(rel))), self.reader(rel) as f:
             size = os.fstat(f.fileno()).st_size

@@ -34,6 +34,7 @@ _MAX_KEY_CHARS = 150  # of 255 bytes that file systems allow for a name
 _DAMAGED_HINT = "delete this file to compute the item again (or start anew with -nr)"
 _READERS = 16  # parallel reads of records on an object store
 _FILE_TYPES = {"rel": str, "sha256": str, "size": int}
+_PIECE_TYPES = {"name": str, "dtype": str, "file": str, "offset": int}
 _TYPES = {"kind": str, "key": str, "inputs_hash": str, "payload": dict}  # the rest only tells a story
 _T = TypeVar("_T")
 
@@ -70,12 +71,27 @@ def hash_inputs(**fields: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Where a tensor lies: from ``offset`` on in ``file``, a name in the work directory. dtype: its safetensors name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True)
 class FileRef:
-    """A file of a record: its name in the work directory, SHA-256 (hex) of its content, and bytes."""
+    """A file of a record: its name in the work directory, SHA-256 (hex) of its content, and bytes.
+
+    ``pieces``: where its tensors are since they were put into the shards of a model; the file itself is gone then.
+    """
 
     rel: str
     sha256: str
     size: int
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,12 +149,15 @@ class Records:
         Committing the same item twice (a lost worker that was not dead) replaces the record as a whole.
         """
         for ref in record.files:
-            size = self.store.size(ref.rel)
-            if size != ref.size:
-                name = self.store.full_name(ref.rel)
-                raise StoreError(f"{name} has {size} bytes; the record of {record.key} says {ref.size}")
+            problem = file_problem(self.store, ref, deep=False)
+            if problem:
+                raise StoreError(f"the record of {record.key}: {problem}")
         rel = _record_file(record.kind, record.key, record.inputs_hash)
         body = asdict(record)
+        for file in body["files"]:
+            pieces = file.pop("pieces")
+            if pieces:  # as one text: hundreds of experts have thousands of tensors
+                file["pieces"] = json.dumps([list(p.values()) for p in pieces], separators=(",", ":"))
         # Keys as they are, not sorted: what is made of a record that was read again must not differ from what was first.
         text = json.dumps({"record": body, "sha256": hash_inputs(record=body)}, separators=(",", ":"), allow_nan=False)
         self.store.put(rel, text.encode())
@@ -150,14 +169,13 @@ class Records:
         ``deep`` in place of the default for this call. Raises StoreError naming the file if the record itself is corrupted.
         """
         rel = _record_file(kind, key, inputs_hash)
-        try:
-            record = self._read(rel)
-        except MissingFileError:
+        record = self._read_if_there(rel)
+        if record is None:
             return None
         if (record.kind, record.key, record.inputs_hash) != (kind, key, inputs_hash):
             self._note(f"{self.store.full_name(rel)} is of {record.key} with inputs {record.inputs_hash}: not used")
             return None
-        return record if self._usable(rel, record, self.deep if deep is None else deep) else None
+        return self._usable(rel, record, self.deep if deep is None else deep)
 
     def scan(self, kind: str, prefix: str = "", deep: bool = False) -> dict[tuple[str, str], Record]:
         """All usable records of a kind, of any settings: (key, inputs hash) -> Record. Errors and notes as ``find``.
@@ -172,8 +190,8 @@ class Records:
         else:
             with ThreadPoolExecutor(_READERS) as pool:
                 records = list(pool.map(self._read_if_there, names))
-        found = [(name, r) for name, r in zip(names, records, strict=True) if r is not None]
-        return {(r.key, r.inputs_hash): r for name, r in found if self._usable(name, r, deep)}
+        found = [self._usable(name, r, deep) for name, r in zip(names, records, strict=True) if r is not None]
+        return {(r.key, r.inputs_hash): r for r in found if r is not None}
 
     def remove(self, record: Record) -> None:
         """Delete a record, then its files: what a newer one has made useless (old checkpoints of hidden states)."""
@@ -181,13 +199,17 @@ class Records:
         for ref in record.files:
             self.store.delete(ref.rel)
 
-    def _usable(self, rel: str, record: Record, deep: bool) -> bool:
-        for ref in record.files:
-            problem = file_problem(self.store, ref, deep)
-            if problem:
-                self._note(f"{self.store.full_name(rel)} is not used: {problem}; the item will be computed again")
-                return False
-        return True
+    def _usable(self, rel: str, record: Record, deep: bool) -> Record | None:
+        """The record, or what it has become since: its files may go into shards at any moment. None if they are damaged."""
+        problem = self._problem(record, deep)
+        if problem and (now := self._read_if_there(rel)) is not None and now.files != record.files:
+            record, problem = now, self._problem(now, deep)
+        if problem:
+            self._note(f"{self.store.full_name(rel)} is not used: {problem}; the item will be computed again")
+        return None if problem else record
+
+    def _problem(self, record: Record, deep: bool) -> str:
+        return next(filter(None, (file_problem(self.store, ref, deep) for ref in record.files)), "")
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -207,10 +229,21 @@ class Records:
             body = stored["record"]
             if hash_inputs(record=body) != stored["sha256"]:
                 raise StoreError(f"{name} does not match its checksum", _DAMAGED_HINT)
-            files = tuple(_typed(FileRef(**ref), _FILE_TYPES) for ref in body.pop("files"))
+            files = tuple(_file_ref(**ref) for ref in body.pop("files"))
             return _typed(Record(files=files, **body), _TYPES)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise StoreError(f"{name} is not a record: {type(e).__name__}: {e}", _DAMAGED_HINT) from e
+
+
+def _file_ref(pieces: str = "[]", **fields: Any) -> FileRef:
+    """As a record's JSON has it. Raises TypeError, KeyError or ValueError for another form."""
+    found = []
+    for name, dtype, shape, file, offset in json.loads(pieces):
+        piece = _typed(Piece(name, dtype, tuple(shape), file, offset), _PIECE_TYPES)
+        if len(piece.shape) > 8 or any(type(n) is not int or not 0 <= n < 1 << 48 for n in (offset, *piece.shape)):
+            raise ValueError(f"the place of {name} is not made of counts")
+        found.append(piece)
+    return _typed(FileRef(**fields, pieces=tuple(found)), _FILE_TYPES)
 
 
 def _typed(value: _T, types: Mapping[str, Any]) -> _T:
@@ -233,6 +266,10 @@ def reading(store: Store, record: Record) -> Iterator[dict[str, Any]]:
 def file_problem(store: Store, ref: FileRef, deep: bool) -> str:
     """What is wrong with a referenced file ("" if nothing): missing, of another size or, if ``deep``, other content."""
     try:
+        if ref.pieces:
+            from exl2ray.store.pieces import pieces_problem  # loads torch
+
+            return pieces_problem(store, ref, deep)
         size = store.size(ref.rel)
         if size != ref.size:
             return f"{store.full_name(ref.rel)} has {size} bytes instead of {ref.size}"

@@ -17,6 +17,7 @@ from exl2ray.errors import StoreError
 from exl2ray.formats.tensorfile import DTYPE_NAMES, header_bytes, tensor_bytes
 from exl2ray.store.faults import translated
 from exl2ray.store.fs import Store
+from exl2ray.store.pieces import read_pieces
 from exl2ray.store.records import FileRef, file_problem
 
 _DAMAGED_HINT = "delete this file: the same command computes it again"
@@ -59,12 +60,15 @@ def get_tensors(
 ) -> dict[str, torch.Tensor]:
     """Tensors of a file written by ``put_tensors``, on ``device``.
 
-    Where the store is local the file is mapped: CPU tensors are copy-on-write views of it, read as they are used.
+    Where the store is local the file is mapped: CPU tensors are copy-on-write views of it, read as they are used; those of a
+    file that is in shards (``expect.pieces``) are read.
     ``expect`` is compared first: size and, if ``deep``, SHA-256, which reads the file once. Raises MissingFileError, or
     StoreError naming the file if it is truncated, altered or not safetensors.
     """
     name = store.full_name(rel)
     if expect is not None:
+        if expect.pieces and expect.rel == rel:
+            return {k: t.to(device) for k, t in read_pieces(store, expect, deep).items()}
         problem = file_problem(store, expect, deep=deep and store.is_local)
         if problem or expect.rel != rel:
             raise StoreError(problem or f"{name} was asked for with the reference of {expect.rel}", _DAMAGED_HINT)

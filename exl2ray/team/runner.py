@@ -163,16 +163,30 @@ class Runner:
 
     def packed(self, kind: str, module: ModuleSpec, inputs_hash: str, deep: bool = True) -> dict[str, PackedLinear]:
         """Packed tensors of a quantised module, from its record; StoreError if that is gone. ``deep``: hashes the files."""
+        record = self._record(kind, module, inputs_hash)
+        try:
+            tensors = self._tensors(record, deep)
+        except StoreError:
+            now = self._record(kind, module, inputs_hash)  # its files may have gone into shards a moment ago
+            if now.files == record.files:
+                raise
+            tensors = self._tensors(now, deep)
+        return {x.key: PackedLinear.from_tensors(x.key, tensors.get) for x in module.linears}
+
+    def _record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:
         record = self.records.find(kind, module.profile_key, inputs_hash, deep=False)
         if record is None:
             raise StoreError(
                 f"{module.profile_key} has no usable record in {kind}",
                 "its files were removed or damaged while the job ran; run the same command again",
             )
-        tensors: dict[str, Tensor] = {}
+        return record
+
+    def _tensors(self, record: Record, deep: bool) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
         for file in record.files:
-            tensors.update(get_tensors(self.store, file.rel, expect=file, deep=deep))
-        return {x.key: PackedLinear.from_tensors(x.key, tensors.get) for x in module.linears}
+            out.update(get_tensors(self.store, file.rel, expect=file, deep=deep))
+        return out
 
 
 def perplexity_sums(block: quant.Block, x: Tensor, ids: Tensor) -> tuple[float, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,23 @@ class Conversion:
 
 
 def make_conversion(root: Path, model: Path) -> Conversion:
+    """Its outputs are made on another file system, where there is one, so that packed tensors stay in files of their own, as
+    they do there and as older versions left them.
+    """
     made = Conversion(model, write_text(root / "text.jsonl"), root / "work", root / "target", root / "target5")
-    made.convert(made.work, made.target5, bits=(5.0,))
-    made.convert(made.work, made.target)
+    with tempfile.TemporaryDirectory(dir=elsewhere(root)) as other:
+        made.convert(made.work, Path(other, "target5"), bits=(5.0,))
+        made.convert(made.work, Path(other, "target"))
+        for target in (made.target, made.target5):
+            shutil.move(Path(other, target.name), target)
     assert len(list(made.target.glob("output-*-of-00002.safetensors"))) == 2
     return made
+
+
+def elsewhere(root: Path) -> Path:
+    """A folder on another file system than ``root``; ``root`` where there is none."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and memory.stat().st_dev != root.stat().st_dev else root
 
 
 class Victim:

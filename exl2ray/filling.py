@@ -1,0 +1,162 @@
+"""Filling the shards of a job while its modules are being quantised; why so: `exl2ray.store.assembly`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from exl2ray.allocation.planning import Plan
+from exl2ray.beneath import existing_parent
+from exl2ray.contents import Contents, packed_names
+from exl2ray.errors import StoreError
+from exl2ray.formats.files import write_error
+from exl2ray.formats.shards import Shard, check_names, check_place, remove_stale
+from exl2ray.model.spec import ModuleSpec
+from exl2ray.store.assembly import Assembly, linkable
+from exl2ray.store.layout import quant_kind
+from exl2ray.store.records import FileRef, Record, hash_inputs
+from exl2ray.store.tensors import get_tensors
+from exl2ray.store.workdir import WorkDir
+
+FILLED = 1  # how shards are filled; another number when what is in a work directory could not be gone on with
+
+
+@dataclass
+class _Shards:
+    """Of one bitrate, open. placed: files of the modules that are in them, as their records have them, by index. others: the
+    tensors that no record has.
+    """
+
+    assembly: Assembly
+    placed: dict[int, tuple[FileRef, ...]] = field(default_factory=dict)
+    others: FileRef | None = None
+
+
+@dataclass
+class Filling:
+    """The shards of all bitrates of a job. fingerprint: of the source. Modules may be placed by several threads."""
+
+    contents: Contents
+    work: WorkDir
+    fingerprint: str
+    shard_bytes: int
+    _known: dict[float, Assembly] = field(default_factory=dict)
+    _open: dict[float, _Shards] = field(default_factory=dict)
+
+    def assembly(self, plan: Plan) -> Assembly:
+        """Shards of a bitrate. Raises FormatError for two tensors of one name."""
+        if plan.bits in self._known:
+            return self._known[plan.bits]
+        spec, kind = self.contents.spec, quant_kind(plan.bits)
+        rotation = {} if spec.rotation is None else {"rotation": spec.rotation.identity()}
+        inputs = hash_inputs(filled=FILLED, source=self.fingerprint, modules=list(plan.hashes), **rotation)
+        entries = self.contents.entries(plan)
+        check_names(Path(self.work.store.full_name(kind)), entries)
+        return self._known.setdefault(plan.bits, Assembly(self.work.store, kind, inputs, entries, self.shard_bytes))
+
+    def can_link(self, plan: Plan, target: Path) -> bool:
+        """Whether shards of the work directory can become files of an output."""
+        return plan.bits in self._open or linkable(self.work.store, quant_kind(plan.bits), existing_parent(target))
+
+    def begin(self, plan: Plan, target: Path) -> None:
+        """Makes the shards of a bitrate, to be filled, or goes on with those of an earlier run; nothing where they could not
+        become files of the output. Raises StoreError for a disk that has no room for them.
+        """
+        if plan.bits not in self._open and self.can_link(plan, target):
+            assembly = self.assembly(plan)
+            assembly.open()
+            self._open[plan.bits] = _Shards(assembly)
+
+    def place(self, plan: Plan, index: int) -> None:
+        """Puts a quantised module into the shards, if they are open; its own files are deleted when that is durable.
+
+        Raises StoreError for files that are not what their record says, or whose record is another module's.
+        """
+        shards, store = self._open.get(plan.bits), self.work.store
+        if shards is None:
+            return
+        module = self.contents.spec.modules[index]
+        record, names = quantised_record(self.work, plan, module), packed_names(plan, module)
+        if not shards.assembly.holds(record.files, names):
+            found = [(f, get_tensors(store, f.rel, expect=f)) for f in record.files]
+            whole = {name: t for _, tensors in found for name, t in tensors.items()}
+            for linear in module.linears:
+                self.contents.check(plan, linear, record, whole)
+            record = replace(record, files=tuple(shards.assembly.put_file(f, tensors) for f, tensors in found))
+            shards.assembly.sync()
+            self.work.records.commit(record)
+        for file in record.files:
+            store.delete(file.rel)
+        shards.placed[index] = record.files
+
+    def place_others(self, plan: Plan) -> None:
+        """Puts what is not quantised into the shards, if they are open."""
+        shards = self._open.get(plan.bits)
+        if shards is not None:
+            self._placed_others(plan, shards)
+
+    def _placed_others(self, plan: Plan, shards: _Shards) -> FileRef:
+        if shards.others is None:
+            shards.others = shards.assembly.put_others(self.contents.others(plan))
+        return shards.others
+
+    def link(
+        self, plan: Plan, records: Mapping[int, Record], target: Path, ours: Collection[str], others: str | None,
+        begin: Callable[[], None],
+    ) -> tuple[list[Shard], str]:  # fmt: skip
+        """Puts into the shards what they lack and makes them files of ``target``; with them, the hash of what no record has.
+
+        others: this hash, if the shards were finished by an earlier run. ours, begin: as `write_shards` has them.
+        """
+        assembly, refs = self.assembly(plan), [] if others is None else self._refs(plan, records, others)
+        if others is None or plan.bits in self._open or not assembly.same(None, refs, refs[-1:]):
+            others = self._fill(plan, records, target)
+        check_place(target, {*assembly.names, *ours})
+        begin()
+        try:
+            made = assembly.link(target)
+        except OSError as e:
+            raise write_error(target, e) from e
+        remove_stale(target, {*ours} - {*assembly.names})
+        return made, others
+
+    def _fill(self, plan: Plan, records: Mapping[int, Record], target: Path) -> str:
+        self.begin(plan, target)
+        shards = self._open[plan.bits]
+        for index, record in records.items():
+            if shards.placed.get(index) != record.files:
+                self.place(plan, index)
+        return self._placed_others(plan, shards).sha256
+
+    def same(self, plan: Plan, records: Mapping[int, Record], target: Path, others: str) -> bool:
+        """Whether the shards of ``target``, which were filled here, have the content that they had then. Hashes them."""
+        return self.assembly(plan).same(target, self._refs(plan, records, others))
+
+    def _refs(self, plan: Plan, records: Mapping[int, Record], others: str) -> list[FileRef]:
+        files = [f for r in records.values() for f in r.files]
+        return [*files, self.assembly(plan).others(self.contents.others(plan), others)]
+
+    def finish(self, plan: Plan) -> None:
+        """When a bitrate is written: deletes shards of other plans that no record needs any more."""
+        shards = self._open.pop(plan.bits, None)
+        if shards is not None:
+            shards.assembly.close()
+            shards.assembly.remove_others(self.work.records)
+
+    def close(self) -> None:
+        """Lets go of shards that are not finished."""
+        while self._open:
+            self._open.popitem()[1].assembly.close()
+
+
+def quantised_record(work: WorkDir, plan: Plan, module: ModuleSpec) -> Record:
+    """Of a quantised module. Its files are hashed when they are read. Raises StoreError."""
+    kind, inputs_hash = quant_kind(plan.bits), plan.hashes[module.index]
+    record = work.records.find(kind, module.profile_key, inputs_hash, deep=False)
+    if record is None:
+        raise StoreError(
+            f"{module.profile_key}: the record written a moment ago cannot be read back",
+            "is the disk healthy? run the same command again",
+        )
+    return record
