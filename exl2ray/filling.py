@@ -57,16 +57,18 @@ class Filling:
 
     def can_link(self, plan: Plan, target: Path) -> bool:
         """Whether shards of the work directory can become files of an output."""
-        return plan.bits in self._open or linkable(self.work.store, quant_kind(plan.bits), existing_parent(target))
+        assembly = self.assembly(plan)
+        if assembly.like is None:
+            assembly.like = linkable(self.work.store, quant_kind(plan.bits), existing_parent(target))
+        return assembly.like is not None
 
     def begin(self, plan: Plan, target: Path) -> None:
         """Makes the shards of a bitrate, to be filled, or goes on with those of an earlier run; nothing where they could not
         become files of the output. Raises StoreError for a disk that has no room for them.
         """
         if plan.bits not in self._open and self.can_link(plan, target):
-            assembly = self.assembly(plan)
-            assembly.open()
-            self._open[plan.bits] = _Shards(assembly)
+            self.assembly(plan).open()
+            self._open[plan.bits] = _Shards(self.assembly(plan))
 
     def place(self, plan: Plan, index: int) -> None:
         """Puts a quantised module into the shards, if they are open; its own files are deleted when that is durable.

@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -192,13 +193,16 @@ def write_tensor_file(path: str | Path, entries: Sequence[TensorEntry]) -> Shard
     The data section starts at a multiple of 8. Raises StoreError if it cannot be written, FormatError if a tensor is
     not what its entry announced.
     """
-    path, digest = Path(path), hashlib.sha256()
-    with atomic_file(path) as f:
-        header = header_of(entries)
+    path, header = Path(path), header_of(entries)
+    digest = hashlib.sha256(header)
+    with atomic_file(path) as f, ThreadPoolExecutor(1, "hash") as pool:  # which takes as long as the rest
         f.write(header)
-        digest.update(header)
+        hashed = pool.submit(len, header)
         for e in entries:
-            _write_tensor((f.write, digest.update), e, path)
+            data = announced_bytes(e, e.load(), path)
+            hashed.result()  # so that two tensors are in memory, not more
+            hashed = pool.submit(_update, digest, data)
+            f.write(data)
     found = _made(path, path.stat)
     return Shard(path.name, found.st_size, digest.hexdigest(), found.st_mtime_ns)
 
@@ -208,11 +212,9 @@ def header_of(entries: Iterable[TensorEntry]) -> bytes:
     return header_bytes((e.name, e.dtype, e.shape) for e in entries)
 
 
-def _write_tensor(sinks: Iterable[Callable[[memoryview], object]], entry: TensorEntry, path: Path) -> None:
-    """Gives the bytes of a tensor to all ``sinks``; nothing of it stays in memory."""
-    data = announced_bytes(entry, entry.load(), path)
-    for sink in sinks:
-        sink(data)
+def _update(digest: hashlib._Hash, data: memoryview) -> int:
+    digest.update(data)
+    return len(data)
 
 
 def announced_bytes(entry: TensorEntry, t: torch.Tensor, path: Path) -> memoryview:

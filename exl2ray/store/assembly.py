@@ -63,6 +63,7 @@ class Assembly:
         identity = hashlib.sha256(b"".join([inputs.encode(), *self._headers.values()])).hexdigest()
         self._rels = {n: item_file(kind, "tensors", n.removesuffix(".safetensors"), identity) for n in self.names}
         self._handles: dict[str, int] = {}
+        self.like: Ownership | None = None  # what files of the output have, and the shards shall have
 
     # ---- filling -----------------------------------------------------------------------------------------------------
 
@@ -148,6 +149,8 @@ class Assembly:
         def is_whole(rel: str) -> bool:
             header = self._headers[names[rel]]
             with _closing(opened(rel)) as handle:
+                if directory is None and not self._is_like(handle):
+                    return False
                 return os.fstat(handle).st_size == self._sizes[names[rel]] and os.pread(handle, len(header), 0) == header
 
         try:
@@ -166,6 +169,9 @@ class Assembly:
 
     # ---- files ---------------------------------------------------------------------------------------------------------
 
+    def _is_like(self, handle: int) -> bool:
+        return self.like is None or _ownership(handle) == self.like
+
     def _opened(self, name: str) -> int:
         rel, header, size = self._rels[name], self._headers[name], self._sizes[name]
         try:
@@ -173,7 +179,7 @@ class Assembly:
         except MissingFileError:
             return self._made(name, None)
         try:
-            if os.fstat(before).st_nlink > 1:
+            if os.fstat(before).st_nlink > 1 or not self._is_like(before):
                 return self._made(name, before)
         finally:
             os.close(before)
@@ -208,40 +214,46 @@ class Assembly:
         return handle
 
 
-def linkable(store: Store, kind: str, directory: Path) -> bool:
-    """Whether shards made in the folder of ``kind`` can become files of a directory, and will be what they would be had they
-    been made there: of the same owner and group, with the same permissions.
+Ownership = tuple[int, int, int]  # user, group, mode
+
+
+def _ownership(handle: int) -> Ownership:
+    found = os.fstat(handle)
+    return found.st_uid, found.st_gid, found.st_mode
+
+
+def _attributes(handle: int) -> list[str]:
+    """Names of what else a file has: lists of who may do what are among them."""
+    try:
+        return sorted(os.listxattr(handle))
+    except OSError:
+        return []
+
+
+def linkable(store: Store, kind: str, directory: Path) -> Ownership | None:
+    """What files that are made in a directory have, if shards made in the folder of ``kind`` have the same and can become
+    files of the directory; else None.
     """
     if not isinstance(store, LocalStore):
-        return False
+        return None
     probe, name = f"{kind}/tensors/{temp_name()}", temporary_name("probe")
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
-        here = store.descriptor(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        with _closing(here), _closing(beneath.open_file(None, directory / name, directory / name, _NEW)) as there:
-            alike = _ownership(here) == _ownership(there)
+        here = store.descriptor(probe, new)
+        with _closing(here), _closing(beneath.open_file(None, directory / name, directory / name, new)) as there:
+            wanted = _ownership(there)
+            alike = _ownership(here) == wanted and _attributes(here) == _attributes(there)
         os.unlink(directory / name)
-        if alike:
-            store.link(probe, directory, name, temporary_name("probe"))
-            os.unlink(directory / name)
-        return alike
+        if not alike:
+            return None
+        store.link(probe, directory, name, temporary_name("probe"))
+        return wanted
     except OSError:
-        return False
+        return None
     finally:
         with suppress(OSError):
             os.unlink(directory / name)
         store.delete(probe)
-
-
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-
-
-def _ownership(handle: int) -> tuple[object, ...]:
-    found = os.fstat(handle)
-    try:
-        attributes = sorted(os.listxattr(handle))  # lists of permissions are among them
-    except OSError:
-        attributes = []
-    return found.st_dev, found.st_uid, found.st_gid, found.st_mode, attributes
 
 
 def temporary_name(name: str) -> str:

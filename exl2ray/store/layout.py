@@ -5,11 +5,11 @@
     calibration.safetensors
     measure/records|states/         one record per measured module; sparse states at module boundaries
     measurement.json
-    quant/<bpw>/tensors|records|states/
+    quant/<bpw>/tensors|records|states/   tensors of modules until they are in the shards, which lie beside them
     quant/<bpw>/solved/             the model as it was quantised, where it is tuned afterwards
     quant/written/tensors|records/  text that the source wrote to be tuned on
     quant/<bpw>/tune/  tune.json    how far the tuning is, and what came of it
-    output*.safetensors             the compiled shards, where no output directory was given
+    output*.safetensors             the compiled shards, where no output directory was given: the same files as in tensors/
     events.jsonl  events/           one line per event (events/ on object stores)
     evaluation.json  ladder.png     the finished models compared
     report.html  logs/  nonce/
