@@ -14,6 +14,7 @@ from exl2ray.formats.files import write_error
 from exl2ray.formats.shards import Shard, check_names, check_place, remove_stale
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.store.assembly import Assembly, linkable
+from exl2ray.store.copies import Copies
 from exl2ray.store.layout import quant_kind
 from exl2ray.store.records import FileRef, Record, hash_inputs
 from exl2ray.store.tensors import get_tensors
@@ -44,34 +45,37 @@ class Filling:
     _known: dict[float, Assembly] = field(default_factory=dict)
     _open: dict[float, _Shards] = field(default_factory=dict)
 
-    def assembly(self, plan: Plan) -> Assembly:
-        """Shards of a bitrate. Raises FormatError for two tensors of one name."""
-        if plan.bits in self._known:
-            return self._known[plan.bits]
-        spec, kind = self.contents.spec, quant_kind(plan.bits)
-        rotation = {} if spec.rotation is None else {"rotation": spec.rotation.identity()}
-        inputs = hash_inputs(filled=FILLED, source=self.fingerprint, modules=list(plan.hashes), **rotation)
-        entries = self.contents.entries(plan)
-        check_names(Path(self.work.store.full_name(kind)), entries)
-        return self._known.setdefault(plan.bits, Assembly(self.work.store, kind, inputs, entries, self.shard_bytes))
+    def assembly(self, plan: Plan, target: Path) -> Assembly:
+        """Shards of a bitrate, for an output. Raises FormatError for two tensors of one name."""
+        if plan.bits not in self._known:
+            spec, kind, store = self.contents.spec, quant_kind(plan.bits), self.work.store
+            rotation = {} if spec.rotation is None else {"rotation": spec.rotation.identity()}
+            inputs = hash_inputs(filled=FILLED, source=self.fingerprint, modules=list(plan.hashes), **rotation)
+            entries = self.contents.entries(plan)
+            check_names(target, entries)
+            made = Assembly(store, kind, inputs, entries, self.shard_bytes)
+            made.like = linkable(store, kind, existing_parent(target))
+            if made.like is None and store.is_local:
+                made = Copies(store, kind, inputs, entries, self.shard_bytes, target)
+            self._known[plan.bits] = made
+        return self._known[plan.bits]
 
-    def can_link(self, plan: Plan, target: Path) -> bool:
-        """Whether shards of the work directory can become files of an output."""
-        assembly = self.assembly(plan)
-        if assembly.like is None:
-            assembly.like = linkable(self.work.store, quant_kind(plan.bits), existing_parent(target))
-        return assembly.like is not None
+    @property
+    def possible(self) -> bool:
+        """Whether shards can be filled in the background: not from an object store, which would be read as it is written."""
+        return self.work.store.is_local
 
     def begin(self, plan: Plan, target: Path) -> None:
-        """Makes the shards of a bitrate, to be filled, or goes on with those of an earlier run; nothing where they could not
-        become files of the output. Raises StoreError for a disk that has no room for them.
+        """Makes the shards of a bitrate, to be filled, or goes on with those of an earlier run. Raises StoreError for a disk
+        that has no room for them.
         """
-        if plan.bits not in self._open and self.can_link(plan, target):
-            self.assembly(plan).open()
-            self._open[plan.bits] = _Shards(self.assembly(plan))
+        if plan.bits not in self._open and self.possible:
+            self.assembly(plan, target).open()
+            self._open[plan.bits] = _Shards(self.assembly(plan, target))
 
     def place(self, plan: Plan, index: int) -> None:
-        """Puts a quantised module into the shards, if they are open; its own files are deleted when that is durable.
+        """Puts a quantised module into the shards, if they are open. Where these are of the work directory its own files are
+        deleted when that is durable.
 
         Raises StoreError for files that are not what their record says, or whose record is another module's.
         """
@@ -80,15 +84,19 @@ class Filling:
             return
         module = self.contents.spec.modules[index]
         record, names = quantised_record(self.work, plan, module), packed_names(plan, module)
+        if shards.placed.get(index) == record.files:
+            return
         if not shards.assembly.holds(record.files, names):
             found = [(f, get_tensors(store, f.rel, expect=f)) for f in record.files]
             whole = {name: t for _, tensors in found for name, t in tensors.items()}
             for linear in module.linears:
                 self.contents.check(plan, linear, record, whole)
-            record = replace(record, files=tuple(shards.assembly.put_file(f, tensors) for f, tensors in found))
+            files = tuple(shards.assembly.put_file(f, tensors) for f, tensors in found)
             shards.assembly.sync()
-            self.work.records.commit(record)
-        for file in record.files:
+            if shards.assembly.keeps:
+                record = replace(record, files=files)
+                self.work.records.commit(record)
+        for file in record.files if shards.assembly.keeps else ():
             store.delete(file.rel)
         shards.placed[index] = record.files
 
@@ -111,10 +119,10 @@ class Filling:
 
         others: this hash, if the shards were finished by an earlier run. ours, begin: as `write_shards` has them.
         """
-        assembly, refs = self.assembly(plan), [] if others is None else self._refs(plan, records, others)
-        if others is None or plan.bits in self._open or not assembly.same(None, refs, refs[-1:]):
+        assembly = self.assembly(plan, target)
+        if plan.bits in self._open or others is None or not self._is_whole(plan, records, target, others):
             others = self._fill(plan, records, target)
-        check_place(target, {*assembly.names, *ours})
+        check_place(target, {*assembly.names, *ours}, assembly.temporary)
         begin()
         try:
             made = assembly.link(target)
@@ -122,6 +130,11 @@ class Filling:
             raise write_error(target, e) from e
         remove_stale(target, {*ours} - {*assembly.names})
         return made, others
+
+    def _is_whole(self, plan: Plan, records: Mapping[int, Record], target: Path, others: str) -> bool:
+        """Whether nothing has to be put into the shards. Records have been checked, when the run began."""
+        refs, files = self._refs(plan, records, target, others), [f for r in records.values() for f in r.files]
+        return refs[:-1] == files and self.assembly(plan, target).same(None, refs, refs[-1:])
 
     def _fill(self, plan: Plan, records: Mapping[int, Record], target: Path) -> str:
         self.begin(plan, target)
@@ -133,11 +146,18 @@ class Filling:
 
     def same(self, plan: Plan, records: Mapping[int, Record], target: Path, others: str) -> bool:
         """Whether the shards of ``target``, which were filled here, have the content that they had then. Hashes them."""
-        return self.assembly(plan).same(target, self._refs(plan, records, others))
+        try:
+            return self.assembly(plan, target).same(target, self._refs(plan, records, target, others))
+        except StoreError:
+            return False
 
-    def _refs(self, plan: Plan, records: Mapping[int, Record], others: str) -> list[FileRef]:
-        files = [f for r in records.values() for f in r.files]
-        return [*files, self.assembly(plan).others(self.contents.others(plan), others)]
+    def _refs(self, plan: Plan, records: Mapping[int, Record], target: Path, others: str) -> list[FileRef]:
+        """Where everything is in whole shards: the files of all records, then what no record has."""
+        assembly, out = self.assembly(plan, target), []
+        for file in (f for r in records.values() for f in r.files):
+            names = [p.name for p in file.pieces] or get_tensors(self.work.store, file.rel, expect=file, deep=False)
+            out.append(assembly.placed(file, names))
+        return [*out, assembly.others(self.contents.others(plan), others)]
 
     def finish(self, plan: Plan) -> None:
         """When a bitrate is written: deletes shards of other plans that no record needs any more."""

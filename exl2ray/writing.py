@@ -1,8 +1,8 @@
 """From packed modules in the work directory to the files of a model.
 
 The shards are filled while modules are still being quantised, and become files of the output as hard links, wherever the
-output can have such (`exl2ray.store.assembly`). Else, on another file system or with a work directory in an object store,
-they are written there at the end.
+output can have such (`exl2ray.store.assembly`); on another file system they are filled there (`exl2ray.store.copies`). From a
+work directory in an object store they are written at the end.
 
 Writing is a step like others. Its record (key `output` of a bitrate) names the shards with size, SHA-256 and time, under a
 hash of the packed tensors' hashes. A file with the recorded size and time counts as intact; one that was touched or copied is
@@ -130,7 +130,7 @@ class OutputWriter:
         payload: dict[str, Any] = {} if stored is None else dict(stored.payload)
         if complete:
             self.targets.check(target)
-            claim_target(target, self.owner, self.filling.assembly(plan).names)
+            claim_target(target, self.owner, self.filling.assembly(plan, target).names)
 
         def begin() -> None:
             if complete:
@@ -138,7 +138,7 @@ class OutputWriter:
 
         if shards is None:
             ours = [*existing_shards(target), CALIBRATION]
-            if self.filling.can_link(plan, target):
+            if self.filling.possible:
                 shards, others = self.filling.link(plan, records, target, ours, payload.get("others"), begin)
                 payload = {"others": others}
             else:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,15 +155,15 @@ def check_names(directory: Path, entries: Sequence[TensorEntry]) -> None:
         seen.add(e.name)
 
 
-def check_place(directory: Path, allowed: set[str]) -> int:
-    """Makes the directory if it is missing, and sweeps it; bytes of the files ``allowed`` there.
+def check_place(directory: Path, allowed: set[str], kept: Collection[str] = ()) -> int:
+    """Makes the directory if it is missing, and sweeps it, but for ``kept``; bytes of the files ``allowed`` there.
 
     Raises StoreError for other shards.
     """
     try:
         make_directories(directory)
         for leftover in directory.iterdir():
-            if LEFTOVER_NAME.fullmatch(leftover.name):
+            if LEFTOVER_NAME.fullmatch(leftover.name) and leftover.name not in kept:
                 leftover.unlink(missing_ok=True)
         present = {p.name for p in directory.iterdir() if not p.name.startswith(".")}
     except OSError as e:

@@ -19,7 +19,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +42,12 @@ _SHARD = re.compile(r"output(-\d{5}-of-\d{5})?\.[0-9a-f]{16}\.safetensors")
 class Assembly:
     """Shards of ``entries`` in order, in the folder of tensors of ``kind``. inputs: hash of all that they will hold.
 
-    Several threads may put tensors into it; ``open`` and ``close`` are for one.
+    Several threads may put tensors into it; ``open`` and ``close`` are for one. keeps: what is in the shards stays there when
+    this process ends, so that records may lead to it. temporary: names of files that the output's directory has for them.
     """
+
+    keeps = True
+    temporary: Collection[str] = ()
 
     def __init__(self, store: Store, kind: str, inputs: str, entries: Sequence[TensorEntry], limit_bytes: int) -> None:
         self._store, self._kind = cast(LocalStore, store), kind  # another one is asked for names only
@@ -63,6 +67,7 @@ class Assembly:
         identity = hashlib.sha256(b"".join([inputs.encode(), *self._headers.values()])).hexdigest()
         self._rels = {n: item_file(kind, "tensors", n.removesuffix(".safetensors"), identity) for n in self.names}
         self._handles: dict[str, int] = {}
+        self._new: set[str] = set()  # shards that have nothing of earlier runs
         self.like: Ownership | None = None  # what files of the output have, and the shards shall have
 
     # ---- filling -----------------------------------------------------------------------------------------------------
@@ -83,17 +88,24 @@ class Assembly:
     def put(self, name: str, tensor: Tensor) -> memoryview:
         """Writes a tensor to its place, not durably yet; its bytes. Raises FormatError for one of another dtype or shape."""
         entry, shard, offset = self._places[name]
-        where = self._store.full_name(self._rels[shard])
+        where = self._where(shard)
         data = announced_bytes(entry, tensor, Path(where))
         with translated("write", where):
-            _write(self._handles[shard], data, offset)
+            write_at(self._handles[shard], data, offset)
         return data
 
     def put_file(self, ref: FileRef, tensors: Mapping[str, Tensor]) -> FileRef:
         """Writes the tensors of a record's file; what the record is to say of it once they are durable."""
         for name, tensor in tensors.items():
             self.put(name, tensor)
-        return replace(ref, pieces=self._pieces(tensors))
+        return self.placed(ref, tensors)
+
+    def placed(self, ref: FileRef, names: Iterable[str]) -> FileRef:
+        """A record's file, whose tensors have these names, as it is in these shards. StoreError for those of another plan."""
+        names = list(names)
+        if unknown := [n for n in names if n not in self._places]:
+            raise StoreError(f"{self._store.full_name(ref.rel)}: {unknown[0]} is no tensor of the output")
+        return replace(ref, pieces=self._pieces(names))
 
     def _pieces(self, names: Iterable[str]) -> tuple[Piece, ...]:
         places = (self._places[name] for name in names)
@@ -115,12 +127,14 @@ class Assembly:
     def holds(self, refs: Iterable[FileRef], names: Iterable[str]) -> bool:
         """Whether the tensors of these files are just those of ``names``, in their places here."""
         found = [p for ref in refs for p in ref.pieces]
+        if any(p.file in self._new for p in found):  # somebody deleted the shard since the record was checked
+            return False
         return {p.name for p in found} == {*names} and tuple(found) == self._pieces(p.name for p in found)
 
     def sync(self) -> None:
         """Makes durable what was put into the shards."""
         for name in self.names:
-            with translated("write", self._store.full_name(self._rels[name])):
+            with translated("write", self._where(name)):
                 os.fdatasync(self._handles[name])
 
     # ---- giving away ---------------------------------------------------------------------------------------------------
@@ -137,7 +151,7 @@ class Assembly:
     def same(self, directory: Path | None, refs: Sequence[FileRef], hashed: Sequence[FileRef] | None = None) -> bool:
         """Whether the shards of a directory, which were filled here, still have their content; None: the shards themselves.
 
-        refs: files of all records, and what ``put_others`` returned. hashed: those of them that are read; None: all.
+        refs: files of all records and what ``put_others`` returned, as they are in shards. hashed: those to read; None: all.
         """
         names = {rel: name for name, rel in self._rels.items()}
 
@@ -148,13 +162,13 @@ class Assembly:
 
         def is_whole(rel: str) -> bool:
             header = self._headers[names[rel]]
-            with _closing(opened(rel)) as handle:
+            with closing_handle(opened(rel)) as handle:
                 if directory is None and not self._is_like(handle):
                     return False
                 return os.fstat(handle).st_size == self._sizes[names[rel]] and os.pread(handle, len(header), 0) == header
 
         try:
-            if not self.holds(refs, self._places) or not all(map(is_whole, names)):
+            if {p.name for r in refs for p in r.pieces} != {*self._places} or not all(map(is_whole, names)):
                 return False
             return all(pieces_sha256(r, opened, str(directory)) == r.sha256 for r in (refs if hashed is None else hashed))
         except (OSError, StoreError):
@@ -169,6 +183,10 @@ class Assembly:
 
     # ---- files ---------------------------------------------------------------------------------------------------------
 
+    def _where(self, shard: str) -> str:
+        """Its path, for messages."""
+        return self._store.full_name(self._rels[shard])
+
     def _is_like(self, handle: int) -> bool:
         return self.like is None or _ownership(handle) == self.like
 
@@ -177,6 +195,7 @@ class Assembly:
         try:
             before = self._store.descriptor(rel)
         except MissingFileError:
+            self._new.add(rel)
             return self._made(name, None)
         try:
             if os.fstat(before).st_nlink > 1 or not self._is_like(before):
@@ -184,11 +203,11 @@ class Assembly:
         finally:
             os.close(before)
         handle = self._store.descriptor(rel, os.O_RDWR)
-        with translated("write", self._store.full_name(rel)), _closed_on_error(handle):
+        with translated("write", self._store.full_name(rel)), closed_on_error(handle):
             if os.fstat(handle).st_size != size:
                 beneath.reserve(handle, size)
             if os.pread(handle, len(header), 0) != header:
-                _write(handle, header, 0)
+                write_at(handle, header, 0)
         return handle
 
     def _made(self, name: str, content: int | None) -> int:
@@ -197,13 +216,13 @@ class Assembly:
         temporary = f"{rel.rpartition('/')[0]}/{temp_name()}"
         handle = self._store.descriptor(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            with translated("write", self._store.full_name(rel)), _closed_on_error(handle):
+            with translated("write", self._store.full_name(rel)), closed_on_error(handle):
                 beneath.reserve(handle, size)
                 offset = 0
                 while content is not None and (data := os.pread(content, CHUNK_BYTES, offset)):
-                    _write(handle, data, offset)
+                    write_at(handle, data, offset)
                     offset += len(data)
-                _write(handle, self._headers[name], 0)
+                write_at(handle, self._headers[name], 0)
                 os.ftruncate(handle, size)
                 os.fsync(handle)
                 self._store.rename(temporary, rel)
@@ -240,7 +259,7 @@ def linkable(store: Store, kind: str, directory: Path) -> Ownership | None:
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         here = store.descriptor(probe, new)
-        with _closing(here), _closing(beneath.open_file(None, directory / name, directory / name, new)) as there:
+        with closing_handle(here), closing_handle(beneath.open_file(None, directory / name, directory / name, new)) as there:
             wanted = _ownership(there)
             alike = _ownership(here) == wanted and _attributes(here) == _attributes(there)
         os.unlink(directory / name)
@@ -262,7 +281,7 @@ def temporary_name(name: str) -> str:
 
 
 @contextmanager
-def _closing(handle: int) -> Iterator[int]:
+def closing_handle(handle: int) -> Iterator[int]:
     try:
         yield handle
     finally:
@@ -270,7 +289,7 @@ def _closing(handle: int) -> Iterator[int]:
 
 
 @contextmanager
-def _closed_on_error(handle: int) -> Iterator[None]:
+def closed_on_error(handle: int) -> Iterator[None]:
     try:
         yield
     except BaseException:
@@ -278,7 +297,7 @@ def _closed_on_error(handle: int) -> Iterator[None]:
         raise
 
 
-def _write(handle: int, data: bytes | memoryview, offset: int) -> None:
+def write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data).cast("B")
     while len(view):  # one write takes at most 2 GiB and may be cut short by a full disk
         done = os.pwrite(handle, view, offset)
