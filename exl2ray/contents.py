@@ -15,7 +15,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.shards import TensorEntry
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
-from exl2ray.model.weights import output_tensors, plain_shape, read_plain
+from exl2ray.model.weights import OutputEntry, output_tensors, plain_shape, read_plain
 from exl2ray.plan.sizes import linear_entries
 from exl2ray.store.fs import Store
 from exl2ray.store.records import Record
@@ -34,27 +34,31 @@ class Contents:
         """Every tensor of the output in order, read when its turn comes. records: of all modules, which are compared with the
         plan; None: quantised linears are only announced.
         """
-        source, spec, out = self.source, self.spec, list[TensorEntry]()
+        out = list[TensorEntry]()
         shapes, tensors = (_Tensors(self.store, records or {}, check) for check in (False, True))
-        for entry in output_tensors(spec):
+        for entry in output_tensors(self.spec):
             if entry.linear is not None and entry.module is not None:
                 own, index = packed_entries(plan, entry.linear), entry.module.index
                 if records is not None:
                     self.check(plan, entry.linear, records[index], shapes(index))
                     own = [replace(e, load=partial(tensors.one, index, e.name)) for e in own]
                 out += own
-            elif entry.plain is not None:
-                read = partial(read_plain, spec, entry.plain, source)
-                out.append(TensorEntry(entry.name, "F16", plain_shape(entry.plain, source), read))
-            elif entry.copied is not None:
-                name = entry.copied.source_name
-                out.append(TensorEntry(entry.name, source.dtype(name), source.shape(name), partial(source.load, name)))
+            else:
+                out += self._other(entry)
         return out
 
-    def others(self, plan: Plan) -> list[TensorEntry]:
+    def others(self) -> list[TensorEntry]:
         """Those that no record has."""
-        packed = {e.name for x in self.spec.linears for e in packed_entries(plan, x)}
-        return [e for e in self.entries(plan) if e.name not in packed]
+        return [e for entry in output_tensors(self.spec) for e in self._other(entry)]
+
+    def _other(self, entry: OutputEntry) -> list[TensorEntry]:
+        if entry.plain is not None:
+            read = partial(read_plain, self.spec, entry.plain, self.source)
+            return [TensorEntry(entry.name, "F16", plain_shape(entry.plain, self.source), read)]
+        if entry.copied is not None:
+            name, source = entry.copied.source_name, self.source
+            return [TensorEntry(entry.name, source.dtype(name), source.shape(name), partial(source.load, name))]
+        return []
 
     def check(self, plan: Plan, linear: LinearSpec, record: Record, tensors: Mapping[str, Tensor]) -> None:
         """Raises StoreError if what a record leads to is another module's or bitrate's. tensors: of its files."""

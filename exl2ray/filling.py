@@ -108,7 +108,7 @@ class Filling:
 
     def _placed_others(self, plan: Plan, shards: _Shards) -> FileRef:
         if shards.others is None:
-            shards.others = shards.assembly.put_others(self.contents.others(plan))
+            shards.others = shards.assembly.put_others(self.contents.others())
         return shards.others
 
     def link(
@@ -157,7 +157,7 @@ class Filling:
         for file in (f for r in records.values() for f in r.files):
             names = [p.name for p in file.pieces] or get_tensors(self.work.store, file.rel, expect=file, deep=False)
             out.append(assembly.placed(file, names))
-        return [*out, assembly.others(self.contents.others(plan), others)]
+        return [*out, assembly.others(self.contents.others(), others)]
 
     def finish(self, plan: Plan) -> None:
         """When a bitrate is written: deletes shards of other plans that no record needs any more."""

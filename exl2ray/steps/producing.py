@@ -49,18 +49,20 @@ def produce(
     for plan in plans:
         writer.check(plan)
     job.targets.lock(recipe, [p.bits for p in plans], writer.owner)
-    placing: dict[float, list[Future[None]]] = {plan.bits: [] for plan in plans}
+    placing: dict[float, dict[int, Future[None]]] = {plan.bits: {} for plan in plans}  # by module; at -1 the rest
     with closing(writer.filling) as filling, _Writers() as pool:
         writing: dict[float, Future[OutputSummary]] = {}
         kept: dict[float, OutputSummary] = {}
 
         def done(plan: Plan, index: int) -> None:
-            if not placing[plan.bits]:
-                placing[plan.bits].append(pool.submit(filling.place_others, plan))
-            placing[plan.bits].append(pool.submit(filling.place, plan, index))
+            own = placing[plan.bits]
+            if not own:
+                own[-1] = pool.submit(filling.place_others, plan)
+            if index not in own:  # a module that was given to two workers may be finished twice
+                own[index] = pool.submit(filling.place, plan, index)
 
         def write(plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
-            for future in placing[plan.bits]:  # begun before this, and none of them waits for another
+            for future in placing[plan.bits].values():  # begun before this, and none of them waits for another
                 future.result()
             return writer.write(plan, records)
 
@@ -77,7 +79,7 @@ def produce(
             writing[plan.bits] = pool.submit(write, plan, records)
 
         def tick() -> None:
-            futures: list[Future[Any]] = [*writing.values(), *chain.from_iterable(placing.values())]
+            futures: list[Future[Any]] = [*writing.values(), *chain.from_iterable(p.values() for p in placing.values())]
             for future in futures:
                 if future.done():
                     future.result()  # raises what went wrong as soon as it is known

@@ -212,7 +212,7 @@ def test_a_lock_that_a_killed_one_left_is_taken_over(made: Conversion, work: Pat
 
 
 def test_an_unfinished_model_is_of_its_work_directory(made: Conversion, work: Path, target: Path, tmp_path: Path) -> None:
-    assert killed_at(8, made.arguments(work, target, "-b", "5"), tmp_path / "log", target)
+    assert killed_at(14, made.arguments(work, target, "-b", "5"), tmp_path / "log", target)
     assert not (target / "config.json").exists()
     with pytest.raises(UsageError, match=f"another work directory has not finished: {work}"):
         made.convert(tmp_path / "other", target)
