@@ -15,7 +15,6 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -193,16 +192,13 @@ def write_tensor_file(path: str | Path, entries: Sequence[TensorEntry]) -> Shard
     The data section starts at a multiple of 8. Raises StoreError if it cannot be written, FormatError if a tensor is
     not what its entry announced.
     """
-    path, header = Path(path), header_of(entries)
-    digest = hashlib.sha256(header)
-    with atomic_file(path) as f, ThreadPoolExecutor(1, "hash") as pool:  # which takes as long as the rest
+    path, digest = Path(path), hashlib.sha256()
+    with atomic_file(path) as f:
+        header = header_of(entries)
         f.write(header)
-        hashed = pool.submit(len, header)
+        digest.update(header)
         for e in entries:
-            data = announced_bytes(e, e.load(), path)
-            hashed.result()  # so that two tensors are in memory, not more
-            hashed = pool.submit(_update, digest, data)
-            f.write(data)
+            _write_tensor((f.write, digest.update), e, path)
     found = _made(path, path.stat)
     return Shard(path.name, found.st_size, digest.hexdigest(), found.st_mtime_ns)
 
@@ -212,9 +208,11 @@ def header_of(entries: Iterable[TensorEntry]) -> bytes:
     return header_bytes((e.name, e.dtype, e.shape) for e in entries)
 
 
-def _update(digest: hashlib._Hash, data: memoryview) -> int:
-    digest.update(data)
-    return len(data)
+def _write_tensor(sinks: Iterable[Callable[[memoryview], object]], entry: TensorEntry, path: Path) -> None:
+    """Gives the bytes of a tensor to all ``sinks``; nothing of it stays in memory."""
+    data = announced_bytes(entry, entry.load(), path)
+    for sink in sinks:
+        sink(data)
 
 
 def announced_bytes(entry: TensorEntry, t: torch.Tensor, path: Path) -> memoryview:

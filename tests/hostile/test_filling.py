@@ -38,7 +38,7 @@ def tensor_files(work: Path) -> list[str]:
 
 
 def test_killed_while_shards_are_filled(made: Conversion, tmp_path: Path) -> None:
-    """Before every other file operation there; then damage to what is in a shard by then costs just that module."""
+    """Before a file operation there; then damage to what is in a shard by then costs just that module."""
     before, n, damaged = without(made.copy_of_work(tmp_path / "before"), HEAD), 1, 0
     rng = random.Random(1)
     while True:
@@ -46,7 +46,7 @@ def test_killed_while_shards_are_filled(made: Conversion, tmp_path: Path) -> Non
         arguments = [*made.arguments(work, target), "-b", "4"]
         if not killed_at(n, arguments, tmp_path / "log", work / KIND):
             break
-        assert not (target / "config.json").exists()
+        assert not (target / "config.json").exists() or contents(target) == contents(made.target)
         placed = [k for k in (ATTENTION, "model.layers.1.mlp") if "pieces" in record_of(work, k)["files"][0]]
         if placed:
             weights(work, rng.choice(placed)).flip()
@@ -58,8 +58,8 @@ def test_killed_while_shards_are_filled(made: Conversion, tmp_path: Path) -> Non
         shards = tensor_files(work)
         assert len(shards) == 2
         assert all(name.startswith("output-0000") for name in shards), "something is left"
-        n += 4
-    assert n > 20, "the steps are not met"
+        n += 7
+    assert n > 30, "the steps are not met"
     assert damaged > 2
 
 
@@ -97,9 +97,10 @@ def test_other_settings_get_other_shards(made: Conversion, tmp_path: Path) -> No
     first = tensor_files(work)
     assert items(made.convert(work, tmp_path / "one", shard_size=0)[1]) == []
     assert [len(n) for n in tensor_files(work)] == [len("output.0123456789abcdef.safetensors")]
-    assert items(made.convert(work, target)[1]) == []
+    assert items(made.convert(work, target)[1]) == []  # and it is there still
+    assert items(made.convert(work, tmp_path / "again")[1]) == []
     assert tensor_files(work) == first
-    assert contents(target) == contents(made.target)
+    assert contents(tmp_path / "again") == contents(made.target)
 
 
 @pytest.mark.parametrize("damage", ["header", "cut off", "gone", "a link"])
