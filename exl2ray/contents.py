@@ -15,8 +15,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.shards import TensorEntry
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
-from exl2ray.model.weights import OutputEntry, output_tensors, plain_shape, read_plain
-from exl2ray.plan.sizes import linear_entries
+from exl2ray.model.weights import OutputEntry, linear_entries, output_tensors, plain_shape, read_plain
 from exl2ray.store.fs import Store
 from exl2ray.store.records import Record
 from exl2ray.store.tensors import get_tensors

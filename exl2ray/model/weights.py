@@ -16,8 +16,9 @@ from torch import Tensor
 from exl2ray.cuda.small_batches import CAPTURING
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import FLOAT16_MAX
+from exl2ray.formats.layout import FLOAT16_MAX, pad32
 from exl2ray.formats.readahead import ReadAhead
+from exl2ray.formats.shards import TensorEntry
 from exl2ray.model.arch import shape_fits
 from exl2ray.model.spec import CopiedTensor, LinearSpec, ModelSpec, ModuleSpec, PlainTensor, Stored
 
@@ -203,3 +204,27 @@ def output_tensors(spec: ModelSpec) -> list[OutputEntry]:
         out += [OutputEntry("linear", x.key, module, linear=x) for x in module.linears]
         out += [OutputEntry("plain", p.output_name, module, plain=p) for p in late]
     return out + [OutputEntry("copied", c.output_name, copied=c) for c in spec.copied]
+
+
+def linear_entries(linear: LinearSpec, packed_rows: int, groups: int) -> list[TensorEntry]:
+    """Tensors of one quantised linear, in the order of `exl2ray.formats.exl2.PackedLinear.tensors`."""
+    n = pad32(linear.out_features)
+    shapes: list[tuple[str, str, tuple[int, ...]]] = [
+        ("q_weight", "I32", (packed_rows, n)),
+        ("q_scale", "I32", (groups, n // 8)),
+        ("q_scale_max", "F16", (groups,)),
+        ("q_groups", "I16", (2 * groups,)),
+        ("q_invperm", "I32", (linear.in_features,)),
+    ]
+    if linear.has_bias:
+        shapes.append(("bias", "F16", (n,)))
+    return [announced(f"{linear.key}.{name}", dtype, shape) for name, dtype, shape in shapes]
+
+
+def announced(name: str, dtype: str, shape: tuple[int, ...]) -> TensorEntry:
+    """An entry of a tensor whose content nobody asks for."""
+    return TensorEntry(name, dtype, shape, _unread)
+
+
+def _unread() -> Tensor:
+    raise AssertionError("an announced tensor has no content")

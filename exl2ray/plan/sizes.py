@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-import torch
-
 from exl2ray.allocation.frontier import all_options
 from exl2ray.allocation.knapsack import budget
 from exl2ray.allocation.overrides import Override, counting, overridden
@@ -23,7 +21,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.shards import TensorEntry, header_of, plan_shards
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
-from exl2ray.model.weights import output_tensors, plain_shape
+from exl2ray.model.weights import announced, linear_entries, output_tensors, plain_shape
 from exl2ray.quant.qparams import distinct_options, head_option, low_options
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 
@@ -164,26 +162,11 @@ def output_entries(
         if entry.linear is not None and entry.linear.key in extents:
             out += linear_entries(entry.linear, *extents[entry.linear.key])
         elif entry.plain is not None:
-            out.append(_entry(entry.name, "F16", plain_shape(entry.plain, source)))
+            out.append(announced(entry.name, "F16", plain_shape(entry.plain, source)))
         elif entry.copied is not None:
             name = entry.copied.source_name
-            out.append(_entry(entry.name, source.dtype(name), source.shape(name)))
+            out.append(announced(entry.name, source.dtype(name), source.shape(name)))
     return out
-
-
-def linear_entries(linear: LinearSpec, packed_rows: int, groups: int) -> list[TensorEntry]:
-    """Tensors of one quantised linear, in the order of `exl2ray.formats.exl2.PackedLinear.tensors`."""
-    n = pad32(linear.out_features)
-    shapes: list[tuple[str, str, tuple[int, ...]]] = [
-        ("q_weight", "I32", (packed_rows, n)),
-        ("q_scale", "I32", (groups, n // 8)),
-        ("q_scale_max", "F16", (groups,)),
-        ("q_groups", "I16", (2 * groups,)),
-        ("q_invperm", "I32", (linear.in_features,)),
-    ]
-    if linear.has_bias:
-        shapes.append(("bias", "F16", (n,)))
-    return [_entry(f"{linear.key}.{name}", dtype, shape) for name, dtype, shape in shapes]
 
 
 def _options(spec: ModelSpec, freedom: Freedom, low: bool) -> dict[str, tuple[QParams, ...]]:
@@ -240,11 +223,3 @@ def _least_headers(entries: Sequence[TensorEntry]) -> int:
     """A lower bound of the headers of all shards, wherever these begin."""
     items = {e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [0, e.nbytes]} for e in entries}
     return 8 + len(json.dumps(items, separators=(",", ":")))
-
-
-def _entry(name: str, dtype: str, shape: tuple[int, ...]) -> TensorEntry:
-    return TensorEntry(name, dtype, shape, _unread)
-
-
-def _unread() -> torch.Tensor:
-    raise AssertionError("a planned tensor has no content")

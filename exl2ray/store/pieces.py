@@ -17,7 +17,7 @@ from exl2ray.errors import StoreError
 from exl2ray.formats.tensorfile import DTYPES, header_bytes
 from exl2ray.store.faults import translated
 from exl2ray.store.fs import Store
-from exl2ray.store.records import FileRef, Piece
+from exl2ray.store.refs import FileRef, Piece
 
 Opened = Callable[[str], int]  # name of a shard -> its descriptor, which the caller of it closes
 

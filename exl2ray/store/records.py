@@ -29,6 +29,8 @@ from urllib.parse import quote
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store, check_name
+from exl2ray.store.refs import FileRef as FileRef
+from exl2ray.store.refs import Piece as Piece
 
 _MAX_KEY_CHARS = 150  # of 255 bytes that file systems allow for a name
 _DAMAGED_HINT = "delete this file to compute the item again (or start anew with -nr)"
@@ -68,30 +70,6 @@ def _plain(obj: Any, where: str) -> Any:
 def hash_inputs(**fields: Any) -> str:
     """SHA-256 (hex) over the canonical JSON of the named fields."""
     return hashlib.sha256(canonical_json(fields)).hexdigest()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where a tensor lies: from ``offset`` on in ``file``, a name in the work directory. dtype: its safetensors name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-
-
-@dataclass(frozen=True)
-class FileRef:
-    """A file of a record: its name in the work directory, SHA-256 (hex) of its content, and bytes.
-
-    ``pieces``: where its tensors are since they were put into the shards of a model; the file itself is gone then.
-    """
-
-    rel: str
-    sha256: str
-    size: int
-    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from exl2ray.quant.rows import forward_rows, shared_batches
 from exl2ray.quant.settings import Settings
 from exl2ray.remote.source import local
 from exl2ray.store.open import open_store
-from exl2ray.store.records import Records
+from exl2ray.store.records import Record, Records
 from exl2ray.store.tensors import get_tensors
 from exl2ray.team.messages import WorkerSetup
 from exl2ray.team.packed_files import Writers
