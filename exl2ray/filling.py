@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -164,7 +165,8 @@ class Filling:
         shards = self._open.pop(plan.bits, None)
         if shards is not None:
             shards.assembly.close()
-            shards.assembly.remove_others(self.work.records)
+            with suppress(StoreError):  # the model is finished; a record that is damaged keeps what it may need
+                shards.assembly.remove_others(self.work.records)
 
     def close(self) -> None:
         """Lets go of shards that are not finished."""
