@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -293,13 +294,14 @@ def test_an_index_goes_with_the_config(made: Conversion, work: Path, target: Pat
 def test_no_room_for_the_new_model_leaves_the_old_one(
     made: Conversion, work: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exl2ray.formats.shards.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    def full(handle: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("exl2ray.beneath.reserve", full)
     before = contents(target)
-    (target / SHARD).write_bytes(b"")  # what may be overwritten is counted as room
-    with pytest.raises(StoreError, match="the output needs"):
+    with pytest.raises(StoreError, match="No space left"):
         made.convert(work, target, bits=(5.0,))
-    assert contents(target).keys() == before.keys()
-    assert contents(target)["config.json"] == before["config.json"]
+    assert contents(target) == before
 
 
 def test_an_output_that_is_deleted_while_the_conversion_runs(made: Conversion, work: Path, target: Path) -> None:
