@@ -80,8 +80,8 @@ def flag_of(params: Iterable[click.Parameter], name: str) -> str:
 def spelled_out(args: Sequence[str], params: Iterable[click.Parameter]) -> list[str]:
     """A command line as click reads it, from one that argparse would read.
 
-    A beginning of a long name stands for that name if convert.py has one such name, and this command no other; ``-b=4`` is
-    ``-b 4``. Values, and what follows ``--``, are left alone.
+    A beginning of a long name stands for that name if convert.py has one such name, whatever else this command has; ``-b=4``
+    is ``-b 4``. Values, and what follows ``--``, are left alone.
     """
     options = {spelling: p for p in params if isinstance(p, click.Option) for spelling in (*p.opts, *p.secondary_opts)}
     out: list[str] = []
@@ -110,5 +110,5 @@ def spelled_out(args: Sequence[str], params: Iterable[click.Parameter]) -> list[
 
 def _completed(name: str, options: Iterable[str]) -> str:
     known = {dashes(flag.long) for flag in REFERENCE_FLAGS}
-    longer = {o for o in options if o.startswith(name)} if len(name) > 2 else set()
-    return longer.pop() if len(longer) == 1 and longer <= known else name
+    longer = {o for o in options if o.startswith(name) and o in known} if len(name) > 2 else set()
+    return longer.pop() if len(longer) == 1 else name

@@ -140,6 +140,6 @@ def test_other_architectures(family: str, tmp_path: Path) -> None:
 
 
 def test_reference_states_keep_their_targets(model: Path, tmp_path: Path) -> None:
-    run(model, tmp_path / "work", compile_full=str(tmp_path / "out"), propagate="reference", sweeps=4)
+    run(model, tmp_path / "work", compile_full=str(tmp_path / "out"), quality="balanced", propagate="reference")
     assert_sound(model, tmp_path / "out")
-    assert recipe(model, tmp_path / "work", propagate="reference").numerics.sweeps > 0
+    assert recipe(model, tmp_path / "work", quality="balanced", propagate="reference").numerics.sweeps > 0

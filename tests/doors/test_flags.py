@@ -112,7 +112,7 @@ def test_a_whole_number_of_mebibytes_is_no_change_of_the_job() -> None:
         ("-ss nan", "-ss nan"), ("-ss inf", "-ss inf"), ("-ss -1", "-ss -1"), ("-ss 1e-9", "-ss 1e-09"), ("-ss x", "'-ss'"),
         ("-ss 1e300", "-ss 1e+300"), ("-hsol -3", "-hsol"), ("-hsol many", "-hsol"), ("-hb 7", "-hb 7"), ("-hb 6.5", "-hb"),
         ("-b 100", "-b 100"), ("-b nan", "-b nan"), ("-r 0", "-r 0"), ("-rs 0", "-rs 0"), ("-ra -1", "-ra -1"),
-        ("--out x", "--out"), ("--m x", "--m"), ("--re", "--re"), ("--frobnicate", "--frobnicate"), ("-x", "-x"),
+        ("--out x", "--out"), ("--m x", "--m"), ("--ro", "--ro"), ("--frobnicate", "--frobnicate"), ("-x", "-x"),
         ("-so=1", "-so"), ("-l 2.5", "-l"), ("-om a -cf b", "-om"), ("-om a -m b", "-m"), ("extra", "extra"),
     ],
 )  # fmt: skip

@@ -183,8 +183,7 @@ def test_what_is_there_already_needs_no_room(tiny: Path, text: Path, tmp_path: P
     convert(job, Silent())
     after = examine(job).disks
     assert [n.what for n in after] == [n.what for n in before]
-    assert before[1].least_bytes > 50_000
-    assert after[1].bytes < 0.2 * before[1].bytes
+    assert all(n.least_bytes < 10_000 for n in (before[1], after[1]))  # shards are made in the work directory, and linked
     assert after[0].least_bytes < before[0].least_bytes - 40_000
 
 
