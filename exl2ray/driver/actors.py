@@ -243,9 +243,11 @@ class RayWorkers:
             return False
 
     def meeting(self, workers: Sequence[int]) -> list[Meeting]:
+        names = tuple(self.name(w) for w in workers)
+        # Who goes elsewhere leaves its group; a store that a group has met at once still has their old addresses.
+        self._meetings = {n: m for n, m in self._meetings.items() if n == names or not {*n} & {*names}}
         if len(workers) == 1:
             return [Meeting()]
-        names = tuple(self.name(w) for w in workers)
         if names not in self._meetings:
             address = str(self._ray.util.get_node_ip_address())
             store, port = serve_rendezvous(address)

@@ -72,8 +72,6 @@ def test_workers_that_have_met_need_not_again(workers: RayWorkers) -> None:
     meetings = workers.meeting(both)
     assert [(m.rank, m.size) for m in meetings] == [(0, 2), (1, 2)]
     assert workers.meeting(both) == meetings
-    assert workers.meeting(both[:1]) == [Meeting()]
-    assert workers.meeting(both[::-1])[0].serial != meetings[0].serial  # other ranks, another group
 
     workers.start(0, call("nothing"))
     assert isinstance(answers(workers, 0)[-1], Over)
@@ -103,3 +101,14 @@ def test_a_worker_in_this_process_is_alone() -> None:
             pass
 
     assert InlineWorkers(None, Nothing).meeting([0]) == [Meeting()]  # type: ignore[arg-type]
+
+
+def test_who_was_alone_in_between_meets_anew(workers: RayWorkers) -> None:
+    """A store at which a group has met still has the addresses that its members had then."""
+    both = workers.idle()
+    first = workers.meeting(both)
+    assert workers.meeting(both[:1]) == [Meeting()]
+    again = workers.meeting(both)
+    assert again[0].serial != first[0].serial
+    assert workers.meeting(both[::-1])[0].serial != again[0].serial  # other ranks, another group
+    assert workers.meeting(both)[0].serial != again[0].serial
