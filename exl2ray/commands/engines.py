@@ -19,7 +19,6 @@ from exl2ray.errors import Exl2RayError, SourceError, UsageError
 from exl2ray.evaluate.forward import OpenModel, RunOptions, checked_device
 from exl2ray.evaluate.generate import Generator
 
-ENGINES = ("exl2ray", "transformers", "exllamav2")
 PAGE = 256  # tokens; ExLlamaV2's cache is a number of them
 CACHE_TOKENS = 1 << 15  # at most
 

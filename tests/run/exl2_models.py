@@ -75,6 +75,19 @@ def tokens(vocab: int = 272) -> torch.Tensor:
     return ids
 
 
+def losses_of_training(model: Any) -> list[float]:
+    """Of eight steps on `tokens`, of whatever of the model takes gradients."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(8):
+        loss = model(tokens(), labels=tokens()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     """Mean KL divergence of logits in nats."""
     a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
