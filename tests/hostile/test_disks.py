@@ -160,11 +160,17 @@ def test_the_disk_of_a_model_that_is_replaced(
     assert contents(target) == contents(made.target5)
 
 
+def delete(folder: Path) -> None:
+    """Delete a folder in which somebody may be writing: moved away first, for a new file in it would make `rmtree` fail."""
+    away = folder.rename(folder.with_name(folder.name + "-deleted"))
+    shutil.rmtree(away)
+
+
 @pytest.mark.parametrize("moment", MOMENTS[1:])
 def test_a_work_directory_that_is_deleted(moment: tuple[str, str], made: Conversion, tmp_path: Path) -> None:
     work, target = tmp_path / "work", tmp_path / "out"
     with pytest.raises(StoreError) as caught:
-        convert(made.recipe(work, target), At(moment, lambda: shutil.rmtree(work)))
+        convert(made.recipe(work, target), At(moment, lambda: delete(work)))
     assert caught.value.exit_code == 7
     assert not (target / "config.json").exists()
 
@@ -173,7 +179,7 @@ def test_a_work_directory_that_is_deleted(moment: tuple[str, str], made: Convers
 def test_an_output_that_is_deleted(moment: tuple[str, str], made: Conversion, tmp_path: Path) -> None:
     work, target = tmp_path / "work", tmp_path / "out"
     with pytest.raises(StoreError, match="was deleted") as caught:
-        convert(made.recipe(work, target), At(moment, lambda: shutil.rmtree(target)))
+        convert(made.recipe(work, target), At(moment, lambda: delete(target)))
     assert caught.value.exit_code == 7
     made.convert(work, target)
     assert contents(target) == contents(made.target)
