@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from exl2ray.errors import Exl2RayError, FormatError, HubError, UsageError
+from exl2ray.remote.hub_errors import SAYS, Failure, explained
 from exl2ray.remote.token import Token, checked
 
 ENDPOINT = "https://huggingface.co"
 TIMEOUT = 60.0  # seconds, for answers without data
-SAYS = 300  # characters of a server's message that are passed on
 AGAIN = "run the same command again: what has arrived is not sent again"
 MOVED, FULL = f"somebody else changed the repository meanwhile; {AGAIN}", "the storage of this account may be used up"
 HINTS = {
@@ -36,8 +30,6 @@ HINTS = {
     404: "is --repo right? a private repository is not found by a token that may not see it",
     409: MOVED, 412: MOVED, 402: FULL, 413: FULL, 507: FULL, 429: f"too many requests: wait some minutes, then {AGAIN}",
 }  # fmt: skip
-# Of httpx, httpx2 and requests (huggingface_hub has used all three), and of Python.
-NETWORK = {"TransportError", "RequestException", "ConnectionError", "TimeoutError"}
 
 
 @dataclass(frozen=True)
@@ -78,8 +70,8 @@ class Hub:
             try:
                 return bool(self._api.repo_info(self.repo, timeout=TIMEOUT).private)
             except RepositoryNotFoundError as e:
-                if _status(e) == 401 and not _says_not_found(e):
-                    raise
+                if e.response.status_code == 401 and e.response.headers.get("X-Error-Code") != "RepoNotFound":
+                    raise  # 401 is the answer for missing repositories as well as for tokens that the Hub does not know
                 return None
 
     def create(self, private: bool) -> None:
@@ -130,58 +122,21 @@ class Hub:
             )  # fmt: skip
             return Path(path).read_text(encoding="utf-8", errors="replace")
 
-    @contextmanager
-    def _typed(self, doing: str) -> Iterator[None]:
-        """Turns whatever goes wrong into a typed error. ``from None``: the chain of causes may show request headers."""
-        try:
-            yield
-        except Exl2RayError:
-            raise
-        except Exception as e:  # from several HTTP libraries; their texts are not to be shown unredacted
-            raise self._error(e, doing) from None
+    def _typed(self, doing: str) -> AbstractContextManager[None]:
+        return explained(lambda failed: self._error(failed, f"{self.repo}: {doing}"), self.token)
 
-    def _error(self, e: Exception, doing: str) -> Exl2RayError:
-        where, chain = f"{self.repo}: {doing}", list(_causes(e))
-        if isinstance(e, ValueError) and not isinstance(e, HfHubHTTPError) and "README.md" in str(e):
-            return FormatError(f"{where}: the Hub does not take the card: {self._short(e)}", "correct README.md")
-        for cause in chain:
-            if isinstance(cause, OfflineModeIsEnabled):
-                return HubError(f"{where}: the Hub's tools are switched to offline", "unset HF_HUB_OFFLINE")
-            if isinstance(cause, HfHubHTTPError):
-                return self._refused(cause, where)
-            if isinstance(cause, HFValidationError):
-                return UsageError(f"{where}: {self._short(cause)}", "--repo is OWNER/NAME as the Hub takes it")
-        text, names = self._short(chain[-1]), {base.__name__ for c in chain for base in type(c).__mro__}
-        if names & NETWORK:
+    def _error(self, f: Failure, where: str) -> Exl2RayError:
+        if isinstance(f.cause, ValueError) and not isinstance(f.cause, HfHubHTTPError) and "README.md" in str(f.cause):
+            text = " ".join(self.token.redact(str(f.cause)).split())[:SAYS]  # the server's words are in it, among others
+            return FormatError(f"{where}: the Hub does not take the card: {text}", "correct README.md")
+        if f.kind == "offline":
+            return HubError(f"{where}: the Hub's tools are switched to offline", "unset HF_HUB_OFFLINE")
+        if f.kind == "address":
+            return UsageError(f"{where}: {f.says}", "--repo is OWNER/NAME as the Hub takes it")
+        if f.status:
+            hint = HINTS.get(f.status, AGAIN if f.status >= 500 else "").format(token=self.token.source, repo=self.repo)
+            return HubError(f"{where}: the Hub answers {f.status}" + (f": {f.says}" if f.says else ""), hint)
+        if f.kind == "network":
             what = f"{self.endpoint} cannot be reached, or broke off"
-            return HubError(f"{where}: {what}: {text}", f"is there a network? {AGAIN}")
-        return HubError(f"{where}: {text}" if isinstance(e, OSError) else f"{where}: {type(e).__name__}: {text}", AGAIN)
-
-    def _refused(self, e: HfHubHTTPError, where: str) -> HubError:
-        status, says = _status(e), self._short(getattr(e, "server_message", None) or "")
-        hint = HINTS.get(status, AGAIN if status >= 500 else "").format(token=self.token.source, repo=self.repo)
-        return HubError(f"{where}: the Hub answers {status}" + (f": {says}" if says else ""), hint)
-
-    def _short(self, text: object) -> str:
-        """A message on one line, without the token."""
-        line = " ".join(self.token.redact(str(text)).split())
-        return line if len(line) <= SAYS else line[:SAYS] + "..."
-
-
-def _status(e: HfHubHTTPError) -> int:
-    return int(getattr(e.response, "status_code", 0) or 0)
-
-
-def _says_not_found(e: HfHubHTTPError) -> bool:
-    """The Hub answers 401 for missing repositories as well as for tokens that it does not know."""
-    headers = getattr(e.response, "headers", None) or {}
-    return headers.get("X-Error-Code") == "RepoNotFound"
-
-
-def _causes(e: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it, outermost first."""
-    seen, current = set[int](), e
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__  # type: ignore[assignment]
+            return HubError(f"{where}: {what}: {f.says}", f"is there a network? {AGAIN}")
+        return HubError(f"{where}: {f.says}" if isinstance(f.cause, OSError) else f"{where}: {f.name}: {f.says}", AGAIN)

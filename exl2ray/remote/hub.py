@@ -11,32 +11,27 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from exl2ray.errors import Exl2RayError, HubError, SourceError, StoreError, UsageError
+from exl2ray.errors import HubError, SourceError, StoreError, UsageError
 from exl2ray.formats.elsewhere import STAMP, RemoteFile
 from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import read_json_object
 from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
 from exl2ray.remote.address import Address, redacted
 from exl2ray.remote.blocks import Blocks
+from exl2ray.remote.hub_errors import Failure, Refused, explained
 from exl2ray.remote.listing import MAX_NAMES, Listing, folders_of
 from exl2ray.remote.retry import Passing, patiently
-from exl2ray.remote.token import Token, redacted_logs
 
 ENDPOINT = "https://huggingface.co"
 SECONDS = 30.0  # without an answer, or between two pieces of one
 KEPT_SECONDS = 600.0  # that a signed address is used
 PIECE_BYTES = 1 << 20
-SAYS = 200  # characters of a server's message that are passed on
 LOGIN = "hf auth login, or set HF_TOKEN"
 NOWHERE = ("", 0.0, "")
-PASSING = (408, 429, 500, 502, 503, 504)
-NETWORK = ("TransportError", "RequestException")  # of httpx, httpx2 and requests: huggingface_hub has used all three
 
 
 class Repository:
@@ -198,7 +193,7 @@ class Repository:
             self._places.pop(entry.name, None)  # the signature is too old
             raise Passing(HubError(f"{self.address}/{entry.name}: the storage of the Hub answers {status}"), 0.0)
         if status >= 400:
-            raise _Refused(status, answer.headers)
+            raise Refused(answer)
         first, here = answer.history[0] if answer.history else answer, answer.headers.get("ETag", "")
         if asked == known:
             tag, listed = here, expected
@@ -218,68 +213,37 @@ class Repository:
 
     # ---- errors ----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _typed(self, doing: str) -> Iterator[None]:
-        """Turns whatever goes wrong into a typed error. ``from None``: causes may show the headers of requests."""
-        from huggingface_hub import get_token
+    def _typed(self, doing: str) -> AbstractContextManager[None]:
+        return explained(lambda failed: self._error(failed, f"{self.address}: {doing}"))
 
-        token = _token(get_token() or "\0")
-        try:
-            yield
-        except (Exl2RayError, Passing):
-            raise
-        except Exception as e:  # of several HTTP libraries
-            raise self._error(e, doing, token) from None
-
-    def _error(self, e: Exception, doing: str, token: Token) -> Exception:
-        from huggingface_hub import errors
-
-        where = f"{self.address}: {doing}"
-        chain: list[BaseException] = [e]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-            chain.append(cause)
-        answer: Any = next((r for c in chain if (r := getattr(c, "response", None)) is not None), None)
-        status = e.status if isinstance(e, _Refused) else getattr(answer, "status_code", None)
-        headers: Any = e.headers if isinstance(e, _Refused) else getattr(answer, "headers", None) or {}
-        says = next((str(m) for c in chain if (m := getattr(c, "server_message", None))), "")
-        says = says or headers.get("X-Error-Message", "") or ("" if status else str(chain[-1]))
-        says = " ".join(redacted(token.redact(says)).split())[:SAYS]
-        code = headers.get("X-Error-Code", "")
-        if any(isinstance(c, errors.OfflineModeIsEnabled) for c in chain):
+    def _error(self, f: Failure, where: str) -> Exception:
+        again = "run the same command again"
+        if f.kind == "offline":
             return HubError(f"{where}: HF_HUB_OFFLINE is set, and the Hub's cache does not have it", "unset HF_HUB_OFFLINE")
-        if any(isinstance(c, errors.GatedRepoError) for c in chain) or code == "GatedRepo":
-            page = redacted(f"{_endpoint()}/{self.address.place}")
-            return HubError(f"{where}: the model is gated ({status}): {says}", f"accept its licence at {page}, then {LOGIN}")
-        if any(isinstance(c, errors.RevisionNotFoundError) for c in chain) or code == "RevisionNotFound":
+        if f.kind == "gated":
+            accept = f"accept its licence at {redacted(_endpoint())}/{self.address.place}, then {LOGIN}"
+            return HubError(f"{where}: the model is gated ({f.status}): {f.says}", accept)
+        if f.kind == "revision":
             revision = self.address.revision or "main"
             return SourceError(f"{where}: there is no revision {revision}", "leave out @REVISION for the main branch")
-        if any(isinstance(c, errors.HFValidationError) for c in chain):
-            return UsageError(f"{where}: {says}", "the address has the form hf://OWNER/NAME[@REVISION][/FOLDER]")
-        if status in PASSING:
-            hint = "too many requests: wait some minutes" if status == 429 else "run the same command again later"
-            return Passing(HubError(f"{where}: the Hub answers {status}: {says}", hint), _after(headers))
-        if code == "EntryNotFound" or any(isinstance(c, errors.EntryNotFoundError) for c in chain):
+        if f.kind == "address":
+            return UsageError(f"{where}: {f.says}", "the address has the form hf://OWNER/NAME[@REVISION][/FOLDER]")
+        if f.kind == "busy":
+            hint = "too many requests: wait some minutes" if f.status == 429 else f"{again} later"
+            return Passing(HubError(f"{where}: the Hub answers {f.status}: {f.says}", hint), _after(f.headers))
+        if f.kind == "file":
             return SourceError(f"{where}: there is no such file in this commit", "was the repository changed?")
-        if status in (401, 404) and (code == "RepoNotFound" or status == 404 or not token.value.strip("\0")):
+        if f.kind == "missing":
             hint = f"is the name right? if the model is private: {LOGIN}"
-            return SourceError(f"{where}: not found, or not shown to you ({status}): {says}", hint)
-        if status in (401, 403):
-            return HubError(f"{where}: the Hub refuses ({status}): {says}", f"is the token right? {LOGIN}")
-        if status:
-            return HubError(f"{where}: the Hub answers {status}: {says}")
-        what = f"{redacted(_endpoint())} cannot be reached, or broke off: {says}"
-        error = HubError(f"{where}: {what}", "is there a network? run the same command again")
-        names = {base.__name__ for c in chain for base in type(c).__mro__}
-        network = names.intersection(NETWORK) or any(isinstance(c, (ConnectionError, TimeoutError)) for c in chain)
-        return Passing(error) if network else HubError(f"{where}: {type(e).__name__}: {says}")
-
-
-@cache
-def _token(value: str) -> Token:
-    """The token, from now on masked in what is logged: by any thread, so there is no end to it."""
-    token = Token(value, "")
-    redacted_logs(token).__enter__()
-    return token
+            return SourceError(f"{where}: not found, or not shown to you ({f.status}): {f.says}", hint)
+        if f.kind == "refused":
+            return HubError(f"{where}: the Hub refuses ({f.status}): {f.says}", f"is the token right? {LOGIN}")
+        if f.kind == "answer":
+            return HubError(f"{where}: the Hub answers {f.status}: {f.says}")
+        if f.kind == "network":
+            what = f"{redacted(_endpoint())} cannot be reached, or broke off: {f.says}"
+            return Passing(HubError(f"{where}: {what}", f"is there a network? {again}"))
+        return HubError(f"{where}: {f.name}: {f.says}")
 
 
 def _read_cached(path: Path | None, entry: FileState, buffer: memoryview, offset: int) -> bool:
@@ -297,14 +261,6 @@ def _read_cached(path: Path | None, entry: FileState, buffer: memoryview, offset
             return done == len(buffer)
     except OSError:
         return False
-
-
-class _Refused(Exception):
-    """An answer with an error's status."""
-
-    def __init__(self, status: int, headers: Any) -> None:
-        super().__init__(f"status {status}")
-        self.status, self.headers = status, headers
 
 
 def _endpoint() -> str:

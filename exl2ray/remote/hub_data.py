@@ -10,14 +10,14 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exl2ray.calibration.data.sources import HUB, DataFile, Source, choose_files, kind_by_name
 from exl2ray.errors import CalibrationError, Exl2RayError, HubError, UsageError
+from exl2ray.remote.hub_errors import Failure, explained
 
 ADDRESS = re.compile(
     r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(/(?P<path>[^:]*))?(:(?P<column>.+))?"
@@ -26,7 +26,6 @@ FORM = "hf://datasets/OWNER/NAME[@REVISION][/PATH][:COLUMN]"
 CONVERTED = "refs/convert/parquet"
 TIMEOUT = 30.0  # seconds, for answers without data
 MAX_FILE_BYTES = 16 << 30  # of one file, which is fetched whole
-SAYS = 200  # characters of a server's message that are passed on
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def hub_source(text: str) -> Source:
     commit, names = _files(address, address.revision)
     chosen, notes = _chosen(address, names, text)
     if not chosen and address.revision is None:
-        with _tolerated():
+        with suppress(CalibrationError):
             commit, names = _files(address, CONVERTED)
             chosen, notes = _chosen(address, names, text)
     if not chosen:
@@ -104,61 +103,32 @@ def _files(address: Address, revision: str | None) -> tuple[str, dict[str, int]]
 
 def _fetch(address: Address, commit: str, name: str, size: int) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if size > MAX_FILE_BYTES:
         hint = f"name another file: {FORM}"
         raise CalibrationError(f"data set {address.repo}: {name} has {size >> 30} GiB, too much for calibration", hint)
+    disable_progress_bars()
     with _typed(address, f"fetching {name}"):
         return Path(hf_hub_download(address.repo, name, repo_type="dataset", revision=commit, etag_timeout=TIMEOUT))
 
 
-@contextmanager
-def _tolerated() -> Iterator[None]:
-    try:
-        yield
-    except CalibrationError:
-        pass
+def _typed(address: Address, doing: str) -> AbstractContextManager[None]:
+    return explained(lambda failed: _error(failed, address, f"data set {address.repo}: {doing}"))
 
 
-@contextmanager
-def _typed(address: Address, doing: str) -> Iterator[None]:
-    """Turns whatever goes wrong into a typed error without the token. ``from None``: causes may show request headers."""
-    from huggingface_hub import get_token
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    from exl2ray.remote.token import Token, redacted_logs
-
-    token = Token(get_token() or "\0", "")
-    disable_progress_bars()
-    try:
-        with redacted_logs(token):
-            yield
-    except Exl2RayError:
-        raise
-    except Exception as e:  # of several HTTP libraries
-        raise _error(e, address, doing, token.redact) from None
-
-
-def _error(e: Exception, address: Address, doing: str, redact: Callable[[str], str]) -> Exl2RayError:
-    from huggingface_hub import errors
-
-    where = f"data set {address.repo}: {doing}"
-    says = " ".join(redact(str(getattr(e, "server_message", None) or e)).split())[:SAYS]
-    chain: list[BaseException] = [e]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    status: Any = next((s for c in chain if (s := getattr(getattr(c, "response", None), "status_code", None))), None)
-    if any(isinstance(c, errors.OfflineModeIsEnabled) for c in chain):
+def _error(f: Failure, address: Address, where: str) -> Exl2RayError:
+    if f.kind == "offline":
         return HubError(f"{where}: the Hub's tools are offline, and it is not in the cache", "unset HF_HUB_OFFLINE")
-    if isinstance(e, errors.GatedRepoError):
+    if f.kind == "gated":
         return CalibrationError(f"{where}: its authors have to grant access", "ask for it on its page, then: hf auth login")
-    if isinstance(e, errors.RevisionNotFoundError):
+    if f.kind == "revision":
         return CalibrationError(f"{where}: there is no revision {address.revision}", "leave out @REVISION for the newest")
-    if status in (401, 403, 404) or isinstance(e, (errors.RepositoryNotFoundError, errors.EntryNotFoundError)):
+    if f.kind == "address":
+        return UsageError(f"{where}: {f.says}", f"the address has the form {FORM}")
+    if f.kind in ("file", "missing", "refused"):
         hint = "is the name right? if it is private: hf auth login"
-        return CalibrationError(f"{where}: not found, or not shown to you ({says})", hint)
-    if isinstance(e, errors.HFValidationError):
-        return UsageError(f"{where}: {says}", f"the address has the form {FORM}")
+        return CalibrationError(f"{where}: not found, or not shown to you ({f.says or f.status})", hint)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answer = f"answers {status}" if status else "cannot be reached"
-    return HubError(f"{where}: {endpoint} {answer}: {says}", "is there a network? run the same command again")
+    answer = f"answers {f.status}" if f.status else "cannot be reached"
+    return HubError(f"{where}: {endpoint} {answer}: {f.says}", "is there a network? run the same command again")
