@@ -115,16 +115,11 @@ def builtin_rows(
     chat_rows: bool = True,  # render conversations with the model's chat template, if it has one
     max_positions: int | None = None,  # longest sequence the model takes
     documents: Sequence[Document] | None = None,  # default: the built-in text
-    exclude: frozenset[str] = frozenset(),  # kinds of rows to leave out, names of ROW_SETS
 ) -> Rows:
     """The built-in rows of a pass: 19 to measure, 115 to quantise, plus 5 or 30 noise rows.
 
-    ``exclude`` serves comparisons that hold out one kind: its rows are missing, nothing takes their place, and all
-    other rows are the same as without it. "multilingual" takes "shuffled", which is made of the same text, with it.
-    What is left out is a set of rows, not a subject: conversations about code stay when "code" is excluded.
-
-    Raises CalibrationError for an unusable length (naming the flag), a set without any text, an unknown kind in
-    ``exclude`` or nothing left after it, SourceError if the tokenizer yields an id the embedding does not have.
+    Raises CalibrationError for an unusable length (naming the flag) or a set without any text, SourceError if the tokenizer
+    yields an id the embedding does not have.
     """
     flag = LENGTH_FLAGS[plan]
     ctx = min(MAX_BUILTIN_LENGTH, length)
@@ -137,13 +132,9 @@ def builtin_rows(
             f"{flag} {length} is not a multiple of {LENGTH_STEP}, which the built-in calibration set needs",
             f"use {max(LENGTH_STEP, ctx // LENGTH_STEP * LENGTH_STEP)}",
         )
-    row_sets = _row_sets(exclude)
-    if exclude:
-        left = {row_set.name for row_set in row_sets}
-        notes.append(f"left out: {', '.join(s.name for s in ROW_SETS if s.name not in left)}")
     sources = _Sources(tokenizer, seed, chat_rows, builtin_documents() if documents is None else documents)
     made: dict[str, Ids] = {}
-    for row_set in row_sets:
+    for row_set in ROW_SETS:
         count = row_set.measure if plan == "measure" else row_set.quantize
         rng = random.Random(f"{seed}/{row_set.name}")
         if row_set.name == "shuffled":
@@ -187,21 +178,6 @@ def check_ids(ids: Tensor, vocab_size: int, tokenizer: ModelTokenizer, kinds: Se
         f"the model has {vocab_size} embedding rows",
         "leave out what holds it (chat template: --no-chat-rows), or resize the model's embedding",
     )
-
-
-def _row_sets(exclude: frozenset[str]) -> tuple[RowSet, ...]:
-    """ROW_SETS without the kinds in ``exclude``; raises CalibrationError if one is unknown or none is left."""
-    names = ", ".join(row_set.name for row_set in ROW_SETS)
-    unknown = exclude - {row_set.name for row_set in ROW_SETS}
-    if unknown:
-        raise CalibrationError(
-            f"no calibration rows of kind {', '.join(sorted(unknown))} that could be excluded", f"kinds are {names}"
-        )
-    gone = exclude | {"shuffled"} if "multilingual" in exclude else exclude
-    kept = tuple(row_set for row_set in ROW_SETS if row_set.name not in gone)
-    if not kept:
-        raise CalibrationError("all kinds of calibration rows are excluded", f"keep one of {names}")
-    return kept
 
 
 class _Sources:

@@ -135,47 +135,6 @@ def test_a_set_without_documents(tokenizer: ModelTokenizer, documents: Documents
         )
 
 
-@pytest.mark.parametrize(
-    ("exclude", "gone"),
-    [
-        ({"code"}, {"code"}),
-        ({"shuffled"}, {"shuffled"}),
-        ({"multilingual"}, {"multilingual", "shuffled"}),
-        ({"chat", "random"}, {"chat", "random"}),
-        (set(QUANTIZE) - {"web"}, set(QUANTIZE) - {"web"}),
-    ],
-)
-def test_excluded_kinds_are_missing_and_the_others_unchanged(
-    tokenizer: ModelTokenizer, documents: Documents, exclude: set[str], gone: set[str]
-) -> None:
-    all_rows = builtin_rows(tokenizer, "quantize", 128, 0, 2048, documents=documents, noise=True)
-    rows = builtin_rows(
-        tokenizer, "quantize", 128, 0, 2048, documents=documents, noise=True, exclude=frozenset(exclude)
-    )
-    keep = [kind not in gone for kind in all_rows.kinds]
-    assert rows.kinds == tuple(kind for kind in all_rows.kinds if kind not in gone)
-    assert torch.equal(rows.ids, all_rows.ids[keep])
-    assert rows.notes[0] == f"left out: {', '.join(kind for kind in QUANTIZE if kind in gone)}"
-
-
-def test_an_excluded_kind_needs_no_documents(tokenizer: ModelTokenizer, documents: Documents) -> None:
-    few = [d for d in documents if d.kind != "code"]
-    rows = builtin_rows(tokenizer, "measure", 128, 0, 2048, documents=few, exclude=frozenset({"code"}))
-    assert "code" not in rows.kinds
-
-
-@pytest.mark.parametrize(
-    ("exclude", "message"),
-    [({"essays", "code"}, "no calibration rows of kind essays"), (set(QUANTIZE), "all kinds of calibration rows")],
-)
-def test_exclusions_that_cannot_be(
-    tokenizer: ModelTokenizer, documents: Documents, exclude: set[str], message: str
-) -> None:
-    with pytest.raises(CalibrationError, match=message) as error:
-        builtin_rows(tokenizer, "measure", 128, 0, 2048, documents=documents, exclude=frozenset(exclude))
-    assert "web, articles, code" in error.value.hint
-
-
 def test_long_rows_are_clipped_with_a_note(tokenizer: ModelTokenizer, documents: Documents) -> None:
     rows = builtin_rows(tokenizer, "measure", 4096, 0, 2048, documents=documents, max_positions=2048)
     assert rows.ids.shape == (19, 2048)
