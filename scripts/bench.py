@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -27,7 +26,7 @@ if not hasattr(numpy, "row_stack"):  # numba-cuda 0.30 imports it; numpy 2.5 dro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from safetensors.torch import save_file
+from random_models import Shape, build
 
 from exl2ray.allocation.knapsack import Slot, budget, solve
 from exl2ray.formats.exl2 import PackedLinear
@@ -45,61 +44,14 @@ CALLS = 10  # of a kernel per timing
 MATRIX_RATE = {"H200": 700e12, "H100": 700e12}  # fp16 FLOP/s reached by cuBLAS on large products
 
 
-@dataclass(frozen=True)
-class ShapeSpec:
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    experts: int = 0
-    per_token: int = 2  # experts of a token
-    head: int = 0  # width of one; 0: hidden / heads
-    reference: tuple[float, float] | None = None  # seconds of the reference: measure one layer, quantise one layer
-
-
 SHAPES = {
-    "7b": ShapeSpec(4096, 11008, 32, 32, reference=(26.0, 13.5)),
-    "70b": ShapeSpec(8192, 28672, 64, 8, reference=(88.1, 56.6)),
-    "mixtral": ShapeSpec(4096, 14336, 32, 8, experts=8),
-    "qwen3-moe": ShapeSpec(2048, 768, 32, 4, experts=128, per_token=8, head=128),
-    "tiny": ShapeSpec(256, 704, 4, 2),
+    "7b": Shape(1, 4096, 11008, 32, 32),
+    "70b": Shape(1, 8192, 28672, 64, 8),
+    "mixtral": Shape(1, 4096, 14336, 32, 8, experts=8),
+    "qwen3-moe": Shape(1, 2048, 768, 32, 4, experts=128, per_token=8, head=128),
+    "tiny": Shape(1, 256, 704, 4, 2),
 }
-
-
-def make_model(folder: Path, shape: ShapeSpec, layers: int = 1, vocab: int = 32000) -> None:
-    """Writes a random model of this shape: config.json and model.safetensors."""
-    config = {
-        "architectures": ["MixtralForCausalLM" if shape.experts else "LlamaForCausalLM"],
-        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": layers,
-        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "rms_norm_eps": 1e-5,
-        "vocab_size": vocab, "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2, "head_dim": shape.head or shape.hidden // shape.heads,
-    }  # fmt: skip
-    if shape.experts:
-        config |= {"num_local_experts": shape.experts, "num_experts_per_tok": shape.per_token}
-    (folder / "config.json").write_text(json.dumps(config))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    head = shape.head or shape.hidden // shape.heads
-    h, f, q, kv = shape.hidden, shape.intermediate, shape.heads * head, shape.kv_heads * head
-
-    def w(out: int, inner: int) -> torch.Tensor:
-        return (torch.randn(out, inner, device=device) * inner**-0.5).half().cpu()
-
-    tensors = {"model.norm.weight": torch.ones(h).half(), "lm_head.weight": w(vocab, h)}
-    tensors["model.embed_tokens.weight"] = w(vocab, h)
-    for i in range(layers):
-        p = f"model.layers.{i}."
-        tensors |= {p + n + ".weight": torch.ones(h).half() for n in ("input_layernorm", "post_attention_layernorm")}
-        tensors |= {p + "self_attn.q_proj.weight": w(q, h), p + "self_attn.k_proj.weight": w(kv, h)}
-        tensors |= {p + "self_attn.v_proj.weight": w(kv, h), p + "self_attn.o_proj.weight": w(h, q)}
-        if shape.experts:
-            tensors[p + "block_sparse_moe.gate.weight"] = w(shape.experts, h)
-        for e in range(max(1, shape.experts)):
-            names = (("w1", f, h), ("w3", f, h), ("w2", h, f)) if shape.experts else (
-                ("gate_proj", f, h), ("up_proj", f, h), ("down_proj", h, f))  # fmt: skip
-            prefix = f"block_sparse_moe.experts.{e}." if shape.experts else "mlp."
-            tensors |= {p + prefix + n + ".weight": w(o, k) for n, o, k in names}
-    save_file(tensors, str(folder / "model.safetensors"))
+REFERENCE = {"7b": (26.0, 13.5), "70b": (88.1, 56.6)}  # seconds of the reference: measure one layer, quantise one layer
 
 
 class Packed(dict[str, PackedLinear]):
@@ -116,7 +68,7 @@ class Bench:
         self.frugal = frugal  # source weights wait on the host, as they do in a conversion
         self.name, self.shape, self.device, self.repeat = name, SHAPES[name], device, repeat
         self.folder = tempfile.TemporaryDirectory()
-        make_model(Path(self.folder.name), self.shape)
+        build(Path(self.folder.name), self.shape)
         self.source = SourceModel(self.folder.name)
         self.spec = load_spec(self.source)
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -167,16 +119,15 @@ class Bench:
             )
             self.add(f"measure {module.kind}", seconds, first)
             total, first_total = total + seconds, first_total + first
-        reference = self.shape.reference[0] if self.shape.reference else None
+        reference = REFERENCE.get(self.name, (None, None))[0]
         self.add("measure layer", total, first_total, reference, self.measure_flop(rows * tokens))
 
     def measure_flop(self, tokens: int) -> float:
         """FLOPs of the distinct projection outputs of all options (converter-algorithm section 9), without attention."""
         s = self.shape
-        head = s.head or s.hidden // s.heads
-        attention = 2 * tokens * s.hidden * head * (33 * s.heads + 29 * s.kv_heads)
+        attention = 2 * tokens * s.hidden * s.head_width * (33 * s.heads + 29 * s.kv_heads)
         active = s.per_token if s.experts else 1
-        return attention + 2 * tokens * active * s.hidden * s.intermediate * (13 + 13 + 17)
+        return attention + 2 * tokens * active * s.hidden * s.wide * (13 + 13 + 17)
 
     def quantize(self, rows: int, tokens: int) -> None:
         x = self.states(rows, tokens)
@@ -198,11 +149,11 @@ class Bench:
             seconds, first = self.time(work)
             self.add(f"quantize {module.kind}", seconds, first)
             total, first_total = total + seconds, first_total + first
-        reference = self.shape.reference[1] if self.shape.reference else None
+        reference = REFERENCE.get(self.name, (None, None))[1]
         s = self.shape
-        heads = 2 * (s.heads + s.kv_heads) * (s.head or s.hidden // s.heads)
+        heads = 2 * (s.heads + s.kv_heads) * s.head_width
         active = s.per_token if s.experts else 1
-        per_token = 2 * s.hidden * (heads + 3 * active * s.intermediate)
+        per_token = 2 * s.hidden * (heads + 3 * active * s.wide)
         self.add("quantize layer", total, first_total, reference, 2 * per_token * rows * tokens)
 
     def quantized(self, entered: Entered, params: dict[str, QParams]) -> None:
@@ -223,7 +174,7 @@ class Bench:
         self.add("quantize head", *self.time(work))
 
     def pack(self) -> None:
-        k, n = pad32(self.shape.hidden), pad32(self.shape.intermediate)
+        k, n = pad32(self.shape.hidden), pad32(self.shape.wide)
         for bits in (4, 3):
             layout = GroupLayout((bits,) * (k // 128), (128,) * (k // 128))
             codes = torch.randint(0, 2**bits, (k, n), dtype=torch.uint8, device=self.device)
@@ -264,7 +215,7 @@ class Bench:
         slots, weights = [], 0
         for i in range(160):
             n = (19, 17)[i % 2]
-            size = (4 * self.shape.hidden**2, 3 * self.shape.hidden * self.shape.intermediate)[i % 2]
+            size = (4 * self.shape.hidden**2, 3 * self.shape.hidden * self.shape.wide)[i % 2]
             bits = sorted(rng.uniform(2.2, 8.1) for _ in range(n))
             scale = rng.lognormvariate(-2, 1)
             slots.append(Slot(str(i), tuple(int(b * size) for b in bits), tuple(scale * 2.5 ** -(b - 2) for b in bits)))

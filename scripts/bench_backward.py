@@ -14,10 +14,12 @@ import hashlib
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bench import SHAPES, make_model
+from bench import SHAPES
+from random_models import build
 
 from exl2ray.store.layout import CALIBRATION
 from exl2ray.store.open import open_store
@@ -41,8 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         model, work = Path(temporary, "model"), Path(temporary, "work")
-        model.mkdir()
-        make_model(model, SHAPES[args.shape], args.layers, args.vocab)
+        build(model, replace(SHAPES[args.shape], layers=args.layers, vocab=args.vocab))
         ids = torch.randint(3, args.vocab, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
         put_tensors(open_store(str(work)), CALIBRATION, {"measure": ids, "quantize": ids[:1]})
         setup = WorkerSetup(str(model), str(work), args.device, None, None, 0.12, 120.0, CALIBRATION, "0" * 64, 1)

@@ -16,7 +16,9 @@ SHARD_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Shape:
-    """``full``: its name in the simulation. ``ladder``: bitrates that it can have, 4 among them. Two experts per token."""
+    """``full``: its name in the simulation. ``ladder``: bitrates that it can have, 4 among them. ``per_token``: experts.
+    ``head``: width of one; 0: hidden / heads.
+    """
 
     layers: int
     hidden: int
@@ -27,13 +29,18 @@ class Shape:
     vocab: int = 32000
     full: str = ""
     ladder: tuple[float, ...] = (3.0, 4.0, 5.0)
+    per_token: int = 2
+    head: int = 0
+
+    @property
+    def head_width(self) -> int:
+        return self.head or self.hidden // self.heads
 
     @property
     def linears(self) -> int:
         """Weights of the decoder layers' linears."""
-        kv = self.hidden // self.heads * self.kv_heads
-        mlp = 3 * self.hidden * self.wide * max(1, self.experts)
-        return self.layers * (2 * self.hidden * (self.hidden + kv) + mlp)
+        attention = 2 * self.hidden * self.head_width * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.wide * max(1, self.experts))
 
     @property
     def bytes(self) -> int:
@@ -82,24 +89,24 @@ def model_config(shape: Shape) -> dict[str, object]:
         "architectures": ["MixtralForCausalLM" if shape.experts else "LlamaForCausalLM"],
         "model_type": "mixtral" if shape.experts else "llama", "hidden_size": shape.hidden,
         "intermediate_size": shape.wide, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads, "head_dim": shape.hidden // shape.heads, "vocab_size": shape.vocab,
+        "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_width, "vocab_size": shape.vocab,
         "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "bos_token_id": 1,
         "eos_token_id": 2, "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float16",
     }  # fmt: skip
     if shape.experts:
-        config |= {"num_local_experts": shape.experts, "num_experts_per_tok": 2}
+        config |= {"num_local_experts": shape.experts, "num_experts_per_tok": shape.per_token}
     return config
 
 
 def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors, in order."""
-    h, w, kv = shape.hidden, shape.wide, shape.hidden // shape.heads * shape.kv_heads
+    h, w, q, kv = shape.hidden, shape.wide, shape.head_width * shape.heads, shape.head_width * shape.kv_heads
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, h)}
     for i in range(shape.layers):
         p = f"model.layers.{i}"
         out |= {f"{p}.{n}.weight": (h,) for n in ("input_layernorm", "post_attention_layernorm")}
-        out |= {f"{p}.self_attn.{n}_proj.weight": (h, h) for n in "qo"}
-        out |= {f"{p}.self_attn.{n}_proj.weight": (kv, h) for n in "kv"}
+        sizes = {"q": (q, h), "o": (h, q), "k": (kv, h), "v": (kv, h)}
+        out |= {f"{p}.self_attn.{n}_proj.weight": size for n, size in sizes.items()}
         if not shape.experts:
             out |= {f"{p}.mlp.{n}_proj.weight": (w, h) for n in ("gate", "up")} | {f"{p}.mlp.down_proj.weight": (h, w)}
             continue

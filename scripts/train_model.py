@@ -29,24 +29,22 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from train_demo import BOS, CHAT_TEMPLATE, EOS, UNK, as_text, held_out_loss, loss_of  # noqa: E402
+import training  # noqa: E402
+from training import POSITIONS, as_text, encode, held_out_loss  # noqa: E402
 
 from exl2ray.calibration.text import builtin_documents  # noqa: E402
 
-POSITIONS = 2048
-LENGTHS = (512, 1024, POSITIONS)  # of training rows, in turn: RoPE must have seen every distance that conversion uses
 EVAL_LENGTH = 1024
 PER_MILLE = {"eval": 20, "calibration": 20}  # of the files; the rest is for training
 SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
@@ -117,7 +115,7 @@ def collect(megabytes: float, package_megabytes: float, seed: int) -> list[File]
     """Files in random order, at most so many characters in all and of one package; none twice."""
     found = list(candidates())
     random.Random(seed).shuffle(found)
-    built_in = [(f"calibration/{d.kind}", Path(d.kind) / d.name, as_text(d).text) for d in builtin_documents()]
+    built_in = [(f"calibration/{d.kind}", Path(d.kind) / d.name, as_text(d)) for d in builtin_documents()]
     sizes: Counter[str] = Counter()
     hashes: set[bytes] = set()
     out: list[File] = []
@@ -143,33 +141,10 @@ def collect(megabytes: float, package_megabytes: float, seed: int) -> list[File]
     return out
 
 
-def train_tokenizer(texts: Sequence[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE with ``vocab`` tokens, from the first TOKENIZER_CHARACTERS characters."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[UNK, BOS, EOS], initial_alphabet=alphabet, show_progress=False
-    )
-    chosen, characters = [], 0
-    for text in texts:
-        if characters >= TOKENIZER_CHARACTERS:
-            break
-        chosen.append(text)
-        characters += len(text)
-    tokenizer.train_from_iterator(chosen, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
-    return tokenizer
-
-
-def encode(tokenizer: Tokenizer, texts: Sequence[str], most: int | None = None) -> np.ndarray:
-    """Ids (n,) uint16 of all texts one after the other, each cut to ``most`` tokens and between BOS and EOS."""
-    parts = []
-    for first in range(0, len(texts), 1000):  # a batch at a time: encodings are much larger than their ids
-        for e in tokenizer.encode_batch(list(texts[first : first + 1000]), add_special_tokens=False):
-            parts.append(np.array([1, *e.ids[:most], 2], dtype=np.uint16))
-    return np.concatenate(parts)
+def some(texts: Sequence[str]) -> list[str]:
+    """The first TOKENIZER_CHARACTERS characters, to whole texts."""
+    before = accumulate(map(len, texts), initial=0)
+    return [text for text, characters in zip(texts, before, strict=False) if characters < TOKENIZER_CHARACTERS]
 
 
 def build(args: argparse.Namespace) -> LlamaForCausalLM:
@@ -179,81 +154,6 @@ def build(args: argparse.Namespace) -> LlamaForCausalLM:
         num_key_value_heads=args.kv_heads or args.heads, head_dim=args.hidden // args.heads,
         max_position_embeddings=POSITIONS, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
     ))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Losses in nats per token: of the last training steps before the best report, and of SELECTION_ROWS rows there."""
-
-    steps: int
-    tokens_seen: int
-    best_step: int
-    train_loss: float
-    held_out_loss: float
-    seconds: float
-
-
-def train(model: LlamaForCausalLM, stream: Tensor, eval_rows: Tensor, args: argparse.Namespace) -> Trained:
-    """AdamW, 3 % warm-up, cosine decay to a fiftieth, over --minutes. Leaves the best weights in ``model``.
-
-    stream: (n,) int32 ids; eval_rows: (R, EVAL_LENGTH) int64; both on the model's device.
-    """
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    norms = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=stream.is_cuda)
-    forward = torch.compile(model) if args.compile else model
-    offsets = torch.Generator().manual_seed(args.seed)
-    best, weights, losses = Trained(0, 0, 0, math.nan, math.inf, 0.0), {}, []
-    start, step, seen, reports, done = time.perf_counter(), 0, 0, 0, 0.0
-    model.train()
-    while done < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (done + 1e-3) / 0.03) * (0.51 + 0.49 * math.cos(math.pi * done))
-        length = LENGTHS[step % len(LENGTHS)]
-        first = torch.randint(0, len(stream) - length, (max(1, args.batch_tokens // length),), generator=offsets)
-        rows = stream[first[:, None].to(stream.device) + torch.arange(length, device=stream.device)].long()
-        loss = loss_of(forward, rows)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.detach())
-        step, seen = step + 1, seen + rows.numel()
-        if step % 10 == 0 and stream.is_cuda:
-            torch.cuda.synchronize()  # else the clock runs ahead of the work
-        elapsed = time.perf_counter() - start
-        done = elapsed / (60 * args.minutes)
-        if done * args.reports >= reports + 1 or done >= 1:
-            reports += 1
-            mean, held = float(torch.stack(losses).mean()), held_out_loss(model, eval_rows)
-            losses.clear()
-            if not math.isfinite(mean) or not math.isfinite(held):
-                raise SystemExit(f"step {step}: training loss {mean}, held-out loss {held}; lower --lr")
-            mark = ""
-            if held < best.held_out_loss:
-                best, mark = Trained(step, seen, step, mean, held, elapsed), " *"
-                weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            print(f"step {step:5d}  {elapsed:5.0f} s  epoch {seen / len(stream):5.2f}  {seen / elapsed / 1e3:.0f}k tokens/s  "
-                  f"train {mean:.4f}  held out {held:.4f}{mark}", flush=True)  # fmt: skip
-    model.load_state_dict(weights)
-    model.eval()
-    return Trained(step, seen, best.best_step, best.train_loss, best.held_out_loss, time.perf_counter() - start)
-
-
-def save(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    """Float16 weights, config and tokenizer files."""
-    model.half().save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    # Loaders that do not know the spelling of transformers 5 read these two.
-    config |= {"rope_theta": 10000.0, "torch_dtype": "float16"}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save(str(out / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": UNK,
-        "model_max_length": POSITIONS, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
-    }  # fmt: skip
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -285,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = {side: [f.text for f in files if f.side == side] for side in ("train", *PER_MILLE)}
     characters = {side: sum(map(len, some)) for side, some in texts.items()}
     print(f"{len(files)} files; characters: {characters}; {time.perf_counter() - start:.0f} s", flush=True)
-    tokenizer = train_tokenizer(texts["train"], args.vocab)
+    tokenizer = training.train_tokenizer(some(texts["train"]), args.vocab)
     ids, eval_ids = encode(tokenizer, texts["train"]), encode(tokenizer, texts["eval"], DOCUMENT_TOKENS)
     if len(eval_ids) < args.eval_rows * EVAL_LENGTH:
         raise SystemExit(f"only {len(eval_ids)} held-out tokens; {args.eval_rows} rows of {EVAL_LENGTH} are needed")
@@ -300,8 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = build(args).to(args.device)
     count = sum(p.numel() for p in model.parameters())
     print(f"{count} parameters on {args.device}", flush=True)
-    trained = train(model, stream, eval_rows[:SELECTION_ROWS], args)
-    save(args.out, model, tokenizer)
+    settings = training.Settings(
+        seconds=60 * args.minutes, rate=args.lr, weight_decay=args.weight_decay, batch_tokens=args.batch_tokens,
+        lengths=(512, 1024, POSITIONS), warm_up=0.03, floor=0.02, reports=args.reports, seed=args.seed,
+    )  # fmt: skip
+    trained = training.train(model, stream, eval_rows[:SELECTION_ROWS], settings, args.compile)
+    training.save(args.out, model, tokenizer)
     final = held_out_loss(LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device), eval_rows)
     print(f"held-out loss of the saved weights, all rows: {final:.4f}, perplexity {math.exp(final):.2f}; "
           f"training loss {trained.train_loss:.4f}; {time.perf_counter() - start:.0f} s in all")  # fmt: skip
