@@ -1,6 +1,6 @@
 """A packed linear on its device: products with few rows by a fused kernel, and its weights unpacked for many.
 
-Plain reference of both: `exl2ray.formats.exl2.dequantize_numpy` and a matrix product. On CUDA devices the kernels are those
+Plain reference of both: `dequantize_numpy` of tests/exl2_numpy.py and a matrix product. On CUDA devices the kernels are those
 of `run_source.py`, on the CPU those of `run_cpu.py`. One thread and one stream at a time may use the linears of a device:
 they share a workspace.
 """

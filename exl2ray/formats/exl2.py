@@ -1,7 +1,7 @@
-"""EXL2 tensors: one packed linear, its structural check and numpy oracle, and the reader of an EXL2 directory.
+"""EXL2 tensors: one packed linear, its structural check, and the reader of an EXL2 directory.
 
-The byte layout is that of exl2-format sections 5 to 8. ``packing.py`` has the bit streams, ``verify.py`` the checks of
-a whole directory.
+The byte layout is that of exl2-format sections 5 to 8. The bit streams are packed by `exl2ray.quant.pack`; ``verify.py`` has
+the checks of a whole directory.
 """
 
 from __future__ import annotations
@@ -10,22 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from exl2ray.errors import FormatError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout
-from exl2ray.formats.packing import (
-    dequantize_values,
-    effective_scales,
-    pack_scales,
-    pack_values,
-    unpack_scales,
-    unpack_values,
-)
 
 MAX_IN_FEATURES = 65536  # the loader keeps the permutation in 16 bits
 QUANTIZED_SUFFIXES = (".q_weight", ".q_scale", ".q_scale_max", ".q_groups", ".q_invperm")
@@ -161,46 +151,6 @@ def _check_types(p: PackedLinear) -> list[str]:
         for name, t, dtype, dims in expected
         if t.dtype != dtype or t.dim() != dims
     ]
-
-
-def pack_linear_numpy(
-    key: str,
-    values: NDArray[np.uint8],  # (K, N32) unsigned integers, stored (act-order) rows
-    codes: NDArray[np.integer],  # (G, N32) scale codes 1..16
-    scale_max: NDArray[np.float16],  # (G,)
-    perm: NDArray[np.integer],  # (K,) input feature of each stored row
-    layout: GroupLayout,
-    bias: NDArray[np.float16] | None = None,  # (N32,)
-) -> PackedLinear:
-    """Plain oracle of the packer (converter-algorithm section 13). Raises FormatError if the result is not legal."""
-    groups = np.array([layout.bits, layout.offsets], dtype=np.int64).T.reshape(-1)
-    if groups.max() > np.iinfo(np.int16).max:
-        raise FormatError(f"{key}: group offset {groups.max()} does not fit into 16 bits")
-    p = PackedLinear(
-        key,
-        torch.from_numpy(pack_values(values, layout)),
-        torch.from_numpy(pack_scales(codes)),
-        torch.from_numpy(np.array(scale_max, dtype=np.float16)),
-        torch.from_numpy(groups.astype(np.int16)),
-        torch.from_numpy(np.argsort(perm).astype(np.int32)),
-        None if bias is None else torch.from_numpy(np.array(bias, dtype=np.float16)),
-    )
-    problems = check_linear(p)
-    if problems:
-        raise FormatError(f"{key}: {'; '.join(problems)}")
-    return p
-
-
-def dequantize_numpy(p: PackedLinear, prescale: float = 1.0) -> NDArray[np.float16]:
-    """The loader's weight matrix, (K, N32) float16, rows = input features in natural order (exl2-format section 8).
-
-    ``prescale`` is the constant that some architectures apply to a linear at load time (1 for most).
-    """
-    values = unpack_values(p.q_weight.numpy(), p.layout)
-    scales = effective_scales(p.q_scale_max.numpy(), unpack_scales(p.q_scale.numpy()), prescale)
-    stored = dequantize_values(values, scales, p.layout)
-    natural: NDArray[np.float16] = stored[p.q_invperm.numpy()]
-    return natural
 
 
 class Exl2Model(SourceModel):

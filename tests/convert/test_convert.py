@@ -26,6 +26,7 @@ from convert_helpers import (
     shapes,
     stages,
 )
+from exl2_numpy import dequantize_numpy
 from safetensors.torch import load_file
 from shard_places import files_of, weights
 from tiny_models import VOCAB, write_model
@@ -43,7 +44,7 @@ from exl2ray.errors import (
 from exl2ray.evaluate.compare import evaluate
 from exl2ray.evaluate.record import Evaluation, Figure
 from exl2ray.events import Silent
-from exl2ray.formats.exl2 import Exl2Model, dequantize_numpy
+from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.measurement import check_against, read_measurement
 from exl2ray.publish.card import add_evaluation
 from exl2ray.quant.qparams import head_option

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exl2_numpy import pack_linear_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from exl2ray.errors import Exl2RayError, FormatError, SourceError
-from exl2ray.formats.exl2 import Exl2Model, pack_linear_numpy
+from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.formats.measurement import read_measurement

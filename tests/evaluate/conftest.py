@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exl2_numpy import dequantize_numpy, pack_linear_numpy
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from exl2ray.formats.exl2 import PackedLinear, dequantize_numpy, pack_linear_numpy
+from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import GroupLayout, pad32
 
 VOCAB, HIDDEN, WIDE, LAYERS = 260, 64, 96, 2

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exl2_numpy import pack_linear_numpy
 
-from exl2ray.formats.exl2 import pack_linear_numpy
 from exl2ray.formats.layout import GroupLayout, LinearShape, pad32
 from exl2ray.formats.shards import TensorEntry, output_config, write_config, write_shards
 from exl2ray.formats.side_files import copy_side_files

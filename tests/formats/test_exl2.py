@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exl2_numpy import dequantize_numpy, pack_linear_numpy, pack_scales, pack_values, unpack_scales, unpack_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2ray.errors import FormatError
-from exl2ray.formats.exl2 import Exl2Model, PackedLinear, check_linear, dequantize_numpy, pack_linear_numpy
+from exl2ray.formats.exl2 import Exl2Model, PackedLinear, check_linear
 from exl2ray.formats.layout import WIDTHS, GroupLayout
-from exl2ray.formats.packing import pack_scales, pack_values, unpack_scales, unpack_values
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exl2_numpy import dequantize_numpy
 from quant_helpers import hessian, reference, weights
 from safetensors.torch import load_file
 from torch import Tensor
 
-from exl2ray.formats.exl2 import dequantize_numpy
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quant import scales
 from exl2ray.quant.gptq import quantize_reference, relative_error

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from exl2_numpy import dequantize_numpy, pack_linear_numpy, pack_scales, pack_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2ray.errors import FormatError, NumericError
-from exl2ray.formats.exl2 import check_linear, dequantize_numpy, pack_linear_numpy
+from exl2ray.formats.exl2 import check_linear
 from exl2ray.formats.layout import GroupLayout
-from exl2ray.formats.packing import pack_scales, pack_values
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.pack import (
     dequantize,

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exl2_numpy import dequantize_numpy
 from quant_helpers import load, measured, quantized, states
 from torch import Tensor
 
 from exl2ray.errors import NumericError
-from exl2ray.formats.exl2 import check_linear, dequantize_numpy
+from exl2ray.formats.exl2 import check_linear
 from exl2ray.formats.layout import QParams
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.quant import module as module_room

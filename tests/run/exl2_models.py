@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from exl2_numpy import pack_linear_numpy
 from safetensors.torch import save_file
 from tiny_models import write_model
 
-from exl2ray.formats.exl2 import PackedLinear, pack_linear_numpy
+from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout, pad32
 from exl2ray.model.arch import load_spec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from exl2_numpy import dequantize_numpy, pack_linear_numpy
 
-from exl2ray.formats.exl2 import dequantize_numpy, pack_linear_numpy
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.run.linear import Exl2Linear
 

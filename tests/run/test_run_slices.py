@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from exl2_numpy import dequantize_numpy, pack_linear_numpy
 
-from exl2ray.formats.exl2 import PackedLinear, check_linear, dequantize_numpy, pack_linear_numpy
+from exl2ray.formats.exl2 import PackedLinear, check_linear
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.run.linear import Exl2Linear
 from exl2ray.run.slices import columns, rows

@@ -8,9 +8,11 @@ another.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from exl2ray.errors import FormatError
+from exl2ray.formats.exl2 import PackedLinear, check_linear
 from exl2ray.formats.layout import GroupLayout
 
 
@@ -91,3 +93,43 @@ def dequantize_values(
         q = values[start : start + rows].astype(np.float32) - np.float32(1 << (bits - 1))
         out[start : start + rows] = (q * scales[g].astype(np.float32)).astype(np.float16)
     return out
+
+
+def pack_linear_numpy(
+    key: str,
+    values: NDArray[np.uint8],  # (K, N32) unsigned integers, stored (act-order) rows
+    codes: NDArray[np.integer],  # (G, N32) scale codes 1..16
+    scale_max: NDArray[np.float16],  # (G,)
+    perm: NDArray[np.integer],  # (K,) input feature of each stored row
+    layout: GroupLayout,
+    bias: NDArray[np.float16] | None = None,  # (N32,)
+) -> PackedLinear:
+    """Plain oracle of the packer (converter-algorithm section 13). Raises FormatError if the result is not legal."""
+    groups = np.array([layout.bits, layout.offsets], dtype=np.int64).T.reshape(-1)
+    if groups.max() > np.iinfo(np.int16).max:
+        raise FormatError(f"{key}: group offset {groups.max()} does not fit into 16 bits")
+    p = PackedLinear(
+        key,
+        torch.from_numpy(pack_values(values, layout)),
+        torch.from_numpy(pack_scales(codes)),
+        torch.from_numpy(np.array(scale_max, dtype=np.float16)),
+        torch.from_numpy(groups.astype(np.int16)),
+        torch.from_numpy(np.argsort(perm).astype(np.int32)),
+        None if bias is None else torch.from_numpy(np.array(bias, dtype=np.float16)),
+    )
+    problems = check_linear(p)
+    if problems:
+        raise FormatError(f"{key}: {'; '.join(problems)}")
+    return p
+
+
+def dequantize_numpy(p: PackedLinear, prescale: float = 1.0) -> NDArray[np.float16]:
+    """The loader's weight matrix, (K, N32) float16, rows = input features in natural order (exl2-format section 8).
+
+    ``prescale`` is the constant that some architectures apply to a linear at load time (1 for most).
+    """
+    values = unpack_values(p.q_weight.numpy(), p.layout)
+    scales = effective_scales(p.q_scale_max.numpy(), unpack_scales(p.q_scale.numpy()), prescale)
+    stored = dequantize_values(values, scales, p.layout)
+    natural: NDArray[np.float16] = stored[p.q_invperm.numpy()]
+    return natural
