@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from exl2ray import __version__, cli_models
-from exl2ray.errors import UsageError
+from exl2ray import __version__, cli_models, stopping
+from exl2ray.errors import Interrupted, UsageError
 from exl2ray.recipe import Recipe
 from exl2ray.terminal.flags import CONVERT_ONLY, MEASURE_FIELDS, notes_from, recipe_flags, recipe_from, trust_flag
 from exl2ray.terminal.program import Invocation, cli, command, present
@@ -33,8 +33,11 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot show
     try:
+        stopping.ends_the_program()
         cli.main()
     except SystemExit as e:
+        if e.code == Interrupted.exit_code:
+            stopping.ignore()  # it has been asked for, and has had its last word
         leave_threads(e.code)
         raise
 

@@ -79,6 +79,25 @@ def shielded() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def ends_the_program() -> None:
+    """From now on a signal that nobody handles ends the process with the status that is documented for a stop: one that comes
+    before a command, between its parts, or while the program is leaving.
+    """
+    _replace(lambda number, frame: os._exit(Interrupted.exit_code))
+
+
+def ignore() -> None:
+    """From now on the signals do nothing, also while the interpreter ends."""
+    _replace(signal.SIG_IGN)
+
+
+def _replace(handler: Handler | signal.Handlers) -> None:
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+
+
 def leave_at_once() -> NoReturn:
     """Ends the process without putting anything away: files are whole at any moment, and a dead process holds no lock."""
     with contextlib.suppress(OSError):

@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, MEMORY = 10.0, 2 << 30  # of a command that only looks: plan, --dry-run, inspect, verify, solve
-WAITING = 4.0  # times the limit that a run may wait where other processes have the machine
+WAITING = 30.0  # times the limit that a run may wait where other processes have the machine
 POLL_SECONDS = 0.02
 CLOSED = "closed"
 
@@ -76,7 +76,7 @@ def exl2ray(
     """Runs the command line with ``arguments`` in a process of its own.
 
     A run is ended when it holds more than ``memory``, or has taken ``seconds``. Where other processes keep the machine busy,
-    time is only held against a run that has also used that much of the processor, or has waited four times as long.
+    time is only held against a run that has also used that much of the processor, or has waited thirty times as long.
     """
     server = _server()
     request = {"arguments": [str(a) for a in arguments], "seconds": seconds, "memory": memory,

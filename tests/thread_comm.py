@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WAITING_SECONDS = 300.0  # for another member, on a machine that is busy with other things
+
 
 class Threads:
     """A Comm between threads of this process."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=WAITING_SECONDS)
         self.said: list[Any] = [None] * size
         self.mail: dict[tuple[int, int], queue.Queue[Tensor]] = {
             (a, b): queue.Queue() for a in range(size) for b in range(size)
@@ -44,7 +46,7 @@ class _Member:
             self._mail[self.rank, to].put(t.clone())
         for t, source in receives:
             assert t.is_contiguous()
-            t.copy_(self._mail[source, self.rank].get(timeout=20))
+            t.copy_(self._mail[source, self.rank].get(timeout=WAITING_SECONDS))
             self.received += t.nbytes
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
@@ -73,5 +75,5 @@ def together(size: int, work: Callable[[Any], Any]) -> list[Any]:
     for m in members:
         m.start()
     for m in members:
-        m.join(60)
+        m.join()  # whoever waits for one that failed gives up
     return out

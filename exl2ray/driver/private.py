@@ -23,6 +23,7 @@ import socket
 import stat
 import struct
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,8 @@ TEMP_PREFIX = "exl2ray-ray-"
 LOCK = "in-use"  # held by the process whose Ray it is
 _SOCKET_BYTES = 107  # longest path of a Unix socket
 _BELOW = len("/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.sock")
-_PROBE_SECONDS = 5.0
+_PROBE_SECONDS = 60.0  # an answer takes a millisecond, on a machine that is not busy with other things
+_END_SECONDS = 10.0  # that a process has to end in once it is killed
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -167,7 +169,7 @@ def _end_processes(folder: Path) -> None:
     """Kills what is left of the Ray of this folder. Agents wait a minute for a raylet that was killed, and what had been made
     when a signal interrupted the start would go on, and write its logs into a folder that is gone.
     """
-    inside = f"{folder}/"
+    inside, killed = f"{folder}/", list[Path]()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if process.stat().st_uid != os.getuid() or int(process.name) == os.getpid():
@@ -177,6 +179,17 @@ def _end_processes(folder: Path) -> None:
                 continue  # somebody who reads a log
             if os.fsencode(f"{inside}r/session_") in command or any(f.startswith(inside) for f in _open_files(process)):
                 os.kill(int(process.name), signal.SIGKILL)
+                killed.append(process)
+    end = time.monotonic() + _END_SECONDS
+    while any(map(_runs, killed)) and time.monotonic() < end:  # one that is not gone yet may still make a file
+        time.sleep(0.01)
+
+
+def _runs(process: Path) -> bool:
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _open_files(process: Path) -> Iterator[str]:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -177,7 +176,7 @@ from exl2ray import cli, convert
 def slow(recipe, reporter):
     reporter.event("note", message="running")
     try:
-        time.sleep(60)
+        time.sleep(3600)
     except KeyboardInterrupt as e:
         raise convert.Interrupted("stopped") from e
 convert.convert = slow
@@ -190,7 +189,7 @@ cli.main()
         assert child.stdout is not None
         assert b"running" in child.stdout.readline()
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=20)
+        out, err = child.communicate()
     assert child.returncode == 130
     assert json.loads(out)["code"] == 130
     assert b"resume with: exl2ray convert -o " in err
@@ -198,7 +197,7 @@ cli.main()
 
 def test_a_closed_pipe_is_no_accident():
     program = "from exl2ray import cli; cli.main()"
-    command = f"{sys.executable} -c '{program}' convert --help | head -c 10; sleep 0.5"
+    command = f"{sys.executable} -c '{program}' convert --help | head -c 10"
     ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert ran.stdout == "Usage: exl"
     assert ran.stderr == ""
@@ -235,8 +234,7 @@ cli.main()
 
 def _read_all(master: int) -> str:
     parts = []
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+    while True:
         try:
             data = os.read(master, 65536)
         except OSError:  # the other side is closed

@@ -30,16 +30,16 @@ from exl2ray.formats.summary import inspect_directory
 from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.formats.verify import verify_directory
 
-LIMIT_SECONDS = 2.0
+LIMIT_SECONDS = 10.0  # of the processor: other processes may have it
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4}
 
 
 def expect(error: type[Exl2RayError], action: Callable[[], Any], *parts: str) -> None:
     """``action`` raises exactly ``error`` in time, and the message holds all ``parts``."""
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(Exl2RayError) as e:
         action()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert type(e.value) is error
     for part in parts:
         assert part in str(e.value), str(e.value)

@@ -6,18 +6,34 @@ import contextlib
 import json
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-SECONDS = 90.0  # for one run, on a machine that is busy with other things
+SECONDS = 600.0  # for one run, on a machine that is busy with other things
 
 
-def _child(argv: Sequence[str], out: Any, err: str, prepare: Callable[[], None] | None) -> None:
+def _stop_at(event: str) -> None:
+    """This process stops itself when it has told of the first event of this name."""
+    from exl2ray.terminal import console
+
+    say = console.say
+
+    def say_and_stop(stream: TextIO, line: str) -> None:
+        say(stream, line)
+        if line.startswith(f'{{"event": "{event}"'):
+            console.say = say
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    console.say = say_and_stop
+
+
+def _child(argv: Sequence[str], out: Any, err: str, prepare: Callable[[], None] | None, stop_at: str) -> None:
     os.setsid()
     os.dup2(out.fileno(), 1)
     out.close()
@@ -27,6 +43,8 @@ def _child(argv: Sequence[str], out: Any, err: str, prepare: Callable[[], None] 
     if prepare is not None:
         prepare()
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # the old ones believe that they are files
+    if stop_at:
+        _stop_at(stop_at)
     sys.argv = ["exl2ray", *argv]
     from exl2ray.cli import main
 
@@ -34,12 +52,18 @@ def _child(argv: Sequence[str], out: Any, err: str, prepare: Callable[[], None] 
 
 
 class Stopped:
-    """A run of the command line whose standard output is a pipe."""
+    """A run of the command line whose standard output is a pipe.
 
-    def __init__(self, made: ForkServerContext, argv: Sequence[str], err: Path, prepare: Any = None) -> None:
+    With ``stop_at`` it stops itself (SIGSTOP) as soon as it has told of an event of this name, so that what is done to it
+    then is done in the middle, however busy the machine is; then `go_on`.
+    """
+
+    def __init__(
+        self, made: ForkServerContext, argv: Sequence[str], err: Path, prepare: Any = None, stop_at: str = ""
+    ) -> None:
         self.reader, writer = made.Pipe(duplex=False)
         self._err = err
-        self.process: BaseProcess = made.Process(target=_child, args=(list(argv), writer, str(err), prepare))
+        self.process: BaseProcess = made.Process(target=_child, args=(list(argv), writer, str(err), prepare, stop_at))
         self.process.start()
         writer.close()
         self._text = ""
@@ -57,6 +81,12 @@ class Stopped:
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
+
+    def go_on(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def is_stopped(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def until(self, seen: Callable[[Stopped], bool]) -> None:
         """Reads on until ``seen``; fails if the run ends before, or takes too long."""
@@ -83,8 +113,9 @@ class Stopped:
         self.reader.close()
 
     def status(self) -> int:
-        """Reads to the end; minus the signal that ended it."""
+        """Reads to the end, and lets it go there; minus the signal that ended it."""
         while not self.reader.closed and self._read():
+            self.go_on()
             assert time.monotonic() < self._deadline, self.err[-2000:]
         self.process.join(max(0.1, self._deadline - time.monotonic()))
         assert self.process.exitcode is not None, f"does not end\n{self.err[-2000:]}"

@@ -192,7 +192,7 @@ def test_a_full_folder_for_temporary_files(made: Conversion, disk: SmallDisk, tm
     arguments = made.arguments(tmp_path / "work", tmp_path / "out", "-b", "4")
     environment = {**os.environ, "TMPDIR": str(disk.path), "OMP_NUM_THREADS": "1"}
     environment.pop("NUMBA_CACHE_DIR", None)
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=200)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents(tmp_path / "out") == contents(made.target)
 

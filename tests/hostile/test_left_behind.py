@@ -1,10 +1,7 @@
-"""What a conversion leaves to others: permissions under any umask, processes after kill -9 of the driver. And what it
-makes of being stopped and continued (Ctrl-Z, a laptop's lid).
-"""
+"""What a conversion leaves to others: permissions under any umask, processes after kill -9 of the driver."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -24,7 +21,7 @@ from stopped_runs import Stopped
 from workdir_cases import Conversion, contents
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # wait a minute for a raylet that is gone, or the next start
-GONE_SECONDS = 20.0  # on a machine that is busy with other things
+GONE_SECONDS = 300.0  # on a machine that is busy with other things
 
 
 # ---- permissions --------------------------------------------------------------------------------------------------------
@@ -150,36 +147,17 @@ def test_ray_ends_with_a_driver_that_is_killed(made: Conversion, short: Path, tm
     work, target = tmp_path / "work", tmp_path / "target"
     arguments = [*made.arguments(work, target), "--json", "-b", "4"]
     arguments[arguments.index("inline")] = "ray"
-    run = Stopped(fork_server("ray"), arguments, tmp_path / "err", partial(surrounded, 0o022, {"RAY_TMPDIR": str(short)}))
-    run.until(run.items(1))
+    prepare = partial(surrounded, 0o022, {"RAY_TMPDIR": str(short)})
+    run = Stopped(fork_server("ray"), arguments, tmp_path / "err", prepare, stop_at="item")
+    run.until(Stopped.is_stopped)
     left = run.processes()
     assert any("raylet" in line for line in left.values())
     run.signal(signal.SIGKILL)
     run.process.join()
     others = [pid for pid, line in left.items() if not any(agent in line for agent in AGENTS)]
     wait_until(lambda: not any(map(alive, others)), "workers or daemons of Ray go on")
-    again = Stopped(fork_server("ray"), arguments, tmp_path / "err2", partial(surrounded, 0o022, {"RAY_TMPDIR": str(short)}))
+    again = Stopped(fork_server("ray"), arguments, tmp_path / "err2", prepare)
     assert again.status() == 0, again.err
-    assert not [line for pid, line in left.items() if alive(pid)]  # what waited for its raylet ended with the next start
+    wait_until(lambda: not any(map(alive, left)), "what waited for its raylet does not end with the next start")
     assert contents(target) == contents(made.target)
     assert not list(short.glob("exl2ray-ray-*"))
-
-
-# ---- stopped and continued -------------------------------------------------------------------------------------------------
-
-
-def stop_for_a_while(pid: int) -> None:
-    os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "does not stop")
-    os.kill(pid, signal.SIGCONT)
-
-
-def test_a_driver_that_is_stopped_and_continued(made: Conversion, tmp_path: Path) -> None:
-    work, target = tmp_path / "work", tmp_path / "target"
-    run = Stopped(fork_server("ray"), [*made.arguments(work, target), "--json", "-b", "4"], tmp_path / "err")
-    for items in (1, 4):
-        run.until(run.items(items))
-        with contextlib.suppress(ProcessLookupError):
-            stop_for_a_while(run.pid)
-    assert run.status() == 0, run.err
-    assert contents(target) == contents(made.target)

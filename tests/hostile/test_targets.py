@@ -21,6 +21,7 @@ from exl2ray.errors import StoreError, UsageError
 from exl2ray.events import Silent
 from exl2ray.formats.claim import CLAIM
 from exl2ray.formats.target import LOCK, Owner, locked
+from exl2ray.formats.verify import verify_directory
 
 SHARD = "output-00001-of-00002.safetensors"
 
@@ -189,7 +190,7 @@ def test_one_conversion_at_a_time(made: Conversion, work: Path, target: Path) ->
 
 
 def test_two_at_once(made: Conversion, tmp_path: Path) -> None:
-    """Started together, each with a work directory of its own: one is refused, the other's model is there."""
+    """Started together, each with a work directory of its own: one is refused, or comes later; one model is left."""
     target = tmp_path / "out"
     logs = [tmp_path / f"log{bits}" for bits in (4, 6)]
     processes = [
@@ -199,10 +200,12 @@ def test_two_at_once(made: Conversion, tmp_path: Path) -> None:
     for process in processes:
         process.join()
     codes = [p.exitcode for p in processes]
-    assert sorted(codes, key=str) == [0, 7], [log.read_text() for log in logs]
-    assert "another conversion is writing there" in " ".join(logs[codes.index(7)].read_text().split())
+    assert sorted(codes, key=str) in ([0, 7], [0, 0]), [log.read_text() for log in logs]
+    if 7 in codes:
+        assert "another conversion is writing there" in " ".join(logs[codes.index(7)].read_text().split())
     config = json.loads((target / "config.json").read_text())
-    assert config["quantization_config"]["bits"] == (4.0, 6.0)[codes.index(0)]
+    assert config["quantization_config"]["bits"] in [bits for bits, code in zip((4.0, 6.0), codes, strict=True) if code == 0]
+    assert verify_directory(target) == []
     assert not (target / LOCK).exists()
 
 

@@ -436,7 +436,7 @@ def test_the_token_is_in_no_output(hub: FakeHub, models: Path, outcome: str) -> 
     code = f"import logging; logging.basicConfig(level={level}); from exl2ray.cli import main; main()"
     words = ["publish", str(models / "4.0bpw"), "--repo", REPO, "--debug", "--json"]
     environment = {**os.environ, **logs, "HF_HUB_DISABLE_XET": "1"}
-    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment, timeout=600)
     assert ran.returncode == (0 if outcome == "success" else HubError.exit_code), ran.stderr[-3000:]
     assert TOKEN not in ran.stdout + ran.stderr
     assert "preupload" in ran.stderr or outcome == "unforeseen"  # the logs are really on

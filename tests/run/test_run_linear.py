@@ -24,7 +24,7 @@ def test_kernels_under_the_simulator() -> None:
     checks = Path(__file__).with_name("simulated_run.py")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(checks)]
     env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

@@ -183,7 +183,7 @@ def test_a_program_that_knows_nothing_of_it_loads_the_model(tmp_path: Path) -> N
     code += f"print(type(A.from_pretrained({str(path)!r}).lm_head).__name__)"
     program = [sys.executable, "-c", "from exl2ray.cli import main; main()", "with", "python", "-c", code]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=600)
     assert done.stdout.split() == ["Exl2Linear"], done.stderr
 
 

@@ -93,7 +93,6 @@ def test_first_calls_are_told_apart() -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.timeout(300)
 def test_on_two_workers(tmp_path: Path) -> None:
     """Measures and quantises a tiny model on one worker and on two: same bytes, and a table of everything."""
     out, costs = tmp_path / "out.jsonl", tmp_path / "costs.json"
@@ -102,7 +101,7 @@ def test_on_two_workers(tmp_path: Path) -> None:
         "--work", "measure", "quantized", "--compare", "--out", str(out), "--costs", str(costs), "--place", str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == out.read_text(encoding="utf-8")

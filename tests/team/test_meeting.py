@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ class Obedient:
 
     def run(self, part: Pass) -> Iterator[Any]:
         assert isinstance(part, SensitivityPass)
-        for index in range(1000 if part.inputs_hash == "for ever" else 1):
+        for index in count() if part.inputs_hash == "for ever" else (0,):
             if index >= self.end:
                 return
             yield Begun("sensitivity", index, part.inputs_hash)
@@ -91,7 +92,6 @@ def test_a_pass_that_goes_on_is_ended_from_outside(workers: RayWorkers) -> None:
     workers.end_before(0, 0)
     said = answers(workers, 0)
     assert isinstance(said[-1], Over)
-    assert len(said) < 1000
     assert os.getpid() != int(workers.name(0).rpartition(":")[2])
 
 

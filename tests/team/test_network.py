@@ -21,7 +21,7 @@ def test_two_machines_whose_names_resolve_to_loopback() -> None:
         pytest.skip("no network namespaces here (needs iproute2 and unprivileged user namespaces)")
     env = {k: v for k, v in os.environ.items() if k not in CHOICES} | {"PYTHONPATH": str(ROOT)}
     command = ["unshare", "-rnu", sys.executable, str(Path(__file__).with_name("two_machines.py"))]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     gathered = [f"{rank} ['10.77.0.1', '10.77.0.2']" for rank in (0, 1)]
     assert sorted(done.stdout.splitlines()) == sorted([*gathered, "0 [1.0, 1.0, 1.0]", "1 [1.0, 1.0, 1.0]"])

@@ -60,15 +60,16 @@ def member(rank: int, address: str, port: int) -> None:
 
 def main() -> None:
     socket.sethostname("localhost")
-    other = subprocess.Popen(["unshare", "-n", "sleep", "60"])
+    other = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
     try:
-        time.sleep(0.5)  # until it has its namespace
+        while os.readlink(f"/proc/{other.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+            time.sleep(0.01)  # until it has its namespace
         cable(other.pid)
         _served, port = serve_rendezvous(ADDRESSES[0])
         command = ["nsenter", "-t", str(other.pid), "-n", sys.executable, __file__, "1", ADDRESSES[1], str(port)]
         second = subprocess.Popen(command)
         member(0, ADDRESSES[0], port)
-        sys.exit(second.wait(30))
+        sys.exit(second.wait())
     finally:
         other.kill()
 
