@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exl2ray.errors import Exl2RayError, StoreError
-from exl2ray.events import Reporter
-from exl2ray.outputs import OutputSummary
+from exl2ray.events import OutputSummary, Reporter
 from exl2ray.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The story of a conversion, on one screen.
 
     calibrate   tokens of the calibration rows                       exl2ray.calibration
-    measure     every module: cost and error of each option          exl2ray.team.measure -> exl2ray.quant.module
+    measure     every module: cost and error of each option          exl2ray.team.source_passes -> exl2ray.quant.module
     allocate    one option per module within the budget              exl2ray.allocation.knapsack
     quantise    module by module, on what the quantised ones produce  exl2ray.team.chain -> exl2ray.quant.module
     write       shards, tokenizer, config.json                       exl2ray.formats.shards
@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 
 from exl2ray.beforehand import begin_device
 from exl2ray.errors import Interrupted, UsageError
-from exl2ray.events import Reporter
-from exl2ray.outputs import OutputSummary, Summary
+from exl2ray.events import OutputSummary, Reporter, Summary
 from exl2ray.recipe import Recipe
 from exl2ray.stopping import interruptible
-from exl2ray.team.faults import DeviceFailed
+from exl2ray.team.messages import DeviceFailed
 from exl2ray.terminal.console import places_text
 from exl2ray.timeline import step
 
@@ -126,7 +125,7 @@ def _on_this_disk(recipe: Recipe) -> Recipe:
 
 def _in_reach(recipe: Recipe, reporter: Reporter) -> Recipe:
     """With --nearest: bitrates that this model cannot have become the nearest that it can."""
-    from exl2ray.allocation.reach import within_reach
+    from exl2ray.allocation.planning import within_reach
 
     recipe, notes = within_reach(recipe)
     for note in notes:

@@ -1,4 +1,5 @@
-"""What --quality stands for: settings of quantiser and allocation beyond the plain algorithm, as a table.
+"""How the quantiser works: what --quality stands for, settings of quantiser and allocation beyond the plain algorithm, as a
+table; and how the numerics of one module are run.
 
 `reference` is GPTQ and an allocation per module, as ExLlamaV2 runs it. The others cost time and no bytes: the files have the
 same format and size. Flags of their own override single settings. docs/quality.md has the figures behind the choice. `best`
@@ -21,7 +22,7 @@ class Numerics:
     """Settings that change quantised weights, at the same bits."""
 
     target_correction: float = 0.0  # strength of corrected targets (`exl2ray.quant.correct`), 0 to 1
-    scale_search: ScaleSearch = "error"  # "feedback": also by the loss after feedback (`exl2ray.quant.scales.refine`)
+    scale_search: ScaleSearch = "error"  # "feedback": also by the loss after feedback (`exl2ray.quant.gptq.refine_codes`)
     sweeps: int = 0  # of coordinate descent over the integers after GPTQ (`exl2ray.cuda.solver`)
 
     def describe(self) -> str:
@@ -61,3 +62,24 @@ def resolve(
     given = {"target_correction": target_correction, "scale_search": scale_search, "sweeps": sweeps}
     out = replace(PRESETS[quality], **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
     return replace(out, target_correction=0.0) if propagate == "reference" else out
+
+
+DAMPING = 0.12  # of the mean of diag(H); the reference's value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run the numerics of one module.
+
+    Results depend on ``damping``, ``all_experts`` and ``numerics`` alone, up to rounding. The last are about quantising, not
+    measuring.
+    """
+
+    damping: float = DAMPING
+    batch_rows: int = 4  # calibration rows per forward
+    budget_bytes: int | None = None  # working memory of one solver batch
+    offload: bool = False  # keep the candidates of a module in host memory, for GPUs that cannot hold them all
+    expert_tokens: int | None = None  # tokens of one expert that are scored at once; None: all
+    sums_on_host: bool = False  # partial sums of Hessians wait in host memory, for GPUs that cannot hold several
+    all_experts: bool = False  # Hessians of every expert from all tokens; the forward pass stays as routed
+    numerics: Numerics = PLAIN

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exl2ray.errors import ClusterError
-from exl2ray.events import Reporter
-from exl2ray.outputs import OutputSummary
+from exl2ray.events import OutputSummary, Reporter
 from exl2ray.recipe import Recipe
 from exl2ray.store.layout import SOLVED, quant_kind
 from exl2ray.targets import owner_of

@@ -21,6 +21,7 @@ from typing import Any
 from exl2ray.allocation.planning import Plan, head_bits, head_bpw
 from exl2ray.contents import Contents
 from exl2ray.errors import UsageError
+from exl2ray.events import OutputSummary
 from exl2ray.filling import Filling, quantised_record
 from exl2ray.formats.claim import existing_shards
 from exl2ray.formats.files import atomic_file, holds
@@ -30,7 +31,6 @@ from exl2ray.formats.side_files import copy_side_files, stale_side_files
 from exl2ray.formats.target import Owner, check_claim, check_target, claim_target, release_target, withdraw
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
-from exl2ray.outputs import OutputSummary
 from exl2ray.publish.card import CardInfo, converted, model_card, write_card
 from exl2ray.publish.names import CARD
 from exl2ray.recipe import Recipe, bpw_name

@@ -17,7 +17,7 @@ from torch import Tensor
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.evaluate.forward import ModelOutput, RunOptions, open_model, run_model
 from exl2ray.evaluate.metrics import score
-from exl2ray.evaluate.sizes import model_size
+from exl2ray.evaluate.result import model_size
 from exl2ray.evaluate.tokens import load_tokens
 from exl2ray.formats.hf import SourceModel
 

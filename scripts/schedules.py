@@ -110,7 +110,7 @@ class SourceModules:
         return MeasurePass(modules=indices, hashes={}, stretches=stretches, keep_from=keep_from)
 
     def script(self, worker: int, part: Pass) -> Iterator[tuple[float, Any]]:
-        """What a worker does in a pass (`exl2ray.team.measure`): seconds, and what it says then."""
+        """What a worker does in a pass (`exl2ray.team.source_passes`): seconds, and what it says then."""
         assert isinstance(part, MeasurePass)
         wait = self.costs.driver_s
         if part.stretches:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from schedule_costs import Costs, ModelCosts, ModuleCosts
 
-SHARES = 8  # largest group (exl2ray/quant/sums.py)
+SHARES = 8  # largest group (exl2ray/quant/rows.py)
 SOURCE_BITS, PACKED_BITS = 16, 4  # of weights, in the source and in `ModuleCosts.packed_gb`
 HOST_SUMS_GB = 7.5  # of Hessians, with more of which partial sums wait in host memory (exl2ray/quant/memory.py, 150 GB)
 
@@ -28,7 +28,7 @@ def largest_share(rows: int, size: int) -> float:
 
 
 def sums_s(costs: Costs, m: ModuleCosts, size: int, wide: Collection[str] = ()) -> float:
-    """Adding up Hessians: siblings meet level by level (`exl2ray.quant.sums`), and the owner receives one per level.
+    """Adding up Hessians: siblings meet level by level (`exl2ray.quant.rows`), and the owner receives one per level.
 
     wide: inputs whose Hessians are summed and factorised by all (`exl2ray.quant.factorising`). Members receive
     the others' parts of their block rows, half a matrix in float32 all together, and each half a one in float64 on the way.

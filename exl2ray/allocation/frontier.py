@@ -24,7 +24,7 @@ from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.json_file import shown
 from exl2ray.formats.layout import WIDTHS, QParams
 from exl2ray.formats.measurement_rules import AGAIN, MOST, is_amount
-from exl2ray.quant.losses import USELESS, piece_rows
+from exl2ray.quant.measure import USELESS, piece_rows
 from exl2ray.quant.qparams import attention_options, head_option, low_options, mlp_options, parse
 
 # Squared error with this width and group size, relative to 4 bits in groups of 128.
@@ -61,7 +61,7 @@ class Candidate:
 
 
 class LossCurve:
-    """Losses of one linear of ``in_features`` rows, from its entry in measurement.json (`exl2ray.quant.losses`)."""
+    """Losses of one linear of ``in_features`` rows, from its entry in measurement.json (`exl2ray.quant.measure`)."""
 
     def __init__(self, entry: Mapping[str, Any], in_features: int, where: str) -> None:
         self.in_features = in_features

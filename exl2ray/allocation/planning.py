@@ -2,7 +2,7 @@
 
 Per module, options are the rows of the tables, and the error is what a module was measured with. Per linear it is the KL
 divergence of the whole model: to second order a sum over linears of sensitivity times squared output error. The errors come
-with measuring for nothing (`exl2ray.quant.losses`: the solver's scaled errors squared), and those of options that nobody
+with measuring for nothing (`exl2ray.quant.measure`: the solver's scaled errors squared), and those of options that nobody
 solved follow from them within 3 % (`exl2ray.allocation.frontier`); the sensitivities need a pass of their own
 (`exl2ray.quant.sensitivity`). An expert layer has one option per role, as in the reference.
 
@@ -14,17 +14,19 @@ since rows differ little), sensitivities per module (no better than none).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 from exl2ray.allocation.frontier import ALL, NEAR, LossCurve, all_options, flat_loss, frontier
-from exl2ray.allocation.knapsack import Allocation, Slot, budget, reachable_range, solve
-from exl2ray.allocation.overrides import Override, counting, overridden
-from exl2ray.errors import FormatError
+from exl2ray.allocation.knapsack import Allocation, Slot, budget, nearest_reachable, reachable_range, solve
+from exl2ray.allocation.overrides import Override, counting, overridden, parse_overrides
+from exl2ray.errors import Exl2RayError, FormatError
+from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import WIDTHS, QParams, pad32
 from exl2ray.formats.measurement import Measurement, OptionProfile
 from exl2ray.formats.measurement_rules import checked_pair
+from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.quant.qparams import head_option, low_options, option_tables
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
@@ -311,3 +313,25 @@ def module_cost(module: ModuleSpec) -> float:
     """Weights of a module's linears: what deadlines and the balance of workers go by. Few rows run through the head."""
     share = HEAD_SHARE if module.kind == "head" else 1.0
     return share * float(sum(x.in_features * x.out_features for x in module.linears))
+
+
+def reachable_slots(spec: ModelSpec, overrides: Sequence[Override] = ()) -> list[tuple[list[int], int]]:
+    """(total bits of each option, weights) of every slot that is allocated, with the options for the lowest bitrates."""
+    return [slot for module in spec.modules for slot in option_bits(module, overrides, low=True)]
+
+
+def within_reach(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with bitrates that its model can have, if it asks for --nearest; and what that changed, in words.
+
+    A model or --set that cannot be read leaves it as it is: the checks of a conversion say what is wrong.
+    """
+    if not recipe.nearest or recipe.output_measurement is not None:
+        return recipe, []
+    try:
+        spec = load_spec(SourceModel(recipe.in_dir))
+        slots = reachable_slots(spec, parse_overrides(recipe.overrides, spec))
+    except Exl2RayError:
+        return recipe, []
+    taken = {b: nearest_reachable(b, slots) for b in recipe.bits}
+    notes = [f"-b {b:g} is out of reach of this model: --nearest takes {n:g}" for b, n in taken.items() if n != b]
+    return replace(recipe, bits=tuple(dict.fromkeys(taken.values()))), notes

@@ -12,9 +12,9 @@ from torch import Tensor
 from exl2ray.quality import ScaleSearch
 
 GRID_POINTS = 97
-# Refinement of scale codes (`exl2ray.quant.scales.refine`): least width whose codes are refined (with two bits the loss of a
-# layer misleads), most rows of a group (what a kernel holds), weight of the error along the weights, changes of a code that
-# are tried, in order.
+# Refinement of scale codes (`exl2ray.quant.gptq.refine_codes`): least width whose codes are refined (with two bits the loss
+# of a layer misleads), most rows of a group (what a kernel holds), weight of the error along the weights, changes of a code
+# that are tried, in order.
 REFINED_BITS, REFINED_ROWS, SHRINKAGE = 3, 128, 1.0
 OFFSETS = (0, -1, 1, -2, 2, -3, 3)
 
@@ -66,7 +66,7 @@ def blocks_of(bounds: Sequence[tuple[int, int]], size: int) -> tuple[np.ndarray,
 
 
 def shrink_grid(padded: int = GRID_POINTS) -> np.ndarray:
-    """(padded,) float32 shrink factors, the numbers of `exl2ray.quant.scales.grid`; the padding repeats the last."""
+    """(padded,) float32 shrink factors, the numbers of `exl2ray.quant.gptq.grid`; the padding repeats the last."""
     t = np.minimum(np.arange(padded), GRID_POINTS - 1).astype(np.float32) / np.float32(GRID_POINTS - 1)
     points: np.ndarray = (np.float32(0.70) * (1 - t) + np.float32(1.2) * t).astype(np.float32)
     return points

@@ -96,7 +96,7 @@ def grid_errors(x, blocks, seg_top, seg_bits, grid, scale_codes, partial):
 def refine_codes(x, u, blocks, seg_bits, seg_m, scale_codes, offsets, least_bits, shrinkage):
     """scale_codes (C,) uint8 in place: of the codes at ``offsets`` (T,) int32 from them, those with the smallest loss.
 
-    Plain form: `exl2ray.quant.scales.refine`. x (n, C) float32 and u (n, n) float32 as for `quantize`, both kept.
+    Plain form: `exl2ray.quant.gptq.refine_codes`. x (n, C) float32 and u (n, n) float32 as for `quantize`, both kept.
     """
     n = x.shape[0]
     for b in numba.prange(blocks.shape[0]):

@@ -1,4 +1,4 @@
-"""Numba CUDA kernels of one group step. Plain references: `exl2ray.quant.scales.search`, `exl2ray.quant.gptq`.
+"""Numba CUDA kernels of one group step. Plain references: `exl2ray.quant.gptq.search`, `exl2ray.quant.gptq`.
 
 Launches per group of n rows (a multiple of 32), each over every segment of the batch:
 

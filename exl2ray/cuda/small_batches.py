@@ -34,7 +34,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.device import device_bytes
 from exl2ray.cuda.solver import Batch, Shape, run_batch
 
 GRAPH_SHARE = 0.2  # of the device's memory
@@ -171,3 +170,11 @@ class Streams:
                 yield
         finally:
             CACHE.stream = before
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of a GPU in bytes as torch may use it: a per-process fraction counts, what is free at the moment does not."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    total = int(torch.cuda.get_device_properties(index).total_memory)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(index)
+    return int(total * float(fraction))

@@ -21,15 +21,13 @@ from typing import Any
 
 from exl2ray import stopping
 from exl2ray.driver.host import Host, first_lines, own_error
-from exl2ray.driver.inline import InlineWorkers
 from exl2ray.driver.policy import Lost
 from exl2ray.driver.starting import start_ray, stop_ray
-from exl2ray.driver.workers import Over, Said, Workers
+from exl2ray.driver.workers import InlineWorkers, Over, Said, Workers
 from exl2ray.errors import ClusterError
 from exl2ray.store.layout import LOGS
 from exl2ray.team.comm import serve_rendezvous
-from exl2ray.team.faults import DeviceFailed
-from exl2ray.team.messages import Meeting, Pass, WorkerSetup
+from exl2ray.team.messages import DeviceFailed, Meeting, Pass, WorkerSetup
 
 START_SECONDS = 600  # until the first worker runs, or until one runs again after all were lost
 GATHER_SECONDS = 5.0  # at the start, for more workers than the first

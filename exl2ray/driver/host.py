@@ -1,10 +1,18 @@
-"""The actor around a worker, and errors on their way out of it."""
+"""The actor around a worker, the network interface that it uses, and errors on their way out of it.
+
+Left to itself, gloo publishes the address that the host name resolves to. On many machines this is a loopback address, at
+which other machines find only themselves, and the group waits for ever. The node's address in Ray is one at which it has
+been reached already.
+"""
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import os
 import socket
+import struct
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,9 +21,7 @@ from typing import Any
 from exl2ray.errors import ClusterError, Exl2RayError
 from exl2ray.store.layout import LOGS
 from exl2ray.store.open import open_store
-from exl2ray.team.faults import DeviceFailed, translate
-from exl2ray.team.messages import Pass, WorkerSetup
-from exl2ray.team.network import use_interface_of
+from exl2ray.team.messages import DeviceFailed, Pass, WorkerSetup, translate
 
 
 class Host:
@@ -87,3 +93,36 @@ def _typed() -> set[type[Exl2RayError]]:
         found.add(kind)
         todo += [k for k in kind.__subclasses__() if k.__module__.startswith("exl2ray.")]
     return found
+
+
+_SIOCGIFCONF, _IFREQ_BYTES = 0x8912, 40  # netdevice(7), 64-bit Linux
+_MAX_ADDRESSES = 1024
+
+
+def use_interface_of(address: str) -> None:
+    """Binds the groups of this process to the interface that has this IPv4 address, unless the user chose one.
+
+    An address that no interface has, or one that is not IPv4, changes nothing: the libraries then choose for themselves.
+    """
+    interface = interface_of(address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # "=": this one, not all whose names begin so
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the interface with an IPv4 address, be it its only one or not; None if there is none."""
+    try:
+        wanted = socket.inet_pton(socket.AF_INET, address)
+    except OSError:
+        return None
+    buffer = array.array("B", bytes(_MAX_ADDRESSES * _IFREQ_BYTES))
+    place, size = buffer.buffer_info()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        answer = fcntl.ioctl(s.fileno(), _SIOCGIFCONF, struct.pack("iP", size, place))
+    used: int = struct.unpack("iP", answer)[0]
+    data = buffer.tobytes()
+    for start in range(0, used, _IFREQ_BYTES):
+        if data[start + 20 : start + 24] == wanted:
+            return data[start : start + 16].partition(b"\0")[0].decode().partition(":")[0]  # "eth0:1" is eth0 too
+    return None

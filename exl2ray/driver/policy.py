@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from exl2ray.errors import ClusterError, StoreError
-from exl2ray.team.faults import GroupBroken, WorkerOutOfMemory
+from exl2ray.team.messages import GroupBroken, WorkerOutOfMemory
 
 MAX_SHRINK = 64  # of the batches of a module that ran out of memory; then a single row does not fit
 MAX_BREAKS = 5

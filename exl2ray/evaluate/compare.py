@@ -31,8 +31,7 @@ from exl2ray.evaluate.forward import (
     run_model,
 )
 from exl2ray.evaluate.metrics import Estimate, Scores, counted_predictions, mean_over_rows, score, tail
-from exl2ray.evaluate.result import EvalResult, KindResult
-from exl2ray.evaluate.sizes import model_size
+from exl2ray.evaluate.result import EvalResult, KindResult, model_size
 
 
 def evaluate(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from exl2ray.evaluate.forward import OpenModel, RunOptions, checked_device, load_module
-from exl2ray.model.attention import AttentionHalf, KeyValues
 from exl2ray.model.blocks import Block, PositionsBlock, check_states
+from exl2ray.model.half import AttentionHalf, KeyValues
 
 UNLIKELY = 0.02  # tokens less probable than this, relative to the most probable one, are not drawn
 

@@ -6,8 +6,8 @@ The schema is the reference's (converter-algorithm section 10), so files can be 
       "last_module_idx": <int>,
       "exl2ray": { "<module key>.<mode>": {...}, ... } }         ours, only when not empty; the reference ignores it
 
-Ours: "notes"; "experts", their share of the tokens; "linears", losses of single linears (`exl2ray.quant.losses`); and after a
-measurement for --allocation linear "sensitivity": {"<role>": [KL, squared error] (`exl2ray.quant.sensitivity`)}.
+Ours: "notes"; "experts", their share of the tokens; "linears", losses of single linears (`exl2ray.quant.measure`); and after
+a measurement for --allocation linear "sensitivity": {"<role>": [KL, squared error] (`exl2ray.quant.sensitivity`)}.
 Beside the entries of modules stand "source": hashes of what was measured (`exl2ray.formats.origin`), and of a rotated model
 (--rotate) "rotation": what identifies the rotation.
 

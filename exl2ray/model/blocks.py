@@ -19,8 +19,7 @@ from exl2ray.errors import CalibrationError, NumericError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import FLOAT16_MAX
 from exl2ray.formats.readahead import ReadAhead
-from exl2ray.model.attention import AttentionHalf
-from exl2ray.model.half import Capture, Half, LinearBank, MlpHalf, Norm
+from exl2ray.model.half import AttentionHalf, Capture, Half, LinearBank, MlpHalf, Norm
 from exl2ray.model.moe import Expert, ExpertBank, Routing, route
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_linear, read_tensor

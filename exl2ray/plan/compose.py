@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from exl2ray.allocation.knapsack import nearest_reachable, reachable_range
-from exl2ray.allocation.planning import choose, decoder_bpw
-from exl2ray.allocation.reach import reachable_slots, within_reach
+from exl2ray.allocation.planning import choose, decoder_bpw, reachable_slots, within_reach
 from exl2ray.calibration.data.sources import WRITTEN
 from exl2ray.calibration.data.taken import PASSES, described_passes
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from exl2ray.allocation.knapsack import budget, reachable_range
-from exl2ray.allocation.planning import slot_weights
-from exl2ray.allocation.reach import reachable_slots
+from exl2ray.allocation.planning import reachable_slots, slot_weights
 from exl2ray.errors import BudgetError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import pad32

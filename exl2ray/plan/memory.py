@@ -15,6 +15,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.tensorfile import DTYPES
 from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.quality import Settings
 from exl2ray.quant.memory import (
     CPU_BATCH_TOKENS,
     CPU_SOLVER_BYTES,
@@ -28,7 +29,6 @@ from exl2ray.quant.memory import (
     sums_on_host_within,
 )
 from exl2ray.quant.rows import SHARES
-from exl2ray.quant.settings import Settings
 
 RESERVED = 1.1  # of what tensors take: torch's allocator rounds up and keeps what it has, as far as there is room
 GPU_BASE_BYTES = 9 << 29  # main memory of a worker on a GPU besides what is counted: Python, torch, CUDA, pinned buffers

@@ -16,8 +16,7 @@ import torch
 
 from exl2ray.allocation.knapsack import check_reachable
 from exl2ray.allocation.overrides import Override, parse_overrides
-from exl2ray.allocation.planning import linear_groups
-from exl2ray.allocation.reach import reachable_slots
+from exl2ray.allocation.planning import linear_groups, reachable_slots
 from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Plan, Rows

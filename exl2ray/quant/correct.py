@@ -35,10 +35,10 @@ from exl2ray.cuda.solver import trailing_precision
 from exl2ray.errors import NumericError
 from exl2ray.formats.layout import FLOAT16_MAX
 from exl2ray.formats.roles import WRITERS
+from exl2ray.quality import Settings
 from exl2ray.quant.block import Block, Check, Expert, ExpertBlock, Linear, by_input, device_of, has_experts
 from exl2ray.quant.hessian import Factor, HessianAccumulator
 from exl2ray.quant.rows import batches
-from exl2ray.quant.settings import Settings
 
 _CHUNK = 4096  # columns solved at a time
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from exl2ray.quant import cholesky
 from exl2ray.quant.group import Comm
 from exl2ray.quant.hessian import Factor, HessianAccumulator, no_feedback, plan_factor
-from exl2ray.quant.sums import Counts, Node, TreeSum
+from exl2ray.quant.rows import Counts, Node, TreeSum
 
 TOGETHER_ROWS = 16384  # up to so many inputs, a member alone is as fast
 

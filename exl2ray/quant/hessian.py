@@ -21,12 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.device import device_bytes
-from exl2ray.cuda.small_batches import with_room
+from exl2ray.cuda.small_batches import device_bytes, with_room
 from exl2ray.errors import NumericError
+from exl2ray.quality import DAMPING, Settings
 from exl2ray.quant import cholesky
 from exl2ray.quant.block import Block, Module, device_of, has_experts
-from exl2ray.quant.settings import DAMPING, Settings
 
 _DAMPING_FLOOR = 1e-5
 ATTEMPTS = 10

@@ -17,13 +17,13 @@ from torch import Tensor
 from exl2ray.cuda.small_batches import Streams
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
+from exl2ray.quality import Settings
 from exl2ray.quant.block import ExpertBlock, Routing, device_of
 from exl2ray.quant.hessian import HessianAccumulator, input_factor
-from exl2ray.quant.losses import LossTable
+from exl2ray.quant.measure import LossTable
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import MOE_TABLE
 from exl2ray.quant.rows import accuracy_of, batches, row_errors
-from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import lanes_of, solve_with_losses
 
 STARVED_SHARE = 0.1  # of a fair share of the tokens; an expert below is warned of

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-from exl2ray.cuda.device import device_bytes
-from exl2ray.cuda.small_batches import GRAPH_SHARE
+from exl2ray.cuda.small_batches import GRAPH_SHARE, device_bytes
 from exl2ray.formats import roles
 from exl2ray.formats.layout import pad32
+from exl2ray.quality import DAMPING, Settings
 from exl2ray.quant.block import Module
 from exl2ray.quant.hessian import FLOAT64_ROWS
 from exl2ray.quant.qparams import MOE_TABLE, distinct_options
-from exl2ray.quant.settings import DAMPING, Settings
 from exl2ray.quant.solve import BYTES_PER_WEIGHT
 
 CPU_BATCH_TOKENS = 8192
@@ -98,7 +97,7 @@ def room_within(modules: Sequence[Module], state_bytes: int, tokens: int, total:
 
 
 def sums_on_host(module: Module, device: torch.device, corrected: bool = False) -> bool:
-    """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.quant.sums`)."""
+    """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.quant.rows`)."""
     return device.type == "cuda" and sums_on_host_within(module, device_bytes(device), corrected)
 
 

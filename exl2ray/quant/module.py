@@ -32,6 +32,7 @@ from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
 from exl2ray.formats.measurement import ModuleProfile
+from exl2ray.quality import Settings
 from exl2ray.quant.block import Block, Check, Linear, by_input, device_of, has_experts
 from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
 from exl2ray.quant.gptq import Quantized
@@ -40,11 +41,18 @@ from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor
 from exl2ray.quant.measure import measure_halves, measure_head
 from exl2ray.quant.measure_moe import describe_coverage, measure_experts, shares_of
 from exl2ray.quant.pack import dequantize, pack, pad_columns
-from exl2ray.quant.rows import batches, forward_rows, head_sum, reference_pass, relative_error, share_rows, shared_batches
-from exl2ray.quant.settings import Settings
+from exl2ray.quant.rows import (
+    TreeSum,
+    batches,
+    forward_rows,
+    head_sum,
+    reference_pass,
+    relative_error,
+    share_rows,
+    shared_batches,
+)
 from exl2ray.quant.sharing import Owned, PartialSums, share_out, spread
 from exl2ray.quant.solve import lanes_of, quantize_linears
-from exl2ray.quant.sums import TreeSum
 
 USELESS_ACCURACY = 0.1  # the reference stops below this, and so do we: the module's output is noise
 Shares = dict[int, Tensor]  # share of the rows -> states (r, T, hidden); shares without rows are left out

@@ -14,12 +14,12 @@ import torch
 
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
+from exl2ray.quality import Settings
 from exl2ray.quant.block import Linear, Module
 from exl2ray.quant.factorising import TOGETHER_ROWS, factorise_together
 from exl2ray.quant.group import Comm
 from exl2ray.quant.hessian import Factor, HessianAccumulator, input_name, keeps_order
-from exl2ray.quant.settings import Settings
-from exl2ray.quant.sums import TreeSum, gather_sums
+from exl2ray.quant.rows import TreeSum, gather_sums
 
 _ALIGNMENT = 16  # of each tensor that is broadcast in the buffer, so that any dtype can be viewed in place
 

@@ -1,8 +1,10 @@
-"""One conversion in progress: its work directory, its workers, and what identifies its results."""
+"""One conversion in progress: its work directory, its workers, what identifies its results, and what is told of a pass."""
 
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl2ray import timeline
 from exl2ray.calibration.data.taken import described_passes
 from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.datasets import reported_rows
@@ -26,6 +29,7 @@ from exl2ray.model.spec import ModelSpec
 from exl2ray.opening import allowed_changes, falls_back, job_of
 from exl2ray.plan.problems import examine
 from exl2ray.quality import Numerics
+from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.recipe import JOB_FLAGS, Recipe
 from exl2ray.remote.source import keep
 from exl2ray.result_warnings import ResultWarnings
@@ -33,6 +37,7 @@ from exl2ray.source_state import SourceState, needed_files
 from exl2ray.stopping import shielded
 from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY
 from exl2ray.store.open import open_store
+from exl2ray.store.pace import Pace
 from exl2ray.store.records import Record, Records, hash_inputs
 from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir
@@ -249,3 +254,51 @@ def rows_hash(ids: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
     digest.update(ids.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+class Stage:
+    """Reports the beginning, items and end of a pass, and writes them to the event log."""
+
+    def __init__(self, job: Job, name: str, items: int, done: int) -> None:
+        self.job, self.name, self.items, self.done = job, name, items, done
+
+    def __enter__(self) -> Stage:
+        self.start = time.monotonic()
+        self.pace = Pace(self.items, self.done, 1, self.start)
+        self.job.reporter.event("stage", stage=self.name, items=self.items, done=self.done)
+        if not self.job.began:
+            self.job.began = True
+            self.job.work.event("start", **timeline.taken())
+        self.job.work.event("stage", stage=self.name, items=self.items, done=self.done)
+        return self
+
+    def __call__(self, result: ItemResult) -> None:
+        self.job.source_state.settle()
+        self.done += 1
+        now, workers = time.monotonic(), self.job.workers.size
+        self.pace.finished(self.done, now, result.worker, result.seconds, workers)
+        fields: dict[str, Any] = {
+            "stage": self.name, "key": result.key, "done": self.done, "items": self.items, "seconds": result.seconds,
+            "worker": result.worker, "workers": workers, "queue": self.items - self.done,
+            "eta_seconds": self.pace.eta_seconds(now),
+        }  # fmt: skip
+        self.job.work.event("item", **fields, received=result.received)
+        self.job.reporter.event("item", **fields, detail=result.detail)
+        for note in result.notes:
+            self.job.reporter.event("note", message=f"{result.key}: {note}")
+        starved = starved_experts(_coverage(result.payload))
+        if starved:
+            self.job.reporter.event("warning", message=f"{result.key}: {starved}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.job.reporter.event("end", stage=self.name, seconds=time.monotonic() - self.start)
+
+
+def _coverage(payload: Mapping[str, Any]) -> Sequence[Mapping[str, float]]:
+    """Tokens per expert of a measured or quantised module; empty for a dense one."""
+    extra = payload["profile"]["extra"] if "profile" in payload else payload
+    experts: Sequence[Mapping[str, float]] = extra.get("experts", ())
+    return experts

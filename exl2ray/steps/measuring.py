@@ -15,7 +15,7 @@ from exl2ray.formats.origin import source_identity
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.opening import measurement_target
 from exl2ray.result_warnings import measured_experts
-from exl2ray.steps.stage import Stage
+from exl2ray.steps.job import Stage
 from exl2ray.store.faults import translated
 from exl2ray.store.layout import MEASURE, MEASUREMENT
 from exl2ray.store.records import hash_inputs, reading

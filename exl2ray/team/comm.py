@@ -20,7 +20,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from exl2ray.team.faults import GroupBroken
+from exl2ray.team.messages import GroupBroken
 
 RENDEZVOUS_SECONDS = 120
 STEP_SECONDS = 6 * 3600  # the driver's deadlines are the ones that matter

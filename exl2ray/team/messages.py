@@ -1,4 +1,5 @@
-"""What travels between the driver and its workers: a worker's part in a pass, and what it tells while it goes through it.
+"""What travels between the driver and its workers: a worker's part in a pass, what it tells while it goes through it, and
+what can go wrong with it, as exceptions that cross process boundaries.
 
 A pass is one call. The worker is a loop over modules that says what it begins (`Begun`) and what is finished (`ItemResult`,
 after the commit). So the driver knows at any moment what each worker has in hand, and a loss costs no more than that.
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from exl2ray.errors import ClusterError
 from exl2ray.formats.layout import QParams
 from exl2ray.quality import PLAIN, Numerics
 
@@ -173,3 +175,33 @@ class Ready:
     method: str
     seconds: float
     received: int = 0
+
+
+class WorkerOutOfMemory(ClusterError):
+    """The host or the GPU ran out of memory; the worker lives on."""
+
+
+class DeviceFailed(ClusterError):
+    """A CUDA error: the process cannot use its GPU any more and must be replaced."""
+
+
+class GroupBroken(ClusterError):
+    """Another member of the group is gone; this one is well and keeps its states."""
+
+
+_DEVICE_ERRORS = ("AcceleratorError", "CudaAPIError", "CudaDriverError", "LinkerError")
+
+
+def translate(error: Exception) -> Exception:
+    """torch's, Numba's and Python's errors that call for a reaction, as one of the classes above; others as they are."""
+    name = type(error).__name__
+    text = str(error).strip().splitlines()[0] if str(error).strip() else name
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        where = "host" if isinstance(error, MemoryError) else "GPU"
+        return WorkerOutOfMemory(
+            f"the {where} ran out of memory: {text}",
+            "close other programs, use a device with more memory, shorter rows (-l, -ml), or --quality reference",
+        )
+    if name in _DEVICE_ERRORS or "CUDA error" in text or "CUBLAS_STATUS" in text:
+        return DeviceFailed(f"{name}: {text}", "see dmesg and nvidia-smi on that machine")
+    return error

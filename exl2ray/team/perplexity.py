@@ -14,9 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from exl2ray.errors import ClusterError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.quant.group import Comm
-from exl2ray.quant.rows import share_rows
+from exl2ray.quant.rows import owner_shares, share_rows
 from exl2ray.quant.sharing import spread
-from exl2ray.quant.sums import owner_shares
 from exl2ray.store.layout import quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.member import Member

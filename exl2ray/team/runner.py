@@ -18,11 +18,11 @@ from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_ahead, whole_tensors
+from exl2ray.quality import Settings
 from exl2ray.quant import block as quant
 from exl2ray.quant.memory import room_for_contexts, settings_for, states_fit, sums_on_host
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.rows import forward_rows, shared_batches
-from exl2ray.quant.settings import Settings
 from exl2ray.remote.source import local
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, Records

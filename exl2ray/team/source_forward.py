@@ -30,8 +30,7 @@ from exl2ray.quant.group import Comm
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.memory import context_bytes
 from exl2ray.quant.module import add_share, empty_trees
-from exl2ray.quant.rows import SHARES, share_rows
-from exl2ray.quant.sums import gather_sums, owner_shares
+from exl2ray.quant.rows import SHARES, gather_sums, owner_shares, share_rows
 from exl2ray.team.messages import RowSet
 from exl2ray.team.runner import Runner
 from exl2ray.team.shared_reading import SharedReading

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from exl2ray.team.chain import quantize
-from exl2ray.team.measure import measure
 from exl2ray.team.member import NOWHERE, Member
 from exl2ray.team.messages import (
     Begun,
@@ -25,8 +24,8 @@ from exl2ray.team.messages import (
     SensitivityPass,
 )
 from exl2ray.team.perplexity import perplexity
-from exl2ray.team.quantize_reference import quantize_on_source_states
 from exl2ray.team.sensitivity import sensitivity
+from exl2ray.team.source_passes import measure, quantize_on_source_states
 
 PASSES: dict[type[Pass], Callable[..., Iterator[Any]]] = {
     MeasurePass: measure,

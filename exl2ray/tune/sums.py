@@ -1,7 +1,7 @@
 """Gradients of a step, whoever computes which of its rows.
 
 The rows of a step are cut into `SHARES`, whatever the number of workers, and the gradients of the shares are added pairwise
-along a binary tree, as `exl2ray.quant.sums` adds Hessians: so the bits are the same for one worker and for several. Every
+along a binary tree, as `exl2ray.quant.rows` adds Hessians: so the bits are the same for one worker and for several. Every
 tensor has an owner among them, who gets the sums of the others, keeps the state of the optimiser and takes the step; the
 others are given the weights that come of it. Letting a collective add gradients is less to send and gives other bits for
 every number of workers.

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exl2ray.model.attention import AttentionHalf
 from exl2ray.model.blocks import Block, MoeBlock
+from exl2ray.model.half import AttentionHalf
 from exl2ray.quant.group import Comm, Solo
 from exl2ray.tune.divergence import divergence_backward
 from exl2ray.tune.module import TunedModule

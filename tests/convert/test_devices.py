@@ -11,11 +11,10 @@ import torch
 from convert_helpers import Quiet, contents, items, messages, run
 
 from exl2ray.devices import pick_device, pick_executor
-from exl2ray.driver.inline import InlineWorkers
+from exl2ray.driver.workers import InlineWorkers
 from exl2ray.errors import UsageError
 from exl2ray.recipe import Recipe
-from exl2ray.team.faults import DeviceFailed
-from exl2ray.team.messages import Begun, Pass
+from exl2ray.team.messages import Begun, DeviceFailed, Pass
 from exl2ray.team.worker import Worker
 
 

@@ -12,8 +12,7 @@ from tiny_models import write_model
 
 import exl2ray.transformers  # noqa: F401  # the plugin that lets transformers load the output
 from exl2ray.allocation.knapsack import reachable_range
-from exl2ray.allocation.planning import allocate, allocate_linears, option_bits
-from exl2ray.allocation.reach import within_reach
+from exl2ray.allocation.planning import allocate, allocate_linears, option_bits, within_reach
 from exl2ray.commands.allocations import solve
 from exl2ray.evaluate.forward import run_model
 from exl2ray.formats.exl2 import Exl2Model

@@ -12,8 +12,7 @@ from exl2ray.quant import hessian
 from exl2ray.quant.cholesky import BLOCK
 from exl2ray.quant.factorising import factorise_together
 from exl2ray.quant.hessian import DAMPING, HessianAccumulator, prepare
-from exl2ray.quant.rows import SHARES, share_rows
-from exl2ray.quant.sums import TreeSum, owner_shares
+from exl2ray.quant.rows import SHARES, TreeSum, owner_shares, share_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

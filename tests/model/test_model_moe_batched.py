@@ -18,9 +18,9 @@ from exl2ray.model.blocks import MoeBlock, check_states, load_block
 from exl2ray.model.half import LinearBank, Norm
 from exl2ray.model.moe import MOST_PADDING, Expert, ExpertBank, Routing, cut_runs, route
 from exl2ray.model.spec import LinearSpec, Stored
+from exl2ray.quality import Settings
 from exl2ray.quant.measure_moe import coverage
 from exl2ray.quant.rows import reference_pass
-from exl2ray.quant.settings import Settings
 
 WIDTH = 24
 RAGGED = (7, 0, 1, 31, 7, 2, 0, 16, 0, 1, 30, 5, 5, 12, 64, 3)

@@ -9,8 +9,7 @@ import pytest
 from header_models import LLAMA_8B, write_header_model
 
 from exl2ray.allocation.knapsack import nearest_reachable, reachable_range
-from exl2ray.allocation.planning import below_tables
-from exl2ray.allocation.reach import reachable_slots
+from exl2ray.allocation.planning import below_tables, reachable_slots
 from exl2ray.errors import BudgetError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import find_arch, load_spec

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exl2ray.errors import NumericError
 from exl2ray.model.blocks import Block, check_states
+from exl2ray.quality import Settings
 from exl2ray.quant.correct import (
     can_correct,
     corrected_weights,
@@ -24,7 +25,6 @@ from exl2ray.quant.correct import (
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare, round_to_nearest
 from exl2ray.quant.module import pack_input, solve_input
 from exl2ray.quant.rows import reference_pass
-from exl2ray.quant.settings import Settings
 
 SETTINGS = Settings(batch_rows=2)
 # plain residual; post-norms; residual multiplier; parallel attention and MLP; experts

@@ -13,15 +13,13 @@ from quant_helpers import load, measured, quantized, states
 from exl2ray.cuda.small_batches import CACHE
 from exl2ray.model.blocks import check_states
 from exl2ray.model.spec import LinearSpec, ModuleSpec, Stored
-from exl2ray.quality import Numerics
+from exl2ray.quality import Numerics, Settings
 from exl2ray.quant import solve
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.measure_moe import STARVED_SHARE, coverage, describe_coverage, shares_of, starved_experts
 from exl2ray.quant.memory import peak_bytes, settings_within, states_fit_within
 from exl2ray.quant.qparams import parse
-from exl2ray.quant.rows import reference_pass
-from exl2ray.quant.settings import Settings
-from exl2ray.quant.sums import TreeSum
+from exl2ray.quant.rows import TreeSum, reference_pass
 
 GB = 10**9
 

@@ -17,7 +17,7 @@ from exl2ray.allocation.planning import total_bits
 from exl2ray.errors import FormatError
 from exl2ray.formats.layout import QParams
 from exl2ray.quant.hessian import prepare
-from exl2ray.quant.losses import LossTable, piece_rows
+from exl2ray.quant.measure import LossTable, piece_rows
 from exl2ray.quant.qparams import mlp_options, parse, unique
 from exl2ray.quant.solve import solve_with_losses
 

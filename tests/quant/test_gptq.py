@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from exl2ray.formats.layout import GroupLayout
-from exl2ray.quant import scales
+from exl2ray.quant import gptq
 from exl2ray.quant.gptq import quantize_reference, relative_error
 from exl2ray.quant.hessian import HessianAccumulator, prepare, prepare_reference
 from exl2ray.quant.pack import dequantize, pack
@@ -61,7 +61,7 @@ def test_example_of_the_specification(example: dict[str, Any]) -> None:
         assert (q.scale_codes[g].int() - 1).tolist() == expected["scale_nibbles"]
         bits = int(np.float16(q.scale_max[g].item()).view(np.uint16))
         assert bits == int(expected["scale_max_half_bits"], 16)
-        steps = scales.step_sizes(q.scale_codes[g], q.scale_max[g]).numpy().view(np.uint16)
+        steps = gptq.step_sizes(q.scale_codes[g], q.scale_max[g]).numpy().view(np.uint16)
         assert steps.tolist() == [int(s, 16) for s in expected["effective_scale_half_bits"]]
     assert q.codes.tolist() == example["values_stored_order"]
     assert np.array_equal(q.weight.numpy().view(np.uint16), hex_halves(example["dequantised_half_bits"]))
@@ -102,7 +102,7 @@ def test_scale_search_by_the_formulas_of_the_specification() -> None:
     ordered = sorted(sums)
     assert ordered[1][0] > 1.0001 * ordered[0][0], "the example leaves the choice to rounding; change its seed"
     best = ordered[0][1]
-    found_codes, scale_max = scales.search(x, bits)
+    found_codes, scale_max = gptq.search(x, bits)
     assert found_codes.tolist() == codes
     assert float(scale_max) == pytest.approx(top * (0.70 * (1 - best / 96) + 1.2 * best / 96), rel=1e-3)
 

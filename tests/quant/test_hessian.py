@@ -8,6 +8,7 @@ from quant_helpers import correlated_inputs, hessian
 from torch import Tensor
 
 from exl2ray.errors import NumericError
+from exl2ray.quality import Settings
 from exl2ray.quant.gptq import feedback_factor
 from exl2ray.quant.hessian import (
     Factor,
@@ -18,7 +19,6 @@ from exl2ray.quant.hessian import (
     prepare_reference,
     round_to_nearest,
 )
-from exl2ray.quant.settings import Settings
 
 
 def test_accumulator_sums_rows_and_divides_by_their_number() -> None:

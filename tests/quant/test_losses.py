@@ -10,11 +10,11 @@ import torch
 from quant_helpers import hessian, load, measured, states, weights
 
 from exl2ray.model.blocks import check_states
+from exl2ray.quality import Settings
 from exl2ray.quant.hessian import prepare, round_to_nearest
-from exl2ray.quant.losses import PIECES, LossTable, piece_rows, shape_option, squared_error
+from exl2ray.quant.measure import PIECES, LossTable, piece_rows, shape_option, squared_error
 from exl2ray.quant.qparams import mlp_options, parse, unique
 from exl2ray.quant.rows import reference_pass
-from exl2ray.quant.settings import Settings
 from exl2ray.quant.solve import Problem, solve_problems, solve_with_losses
 
 

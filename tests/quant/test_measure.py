@@ -19,6 +19,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import ModuleProfile, OptionProfile, read_measurement
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, check_states, load_block
+from exl2ray.quality import Settings
 from exl2ray.quant import measure
 from exl2ray.quant import module as module_room
 from exl2ray.quant.gptq import feedback_factor, quantize_reference
@@ -27,7 +28,6 @@ from exl2ray.quant.measure_moe import coverage
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import attention_options, mlp_options
 from exl2ray.quant.rows import accuracy_of, reference_pass, row_errors
-from exl2ray.quant.settings import Settings
 
 
 def plain_errors(block: Block, x: Tensor, table: list[dict[str, Any]], factors: dict[str, Factor]) -> list[float]:

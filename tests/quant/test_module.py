@@ -13,14 +13,13 @@ from thread_comm import together
 from torch import Tensor
 
 from exl2ray.model.blocks import check_states
-from exl2ray.quality import Numerics
+from exl2ray.quality import Numerics, Settings
 from exl2ray.quant import factorising
 from exl2ray.quant.group import Solo
 from exl2ray.quant.measure_moe import describe_coverage
 from exl2ray.quant.module import QuantizedModule, cut, enter_module, quantize_module
 from exl2ray.quant.qparams import head_option, parse
-from exl2ray.quant.settings import Settings
-from exl2ray.quant.sums import owner_shares
+from exl2ray.quant.rows import owner_shares
 
 ROWS = 11
 CORRECTED = Numerics(0.5, "feedback", 1)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from quant_helpers import hessian, load, quantized, states
 
+from exl2ray.quality import Settings
 from exl2ray.quant.hessian import keeps_order, prepare, round_to_nearest
 from exl2ray.quant.qparams import parse
-from exl2ray.quant.settings import Settings
 
 
 def test_factor_in_natural_order() -> None:

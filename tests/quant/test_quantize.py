@@ -18,13 +18,13 @@ from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import check_linear
 from exl2ray.formats.layout import QParams
 from exl2ray.model.blocks import Block, check_states
+from exl2ray.quality import Settings
 from exl2ray.quant import module as module_room
 from exl2ray.quant.gptq import feedback_factor, quantize_reference
 from exl2ray.quant.hessian import HessianAccumulator, prepare
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 from exl2ray.quant.rows import reference_pass
-from exl2ray.quant.settings import Settings
 
 CASES = [("Llama", 1), ("Llama", 2), ("Qwen2", 3), ("Mixtral", 2), ("Cohere", 1)]
 

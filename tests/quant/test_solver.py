@@ -20,7 +20,7 @@ from exl2ray.cuda.backend import REFINED_BITS
 from exl2ray.cuda.solver import Segment, Solution, panels, solve_segments
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quality import PLAIN, Numerics
-from exl2ray.quant import scales, solve
+from exl2ray.quant import gptq, solve
 from exl2ray.quant.gptq import Quantized, descend, feedback_factor, quantize_reference, relative_error
 from exl2ray.quant.hessian import Factor, prepare, round_to_nearest
 from exl2ray.quant.qparams import attention_options, mlp_options, parse
@@ -284,9 +284,9 @@ def test_first_group_is_refined_to_the_bit() -> None:
     found = solve_problems(factor, [w], [Problem(0, layout)], keep_codes=True, numerics=FEEDBACK)[0]
     u = feedback_factor(factor)
     assert u is not None
-    codes, scale_max = scales.search(w[factor.perm], 4)
+    codes, scale_max = gptq.search(w[factor.perm], 4)
     assert found.scale_codes is not None
-    assert same(found.scale_codes[0], scales.refine(w[factor.perm], u, 4, codes, scale_max)) > 0.99
+    assert same(found.scale_codes[0], gptq.refine_codes(w[factor.perm], u, 4, codes, scale_max)) > 0.99
 
 
 def test_refinement_minimises_its_cost() -> None:
@@ -297,13 +297,13 @@ def test_refinement_minimises_its_cost() -> None:
     u = feedback_factor(factor)
     assert u is not None
     x = w[factor.perm]
-    codes, scale_max = scales.search(x, bits)
+    codes, scale_max = gptq.search(x, bits)
     damped = torch.linalg.inv(u.double()) @ torch.linalg.inv(u.double()).T
-    refined = scales.refine(x, u, bits, codes, scale_max)
+    refined = gptq.refine_codes(x, u, bits, codes, scale_max)
     for c in range(3):
         costs = {}
         for code in range(max(1, int(codes[c]) - 3), min(16, int(codes[c]) + 3) + 1):
-            step = scales.step_sizes(torch.tensor([code]), scale_max).double()
+            step = gptq.step_sizes(torch.tensor([code]), scale_max).double()
             work, error = x[:, c].double().clone(), torch.zeros(k, dtype=torch.float64)
             along = size = 0.0
             for i in range(k):
@@ -312,7 +312,7 @@ def test_refinement_minimises_its_cost() -> None:
                 along, size = along + float(e * gain), size + float(gain * gain)
                 error[i] = x[i, c] - q
                 work[i + 1 :] -= u[i, i + 1 :] * e
-            costs[code] = float(error @ damped @ error) + scales.SHRINKAGE * along**2 / size
+            costs[code] = float(error @ damped @ error) + gptq.SHRINKAGE * along**2 / size
         assert costs[int(refined[c])] == pytest.approx(min(costs.values()), rel=1e-3)
 
 
@@ -382,7 +382,7 @@ def test_descent_ends_where_no_single_change_helps() -> None:
     assert found.codes is not None
     assert found.scale_codes is not None
     h, x, dq = damped(factor).double(), w[factor.perm].double(), found.weight[factor.perm].double()
-    step = scales.step_sizes(found.scale_codes[0], found.scale_max[0]).double()
+    step = gptq.step_sizes(found.scale_codes[0], found.scale_max[0]).double()
     gradient = h @ (x - dq)
     for sign in (-1, 1):
         # changing weight i by t changes the loss by t^2 H_ii - 2 t S_i

@@ -59,7 +59,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import exl2ray.steps.job
     from exl2ray.driver.actors import RayWorkers
-    from exl2ray.driver.inline import InlineWorkers
+    from exl2ray.driver.workers import InlineWorkers
 
     ray.cloudpickle.register_pickle_by_value(team_helpers)
 

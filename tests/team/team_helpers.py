@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.recipe import Recipe
-from exl2ray.team.faults import GroupBroken
-from exl2ray.team.messages import Begun, Pass
+from exl2ray.team.messages import Begun, GroupBroken, Pass
 from exl2ray.team.worker import Worker
 
 BITS = (4.0,)

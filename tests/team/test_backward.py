@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from team_helpers import recipe
 
-from exl2ray.driver.inline import InlineWorkers
+from exl2ray.driver.workers import InlineWorkers
 from exl2ray.errors import NumericError
 from exl2ray.events import Silent
 from exl2ray.steps import Job

@@ -9,12 +9,11 @@ import torch
 from thread_comm import together
 
 from exl2ray.errors import NumericError
+from exl2ray.quality import Settings
 from exl2ray.quant import cholesky, hessian
 from exl2ray.quant.factorising import factorise_together
 from exl2ray.quant.hessian import Factor, HessianAccumulator, factorise
-from exl2ray.quant.rows import SHARES, share_rows
-from exl2ray.quant.settings import Settings
-from exl2ray.quant.sums import TreeSum, owner_shares
+from exl2ray.quant.rows import SHARES, TreeSum, owner_shares, share_rows
 
 K, CPU = 150, torch.device("cpu")
 SIZES = [2, 3, 4, 8]

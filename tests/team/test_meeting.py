@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from exl2ray.driver.actors import RayWorkers
-from exl2ray.driver.inline import InlineWorkers
-from exl2ray.driver.workers import Over
+from exl2ray.driver.workers import InlineWorkers, Over
 from exl2ray.team.messages import Begun, Meeting, Pass, SensitivityPass, WorkerSetup
 
 

@@ -20,8 +20,7 @@ from exl2ray.quant.group import Solo
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.memory import context_bytes
 from exl2ray.quant.module import enter_module
-from exl2ray.quant.rows import SHARES, share_rows, shared_batches
-from exl2ray.quant.sums import TreeSum, owner_shares, reduction
+from exl2ray.quant.rows import SHARES, TreeSum, owner_shares, reduction, share_rows, shared_batches
 from exl2ray.store.open import open_store
 from exl2ray.store.tensors import put_tensors
 from exl2ray.team.messages import WorkerSetup

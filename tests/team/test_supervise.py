@@ -20,8 +20,17 @@ from exl2ray.driver.policy import Limits, Lost
 from exl2ray.driver.sequential import Sequential
 from exl2ray.driver.supervise import Supervisor
 from exl2ray.errors import ClusterError, NumericError, StoreError
-from exl2ray.team.faults import GroupBroken, WorkerOutOfMemory
-from exl2ray.team.messages import Begun, ChainPass, Choices, ItemResult, MeasurePass, Pass, Ready
+from exl2ray.team.messages import (
+    Begun,
+    ChainPass,
+    Choices,
+    GroupBroken,
+    ItemResult,
+    MeasurePass,
+    Pass,
+    Ready,
+    WorkerOutOfMemory,
+)
 
 QUICK = Limits(first=500, floor=50, rest=0.01, grace=5, patience=5)
 ENDLESS = Limits(losses=10**6, rest=1e-6)
@@ -58,7 +67,7 @@ class Measuring:
         return MeasurePass(modules=indices, hashes=hashes, stretches=stretches, keep_from=keep_from)
 
     def script(self, worker: int, part: Pass) -> Iterator[tuple[float, Any]]:
-        """As `exl2ray.team.measure`: one thing after another, up to where the driver has it end."""
+        """As `exl2ray.team.source_passes`: one thing after another, up to where the driver has it end."""
         assert isinstance(part, MeasurePass)
         self.passes.append((worker, part))
         if part.stretches:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from exl2ray.errors import NumericError
 from exl2ray.quant.hessian import HessianAccumulator
-from exl2ray.quant.rows import SHARES, share_rows
-from exl2ray.quant.sums import TreeSum, owner_shares
+from exl2ray.quant.rows import SHARES, TreeSum, owner_shares, share_rows
 
 
 def accumulators(rows: int) -> dict[int, HessianAccumulator]:

@@ -16,8 +16,8 @@ import time
 
 import torch
 
+from exl2ray.driver.host import use_interface_of
 from exl2ray.team.comm import Group, serve_rendezvous
-from exl2ray.team.network import use_interface_of
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 

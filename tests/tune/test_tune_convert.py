@@ -15,9 +15,8 @@ from tiny_models import write_model
 
 from exl2ray.convert import convert
 from exl2ray.errors import Exl2RayError, UsageError
-from exl2ray.events import Silent
+from exl2ray.events import OutputSummary, Silent
 from exl2ray.formats.verify import verify_directory
-from exl2ray.outputs import OutputSummary
 from exl2ray.recipe import Recipe
 from exl2ray.tune import state
 
