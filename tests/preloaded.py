@@ -8,7 +8,7 @@ from importlib import import_module
 from numba.core.registry import cpu_target
 
 for name in (
-    "afterwards", "cli", "commands.allocations", "commands.evaluate", "commands.plan", "convert", "cuda.cpu", "driver.inline",
+    "afterwards", "cli", "commands.allocations", "commands.evaluate", "commands.plan", "convert", "cuda.cpu", "driver.workers",
     "steps", "steps.producing", "tuning", "writing",
 ):  # fmt: skip
     import_module(f"exl2ray.{name}")
