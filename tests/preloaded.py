@@ -8,8 +8,8 @@ from importlib import import_module
 from numba.core.registry import cpu_target
 
 for name in (
-    "afterwards", "cli", "commands.allocations", "commands.evaluate", "commands.plan", "convert", "cuda.cpu", "driver.workers",
-    "steps", "steps.producing", "tuning", "writing",
+    "afterwards", "cli", "commands.allocations", "commands.evaluate", "commands.plan", "convert", "cuda.cpu",
+    "driver.workers", "steps", "steps.producing", "tuning", "writing",
 ):  # fmt: skip
     import_module(f"exl2ray.{name}")
 cpu_target.typing_context.refresh()  # what numba imports when it first loads a compiled function

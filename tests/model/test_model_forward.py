@@ -29,7 +29,7 @@ from oracles import (
 from torch import Tensor
 
 from exl2ray.formats.hf import SourceModel
-from exl2ray.model import attention
+from exl2ray.model import half
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import load_block
 from exl2ray.model.table import ARCHITECTURES
@@ -145,7 +145,7 @@ def test_variant_matches_transformers(name: str, tmp_path: Path) -> None:
 
 def test_long_rows_of_softcapped_attention(oracle: Callable[[str], Oracle], monkeypatch: pytest.MonkeyPatch) -> None:
     """Several query chunks, the last one short; windows across chunk borders."""
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 8)
+    monkeypatch.setattr(half, "QUERY_CHUNK", 8)
     compare(oracle("Gemma2ForCausalLM"), length=29)
 
 

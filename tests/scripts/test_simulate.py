@@ -17,7 +17,7 @@ from schedules import SHARES, chains, serial_s, source_modules, step
 from sweeps import perplexity_s, sweep
 
 from exl2ray.driver.independent import cut
-from exl2ray.quant import sums as group_sums
+from exl2ray.quant import rows as group_sums
 
 KINDS = ("measure", "reference", "quantized")
 
