@@ -1,5 +1,6 @@
 """What a conversion begins before it is needed, and who waits for it.
 
+    command -> (another process) Ray, processes of workers with torch -----------------------------.
     command -> import torch -> CUDA context, kernels (thread) ------------------.
            `-> import exl2ray -> checks, rows of tokens -> work directory -> worker -> first module -> first result
                                                      |            `-> hashes of the source (threads) -----^
@@ -11,6 +12,8 @@ without one: a GPU's error where the worker is made, that of a file where the fi
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from contextlib import suppress
 
@@ -18,6 +21,46 @@ from exl2ray.errors import Exl2RayError
 from exl2ray.recipe import Recipe
 from exl2ray.stopping import EXPENDABLE
 from exl2ray.timeline import step
+
+
+def begin_workers(recipe: Recipe) -> None:
+    """Begins to start the Ray of a conversion that will need one of its own; `end_workers` stops it if nobody used it.
+
+    A look at the flags and the folders tells: a job that was begun before may be finished, or held by another conversion.
+    """
+    if _will_use_ray(recipe) and _is_new(recipe):
+        from exl2ray.driver.starting import begin_private, expected_workers
+
+        begin_private(expected_workers(recipe.device, recipe.gpus))
+
+
+def end_workers() -> None:
+    """Ends what `begin_workers` began, where a check has refused the job, or no workers were needed."""
+    if "exl2ray.driver.starting" in sys.modules:
+        from exl2ray.driver.starting import stop_ray
+
+        stop_ray()
+
+
+def _will_use_ray(recipe: Recipe) -> bool:
+    """Whether workers will be processes of a private Ray, without asking torch."""
+    from exl2ray.driver.starting import expected_workers
+
+    address = recipe.ray_address or os.environ.get("RAY_ADDRESS")
+    if address not in (None, "", "local"):
+        return False
+    several = bool(address) or expected_workers(recipe.device, recipe.gpus) > 1
+    return recipe.executor == "ray" or (recipe.executor == "auto" and several)
+
+
+def _is_new(recipe: Recipe) -> bool:
+    """Whether a model is there, and nothing where the work directory and the outputs will be."""
+    if "://" in recipe.in_dir or "://" in recipe.out_dir or not os.path.isfile(os.path.join(recipe.in_dir, "config.json")):
+        return False
+    places = [recipe.out_dir, *(recipe.output_dir(b) for b in recipe.bits)]
+    with suppress(OSError):
+        return not any(place and os.path.exists(place) and os.listdir(place) for place in places)
+    return False
 
 
 def begin_device(recipe: Recipe) -> None:

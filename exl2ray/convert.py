@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from exl2ray.beforehand import begin_device
+from exl2ray.beforehand import begin_device, begin_workers, end_workers
 from exl2ray.errors import Interrupted, UsageError
 from exl2ray.events import OutputSummary, Reporter, Summary
 from exl2ray.recipe import Recipe
@@ -50,6 +50,14 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
 
 
 def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
+    begin_workers(recipe)
+    try:
+        return _converted(recipe, reporter, start)
+    finally:
+        end_workers()  # of a job that was refused, or needed none
+
+
+def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
     begin_device(recipe)
     with step("import exl2ray"):
         from exl2ray import afterwards, tuning

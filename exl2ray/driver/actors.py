@@ -22,7 +22,7 @@ from typing import Any
 from exl2ray import stopping
 from exl2ray.driver.host import Host, first_lines, own_error
 from exl2ray.driver.policy import Lost
-from exl2ray.driver.starting import start_ray, stop_ray
+from exl2ray.driver.starting import expected_workers, is_of_a_cluster, start_ray, stop_ray
 from exl2ray.driver.workers import InlineWorkers, Over, Said, Workers
 from exl2ray.errors import ClusterError
 from exl2ray.store.layout import LOGS
@@ -67,7 +67,7 @@ class RayWorkers:
         address: str | None = None,
         claim: dict[str, Any] | None = None,
     ) -> None:
-        self._ray = start_ray(address)
+        self._ray = start_ray(address, expected_workers(setup.device, workers))
         self.notes: list[str] = []
         self._setup, self._make = setup, make
         self._slots: dict[int, _Slot] = {}
@@ -83,7 +83,8 @@ class RayWorkers:
             self._grow = cuda and workers is None
             count = workers or (self._gpus() if cuda else 1)
             self._setup = replace(setup, alone=count == 1)
-            options = claim or ({"num_gpus": 1, "num_cpus": 1} if cuda else {"num_cpus": 1})
+            # A Ray of our own has as many processors as it was told: GPUs are what counts there.
+            options = claim or ({"num_gpus": 1, "num_cpus": int(is_of_a_cluster())} if cuda else {"num_cpus": 1})
             # Ray ships the class by value; wrapping a factory lets tests use workers of their own.
             self._actor = self._ray.remote(
                 max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", concurrency_groups={CONTROL: 1}, **options

@@ -24,7 +24,7 @@ import stat
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +37,7 @@ from exl2ray.errors import ClusterError
 FIRST_RAY = (2, 54)
 LOOPBACK = "127.0.0.1"
 TEMP_PREFIX = "exl2ray-ray-"
+HEAD = b"exl2ray.driver.head"  # in the command line of the process that starts it
 LOCK = "in-use"  # held by the process whose Ray it is
 _SOCKET_BYTES = 107  # longest path of a Unix socket
 _BELOW = len("/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.sock")
@@ -47,20 +48,26 @@ _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 @dataclass
 class PrivateRay:
-    """What was set for a private Ray, to be undone. ``options``: for ray.init."""
+    """The place of a private Ray. ``options``: for ray.init; ``settings``: variables of its environment, None: not set."""
 
     folder: Path
     lock: int  # descriptor of the locked file in the folder
     options: dict[str, Any]
-    before: dict[str, str | None] = field(default_factory=dict)  # variables of the environment as they were
+    settings: dict[str, str | None]
+    before: dict[str, str | None] = field(default_factory=dict)  # this process's variables as they were
+
+    def environment(self) -> dict[str, str]:
+        """That of this process, with the settings."""
+        return {name: value for name, value in {**os.environ, **self.settings}.items() if value is not None}
+
+    def enter(self) -> None:
+        """Applies the settings to this process, which is about to talk to the Ray."""
+        self.before = {name: os.environ.get(name) for name in self.settings}
+        _set_environment(self.settings)
 
     def close(self, keep_files: bool = False) -> None:
         """Undoes everything. keep_files: they say why Ray failed, and the next private Ray removes them."""
-        for name, value in self.before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_environment(self.before)
         _read_environment_again()
         _end_processes(self.folder)
         if not keep_files:
@@ -70,22 +77,23 @@ class PrivateRay:
 
 
 def prepare() -> PrivateRay:
-    """The environment and folder in which a private Ray may be started. Raises ClusterError."""
+    """A new folder, and the settings with which a private Ray may be started in it. Raises ClusterError."""
     folder, lock = _own_folder()
-    found = PrivateRay(folder, lock, {"_node_ip_address": LOOPBACK, "_temp_dir": str(folder / "r")})
     settings = {
         "RAY_AUTH_MODE": "token",  # whatever the user has chosen for clusters
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_AUTH_TOKEN_PATH": None,
         _LOOPBACK_ONLY: "0",
     }
-    for name, value in settings.items():
-        found.before[name] = os.environ.get(name)
+    return PrivateRay(folder, lock, {"_node_ip_address": LOOPBACK, "_temp_dir": str(folder / "r")}, settings)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    return found
 
 
 def refuse_old(ray: ModuleType) -> None:
@@ -167,22 +175,29 @@ def _locked(folder: Path) -> int:
 
 def _end_processes(folder: Path) -> None:
     """Kills what is left of the Ray of this folder. Agents wait a minute for a raylet that was killed, and what had been made
-    when a signal interrupted the start would go on, and write its logs into a folder that is gone.
+    when a signal interrupted the start would go on, and write its logs into a folder that is gone. Looks again until nothing
+    is left, since what is killed may just have started something.
     """
+    end = time.monotonic() + _END_SECONDS
+    while (killed := _kill_those_of(folder)) and time.monotonic() < end:
+        while any(map(_runs, killed)) and time.monotonic() < end:  # one that is not gone yet may still make a file
+            time.sleep(0.01)
+
+
+def _kill_those_of(folder: Path) -> list[Path]:
+    """What it killed, as folders of /proc."""
     inside, killed = f"{folder}/", list[Path]()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if process.stat().st_uid != os.getuid() or int(process.name) == os.getpid():
                 continue
             command = (process / "cmdline").read_bytes()
-            if not command.startswith(b"ray::") and b"/ray/" not in command:
+            if not command.startswith(b"ray::") and b"/ray/" not in command and HEAD not in command:
                 continue  # somebody who reads a log
-            if os.fsencode(f"{inside}r/session_") in command or any(f.startswith(inside) for f in _open_files(process)):
+            if os.fsencode(f"{inside}r") in command or any(f.startswith(inside) for f in _open_files(process)):
                 os.kill(int(process.name), signal.SIGKILL)
                 killed.append(process)
-    end = time.monotonic() + _END_SECONDS
-    while any(map(_runs, killed)) and time.monotonic() < end:  # one that is not gone yet may still make a file
-        time.sleep(0.01)
+    return killed
 
 
 def _runs(process: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -9,43 +10,71 @@ import site
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from exl2ray import stopping
 from exl2ray.driver import private
-from exl2ray.errors import ClusterError, StoreError
+from exl2ray.driver.head import PRELOADED, Head, cannot_start
+from exl2ray.errors import ClusterError, Exl2RayError, StoreError
 
 OBJECT_STORE_BYTES = 256 << 20
 _MIN_STORE_BYTES = 80 << 20
 CONNECT_SECONDS = 10.0
 TEMPORARY_BYTES, TEMPORARY_FILES = 32 << 20, 256
-_private: private.PrivateRay | None = None  # of this process, which has one Ray at a time
 
 
-def start_ray(address: str | None) -> Any:
+@dataclass
+class _Launched:
+    """A private Ray. ``connected``: this process talks to it, or did."""
+
+    place: private.PrivateRay
+    head: Head
+    connected: bool = False
+
+
+_private: _Launched | None = None  # of this process, which has one Ray at a time
+
+
+def expected_workers(device: str, workers: int | None) -> int:
+    """How many a private Ray will have, as far as can be told before it runs."""
+    if workers is not None or device == "cpu":
+        return workers or 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return max(1, cards if visible is None else len([x for x in visible.split(",") if x]))
+
+
+def begin_private(workers: int) -> None:
+    """Begins to start a private Ray for so many workers; `start_ray` waits for it, `stop_ray` ends it. Raises nothing: what
+    goes wrong does so again where the Ray is needed."""
+    with contextlib.suppress(Exl2RayError):
+        _launch(workers)
+
+
+def start_ray(address: str | None, workers: int | None = None) -> Any:
     """Connects to a cluster or starts a private local Ray; returns the ray module. ``stop_ray`` ends it.
 
     ``address``, else $RAY_ADDRESS, else "local": a bare ray.init() would silently attach to any Ray on this machine.
+    ``workers``: for how many a private one has processes from the start; None: Ray's own choice, and nothing imported.
     Raises ClusterError; KeyboardInterrupt if a signal arrives meanwhile. Signal handlers are put back afterwards, because
     ray.init replaces them. What makes a private Ray private is in `exl2ray.driver.private`; of a cluster, the user's
     authentication mode and token are used.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A paragraph on standard output for every worker that dies: the scheduler says it in a line.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
+    _quiet()
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        return _start_private()
+        return _start_private(workers)
     import ray
 
     _close_private()  # of a Ray that was left by ray.shutdown
     hint = "check --ray-address and $RAY_ADDRESS; `exl2ray doctor` looks at this machine"
     hint += "; a cluster with token authentication needs RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN"
     _check_answers(address, hint)
-    _init(ray, hint, address=address)
+    _init(ray, hint, address, address=address)
     return ray
 
 
@@ -65,23 +94,45 @@ def _check_answers(address: str, hint: str) -> None:
         raise _failed(address, e, hint) from e
 
 
-def _start_private() -> Any:
+def _quiet() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A paragraph on standard output for every worker that dies: the scheduler says it in a line.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing a task")
+
+
+def _launch(workers: int | None) -> _Launched:
+    """A process that starts a private Ray. Raises StoreError and ClusterError for what is in its way."""
     global _private
+    _quiet()
     _close_private()
     check_temporary_folder(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    _private = private.prepare()
+    with stopping.shielded():
+        place = private.prepare()
+        config: dict[str, Any] = {"enable_metrics_collection": False}
+        if workers is not None:
+            config["preload_python_modules"] = PRELOADED
+        options = {
+            **place.options, "object_store_memory": store_bytes(), "num_cpus": workers or os.cpu_count() or 1,
+            "_system_config": config,
+        }  # fmt: skip
+        _private = _Launched(place, Head(options, place.environment(), trusted_folder()))
+        return _private
+
+
+def _start_private(workers: int | None) -> Any:
+    made = _private
+    if made is None or made.connected:  # of a Ray that was left by ray.shutdown
+        made = _launch(workers)
+    hint = "`exl2ray doctor` says what stands in Ray's way; one device needs no Ray: --executor inline --gpus 1"
     try:
         import ray
 
-        private.refuse_old(ray)
-        hint = "`exl2ray doctor` says what stands in Ray's way; one device needs no Ray: --executor inline --gpus 1"
+        address = made.head.address("local", hint)
+        made.connected = True
+        made.place.enter()
         with private.on_loopback():
-            _init(
-                ray, hint, address="local", include_dashboard=False, object_store_memory=store_bytes(),
-                num_cpus=max(1, os.cpu_count() or 1), _system_config={"enable_metrics_collection": False},
-                **_private.options,
-            )  # fmt: skip
-        private.refuse_open(str(ray.get_runtime_context().gcs_address))
+            _init(ray, hint, "local", address=address, _node_ip_address=private.LOOPBACK)
     except BaseException as e:
         stop_ray(keep_files=isinstance(e, ClusterError))
         raise
@@ -91,37 +142,27 @@ def _start_private() -> Any:
 def stop_ray(keep_files: bool = False) -> None:
     """Leaves the cluster, or ends the private Ray and removes its files; none of this where there is no Ray.
 
-    Ray sets SIGTERM to its default when it disconnects, a second before its processes have ended: the handler is put back in
-    between, so that the signal does not end this process in the middle of it.
+    Ray sets SIGTERM to its default when it disconnects: the handler is put back at once.
     """
-    import ray
+    with stopping.shielded():
+        if "ray" in sys.modules:
+            import ray
 
-    with stopping.shielded(), stopping.kept() as put_back:
-        node: Any = getattr(ray._private.worker, "_global_node", None)
-        kill = getattr(node, "kill_all_processes", None)
-        if kill is not None:
-            node.kill_all_processes = _after(put_back, kill)
-        ray.shutdown()
+            with stopping.kept():
+                ray.shutdown()
         _close_private(keep_files)
-
-
-def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
-    def both(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return then(*args, **kwargs)
-
-    return both
 
 
 def _close_private(keep_files: bool = False) -> None:
     global _private
     if _private is not None:
-        _private.close(keep_files)
+        _private.head.end()
+        _private.place.close(keep_files)
         _private = None
 
 
-def _init(ray: Any, hint: str, **options: Any) -> None:
-    """ray.init with errors of our own, and a SIGTERM that means what it means elsewhere.
+def _init(ray: Any, hint: str, name: str, **options: Any) -> None:
+    """ray.init with errors of our own, which call the address by this name, and a SIGTERM that means what it means elsewhere.
 
     While it runs, Ray's handler turns SIGTERM into SystemExit(SIGTERM). Ray's C++ part has one in front of it for some
     milliseconds, which prints a stack, hands on to the handler before, and sets an alarm that aborts the process three
@@ -138,12 +179,12 @@ def _init(ray: Any, hint: str, **options: Any) -> None:
                 put_back()
         except SystemExit as e:  # of a signal; or a stale address
             if e.code != signal.SIGTERM:
-                raise _failed(options["address"], e, hint) from e
+                raise _failed(name, e, hint) from e
             terminated = True
             signal.alarm(0)
             put_back()  # perhaps it was interrupted
         except Exception as e:  # a node that does not come up is a plain Exception
-            raise _failed(options["address"], e, hint) from e
+            raise _failed(name, e, hint) from e
     if terminated:
         if callable(handler):
             handler(signal.SIGTERM, None)
@@ -171,9 +212,8 @@ def _away_from_here() -> Iterator[None]:
         os.close(here)
 
 
-def _failed(address: str, e: BaseException, hint: str) -> ClusterError:
-    reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-    return ClusterError(f"cannot start or reach Ray at {address!r}: {reason}", hint)
+def _failed(name: str, e: BaseException, hint: str) -> ClusterError:
+    return cannot_start(name, f"{type(e).__name__}: {e}", hint)
 
 
 def check_temporary_folder(folder: str) -> None:
