@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,6 +40,7 @@ class ModelHub:
     ranges: bool = True
     url: str = ""
     lock: Any = field(default_factory=Lock)
+    before: Callable[[str], None] = lambda line: None  # called with each of them, before it is answered
 
     def add(self, name: str, files: Mapping[str, bytes] | Path, revision: str = "main") -> str:
         """Makes a commit of files, or of those in a folder; its hash."""
@@ -88,6 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.hub, unquote(self.path.partition("?")[0])
         line = f"{self.command} {path} {self.headers.get('Range', '')}".strip()
         self.half = False
+        hub.before(line)
         with hub.lock:
             hub.asked.append(line)
             for pattern, (status, times) in hub.fail.items():
@@ -150,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(data))}
         # Another host than the Hub's, as far as HTTP libraries can tell.
         other = self.hub.url.replace("127.0.0.1", "localhost")
-        headers["Location"] = f"{other}/storage/{repo}/{commit.sha}/{name}?X-Amz-Signature={SIGNATURE}"
+        headers["Location"] = f"{other}/storage/{repo}/{commit.sha}/{name}?X-Amz-Signature={SIGNATURE}{len(self.hub.asked)}"
         self._answer(302, b"", headers)
 
     def _storage(self, path: str) -> None:

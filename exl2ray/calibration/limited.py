@@ -28,7 +28,7 @@ from typing import Any
 
 MIB = 1 << 20
 POLL_SECONDS = 0.02
-WAITING_SECONDS, WAITING = 20.0, 10.0  # for the clock: a machine may have ten times as much to do as it has cores
+WAITING_SECONDS, WAITING = 120.0, 10.0  # for the clock: a machine may have ten times as much to do as it has cores
 MAX_HEAD_BYTES = 64 * MIB
 THREADS = 16  # of the tokenizers library; the stacks of a hundred would not fit into the limit
 # What Python and its libraries need to start; tokens and passwords are not among it.

@@ -13,7 +13,7 @@ import threading
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from exl2ray.errors import HubError, SourceError, StoreError, UsageError
 from exl2ray.formats.elsewhere import STAMP, RemoteFile
@@ -31,7 +31,14 @@ SECONDS = 30.0  # without an answer, or between two pieces of one
 KEPT_SECONDS = 600.0  # that a signed address is used
 PIECE_BYTES = 1 << 20
 LOGIN = "hf auth login, or set HF_TOKEN"
-NOWHERE = ("", 0.0, "")
+
+
+class Place(NamedTuple):
+    """Where the storage of the Hub has a file: a signed address, until when it is used, the ETag there."""
+
+    url: str
+    until: float
+    tag: str
 
 
 class Repository:
@@ -39,7 +46,7 @@ class Repository:
 
     def __init__(self, address: Address, blocks: Blocks) -> None:
         self.address, self._blocks = address, blocks
-        self._places: dict[str, tuple[str, float, str]] = {}  # name -> signed address, until when it is used, ETag there
+        self._places: dict[str, Place] = {}  # by name; several threads that read one file get different signatures
         self._lock = threading.Lock()
         try:
             import huggingface_hub  # noqa: F401
@@ -158,11 +165,12 @@ class Repository:
         def step() -> None:
             nonlocal done
             with self._typed(f"reading {entry.name}"):
-                url, headers = self._place(entry.name)
+                place = self._place(entry.name)
+                url, headers = (place.url, dict[str, str]()) if place else self._at_hub(entry.name)
                 headers["Range"] = f"bytes={offset + done}-{offset + len(buffer) - 1}"
                 headers["Accept-Encoding"] = "identity"
                 with _session().stream("GET", url, headers=headers, follow_redirects=True, timeout=SECONDS) as answer:
-                    self._check(answer, entry, offset + done, url)
+                    self._check(answer, entry, offset + done, place)
                     for piece in answer.iter_bytes(PIECE_BYTES):
                         part = piece[: len(buffer) - done]
                         buffer[done : done + len(part)] = part
@@ -173,30 +181,33 @@ class Repository:
 
         patiently(step)
 
-    def _place(self, name: str) -> tuple[str, dict[str, str]]:
-        """(where to ask, headers): elsewhere no token is sent."""
+    def _place(self, name: str) -> Place | None:
+        """Where the Hub has sent us; no token is sent there."""
+        with self._lock:
+            known = self._places.get(name)
+        return known if known is not None and time.monotonic() < known.until else None
+
+    def _at_hub(self, name: str) -> tuple[str, dict[str, str]]:
+        """(where to ask the Hub, headers)"""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        with self._lock:
-            known, until, _ = self._places.get(name, NOWHERE)
-        if known and time.monotonic() < until:
-            return known, {}
         url = hf_hub_url(self.address.place, self._name(name), revision=self.address.revision, endpoint=_endpoint())
         return url, build_hf_headers()
 
-    def _check(self, answer: Any, entry: FileState, offset: int, asked: str) -> None:
-        """Whether an answer is the range of the file that was listed."""
+    def _check(self, answer: Any, entry: FileState, offset: int, asked: Place | None) -> None:
+        """Whether an answer is the range of the file that was listed. asked: None for the Hub itself."""
         status = answer.status_code
-        known, _, expected = self._places.get(entry.name, NOWHERE)
-        if status >= 400 and asked == known:
-            self._places.pop(entry.name, None)  # the signature is too old
+        if status >= 400 and asked:
+            with self._lock:
+                if self._places.get(entry.name) is asked:
+                    del self._places[entry.name]  # the signature is too old
             raise Passing(HubError(f"{self.address}/{entry.name}: the storage of the Hub answers {status}"), 0.0)
         if status >= 400:
             raise Refused(answer)
         first, here = answer.history[0] if answer.history else answer, answer.headers.get("ETag", "")
-        if asked == known:
-            tag, listed = here, expected
+        if asked:
+            tag, listed = here, asked.tag
         else:
             tag, listed = first.headers.get("X-Linked-ETag", ""), entry.stamp.removeprefix(STAMP)
             tag = tag or ("" if answer.history else here)
@@ -209,7 +220,7 @@ class Repository:
                            "fetch the model: hf download, and give its folder")  # fmt: skip
         if answer.history:
             with self._lock:
-                self._places[entry.name] = str(answer.url), time.monotonic() + KEPT_SECONDS, here
+                self._places[entry.name] = Place(str(answer.url), time.monotonic() + KEPT_SECONDS, here)
 
     # ---- errors ----------------------------------------------------------------------------------------------------
 

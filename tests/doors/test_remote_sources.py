@@ -22,6 +22,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_text
 
 from exl2ray.remote import blocks
+from exl2ray.remote.address import Address
+from exl2ray.remote.blocks import Blocks
+from exl2ray.remote.hub import Repository
 
 SHARDS = 3
 SECRET = "SecretKeyOnLoopback0123456789"
@@ -302,6 +305,35 @@ def test_a_signed_address_that_expired_is_asked_for_again(hub: ModelHub, online:
     assert len(hub.sent("GET /me/model/resolve/.*safetensors")) < asked  # once for many pieces
     hub.fail = {"GET /storage/.*bytes=[1-9]": (403, 1)}
     online(*plan("hf://me/model", text)).ends_with(0)
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_an_address_that_another_thread_replaces_meanwhile(
+    expired: bool, hub: ModelHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every answer of the Hub signs anew; an older address is as good, and asked for again where it is not."""
+    for name, value in hub_env(hub, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = Repository(Address("hf", "me/model"), Blocks(None, 0))
+    entry = next(f for f in repository.listing().entries if f.name.endswith(".safetensors"))
+    file, data = repository.open(entry), hub.repos["me/model"]["main"].files[entry.name]
+
+    def read(first: int) -> None:
+        part = bytearray(1000)
+        file.read(memoryview(part), first, False)
+        assert part == data[first : first + 1000]
+
+    def another(line: str) -> None:
+        hub.before = lambda line: None
+        hub.fail = {"GET /storage/": (403, 1)}
+        read(2000)  # in the thread of the server, while the first one waits for its answer
+        hub.fail = {"GET /storage/": (403, 1)} if expired else {}
+
+    read(0)
+    hub.before = another
+    read(1000)
+    assert len(hub.sent("/resolve/")) == 2
 
 
 def test_offline_with_a_model_in_the_cache(
