@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -31,6 +31,7 @@ from exl2ray.team.perplexity import PERPLEXITY
 from exl2ray.writing import OutputWriter
 
 if TYPE_CHECKING:
+    from exl2ray.filling import Filling
     from exl2ray.steps.job import Job
 
 
@@ -58,7 +59,8 @@ def produce(
         writer.check(plan)
     job.targets.lock(recipe, [p.bits for p in plans], writer.owner)
     placing: dict[float, dict[int, Future[None]]] = {plan.bits: {} for plan in plans}  # by module; at -1 the rest
-    with closing(writer.filling) as filling, _Writers() as pool:
+    with _Writers(writer.filling) as pool:
+        filling = writer.filling
         writing: dict[float, Future[OutputSummary]] = {}
         kept: dict[float, OutputSummary] = {}
 
@@ -109,13 +111,19 @@ def produce(
 
 
 class _Writers(ThreadPoolExecutor):
-    """Threads that write: several, since one hashes no faster than 1 to 2 GB/s. What waits is dropped after an error."""
+    """Threads that write: several, since one hashes no faster than 1 to 2 GB/s. What waits is dropped after an error.
 
-    def __init__(self) -> None:
+    The shards are closed once none of them writes any more. A second Ctrl-C ends the wait for them, and shards stay open: a
+    descriptor that is closed is given to the next file, and they would write into that.
+    """
+
+    def __init__(self, filling: Filling) -> None:
         super().__init__(WRITERS, "write")
+        self._filling = filling
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.shutdown(wait=True, cancel_futures=kind is not None)
+        self._filling.close()
 
 
 def _examine_records(job: Job, plan: Plan, records: Mapping[int, Record]) -> None:

@@ -61,6 +61,8 @@ def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
     state = "stopped"
     if store.exists(LOCK_FILE):
         state = "running" if is_held(store, timing) else "crashed"
+        if not store.exists(LOCK_FILE):
+            state = "stopped"  # meanwhile
     names = store.list("measure") + store.list("quant")
     records = _count_records(names)
     has_measurement = store.exists(MEASUREMENT)
