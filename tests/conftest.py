@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -42,6 +43,12 @@ CLUSTER_SECONDS = 1200  # the driver's own deadlines, which these tests are abou
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # pytest-xdist hands files out in the order below
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What torch draws does not depend on which tests this process has run before: that is a matter of who was quicker."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
