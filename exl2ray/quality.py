@@ -71,8 +71,8 @@ DAMPING = 0.12  # of the mean of diag(H); the reference's value
 class Settings:
     """How to run the numerics of one module.
 
-    Results depend on ``damping``, ``all_experts`` and ``numerics`` alone, up to rounding. The last are about quantising, not
-    measuring.
+    Results depend on ``damping``, ``all_experts``, ``score_rows`` and ``numerics`` alone, up to rounding. The last are about
+    quantising, not measuring.
     """
 
     damping: float = DAMPING
@@ -82,4 +82,5 @@ class Settings:
     expert_tokens: int | None = None  # tokens of one expert that are scored at once; None: all
     sums_on_host: bool = False  # partial sums of Hessians wait in host memory, for GPUs that cannot hold several
     all_experts: bool = False  # Hessians of every expert from all tokens; the forward pass stays as routed
+    score_rows: int | None = None  # calibration rows on which the option tables are scored; None: all
     numerics: Numerics = PLAIN

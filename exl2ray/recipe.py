@@ -158,6 +158,10 @@ class Recipe:
         "--moe-all-experts",
         "collect the Hessians of every expert from all tokens; the forward pass stays as routed.",
         CALIBRATE, job="measure.moe_all_experts quantize.moe_all_experts"))
+    score_rows: int | None = field(default=None, metadata=setting(
+        "--score-rows",
+        "measurement rows for the scores of option tables, by which only --allocation module chooses; all if absent.",
+        CALIBRATE, rule=_ROWS, job="measure.score_rows"))
     evaluate: Literal["auto", "always", "never"] = field(default="auto", metadata=setting(
         "--evaluate",
         "perplexity and KL divergence of finished models on held-out text: with several -b, always, or never.",
@@ -217,6 +221,11 @@ class Recipe:
             raise UsageError(
                 f"--target-correction {self.target_correction:g} needs the states of the quantised model",
                 "leave out --propagate reference, or --target-correction",
+            )
+        if self.score_rows is not None and self.allocates == "module":
+            raise UsageError(
+                f"--score-rows {self.score_rows}: options are chosen per module by these scores, which need all rows",
+                "leave out --score-rows, or choose options with --allocation linear",
             )
         implied = self.quality == "best" and self.tune is None
         if implied:
@@ -312,7 +321,7 @@ class Recipe:
         }
         for name, about in SETTINGS.items():
             value = self._stored(name)
-            if (name in ("rotate", "overrides", "tune", "tune_text") and not value) or value == "usual":
+            if (name in ("rotate", "overrides", "tune", "tune_text", "score_rows") and not value) or value == "usual":
                 continue  # jobs that were begun before there were these have no such entry
             for entry in about.job:
                 section, _, key = entry.partition(".")

@@ -141,12 +141,22 @@ def measure_halves(
     x, y: (R, T, hidden) states before and after it. Hessians are used up, to make room.
     """
     lists = []
+    scored = scored_rows(x, y, settings.score_rows)
     factors: dict[str, Factor] = {}
     losses = LossTable()
     for half in block.halves:
         candidates = _candidates(block, half, hessians, factors, settings, notes, losses, x.shape[1])
-        lists.append(_score(block, half, x, y, candidates, settings))
+        lists.append(_score(block, half, *scored, candidates, settings))
     return lists, losses.extra()
+
+
+def scored_rows(x: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+    """As many rows as asked for, evenly spaced, so that they are of several kinds; None: all. On a CPU scoring the tables
+    takes two thirds of measuring, in proportion to the rows, and a choice per linear needs nothing of it (docs/log.md)."""
+    if count is None or count >= len(x):
+        return x, y
+    chosen = torch.arange(count, device=x.device) * len(x) // count
+    return x[chosen], y[chosen]
 
 
 def measure_head(

@@ -20,7 +20,7 @@ from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quality import Settings
 from exl2ray.quant.block import ExpertBlock, Routing, device_of
 from exl2ray.quant.hessian import HessianAccumulator, input_factor
-from exl2ray.quant.measure import LossTable
+from exl2ray.quant.measure import LossTable, scored_rows
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import MOE_TABLE
 from exl2ray.quant.rows import accuracy_of, batches, row_errors
@@ -63,7 +63,8 @@ def measure_experts(
     for table in tables:
         losses.include(table)
     notes.insert(0, describe_coverage(report))
-    return [_score_experts(block, x, y, candidates, settings)], {"experts": report, **losses.extra()}
+    scored = scored_rows(x, y, settings.score_rows)
+    return [_score_experts(block, *scored, candidates, settings)], {"experts": report, **losses.extra()}
 
 
 def token_shares(block: ExpertBlock, hessians: dict[str, HessianAccumulator], tokens: int) -> dict[str, float]:

@@ -196,6 +196,7 @@ class Job:
             rope_alpha=recipe.rope_alpha,
             damping=recipe.damping,
             moe_all_experts=recipe.moe_all_experts,
+            score_rows=recipe.score_rows,
             numerics=recipe.numerics,
             rotate=recipe.rotate,
             checkpoint_seconds=recipe.checkpoint_seconds,
@@ -219,6 +220,10 @@ class Job:
         """What --moe-all-experts adds to the hashes of results; nothing for a model without experts."""
         used = self.recipe.moe_all_experts and self.spec.arch.moe
         return {"moe_all_experts": True} if used else {}
+
+    def scored(self) -> dict[str, int]:
+        """What --score-rows adds to the hashes of measured modules."""
+        return {} if self.recipe.score_rows is None else {"score_rows": self.recipe.score_rows}
 
     def beyond_reference(self) -> dict[str, Any]:
         """What --quality adds to the hashes of quantised modules; nothing for the plain algorithm."""

@@ -36,7 +36,7 @@ def measure(job: Job) -> Measurement:
     modules = _profiled(job)
     common = hash_inputs(
         **job.source_hash(), damping=job.job["measure"]["damping"], rows=job.measure_rows_sha256, profile=PROFILE,
-        **job.all_experts(),
+        **job.all_experts(), **job.scored(),
     )  # fmt: skip
     hashes = {m.index: hash_inputs(common=common, module=m.profile_key) for m in modules}
     records = {m.index: job.work.records.find(MEASURE, m.profile_key, hashes[m.index]) for m in modules}

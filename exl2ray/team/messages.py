@@ -33,6 +33,7 @@ class WorkerSetup:
     calibration_sha256: str
     perplexity_rows: int  # leading rows of the quantisation set whose perplexity is reported
     moe_all_experts: bool = False  # Hessians of experts from all tokens
+    score_rows: int | None = None  # of the measurement rows, for the scores of option tables; None: all
     numerics: Numerics = PLAIN
     source_cache: int = 0  # bytes kept of a source that is elsewhere
     rotate: bool = False  # the residual stream

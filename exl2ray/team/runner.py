@@ -98,6 +98,7 @@ class Runner:
             settings_for(module, rows, tokens, self.device, self.setup.damping),
             sums_on_host=sums_on_host(module, self.device, numerics.target_correction > 0),
             all_experts=self.setup.moe_all_experts,
+            score_rows=self.setup.score_rows,
             numerics=numerics,
         )
         if shrink == 1:
