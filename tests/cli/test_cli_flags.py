@@ -254,7 +254,7 @@ def test_a_job_without_a_place_of_its_model(tmp_path):
 
 def test_every_stored_setting_exists_in_a_job():
     tuned = {"compile_full": "o", "tune": "1M", "tune_text": "t", "builtin_text": "all"}
-    job = stored_job(Recipe(in_dir="m", out_dir="w", overrides=("*.v_proj=6",), rotate=True, **tuned))
+    job = stored_job(Recipe(in_dir="m", out_dir="w", overrides=("*.v_proj=6",), rotate=True, score_rows=2, **tuned))
     for setting in SETTINGS.values():
         for section, name in (entry.split(".") for entry in setting.job):
             assert name in job[section]

@@ -68,7 +68,7 @@ def hashes_of(wanted: Recipe, measured: Measurement, monkeypatch: pytest.MonkeyP
         job.recipe = replace(wanted, allocation="linear")
         with pytest.raises(Reached):
             with_sensitivities(job, measured)
-        job.recipe = replace(wanted, allocation="module")
+        job.recipe = replace(wanted, allocation="module", score_rows=None)
         plan = allocate(job, measured, wanted.bits[0])
         found[QUANTIZE] = {m.profile_key: h for m, h in zip(job.spec.modules, plan.hashes, strict=True)}
     return Hashes(found)
@@ -107,6 +107,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"rotate": True}, {MEASURE, SENSITIVITY, QUANTIZE}),
     ({"damping": 0.2}, {MEASURE, QUANTIZE}),
     ({"allocation": "linear"}, set()),
+    ({"allocation": "linear", "score_rows": 2}, {MEASURE}),
     ({"propagate": "reference"}, {QUANTIZE}),
     ({"target_correction": 0.3}, {QUANTIZE}),
     ({"scale_search": "feedback"}, {QUANTIZE}),
