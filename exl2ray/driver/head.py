@@ -35,7 +35,9 @@ class Head:
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str], folder: str) -> None:
         # As Ray does for a worker that claims one processor; but torch is imported before anything is claimed.
-        env = {"OMP_NUM_THREADS": "1", **environment, "PYTHONPATH": _python_path(environment, folder)}
+        # Ray gives its first process 30 s to answer: not enough on a machine that is busy with other things.
+        own = {"OMP_NUM_THREADS": "1", "RAY_gcs_server_port_wait_time_s": "120"}
+        env = {**own, **environment, "PYTHONPATH": _python_path(environment, folder)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(options)], cwd=folder, env=env, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

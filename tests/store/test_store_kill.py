@@ -17,12 +17,12 @@ from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
 
 DRIVER = """
-import hashlib, sys
+import hashlib, sys, time
 from exl2ray.store.lock import LockTiming
 from exl2ray.store.records import FileRef, Record, hash_inputs, item_file
 from exl2ray.store.workdir import WorkDir
 
-root, items, item_bytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+root, items, item_bytes, most = sys.argv[1], *map(int, sys.argv[2:])
 job = {"identity": {"model": "m"}, "measure": {}, "quantize": {}, "output": {}}
 with WorkDir.create_or_resume(
     root, job, resume=True, versions={}, timing=LockTiming(heartbeat=0.5, stale=60, settle=0.02)
@@ -39,18 +39,24 @@ with WorkDir.create_or_resume(
         ref = FileRef(rel, hashlib.sha256(data).hexdigest(), len(data))
         work.records.commit(Record("measure", key, inputs, {"error": i / 7}, (ref,)))
         print(key, flush=True)
+        most -= 1
+        if not most:
+            time.sleep(3600)  # to be killed
 print("finished", flush=True)
 """
 
 
-def start(root: str, items: int, item_bytes: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", DRIVER, root, str(items), str(item_bytes)]
+def start(root: str, items: int, item_bytes: int, most: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", DRIVER, root, str(items), str(item_bytes), str(most)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def run_and_kill(root: str, items: int, item_bytes: int, acks: int, delay_seconds: float) -> list[str]:
-    """Start a driver, kill it some time after its first ``acks`` acknowledgements; all lines it printed."""
-    driver = start(root, items, item_bytes)
+def run_and_kill(root: str, items: int, item_bytes: int, acks: int, delay_seconds: float, most: int) -> list[str]:
+    """Start a driver, kill it some time after its first ``acks`` acknowledgements; all lines it printed.
+
+    After ``most`` items it waits for that: who is to kill it may be kept waiting for the processor.
+    """
+    driver = start(root, items, item_bytes, most)
     assert driver.stdout is not None
     lines = []
     for _ in range(acks):
@@ -80,14 +86,14 @@ def check_whole(root: str, acknowledged: set[str]) -> None:
 
 
 def test_killed_drivers_lose_nothing_and_end_with_the_same_bytes(tmp_path: Path) -> None:
-    items, item_bytes = 400, 50_000  # enough for 20 kills on a fast disk too
-    assert run_and_kill(str(tmp_path / "quiet"), items, item_bytes, items + 1, 0)[-1] == "finished"
+    items, item_bytes, most = 400, 50_000, 18
+    assert run_and_kill(str(tmp_path / "quiet"), items, item_bytes, items + 1, 0, items + 1)[-1] == "finished"
     root = str(tmp_path / "work")
     rng = random.Random(0)
     acknowledged: set[str] = set()
     kills = 0
     while kills < 100:
-        lines = run_and_kill(root, items, item_bytes, rng.randrange(0, 12), rng.uniform(0, 0.02))
+        lines = run_and_kill(root, items, item_bytes, rng.randrange(0, 12), rng.uniform(0, 0.02), most)
         if "finished" in lines:
             break
         kills += 1
@@ -106,6 +112,6 @@ def test_killed_driver_on_an_object_store(kind: str, item_bytes: int, request: p
     root = str(request.getfixturevalue(f"{kind}_root"))
     acknowledged: set[str] = set()
     for acks in (1, 2):
-        acknowledged |= set(run_and_kill(root, 100, item_bytes, acks, 0.03))
+        acknowledged |= set(run_and_kill(root, 100, item_bytes, acks, 0.03, 50))
         check_whole(root, acknowledged)
     assert len(acknowledged) >= 3
