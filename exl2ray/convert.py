@@ -50,8 +50,8 @@ def convert(recipe: Recipe, reporter: Reporter) -> Summary:
 
 
 def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
-    begin_workers(recipe)
     try:
+        begin_workers(recipe)
         return _converted(recipe, reporter, start)
     finally:
         end_workers()  # of a job that was refused, or needed none
