@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -56,8 +56,9 @@ import torch  # noqa: E402
 from click.core import ParameterSource  # noqa: E402
 from quality_calibration import Calibration, Experiment  # noqa: E402
 from quality_models import Model  # noqa: E402
+from quality_sizes import matched  # noqa: E402
 
-from exl2ray.allocation.planning import Plan  # noqa: E402
+from exl2ray import tuning  # noqa: E402
 from exl2ray.cli import convert as convert_command  # noqa: E402
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError  # noqa: E402
 from exl2ray.events import Silent  # noqa: E402
@@ -75,7 +76,6 @@ PLACES = ("in_dir", "out_dir", "bits", "compile_full", "cal_dataset", "no_resume
           "ray_address", "checkpoint_seconds", "device", "evaluate", "eval_text")  # fmt: skip
 NOT_NUMERICS = {"commands", "report", "cli.py", "console.py", "live.py", "program.py", "flags.py"}  # of the package
 BIT_STEP, BIT_STEPS = 0.01, 60  # to raise a bitrate that is out of reach
-MATCH_STEPS, MATCHED = 14, 1e-4  # solutions of the allocation at most; relative difference that ends the search
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ class Study:
         rows = {"dataset_rows": args.cal_rows, "measurement_rows": args.measure_rows,
                 "length": args.cal_length, "measurement_length": args.cal_length}  # fmt: skip
         self.rows = {name: value for name, value in rows.items() if value}
+        if args.jobs > 1 and args.draws > 1 and args.match_bytes and quality_peers.peer_of(self.variants[0].options):
+            raise UsageError("--jobs: later draws are made as large as the peer's only one", "leave --jobs out")
         for variant in self.variants:
             for model in self.models.values() if quality_peers.peer_of(variant.options) is None else ():
                 self.recipe(Case(model.name, self.calibrations[0], 0, args.bits[0], variant))
@@ -165,14 +167,14 @@ class Study:
         done = {(r["key"], r["source"] if not self.args.any_source else ""): r for r in quality_table.load([self.results])}
         first_bytes: dict[float, int] = {}
         for case in cases:
-            target = first_bytes.get(case.bits) if self.args.match_bytes else None
+            target = self.target(case, first_bytes, done)
             key = self.key(case, target)
             result = done.get((key, self.source if not self.args.any_source else ""))
             if result is None:
                 try:
                     result = {**self.convert(case, target), "key": key, "source": self.source}
                 except quality_peers.Skipped as e:
-                    say(f"skipped: {case.model}, {case.bits:g} bpw, {case.variant.name}: {e}")
+                    say(f"skipped: {case.model}, draw {case.draw}, {case.bits:g} bpw, {case.variant.name}: {e}")
                     continue
                 except Exception as e:  # one variant that fails must not cost the others their time on the machine
                     if not isinstance(e, Exl2RayError):
@@ -186,6 +188,16 @@ class Study:
             first_bytes.setdefault(case.bits, result["file_bytes"])  # if the first variant was skipped, of the next one
             results.append(result)
         return results, failed
+
+    def target(self, case: Case, first_bytes: dict[float, int], done: dict[tuple[str, str], dict[str, Any]]) -> int | None:
+        """How many bytes a file shall have. A peer has one draw, the first; all draws of others are as large as that."""
+        if not self.args.match_bytes or quality_peers.peer_of(case.variant.options) is not None:
+            return None
+        if case.bits in first_bytes or not case.draw or quality_peers.peer_of(self.variants[0].options) is None:
+            return first_bytes.get(case.bits)
+        key = self.key(replace(case, draw=0, variant=self.variants[0]), None)
+        found = done.get((key, self.source if not self.args.any_source else ""))
+        return None if found is None else int(found["file_bytes"])
 
     def convert(self, case: Case, target: int | None) -> dict[str, Any]:
         """Converts and evaluates; the result without its key."""
@@ -203,7 +215,8 @@ class Study:
                 size = exact_size(job.spec, job.source, plan.bits, plan.params, job.recipe.shard_bytes)
                 beside = size.high_bytes - plan.predicted_bytes
                 plan = matched(partial(allocate, job, measurement), plan, target - beside)
-            (output,) = produce(job, [plan])
+            (output,) = produce(job, [plan], compile_full=tuning.place_of_solved(recipe))
+        (output,) = tuning.tune_outputs(job, [output], reporter)  # --tune, or what --quality best stands for
         stages = [(f["stage"], f["seconds"]) for name, f in reporter.events if name == "end"]
         figures = self.models[case.model].judge(out)
         for folder in (quantised,) if self.args.keep else (out, quantised):
@@ -215,6 +228,7 @@ class Study:
             "calibration_perplexity": output.calibration_perplexity,
             "measure_seconds": round(sum(s for name, s in stages if name == "measure"), 3),
             "quantize_seconds": round(sum(s for name, s in stages if name.startswith("quantize")), 3),
+            "tune_seconds": round(sum(s for name, s in stages if name == "tune"), 3), "tuned": output.tuned,
             "seconds": round(time.perf_counter() - start, 3), "machine": machine(self.args.device),
             "warnings": [f["message"] for name, f in reporter.events if name == "warning"],
         }  # fmt: skip
@@ -222,7 +236,11 @@ class Study:
     def of_peer(self, case: Case) -> dict[str, Any]:
         if case.draw:
             raise quality_peers.Skipped("peers choose their own text: one draw")
-        figures = quality_peers.convert(self.models[case.model], case.variant.options, case.bits, self.work / "jobs")
+        model, folder = self.models[case.model], self.work / "jobs" / f"{case.model}-{case.calibration.name}-peer"
+        out = self.out(case, folder)
+        figures = quality_peers.convert(model, case.variant.options, case.bits, folder, out, self.args.peer_seconds)
+        if not self.args.keep:
+            shutil.rmtree(out)
         return {
             "model": case.model, "calibration": case.calibration.name, "draw": 0, "bits": case.bits,
             "variant": case.variant.name, "options": case.variant.options, "asked_bits": case.bits,
@@ -261,30 +279,6 @@ class Study:
         raise AssertionError
 
 
-def matched(allocated: Callable[[float], Plan], plan: Plan, target: int) -> Plan:
-    """The plan whose quantised tensors come closest to ``target`` bytes, by bisection on the bitrate."""
-    best, low, high = plan, 0.0, 0.0
-    bits = plan.bits
-    for _ in range(MATCH_STEPS):
-        if abs(best.predicted_bytes - target) <= MATCHED * target:
-            break
-        if plan.predicted_bytes > target:
-            high = bits
-        else:
-            low = bits
-        bits = (low + high) / 2 if low and high else bits * (target / plan.predicted_bytes)
-        try:
-            plan = allocated(bits)
-        except BudgetError:
-            low = bits
-            if not high:
-                break
-            continue
-        if abs(plan.predicted_bytes - target) < abs(best.predicted_bytes - target):
-            best = plan
-    return best
-
-
 def source_hash() -> str:
     """SHA-256 of what decides about results: the package's numerics and its calibration text."""
     total = hashlib.sha256()
@@ -309,10 +303,13 @@ def named(text: str, separator: str) -> tuple[str, str]:
 
 
 def append(path: Path, line: str) -> None:
-    """One write at the end of the file: several processes may share it."""
+    """One write at the end of the file: several processes may share it. A line that a kill cut short is left behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as f:
-        f.write(line.encode() + b"\n")
+    with path.open("ab+", buffering=0) as f:
+        end = f.seek(0, os.SEEK_END)
+        f.seek(max(0, end - 1))
+        cut = f.read(1) not in (b"", b"\n")
+        f.write(b"\n" * cut + line.encode() + b"\n")
 
 
 def say(text: str) -> None:
@@ -347,6 +344,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cal-rows", type=int, help="-r of every variant, for Parquet files")
     add("--measure-rows", type=int, help="-mr of every variant, for Parquet files")
     add("--cal-length", type=int, help="-l and -ml of every variant")
+    add("--peer-seconds", type=float, default=1800, help="a peer that takes longer for one conversion has failed (1800)")
     add("--jobs", type=int, default=1, help="processes that share the device (1)")
     add("--threads", type=int, help="torch threads of each process")
     add("--log", metavar="FILE", help="append the table to this page, as in docs/log.md")

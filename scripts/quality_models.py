@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.errors import UsageError
 from exl2ray.evaluate.forward import ModelOutput, RunOptions, open_model, run_model
 from exl2ray.evaluate.metrics import score
 from exl2ray.evaluate.result import model_size
@@ -41,6 +42,8 @@ class Model:
                 documents = quality_text.load(Path(args.heldout))
                 self.ids, self.kinds = quality_text.heldout_rows(documents, tokenizer, args.length, args.rows)
         else:
+            if not tokens.is_file():
+                raise UsageError(f"--model {name}: no evaluation tokens in {tokens}", "give --heldout FILE, or --tokens FILE")
             flat = np.load(tokens, mmap_mode="r").ndim == 1
             self.ids = load_tokens(tokens, length=args.length if flat else None)[: args.rows]
         self.options = RunOptions(dtype=getattr(torch, args.dtype))

@@ -4,7 +4,8 @@
 A variant ``ExLlamaV2:peer:exllamav2 -hb 6`` converts with ExLlamaV2's own converter and its own calibration set; the result
 is EXL2 and judged like ours. ``EXL3:peer:exllamav3 -hb 6`` converts with exllamav3, whose format only it can run: its logits
 are compared with the source's in that process (`judge`, below). A peer that is not installed, or needs a GPU that is not
-there, or a model that it cannot take, is skipped, and why is said. One draw: peers choose their own text.
+there, or a model that it cannot take, is skipped, and why is said; one that is here and fails, or takes longer than
+--peer-seconds, is a failure of its column alone. One draw: peers choose their own text.
 
 Without flash-attn ExLlamaV2's attention is not causal unless SDPA is switched off, which is done here. Whether exllamav3's is
 causal is tested on the model itself, by changing a last token, before its figures are believed.
@@ -14,14 +15,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +36,29 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from quality_models import Figures, Model, figures_of  # noqa: E402
 
+from exl2ray.errors import Exl2RayError  # noqa: E402
+
 PREFIX = "peer:"
-CONVERTERS = {  # of each package, the module that converts, and its flags for bits and head
+CONVERTERS = {  # of each package, the module that converts
     "exllamav2": "exllamav2.conversion.convert_exl2",
     "exllamav3": "exllamav3.conversion.convert_model",
 }
+CALLED = (  # where running the module does nothing: what the convert.py of its repository, which no wheel has, calls
+    "import sys; from exllamav3.conversion.convert_model import main, parser, prepare; "
+    "args, state, ok, problem = prepare(parser.parse_args()); main(args, state) if ok else sys.exit(str(problem))"
+)
+DEVICES = ("cuda",)  # that they run on
 EXL3_MULTIPLE = 128  # widths that exllamav3 takes
 TAIL = 1500  # characters of a failed program's output that are shown
 ATTENTION = ({"attn_mode": "flash_attn_nc"}, {"attn_mode": "sdpa_nc"}, {})  # ways to run a forward pass without a cache
 
 
 class Skipped(Exception):
-    """Why a peer has no column."""
+    """Why a peer has no column: it is not here, or cannot take the model."""
+
+
+class Failed(Exl2RayError):
+    """A peer that is here, and did not do it."""
 
 
 def peer_of(options: str) -> str | None:
@@ -52,53 +66,87 @@ def peer_of(options: str) -> str | None:
     return options.removeprefix(PREFIX).split()[0] if options.startswith(PREFIX) else None
 
 
-def convert(model: Model, options: str, bits: float, work: Path) -> Figures:
-    """Converts with the peer and judges what comes of it; the result of a variant without its settings. Raises Skipped."""
+def convert(model: Model, options: str, bits: float, work: Path, out: Path, seconds: float) -> Figures:
+    """Converts with the peer and judges what comes of it; the result of a variant without its settings.
+
+    work: for the peer's own use, empty afterwards. out: the model. seconds: that each of its processes may take. Raises
+    Skipped and Failed."""
     package, *flags = options.removeprefix(PREFIX).split()
-    _check(package, model)
-    out, scratch = work / "peer-out", work / "peer-work"
-    for folder in (out, scratch):
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
+    version = _check(package, model)
+    for folder in (out, work):
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     start = time.perf_counter()
-    command = ["-m", CONVERTERS[package], "-i", str(model.path), "-b", repr(bits), *flags]
-    places = ["-o", str(scratch), "-cf", str(out)] if package == "exllamav2" else ["-w", str(scratch), "-o", str(out)]
-    _run([*command, *places])
-    seconds = time.perf_counter() - start
-    figures = model.judge(out) if package == "exllamav2" else _judged_there(model, out)
-    return {**figures, "quantize_seconds": round(seconds, 3), "version": importlib.metadata.version(package)}
+    command = ["-i", str(model.path), "-b", repr(bits), *flags]
+    command += ["-o", str(work), "-cf", str(out)] if package == "exllamav2" else ["-w", str(work), "-o", str(out)]
+    told = _run(["-m", CONVERTERS[package], *command], seconds)
+    if not _files(out) and package == "exllamav3":
+        told = _run(["-c", CALLED, *command], seconds)
+    if not _files(out):
+        raise Failed(f"{package}: ended without an error, but wrote no model: {told[-TAIL:]}")
+    took = time.perf_counter() - start
+    shutil.rmtree(work)
+    figures = model.judge(out) if package == "exllamav2" else _judged_there(model, out, seconds)
+    return {**figures, "quantize_seconds": round(took, 3), "version": version}
 
 
-def _check(package: str, model: Model) -> None:
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def _check(package: str, model: Model) -> str:
+    """Its version."""
     if package not in CONVERTERS:
         raise Skipped(f"{package}: known are {', '.join(CONVERTERS)}")
-    if importlib.util.find_spec(package) is None:
-        raise Skipped(f"the {package} package is not installed")
-    if model.device != "cuda":
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise Skipped(f"the {package} package is not installed") from None
+    if model.device not in DEVICES:
         raise Skipped(f"{package} needs a CUDA GPU")
     config = json.loads((model.path / "config.json").read_text())
     widths = [config.get(k) for k in ("hidden_size", "intermediate_size")]
     if package == "exllamav3" and any(w is None or w % EXL3_MULTIPLE for w in widths):
         raise Skipped(f"exllamav3 takes widths that are multiples of {EXL3_MULTIPLE}, this model has {widths}")
+    return version
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run(arguments: Sequence[str], seconds: float) -> str:
+    """Runs Python with these arguments; what it said. Its children end with it."""
     env = {**os.environ, "EXLLAMA_NO_SDPA": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise Skipped(f"{' '.join(arguments[:2])} ended with {done.returncode}: {(done.stdout + done.stderr)[-TAIL:]}")
+    what = " ".join(arguments[:2]) if arguments[0] == "-m" else arguments[0]
+    with tempfile.TemporaryFile("w+", errors="replace") as output:  # no pipe: a child that lives on would hold it open
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=output, stderr=output, env=env, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        told = output.read()
+    if code != 0:
+        why = f"took more than {seconds:g} s" if code is None else f"ended with {code}"
+        raise Failed(f"{what} {why}: {told[-TAIL:]}")
+    return told
 
 
-def _judged_there(model: Model, directory: Path) -> Figures:
+def _judged_there(model: Model, directory: Path, seconds: float) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         ids, found = Path(folder) / "ids.npy", Path(folder) / "scores.npz"
         np.save(ids, model.ids.numpy())
         dtype = str(model.options.dtype).removeprefix("torch.")
         start = time.perf_counter()
-        _run([str(Path(__file__)), "judge", str(model.path), str(directory), str(ids), str(found), "--dtype", dtype])
+        settings = ["--dtype", dtype, "--device", model.device]
+        _run([str(Path(__file__)), "judge", str(model.path), str(directory), str(ids), str(found), *settings], seconds)
         with np.load(found) as scores:
             tokens = {name: torch.from_numpy(scores[name]) for name in scores.files}
-    size = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+    size = sum(p.stat().st_size for p in _files(directory))
     figures = figures_of(tokens, model.kinds)
     return {**figures, "file_bytes": size, "evaluate_seconds": round(time.perf_counter() - start, 3)}
 
@@ -106,11 +154,11 @@ def _judged_there(model: Model, directory: Path) -> Figures:
 # ---- in the process of exllamav3 ----------------------------------------------------------------------------------------
 
 
-def judge(source: str, directory: str, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, np.ndarray]:
+def judge(source: str, directory: str, ids: torch.Tensor, dtype: torch.dtype, device: str) -> dict[str, np.ndarray]:
     """Figures (R, T - 1) of an EXL3 model against the source's logits, which exl2ray computes."""
     from exl2ray.evaluate.forward import RunOptions, run_model
 
-    expected = run_model(source, ids, "cuda", RunOptions(dtype=dtype))
+    expected = run_model(source, ids, device, RunOptions(dtype=dtype))
     forward = _exl3_forward(directory, ids[:1])
     found: dict[str, list[torch.Tensor]] = {"nll": [], "source_nll": [], "kl": [], "top1": []}
     for r in range(len(ids)):
@@ -158,8 +206,9 @@ def main() -> None:
     parser.add_argument("ids", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    found = judge(args.source, args.directory, torch.from_numpy(np.load(args.ids)), getattr(torch, args.dtype))
+    found = judge(args.source, args.directory, torch.from_numpy(np.load(args.ids)), getattr(torch, args.dtype), args.device)
     np.savez(args.output, **found)
 
 

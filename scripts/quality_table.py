@@ -182,10 +182,11 @@ def ratio_interval(ours: Floats, theirs: Floats) -> tuple[float, float]:
 def line(result: Result) -> str:
     """A finished conversion in a few words."""
     kl, nll = np.mean(result["rows"]["kl"]), np.mean(result["rows"]["nll"])
+    tune = f"tune {result['tune_seconds']:.1f} s, " if result.get("tune_seconds") else ""
     return (
         f"{result['model']}, {result['calibration']}, draw {result['draw']}, {result['bits']:g} bpw, {result['variant']}: "
         f"{result['file_bytes']} bytes, perplexity {math.exp(nll):.3f}, KL {kl:.5f}; "
-        f"measure {result['measure_seconds']:.1f} s, quantise {result['quantize_seconds']:.1f} s, "
+        f"measure {result['measure_seconds']:.1f} s, quantise {result['quantize_seconds']:.1f} s, {tune}"
         f"evaluate {result['evaluate_seconds']:.1f} s"
     )
 
@@ -206,7 +207,14 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--first", help="variant to compare with; the first in the files if absent")
     args = parser.parse_args()
-    print(document(load(args.results), [args.first] if args.first else []))
+    for path in args.results:
+        if not path.is_file():
+            parser.error(f"{path}: no such file")
+    results = load(args.results)
+    names = list(dict.fromkeys(r["variant"] for r in results))
+    if not results or (args.first and args.first not in names):
+        parser.error(f"the variants in these files are: {', '.join(names) or 'none'}")
+    print(document(results, [args.first] if args.first else []))
 
 
 if __name__ == "__main__":

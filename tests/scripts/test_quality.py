@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import quality
 import quality_models
-import quality_peers
+import quality_sizes
 import quality_table
 import quality_text
 import torch
@@ -150,9 +150,9 @@ class _Linear:
 @pytest.mark.parametrize("step", [1, 2000])
 def test_matched_finds_the_bitrate(target: int, step: int) -> None:
     job: Any = _Linear(step)
-    plan = quality.matched(partial(job.allocate, None), job.allocate(None, 3.0), target)
-    assert abs(plan.predicted_bytes - target) <= max(step, quality.MATCHED * target) + 1000
-    assert job.solved <= quality.MATCH_STEPS + 1
+    plan = quality_sizes.matched(partial(job.allocate, None), job.allocate(None, 3.0), target)
+    assert abs(plan.predicted_bytes - target) <= max(step, quality_sizes.MATCHED * target) + 1000
+    assert job.solved <= quality_sizes.MATCH_STEPS + 1
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
@@ -265,9 +265,11 @@ def test_table() -> None:
 
 def test_load_takes_the_last_and_leaves_out_a_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    old, new = made("a", 0, np.ones(2)), made("a", 0, np.ones(2), 7)
+    old, new, newer = made("a", 0, np.ones(2)), made("a", 0, np.ones(2), 7), made("b", 0, np.ones(2))
     path.write_text(f'{json.dumps(old)}\n{json.dumps(new)}\n{json.dumps(old)[:50]}')
     assert quality_table.load([path, tmp_path / "missing"]) == [new]
+    quality.append(path, json.dumps(newer))  # a run that goes on
+    assert quality_table.load([path]) == [new, newer]
 
 
 # ---- predictions ------------------------------------------------------------------------------------------------------
@@ -343,15 +345,3 @@ def test_figures_by_kind_and_tails() -> None:
     table = quality_table.by_kind([found])
     assert "| 0.1490 | 0.3500 ± 0.0500 |" in table.splitlines()[-1]
     assert "| 90 % | 99 % | 99.9 % |" in quality_table.tails([found])
-
-
-def test_peers_that_cannot_run_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model = argparse.Namespace(device="cpu", path=DEMO)
-    assert quality_peers.peer_of("-hb 6") is None
-    assert quality_peers.peer_of("peer:exllamav2 -hb 6") == "exllamav2"
-    for package, reason in (("exllamav2", "not installed"), ("unheard", "known are exllamav2, exllamav3")):
-        with pytest.raises(quality_peers.Skipped, match=reason):
-            quality_peers.convert(model, f"peer:{package}", 3.0, tmp_path)  # type: ignore[arg-type]
-    monkeypatch.setattr(quality_peers.importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(quality_peers.Skipped, match="needs a CUDA GPU"):
-        quality_peers.convert(model, "peer:exllamav3", 3.0, tmp_path)  # type: ignore[arg-type]
