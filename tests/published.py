@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,16 @@ import torch
 from fake_hub import TOKEN, FakeHub, serving
 from tiny_models import write_model, write_text
 
+from exl2ray.commands.publish import publish
 from exl2ray.convert import convert
 from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
 
+REPO = "me/tiny-exl2"
+NOTHING: dict[str, Any] = {
+    "branch": None, "private": False, "create": False, "message": None, "token_file": None, "base_model": None,
+    "evaluations": (), "include": (), "dry_run": False,
+}  # fmt: skip
 SOURCE_CARD = """\
 ---
 license: other
@@ -69,3 +76,8 @@ def hub_on_loopback(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[F
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield hub
+
+
+def send(*directories: Path, repo: str = REPO, **settings: Any) -> Any:
+    """Publishes; ``settings`` in place of what the flags are if none is given."""
+    return publish([str(d) for d in directories], repo, **{**NOTHING, **settings})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,8 @@ def test_a_gpu_that_does_not_compute(error: str, fix: str) -> None:
     ("error", "says", "fix"),
     [
         ("ModuleNotFoundError: No module named 'numba_cuda'", "numba-cuda is missing", 'pip install "exl2ray[cuda]"'),
+        ("AttributeError: module 'numpy' has no attribute 'row_stack'", "row_stack", 'pip install "numpy<2.5"'),
+        ("ImportError: cannot import name 'row_stack' from 'numpy'", "row_stack", 'pip install "numpy<2.5"'),
         ("numba_cuda.cudadrv.error.NvvmSupportError: libNVVM cannot be found.", "libraries are missing", "numba-cuda[cu13]"),
         ("CudaSupportError: [222] PTX was compiled with an unsupported toolchain", "do not fit the driver", "driver"),
     ],
@@ -233,3 +238,139 @@ def test_messages_of_our_own_errors_are_found_above_their_hints() -> None:
     program = "from exl2ray.errors import ClusterError\nraise ClusterError('no Ray', 'ask the doctor')"
     assert probes.run_probe(program)["error"] == "exl2ray.errors.ClusterError: no Ray"
     assert os.environ.get("RAY_ADDRESS") is None
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_probes(monkeypatch):
+    """torch works, without GPUs; no kernels. Probing this machine for real takes seconds."""
+    answers = {
+        probes.TORCH: {"version": "2.13.0", "cuda": None, "gpus": [], "reason": ""},
+        probes.KERNEL: {"error": "numba.cuda.cudadrv.error.CudaSupportError: no driver"},
+        probes.RAY: {"version": "2.60.0", "seconds": 7.5},
+    }
+    monkeypatch.setattr(doctor, "run_probe", answers.__getitem__)
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda: ([], ""))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return answers
+
+
+def test_doctor_runs(run, tmp_path):
+    """For real, whatever this machine is like."""
+    result = run("doctor", "-o", str(tmp_path / "not" / "there"), "--json")
+    assert result.exit_code in (0, 1)
+    findings = json.loads(result.stdout)["findings"]
+    topics = [f["topic"] for f in findings]
+    for topic in ("exl2ray", "Python", "torch", "numpy", "ray", "numba", "memory", "work directory"):
+        assert topic in topics
+    assert result.exit_code == any(f["level"] == "problem" for f in findings)
+    assert not (tmp_path / "not").exists()
+
+
+def test_doctor_without_a_gpu(run, quick_probes, tmp_path):
+    result = run("doctor", "-o", str(tmp_path))
+    assert result.exit_code == 0
+    assert "conversion runs on the CPU" in result.stdout
+    assert result.stdout.rstrip().endswith("ready to convert")
+
+
+def test_doctor_with_a_gpu_that_torch_cannot_use(run, quick_probes, monkeypatch):
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda: ([CARD.format(driver="550.1")], ""))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "NVIDIA RTX A6000" in result.stdout
+    assert "build without CUDA" in result.stdout
+
+
+def test_doctor_with_kernels(run, quick_probes, monkeypatch):
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda: ([CARD.format(driver="590.1")], ""))
+    quick_probes[probes.TORCH] = USABLE
+    assert run("doctor").exit_code == 1
+    quick_probes[probes.KERNEL] = {"package": "numba-cuda 0.30.0", "built_in": False}
+    assert run("doctor").exit_code == 0
+    quick_probes[probes.KERNEL] = {"package": "CUDA target of numba 0.61.0", "built_in": True}
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "deprecated" in result.stdout
+
+
+def test_the_kernel_probe_runs_a_kernel(monkeypatch):
+    """In Numba's simulator; a GPU needs no other program."""
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    found = probes.run_probe(probes.KERNEL)
+    assert "package" in found, found
+
+
+def test_the_torch_probe_describes_torch():
+    found = probes.run_probe(probes.TORCH)
+    assert set(found) == {"version", "cuda", "hip", "gpus", "broken", "reason"}, found
+
+
+def test_doctor_finds_wrong_and_missing_packages(monkeypatch):
+    installed = {"numpy": "2.5.1", "torch": "2.13.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise doctor.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(doctor, "_requirements", lambda: {"numpy": "<2.5,>=1.26", "torch": "<3,>=2.7"})
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    found = {f.topic: f for f in doctor.versions()}
+    assert found["torch"].level == "ok"
+    assert found["numpy"].level == "problem"
+    assert found["numpy"].fix == 'pip install "numpy<2.5,>=1.26"'
+    assert found["ray"].value == "missing"
+    assert "numba-cuda" not in found
+
+
+def test_doctor_survives_its_own_checks(run, quick_probes, monkeypatch):
+    def broken() -> list[doctor.Finding]:
+        raise ValueError("no such sysctl")
+
+    monkeypatch.setattr(doctor, "memory", broken)
+    result = run("doctor")
+    assert "ValueError: no such sysctl" in result.stdout
+
+
+def test_doctor_full_disk(monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(total=300 << 20, free=200 << 20))
+    work, _ = doctor.disks(str(tmp_path))
+    assert work.level == "warning"
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "signal 11"),
+        ("raise RuntimeError('no device')", "RuntimeError: no device"),
+        ("print('hello')", "unexpected answer"),
+        ("print([1])", "unexpected answer"),
+        ("import sys; sys.exit(3)", "exit status 3"),
+    ],
+)
+def test_probes_never_raise(program, says):
+    assert says in probes.run_probe(program)["error"]
+
+
+def test_a_probe_that_hangs_is_ended():
+    assert "no answer within 1 s" in probes.run_probe("import time; time.sleep(3600)", seconds=1)["error"]
+
+
+@pytest.mark.parametrize(
+    ("script", "cards", "error"),
+    [
+        ("echo 'NVIDIA H100, 10 MiB, 81559 MiB, 550.54'", ["NVIDIA H100, 10 MiB used of 81559 MiB, driver 550.54"], ""),
+        ("echo 'Driver/library version mismatch'; exit 18", [], "nvidia-smi: Driver/library version mismatch"),
+        ("exit 9", [], "nvidia-smi: exit status 9"),
+    ],
+)
+def test_what_the_driver_says(monkeypatch, tmp_path, script, cards, error):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert probes.nvidia_smi() == (cards, error)

@@ -6,6 +6,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from exl2ray.submit.jobs import Cluster
+
+ADDRESS = "http://127.0.0.1:8265"
+
 
 class FakeClient:
     """As much of JobSubmissionClient as is used. ``log``: output of the job; ``breaks``: connections that fail, and after
@@ -119,3 +123,7 @@ class _Task:
 class _Ref:
     def __init__(self, node: str, value: Any) -> None:
         self.node, self.value = node, value
+
+
+def cluster(client: FakeClient) -> Cluster:
+    return Cluster(ADDRESS, client)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_helpers import FakeRay
+from cluster_helpers import FakeClient, FakeRay, cluster
 
-from exl2ray.errors import StoreError
+from exl2ray.errors import ClusterError, StoreError
 from exl2ray.submit import preflight
-from exl2ray.submit.preflight import NodeView, Report, Request, SharedPath, examine, look, model_digest
+from exl2ray.submit import submission as submit
+from exl2ray.submit.preflight import NodeView, Problem, Report, Request, SharedPath, examine, look, model_digest
 
 
 @pytest.fixture(autouse=True)
@@ -185,3 +187,77 @@ def test_object_stores(bucket: str) -> None:
     assert messages(asked(f"{bucket}/work")) == []
     (message,) = messages(asked("s3://no-such-bucket/work"))
     assert message.startswith("-o s3://no-such-bucket/work: not writable on the head node")
+
+
+def check(client: FakeClient, paths: list[SharedPath], say: Callable[[str], None] = print) -> Report:
+    return submit.check_cluster(cluster(client), paths, {}, say)
+
+
+def report(**fields: Any) -> str:
+    versions = {"exl2ray": submit.__version__, "ray": "2.60.0"}
+    line = Report(**{"nodes": 2, "gpus": 16, "versions": versions, **fields}).to_line()
+    return f"INFO Runtime env is setting up.\nRunning entrypoint\n{line}\n"
+
+
+def test_a_good_report(tmp_path: Path) -> None:
+    client = FakeClient(report())
+    said: list[str] = []
+    paths = [SharedPath("-o", str(tmp_path / "new" / "work"), "output", True)]
+    check(client, paths, said.append)
+    (job,) = client.submitted
+    request = Request.from_json(shlex.split(job["entrypoint"])[-1])
+    assert request.paths == tuple(paths)
+    assert request.witness is not None
+    assert os.path.dirname(request.witness) == str(tmp_path)
+    assert not os.path.exists(request.witness)  # gone when the check is over
+    assert client.deleted == [job["submission_id"]]
+    assert said == [f"cluster: 2 nodes, 16 GPUs, exl2ray {submit.__version__}, Ray 2.60.0"]
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/work", "/no-such-directory-here/work"])
+def test_no_witness_where_this_machine_sees_nothing(path: str) -> None:
+    client = FakeClient(report())
+    check(client, [SharedPath("-o", path, "output", True)])
+    assert Request.from_json(shlex.split(client.submitted[0]["entrypoint"])[-1]).witness is None
+
+
+def test_problems_stop_it(tmp_path: Path) -> None:
+    found = (Problem(f"-i {tmp_path}: does not exist on the head node", "share it"), Problem("-o /w: not writable"))
+    client = FakeClient(report(problems=found))
+    with pytest.raises(ClusterError, match="not writable") as e:
+        check(client, [SharedPath("-i", str(tmp_path), "model", True)])
+    assert "exists on this machine only" in e.value.hint
+    with pytest.raises(ClusterError) as e:
+        check(client, [SharedPath("-i", "/elsewhere", "model", True)])
+    assert e.value.hint == "share it"
+
+
+def test_differences_are_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    said: list[str] = []
+    log = report(notes=("/s is another directory",), versions={"exl2ray": "9.9"}, models={str(tmp_path): "other"})
+    check(FakeClient(log), [SharedPath("-i", str(tmp_path), "model", True)], said.append)
+    assert said[:3] == [
+        "warning: /s is another directory",
+        f"warning: exl2ray is 9.9 on the cluster and {submit.__version__} here",
+        f"warning: -i {tmp_path} holds other files on the cluster than here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "message", "hint"),
+    [
+        ("ModuleNotFoundError: No module named 'exl2ray'\n", "FAILED", "No module named 'exl2ray'", "--working-dir"),
+        ("/bin/sh: 1: python: not found\n", "FAILED", "python: not found", "install exl2ray"),
+        ("Segmentation fault\n", "FAILED", "Segmentation fault", "--logs exl2ray-check-"),
+        ("", "PENDING", "did not run a small job", "--no-check"),
+    ],
+)
+def test_no_report(log: str, status: str, message: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "CHECK_SECONDS", -1.0)  # over at once
+    client = FakeClient(log, status=status)
+    with pytest.raises(ClusterError, match=message) as e:
+        check(client, [])
+    assert hint in e.value.hint
+    assert client.deleted == []  # its log stays readable
+    assert bool(client.stopped) == (status == "PENDING")

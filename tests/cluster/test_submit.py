@@ -10,14 +10,14 @@ import shlex
 import socket
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from cluster_helpers import FakeClient
+from cluster_helpers import ADDRESS, FakeClient, cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,14 +26,8 @@ from exl2ray.errors import ClusterError, Interrupted, UsageError
 from exl2ray.submit import jobs
 from exl2ray.submit import submission as submit
 from exl2ray.submit.jobs import Cluster
-from exl2ray.submit.preflight import Problem, Report, Request, SharedPath
 
 JOB = "exl2ray-0123456789ab"
-ADDRESS = "http://127.0.0.1:8265"
-
-
-def cluster(client: FakeClient) -> Cluster:
-    return Cluster(ADDRESS, client)
 
 
 @pytest.fixture
@@ -365,82 +359,3 @@ def test_progress_of_a_running_job(one_cluster: FakeClient, capsys: pytest.Captu
     event = json.loads(capsys.readouterr().out)
     assert event["progress"].endswith("ETA 29 s")
     jsonschema.validate(event, json.loads(importlib.resources.files("exl2ray").joinpath("events.schema.json").read_text()))
-
-
-# ---- looking at the cluster first -----------------------------------------------------------------------------------
-
-
-def check(client: FakeClient, paths: list[SharedPath], say: Callable[[str], None] = print) -> Report:
-    return submit.check_cluster(cluster(client), paths, {}, say)
-
-
-def report(**fields: Any) -> str:
-    versions = {"exl2ray": submit.__version__, "ray": "2.60.0"}
-    line = Report(**{"nodes": 2, "gpus": 16, "versions": versions, **fields}).to_line()
-    return f"INFO Runtime env is setting up.\nRunning entrypoint\n{line}\n"
-
-
-def test_a_good_report(tmp_path: Path) -> None:
-    client = FakeClient(report())
-    said: list[str] = []
-    paths = [SharedPath("-o", str(tmp_path / "new" / "work"), "output", True)]
-    check(client, paths, said.append)
-    (job,) = client.submitted
-    request = Request.from_json(shlex.split(job["entrypoint"])[-1])
-    assert request.paths == tuple(paths)
-    assert request.witness is not None
-    assert os.path.dirname(request.witness) == str(tmp_path)
-    assert not os.path.exists(request.witness)  # gone when the check is over
-    assert client.deleted == [job["submission_id"]]
-    assert said == [f"cluster: 2 nodes, 16 GPUs, exl2ray {submit.__version__}, Ray 2.60.0"]
-
-
-@pytest.mark.parametrize("path", ["s3://bucket/work", "/no-such-directory-here/work"])
-def test_no_witness_where_this_machine_sees_nothing(path: str) -> None:
-    client = FakeClient(report())
-    check(client, [SharedPath("-o", path, "output", True)])
-    assert Request.from_json(shlex.split(client.submitted[0]["entrypoint"])[-1]).witness is None
-
-
-def test_problems_stop_it(tmp_path: Path) -> None:
-    found = (Problem(f"-i {tmp_path}: does not exist on the head node", "share it"), Problem("-o /w: not writable"))
-    client = FakeClient(report(problems=found))
-    with pytest.raises(ClusterError, match="not writable") as e:
-        check(client, [SharedPath("-i", str(tmp_path), "model", True)])
-    assert "exists on this machine only" in e.value.hint
-    with pytest.raises(ClusterError) as e:
-        check(client, [SharedPath("-i", "/elsewhere", "model", True)])
-    assert e.value.hint == "share it"
-
-
-def test_differences_are_told(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    said: list[str] = []
-    log = report(notes=("/s is another directory",), versions={"exl2ray": "9.9"}, models={str(tmp_path): "other"})
-    check(FakeClient(log), [SharedPath("-i", str(tmp_path), "model", True)], said.append)
-    assert said[:3] == [
-        "warning: /s is another directory",
-        f"warning: exl2ray is 9.9 on the cluster and {submit.__version__} here",
-        f"warning: -i {tmp_path} holds other files on the cluster than here",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("log", "status", "message", "hint"),
-    [
-        ("ModuleNotFoundError: No module named 'exl2ray'\n", "FAILED", "No module named 'exl2ray'", "--working-dir"),
-        ("/bin/sh: 1: python: not found\n", "FAILED", "python: not found", "install exl2ray"),
-        ("Segmentation fault\n", "FAILED", "Segmentation fault", "--logs exl2ray-check-"),
-        ("", "PENDING", "did not run a small job", "--no-check"),
-    ],
-)
-@pytest.mark.usefixtures("no_pauses")
-def test_no_report(log: str, status: str, message: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "CHECK_SECONDS", 0.0)
-    client = FakeClient(log, status=status)
-    with pytest.raises(ClusterError, match=message) as e:
-        check(client, [])
-    assert hint in e.value.hint
-    assert client.deleted == []  # its log stays readable
-    assert bool(client.stopped) == (status == "PENDING")
-

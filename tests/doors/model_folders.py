@@ -15,6 +15,7 @@ from torch import Tensor
 from exl2ray.evaluate.forward import run_model
 
 Tensors = dict[str, Tensor]
+Change = Callable[[Path], Any]  # of a folder
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(5))
 WHOLE = "model.safetensors"
 
@@ -25,6 +26,17 @@ def read_weights(folder: Path) -> Tensors:
 
 def write_weights(folder: Path, tensors: Tensors, name: str = WHOLE) -> None:
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / name, metadata={"format": "pt"})
+
+
+def edited(change: Callable[[Tensors], Any]) -> Change:
+    """Other weights, by ``change``."""
+
+    def apply(f: Path) -> None:
+        tensors = read_weights(f)
+        change(tensors)
+        write_weights(f, tensors)
+
+    return apply
 
 
 def write_sharded(folder: Path, tensors: Tensors, parts: int = 2, index: bool = True, stem: str = "model") -> None:

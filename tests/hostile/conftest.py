@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from bad_models import parquet
 from tiny_models import write_model
 from workdir_cases import Conversion, make_conversion
 
@@ -13,3 +16,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     torch.set_num_threads(1)  # sums depend on it
     root = tmp_path_factory.mktemp("made")
     return make_conversion(root, write_model(root / "model", vocab_size=9000))  # the embedding fills a shard
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama; not to be changed."""
+    torch.set_num_threads(1)
+    return write_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Ordinary prose and code, of the project itself."""
+    root = Path(__file__).resolve().parents[2]
+    files = [root / "docs" / "quality.md", root / "docs" / "architecture.md", root / "exl2ray" / "allocation" / "planning.py"]
+    return parquet(tmp_path_factory.mktemp("text") / "rows.parquet", *(f.read_text(encoding="utf-8") for f in files))

@@ -1,108 +1,29 @@
-"""Models, text and measurements that convert without an error into something bad: each is named, and sound ones are not."""
+"""Models and measurements that convert without an error into something bad: each is named, and sound ones are not."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from bad_models import DOWN, EMBED, HEAD, LAYER, QUERY, Edit, Tensors, doubts, edited, fill, parquet, recipe, run
 from bounded import exl2ray
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, VOCAB, byte_tokenizer, write_model
 
-from exl2ray.calibration.rows import builtin_rows
-from exl2ray.calibration.soundness import Baseline, baseline, row_warnings, unigram_perplexity
-from exl2ray.calibration.tokenizer import load_tokenizer
-from exl2ray.convert import Summary, convert
-from exl2ray.errors import JobMismatchError
-from exl2ray.evaluate.forward import RunOptions, open_model, run_model
+from exl2ray.convert import convert
 from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import Stored
 from exl2ray.plan.flat import Part, flat_parts
 from exl2ray.plan.problems import examine
-from exl2ray.recipe import Recipe
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
-from exl2ray.result_warnings import output_warnings, source_warnings
-from exl2ray.store.events import read_events
-from exl2ray.store.layout import MEASURE, SOURCE_KEY
-from exl2ray.store.open import open_store
-from exl2ray.store.records import Records
 
-Tensors = dict[str, torch.Tensor]
-Edit = Callable[[Tensors], None]
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
-EMBED, HEAD, LAYER = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1."
-DOWN, QUERY = LAYER + "mlp.down_proj.weight", LAYER + "self_attn.q_proj.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "llama")
-
-
-def parquet(path: Path, *texts: str) -> str:
-    pq.write_table(pa.table({"text": list(texts)}), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Ordinary prose and code, of the project itself."""
-    root = Path(__file__).resolve().parents[2]
-    files = [root / "docs" / "quality.md", root / "docs" / "architecture.md", root / "exl2ray" / "allocation" / "planning.py"]
-    return parquet(tmp_path_factory.mktemp("text") / "rows.parquet", *(f.read_text(encoding="utf-8") for f in files))
-
-
-def edited(source: Path, target: Path, edit: Edit | None = None, **config: Any) -> Path:
-    """A copy with other tensors, and other keys in config.json (None: without the key)."""
-    shutil.copytree(source, target)
-    if edit is not None:
-        tensors = load_file(target / "model.safetensors")
-        edit(tensors)
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    settings = {**json.loads((target / "config.json").read_text()), **config}
-    (target / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
-    return target
-
-
-def recipe(model: Path, out: Path, text: str, **changes: Any) -> Recipe:
-    settings: dict[str, Any] = {
-        "bits": (4.0,), "length": 128, "measurement_length": 128, "executor": "inline", "device": "cpu",
-        "quality": "reference", "evaluate": "never", "cal_dataset": text, "measurement_rows": 2, "dataset_rows": 4,
-    }  # fmt: skip
-    return Recipe(**{"in_dir": str(model), "out_dir": str(out), **settings, **changes})
-
-
-def doubts(model: Path, tmp_path: Path, text: str, **changes: Any) -> list[str]:
-    found = examine(recipe(model, tmp_path / "work", text, **changes))
-    found.raise_any()
-    return found.doubts
-
-
-def fill(pattern: str, value: float = 0.0) -> Edit:
-    """Sets every tensor whose name holds ``pattern`` to one value."""
-
-    def edit(tensors: Tensors) -> None:
-        for name in [n for n in tensors if pattern in n]:
-            tensors[name] = torch.full_like(tensors[name], value)
-
-    return edit
 
 
 # ---- tensors that hold nothing ------------------------------------------------------------------------------------------
@@ -275,132 +196,6 @@ def test_the_head_that_is_used_is_that_of_transformers(tiny: Path, text: str, tm
     assert load_spec(SourceModel(model)).linears[-1].weight.name == HEAD
 
 
-# ---- calibration rows ---------------------------------------------------------------------------------------------------
-
-PAGE = "Pack my box with five dozen jugs of 0123456789, quoth he. "
-ROWS: dict[str, tuple[list[str], str]] = {
-    "one character": (["a" * 9000], "1 distinct token among 512, 100% of them token"),
-    "two characters": (["ab" * 5000], "2 distinct tokens"),
-    "mostly blanks": ([("word" + " " * 30) * 300], "of them token"),
-    "four letters": (["".join("acgt"[(i * i // 3 + i) % 4] for i in range(9000))], "4 distinct tokens"),
-    "a sentence again and again": ([PAGE] * 99, "repeat earlier ones"),
-}
-
-
-@pytest.mark.parametrize("case", ROWS)
-def test_rows_of_hardly_any_text(case: str, tiny: Path, tmp_path: Path) -> None:
-    texts, says = ROWS[case]
-    found = doubts(tiny, tmp_path, parquet(tmp_path / "rows.parquet", *texts))
-    assert len(found) == 2, found  # for measuring and for quantising
-    assert "of the measurement" in found[0]
-    assert "of the quantisation" in found[1]
-    assert says in found[1]
-
-
-def test_rows_that_are_copies_are_counted() -> None:
-    ids = torch.randint(0, 1000, (4, 128)).repeat(3, 1)
-    (found,) = row_warnings(ids, "rows")
-    assert "67%" in found
-    assert "8 of 12 rows are copies" in found
-    noise = torch.full((5, 128), -1)
-    assert row_warnings(torch.cat([ids[:4], noise]), "rows") == []
-    assert row_warnings(noise, "rows") == []
-
-
-# ---- perplexity ---------------------------------------------------------------------------------------------------------
-
-
-def test_unigram_perplexity_of_known_frequencies() -> None:
-    """By hand: a token that stands alone is predicted as a new one, the others by what is left without them."""
-    ids = torch.tensor([[0, 0, 0, 1]])
-    known, new = (3 - 1 + 2 / 4) / (4 - 1 + 2), (0 + 2 / 4) / (4 - 1 + 2)
-    expected = (known * known * new) ** (-1 / 3)
-    assert unigram_perplexity(ids, ids, 4) == pytest.approx(expected)
-    even = torch.arange(16).repeat(2000)[torch.randperm(32000)].view(10, -1)
-    assert unigram_perplexity(even, even, 16) == pytest.approx(16, rel=1e-3)
-    assert unigram_perplexity(even, even[:0], 16) is None
-    assert baseline(torch.full((2, 8), -1), 2, 16) == Baseline(16, None, 0)
-
-
-@pytest.mark.parametrize(
-    ("perplexity", "says"),
-    [(6.0, ""), (60.0, ""), (90.0, ""), (110.0, "not much better"), (610.0, "no better than the frequencies"),
-     (1999.0, "no better than guessing"), (2e4, "no better than guessing"), (None, "")],
-)  # fmt: skip
-def test_steps_of_the_source(perplexity: float | None, says: str) -> None:
-    found = source_warnings(perplexity, Baseline(2000, 600.0, 20000))
-    assert len(found) == bool(says)
-    assert all(says in f for f in found)
-
-
-def test_a_quantised_model_is_held_against_the_same() -> None:
-    known = Baseline(2000, 600.0, 20000)
-    assert output_warnings(90.0, 80.0, known) == []
-    assert "no better than the frequencies" in output_warnings(650.0, 80.0, known)[0]
-    assert "suspicious" in output_warnings(31.0, 12.0, known)[0]
-    assert output_warnings(700.0, 650.0, known) == []  # the source has its own warning
-
-
-def told_of(model: Path, scale: float | None = None) -> list[str]:
-    """What is said of a source, from its perplexity on the rows that a conversion reports."""
-    opened = open_model(model, RunOptions(rope_scale=scale))
-    rows = builtin_rows(load_tokenizer(model, opened.source.config, opened.vocab_size), "quantize", 128, 0, opened.vocab_size)
-    reported = rows.ids[:19]
-    logits = run_model(opened, reported, "cpu", RunOptions(rope_scale=scale)).logits(slice(None), slice(0, -1))
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), reported[:, 1:].flatten())
-    return source_warnings(float(loss.exp()), baseline(rows.ids, len(reported), opened.vocab_size))
-
-
-def shuffled_tokenizer(model: Path) -> None:
-    found = json.loads((model / "tokenizer.json").read_text())
-    vocab = found["model"]["vocab"]
-    names = [n for n, i in vocab.items() if i >= 300]
-    for name, number in zip(names, [vocab[n] for n in reversed(names)], strict=True):
-        vocab[name] = number
-    (model / "tokenizer.json").write_text(json.dumps(found))
-
-
-BROKEN: dict[str, tuple[Edit | None, dict[str, Any], float | None, str]] = {
-    "sound": (None, {}, None, ""),
-    "two empty layers": (lambda t: (fill("layers.3.")(t), fill("layers.4.")(t)) and None, {}, None, "not much better"),
-    "RoPE scaled": (None, {}, 1000.0, "not much better"),
-    "another base": (None, {"rope_theta": 100.0, "rope_parameters": None}, None, "not much better"),
-    "eight heads for four": (
-        None, {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}, None, "not much better",
-    ),
-    "an empty head": (fill(HEAD), {}, None, "no better than guessing"),
-    "an epsilon of 0.1": (None, {"rms_norm_eps": 0.1}, None, "no better than the frequencies"),
-    "another tokenizer": (None, {}, None, "no better than guessing"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_trained_model(case: str, tmp_path: Path) -> None:
-    edit, config, scale, says = BROKEN[case]
-    model = edited(DEMO, tmp_path / "m", edit, **config)
-    if case == "another tokenizer":
-        shuffled_tokenizer(model)
-    found = told_of(model, scale)
-    assert len(found) == bool(says), found
-    assert all(says in f for f in found)
-
-
-@pytest.mark.parametrize("name", ["tiny-llama-7m", "tiny-mixtral-8m"])
-def test_other_trained_models_have_no_warning(name: str, shared_dir: Path, tmp_path: Path) -> None:
-    model = shared_dir / "models" / name
-    if not model.is_dir():
-        pytest.skip(f"{name} is not there")
-    assert told_of(model) == []
-    found = examine(Recipe(str(model), str(tmp_path / "work"), device="cpu", length=256, measurement_length=256))
-    found.raise_any()
-    assert found.doubts == []
-
-
-def test_the_demo_model_is_planned_without_doubts(tmp_path: Path) -> None:
-    found = examine(Recipe(str(DEMO), str(tmp_path / "work"), device="cpu", length=512, measurement_length=2048))
-    assert (found.doubts, found.notes) == ([], [])
-
-
 # ---- measurements -------------------------------------------------------------------------------------------------------
 
 
@@ -474,113 +269,6 @@ def test_sensitivities_of_nothing(tiny: Path, text: str, tmp_path: Path) -> None
     again, _ = run(recipe(tiny, tmp_path / "again", text, measurement=str(own), allocation="linear", bits=(6.0,)))
     assert any("of its budget unused" in w for w in again.warnings)
     assert any("14 of 15 linears" in w for w in again.warnings)
-
-
-# ---- a source that changes ----------------------------------------------------------------------------------------------
-
-
-def change_between_samples(file: Path) -> None:
-    """Another value for one weight, where no sample of the fingerprint looks."""
-    data = bytearray(file.read_bytes())
-    place = 8 + int.from_bytes(data[:8], "little") + json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])[EMBED][
-        "data_offsets"
-    ][0] + 3000  # fmt: skip
-    data[place] ^= 1
-    file.write_bytes(data)
-
-
-@pytest.fixture
-def begun(tiny: Path, text: str, tmp_path: Path) -> Recipe:
-    """A job whose measurement is done, of a model of its own."""
-    model = edited(tiny, tmp_path / "m")
-    job = recipe(model, tmp_path / "work", text, compile_full=str(tmp_path / "out"))
-    convert(replace(job, compile_full=None, output_measurement=str(tmp_path / "work" / "measurement.json")), Silent())
-    return job
-
-
-def run(job: Recipe) -> tuple[Summary, Silent]:
-    reporter = Silent()
-    return convert(job, reporter), reporter
-
-
-def measured_again(reporter: Silent) -> bool:
-    return any(name == "stage" and f["stage"] == "measure" for name, f in reporter.events)
-
-
-def test_an_edit_between_the_samples_is_refused(begun: Recipe) -> None:
-    before = SourceModel(begun.in_dir).fingerprint()
-    change_between_samples(Path(begun.in_dir) / "model.safetensors")
-    assert SourceModel(begun.in_dir).fingerprint() == before
-    with pytest.raises(JobMismatchError, match=r"model\.safetensors was changed since") as caught:
-        run(begun)
-    assert caught.value.exit_code == 7
-    assert "-nr" in caught.value.hint
-    summary, reporter = run(replace(begun, no_resume=True))
-    assert measured_again(reporter)
-    assert not any("written again" in w for w in summary.warnings)
-
-
-def test_a_touched_or_copied_source_is_the_same(begun: Recipe, tmp_path: Path) -> None:
-    os.utime(Path(begun.in_dir) / "model.safetensors", ns=(1, 1))
-    summary, reporter = run(begun)
-    assert not measured_again(reporter)
-    moved = tmp_path / "moved"
-    shutil.copytree(begun.in_dir, moved)
-    os.utime(moved / "model.safetensors", ns=(2, 2))
-    again, reporter = run(replace(begun, in_dir=str(moved)))
-    assert summary.warnings == again.warnings
-    assert not any("written again" in w for w in again.warnings)
-    assert not measured_again(reporter)
-
-
-def test_what_was_too_large_to_hash_is_a_warning_that_stays(
-    tiny: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("exl2ray.source_state.HASHED_BYTES", 1000)
-    model = edited(tiny, tmp_path / "m")
-    job = recipe(model, tmp_path / "work", text, compile_full=str(tmp_path / "out"))
-    first, _ = run(job)
-    assert not any("written again" in w for w in first.warnings)
-    os.utime(model / "model.safetensors", ns=(1, 1))
-    for _ in range(2):  # the second time the file is as at the first
-        summary, _ = run(job)
-        assert sum("written again" in w for w in summary.warnings) == 1
-        assert "written again" in (tmp_path / "out" / "README.md").read_text()
-
-
-class Editing(Silent):
-    """Changes a weight of the source when an event is told."""
-
-    def __init__(self, job: Recipe, when: str) -> None:
-        super().__init__()
-        self._file, self._when = Path(job.in_dir) / "model.safetensors", when
-
-    def event(self, name: str, **fields: Any) -> None:
-        super().event(name, **fields)
-        if f"{name} {fields.get('done')}" == self._when:
-            change_between_samples(self._file)
-
-
-def test_an_edit_while_it_is_converted(begun: Recipe) -> None:
-    with pytest.raises(JobMismatchError, match="while it was converted"):
-        convert(begun, Editing(begun, "item 2"))
-
-
-def test_an_edit_while_it_is_hashed(begun: Recipe) -> None:
-    """Hashes are waited for when the first result is there; what was written before that is known by its time."""
-    anew, reporter = replace(begun, no_resume=True), Editing(begun, "stage 0")
-    with pytest.raises(JobMismatchError, match="while it was converted"):
-        convert(anew, reporter)
-    assert not any(name == "item" for name, _ in reporter.events)
-
-
-def test_a_source_is_hashed_once_and_the_start_is_told_of(begun: Recipe) -> None:
-    store = open_store(begun.out_dir)
-    (record,) = [r for (key, _), r in Records(store).scan(MEASURE).items() if key == SOURCE_KEY]
-    assert [len(f["sha256"]) for f in record.payload["files"]] == [64]
-    (told,) = [e["fields"] for e in read_events(store)[0] if e["name"] == "start"]
-    assert {"checks", "work directory", "workers"} <= {s["step"] for s in told["steps"]}
-    assert all(0 <= s["begin"] <= s["end"] <= told["seconds"] for s in told["steps"])
 
 
 # ---- who is told --------------------------------------------------------------------------------------------------------
