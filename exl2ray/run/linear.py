@@ -1,8 +1,15 @@
-"""One EXL2 linear as a torch module: tensors as they are in the file, multiplied without being unpacked where that pays."""
+"""One EXL2 linear as a torch module: tensors as they are in the file, multiplied without being unpacked where that pays.
+
+torch.compile sees two operators, ``exl2ray::product`` and ``exl2ray::gradient``, which find the module by its number.
+Tracing the module itself was tried: it fails under ``inference_mode`` at tensors made of NumPy arrays (torch 2.13).
+"""
 
 from __future__ import annotations
 
+import itertools
+import threading
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,6 +20,9 @@ from exl2ray.formats.exl2 import PackedLinear, groups_layout
 from exl2ray.formats.layout import GroupLayout, pad32
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_turn = threading.RLock()  # held while a product uses what linears share: this buffer, and the workspace of the kernels
+_numbers = itertools.count()
+_linears: WeakValueDictionary[int, Exl2Linear] = WeakValueDictionary()
 
 
 class Exl2Linear(torch.nn.Module):
@@ -44,6 +54,19 @@ class Exl2Linear(torch.nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         self.register_buffer("bias", torch.empty(n, dtype=torch.float16, device=device) if bias else None)
         self._packed: Packed | None = None
+        self._register()
+
+    def _register(self) -> None:
+        self._number = next(_numbers)
+        _linears[self._number] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was pickled, is a module of its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._register()
 
     @classmethod
     def from_packed(cls, p: PackedLinear, device: Any = None, out_features: int | None = None) -> Exl2Linear:
@@ -105,18 +128,27 @@ class Exl2Linear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) float16 or bfloat16, on the CPU float32, too -> (..., out_features) of its dtype."""
+        if torch.compiler.is_exporting():
+            raise UsageError("a packed linear cannot be exported: programs know it by a number of this process", "torch.compile")
         flat = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and flat.requires_grad:
-            y: Tensor = _Product.apply(flat, self)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and flat.requires_grad):
+            y: Tensor = torch.ops.exl2ray.product(flat, self._number, self.q_weight.shape[1])
         else:
-            y = self._product(flat)
+            y = self.product(flat)
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
-    def _product(self, x: Tensor) -> Tensor:
-        if 0 < x.shape[0] <= MAX_ROWS:
-            return self.packed().product(x)
-        weight = self.weight_matrix(x.dtype)
-        return x @ weight if self.bias is None else torch.addmm(self.bias.to(x.dtype), x, weight)
+    def product(self, x: Tensor) -> Tensor:
+        """x (rows, in_features) -> (rows, N32), with the bias; several threads may call it, one after the other is served."""
+        with _turn:
+            if 0 < x.shape[0] <= MAX_ROWS:
+                return self.packed().product(x)
+            weight = self.weight_matrix(x.dtype)
+            return x @ weight if self.bias is None else torch.addmm(self.bias.to(x.dtype), x, weight)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Gradient (rows, N32) of the result -> (rows, in_features), that of the activations."""
+        with _turn:
+            return grad @ self.weight_matrix(grad.dtype).T
 
     def _apply(self, fn: Any, recurse: bool = True) -> Exl2Linear:
         """Moves between devices; dtypes are the file's whatever the rest of the model is cast to."""
@@ -133,17 +165,21 @@ class Exl2Linear(torch.nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class _Product(torch.autograd.Function):
+def _setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+    ctx.linear = _linears[inputs[1]]  # keeps it until the gradient is asked for
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     """Gradients with respect to the activations, which adapters in front of a quantised linear need."""
+    return torch.ops.exl2ray.gradient(grad, ctx.linear._number, ctx.linear.in_features), None, None
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: Exl2Linear) -> Tensor:
-        ctx.linear = linear
-        return linear._product(x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.linear.weight_matrix(grad.dtype).T, None
+for _name in ("product", "gradient"):
+    torch.library.define(f"exl2ray::{_name}", "(Tensor x, int linear, int columns) -> Tensor")
+    torch.library.register_fake(f"exl2ray::{_name}", lambda x, linear, columns: x.new_empty(x.shape[0], columns))
+torch.library.impl("exl2ray::product", "default", lambda x, linear, columns: _linears[linear].product(x))
+torch.library.impl("exl2ray::gradient", "default", lambda x, linear, columns: _linears[linear].gradient(x))
+torch.library.register_autograd("exl2ray::product", _backward, setup_context=_setup_context)
 
 
 def check_device(device: torch.device) -> None:

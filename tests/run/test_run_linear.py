@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +58,48 @@ def test_gradients_reach_the_activations() -> None:
     linear(x).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, torch.from_numpy(weights).float().sum(1).expand(4, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_threads_share_their_buffer_in_turn() -> None:
+    """More rows than the fused kernel takes, so that all of them unpack into the same memory."""
+    linears = [checks.random_linear(MIXED, 96, seed=s)[0] for s in range(4)]
+    x = torch.randn(17, MIXED.in_features)
+    alone = [linear(x) for linear in linears]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(8):
+            assert all(map(torch.equal, pool.map(lambda linear: linear(x), linears), alone))
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+def test_compiled_as_one_graph_with_gradients(rows: int) -> None:
+    """``aot_eager`` traces as the default does, and leaves out the C++ compiler."""
+    model = torch.nn.Sequential(checks.random_linear(GroupLayout((5, 4), (32, 32)), 64, 7, bias=True)[0], torch.nn.Tanh())
+    model.append(checks.random_linear(GroupLayout((3,), (64,)), 32, seed=8)[0])
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    found = []
+    for m in (model, compiled):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = m(x)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+        with torch.inference_mode():
+            assert torch.equal(m(x), y)
+    assert found[0][1].abs().max() > 0
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_copies_are_apart_and_an_export_is_refused() -> None:
+    linear, _ = checks.random_linear(MIXED, 32, seed=5)
+    x = torch.randn(17, linear.in_features)
+    wanted = linear(x)
+    other = copy.deepcopy(linear)
+    other.q_weight.zero_()
+    for again in (linear, pickle.loads(pickle.dumps(linear))):
+        assert torch.equal(torch.compile(again, backend="aot_eager")(x), wanted)
+    assert not torch.equal(torch.compile(other, backend="aot_eager")(x), wanted)
+    with pytest.raises(Exception, match="cannot be exported"):
+        torch.export.export(linear, (x,), strict=False)
 
 
 def test_state_is_what_the_file_holds() -> None:
