@@ -129,7 +129,7 @@ class Exl2Linear(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) float16 or bfloat16, on the CPU float32, too -> (..., out_features) of its dtype."""
         if torch.compiler.is_exporting():
-            raise UsageError("a packed linear cannot be exported: programs know it by a number of this process", "torch.compile")
+            raise UsageError("packed linears cannot be exported: their graph is of this process alone", "torch.compile")
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and flat.requires_grad):
             y: Tensor = torch.ops.exl2ray.product(flat, self._number, self.q_weight.shape[1])
