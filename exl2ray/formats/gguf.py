@@ -20,7 +20,7 @@ from torch import Tensor
 
 from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.regular import open_regular
-from exl2ray.formats.tensorfile import MAX_TENSORS
+from exl2ray.formats.tensorfile import MAX_TENSORS, TensorInfo, read_tensor
 
 MAX_HEADER_BYTES = 64 << 20  # vocabulary and merges of 256k words are about 12 MB
 MAX_KEYS = 1 << 16
@@ -66,20 +66,8 @@ class GgufTensor:
         return out
 
     def _raw(self, offset: int, nbytes: int) -> Tensor:
-        out = torch.empty(nbytes, dtype=torch.uint8)
-        try:
-            with open_regular(self.file, buffering=0) as f:
-                f.seek(self.begin + offset)
-                view, done = out.numpy().data, 0
-                while done < nbytes:  # Linux reads at most 2 GiB at once
-                    got = f.readinto(view[done : done + (1 << 30)])  # type: ignore[attr-defined]
-                    if not got:
-                        text = "the file ends early; it was longer when opened"
-                        raise FormatError(f"{self.file}: tensor {self.name!r}: {text}")
-                    done += got
-        except OSError as e:
-            raise FormatError(f"{self.file}: tensor {self.name!r}: cannot be read: {e.strerror or e}") from e
-        return out
+        info = TensorInfo(self.name, self.file, "U8", (nbytes,), self.begin + offset, nbytes)
+        return read_tensor(info, error=FormatError)
 
 
 @dataclass(frozen=True)
