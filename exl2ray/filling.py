@@ -13,7 +13,6 @@ from exl2ray.contents import Contents, packed_names
 from exl2ray.errors import StoreError
 from exl2ray.formats.files import write_error
 from exl2ray.formats.shards import Shard, check_names, check_place, remove_stale
-from exl2ray.model.spec import ModuleSpec
 from exl2ray.store.assembly import Assembly, linkable
 from exl2ray.store.copies import Copies
 from exl2ray.store.layout import quant_kind
@@ -84,7 +83,8 @@ class Filling:
         if shards is None:
             return
         module = self.contents.spec.modules[index]
-        record, names = quantised_record(self.work, plan, module), packed_names(plan, module)
+        names, kind = packed_names(plan, module), quant_kind(plan.bits)
+        record = self.work.records.required(kind, module.profile_key, plan.hashes[index])
         if shards.placed.get(index) == record.files:
             return
         if not shards.assembly.holds(record.files, names):
@@ -172,15 +172,3 @@ class Filling:
         """Lets go of shards that are not finished."""
         while self._open:
             self._open.popitem()[1].assembly.close()
-
-
-def quantised_record(work: WorkDir, plan: Plan, module: ModuleSpec) -> Record:
-    """Of a quantised module. Its files are hashed when they are read. Raises StoreError."""
-    kind, inputs_hash = quant_kind(plan.bits), plan.hashes[module.index]
-    record = work.records.find(kind, module.profile_key, inputs_hash, deep=False)
-    if record is None:
-        raise StoreError(
-            f"{module.profile_key}: the record written a moment ago cannot be read back",
-            "is the disk healthy? run the same command again",
-        )
-    return record

@@ -22,7 +22,7 @@ from exl2ray.allocation.planning import Plan, head_bits, head_bpw
 from exl2ray.contents import Contents
 from exl2ray.errors import UsageError
 from exl2ray.events import OutputSummary
-from exl2ray.filling import Filling, quantised_record
+from exl2ray.filling import Filling
 from exl2ray.formats.claim import existing_shards
 from exl2ray.formats.files import atomic_file, holds
 from exl2ray.formats.hf import SourceModel
@@ -80,7 +80,7 @@ class OutputWriter:
         for module in self.spec.modules:
             if not module.linears:
                 continue
-            out[module.index] = quantised_record(self.work, plan, module)
+            out[module.index] = self.work.records.required(kind, module.profile_key, plan.hashes[module.index])
         last = self.spec.modules[-1].index
         if "perplexity" not in out[last].payload:
             separate = self.work.records.find(kind, PERPLEXITY, plan.hashes[-1])

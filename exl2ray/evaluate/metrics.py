@@ -50,12 +50,6 @@ class Estimate:
     value: float
     standard_error: float | None
 
-    def interval(self, z: float = 1.96) -> tuple[float, float] | None:
-        """(low, high) around the value, 95 % for z = 1.96; None without a standard error."""
-        if self.standard_error is None:
-            return None
-        return self.value - z * self.standard_error, self.value + z * self.standard_error
-
     def exp(self) -> Estimate:
         """exp of the value (a perplexity from a mean nll), the error to first order; infinite beyond float64."""
         value = math.exp(self.value) if self.value < 709 else math.inf

@@ -56,7 +56,6 @@ class Sums:
         self.cross.add(x, rows, routed, missing)
 
 
-
 def can_correct(block: Block) -> bool:
     """Whether the block has the two stages: attention, MLP, experts; the head keeps plain targets."""
     return bool(block.module.quantized)

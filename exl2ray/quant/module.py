@@ -130,7 +130,7 @@ def add_share(
     return y
 
 
-def measure_module(entered: Entered, report: Callable[[str], None] = print) -> ModuleProfile:
+def measure_module(entered: Entered, report: Callable[[str], None]) -> ModuleProfile:
     """Cost and accuracy of each option of a module that was entered; its Hessians are used up, to make room.
 
     ``report`` gets notes (damping raised, fallbacks). Raises NumericError if no option keeps at least a tenth of the output.

@@ -155,6 +155,16 @@ class Records:
             return None
         return self._usable(rel, record, self.deep if deep is None else deep)
 
+    def required(self, kind: str, key: str, inputs_hash: str) -> Record:
+        """The record of an item that was finished; its files are hashed by whoever reads them. StoreError if it is gone."""
+        record = self.find(kind, key, inputs_hash, deep=False)
+        if record is None:
+            raise StoreError(
+                f"{key} has no usable record in {kind}",
+                "its files were removed or damaged while the job ran; run the same command again",
+            )
+        return record
+
     def scan(self, kind: str, prefix: str = "", deep: bool = False) -> dict[tuple[str, str], Record]:
         """All usable records of a kind, of any settings: (key, inputs hash) -> Record. Errors and notes as ``find``.
 

@@ -55,12 +55,10 @@ def _sha256(parts: Iterable[memoryview]) -> str:
     return digest.hexdigest()
 
 
-def get_tensors(
-    store: Store, rel: str, device: str | torch.device = "cpu", expect: FileRef | None = None, deep: bool = True
-) -> dict[str, torch.Tensor]:
-    """Tensors of a file written by ``put_tensors``, on ``device``.
+def get_tensors(store: Store, rel: str, expect: FileRef | None = None, deep: bool = True) -> dict[str, torch.Tensor]:
+    """Tensors of a file written by ``put_tensors``, on the CPU.
 
-    Where the store is local the file is mapped: CPU tensors are copy-on-write views of it, read as they are used; those of a
+    Where the store is local the file is mapped: tensors are copy-on-write views of it, read as they are used; those of a
     file that is in shards (``expect.pieces``) are read.
     ``expect`` is compared first: size and, if ``deep``, SHA-256, which reads the file once. Raises MissingFileError, or
     StoreError naming the file if it is truncated, altered or not safetensors.
@@ -68,7 +66,7 @@ def get_tensors(
     name = store.full_name(rel)
     if expect is not None:
         if expect.pieces and expect.rel == rel:
-            return {k: t.to(device) for k, t in read_pieces(store, expect, deep).items()}
+            return read_pieces(store, expect, deep)
         problem = file_problem(store, expect, deep=deep and store.is_local)
         if problem or expect.rel != rel:
             raise StoreError(problem or f"{name} was asked for with the reference of {expect.rel}", _DAMAGED_HINT)
@@ -78,9 +76,9 @@ def get_tensors(
             data = store.get(rel)
             if expect is not None and hashlib.sha256(data).hexdigest() != expect.sha256:
                 raise StoreError(f"{name} does not have the SHA-256 of its record", _DAMAGED_HINT)
-            return {k: t.to(device) for k, t in safetensors.torch.load(data).items()}
+            return safetensors.torch.load(data)
         path = reopenable(handle, Path(name))
-        with translated("read", name), safe_open(path, framework="pt", device=str(device)) as f:
+        with translated("read", name), safe_open(path, framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError, KeyError) as e:
         raise StoreError(f"{name} is not a whole safetensors file: {e}", _DAMAGED_HINT) from e

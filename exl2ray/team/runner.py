@@ -164,24 +164,16 @@ class Runner:
 
     def packed(self, kind: str, module: ModuleSpec, inputs_hash: str, deep: bool = True) -> dict[str, PackedLinear]:
         """Packed tensors of a quantised module, from its record; StoreError if that is gone. ``deep``: hashes the files."""
-        record = self._record(kind, module, inputs_hash)
+        record = self.records.required(kind, module.profile_key, inputs_hash)
         try:
             tensors = self._tensors(record, deep)
         except StoreError:
-            now = self._record(kind, module, inputs_hash)  # its files may have gone into shards a moment ago
+            # Its files may have gone into shards a moment ago.
+            now = self.records.required(kind, module.profile_key, inputs_hash)
             if now.files == record.files:
                 raise
             tensors = self._tensors(now, deep)
         return {x.key: PackedLinear.from_tensors(x.key, tensors.get) for x in module.linears}
-
-    def _record(self, kind: str, module: ModuleSpec, inputs_hash: str) -> Record:
-        record = self.records.find(kind, module.profile_key, inputs_hash, deep=False)
-        if record is None:
-            raise StoreError(
-                f"{module.profile_key} has no usable record in {kind}",
-                "its files were removed or damaged while the job ran; run the same command again",
-            )
-        return record
 
     def _tensors(self, record: Record, deep: bool) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
