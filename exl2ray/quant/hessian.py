@@ -31,6 +31,7 @@ _DAMPING_FLOOR = 1e-5
 ATTEMPTS = 10
 _BLOCK_ROWS = 2048
 _FACTOR_SHARE = 0.3  # of a GPU's memory, for a whole matrix of float64
+ALL_EXPERTS = "w13"  # among the inputs of experts: the sum over those of w1 and w3
 FLOAT64_ROWS = 8192  # above this K, float32 loses too much of the small pivots (speed-study, precision)
 
 
@@ -244,18 +245,38 @@ def input_factor(
     block: Block, hessians: dict[str, HessianAccumulator], group: str, settings: Settings, notes: list[str]
 ) -> Factor:
     """Factor for the linears on an input of a block. Its Hessian is used up, unless other experts may borrow it."""
-    device = device_of(block)
+    own = hessians[group]
+    own.h = own.h.to(device_of(block))
     if has_experts(block):
-        for name, own in hessians.items():
-            if name == group or name.startswith("w13."):
-                own.h = own.h.to(device)
         factor = expert_factor(block, hessians, group, settings, notes)
         if not group.startswith("w13."):
             del hessians[group]
         return factor
-    own = hessians.pop(group)
-    own.h = own.h.to(device)
+    del hessians[group]
     return factorise(own, settings, input_name(block.module, group), notes, keeps_order(block.module, group))
+
+
+def prepare_borrowing(block: Block, hessians: dict[str, HessianAccumulator]) -> None:
+    """To be called once before `input_factor` for the experts of a block, which may then run on several streams: brings what
+    they borrow from to the device, and adds it up where one of them will."""
+    inputs = [own for name, own in hessians.items() if name.startswith("w13.")]
+    for own in inputs:
+        own.h = own.h.to(device_of(block))
+    if any(own.tokens < own.h.shape[0] for own in inputs):
+        _of_all_experts(hessians)
+
+
+def _of_all_experts(hessians: dict[str, HessianAccumulator]) -> HessianAccumulator:
+    """The sum over the experts on w1 and w3, kept beside theirs: added up for each one that borrows, it took time in
+    proportion to the square of their number."""
+    if ALL_EXPERTS not in hessians:
+        others = [own for name, own in hessians.items() if name.startswith("w13.")]
+        total = HessianAccumulator(others[0].h.shape[0], others[0].h.device)
+        for own in others:
+            total.h += own.h
+        total.tokens = sum(own.tokens for own in others)
+        hessians[ALL_EXPERTS] = total
+    return hessians[ALL_EXPERTS]
 
 
 def expert_factor(
@@ -270,14 +291,10 @@ def expert_factor(
     own = hessians[group]
     dimensions = own.h.shape[0]
     if group.startswith("w13.") and own.tokens < dimensions:
-        others = [a for name, a in hessians.items() if name.startswith("w13.")]
-        tokens = sum(a.tokens for a in others)
-        if tokens:
+        everybody = _of_all_experts(hessians)
+        if everybody.tokens:
             mixed = HessianAccumulator(dimensions, own.h.device)
-            share = (dimensions - own.tokens) / tokens
-            for a in others:
-                mixed.h += a.h
-            mixed.h.mul_(share).add_(own.h)
+            mixed.h = everybody.h.mul((dimensions - own.tokens) / everybody.tokens).add_(own.h)
             mixed.rows, mixed.tokens = max(own.rows, 1), dimensions
             notes.append(f"{group}: {own.tokens} tokens for {dimensions} dimensions, completed from all experts")
             return factorise(mixed, settings, where, notes)

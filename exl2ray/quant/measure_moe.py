@@ -19,7 +19,7 @@ from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quality import Settings
 from exl2ray.quant.block import ExpertBlock, Routing, device_of
-from exl2ray.quant.hessian import HessianAccumulator, input_factor
+from exl2ray.quant.hessian import HessianAccumulator, input_factor, prepare_borrowing
 from exl2ray.quant.measure import LossTable, scored_rows
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import MOE_TABLE
@@ -44,6 +44,7 @@ def measure_experts(
     losses, shares = LossTable(), token_shares(block, hessians, x.shape[0] * x.shape[1])
     tables = [LossTable() for _ in block.experts.experts]
     device = device_of(block)
+    prepare_borrowing(block, hessians)
     with Streams(device, 1 if settings.offload else lanes_of(block)) as streams:
         for index, expert in enumerate(block.experts.experts):
             inputs = {f"w13.{index}": (expert.gate, expert.up), f"w2.{index}": (expert.down,)}

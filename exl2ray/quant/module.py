@@ -37,7 +37,7 @@ from exl2ray.quant.block import Block, Check, Linear, by_input, device_of, has_e
 from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.group import Comm, Solo
-from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor
+from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor, prepare_borrowing
 from exl2ray.quant.measure import measure_halves, measure_head
 from exl2ray.quant.measure_moe import describe_coverage, measure_experts, shares_of
 from exl2ray.quant.pack import dequantize, pack, pad_columns
@@ -254,6 +254,8 @@ def solve_and_pack(
     Inputs are solved one after another, small experts some at a time side by side.
     """
     lanes = lanes_of(block)
+    if has_experts(block):
+        prepare_borrowing(block, owned.hessians)
     if lanes > 1:  # Hessians are used on several streams
         for accumulator in owned.hessians.values():
             accumulator.h = accumulator.h.to(device_of(block))

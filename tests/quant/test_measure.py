@@ -188,6 +188,12 @@ def test_a_starved_expert_borrows_from_all(tiny: Callable[[str], Path]) -> None:
     expected = mixed[perm][:, perm]
     scale = float(restored.diagonal().sum() / expected.diagonal().sum())
     assert torch.allclose(restored, expected * scale, rtol=1e-3, atol=1e-4 * float(restored.max()))
+    untouched = {name: own for name, own in hessians.items() if name.startswith("w13.")}
+    for i in (i for i, count in enumerate(counts) if count < 64):  # whoever borrowed before it
+        later, first = (expert_factor(block, given, f"w13.{i}", settings, []) for given in (hessians, dict(untouched)))
+        assert later.r is not None
+        assert first.r is not None
+        assert torch.equal(later.r, first.r)
 
 
 def test_nan_states_are_refused_with_the_place(tiny: Callable[[str], Path]) -> None:
