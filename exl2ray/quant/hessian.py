@@ -15,7 +15,7 @@ The reference's own route is kept as the oracle (`prepare_reference`): they agre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -263,20 +263,20 @@ def prepare_borrowing(block: Block, hessians: dict[str, HessianAccumulator]) -> 
     for own in inputs:
         own.h = own.h.to(device_of(block))
     if any(own.tokens < own.h.shape[0] for own in inputs):
-        _of_all_experts(hessians)
+        hessians[ALL_EXPERTS] = _of_all_experts(hessians)
 
 
-def _of_all_experts(hessians: dict[str, HessianAccumulator]) -> HessianAccumulator:
-    """The sum over the experts on w1 and w3, kept beside theirs: added up for each one that borrows, it took time in
-    proportion to the square of their number."""
-    if ALL_EXPERTS not in hessians:
-        others = [own for name, own in hessians.items() if name.startswith("w13.")]
-        total = HessianAccumulator(others[0].h.shape[0], others[0].h.device)
-        for own in others:
-            total.h += own.h
-        total.tokens = sum(own.tokens for own in others)
-        hessians[ALL_EXPERTS] = total
-    return hessians[ALL_EXPERTS]
+def _of_all_experts(hessians: Mapping[str, HessianAccumulator]) -> HessianAccumulator:
+    """The sum over the experts on w1 and w3. Added up for each one that borrows, it took time in proportion to the square of
+    their number."""
+    if ALL_EXPERTS in hessians:
+        return hessians[ALL_EXPERTS]
+    others = [own for name, own in hessians.items() if name.startswith("w13.")]
+    total = HessianAccumulator(others[0].h.shape[0], others[0].h.device)
+    for own in others:
+        total.h += own.h
+    total.tokens = sum(own.tokens for own in others)
+    return total
 
 
 def expert_factor(

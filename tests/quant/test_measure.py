@@ -23,7 +23,7 @@ from exl2ray.quality import Settings
 from exl2ray.quant import measure
 from exl2ray.quant import module as module_room
 from exl2ray.quant.gptq import feedback_factor, quantize_reference
-from exl2ray.quant.hessian import Factor, expert_factor, factorise
+from exl2ray.quant.hessian import Factor, expert_factor, factorise, prepare_borrowing
 from exl2ray.quant.measure_moe import coverage
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import attention_options, mlp_options
@@ -189,6 +189,7 @@ def test_a_starved_expert_borrows_from_all(tiny: Callable[[str], Path]) -> None:
     scale = float(restored.diagonal().sum() / expected.diagonal().sum())
     assert torch.allclose(restored, expected * scale, rtol=1e-3, atol=1e-4 * float(restored.max()))
     untouched = {name: own for name, own in hessians.items() if name.startswith("w13.")}
+    prepare_borrowing(block, hessians)
     for i in (i for i, count in enumerate(counts) if count < 64):  # whoever borrowed before it
         later, first = (expert_factor(block, given, f"w13.{i}", settings, []) for given in (hessians, dict(untouched)))
         assert later.r is not None
