@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,11 @@ from exl2ray.calibration.chat import ChatText
 from exl2ray.calibration.data.sources import Source
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS
-from exl2ray.calibration.text import builtin_documents, parse_chat
+from exl2ray.calibration.text import Document, builtin_documents, parse_chat
 from exl2ray.calibration.tokenizer import ModelTokenizer
 
 PASSAGES = 4  # at most, of one document
+CHARACTERS = 8  # of a token, at most, in the mean of a document
 Ids = NDArray[np.int64]
 
 
@@ -58,14 +60,18 @@ def kinds_of_files(sources: Sequence[Source], tokenizer: ModelTokenizer, tokens:
     return [Kind(name, documents) for name, documents in out.items()]
 
 
-def builtin_kinds(tokenizer: ModelTokenizer, seed: int) -> list[Kind]:
-    """All of the built-in text, in the kinds of `exl2ray.calibration.rows`; between BOS and EOS where rows of a kind are."""
+def builtin_kinds(tokenizer: ModelTokenizer, seed: int, least: int | None = None) -> list[Kind]:
+    """All of the built-in text, in the kinds of `exl2ray.calibration.rows`; between BOS and EOS where rows of a kind are.
+
+    least: some documents of each kind, about so many tokens or more, as far as there are."""
     chat = ChatText(tokenizer.templates, next(generate.conversations(seed)))
     out = []
     for row_set in ROW_SETS:
         documents = [d for d in builtin_documents(more=True) if d.kind in row_set.kinds]
         if not documents:
             continue  # shuffled and random rows are no text
+        if least is not None:
+            documents = _some(documents, CHARACTERS * least, f"{seed}/{row_set.name}")
         templated = row_set.name == "chat" and chat.templated
         texts = [chat.text(parse_chat(d)) if d.kind == "chat" else d.text.strip("\n") for d in documents]
         if not row_set.documents:
@@ -75,6 +81,13 @@ def builtin_kinds(tokenizer: ModelTokenizer, seed: int) -> list[Kind]:
         ids = [np.concatenate([head, found, tail]) for found in tokenizer.encode_batch(texts)]
         out.append(Kind(row_set.name, ids))
     return out
+
+
+def _some(documents: list[Document], characters: int, seed: str) -> list[Document]:
+    """Documents drawn at random until they have so many characters."""
+    random.Random(seed).shuffle(documents)
+    ends = accumulate(len(d.text) for d in documents)
+    return documents[: sum(end < characters for end in ends) + 1]
 
 
 def part(kind: Kind, wanted: int, length: int, seed: int) -> Parted:

@@ -2,7 +2,8 @@
 
 The score is the mean over kinds of text of the logarithm of their mean divergence, so that every kind counts alike; exp of a
 difference of two scores is the geometric mean of the ratios. A state that makes any kind of text worse, beyond what may be
-noise, comes after all that make none worse, and is not kept.
+noise, comes after all that make none worse, and is not kept. Kinds that are only watched (`WATCHED`: built-in text beside the
+user's) have that say, and no part in the score: who tunes on one kind of text wants the gain there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from torch import Tensor
 
 PARTS = ("norms", "attention", "MLP", "head")  # kept or rolled back, each for itself; biases go with the norms
 NOTHING = "nothing"
+WATCHED = "built-in "  # begins the names of kinds that may not become worse, and count for nothing else
 RISK = 0.05  # that some kind of text seems worse, where none is
+
+
+def counted(kinds: Sequence[str]) -> list[int]:
+    """The rows of kinds that are not only watched; all, if there are none."""
+    return [i for i, kind in enumerate(kinds) if not kind.startswith(WATCHED)] or list(range(len(kinds)))
 
 
 def by_kind(rows: Tensor, kinds: Sequence[str]) -> dict[str, float]:
@@ -27,7 +34,8 @@ def by_kind(rows: Tensor, kinds: Sequence[str]) -> dict[str, float]:
 
 def score(rows: Tensor, kinds: Sequence[str]) -> float:
     """Not finite where a divergence is not, minus infinity where one is 0."""
-    means = by_kind(rows, kinds).values()
+    own = counted(kinds)
+    means = by_kind(rows[own], [kinds[i] for i in own]).values()
     return sum(math.log(m) if m > 0 else (-math.inf if m <= 0 else math.nan) for m in means) / len(means)
 
 
@@ -83,11 +91,15 @@ def standing(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> tuple[bool, f
 
 def worse(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> tuple[str, ...]:
     """The kinds of text with more divergence than at the start, beyond noise. Changes of rows relative to the mean of their
-    kind are taken to vary alike in all kinds."""
+    kind are taken to vary alike in all kinds. Those that are only watched count together, too: there are few rows of each."""
     names = list(dict.fromkeys(kinds))
     deviation, changes = _changes(start, rows, kinds)
     limit = NormalDist().inv_cdf(1 - RISK / len(names)) * deviation
-    return tuple(k for k, (change, count) in zip(names, changes, strict=True) if change > limit / math.sqrt(count))
+    watched = [found for k, found in zip(names, changes, strict=True) if k.startswith(WATCHED)]
+    count = sum(n for _, n in watched)
+    together = [(WATCHED + "text", (sum(c * n for c, n in watched) / count, count))] if len(watched) > 1 else []
+    found = [*zip(names, changes, strict=True), *together]
+    return tuple(name for name, (change, n) in found if change > limit / math.sqrt(n))
 
 
 def _changes(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> tuple[float, list[tuple[float, int]]]:
@@ -108,6 +120,8 @@ def _error(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> float:
 
     Rows are independent texts, and those of every kind are taken to vary alike, since there may be one of a kind.
     """
+    own = counted(kinds)
+    start, rows, kinds = start[own], rows[own], [kinds[i] for i in own]
     counts, squares = [], 0.0
     for kind in dict.fromkeys(kinds):
         where = _where(kinds, kind)

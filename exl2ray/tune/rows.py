@@ -1,4 +1,8 @@
-"""The text that a model is tuned on as rows of tokens, a part of every kind held out (`exl2ray.tune.documents`)."""
+"""The text that a model is tuned on as rows of tokens, a part of every kind held out (`exl2ray.tune.documents`).
+
+Where none of it is built-in, some built-in text of every kind is watched beside what is held out, so that a tuning on one
+kind of text does not spoil others unseen (`exl2ray.tune.judge.WATCHED`).
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,16 @@ import torch
 from torch import Tensor
 
 from exl2ray.calibration.data.sources import BUILTIN, Source
-from exl2ray.calibration.rows import check_ids
+from exl2ray.calibration.rows import ROW_SETS, check_ids
 from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, UsageError
 from exl2ray.tune.documents import Ids, Kind, builtin_kinds, kinds_of_files, part
+from exl2ray.tune.judge import WATCHED
 
 HELD_OUT = 10  # a tenth of every kind
 MOST_HELD_TOKENS = 1 << 17  # beyond, a held-out row says little more
 LEAST_HELD_ROWS = 4
+WATCHED_ROWS = 4  # at most, of each kind of built-in text: a few percent of the time that tuning takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +57,8 @@ def tuning_rows(
     wanted = (rows + 3 * held) * text  # held-out documents may be longer than what is wanted of them
     files = [s for s in sources if s.files]
     kinds = kinds_of_files(files, tokenizer, -(-wanted // len(sources))) if files else []
-    if not sources or any(s.name == BUILTIN and not s.files for s in sources):
-        kinds += builtin_kinds(tokenizer, seed)
+    builtin = not sources or any(s.name == BUILTIN and not s.files for s in sources)
+    kinds += builtin_kinds(tokenizer, seed) if builtin else []
     kinds += written
     if sum(kind.tokens // text for kind in kinds) < 2 * HELD_OUT or not any(kind.tokens >= 2 * text for kind in kinds):
         raise CalibrationError(
@@ -65,13 +71,24 @@ def tuning_rows(
     if sum(map(len, chosen)) < rows:
         have = sum(map(len, chosen)) * length
         notes.append(f"the text has {have} tokens to tune on; {tokens} were asked for")
-    ids, held_ids = (torch.from_numpy(np.concatenate(parts)) for parts in (chosen, kept))
+    beside = [] if builtin else _watched(tokenizer, held, text, vocab_size, seed)
+    ids, held_ids = (torch.from_numpy(np.concatenate(parts)) for parts in (chosen, [*kept, *(x for _, x in beside)]))
     names = tuple(kind.name for kind, stack in zip(kinds, kept, strict=True) for _ in stack)
+    names += tuple(name for name, stack in beside for _ in stack)
     for part_ids, of in ((ids, [k.name for k, stack in zip(kinds, chosen, strict=True) for _ in stack]), (held_ids, names)):
         check_ids(part_ids, vocab_size, tokenizer, of)
     if bos_id is not None:
         ids, held_ids = (torch.cat([torch.full((len(t), 1), bos_id), t], dim=1) for t in (ids, held_ids))
     return TuningRows(ids, held_ids, names, tuple(notes))
+
+
+def _watched(tokenizer: ModelTokenizer, held: int, length: int, vocab_size: int, seed: int) -> list[tuple[str, Ids]]:
+    """Rows of every kind of built-in text that has one; as many in all as are held out, or fewer. Nobody asked for them, so
+    those with words that the model does not have are left out."""
+    most = max(1, min(WATCHED_ROWS, held // len(ROW_SETS)))
+    kinds = builtin_kinds(tokenizer, seed, most * length)
+    rows = {kind.name: _rows(kind.documents, length) for kind in kinds}
+    return [(WATCHED + name, _spread(x[(x < vocab_size).all(axis=1)], most)) for name, x in rows.items()]
 
 
 def _in_two(kinds: Sequence[Kind], held: int, length: int, seed: int) -> tuple[list[Ids], list[Ids], list[str]]:

@@ -42,15 +42,15 @@ from exl2ray.tune.rows import TuningRows, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
 from exl2ray.tune.written import self_written
 
-VERSION = 4  # of what equal settings come to
+VERSION = 5  # of what equal settings come to
 WORK = ".exl2ray-tune"  # in the output directory, until it is complete
 
 
 @dataclass(frozen=True)
 class Tuned:
     """kept: what of the training is in the output, in words (`exl2ray.tune.judge`). before, after: KL by kind of held-out
-    text; with "mean" over all of it. changed: share of the integers. worse: kinds of text for the sake of which nothing was
-    kept. peak_bytes: of the GPU's memory; 0 without one. seconds: by part."""
+    text, also of kinds that are only watched; with "mean" over the others. changed: share of the integers. worse: kinds of
+    text for the sake of which nothing was kept. peak_bytes: of the GPU's memory; 0 without one. seconds: by part."""
 
     directory: str
     kept: str
@@ -165,8 +165,8 @@ def _finish(
     assert saved is not None
     kinds, steps, tokens = rows.held_kinds, int(decision["steps"]), len(rows.ids) * rows.ids.shape[1]
     before, after = (torch.tensor(decision[name], dtype=torch.float64) for name in ("before", "after"))
-    facts = {"kept": decision["words"], "steps": steps, "tokens": tokens, "kl_before": float(before.mean()),
-             "kl_after": float(after.mean())}  # fmt: skip
+    mean = [float(rows[judge.counted(kinds)].mean()) for rows in (before, after)]
+    facts = {"kept": decision["words"], "steps": steps, "tokens": tokens, "kl_before": mean[0], "kl_after": mean[1]}
     tensors, changed, total = _tensors(pair, saved, decision["kept"])
     shards = write_tuned(pair.exl2, Path(settings.output), owner, tensors, facts)
     clock.lap("write")
@@ -203,7 +203,7 @@ def _tensors(pair: Pair, saved: state.Saved, parts: list[str]) -> tuple[dict[str
 
 
 def _figures(rows: Tensor, kinds: tuple[str, ...]) -> dict[str, float]:
-    return {**judge.by_kind(rows, kinds), "mean": float(rows.mean())}
+    return {**judge.by_kind(rows, kinds), "mean": float(rows[judge.counted(kinds)].mean())}
 
 
 class _Clock:

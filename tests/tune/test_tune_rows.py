@@ -13,9 +13,11 @@ from exl2ray.calibration.data.sources import local_source
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.formats.hf import SourceModel
 from exl2ray.tune.documents import Kind, builtin_kinds, part
+from exl2ray.tune.judge import WATCHED
 from exl2ray.tune.rows import tuning_rows
 
 LENGTH = 64
+BUILT_IN = ["web", "articles", "code", "stories", "chat", "formats", "multilingual", "technical"]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,9 @@ def test_rows_of_files(model: Path, tmp_path: Path) -> None:
         trained = " ".join(text_of(tokenizer.process.decode(row)) for row in rows.ids.tolist())
     assert rows.ids.shape == (256, LENGTH)
     assert all(12 <= rows.held_kinds.count(kind) <= 15 for kind in ("talks.jsonl", "book.txt"))
+    watched = [k for k in rows.held_kinds if k not in ("talks.jsonl", "book.txt")]
+    assert {k: watched.count(WATCHED + k) for k in BUILT_IN} == dict.fromkeys(BUILT_IN, 2), "the others are not lost sight of"
+    assert len(watched) == 2 * len(BUILT_IN)
     assert (again.ids == rows.ids).all()
     assert (again.held_ids == rows.held_ids).all()
     assert [n for n in rows.notes if "passages" in n] == ["book.txt: documents are long; passages of one are held out, "
@@ -93,6 +98,6 @@ def test_the_builtin_text_by_kind(model: Path) -> None:
     with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
         kinds = builtin_kinds(tokenizer, 0)
         rows = tuning_rows((), tokenizer, 4000, 256, source.config["vocab_size"])
-    assert [k.name for k in kinds] == ["web", "articles", "code", "stories", "chat", "formats", "multilingual", "technical"]
-    assert set(rows.held_kinds) == {k.name for k in kinds}
+    assert [k.name for k in kinds] == BUILT_IN
+    assert set(rows.held_kinds) == {k.name for k in kinds}, "each has its own held-out rows, and need not be watched"
     assert len(rows.ids) >= 16

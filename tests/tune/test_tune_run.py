@@ -47,8 +47,13 @@ def test_less_divergence_in_a_file_of_the_same_size(pair: Pairs, text: tuple[Pat
     source, exl2 = pair("Llama")
     result = tuned(settings(pair, text, tmp_path / "out"))
     assert {"norms", "MLP"} <= set(re.findall(r"[a-zA-Z]{3,}", result.kept.replace("and ", "")))
-    assert list(result.before) == ["letters.txt", "figures.txt", "mean"]
-    assert all(result.after[kind] < 0.8 * before for kind, before in result.before.items())
+    own = ["letters.txt", "figures.txt", "mean"]
+    watched = [kind for kind in result.before if kind not in own]
+    assert list(result.before) == [*own[:2], *watched, "mean"]
+    assert judge.WATCHED + "code" in watched
+    assert all(result.after[kind] < 0.8 * result.before[kind] for kind in own)
+    letters, figures, mean = (result.before[kind] for kind in own)
+    assert min(letters, figures) <= mean <= max(letters, figures), "of what is not only watched"
     assert 0 < result.changed < 0.5
     before, after = tensors(exl2), tensors(tmp_path / "out")
     assert list(before) == list(after)
@@ -236,6 +241,22 @@ def test_no_kind_of_text_may_be_worse() -> None:
     assert (verdict.kept, verdict.ratio, verdict.worse) == ((), 1.0, ("b",))
     assert torch.equal(verdict.rows, noisy(1, 10))
     assert decided({"norms": (0.9, 1.001)}).kept == ("norms",)  # within the noise
+
+
+def test_a_kind_that_is_only_watched_may_veto_and_counts_for_nothing_else() -> None:
+    kinds = tuple(judge.WATCHED + "code" if k == "b" else k for k in KINDS)
+    start = noisy(1, 10)
+    assert judge.score(noisy(0.8, 10), kinds) == judge.score(noisy(0.8, 3), kinds)
+    better = judge.decide(start, ["MLP"], lambda parts: noisy(0.8, 10, 1), kinds)
+    assert better.kept == ("MLP",)
+    assert better.ratio == pytest.approx(0.8, rel=1e-2)
+    spoilt = judge.decide(start, ["MLP"], lambda parts: noisy(0.8, 11, 1), kinds)
+    assert (spoilt.kept, spoilt.worse) == ((), (judge.WATCHED + "code",))
+    few = ("a",) * 40 + tuple(judge.WATCHED + f"kind {i // 2}" for i in range(40))  # two rows of each kind say little
+    before = torch.ones(80, dtype=torch.float64)
+    for change, found in ((0.02, (judge.WATCHED + "text",)), (0.005, ()), (-0.1, ())):
+        after = torch.tensor([1.03, 0.97] * 20 + [1 + change] * 40, dtype=torch.float64)
+        assert judge.worse(before, after, few) == found
 
 
 def test_a_state_that_makes_no_kind_worse_comes_before_one_that_does() -> None:
