@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the kernels that run EXL2 models, on one GPU, and a whole random model under transformers.
 
-    python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8] [--blocks 2,4] [--chains 1]
+    python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8] [--blocks 2,4] [--ahead 0,1]
     python scripts/bench_run.py model [--layers 32] [--prompt 512] [--tokens 128] [--batches 1,2,4,8,16]
 
 linears: one launch of the fused kernel for each shape of a 7B model and each variant, in a CUDA graph over copies of the
@@ -14,6 +14,7 @@ static cache in a CUDA graph, one prompt of 2048 tokens, peak memory. Random int
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.run_source import SHARED_FLOATS, Variant
+from exl2ray.cuda.run import VARIANTS
+from exl2ray.cuda.run_kernels import Variant
 from exl2ray.formats.layout import QParams
 from exl2ray.run.linear import Exl2Linear
 
@@ -112,29 +114,29 @@ def bench_linears(args: argparse.Namespace) -> None:
 def variants_of(
     args: argparse.Namespace, rows: int, copies: list[Exl2Linear], x: Tensor, expected: Tensor, peak: float
 ) -> Iterator[str]:
-    for columns in numbers(args.columns):
-        for warps in numbers(args.warps):
-            v = Variant(rows, columns, warps, min(64, 256 // rows), chains=args.chains)
-            if v.floats > SHARED_FLOATS:
-                continue
-            for blocks in numbers(args.blocks):
-                for linear in copies:
-                    p = linear.packed()
-                    p.variants, p.blocks_per_sm = (v,), blocks
-                    p._launches.clear()
-                began = time.perf_counter()
-                y = copies[0].packed().product(x)
-                torch.cuda.synchronize()
-                compiled = time.perf_counter() - began
-                off = float((y - expected).float().norm() / expected.float().norm())
-                took = seconds(lambda: [c.packed().product(x) for c in copies]) / len(copies)
-                speed = size(copies[0]) / took
-                yield (
-                    f"  rows {rows:2} columns {columns} warps {warps:2} blocks/SM {blocks:2}: {took * 1e6:7.2f} us "
-                    f"{speed / 1e9:5.0f} GB/s {100 * speed / peak:3.0f} %, first call {compiled:.1f} s, error {off:.1e}"
-                )
-                if not off < 2e-3:
-                    raise SystemExit("wrong product")
+    choices = [numbers(x) for x in (args.columns, args.warps, args.ahead if rows == 1 else "0")]
+    for columns, warps, ahead in itertools.product(*choices):
+        v = Variant(1 if rows == 1 else 4, columns, warps, ahead=bool(ahead))
+        if v.units(rows) < warps:  # too little room for activations
+            continue
+        for blocks in numbers(args.blocks):
+            for linear in copies:
+                p = linear.packed()
+                p.variants, p.blocks_per_sm = ((v, VARIANTS[1]) if rows == 1 else (VARIANTS[0], v)), blocks
+                p._launches.clear()
+            began = time.perf_counter()
+            y = copies[0].packed().product(x)
+            torch.cuda.synchronize()
+            compiled = time.perf_counter() - began
+            off = float((y - expected).float().norm() / expected.float().norm())
+            took = seconds(lambda: [c.packed().product(x) for c in copies]) / len(copies)
+            speed = size(copies[0]) / took
+            yield (
+                f"  rows {rows:2} columns {columns} warps {warps:2} ahead {ahead} blocks/SM {blocks:2}: {took * 1e6:7.2f} us "
+                f"{speed / 1e9:5.0f} GB/s {100 * speed / peak:3.0f} %, first call {compiled:.1f} s, error {off:.1e}"
+            )
+            if not off < 2e-3:
+                raise SystemExit("wrong product")
 
 
 def bench_model(args: argparse.Namespace) -> None:
@@ -222,8 +224,8 @@ def main() -> None:
     parser.add_argument("--rows", default="1,4,16")
     parser.add_argument("--columns", default="2,4")
     parser.add_argument("--warps", default="4,8,16")
-    parser.add_argument("--blocks", default="2,4,8")
-    parser.add_argument("--chains", type=int, default=1)
+    parser.add_argument("--blocks", default="1,2,4")
+    parser.add_argument("--ahead", default="0,1")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)

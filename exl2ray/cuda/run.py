@@ -1,7 +1,7 @@
 """A packed linear on its device: products with few rows by a fused kernel, and its weights unpacked for many.
 
 Plain reference of both: `dequantize_numpy` of tests/exl2_numpy.py and a matrix product. On CUDA devices the kernels are those
-of `run_source.py`, on the CPU those of `run_cpu.py`. One thread and one stream at a time may use the linears of a device:
+of `run_kernels.py`, on the CPU those of `run_cpu.py`. One thread and one stream at a time may use the linears of a device:
 they share a workspace.
 """
 
@@ -16,11 +16,9 @@ from torch import Tensor
 
 from exl2ray.cuda import run_cpu
 from exl2ray.cuda.launch import VARY, Launch, stream_of
-from exl2ray.cuda.run_source import UNIT, Variant, product_kernel, unpack_kernel
+from exl2ray.cuda.run_kernels import ONE, UNIT, Variant, product_kernel, unpack_kernel
 
-MAX_ROWS = 16  # rows of activations that the fused kernel takes at once
-# One row: the fastest of 18 on an H200 (docs/log.md). More rows: not measured; two columns compile sooner.
-VARIANTS = (Variant(1, columns=4), *(Variant(m, units=min(64, 256 // m)) for m in (2, 4, 8, 16)))
+VARIANTS = (Variant(1, columns=4), Variant(4, warps=4))  # not measured yet
 COLUMNS_PER_SM = 8  # per lane of a warp, as blocks: two blocks of four columns, four of two
 UNPACK_THREADS = 128
 COUNTERS = 1 << 15  # blocks of columns of one linear, at most
@@ -58,31 +56,31 @@ class Packed:
             return run_cpu.product(x, *self._tensors, self.bias)
         x = x.contiguous()
         y = torch.empty(x.shape[0], self.columns, dtype=x.dtype, device=x.device)
-        variant = next(v for v in self.variants if v.rows >= x.shape[0])
-        key = (variant.rows, x.dtype == torch.bfloat16)
+        one, four = self.variants
+        key = (-(-x.shape[0] // 4) if x.shape[0] > 1 else 0, x.dtype == torch.bfloat16)
         if key not in self._launches:
-            self._launches[key] = self._prepared(replace(variant, brain=key[1]), x)
+            self._launches[key] = self._prepared(replace(four if key[0] else one, brain=key[1]), max(1, 4 * key[0]), x)
         launch = self._launches[key][0]
         launch.point(0, _bits(x))
         launch.point(13, _bits(y))
         launch(stream_of(x), x.shape[0])
         return y
 
-    def _prepared(self, v: Variant, x: Tensor) -> tuple[Launch, Tensor]:
+    def _prepared(self, v: Variant, rows: int, x: Tensor) -> tuple[Launch, Tensor]:
         device = x.device
         units, blocks = self.table.shape[0], -(-self.columns // v.block_columns)
         per_sm = self.blocks_per_sm or COLUMNS_PER_SM // v.columns
-        slices, slice_units = cut(units, blocks, v, per_sm * _processors(device))
-        partial = _partial(device, slices * v.rows * self.columns)
+        slices, slice_units = cut(units, blocks, v.warps, v.units(rows), per_sm * _processors(device))
+        partial = _partial(device, slices * rows * self.columns)
         if device not in _counters:
             _counters[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         empty = _bits(x.new_empty(0, x.shape[1]))
         out = _bits(x.new_empty(0, self.columns))
         bias = self.bias if self.bias is not None else self.tops.to(torch.float16)
         made = Launch(
-            product_kernel(v), (blocks, slices), 32 * v.warps, empty, self.q_weight.view(torch.int64), self.q_scale,
+            product_kernel(v), (blocks, slices), v.threads, empty, self.q_weight.view(torch.int64).flatten(), self.q_scale,
             self.tops, self.perm, self.table, bias, self.bias is not None, self.columns, units, slice_units, partial,
-            _counters[device], out, VARY,
+            _counters[device], out, VARY, ONE,
         )  # fmt: skip
         return made, partial
 
@@ -92,15 +90,15 @@ class Packed:
             run_cpu.unpack(out, *self._tensors)
             return
         grid = (-(-self.columns // 2 // UNPACK_THREADS), self.perm.shape[0] // UNIT)
-        q = self.q_weight.view(torch.int64)
-        args: tuple[Any, ...] = (q, self.q_scale, self.tops, self.perm, self.table, self.columns, _bits(out))
+        q = self.q_weight.view(torch.int64).flatten()
+        args: tuple[Any, ...] = (q, self.q_scale, self.tops, self.perm, self.table, self.columns, _bits(out), ONE)
         Launch(unpack_kernel(out.dtype == torch.bfloat16), grid, UNPACK_THREADS, *args)(stream_of(out))
 
 
-def cut(units: int, blocks: int, v: Variant, wanted: int) -> tuple[int, int]:
-    """Slices of K and units per slice: ``wanted`` blocks in all, as long as warps have work and activations fit."""
-    slices = max(1, min(wanted // blocks, units // v.warps))
-    per_slice = min(-(-units // slices), v.units)
+def cut(units: int, blocks: int, warps: int, most: int, wanted: int) -> tuple[int, int]:
+    """Slices of K and units per slice, at most ``most``: ``wanted`` blocks in all, as long as their warps have work."""
+    slices = max(1, min(wanted // blocks, units // warps))
+    per_slice = min(-(-units // slices), most)
     return -(-units // per_slice), per_slice
 
 

@@ -14,7 +14,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.run import MAX_ROWS, Packed
+from exl2ray.cuda.run import Packed
+from exl2ray.cuda.run_kernels import MAX_ROWS
 from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.exl2 import PackedLinear, groups_layout
 from exl2ray.formats.layout import GroupLayout, pad32
