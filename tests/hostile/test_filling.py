@@ -60,7 +60,7 @@ def test_killed_while_shards_are_filled(made: Conversion, tmp_path: Path) -> Non
         assert all(name.startswith("output-0000") for name in shards), "something is left"
         n += 7
     assert n > 30, "the steps are not met"
-    assert damaged > 2
+    assert damaged, "no module was in a shard yet"
 
 
 def test_the_output_is_the_only_copy(made: Conversion, tmp_path: Path) -> None:
