@@ -27,6 +27,10 @@ class _Chain:
     running: set[int] = field(default_factory=set)
     whole_first: bool = True  # to wait for a full group: at the start, and after a loss
     growing: bool = False
+    costs: dict[int, float] = field(init=False)  # of all its modules: members speak of those that another has finished
+
+    def __post_init__(self) -> None:
+        self.costs = {item.index: item.cost for item in self.left}
 
 
 class Sequential:
@@ -60,7 +64,7 @@ class Sequential:
             return 1.0
         if begun.method == "join":  # perhaps all the way from the token rows
             return sum(item.cost for item in chain.left) * max(1, begun.index)
-        return sum(item.cost for item in chain.left if item.index == begun.index) / max(1, len(chain.members))
+        return chain.costs[begun.index] / max(1, len(chain.members))
 
     def assign(self, idle: Sequence[int]) -> list[dict[int, Pass]]:
         now, size = self._workers.now(), max(1, self._workers.size)

@@ -415,6 +415,23 @@ def test_after_a_loss_the_survivors_wait_a_little_for_a_replacement() -> None:
     assert c.workers.clock >= 7.0
 
 
+def test_a_group_that_hangs_is_killed_at_the_deadline_of_its_module() -> None:
+    """All wait for the one that hangs. Members are ready with a module after the first of them has finished it."""
+
+    def fault(worker: int, begun: Begun) -> Any:
+        if begun.method == "chain" and begun.index == 4 and not c.workers.killed:
+            c.workers.asleep.add(worker)
+        return None
+
+    def tick() -> None:
+        assert c.workers.clock < 200, "nobody is killed"
+
+    c = Chains(1, 5, 2, fault)
+    c.supervisor.run(c.work, tick)
+    assert sorted(c.done) == c.expected
+    assert c.workers.killed
+
+
 def test_a_group_that_cannot_work_together_is_reported() -> None:
     c = Chains(1, 3, 2, lambda w, b: GroupBroken("no route to host") if b.method == "join" else None)
     with pytest.raises(ClusterError, match="cannot work together"):
