@@ -4,8 +4,7 @@ A weight of b bits takes one of 32 fixed places in the b words of its unit of 32
 of 1.0, which makes 1 + q / 2^b: one shift and one logical instruction; 1.5 less is (q - 2^(b-1)) / 2^b, and the factor 2^b
 joins the scale. Each width has a branch in which b is a constant: the compiler unrolls all loops over rows, columns and words
 in it, works out places and masks, and keeps the arrays of a thread in registers. What became of that is read off without a
-GPU by `scripts/gpu_code.py`: 3.4 instructions a weight with one row, where straight-line source with a variable for every
-weight had 7.3, and took Numba 14 s a kernel in place of 1 or 2.
+GPU by `scripts/gpu_code.py`: 3.4 instructions a weight; straight-line source had 7.3 and took Numba ten times as long.
 """
 
 from __future__ import annotations
@@ -45,10 +44,8 @@ else:
 
 @dataclass(frozen=True)
 class Variant:
-    """How one kernel is cut.
-
-    rows: of activations at a time, one or four; a kernel for four goes through up to 16, four by four. columns: per thread, 2
-    or 4. ``brain``: activations and results are bfloat16, handed over as their bits in int16; otherwise float16. ``ahead``:
+    """How a kernel is cut. rows: of activations at a time, 1 or 4; a kernel for 4 goes through up to 16. columns: per thread,
+    2 or 4. ``brain``: activations and results are bfloat16, handed over as their bits in int16; otherwise float16. ``ahead``:
     the words of a warp's next unit are loaded while it multiplies by one; takes registers, so that fewer warps are at work.
     """
 
@@ -195,6 +192,16 @@ def _place_pairs(columns, pairs, half):
 
 
 @cuda.jit(device=True)
+def _own_units(units, slice_units, warps):
+    """The block's first unit and the one after its last; the same of this warp."""
+    first = cuda.blockIdx.y * slice_units
+    end = min(first + slice_units, units)
+    share = (end - first + warps - 1) // warps
+    begin = first + cuda.threadIdx.x // LANES * share
+    return first, end, begin, min(begin + share, end)
+
+
+@cuda.jit(device=True)
 def _results(brain, columns, warps, sums, y, partial, counters, arrived, bias, biased, width, rows):
     """From the sums of the threads, (row * columns + column of a thread) * threads + thread, to y (rows, width).
 
@@ -270,11 +277,7 @@ def _for_one_row(variant: Variant) -> Any:
         group_sums = cuda.local.array(columns, np.float32)
         scaled = cuda.local.array(columns, np.float32)
         t, half, one = cuda.threadIdx.x, u32(width // 2), u32(exponent)
-        first = cuda.blockIdx.y * slice_units
-        end = min(first + slice_units, units)
-        share = (end - first + warps - 1) // warps
-        begin = first + t // LANES * share
-        last = min(begin + share, end)
+        first, end, begin, last = _own_units(units, slice_units, warps)
         _place_pairs(columns, pairs, half)
         if ahead and begin < last:
             _load_words(columns, q, table, u64(begin), half, pairs, loaded)
@@ -332,11 +335,7 @@ def _for_several_rows(variant: Variant) -> Any:
         weights = cuda.local.array((columns, UNIT), np.float32)
         scale = cuda.local.array(columns, np.float32)
         t, half, one = cuda.threadIdx.x, u32(width // 2), u32(exponent)
-        first = cuda.blockIdx.y * slice_units
-        end = min(first + slice_units, units)
-        share = (end - first + warps - 1) // warps
-        begin = first + t // LANES * share
-        last = min(begin + share, end)
+        first, end, begin, last = _own_units(units, slice_units, warps)
         fours = (rows + 3) // 4
         _place_pairs(columns, pairs, half)
         for n in range(t, (end - first) * UNIT, threads):

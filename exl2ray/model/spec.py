@@ -134,7 +134,7 @@ class CopiedTensor:
 class ModelSpec:
     """A whole model.
 
-    copied: the tensors under ``copied_prefixes``. tied: the head is read from the embedding. warnings: where ExLlamaV2
+    copied: what goes into the output as it is. tied: the head is read from the embedding. warnings: where ExLlamaV2
     runs this model differently from its definition, and other things worth telling. unused: tensors that the output
     drops. rotation: of the residual stream (`exl2ray.model.rotated`); everything read through `exl2ray.model.weights` has it.
     """
@@ -147,11 +147,6 @@ class ModelSpec:
     warnings: tuple[str, ...]
     unused: tuple[str, ...]
     rotation: Rotation | None = None
-
-    @property
-    def copied_prefixes(self) -> tuple[str, ...]:
-        """Starts of the names of copied source tensors."""
-        return tuple(source for source, _ in self.arch.copied)
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:

@@ -16,9 +16,9 @@ import transformers
 from bounded import exl2ray
 from model_folders import (
     WHOLE,
-    Tensors,
     copied,
     edit_config,
+    edited,
     our_logits,
     read_weights,
     relative_error,
@@ -127,15 +127,6 @@ def test_an_absent_size_that_does_not_fit_is_named(folder: Path) -> None:
 
 
 # ---- weights and clutter -----------------------------------------------------------------------------------------------
-
-
-def edited(change: Callable[[Tensors], Any]) -> Change:
-    def apply(f: Path) -> None:
-        tensors = read_weights(f)
-        change(tensors)
-        write_weights(f, tensors)
-
-    return apply
 
 
 def added(**tensors: torch.Tensor) -> Change:
