@@ -22,6 +22,9 @@ def records_of_lines(source: Source) -> Iterator[tuple[str, Any]]:
         block = source.read(max(FIRST_READ, len(rest)))
         lines = (rest + block).split(b"\n")
         rest = lines.pop() if block else b""
+        if not any(lines):  # a block of line ends alone, counted at once: gigabytes of them may follow
+            number, blank = number + len(lines), blank + len(lines)
+            lines = []
         for line in lines:
             number += 1
             if line.strip(BLANKS):
@@ -29,8 +32,8 @@ def records_of_lines(source: Source) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", _parsed(line, f"line {number}")
                 continue
             blank += len(line) + 1
-            if blank > MAX_RECORD:
-                raise DataError(f"holds more than {MAX_RECORD >> 20} MiB of blanks before line {number}", AGAIN)
+        if blank > MAX_RECORD:
+            raise DataError(f"holds more than {MAX_RECORD >> 20} MiB of blanks before line {number}", AGAIN)
         if not block:
             return
         if len(rest) > MAX_RECORD:

@@ -29,7 +29,7 @@ from exl2ray.errors import CalibrationError, Exl2RayError, UsageError
 
 Ids = NDArray[np.int64]
 MEMORY_BYTES = 700 * MIB  # of the process that reads; a cell of 120 MB takes 400
-OPEN_SECONDS, NEXT_SECONDS, SECONDS_PER_MIB = 2.5, 0.05, 1.0  # of processor time; ordinary files take a hundredth
+OPEN_SECONDS, NEXT_SECONDS, SECONDS_PER_MIB = 6.0, 0.05, 1.0  # of processor time; ordinary files take a hundredth
 # A document is encoded as a whole up to some megabytes, if that many tokens are asked for; else up to its first part.
 LEAST_WHOLE, MOST_WHOLE, WHOLE_BYTES_PER_TOKEN = 64 << 10, 2 * MIB, 16
 LEAST_BYTES, MOST_BYTES, BYTES_PER_TOKEN = 4 << 10, 2 * MIB, 6  # of text in one answer, by what is still needed
