@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Times the kernels that run EXL2 models, on one GPU, and a whole random model under transformers.
+"""Times the kernels that run EXL2 models, on one GPU, and whole models under transformers and in ExLlamaV2.
 
     python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8] [--blocks 2,4] [--ahead 0,1]
-    python scripts/bench_run.py model [--layers 32] [--prompt 512] [--tokens 128] [--batches 1,2,4,8,16]
+    python scripts/bench_run.py model [--layers 32] [--prompt 512] [--tokens 128] [--batches 1,2,4,8,16] [--compile]
+    python scripts/bench_run.py directory DIR [--engine exllamav2] [--prompt 512] [--tokens 128] [--batches 1,2,4] [--compile]
 
 linears: one launch of the fused kernel for each shape of a 7B model and each variant, in a CUDA graph over copies of the
 linear that together exceed the L2 cache: microseconds, GB/s of packed tensors and the share of what copying on the device
 reaches; the unpacking kernel; the first call, which compiles or reads Numba's cache. Every variant is checked against the
 unpacked weights. model: a Llama of 7B shape whose linears are random packed tensors made on the device: decoding with a
-static cache in a CUDA graph, one prompt of 2048 tokens, peak memory. Random integers: figures of speed only.
+static cache in a CUDA graph, one prompt of 2048 tokens, peak memory. Random integers: figures of speed only. directory: the
+same for an EXL2 model, with the time of loading it; with --engine exllamav2 by that package's own forward, one call a token.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ MIXES = {  # average bits of the weights -> widths, shares, group sizes
     2.5: QParams((4, 3, 2), (0.1, 0.3, 0.6), (64, 64, 64)),
     6.0: QParams((8, 6, 5), (0.1, 0.7, 0.2), (128, 128, 128)),
 }
+PROMPT = 2048  # tokens
 L2_BYTES = 200 << 20  # more than any L2 cache
 
 
@@ -140,7 +143,7 @@ def variants_of(
 
 
 def bench_model(args: argparse.Namespace) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(num_hidden_layers=args.layers, max_position_embeddings=4096)
     began = time.perf_counter()
@@ -160,21 +163,88 @@ def bench_model(args: argparse.Namespace) -> None:
     model.model.rotary_emb = type(model.model.rotary_emb)(config).cuda()
     model.eval()
     packed = sum(size(m) for m in model.modules() if isinstance(m, Exl2Linear))
-    held = torch.cuda.memory_allocated()
-    made_in = time.perf_counter() - began
-    print(f"{args.layers} layers, packed {packed / 1e9:.2f} GB, model {held / 1e9:.2f} GB, made in {made_in:.1f} s")
+    print(f"{args.layers} layers, packed {packed / 1e9:.2f} GB, made in {time.perf_counter() - began:.1f} s")
+    run_model(model, args)
+
+
+def run_model(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    """Decoding in every batch size, then a prompt: of a transformers model on the GPU."""
+    from transformers import StaticCache
+
+    config, held = model.config, torch.cuda.memory_allocated()
+    print(f"model {held / 1e9:.2f} GB")
+    if args.compile:
+        model.model.compile(fullgraph=True, dynamic=False)
     with torch.inference_mode():
         for batch in numbers(args.batches):
             decode(model, StaticCache(config, args.prompt + args.tokens + 8), batch, args, held)
-        ids = torch.randint(config.vocab_size, (1, 2048), device="cuda")
-        for _ in range(3):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            model(ids, use_cache=False, logits_to_keep=1)
-            torch.cuda.synchronize()
-            took = time.perf_counter() - began
-        peak = torch.cuda.max_memory_allocated()
-        print(f"prompt of 2048: {took * 1e3:.1f} ms, {2048 / took:.0f} tokens/s, peak {peak / 1e9:.2f} GB")
+        ids = torch.randint(config.vocab_size, (1, PROMPT), device="cuda")
+        time_prompt(lambda: model(ids, use_cache=False, logits_to_keep=1))
+
+
+def time_prompt(forward: Callable[[], object]) -> None:
+    took = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        forward()
+        torch.cuda.synchronize()
+        took = min(took, time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated()
+    print(f"prompt of {PROMPT}: {took * 1e3:.1f} ms, {PROMPT / took:.0f} tokens/s, peak {peak / 1e9:.2f} GB", flush=True)
+
+
+def bench_directory(args: argparse.Namespace) -> None:
+    if args.directory is None:
+        raise SystemExit("name the directory of an EXL2 model")
+    free = torch.cuda.mem_get_info()[0]
+    began = time.perf_counter()
+    if args.engine == "exllamav2":
+        run_exllamav2(args, began, free)
+        return
+    from transformers import AutoModelForCausalLM
+
+    import exl2ray.transformers  # noqa: F401  registers the method "exl2"
+
+    model = AutoModelForCausalLM.from_pretrained(args.directory, device_map="cuda", dtype=torch.float16)
+    torch.cuda.synchronize()
+    print(f"loaded in {time.perf_counter() - began:.1f} s, imports included")
+    run_model(model.eval(), args)
+    print(f"of the card {(free - torch.cuda.mem_get_info()[0]) / 1e9:.2f} GB")
+
+
+def run_exllamav2(args: argparse.Namespace, began: float, free: int) -> None:
+    from exllamav2 import ExLlamaV2, ExLlamaV2Cache, ExLlamaV2Config
+
+    config = ExLlamaV2Config(str(args.directory))
+    config.max_seq_len = PROMPT
+    config.no_sdpa = True  # without flash-attn that path is not causal
+    model = ExLlamaV2(config)
+    model.load()
+    torch.cuda.synchronize()
+    print(f"loaded in {time.perf_counter() - began:.1f} s, imports included")
+    with torch.inference_mode():
+        for batch in numbers(args.batches):
+            cache = ExLlamaV2Cache(model, batch_size=batch, max_seq_len=args.prompt + args.tokens + 8)
+            ids = torch.randint(config.vocab_size, (batch, args.prompt))
+            token = model.forward(ids, cache, last_id_only=True)[:, -1:, : config.vocab_size].argmax(-1).cpu()
+            for count in (4, args.tokens - 4):  # the first are not timed
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                for _ in range(count):
+                    token = model.forward(token, cache, last_id_only=True)[:, -1:, : config.vocab_size].argmax(-1).cpu()
+                took = time.perf_counter() - began
+            print(f"batch {batch:2}: {count / took:7.1f} steps/s, {batch * count / took:8.1f} tokens/s", flush=True)
+            del cache
+        ids = torch.randint(config.vocab_size, (1, PROMPT))
+        cache = ExLlamaV2Cache(model, max_seq_len=PROMPT)
+
+        def prompt() -> object:
+            cache.current_seq_len = 0
+            return model.forward(ids, cache, last_id_only=True)
+
+        time_prompt(prompt)
+    print(f"of the card {(free - torch.cuda.mem_get_info()[0]) / 1e9:.2f} GB")
 
 
 def decode(model: torch.nn.Module, cache: object, batch: int, args: argparse.Namespace, held: int) -> None:
@@ -219,7 +289,10 @@ def decode(model: torch.nn.Module, cache: object, batch: int, args: argparse.Nam
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("linears", "model"))
+    parser.add_argument("what", choices=("linears", "model", "directory"))
+    parser.add_argument("directory", nargs="?", type=Path)
+    parser.add_argument("--engine", choices=("exl2ray", "exllamav2"), default="exl2ray")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; minutes for a deep model")
     parser.add_argument("--bits", type=float, default=4.0, choices=sorted(MIXES))
     parser.add_argument("--rows", default="1,4,16")
     parser.add_argument("--columns", default="2,4")
@@ -231,7 +304,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batches", default="1,2,4,8,16")
     args = parser.parse_args()
-    bench_linears(args) if args.what == "linears" else bench_model(args)
+    {"linears": bench_linears, "model": bench_model, "directory": bench_directory}[args.what](args)
 
 
 if __name__ == "__main__":
