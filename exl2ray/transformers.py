@@ -52,8 +52,8 @@ class Exl2Quantizer(HfQuantizer):
         for device in _gpus(device_map):
             check_device(device)
 
-    def update_attn_implementation(self, config: Any) -> Any:
-        """Called with the config before files are looked for: EXL2 files have names of their own, and no index.
+    def update_tp_plan(self, config: Any) -> Any:
+        """Called with the config, by every transformers 5, before files are looked for: EXL2 files have names of their own.
 
         Checks the directory as ``exl2ray verify`` does, so that broken models are refused before anything is loaded.
         """
@@ -63,7 +63,7 @@ class Exl2Quantizer(HfQuantizer):
         root = local_directory(name, getattr(config, "_commit_hash", None))
         self._files = sound_files(root)
         config.transformers_weights = self._files[0].name
-        return config
+        return super().update_tp_plan(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.float16, torch.bfloat16) and _gpus(self._device_map):

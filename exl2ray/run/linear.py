@@ -129,7 +129,7 @@ class Exl2Linear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) float16 or bfloat16, on the CPU float32, too -> (..., out_features) of its dtype."""
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():  # torch 2.11 exports while it compiles
             raise UsageError("packed linears cannot be exported: their graph is of this process alone", "torch.compile")
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and flat.requires_grad):
