@@ -40,11 +40,12 @@ _TOKENS: Rule = (lambda v: v >= 1, "a row needs at least one token")
 _BITS: Rule = (lambda v: MIN_BITS <= v <= MAX_BITS, f"bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
 _HEAD: Rule = (lambda v: v in HEAD_BITS, f"the head can have {', '.join(map(str, HEAD_BITS))} bits")
 _SHARD: Rule = (
-    lambda v: v == 0 or MIN_SHARD <= v <= MAX_SHARD, f"0 for a single file, else the size in MiB, {MIN_SHARD:g} or more",
+    lambda v: v == 0 or MIN_SHARD <= v <= MAX_SHARD,
+    f"0 for a single file, else the size in MiB, from {MIN_SHARD:g} to {MAX_SHARD:.0f}",
 )  # fmt: skip
 _GPUS: Rule = (lambda v: v >= 1, "at least one GPU is needed; use --device cpu to run without GPUs")
 _SECONDS: Rule = (lambda v: math.isfinite(v) and v >= 0, "must be 0 or a positive number")
-_DAMPING: Rule = (lambda v: 0 < v < 10, "must lie between 0 and 10")
+_DAMPING: Rule = (lambda v: 0 < v < 10, "must be more than 0 and less than 10")
 
 
 @dataclass(frozen=True)

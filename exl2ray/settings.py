@@ -55,7 +55,8 @@ class Setting:
     def check(self, value: Any) -> None:
         """UsageError that names the flag for a value of another type, or one that breaks the rule."""
         if not fits(value, self.hint):
-            raise UsageError(f"{self.name} is {shown(value)}; {wanted(self.hint)} is needed")
+            beyond = " of at most 64 bits" if isinstance(value, int) and self.hint is int else ""
+            raise UsageError(f"{self.flag}: {self.name} is {shown(value)}; {wanted(self.hint)}{beyond} is needed")
         if self.choices and value not in (*self.choices, self.default):
             raise UsageError(f"{self.flag} {value}: one of {', '.join(self.choices)} is needed")
         for one in value if isinstance(value, tuple) else (value,):

@@ -48,7 +48,10 @@ def parse_override(text: str) -> Override:
         if int(value) not in WIDTHS:
             raise UsageError(f"--set {text}: bits are {', '.join(map(str, WIDTHS))}")
         return Override(text, pattern, minimum=int(value))
-    option = parse(value)
+    try:
+        option = parse(value)
+    except UsageError as e:
+        raise UsageError(f"--set {text}: {e.message}", f"or bits, one of {', '.join(map(str, WIDTHS))}") from e
     if any(b not in WIDTHS for b in option.bits) or min(option.props) <= 0 or abs(sum(option.props) - 1) > 1e-6:
         raise UsageError(f"--set {text}: widths are {', '.join(map(str, WIDTHS))} and shares add up to 1")
     if list(option.bits) != sorted(option.bits, reverse=True) or any(s % 32 or s <= 0 for s in option.group_sizes):

@@ -13,7 +13,7 @@ from typing import Any
 
 from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.errors import SourceError
-from exl2ray.formats.json_file import LFS_POINTER, read_bounded
+from exl2ray.formats.json_file import read_bounded, refuse_substitute
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 OTHERS = ("vocab.json", "tekken.json", "tiktoken.model")
@@ -75,8 +75,7 @@ def converted_json(root: Path) -> tuple[bytes, list[str]]:
 
 def _checked_size(path: Path) -> int:
     data = read_bounded(path, MAX_BYTES)
-    if data.startswith(LFS_POINTER):
-        raise SourceError(f"{path}: a Git LFS pointer, not the file itself", "run `git lfs pull` in the model's folder")
+    refuse_substitute(data, str(path), SourceError)
     if not data:
         raise SourceError(f"{path}: is empty", "download the file again")
     return len(data)

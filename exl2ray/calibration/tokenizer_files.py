@@ -15,7 +15,7 @@ from typing import Any
 from exl2ray.calibration.conversion import converted_json, vocabulary_files
 from exl2ray.calibration.limited_child import quoted, shown
 from exl2ray.errors import SourceError
-from exl2ray.formats.json_file import LFS_POINTER, MIB, read_bounded, read_json_object
+from exl2ray.formats.json_file import MIB, read_bounded, read_json_object, refuse_substitute
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -69,8 +69,7 @@ def has_tokenizer(root: Path) -> bool:
 def read_content(path: Path) -> bytes:
     """tokenizer.json, checked for what can be told without the tokenizers library."""
     data = read_bounded(path, MAX_TOKENIZER_BYTES)
-    if data.startswith(LFS_POINTER):
-        raise SourceError(f"{path}: a Git LFS pointer, not the file itself", "run `git lfs pull` in the model's folder")
+    refuse_substitute(data, str(path), SourceError)
     if not data.strip():
         raise SourceError(f"{path}: is empty", "download the file again")
     if data.startswith(b"\xef\xbb\xbf"):
@@ -159,9 +158,8 @@ def _template_file(path: Path) -> str | None:
     if not (path.exists() or path.is_symlink()):
         return None
     data = read_bounded(path, MAX_TEMPLATE_BYTES)
-    if data.startswith(LFS_POINTER):
-        raise SourceError(f"{path}: a Git LFS pointer, not the file itself", "run `git lfs pull` in the model's folder")
+    refuse_substitute(data, str(path), SourceError)
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
-        raise SourceError(f"{path}: not UTF-8 (byte {e.start})") from e
+        raise SourceError(f"{path}: not UTF-8 (byte {e.start})", "save it again as UTF-8") from e

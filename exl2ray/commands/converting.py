@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from exl2ray import convert as story
-from exl2ray.errors import UsageError
+from exl2ray.errors import StoreError, UsageError
 from exl2ray.events import Reporter
 from exl2ray.recipe import Recipe
+from exl2ray.store.job import JOB_FILE
+from exl2ray.store.open import open_store
 from exl2ray.terminal.console import JsonLines, reserved_stdout
 from exl2ray.terminal.flags import stored_settings
 from exl2ray.terminal.live import human_reporter
@@ -49,6 +51,8 @@ def patch(
     trust_work_dir: bool, **place: Any,
 ) -> None:  # fmt: skip
     """Changes single linears of the conversion in ``out_dir``. ``place``: where to compute, as fields of a recipe."""
+    if not open_store(out_dir).exists(JOB_FILE):
+        raise StoreError(f"{out_dir} is not a work directory: it has no {JOB_FILE}", "give that of a finished conversion")
     settings = {**stored_settings(out_dir, trust=trust_work_dir), **place, "out_dir": out_dir, "evaluate": "never"}
     unknown = [b for b in bits if b not in settings["bits"]]
     if unknown:

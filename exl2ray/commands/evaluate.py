@@ -20,7 +20,7 @@ from exl2ray.evaluate.heldout import DEFAULT_LENGTH, heldout_kinds, heldout_rows
 from exl2ray.evaluate.metrics import TAIL, Estimate, Quantile
 from exl2ray.evaluate.record import judged, parse_evaluation
 from exl2ray.evaluate.result import EvalResult
-from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
+from exl2ray.evaluate.tokens import check_flags, find_tokenizer, load_tokens
 from exl2ray.events import Reporter, Silent
 from exl2ray.formats.elsewhere import named
 from exl2ray.formats.files import atomic_file
@@ -73,6 +73,7 @@ def evaluate(
         raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
     if tokens is not None and text is not None:
         raise UsageError("--tokens and --text are two sources of tokens", "give one, or none for the built-in text")
+    check_flags(rows, length, stride)
     models = [local(m, flag="--model") for m in models]
     reference = None if reference is None else local(reference, flag="--reference")
     for path in (*models, *([reference] if reference is not None else [])):

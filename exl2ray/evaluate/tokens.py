@@ -56,7 +56,7 @@ def load_tokens(
     numbers when there are not enough tokens or the file is unusable, SourceError for text without a tokenizer.
     """
     file = Path(path)
-    _check_flags(rows, length, stride)
+    check_flags(rows, length, stride)
     if not file.is_file():
         raise CalibrationError(f"{file}: missing or not a regular file", "--tokens and --text take a file")
     if file.suffix == ".npy":
@@ -71,7 +71,8 @@ def load_tokens(
     return _windows(file, ids, rows, length or DEFAULT_LENGTH, stride)
 
 
-def _check_flags(rows: int | None, length: int | None, stride: int | None) -> None:
+def check_flags(rows: int | None, length: int | None, stride: int | None) -> None:
+    """UsageError for numbers that no evaluation can have; None stands for a flag that was not given."""
     for flag, value, least in (("--rows", rows, 1), ("--length", length, 2), ("--stride", stride, 1)):
         if value is not None and value < least:
             raise UsageError(f"{flag} {value}: at least {least} is needed")

@@ -54,6 +54,8 @@ class SourceModel:
             self._open_source()
         else:
             self.files = open_files(weight_files(self.path, self.error), self.error)
+            for name in shards.gaps(list(self.files))[:1]:
+                raise self.error(f"{self.path}: {name} is missing", "the copy is incomplete: fetch it")
             self._tensors = merge_shards(self.files.values(), self.error)
 
     def _open_source(self) -> None:

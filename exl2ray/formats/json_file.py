@@ -149,14 +149,21 @@ def shown(value: Any) -> str:
 # ---- what it is that is not JSON ----------------------------------------------------------------------------------------
 
 
+def refuse_substitute(raw: bytes, what: str, error: Error) -> None:
+    """Raises ``error`` for what git and servers put in the place of a file, told from its first bytes."""
+    if raw.startswith(LFS_POINTER):
+        raise error(f"{what}: a Git LFS pointer, not the file itself", "run `git lfs pull` in the model's folder")
+    if re.match(rb"\s*<(!doctype|html|\?xml)", raw[:200], re.IGNORECASE):
+        raise error(f"{what}: a web page, not the file itself", "the server sent a page in its place: fetch it again")
+
+
 def _text(raw: bytes, what: str, error: Error, hint: str) -> str:
     """``raw`` as text; raises ``error`` for what can be told from its first bytes."""
     if not raw.strip():
         raise error(f"{what}: is empty: not valid JSON", hint)
     if not raw.strip(b"\0"):
         raise error(f"{what}: holds only zeros: not valid JSON", "the download or the copy broke off: fetch it again")
-    if raw.startswith(LFS_POINTER):
-        raise error(f"{what}: a Git LFS pointer, not the file itself", "run `git lfs pull` in the model's folder")
+    refuse_substitute(raw, what, error)
     for mark, name in ENCODINGS:
         if raw.startswith(mark):
             raise error(f"{what}: not valid JSON: {name} text; UTF-8 is needed", "save it again as UTF-8")
@@ -165,8 +172,6 @@ def _text(raw: bytes, what: str, error: Error, hint: str) -> str:
     for mark, name in BINARIES:
         if raw.startswith(mark):
             raise error(f"{what}: not valid JSON: {name}", hint)
-    if re.match(rb"\s*<(!doctype|html|\?xml)", raw[:200], re.IGNORECASE):
-        raise error(f"{what}: not valid JSON: a web page", "the server sent a page in place of the file: fetch it again")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:

@@ -22,7 +22,7 @@ import torch
 
 from exl2ray.errors import Exl2RayError, SourceError
 from exl2ray.formats.elsewhere import HEAD_BYTES, open_binary
-from exl2ray.formats.json_file import parse_json_object
+from exl2ray.formats.json_file import BINARIES, parse_json_object, refuse_substitute
 
 MAX_HEADER_BYTES = 32 << 20  # room for about 200 000 tensors; the largest published models have fewer than 100 000
 MAX_TENSORS = 200_000  # of a directory; the experts of a quantised model of 480 billion weights are 150 000
@@ -154,13 +154,18 @@ def _read_header(
     if file_bytes < 8:
         raise error(
             f"{path}: {file_bytes} bytes; a safetensors file has at least 8",
-            "the download is incomplete; a Git LFS pointer has this size too",
+            "the download is incomplete: fetch the file again",
         )
     length = int.from_bytes(f.read(8), "little")
+    if not length:
+        raise error(f"{path}: the header is empty: the file begins with zeros", "the download broke off: fetch it again")
+    if length > min(MAX_HEADER_BYTES, file_bytes - 8):
+        f.seek(0)
+        _refuse_others(f.read(min(file_bytes, 200)), path, error)
     if 8 + length > file_bytes:
         raise error(
             f"{path}: header length {length} does not fit into the file's {file_bytes} bytes",
-            "the file is truncated, or not a safetensors file (a Git LFS pointer?)",
+            "the file is truncated, or not a safetensors file: fetch it again",
         )
     if length > MAX_HEADER_BYTES:
         raise error(f"{path}: header length {length} exceeds the limit of {MAX_HEADER_BYTES} bytes")
@@ -168,6 +173,20 @@ def _read_header(
     if len(raw) != length:
         raise error(f"{path}: header ends after {len(raw)} of {length} bytes")
     return parse_json_object(raw, f"{path}: header", error, unique=True), 8 + length
+
+
+def _refuse_others(start: bytes, path: Path, error: type[Exl2RayError]) -> None:
+    """``error`` for a file whose first bytes show that it is something else than its name says."""
+    refuse_substitute(start, str(path), error)
+    for mark, name in BINARIES:
+        if start.startswith(mark):
+            how = ", as torch.save writes" if name == "a ZIP file" else ""
+            raise error(f"{path}: {name}{how}, not a safetensors file", "fetch or write the weights in safetensors")
+    if start.isascii() and start.translate(None, b"\t\r\n").decode().isprintable():
+        raise error(
+            f"{path}: text in place of the weights: {start[:80].decode()!r}",
+            "a server's answer? fetch the file again, with your token if the model is for those who asked for it",
+        )
 
 
 def _metadata(obj: Any, path: Path, error: type[Exl2RayError]) -> dict[str, str]:

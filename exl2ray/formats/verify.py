@@ -33,6 +33,7 @@ from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES, PackedLinear, check_linear
 from exl2ray.formats.hf import weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.layout import LinearShape
+from exl2ray.formats.source.shards import gaps
 from exl2ray.formats.tensorfile import DTYPES, MAX_TENSORS, TensorFile, TensorInfo
 from exl2ray.formats.verify_rules import Directory, Problem
 
@@ -49,7 +50,8 @@ def verify_directory(path: str | Path, expected: Mapping[str, LinearShape] | Non
     if not d.path.is_dir():
         d.add("file", "not a directory", file=str(path))
         return d.problems
-    _read_files(d)
+    if not _read_files(d):
+        return d.problems
     _check_config(d)
     _check_side_files(d)
     _check_linears(d)
@@ -61,35 +63,50 @@ def verify_directory(path: str | Path, expected: Mapping[str, LinearShape] | Non
     verify_rules.check_head(d)
     if expected is not None:
         verify_rules.check_expected(d, expected)
+    if d.follows:
+        shards = ", ".join(d.without[:3]) + (" ..." if len(d.without) > 3 else "")
+        d.add("file", f"with it layers, modules or tensors are missing, in {d.follows} places", file=shards)
     return d.problems
 
 
-def _read_files(d: Directory) -> None:
+def _read_files(d: Directory) -> bool:
+    """Reads the headers of all shards; False if there is none."""
     try:
         files = weight_files(d.path, FormatError)
     except Exl2RayError as e:
-        d.add("file", e.message)
-        return
+        _add_error(d, "file", e)
+        return False
+    for name in gaps([f.name for f in files]):
+        d.without.append(name)
+        d.add("file", "missing; fetch it", file=name)
     for path in files:
         try:
             tensors = TensorFile(path, FormatError).tensors
         except Exl2RayError as e:
-            d.add("file", e.message, file=path.name)
+            d.without.append(path.name)
+            _add_error(d, "file", e, path.name)
             continue
         if len(d.tensors) + len(tensors) > MAX_TENSORS:
             d.add("file", f"more than {MAX_TENSORS} tensors up to here; this file and the next were not read", file=path.name)
-            return
+            return True
         for name, info in tensors.items():
             if name in d.tensors:
                 d.add("file", f"also in {d.tensors[name].file.name}; which one counts is undefined", name, path.name)
             d.tensors[name] = info
+    return True
+
+
+def _add_error(d: Directory, rule: str, e: Exl2RayError, file: str = "") -> None:
+    """An error as a problem: what to do goes along, its path need not be said twice."""
+    message = e.message.removeprefix(f"{d.path / file}: ")
+    d.add(rule, f"{message}; {e.hint}" if e.hint else message, file=file or str(d.path))
 
 
 def _check_config(d: Directory) -> None:
     try:
         d.config = read_config(d.path / "config.json", FormatError)
     except Exl2RayError as e:
-        d.add("config", e.message, file="config.json")
+        _add_error(d, "config", e, "config.json")
         return
     q = d.config.get("quantization_config")
     if not isinstance(q, dict):
@@ -117,7 +134,7 @@ def _check_linears(d: Directory) -> None:
     for key in sorted(keys):
         missing = [s[1:] for s in QUANTIZED_SUFFIXES if key + s not in d.tensors]
         if missing:
-            d.add("linear", f"missing {', '.join(missing)}", key)
+            d.missing("linear", f"missing {', '.join(missing)}", key)
             continue
         try:
             q_weight = _header_only(d.tensors[f"{key}.q_weight"])

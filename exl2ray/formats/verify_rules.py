@@ -76,6 +76,15 @@ class Directory:
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     linears: dict[str, PackedLinear] = field(default_factory=dict)  # q_weight on the meta device
     problems: list[Problem] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)  # shards that are absent or cannot be read
+    follows: int = 0  # things missing, as it seems for want of these
+
+    def missing(self, rule: str, message: str, tensor: str) -> None:
+        """Adds a problem with what is not there, or counts it where a shard is not there that may hold it."""
+        if self.without:
+            self.follows += 1
+        else:
+            self.add(rule, message, tensor)
 
     def add(self, rule: str, message: str, tensor: str = "", file: str = "") -> None:
         if tensor in self.tensors and not file:
@@ -118,7 +127,7 @@ def check_blocks(d: Directory) -> None:
             d.add("block", message, block)
         for unit, roles in units.items():
             if roles not in COMPLETE_BLOCKS:
-                d.add("block", f"has only {', '.join(sorted(roles))}", unit)
+                d.missing("block", f"has only {', '.join(sorted(roles))}", unit)
             _check_mlp(d, unit)
 
 
@@ -149,14 +158,16 @@ def check_layers(d: Directory) -> None:
             rest = re.sub(r"experts\.\d+\.", "experts.*.", m["rest"].rpartition(".")[0])
             layers[int(m["layer"])].add(f"{rest}.bias" if suffix == "bias" else rest)
     count = config_value(d.config, "num_hidden_layers", "n_layers", "n_layer")
-    if not _is_size(count) or count > 10_000:
+    if not d.config:  # broken, and reported as such
+        count = len(layers)
+    elif not _is_size(count) or count > 10_000:
         d.add("layer", f"num_hidden_layers is {str(count)[:40]}", file="config.json")
         count = len(layers)
     everything = set().union(*layers.values()) if layers else set()
     for i in range(count):
         missing = sorted(everything - layers[i]) if i in layers else ["all tensors"]
         if missing or not everything:
-            d.add("layer", f"missing {', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}", f"model.layers.{i}")
+            d.missing("layer", f"missing {', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}", f"model.layers.{i}")
     for i in sorted(k for k in layers if k >= count):
         d.add("layer", f"config.json has {count} layers only", f"model.layers.{i}")
 
@@ -177,11 +188,11 @@ def check_routers(d: Directory) -> None:
         wanted = count if _is_size(count) and count <= 10_000 else len(found)
         missing = sorted(set(range(wanted)) - found)
         if missing or max(found) >= wanted:
-            d.add("block", f"has {len(found)} of {wanted} experts, missing {missing[:8]}", block)
+            d.missing("block", f"has {len(found)} of {wanted} experts, missing {missing[:8]}", block)
         name = f"{block}.gate.weight"
         info = d.tensors.get(name)
         if info is None:
-            d.add("router", "missing", name)
+            d.missing("router", "missing", name)
         elif len(info.shape) != 2 or info.shape[0] != wanted:
             d.add("router", f"has shape {list(info.shape)}; {wanted} experts need as many rows", name)
 
@@ -228,14 +239,14 @@ def _check_values(d: Directory, name: str, info: TensorInfo) -> None:
 def check_head(d: Directory) -> None:
     embeddings = [n for n in d.tensors if TEXT.match(n) and n.endswith("model.embed_tokens.weight")]
     if not embeddings:
-        d.add("head", "missing", "model.embed_tokens.weight")
+        d.missing("head", "missing", "model.embed_tokens.weight")
     if not any(TEXT.match(n) and n.endswith("model.norm.weight") for n in d.tensors):
-        d.add("head", "missing", "model.norm.weight")
+        d.missing("head", "missing", "model.norm.weight")
     keys = sorted({n.rpartition(".")[0] for n in d.tensors if TEXT.match(n) and ".layers." not in n})
     head = next((k for k in keys if k.endswith("lm_head") and d.has_linear(k)), None)
     if head is None:
         if not d.tied:
-            d.add("head", "missing, and the embeddings are not tied", "lm_head")
+            d.missing("head", "missing, and the embeddings are not tied", "lm_head")
         return
     if f"{head}.bias" in d.tensors:
         d.add("head", "a head must not have a bias", f"{head}.bias")
@@ -266,7 +277,7 @@ def check_expected(d: Directory, expected: Mapping[str, LinearShape]) -> None:
             found, wanted = plain.shape[::-1], (shape.in_features, shape.out_features)
         else:
             if not (key.endswith("lm_head") and d.tied):
-                d.add("expected", "missing", key)
+                d.missing("expected", "missing", key)
             continue
         if tuple(found) != wanted:
             d.add("expected", f"has {list(found)} (rows, columns) instead of {list(wanted)}", key)

@@ -23,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # and -l, but rows to quantise are set aside too.)
 CONVERT_ONLY = tuple(name for name, s in SETTINGS.items() if not s.measured)
 MEASURE_FIELDS = tuple(name for name, s in SETTINGS.items() if s.measured)
+PLACES = frozenset({"DIR", "FILE", "MODEL", "OUT", "PATH", "PLACE", "WORKDIR"})  # metavars of paths
 
 
 def trust_flag(function: F) -> F:
@@ -72,7 +73,20 @@ def _attributes(name: str) -> dict[str, Any]:
     return {**out, "type": several.__args__[0], "multiple": True, "metavar": s.metavar}
 
 
-class SectionedCommand(click.Command):
+class CheckedCommand(click.Command):
+    """A command that takes no empty text for a path: it would be the current directory."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for param in self.get_params(ctx):
+            value = ctx.params.get(param.name or "")
+            if (param.metavar or "").strip(".") in PLACES and (value == "" or (isinstance(value, tuple) and "" in value)):
+                name = param.opts[0] if isinstance(param, click.Option) else param.metavar
+                raise UsageError(f"{name} is empty", "is a variable of the shell not set?")
+        return rest
+
+
+class SectionedCommand(CheckedCommand):
     """A command whose help lists the flags of the recipe by topic, and that reads command lines of convert.py."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -164,5 +178,5 @@ def check_files(recipe: Recipe) -> None:
         check_place(place)
     path = recipe.measurement
     if path is not None and not os.path.isfile(path):
-        what = "is a directory" if os.path.isdir(path) else "does not exist"
+        what = "is a directory" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "does not exist"
         raise UsageError(f"-m {path}: {what}", "give a measurement.json")

@@ -22,7 +22,7 @@ from exl2ray import __version__, stopping
 from exl2ray.errors import Exl2RayError, Interrupted, UsageError
 from exl2ray.terminal import streams
 from exl2ray.terminal.console import clean, json_line, reserved_stdout
-from exl2ray.terminal.flags import SectionedCommand, trust_flag
+from exl2ray.terminal.flags import CheckedCommand, SectionedCommand, trust_flag
 from exl2ray.terminal.pasted import usage_hint
 from exl2ray.terminal.reference_flags import dashes, reference_flags
 from exl2ray.terminal.streams import last_words
@@ -74,6 +74,10 @@ class Cli(click.Group):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
+        try:
+            os.getcwd()
+        except OSError as e:  # importing torch would end the process, with a word on a library and the status of wrong flags
+            raise UsageError(f"the current directory cannot be read: {e.strerror}", "go to one that is there: cd ~") from e
         with streams.watched():
             return super().invoke(ctx)
 
@@ -188,6 +192,6 @@ def command(
         for param in reversed((*params, trust_flag, reference_flags) if converts else params):
             decorated = param(decorated)
         context = {"ignore_unknown_options": True, "allow_interspersed_args": False} if passes_on else {}
-        return cli.command(name, cls=SectionedCommand if converts else None, context_settings=context)(decorated)
+        return cli.command(name, cls=SectionedCommand if converts else CheckedCommand, context_settings=context)(decorated)
 
     return decorate

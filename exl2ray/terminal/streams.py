@@ -22,6 +22,7 @@ from exl2ray.events import Reporter
 from exl2ray.stopping import EXPENDABLE
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)  # a pipe's reader, a terminal, the descriptor, a socket
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputClosed(Interrupted):
@@ -65,7 +66,8 @@ def watched() -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if _failing(sys.stdout):
+        # What could not be written is forgotten, and the next flush succeeds; files of ours have errors with names.
+        if _failing(sys.stdout) or (e.errno in _FULL and e.filename is None):
             raise _error(e) from e
         if e.errno == errno.EPIPE:  # some other pipe or socket; click would end the program without a word
             raise RuntimeError(f"{type(e).__name__}: {e}") from e

@@ -144,6 +144,12 @@ def test_other_flags(run, fake, job_args):
         (["--out", "x"], "--out"),
         (["-om", "m.json", "-cf", "x"], "-om"),
         (["surplus"], "surplus"),
+        (["-cf", ""], "-cf is empty"),
+        (["-c", "text.jsonl", "-c", ""], "-c is empty"),
+        (["-m", "/dev/null"], "-m /dev/null: is no file"),
+        (["--damping", "0"], "must be more than 0"),
+        (["--seed", str(1 << 64)], "a whole number of at most 64 bits"),
+        (["-ss", "1e30"], "from 0.001 to 1073741824"),
     ],
 )
 def test_wrong_flags_are_named(run, fake, job_args, args, says):
@@ -152,6 +158,30 @@ def test_wrong_flags_are_named(run, fake, job_args, args, says):
     assert says in result.stderr
     assert result.stdout == ""
     assert fake.recipes == []
+
+
+EMPTY = (["inspect", ""], ["verify", "x", "-i", ""], ["publish", "x", "", "--repo", "a/b"], ["status", ""],
+         ["report", "x", "-o", ""], ["tune", "x", "--reference", "y", "-o", ""], ["eval", "x", "--text", ""], ["chat", ""],
+         ["doctor", "-o", ""])  # fmt: skip
+
+
+@pytest.mark.parametrize("args", EMPTY, ids=lambda a: a[0])
+def test_an_empty_path_is_not_the_current_directory(run, args):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert "is empty" in result.stderr
+    assert "hint: is a variable of the shell not set?" in result.stderr
+
+
+def test_numbers_of_an_evaluation_that_cannot_be(run, tmp_path):
+    for flags, says in ((["--length", "0"], "--length 0: at least 2"), (["--rows", "0"], "--rows 0: at least 1")):
+        assert says in run("eval", str(tmp_path), *flags).stderr
+
+
+def test_a_patch_of_what_is_no_work_directory(run, tmp_path):
+    result = run("patch", "-o", str(tmp_path), "--set", "*=4")
+    assert result.exit_code == 7
+    assert "it has no job.json\n  hint: give that of a finished conversion" in result.stderr
 
 
 def test_measure_writes_into_the_work_directory_or_where_asked(run, fake, job_args, tmp_path):

@@ -244,6 +244,29 @@ def test_unreadable_files(tiny_llama, tmp_path: Path) -> None:
     assert verify_directory(tmp_path / "absent")[0].message == "not a directory"
 
 
+@pytest.mark.parametrize("harm", ["cut short", "empty", "gone", "pointer"])
+def test_what_only_a_lost_shard_held_is_counted_beside_it(tiny_llama, tmp_path: Path, harm: str) -> None:
+    path = tiny_llama.write(tmp_path / "out", limit_bytes=20_000)
+    shard = sorted(path.glob("output-*"))[1]
+    content = {"cut short": shard.read_bytes()[:-1], "empty": b"", "pointer": b"version https://git-lfs.github.com/spec/v1\n"}
+    shard.unlink()
+    if harm in content:
+        shard.write_bytes(content[harm])
+    cause, rest = verify_directory(path, tiny_llama.shapes)
+    assert (cause.rule, cause.file) == (rest.rule, rest.file) == ("file", shard.name)
+    wanted = {"gone": "missing; fetch it", "pointer": "a Git LFS pointer, not the file itself; run `git lfs pull`"}
+    assert wanted.get(harm, "fetch") in cause.message
+    assert str(path) not in cause.message
+    assert "layers, modules or tensors are missing, in" in rest.message
+    with pytest.raises(FormatError, match=shard.name):
+        inspect_directory(path)
+
+
+def test_a_folder_without_weights_has_one_problem(tmp_path: Path) -> None:
+    (problem,) = verify_directory(tmp_path)
+    assert str(problem).startswith(f"[file] {tmp_path}: an empty folder; ")
+
+
 def test_layer_numbers_cannot_exhaust_memory(tiny_llama, tmp_path: Path) -> None:
     tiny_llama.tensors["model.layers.999999.mlp.up_proj.weight"] = zeros(96, 64)
     tiny_llama.tensors[f"model.layers.{'9' * 900}.mlp.up_proj.weight"] = zeros(96, 64)

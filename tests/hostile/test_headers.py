@@ -76,6 +76,26 @@ def test_a_header_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
     assert time.process_time() - start < 3
 
 
+OTHERS: dict[str, tuple[bytes, str, str]] = {
+    "web page": (b"<!DOCTYPE html><html>Just a moment", "a web page", "fetch it again"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer", "git lfs pull"),
+    "answer of a server": (b"Invalid username or password.", "text in place of the weights: 'Invalid username", "your token"),
+    "torch.save": (b"PK\x03\x04\0\0\x08\x08" + bytes(50), "a ZIP file, as torch.save writes", "in safetensors"),
+    "GGUF": (b"GGUF\3\0\0\0" + bytes(50), "a GGUF file", "in safetensors"),
+    "space that was never filled": (bytes(5000), "the file begins with zeros", "fetch it again"),
+    "nothing": (b"", "0 bytes", "fetch the file again"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_stands_in_the_place_of_weights_is_named(case: str, tmp_path: Path) -> None:
+    content, words, hint = OTHERS[case]
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(SourceError, match=words) as e:
+        TensorFile(tmp_path / "model.safetensors")
+    assert hint in e.value.hint
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\\b", "", "model.layers.-1.x"])
 def test_names_are_never_paths(name: str, tmp_path: Path) -> None:
     """Whatever a tensor is called, it is one more tensor."""

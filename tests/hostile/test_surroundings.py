@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bounded import exl2ray
+from bounded import ROOT, exl2ray
 from forks import fork_server
 from small_sources import write_exl2
 from stopped_runs import Stopped
@@ -50,6 +52,25 @@ def test_a_cluster_that_nobody_answers_for(flags: list[str], nobody: str, made: 
     arguments = [a for a in made.arguments(tmp_path / "work", tmp_path / "target") if a not in ("--executor", "inline")]
     run = exl2ray(*arguments, "-b", "4", *flags, env={"RAY_ADDRESS": nobody}, seconds=30)
     run.ends_with(9, "cannot start or reach Ray", nobody, "$RAY_ADDRESS")
+
+
+PRINTING = (["version"], ["--help"], ["plan", "-i", "x", "-b", "4"], ["architectures"])
+
+
+@pytest.mark.parametrize("command", PRINTING, ids=lambda c: c[0])
+def test_standard_output_on_a_full_disk(command: list[str]) -> None:
+    exl2ray(*command, output="/dev/full").ends_with(7, "cannot write to standard output: No space left on device")
+
+
+def test_a_current_directory_that_is_gone(tmp_path: Path) -> None:
+    """Torch would end the process when it is imported, with the status of wrong flags and a word on a library."""
+    start = [sys.executable, "-c", "from exl2ray.cli import main; main()"]
+    (tmp_path / "gone").mkdir()
+    gone = "cd gone && rmdir ../gone && exec \"$@\""
+    run = subprocess.run(["sh", "-c", gone, "sh", *start, "plan", "-i", "m", "-b", "4"], cwd=tmp_path, capture_output=True,
+                         text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)  # fmt: skip
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: the current directory cannot be read: No such file or directory"), run.stderr
 
 
 # ---- names ------------------------------------------------------------------------------------------------------------
