@@ -78,7 +78,8 @@ def check_output(recipe: Recipe, directory: Path, source: SourceModel | None) ->
     """Refuses an output directory that holds anything else, or that cannot be written. ``source``: None if unusable."""
     existing = existing_parent(directory)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise StoreError(f"{directory}: {existing} is not a directory that can be written", "choose another -cf")
+        what = f"{existing.name or existing} is not a directory that can be written"
+        raise StoreError(f"-cf {directory}: {what}", "choose another -cf")
     if recipe.out_dir and "://" not in recipe.out_dir and directory.resolve() == Path(recipe.out_dir).resolve():
         raise UsageError(f"-cf {directory}: is the work directory (-o)", "choose another directory for the model")
     foreign = sorted(p.name for p in directory.glob("*.safetensors") if not OUTPUT_NAME.fullmatch(p.name))

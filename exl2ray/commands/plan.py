@@ -211,7 +211,10 @@ def _show_problems(report: Report) -> None:
         shown[topic] = shown.get(topic, 0) + 1
         if shown[topic] > SHOWN_PROBLEMS:
             continue
-        _say(f"{topic}: {error.message}", f"{number}. ")
+        first, *rest = error.lines
+        _say(f"{topic}: {first}", f"{number}. ")
+        for line in rest:
+            _say(line.strip(), "   ")
         last = number == count or report.problems[number][1].hint != error.hint
         if error.hint and (last or shown[topic] == SHOWN_PROBLEMS):
             _say(error.hint, "   -> ")

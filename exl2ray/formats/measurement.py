@@ -139,9 +139,10 @@ def read_measurement(path: str | Path) -> Measurement:
     """Read measurement.json. Raises FormatError naming the file, the entry and the field."""
     path = Path(path)
     raw = read_bounded(path, MAX_MEASUREMENT_BYTES, FormatError, "give the measurement.json of an earlier conversion")
-    if not raw.strip():
-        raise FormatError(f"{path}: is empty: not valid JSON", "measure again: `exl2ray measure`, or convert with -om")
-    return parse_measurement(raw, str(path))
+    try:
+        return parse_measurement(raw, str(path))
+    except FormatError as e:
+        raise FormatError(e.message, e.hint or "measure again: `exl2ray measure`, or convert with -om") from e
 
 
 def parse_measurement(raw: bytes, where: str) -> Measurement:

@@ -210,6 +210,12 @@ def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers)
             "yarn: the loader computes the correction range from the configured context length and ignores "
             "attention_factor, mscale, beta_fast and beta_slow; calibration does as the loader"
         )
+    # The loader reads the key for every family, transformers for those that have a default for it.
+    if hyper.rope is not None and hyper.rope.dim != hyper.head_dim and "partial_rotary_factor" not in dict(arch.defaults):
+        out.append(
+            f"partial_rotary_factor: the loader rotates {hyper.rope.dim} of {hyper.head_dim} dimensions of a head, and "
+            f"calibration does as the loader; transformers rotates all in a {arch.name}"
+        )
     if layers.surplus:
         out.append(layers.surplus)
     # Layers beyond those of config.json have been named above, or are of MTP.

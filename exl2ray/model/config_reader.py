@@ -6,6 +6,7 @@ counts as absent, except that a null hides a family default (a Gemma 2 config wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,13 @@ REQUIRED = object()
 MAX_INTEGER = 1 << 31
 MAX_NUMBER = 1e9  # beyond any multiplier, and squares stay far from the end of float32
 HINT = "config.json is broken; fetch it again"
+
+
+def hint_for(value: Any) -> str:
+    """What to do about a value of the wrong type."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d*)?([eE][+-]?\d+)?|true|false", value[:40]):
+        return f"write {value[:40]} without the quotes"
+    return HINT
 
 
 class ConfigReader:
@@ -60,7 +68,7 @@ class ConfigReader:
             return value
         number = as_number(value)
         if number is None or number != int(number):
-            raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}; an integer is needed", HINT)
+            raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}; an integer is needed", hint_for(value))
         if abs(number) >= MAX_INTEGER:
             raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}, which no model has", HINT)
         return int(value)
@@ -82,7 +90,8 @@ class ConfigReader:
             return value
         number = as_number(value)
         if number is None:
-            raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}; a finite number is needed", HINT)
+            what = f"config.json: {self.name(*keys)} is {shown(value)}; a finite number is needed"
+            raise SourceError(what, hint_for(value))
         if not least <= number <= most and not (number == 0 and default == 0):
             raise SourceError(
                 f"config.json: {self.name(*keys)} is {shown(value)}; a number from {least:g} to {most:g} is needed", HINT
@@ -92,7 +101,7 @@ class ConfigReader:
     def flag(self, *keys: str) -> bool:
         value = self.raw(*keys)
         if value is not None and not isinstance(value, bool):
-            raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}; true or false is needed", HINT)
+            raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}; true or false is needed", hint_for(value))
         return bool(value)
 
     def _found(self, keys: tuple[str, ...], default: Any) -> Any:

@@ -15,6 +15,7 @@ from exl2ray.model.config_reader import (
     EXPERTS_KEYS,
     HEADS_KEYS,
     HIDDEN_KEYS,
+    HINT,
     KV_HEADS_KEYS,
     LAYER_KEYS,
     MLP_KEYS,
@@ -103,7 +104,7 @@ def resolve_hyper(
         raise SourceError(f"config.json: {heads} attention heads cannot share a hidden size of {hidden}")
     kv_heads = 1 if arch.single_kv_head else c.positive(*KV_HEADS_KEYS, default=heads, most=MAX_HEADS)
     if heads % kv_heads:
-        raise SourceError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
+        raise SourceError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly", HINT)
     max_seq_len = c.positive(*MAX_LENGTH_KEYS, default=2048)
     sliding, window = _windows(arch, c, layers)
     rope, local_rope, kind = _ropes(arch, c, head_dim, max_seq_len, rope_scale, rope_alpha)
@@ -279,7 +280,7 @@ def _ropes(
     partial = c.number("partial_rotary_factor", default=1.0, least=TINY, most=1.0)
     scaling = c.raw("rope_scaling")
     if scaling is not None and not isinstance(scaling, Mapping):
-        raise SourceError(f"config.json: rope_scaling is {shown(scaling)}; an object is needed")
+        raise SourceError(f"config.json: rope_scaling is {shown(scaling)}; an object is needed", HINT)
     scaling = dict(scaling or {})
     original = c.raw("original_max_position_embeddings")
     if original is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.json_file import as_number, shown
-from exl2ray.model.config_reader import HINT, MAX_INTEGER
+from exl2ray.model.config_reader import HINT, MAX_INTEGER, hint_for
 from exl2ray.model.rules import RopeStyle
 
 UNSCALED = ("default", "dynamic", "mrope")  # dynamic: only beyond the trained length; mrope: plain RoPE for text
@@ -110,7 +110,7 @@ def _number(scaling: Mapping[str, Any], key: str, least: float = MIN_FACTOR, mos
     value = scaling.get(key)
     number = as_number(value)
     if number is None or number <= 0:
-        raise SourceError(f"config.json: rope_scaling.{key} is {shown(value)}; a positive number is needed", HINT)
+        raise SourceError(f"config.json: rope_scaling.{key} is {shown(value)}; a positive number is needed", hint_for(value))
     if not least <= number <= most:
         raise SourceError(
             f"config.json: rope_scaling.{key} is {shown(value)}; a number from {least:g} to {most:g} is needed", HINT

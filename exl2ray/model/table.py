@@ -283,7 +283,7 @@ _ENTRIES = (
         qkv="fused",
         gate_up_fused=True,
         window=WindowRule("all"),
-        defaults=(("original_max_position_embeddings", 4096),),
+        defaults=(("original_max_position_embeddings", 4096), ("partial_rotary_factor", 1.0)),
         loader_differences=(_WINDOW_IGNORED, _PHI3_LONGROPE),
     ),
     Arch(

@@ -74,7 +74,10 @@ class Examination:
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            lines = [x for i, e in enumerate(errors, 1) for x in (f"{i}. {e.message}", *([f"   {e.hint}"] if e.hint else []))]
+            lines = []
+            for i, e in enumerate(errors, 1):
+                first, *rest = [*e.lines, *([e.hint] if e.hint else [])]
+                lines += [f"{i}. {first}", *(f"   {x}" for x in rest)]
             count = f"{len(errors)} problems would stop this conversion:"
             raise type(errors[0])(count, "`exl2ray plan` with the same flags lists them again", lines)
 

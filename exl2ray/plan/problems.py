@@ -294,7 +294,8 @@ def _check_work(recipe: Recipe) -> None:
         raise UsageError(f"{recipe.out_dir}: the work directory (-o) is the source model (-i)", "choose another directory")
     place = existing_parent(Path(recipe.out_dir))
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise StoreError(f"{recipe.out_dir}: {place} is not a directory that can be written", "choose another -o")
+        what = f"{place.name or place} is not a directory that can be written"
+        raise StoreError(f"-o {recipe.out_dir}: {what}", "choose another -o")
     if recipe.no_resume:
         WorkDir.check_opening(recipe.out_dir, {}, resume=False)
     else:

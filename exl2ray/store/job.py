@@ -36,6 +36,7 @@ _MARKER = "exl2ray work directory"
 _ID = re.compile(rb'"id": "([0-9a-f]{32})"')
 ID_BYTES = 1024  # the identity stands near the beginning
 _MISSING = "(not set)"
+FOLLOWING = ("allocates", "numerics")  # what other settings come to; not said where one of these has changed
 _START = f'{{\n "{_MARKER}": '.encode()  # first bytes of every job.json of ours, whatever happened to the rest
 
 Job = dict[str, dict[str, Any]]
@@ -138,9 +139,13 @@ def mismatch(
     ``flags`` maps "section.name" to the flag the user knows it by.
     """
     lines = [f"{root} belongs to a job with other settings:"]
-    for c in changes:
+    chosen = [c for c in changes if c.name not in FOLLOWING]
+    for c in chosen if any(c.section == "quantize" for c in chosen) else changes:
         name = f"{c.section}.{c.name}"
-        lines.append(f"  {flags.get(name, name)}: {_show(c.old)} -> {_show(c.new)}")
+        contents = all(re.fullmatch("[0-9a-f]{64}", str(x)) for x in (c.old, c.new))
+        values = "its content is another one" if contents else f"{_show(c.old)} -> {_show(c.new)}"
+        line = f"  {flags.get(name, name)}: {values}"
+        lines += [] if line in lines else [line]
     changed = {c.section for c in changes}
     if "identity" in changed:
         reusable = "nothing in it is of use for this model"
@@ -159,5 +164,5 @@ def mismatch(
 
 
 def _show(value: Any) -> str:
-    text = value if value == _MISSING else json.dumps(value)
+    text = _MISSING if value in (_MISSING, None) else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -137,6 +137,10 @@ REFUSED_ROPES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "scaled local": ("gemma3_text", {"rope_parameters": {
         "full_attention": FULL, "sliding_attention": {**FULL, "rope_theta": 1e4}}},
                      ("rope_type is 'linear'", "scales no RoPE of sliding layers")),
+    "a factor in quotes": ("llama", {"rope_scaling": {"type": "linear", "factor": "2.0"}}, ("write 2.0 without the quotes",)),
+    "theta in quotes": ("llama", {"rope_theta": "500000"}, ("write 500000 without the quotes",)),
+    "a size in quotes": ("llama", {"hidden_size": "256"}, ("write 256 without the quotes",)),
+    "a flag in quotes": ("llama", {"tie_word_embeddings": "false"}, ("write false without the quotes",)),
     "by layers under the old name": ("gemma3_text", {"rope_scaling": {"full_attention": FULL}}, ("call it rope_parameters",)),
 }  # fmt: skip
 
@@ -149,6 +153,16 @@ def test_rotary_settings_that_cannot_run(case: str) -> None:
         resolve_hyper(ARCHITECTURES[name], {**SIZES, **said, "architectures": [name]})
     for word in words:
         assert word in str(e.value), str(e.value)
+
+
+def test_a_share_of_a_head_that_transformers_does_not_read_is_told(folder: Path) -> None:
+    said = "the loader rotates 8 of 16 dimensions of a head"
+    assert not load_spec(SourceModel(folder)).warnings
+    edit_config(folder, partial_rotary_factor=0.5)
+    assert any(said in w and "rotates all in a LlamaForCausalLM" in w for w in load_spec(SourceModel(folder)).warnings)
+    for kind in ("phi3", "glm4"):  # they read it
+        assert "partial_rotary_factor" in dict(ARCHITECTURES[BY_MODEL_TYPE[kind]].defaults)
+        assert rotary(kind, {**SIZES, "partial_rotary_factor": 0.5}).inv_freq.numel() == 16
 
 
 def test_old_and_new_name_of_longrope_together() -> None:

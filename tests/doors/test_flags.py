@@ -236,7 +236,7 @@ NEW: list[tuple[str, Change]] = [
 OLD: list[tuple[str, Change, dict[str, Any], str]] = [
     ("other seed", lambda w: None, {"seed": 5}, "--seed: 0 -> 5"),
     ("other rows", lambda w: None, {"measurement_rows": 1}, "-mr: 2 -> 1"),
-    ("other rope", lambda w: None, {"rope_scale": 2.0}, "-rs: null -> 2.0"),
+    ("other rope", lambda w: None, {"rope_scale": 2.0}, "-rs: (not set) -> 2.0"),
     ("no data", lambda w: None, {"cal_dataset": None}, "belongs to a job with other settings"),
     ("damaged", _damaged, {}, "does not match its checksum"),
     ("a link", _linked, {}, "logs: a link"),
@@ -290,6 +290,20 @@ def test_a_job_that_cannot_go_on(
         exl2ray("convert", *words, "-nr", "--dry-run").ends_with(0)
     else:
         exl2ray("convert", *words, "-nr", "--dry-run").ends_with(StoreError.exit_code, says)
+
+
+def test_a_job_that_is_one_problem_of_two(base: Path, data: Path, measured: Path, tmp_path: Path) -> None:
+    """The lines of its message stay lines, and values that only follow from others, or are hashes, are not shown."""
+    words = words_of(recipe(base, measured, data, seed=5))
+    words[words.index("-ml") + 1] = "256"
+    (tmp_path / "notes.txt").write_text("")
+    run = exl2ray("convert", *words, "-cf", tmp_path, "--dry-run")
+    run.ends_with(UsageError.exit_code, "2 problems would stop this conversion", "holds notes.txt")
+    assert "   -c: its content is another one\n" in run.err
+    assert "   --seed: 0 -> 5\n" in run.err
+    assert "\\n" not in run.err
+    run = exl2ray("plan", *words)
+    assert "   --seed: 0 -> 5\n" in run.out
 
 
 def test_a_job_that_goes_on(base: Path, data: Path, measured: Path, tmp_path: Path) -> None:

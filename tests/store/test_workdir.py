@@ -96,6 +96,21 @@ def test_second_driver_is_refused(root: str, job: Job) -> None:
                 open_work(root, job, resume=resume)
 
 
+def refused(root: Path, job: Job) -> str:
+    with pytest.raises(JobMismatchError) as caught:
+        open_work(root, job)
+    return caught.value.message
+
+
+def test_what_only_follows_from_other_settings_is_not_listed_beside_them(tmp_path: Path, job: Job) -> None:
+    open_work(tmp_path, job).close()
+    follows = changed(job, "quantize", allocates="linear", numerics={"sweeps": 2})
+    both = refused(tmp_path, changed(follows, "quantize", quality="best"))
+    assert "quality" in both
+    assert "numerics" not in both
+    assert "numerics" in refused(tmp_path, follows)
+
+
 def test_changed_settings_are_listed_with_their_flags(tmp_path: Path, job: Job) -> None:
     open_work(tmp_path, job).close()
     other = changed(changed(job, "quantize", bits=[3.5]), "output", shard_size_mb=4096)
