@@ -20,7 +20,7 @@ from exl2ray.errors import UsageError
 from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, local_directory, sound_files
 from exl2ray.run.linear import check_device
-from exl2ray.run.modules import insert_linears
+from exl2ray.run.modules import Exl2Experts, insert_linears
 from exl2ray.run.names import TEXT_MODEL
 from exl2ray.run.norms import check_norms, insert_norms
 
@@ -45,6 +45,7 @@ class Exl2Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._files: list[Path] = []
         self._device_map: Any = None
+        self._routed = False  # whether it is a mixture of experts
         self._text_prefix = False  # whether names in the files begin as those of the text part of a larger model
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
@@ -52,18 +53,26 @@ class Exl2Quantizer(HfQuantizer):
         for device in _gpus(device_map):
             check_device(device)
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the config before files are looked for; not by the first releases of transformers 5."""
+        return self._with_files(config)
+
     def update_tp_plan(self, config: Any) -> Any:
-        """Called with the config, by every transformers 5, before files are looked for: EXL2 files have names of their own.
+        """Called with the config before files are looked for; by no release from 5.23 on."""
+        return self._with_files(config)
+
+    def _with_files(self, config: Any) -> Any:
+        """The config with the first file of the model: EXL2 files have names of their own, and no index.
 
         Checks the directory as ``exl2ray verify`` does, so that broken models are refused before anything is loaded.
         """
         name = getattr(config, "name_or_path", "")
-        if not name:
-            return config  # a config that comes from nowhere
+        if self._files or not name:  # a config that comes from nowhere
+            return config
         root = local_directory(name, getattr(config, "_commit_hash", None))
         self._files = sound_files(root)
         config.transformers_weights = self._files[0].name
-        return super().update_tp_plan(config)
+        return config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.float16, torch.bfloat16) and _gpus(self._device_map):
@@ -95,6 +104,7 @@ class Exl2Quantizer(HfQuantizer):
         renamed = _renaming(model, self)
         placed = insert_linears(model, tensors, renamed)
         insert_norms(model, tensors, renamed)
+        self._routed = any(isinstance(module, Exl2Experts) for module in model.modules())
         _untie(model, placed)
         return model
 
@@ -114,6 +124,11 @@ class Exl2Quantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the decoding with a static cache: experts look at routing on the host."""
+        return not self._routed
 
     @property
     def is_trainable(self) -> bool:

@@ -26,6 +26,7 @@ import torch
 from numba import cuda, types
 from torch import Tensor
 
+NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 Grid = int | tuple[int, ...]
 NUMBA_TYPES = {
     torch.float16: types.float16,
@@ -70,9 +71,8 @@ class Launch:
         self._kernel, self._grid, self._block, self._args = kernel, grid, block, list(args)
         grid = (grid,) if isinstance(grid, int) else grid
         self._shape = (*grid, *(1,) * (3 - len(grid)), block, 1, 1)
-        self._function = 0
-        if any(isinstance(a, Tensor) and a.is_cuda for a in args):
-            self._function = _function(kernel, tuple(map(_kind_of, args)))
+        self._device = next((a.device.index for a in args if isinstance(a, Tensor) and a.is_cuda), None)
+        self._function = 0 if self._device is None else _function(kernel, tuple(map(_kind_of, args)), self._device)
         if self._function:
             self._prepare()
 
@@ -101,12 +101,19 @@ class Launch:
         """Launches on the stream of this handle, with the values of the arguments that vary, in order."""
         if 0 in self._shape:  # no elements
             return
+        if self._device is not None and self._device != torch.cuda.current_device():
+            with torch.cuda.device(self._device):  # a model may lie on several GPUs; the driver launches on the current one
+                self(stream, *values)
+            return
         if not self._function:
             self._call_numba(stream, values)
             return
         for cell, value in zip(self._varying, values, strict=True):
             cell.value = value
         status = _driver().cuLaunchKernel(self._function, *self._shape, 0, stream, self._parameters, None)
+        if status == NO_CONTEXT:  # a thread that did nothing with CUDA yet
+            torch.cuda.mem_get_info(self._device)
+            status = _driver().cuLaunchKernel(self._function, *self._shape, 0, stream, self._parameters, None)
         if status:
             raise RuntimeError(f"CUDA error {status} at the launch of {self._kernel.py_func.__name__}")
 
@@ -143,9 +150,13 @@ def _numba_type(kind: Kind) -> Any:
 
 
 @cache
-def _function(kernel: Any, kinds: tuple[Kind, ...]) -> int:
-    """Handle of the compiled kernel for the driver; 0 if this version of numba-cuda hides it."""
-    argument_types = tuple(map(_numba_type, kinds))
+def _function(kernel: Any, kinds: tuple[Kind, ...], device: int) -> int:
+    """Handle of the compiled kernel on this GPU for the driver; 0 if this version of numba-cuda hides it."""
+    with torch.cuda.device(device):  # Numba loads kernels into the current one
+        return _loaded(kernel, tuple(map(_numba_type, kinds)))
+
+
+def _loaded(kernel: Any, argument_types: tuple[Any, ...]) -> int:
     compiled = kernel.overloads.get(argument_types) or kernel.compile(argument_types)
     try:
         compiled.bind()

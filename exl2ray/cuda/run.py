@@ -1,8 +1,11 @@
 """A packed linear on its device: products with few rows by a fused kernel, and its weights unpacked for many.
 
 Plain reference of both: `dequantize_numpy` of tests/exl2_numpy.py and a matrix product. On CUDA devices the kernels are those
-of `run_kernels.py`, on the CPU those of `run_cpu.py`. One thread and one stream at a time may use the linears of a device:
-they share a workspace.
+of `run_kernels.py`, on the CPU those of `run_cpu.py`. One thread and one stream at a time may use a linear.
+
+CUDA graphs: all that outlives a call is made with `Packed`, before any is recorded; what a call needs besides, it takes from
+torch's allocator and gives back. A workspace that linears share and a larger one replaces was tried first: a graph goes
+on to write where the old one was, and `torch.compile(mode="reduce-overhead")` refuses calls that keep memory.
 """
 
 from __future__ import annotations
@@ -21,11 +24,8 @@ from exl2ray.cuda.run_kernels import ONE, UNIT, Variant, product_kernel, unpack_
 VARIANTS = (Variant(1, columns=4), Variant(4, warps=4))  # not measured yet
 COLUMNS_PER_SM = 8  # per lane of a warp, as blocks: two blocks of four columns, four of two
 UNPACK_THREADS = 128
-COUNTERS = 1 << 15  # blocks of columns of one linear, at most
+BLOCK_COLUMNS = 64  # at least
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-
-_partials: dict[torch.device, Tensor] = {}
-_counters: dict[torch.device, Tensor] = {}
 
 
 class Packed:
@@ -40,7 +40,9 @@ class Packed:
         self.q_weight, self.q_scale, self.tops, self.perm, self.table, self.bias = q_weight, q_scale, tops, perm, table, bias
         self.variants = VARIANTS
         self.blocks_per_sm = 0  # 0: by COLUMNS_PER_SM
-        self._launches: dict[tuple[int, bool], tuple[Launch, Tensor]] = {}
+        self._bias = bias if bias is not None else tops.to(torch.float16)  # of the type that kernels are compiled for
+        self._counters = torch.zeros(-(-self.columns // BLOCK_COLUMNS), dtype=torch.int32, device=tops.device)
+        self._launches: dict[tuple[int, torch.dtype], tuple[Launch, int]] = {}
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -55,34 +57,34 @@ class Packed:
         if not x.is_cuda and not SIMULATED:
             return run_cpu.product(x, *self._tensors, self.bias)
         x = x.contiguous()
-        y = torch.empty(x.shape[0], self.columns, dtype=x.dtype, device=x.device)
+        rows = x.shape[0]
+        y = torch.empty(rows, self.columns, dtype=x.dtype, device=x.device)
         one, four = self.variants
-        key = (-(-x.shape[0] // 4) if x.shape[0] > 1 else 0, x.dtype == torch.bfloat16)
+        key = (-(-rows // 4) if rows > 1 else 0, x.dtype)
         if key not in self._launches:
-            self._launches[key] = self._prepared(replace(four if key[0] else one, brain=key[1]), max(1, 4 * key[0]), x)
-        launch = self._launches[key][0]
+            variant = replace(four if key[0] else one, brain=x.dtype == torch.bfloat16)
+            self._launches[key] = self._prepared(variant, max(1, 4 * key[0]), x)
+        launch, slices = self._launches[key]
         launch.point(0, _bits(x))
+        if slices > 1:
+            partial = torch.empty(slices * rows * self.columns, dtype=torch.float32, device=x.device)
+            launch.point(11, partial)
         launch.point(13, _bits(y))
-        launch(stream_of(x), x.shape[0])
+        launch(stream_of(x), rows)
         return y
 
-    def _prepared(self, v: Variant, rows: int, x: Tensor) -> tuple[Launch, Tensor]:
-        device = x.device
+    def _prepared(self, v: Variant, rows: int, x: Tensor) -> tuple[Launch, int]:
+        """The launch for up to so many rows, of the dtype of x, and its slices of K."""
         units, blocks = self.table.shape[0], -(-self.columns // v.block_columns)
         per_sm = self.blocks_per_sm or COLUMNS_PER_SM // v.columns
-        slices, slice_units = cut(units, blocks, v.warps, v.units(rows), per_sm * _processors(device))
-        partial = _partial(device, slices * rows * self.columns)
-        if device not in _counters:
-            _counters[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        empty = _bits(x.new_empty(0, x.shape[1]))
-        out = _bits(x.new_empty(0, self.columns))
-        bias = self.bias if self.bias is not None else self.tops.to(torch.float16)
+        slices, slice_units = cut(units, blocks, v.warps, v.units(rows), per_sm * _processors(x.device))
+        empty, out = _bits(x.new_empty(0, x.shape[1])), _bits(x.new_empty(0, self.columns))
         made = Launch(
             product_kernel(v), (blocks, slices), v.threads, empty, self.q_weight.view(torch.int64).flatten(), self.q_scale,
-            self.tops, self.perm, self.table, bias, self.bias is not None, self.columns, units, slice_units, partial,
-            _counters[device], out, VARY, ONE,
+            self.tops, self.perm, self.table, self._bias, self.bias is not None, self.columns, units, slice_units,
+            x.new_empty(0, dtype=torch.float32), self._counters, out, VARY, ONE,
         )  # fmt: skip
-        return made, partial
+        return made, slices
 
     def unpack(self, out: Tensor) -> None:
         """The weights into ``out`` (K, N) float16 or bfloat16 (on the CPU float32, too): rows in the order of the input."""
@@ -108,10 +110,3 @@ def _bits(t: Tensor) -> Tensor:
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _partial(device: torch.device, floats: int) -> Tensor:
-    """The workspace of a device. Where a larger one takes its place, launches and graphs made before keep theirs."""
-    if device not in _partials or _partials[device].numel() < floats:
-        _partials[device] = torch.empty(floats, dtype=torch.float32, device=device)
-    return _partials[device]

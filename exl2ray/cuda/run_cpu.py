@@ -90,6 +90,6 @@ def product(
 
 def unpack(out: Tensor, q_weight: Tensor, q_scale: Tensor, tops: Tensor, perm: Tensor, table: Tensor) -> None:
     """The weights into ``out`` (K, N), rounded as the loader does it."""
-    exact = np.empty(tuple(out.shape), np.float32)
-    _unpack(q_weight.numpy().view(np.uint32), _steps(q_scale, tops), perm.numpy(), table.numpy(), exact)
-    out.copy_(torch.from_numpy(exact).half())
+    exact = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    _unpack(q_weight.numpy().view(np.uint32), _steps(q_scale, tops), perm.numpy(), table.numpy(), exact.numpy())
+    out.copy_(exact.half())

@@ -20,8 +20,8 @@ from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.exl2 import PackedLinear, groups_layout
 from exl2ray.formats.layout import GroupLayout, pad32
 
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-_turn = threading.RLock()  # held while a product uses what linears share: this buffer, and the workspace of the kernels
+_turn = threading.RLock()  # held during a product: launches are changed for each call, and not all of Numba's threads share
+KERNEL_TYPES = (torch.float16, torch.bfloat16)  # of activations on a GPU
 _numbers = itertools.count()
 _linears: WeakValueDictionary[int, Exl2Linear] = WeakValueDictionary()
 
@@ -117,31 +117,45 @@ class Exl2Linear(torch.nn.Module):
         )
 
     def weight_matrix(self, dtype: torch.dtype) -> Tensor:
-        """W (in_features, N32) in a buffer that all linears of the device share: valid until the next one unpacks."""
-        size = self.in_features * self.q_weight.shape[1]
-        key = (self.q_weight.device, dtype)
-        if key not in _scratch or _scratch[key].numel() < size:
-            with torch.inference_mode(False):  # or it could not be written to outside of inference mode later
-                _scratch[key] = torch.empty(size, dtype=dtype, device=key[0])
-        out = _scratch[key][:size].view(self.in_features, -1)
+        """W (in_features, N32), unpacked, in a tensor of its own: in halves as the file has it, rounded to ``dtype``."""
+        kernel_has = dtype in KERNEL_TYPES or not self.q_weight.is_cuda
+        shape = self.in_features, self.q_weight.shape[1]
+        out = torch.empty(shape, dtype=dtype if kernel_has else torch.float16, device=self.q_weight.device)
         self.packed().unpack(out)
-        return out
+        return out.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) float16 or bfloat16, on the CPU float32, too -> (..., out_features) of its dtype."""
+        """x (..., in_features) -> (..., out_features) of its dtype; under autocast of that one, as with a plain linear.
+
+        float16 and bfloat16, on the CPU float32 too, are what the kernels take; others are multiplied by unpacked weights.
+        """
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():  # torch 2.11 exports while it compiles
             raise UsageError("packed linears cannot be exported: their graph is of this process alone", "torch.compile")
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         flat = x.reshape(-1, self.in_features)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and flat.requires_grad):
+        if torch.compiler.is_compiling():
+            self.prepare()
             y: Tensor = torch.ops.exl2ray.product(flat, self._number, self.q_weight.shape[1])
+        elif torch.is_grad_enabled() and flat.requires_grad:
+            y = torch.ops.exl2ray.product(flat, self._number, self.q_weight.shape[1])
         else:
             y = self.product(flat)
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def prepare(self) -> None:
+        """Makes what stays on the device; torch.compile calls it as it traces: what runs later may be recorded in a graph."""
+        if not self.q_weight.is_meta:
+            self.packed()
+
     def product(self, x: Tensor) -> Tensor:
         """x (rows, in_features) -> (rows, N32), with the bias; several threads may call it, one after the other is served."""
+        if x.device != self.q_weight.device:
+            raise UsageError(f"activations on {x.device} meet a packed linear on {self.q_weight.device}", "move one of them")
         with _turn:
-            if 0 < x.shape[0] <= MAX_ROWS:
+            if 0 < x.shape[0] <= MAX_ROWS and (x.dtype in KERNEL_TYPES or not x.is_cuda):
                 return self.packed().product(x)
             weight = self.weight_matrix(x.dtype)
             return x @ weight if self.bias is None else torch.addmm(self.bias.to(x.dtype), x, weight)

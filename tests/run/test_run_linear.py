@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +21,12 @@ from exl2ray.errors import FormatError
 from exl2ray.formats.layout import GroupLayout
 
 MIXED = GroupLayout((8, 6, 5, 4, 3, 2), (32, 64, 32, 96, 32, 64))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    """torch counts what it compiles of a method, whatever module it is of, and gives up at eight."""
+    torch.compiler.reset()
 
 
 @pytest.mark.slow
@@ -60,8 +68,7 @@ def test_gradients_reach_the_activations() -> None:
     torch.testing.assert_close(x.grad, torch.from_numpy(weights).float().sum(1).expand(4, -1), rtol=1e-4, atol=1e-4)
 
 
-def test_threads_share_their_buffer_in_turn() -> None:
-    """More rows than the fused kernel takes, so that all of them unpack into the same memory."""
+def test_threads_take_turns() -> None:
     linears = [checks.random_linear(MIXED, 96, seed=s)[0] for s in range(4)]
     x = torch.randn(17, MIXED.in_features)
     alone = [linear(x) for linear in linears]
@@ -87,6 +94,37 @@ def test_compiled_as_one_graph_with_gradients(rows: int) -> None:
     assert found[0][1].abs().max() > 0
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_what_stays_on_the_device_is_there_before_a_compiled_graph_runs() -> None:
+    """``reduce-overhead`` runs calls on the memory of CUDA graphs from the first one on: nothing they make may stay."""
+    linear, _ = checks.random_linear(MIXED, 32, seed=11)
+    ready = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        ready.append(linear._packed is not None)
+        return graph.forward
+
+    x = torch.randn(1, linear.in_features)
+    y = torch.compile(linear, backend=backend, fullgraph=True)(x)
+    assert ready == [True]
+    assert torch.equal(y, linear(x))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 17])
+def test_autocast_strides_and_types_are_those_of_a_plain_linear(rows: int) -> None:
+    linear, weights = checks.random_linear(MIXED, 64, seed=12, bias=True)
+    plain = torch.nn.Linear(linear.in_features, 64)
+    plain.weight.data, plain.bias.data = torch.from_numpy(weights.T).float(), linear.bias.float()
+    x = torch.randn(linear.in_features, rows).T.requires_grad_()
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            wanted, found = plain(x), [linear(x), linear(x.detach()), compiled(x)]
+        for y in found:
+            assert y.dtype == wanted.dtype
+            torch.testing.assert_close(y, wanted, rtol=2**-6, atol=0.1 if y.dtype == torch.bfloat16 else 1e-2)
+    assert linear(x.double()).dtype == torch.float64
 
 
 def test_copies_are_apart_and_an_export_is_refused() -> None:

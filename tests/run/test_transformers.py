@@ -14,7 +14,7 @@ import pytest
 import torch
 from exl2_models import divergence, losses_of_training, tokens, write_exl2
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
 
 import exl2ray.transformers
 from exl2ray.errors import FormatError
@@ -80,7 +80,7 @@ def unpacked(model: torch.nn.Module) -> torch.nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, Exl2Linear):
             plain = torch.nn.Linear(module.in_features, module.out_features, bias=False)
-            weight = module.weight_matrix(torch.float16)[:, : module.out_features]  # of a buffer that all share
+            weight = module.weight_matrix(torch.float16)[:, : module.out_features]
             plain.weight.data = weight.T.to(model.dtype, copy=True)
             model.set_submodule(name, plain)
     return model
@@ -113,15 +113,21 @@ def test_a_model_made_by_exllamav2(shared_dir: Path) -> None:
     assert divergence(wanted, logits) < 1e-4
 
 
-def test_generating_with_a_static_cache_and_without_any(tmp_path: Path) -> None:
+def generated(model: torch.nn.Module, **options: object) -> torch.Tensor:
+    return model.generate(tokens()[:1], max_new_tokens=12, do_sample=False, eos_token_id=None, **options)
+
+
+def test_generating_with_a_compiled_static_cache_and_without_any(tmp_path: Path) -> None:
+    """``eager`` traces as the default does, and leaves out the C++ compiler; on GPUs transformers compiles unasked."""
     model = load(write_exl2(tmp_path))
-    ids = tokens()[:1]
-    plain, static = (
-        model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, **o)
-        for o in ({"use_cache": False}, {"cache_implementation": "static", "disable_compile": True})
-    )
+    compiled = CompileConfig(backend="eager", mode="default", fullgraph=True)
+    compiled._compile_all_devices = True
+    plain = generated(model, use_cache=False)
     assert plain.shape == (1, 52)
-    assert torch.equal(plain, static)
+    assert torch.equal(plain, generated(model, cache_implementation="static", disable_compile=True))
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(plain, generated(model, cache_implementation="static", compile_config=compiled))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_saving_writes_the_same_tensors_and_loads_again(tmp_path: Path) -> None:
