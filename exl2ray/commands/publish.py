@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from exl2ray import __version__
-from exl2ray.errors import HubError, Interrupted, UsageError
+from exl2ray.errors import HubError, Interrupted, StoreError, UsageError
 from exl2ray.evaluate.record import EVALUATION, Evaluation, read_evaluations
 from exl2ray.formats.measurement import MAX_MEASUREMENT_BYTES, parse_measurement
 from exl2ray.formats.shards import OUTPUT_NAME
@@ -115,6 +115,8 @@ def publish(
         _check_include(folders, include)
         branches = branch_names(folders, branch)
         store = open_store(work) if work is not None else None
+        if store is not None and not (store.exists(MEASUREMENT) or store.exists(EVALUATION)):
+            raise StoreError(f"--work {work}: has neither {MEASUREMENT} nor {EVALUATION}", "give the conversion's own -o")
         if store is not None and not evaluations and store.exists(EVALUATION):
             evaluations = [store.full_name(EVALUATION)]
         results = [e for path in evaluations for e in read_evaluations(path)]

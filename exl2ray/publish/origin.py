@@ -22,7 +22,9 @@ KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_
 NOT_TAGS = {"transformers", "pytorch", "safetensors", "tf", "jax", "onnx", "gguf", "gptq", "awq", "endpoints_compatible"}
 MAX_VALUE = 200  # characters of a kept value
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+REPOSITORY = re.compile(
+    r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9][\w.-]{0,95}(?<![.-])/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII
+)  # as huggingface_hub has it
 CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)")
 ADDRESS = re.compile(r"hf://(?P<id>[^/@]+/[^/@]+)")
 GIT_REMOTE = re.compile(r"^\s*url\s*=\s*\S*?\b(?:huggingface\.co|hf\.co)[/:](?P<id>[^/\s]+/[^/\s]+?)(?:\.git)?/?\s*$", re.M)

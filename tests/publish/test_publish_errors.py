@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 from fake_hub import TOKEN, FakeHub
-from published import REPO, send
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from published import NOTHING, REPO, send
 
 from exl2ray.cli import cli
-from exl2ray.errors import HubError, UsageError
+from exl2ray.commands.publish import publish
+from exl2ray.errors import HubError, StoreError, UsageError
+from exl2ray.publish.origin import REPOSITORY
 
 
 def test_a_token_that_is_not_valid(hub: FakeHub, models: Path, tmp_path: Path) -> None:
@@ -136,6 +140,21 @@ def test_logs_are_masked_and_left_alone_afterwards(caplog: pytest.LogCaptureFixt
     assert "Bearer <token>" in caplog.text
     assert logging.getLogRecordFactory() is before
     assert token.value not in repr(token)
+
+
+@pytest.mark.parametrize("repo", ["me/x--y", "me/x..y", "me/x.git", "me/x-", "me./x", "me", "me/x/y", "-me/x", "m\u00e9/x"])
+def test_names_that_the_hub_refuses_are_refused_before_anything_is_looked_at(repo: str, tmp_path: Path) -> None:
+    with pytest.raises(HFValidationError):
+        validate_repo_id(repo if repo != "me" else "me/")
+    with pytest.raises(UsageError, match="not the name of a repository"):
+        publish([str(tmp_path)], repo, **NOTHING)
+    assert REPOSITORY.fullmatch("me/x-y_z.1")
+
+
+def test_a_work_directory_that_has_nothing_to_send(models: Path, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(StoreError, match="has neither measurement"):
+            publish([str(models / "4.0bpw")], REPO, **{**NOTHING, "dry_run": True}, work=str(place))
 
 
 def test_flags_without_a_token_value() -> None:
