@@ -21,9 +21,10 @@ from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, local_directory, sound_files
 from exl2ray.run.linear import check_device
 from exl2ray.run.modules import Exl2Experts, insert_linears
-from exl2ray.run.names import TEXT_MODEL
+from exl2ray.run.names import TEXT_MODEL, packed_keys
 from exl2ray.run.norms import check_norms, insert_norms
 
+SPARSE = ".block_sparse_moe."  # what Mixtral's files call an mlp of experts
 logger = logging.get_logger(__name__)
 
 
@@ -46,6 +47,8 @@ class Exl2Quantizer(HfQuantizer):
         self._files: list[Path] = []
         self._device_map: Any = None
         self._routed = False  # whether it is a mixture of experts
+        self._types: dict[str, torch.dtype] = {}  # of parameters, as transformers makes them
+        self._sparse_prefix = False  # whether this transformers renames experts only as it merges them
         self._text_prefix = False  # whether names in the files begin as those of the text part of a larger model
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
@@ -101,22 +104,33 @@ class Exl2Quantizer(HfQuantizer):
             getattr(model, model.base_model_prefix, None), "language_model"
         )
         self._text_prefix = text_only and any(name.startswith(TEXT_MODEL) for name in tensors)
+        modules = [name for name, _ in model.named_modules()]
+        left = [name for name in map(_renaming(model, self), packed_keys(tensors)) if SPARSE in name]
+        self._sparse_prefix = bool(left) and not any(SPARSE in f"{name}." for name in modules)
         renamed = _renaming(model, self)
         placed = insert_linears(model, tensors, renamed)
         insert_norms(model, tensors, renamed)
+        self._types = {name: p.dtype for name, p in model.named_parameters()}
         self._routed = any(isinstance(module, Exl2Experts) for module in model.modules())
         _untie(model, placed)
         return model
 
     def get_weight_conversions(self) -> list[Any]:
-        """Names of a text model that EXL2 has as the text part of another one (Gemma 3)."""
+        """Names of a text model that EXL2 has as the text part of another one (Gemma 3), and of Mixtral's experts, which the
+        first releases of transformers 5 rename only as they merge them."""
         from transformers.core_model_loading import WeightRenaming
 
         prefix = "^" + TEXT_MODEL.replace(".", r"\.")
         pairs = ((rf"{prefix}model\.", "model."), (f"{prefix}lm_head", "lm_head"))
-        return [WeightRenaming(a, b) for a, b in pairs] if self._text_prefix else []
+        found = [WeightRenaming(a, b) for a, b in pairs] if self._text_prefix else []
+        return [*found, *([WeightRenaming(SPARSE, ".mlp.")] if self._sparse_prefix else [])]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, parameter in model.named_parameters():
+            wanted = self._types.get(name, parameter.dtype)
+            if parameter.dtype != wanted and parameter.dtype != torch.float32 and not parameter.is_meta:
+                # transformers 5.0 to 5.19 leave the type of the file to tensors that they rename
+                parameter.data = parameter.data.to(wanted)
         if hasattr(model.config, "transformers_weights"):  # of these files; those of save_pretrained have other names
             del model.config.transformers_weights
         check_norms(model)
