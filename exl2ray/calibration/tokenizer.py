@@ -21,6 +21,7 @@ from exl2ray.calibration.chat import TemplateProcess
 from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.calibration.limited_child import quoted, shown
 from exl2ray.calibration.tokenizer_files import (
+    AGAIN,
     SPECIAL_NAMES,
     TokenizerFiles,
     optional_json,
@@ -212,7 +213,7 @@ def load_tokenizer(directory: str | Path, config: Mapping[str, Any], vocab_size:
 
 def _check_vocabulary(path: Path, report: Mapping[str, Any], rows: int) -> None:
     if report["highest"] is None:
-        raise SourceError(f"{path}: the vocabulary is empty")
+        raise SourceError(f"{path}: the vocabulary is empty", AGAIN)
     if report["base_highest"] is not None and report["base_highest"][0] >= rows:
         highest, token = report["base_highest"]
         raise SourceError(
@@ -279,7 +280,7 @@ class _EndTokens:
         try:
             found = optional_json(self.root / "generation_config.json")
         except SourceError as e:
-            self.warn(e.message)
+            self.warn(f"{e.message}; it is not read, and copied as it is")
             return
         for name in ("bos_token_id", "eos_token_id"):
             value = found.get(name)
@@ -289,7 +290,8 @@ class _EndTokens:
     def _usable(self, values: Sequence[Any], origin: str) -> list[int]:
         for value in values:
             if type(value) is not int:
-                raise SourceError(f"{self.root}: {origin} is {shown(repr(value), 40)}, not an integer")
+                what = f"{self.root}: {origin} is {shown(repr(value), 40)}, not an integer"
+                raise SourceError(what, "write the token's id, a number without quotes")
         out = [v for v in values if not 0 <= v < self.rows]
         if out:
             some = _list(map(str, out))

@@ -22,6 +22,7 @@ SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 MAX_TOKENIZER_BYTES = 96 * MIB  # three times the largest that is published
 MAX_TEMPLATE_BYTES = 1 * MIB  # published ones have up to 30 kB
 MAX_ID = 1 << 31
+AGAIN = "download the file again"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_content(path: Path) -> bytes:
     data = read_bounded(path, MAX_TOKENIZER_BYTES)
     refuse_substitute(data, str(path), SourceError)
     if not data.strip():
-        raise SourceError(f"{path}: is empty", "download the file again")
+        raise SourceError(f"{path}: is empty", AGAIN)
     if data.startswith(b"\xef\xbb\xbf"):
         raise SourceError(
             f"{path}: begins with a byte order mark, which no loader of tokenizers reads", "save it as UTF-8 without one"
@@ -79,13 +80,13 @@ def read_content(path: Path) -> bytes:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise SourceError(f"{path}: not UTF-8 (byte {e.start})", "download the file again") from e
+        raise SourceError(f"{path}: not UTF-8 (byte {e.start})", AGAIN) from e
     return data
 
 
 def optional_json(path: Path) -> dict[str, Any]:
     """The object in a file that not every model has; empty if it is not there."""
-    return read_json_object(path) if path.exists() or path.is_symlink() else {}
+    return read_json_object(path, hint=AGAIN) if path.exists() or path.is_symlink() else {}
 
 
 def token_text(value: Any) -> str | None:
@@ -100,14 +101,16 @@ def _decoder_tokens(path: Path, settings: Mapping[str, Any]) -> list[tuple[int, 
     if entries is None:
         return []
     if not isinstance(entries, dict):
-        raise SourceError(f"{path}: added_tokens_decoder is a {type(entries).__name__}, not an object from ids to tokens")
+        raise SourceError(
+            f"{path}: added_tokens_decoder is a {type(entries).__name__}, not an object from ids to tokens", AGAIN
+        )
     out = []
     for key, entry in entries.items():
         text = token_text(entry)
         if text is None or not (key.isascii() and key.isdigit()) or int(key) >= MAX_ID:
             raise SourceError(
                 f"{path}: added_tokens_decoder: {quoted(key)} is not an id with the content of a token",
-                "download the file again",
+                AGAIN,
             )
         out.append((int(key), text, _flags(entry)))
     return out
@@ -120,7 +123,7 @@ def _added_tokens(root: Path, settings: Mapping[str, Any]) -> list[tuple[int, st
     out = []
     for text, value in optional_json(path).items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_ID:
-            raise SourceError(f"{path}: {quoted(text)} has id {shown(repr(value), 40)}", "download the file again")
+            raise SourceError(f"{path}: {quoted(text)} has id {shown(repr(value), 40)}", AGAIN)
         out.append((value, text, {"normalized": text not in special, "special": text in special}))
     return out
 

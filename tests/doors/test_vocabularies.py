@@ -94,6 +94,27 @@ def test_what_cannot_be_a_tokenizer(name: str, folder: Path) -> None:
     assert re.search(words, str(e.value).replace("\n", " ")), str(e.value)
 
 
+BESIDE: dict[str, tuple[str, str, str]] = {
+    "settings cut off": ("tokenizer_config.json", '{"a":', "download the file again"),
+    "settings are a list": ("tokenizer_config.json", "[1]", "download the file again"),
+    "added tokens are a list": ("added_tokens.json", '["<y>"]', "download the file again"),
+    "entries are a list": ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "download the file again"),
+    "special tokens cut off": ("special_tokens_map.json", "{", "download the file again"),
+    "a page for a template": ("chat_template.jinja", "<!DOCTYPE html>", "fetch it again"),
+    "an encoding of old": ("chat_template.jinja", "\u00e9", "save it again as UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_broken_beside_a_tokenizer_has_a_remedy(name: str, folder: Path) -> None:
+    file, text, hint = BESIDE[name]
+    (folder / file).write_bytes(text.encode("latin-1"))
+    with pytest.raises(SourceError) as e:
+        load(folder)
+    assert file in e.value.message
+    assert hint in e.value.hint
+
+
 def test_transformers_is_not_installed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands are named: what to install, and how to convert elsewhere."""
     (folder / "tokenizer.json").unlink()
