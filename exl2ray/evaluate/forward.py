@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from exl2ray.calibration.tokenizer import load_tokenizer
-from exl2ray.errors import CalibrationError, SourceError, UsageError
+from exl2ray.errors import CalibrationError, FormatError, SourceError, UsageError
 from exl2ray.formats.exl2 import Exl2Model
-from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.source.kinds import refusal
+from exl2ray.formats.source.quantised import quantised_by
+from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.model.arch import is_exl2, load_spec
 from exl2ray.model.blocks import Block, LinearReader, check_states, load_block
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
@@ -87,9 +89,27 @@ def open_model(path: str | Path, options: RunOptions | None = None) -> OpenModel
     refused = refusal(root)
     if refused is not None:
         raise refused
-    source = Exl2Model(root) if is_exl2(read_config(root / "config.json", strict=False)) else SourceModel(root)
+    source = _opened(root)
     spec = load_spec(source, options.rope_scale, options.rope_alpha)
     return OpenModel(root, source, spec, _bos_id(root, source, spec) if spec.arch.needs_bos else None)
+
+
+def _opened(root: Path) -> SourceModel:
+    config = read_config(root / "config.json", strict=False)
+    if is_exl2(config):
+        return Exl2Model(root)
+    try:
+        return SourceModel(root)
+    except SourceError as e:
+        files = weight_files(root, SourceError)
+        if quantised_by(info for file in files for info in TensorFile(file, SourceError).tensors.values()) != "exl2":
+            raise
+        found = config.get("quantization_config")
+        said = f"says {str(found.get('quant_method'))[:40]!r}" if isinstance(found, dict) else "is missing or not an object"
+        raise FormatError(
+            f"{root}: the weights are those of an EXL2 model; quantization_config in its config.json {said}",
+            "put back the config.json that came with these weights",
+        ) from e
 
 
 def _bos_id(root: Path, source: SourceModel, spec: ModelSpec) -> int:

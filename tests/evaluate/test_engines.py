@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 
 from exl2ray.cli import cli
 from exl2ray.commands import engines
-from exl2ray.errors import SourceError, UsageError
+from exl2ray.errors import FormatError, SourceError, UsageError
 from exl2ray.evaluate.chat import Panel
 from exl2ray.evaluate.forward import RunOptions, open_model
 from exl2ray.evaluate.generate import Generator
@@ -30,6 +31,22 @@ def test_transformers_says_the_same(twins: tuple[Path, Path]) -> None:
         model = open_model(directory)
         found = islice(engines.engine("transformers", model, "cpu", RunOptions()).greedy(PROMPT), 20)
         assert list(found) == list(islice(Generator(model, "cpu").greedy(PROMPT), 20))
+
+
+@pytest.mark.parametrize(
+    ("found", "words"), [(None, "is missing"), ([1], "not an object"), ({"quant_method": "gptq"}, "says 'gptq'")]
+)
+def test_packed_weights_under_another_config_are_called_so(
+    found: Any, words: str, twins: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(twins[1], tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config if found is None else {**config, "quantization_config": found}))
+    with pytest.raises(FormatError, match=f"those of an EXL2 model.*{words}") as refused:
+        open_model(tmp_path / "model")
+    assert "config.json" in str(refused.value.hint)
 
 
 class Job:
