@@ -380,6 +380,7 @@ def unpack_kernel(brain: bool) -> Any:
         loaded = cuda.local.array((8, 1), np.int64)
         words = cuda.local.array((2, 8), np.uint32)
         weights = cuda.local.array((2, UNIT), np.float32)
+        scale = cuda.local.array(2, np.float32)
         one = u32(exponent)
         if pair < half:
             u = u64(cuda.blockIdx.y)
@@ -388,11 +389,12 @@ def unpack_kernel(brain: bool) -> Any:
             _load_words(2, q, table, u, half, pairs, loaded)
             _split(2, loaded, words)
             _weights(bits, 2, words, weights, one)
+            column = u64(pair) * u64(2)
             for j in range(2):
-                column = u64(pair) * u64(2) + u64(j)
-                scale = _scale(bits, scales, tops, group, column)
-                for i in range(UNIT):
-                    f = u64(perm[u * u64(UNIT) + u64(i)])
-                    _store(brain, out, f, column, np.float32(np.float16(weights[j, i] * scale)))
+                scale[j] = _scale(bits, scales, tops, group, column + u64(j))
+            for i in range(UNIT):
+                f = u64(perm[u * u64(UNIT) + u64(i)])
+                for j in range(2):  # one after the other: they meet in the cache on their way to the memory
+                    _store(brain, out, f, column + u64(j), np.float32(np.float16(weights[j, i] * scale[j])))
 
     return cuda.jit(cache=True)(unpack)
