@@ -22,7 +22,7 @@ from exl2ray.run.directory import headers, local_directory, sound_files
 from exl2ray.run.linear import check_device
 from exl2ray.run.modules import Exl2Experts, insert_linears
 from exl2ray.run.names import TEXT_MODEL, packed_keys
-from exl2ray.run.norms import check_norms, insert_norms
+from exl2ray.run.norms import insert_norms
 
 SPARSE = ".block_sparse_moe."  # what Mixtral's files call an mlp of experts
 logger = logging.get_logger(__name__)
@@ -133,7 +133,6 @@ class Exl2Quantizer(HfQuantizer):
                 parameter.data = parameter.data.to(wanted)
         if hasattr(model.config, "transformers_weights"):  # of these files; those of save_pretrained have other names
             del model.config.transformers_weights
-        check_norms(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import FormatError
-from exl2ray.formats.tensorfile import TensorInfo
+from exl2ray.formats.tensorfile import TensorInfo, read_tensor
 
 HEAD_NORM = re.compile(r".*\.[qk]_norm\.weight")
 
@@ -39,17 +39,15 @@ class RepeatedNorm(torch.nn.Module):
 
 
 def insert_norms(model: torch.nn.Module, tensors: Mapping[str, TensorInfo], renamed: Callable[[str], str]) -> None:
-    """Replaces norms of heads that have rows for all heads in the files, and one in ``model``; see `insert_linears`."""
+    """Replaces norms of heads that have rows for all heads in the files, and one in ``model``; see `insert_linears`.
+
+    Raises FormatError if rows differ, which the files tell: what is offloaded to a disk has no values in the model.
+    """
     modules = dict(model.named_modules())
     for name, info in tensors.items():
         norm = modules.get(renamed(name.removesuffix(".weight"))) if HEAD_NORM.fullmatch(name) else None
         weight = getattr(norm, "weight", None)
         if norm is not None and weight is not None and weight.dim() == 1 and len(info.shape) == 2:
+            with torch.device("cpu"):  # transformers makes models on the meta device
+                single_row(name, read_tensor(info, error=FormatError))
             model.set_submodule(renamed(name.removesuffix(".weight")), RepeatedNorm(norm, info.shape))
-
-
-def check_norms(model: torch.nn.Module) -> None:
-    """Called when weights are loaded. Raises FormatError if rows differ."""
-    for name, module in model.named_modules():
-        if isinstance(module, RepeatedNorm):
-            single_row(name, module.weight.detach())

@@ -164,3 +164,49 @@ def test_products_on_a_gpu(dtype: torch.dtype, rows: int) -> None:
     linear.to("cuda")
     first = checks.check_product(linear, np.asarray(weights), rows, dtype, "cuda")
     assert torch.equal(first, checks.check_product(linear, np.asarray(weights), rows, dtype, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("rows", [1, 3, 16, 64])
+def test_products_on_a_gpu_that_is_not_the_current_one(rows: int) -> None:
+    """On both GPUs in one process, and in a thread that did nothing with CUDA before."""
+    linear, weights = checks.random_linear(GroupLayout((5, 4, 3), (128, 2048, 64)), 1056, seed=13, bias=True)
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        linear.to(device)
+        first = checks.check_product(linear, np.asarray(weights), rows, torch.float16, device)
+        with ThreadPoolExecutor(1) as pool:
+            again = pool.submit(checks.check_product, linear, np.asarray(weights), rows, torch.float16, device).result()
+        assert torch.equal(first, again)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_graphs_recorded_before_larger_products_keep_their_memory(rows: int) -> None:
+    small, large = (checks.random_linear(MIXED, n, seed=14)[0].to("cuda") for n in (96, 4096))
+    x = torch.randn(rows, MIXED.in_features, device="cuda", dtype=torch.float16)
+    wanted = small(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = small(x)
+    for _ in range(3):
+        large(torch.cat([x, x]))
+        held = torch.randn(1 << 20, device="cuda")
+        before = held.clone()
+        graph.replay()
+        torch.testing.assert_close(y, wanted)
+        assert torch.equal(held, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 17])
+def test_float32_and_autocast_on_a_gpu(rows: int) -> None:
+    linear, weights = checks.random_linear(MIXED, 96, seed=15, bias=True)
+    linear.to("cuda")
+    checks.check_product(linear, weights, rows, torch.float16, "cuda")
+    checks.check_product(linear, weights, rows, torch.float32, "cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert linear(torch.randn(rows, MIXED.in_features, device="cuda")).dtype == torch.bfloat16

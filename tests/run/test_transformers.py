@@ -114,7 +114,7 @@ def test_a_model_made_by_exllamav2(shared_dir: Path) -> None:
 
 
 def generated(model: torch.nn.Module, **options: object) -> torch.Tensor:
-    return model.generate(tokens()[:1], max_new_tokens=12, do_sample=False, eos_token_id=None, **options)
+    return model.generate(tokens()[:1].to(model.device), max_new_tokens=12, do_sample=False, eos_token_id=None, **options)
 
 
 def test_generating_with_a_compiled_static_cache_and_without_any(tmp_path: Path) -> None:
@@ -128,6 +128,23 @@ def test_generating_with_a_compiled_static_cache_and_without_any(tmp_path: Path)
     torch._dynamo.utils.counters.clear()
     assert torch.equal(plain, generated(model, cache_implementation="static", compile_config=compiled))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def over_two(first: int | str, second: int | str) -> dict[str, int | str]:
+    """A device map for two layers."""
+    begin = {f"model.{name}": first for name in ("embed_tokens", "rotary_emb", "layers.0")}
+    return {**begin, "model.layers.1": second, "model.norm": second, "lm_head": second}
+
+
+@pytest.mark.parametrize(("family", "config"), [("Mixtral", {}), ("Qwen3", {"head_dim": 16})])
+def test_what_lies_on_the_disk_is_read_back(family: str, config: dict[str, object], tmp_path: Path) -> None:
+    path = write_exl2(tmp_path / "model", family, **config)
+    options = {"device_map": over_two("cpu", "disk"), "offload_folder": tmp_path / "offloaded", "offload_buffers": True}
+    with torch.inference_mode():
+        model = load(path, **options)
+        assert model.lm_head.q_weight.is_meta
+        assert torch.equal(model(tokens()).logits, load(path)(tokens()).logits)
+        assert generated(model, cache_implementation="static").shape == (1, 52)
 
 
 def test_saving_writes_the_same_tensors_and_loads_again(tmp_path: Path) -> None:
@@ -246,4 +263,39 @@ def test_logits_on_a_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
         assert divergence(wanted, model(ids.cuda()).logits.float().cpu()) < limit
         assert divergence(wanted[:, :1], model(ids[:, :1].cuda()).logits.float().cpu()) < limit
     assert model.lm_head.q_weight.is_cuda
-    assert model.generate(ids.cuda(), max_new_tokens=4, cache_implementation="static").shape[0] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_generate_records_the_decoding_on_a_gpu(tmp_path: Path) -> None:
+    """Needs the C compiler that Triton wants. The compiler rounds in other places, so tokens may part after a while."""
+    model = load(write_exl2(tmp_path), torch.float16, device_map="cuda")
+    ids = tokens().cuda()
+    options = {
+        "max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "cache_implementation": "static",
+        "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    plain = model.generate(ids, disable_compile=True, **options)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):  # again with what was recorded
+        found = model.generate(ids, **options)
+        assert len(found.logits) == 12
+        for a, b in zip(plain.logits[:2], found.logits[:2], strict=True):  # of the prompt, and of the first that is compiled
+            assert divergence(a.float(), b.float()) < 1e-4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_over_two_gpus(tmp_path: Path) -> None:
+    path = write_exl2(tmp_path, widths=(8, 6, 5, 4, 3, 2), hidden_size=192, intermediate_size=224, head=8)
+    model = load(path, torch.float16, device_map=over_two(0, 1))
+    ids = tokens()
+    assert model.lm_head.q_weight.device.index == 1
+    with torch.inference_mode():
+        wanted = expected(path, ids, False)
+        for n in (40, 1, 8):
+            assert divergence(wanted[:, :n], model(ids[:, :n].to("cuda:0")).logits.float().cpu()) < 1e-4
+    assert generated(model, cache_implementation="static", disable_compile=True).shape == (1, 52)
