@@ -22,6 +22,7 @@ from exl2ray.model.arch import load_spec
 from exl2ray.recipe import Recipe
 
 MEASURED, QUANTISED = 5, 8  # calibration rows
+MODULES = [f"model.layers.{i}.{half}" for i in range(2) for half in ("self_attn", "mlp")]  # of the tiny model
 TENSORS = (".q_weight", ".q_scale", ".q_scale_max", ".q_groups", ".q_invperm", ".bias")
 
 
@@ -59,6 +60,11 @@ def recipe(model: Path, out: Path, **changes: Any) -> Recipe:
 def run(model: Path, out: Path, **changes: Any) -> tuple[Summary, Silent]:
     reporter = Silent()
     return convert(recipe(model, out, **changes), reporter), reporter
+
+
+def again(quiet: Quiet, root: Path, **changes: Any) -> Silent:
+    settings = {"bits": (4.0, 5.0), "compile_full": str(root / "out-{bpw}")}
+    return run(quiet.model, root / "work", **{**settings, **changes})[1]
 
 
 def stages(reporter: Silent) -> list[str]:

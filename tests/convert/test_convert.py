@@ -1,11 +1,9 @@
-"""Whole conversions of tiny models: what comes out, what is done again, what is refused."""
+"""Whole conversions of tiny models: what comes out."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,13 @@ import pytest
 import torch
 from convert_helpers import (
     MEASURED,
+    MODULES,
     QUANTISED,
     Quiet,
     assert_sound,
     contents,
     items,
     logged,
-    messages,
     quantised_bytes,
     recipe,
     run,
@@ -28,35 +26,15 @@ from convert_helpers import (
 )
 from exl2_numpy import dequantize_numpy
 from safetensors.torch import load_file
-from shard_places import files_of, weights
 from tiny_models import VOCAB, write_model
 
-from exl2ray.calibration.soundness import Baseline
-from exl2ray.convert import OutputSummary, convert, dry_run
-from exl2ray.errors import (
-    CalibrationError,
-    Interrupted,
-    JobMismatchError,
-    NumericError,
-    StoreError,
-    UsageError,
-)
+from exl2ray.convert import convert
+from exl2ray.errors import CalibrationError, JobMismatchError
 from exl2ray.evaluate.compare import evaluate
-from exl2ray.evaluate.record import Evaluation, Figure
 from exl2ray.events import Silent
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.measurement import check_against, read_measurement
-from exl2ray.publish.card import add_evaluation
 from exl2ray.quant.qparams import head_option
-from exl2ray.result_warnings import output_warnings
-from exl2ray.steps.producing import judge
-from exl2ray.store import pieces
-from exl2ray.store.local import LocalStore
-
-MODULES = [f"model.layers.{i}.{half}" for i in range(2) for half in ("self_attn", "mlp")]
-
-
-# ---- what comes out ---------------------------------------------------------------------------------------------------
 
 
 def test_output_is_a_sound_model(quiet: Quiet) -> None:
@@ -251,7 +229,7 @@ def test_reference_states(quiet: Quiet, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
 
 
-# ---- measurements -----------------------------------------------------------------------------------------------------
+# ---- measurements ------------------------------------------------------------------------------------------------------
 
 
 def test_measuring_only_and_reusing_the_file(quiet: Quiet, tmp_path: Path) -> None:
@@ -291,313 +269,6 @@ def test_the_summary_names_a_measurement_that_exists(quiet: Quiet, tmp_path: Pat
         quiet.model, tmp_path / "w", measurement=str(quiet.work / "measurement.json"), compile_full=str(tmp_path / "o")
     )
     assert Path(summary.measurement).is_file()
-
-
-# ---- resuming ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def finished(quiet: Quiet, tmp_path: Path) -> Path:
-    """A copy of the quiet work directory, which thinks that it was made for outputs below tmp_path."""
-    settings = {"bits": (4.0, 5.0), "compile_full": str(tmp_path / "out-{bpw}")}
-    shutil.copytree(quiet.work, tmp_path / "work")
-    run(quiet.model, tmp_path / "work", reuse=True, **settings)
-    return tmp_path
-
-
-def again(quiet: Quiet, root: Path, **changes: Any) -> Silent:
-    settings = {"bits": (4.0, 5.0), "compile_full": str(root / "out-{bpw}")}
-    return run(quiet.model, root / "work", **{**settings, **changes})[1]
-
-
-def test_a_work_directory_may_be_moved(quiet: Quiet, finished: Path) -> None:
-    assert contents(finished / "out-4.0") == contents(quiet.outputs[4.0])
-    assert contents(finished / "out-5.0") == contents(quiet.outputs[5.0])
-
-
-def test_a_finished_job_computes_nothing(quiet: Quiet, finished: Path) -> None:
-    before = contents(finished / "work" / "quant"), contents(finished / "out-4.0")
-    reporter = again(quiet, finished)
-    assert items(reporter) == []
-    assert [s for s in stages(reporter) if not s.startswith("compile")] == []
-    assert (contents(finished / "work" / "quant"), contents(finished / "out-4.0")) == before
-
-
-def written(root: Path) -> dict[str, int]:
-    """Time of the last change of every file of the outputs."""
-    return {str(p): p.stat().st_mtime_ns for p in sorted(root.glob("out-*/**/*")) if p.is_file()}
-
-
-def test_a_finished_job_writes_nothing(quiet: Quiet, finished: Path) -> None:
-    """Not even after an evaluation was put on the card, and the files were touched by a copy."""
-    add_evaluation(finished / "out-4.0", Evaluation("out-4.0", "", 1, 2, 3, Figure(9.0)))
-    os.utime(finished / "out-5.0" / "output.safetensors")
-    before = written(finished)
-    reporter = again(quiet, finished)
-    assert stages(reporter) == []
-    assert len([m for m in messages(reporter, "note") if "has the model already" in m]) == 2
-    assert written(finished) == before
-    (done,) = [fields for name, fields in reporter.events if name == "done"]
-    assert [o["file_bytes"] for o in done["outputs"]] == [o.file_bytes for o in quiet.summary.outputs]
-    assert [o["calibration_perplexity"] for o in done["outputs"]] == [
-        o.calibration_perplexity for o in quiet.summary.outputs
-    ]
-
-
-@pytest.mark.parametrize("name", ["output.safetensors", "tokenizer.json", "config.json", "README.md"])
-@pytest.mark.parametrize("damage", ["deleted", "torn", "altered"])
-def test_damaged_files_of_an_output_are_written_again(quiet: Quiet, finished: Path, name: str, damage: str) -> None:
-    file = finished / "out-4.0" / name
-    shards = file.with_name("output.safetensors")
-    inode, data = shards.stat().st_ino, file.read_bytes()
-    if damage == "deleted":
-        file.unlink()
-    else:
-        file.write_bytes(data[:-1] if damage == "torn" else data[:-9] + b"\xff" + data[-8:])
-    reporter = again(quiet, finished)
-    if name == "README.md" and damage != "deleted":  # a card may be edited
-        assert stages(reporter) == []
-        return
-    here = name == "output.safetensors" and damage != "deleted"  # the shard of the work directory is the same file
-    assert items(reporter) == (["quantize 4.0: lm_head.linear"] if here else [])
-    assert stages(reporter) == (["quantize 4.0"] if here else []) + ["compile 4.0"]
-    assert contents(finished / "out-4.0") == contents(quiet.outputs[4.0])
-    assert (shards.stat().st_ino == inode) == (not here)  # whoever else has the damaged file keeps it
-    assert stages(again(quiet, finished)) == []
-
-
-def test_a_stray_shard_is_not_taken_for_a_part_of_the_model(quiet: Quiet, finished: Path) -> None:
-    shutil.copy(finished / "out-4.0" / "output.safetensors", finished / "out-4.0" / "output-00001-of-00002.safetensors")
-    with pytest.raises(UsageError, match=r"holds output-00001-of-00002\.safetensors, not written there by exl2ray"):
-        again(quiet, finished)
-
-
-def test_another_bitrate_may_take_the_place_of_the_first(quiet: Quiet, tmp_path: Path) -> None:
-    """Also from a new work directory; the shards of another model stay where they are."""
-    out = tmp_path / "out"
-    run(quiet.model, tmp_path / "a", compile_full=str(out), bits=(4.0,))
-    run(quiet.model, tmp_path / "b", compile_full=str(out), bits=(5.0,))
-    assert contents(out) == contents(quiet.outputs[5.0])
-    run(quiet.model, tmp_path / "a", compile_full=str(out), bits=(4.0,))
-    assert contents(out) == contents(quiet.outputs[4.0])
-    other = write_model(tmp_path / "other", seed=5)
-    with pytest.raises(UsageError, match=r"holds output\.safetensors, made from another model") as caught:
-        run(other, tmp_path / "c", compile_full=str(out))
-    assert "choose another directory" in caught.value.hint
-    for text in ("{", "[]", '{"source": 1}'):
-        (out / ".exl2ray.json").write_text(text)
-        with pytest.raises(UsageError, match="not written there by exl2ray"):
-            run(quiet.model, tmp_path / "c", compile_full=str(out))
-    assert not (tmp_path / "c").exists()
-    assert (out / "output.safetensors").read_bytes() == (quiet.outputs[4.0] / "output.safetensors").read_bytes()
-
-
-def quant_records(work: Path) -> list[dict[str, Any]]:
-    paths = (work / "quant" / "4.0" / "records").glob("*.json")
-    return [r for r in (json.loads(p.read_text())["record"] for p in paths) if r["files"]]
-
-
-def test_packed_tensors_are_hashed_once(quiet: Quiet, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When they are put into shards; and once more by a later run, which looks whether they are intact there."""
-    hashed: list[str] = []
-    real, real_pieces = LocalStore.sha256, pieces.pieces_sha256
-    monkeypatch.setattr(LocalStore, "sha256", lambda self, rel: hashed.append(rel) or real(self, rel))
-    tensors = [n for r in quant_records(finished / "work") for n in files_of(r)]
-    run(quiet.model, finished / "new", compile_full=str(finished / "new-out"))
-    assert sorted(rel for rel in hashed if "/tensors/" in rel) == sorted(tensors)
-    hashed.clear()
-    monkeypatch.setattr(pieces, "pieces_sha256", lambda ref, *a: hashed.append(ref.rel) or real_pieces(ref, *a))
-    run(quiet.model, finished / "new", compile_full=str(finished / "new-out"))
-    assert sorted(rel for rel in hashed if "/tensors/" in rel) == sorted(tensors)
-
-
-def test_an_output_that_was_killed_half_way_is_ours(quiet: Quiet, finished: Path) -> None:
-    for name in ("config.json", "tokenizer.json"):
-        (finished / "out-4.0" / name).unlink()
-    with (finished / "out-4.0" / "output.safetensors").open("r+b") as f:
-        f.truncate(1000)
-    shutil.rmtree(finished / "work")
-    again(quiet, finished)
-    assert contents(finished / "out-4.0") == contents(quiet.outputs[4.0])
-
-
-def test_a_lost_output_is_written_again(quiet: Quiet, finished: Path) -> None:
-    shutil.rmtree(finished / "out-4.0")
-    (finished / "work" / "measurement.json").unlink()
-    assert items(again(quiet, finished)) == []
-    assert contents(finished / "out-4.0") == contents(quiet.outputs[4.0])
-    assert (finished / "work" / "measurement.json").read_bytes() == (quiet.work / "measurement.json").read_bytes()
-
-
-def test_damaged_tensors_are_quantised_again(quiet: Quiet, finished: Path) -> None:
-    """And nothing else: what comes after depends on the same bytes."""
-    weights(finished / "work", "model.layers.1.self_attn").flip()
-    reporter = again(quiet, finished)
-    assert items(reporter) == ["quantize 4.0: model.layers.1.self_attn"]
-    assert any("model.layers.1.self_attn" in m and "computed again" in m for m in messages(reporter, "note"))
-    assert contents(finished / "out-4.0") == contents(quiet.outputs[4.0])
-
-
-def test_a_lost_record_is_measured_again(quiet: Quiet, finished: Path) -> None:
-    (record,) = (finished / "work" / "measure" / "records").glob("model.layers.0.mlp.*")
-    record.unlink()
-    assert items(again(quiet, finished)) == ["measure: model.layers.0.mlp"]
-    assert contents(finished / "out-5.0") == contents(quiet.outputs[5.0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"head_bits": 4}, "-hb: 6 -> 4"),
-        ({"bits": (4.0,)}, r"-b: \[4.0, 5.0\] -> \[4.0\]"),
-        ({"shard_size": 1}, "-ss: 8192 -> 1"),
-        ({"length": 256}, "-l: 128 -> 256"),
-        ({"seed": 3}, "--seed: 0 -> 3"),
-        ({"damping": 0.05}, "--damping: 0.12 -> 0.05"),
-        ({"rope_alpha": 2.0}, "-ra: null -> 2.0"),
-    ],
-)
-def test_changed_settings_are_refused(quiet: Quiet, finished: Path, changes: dict[str, Any], flag: str) -> None:
-    before = contents(finished)
-    with pytest.raises(JobMismatchError, match=flag):
-        again(quiet, finished, **changes)
-    assert contents(finished) == before
-
-
-def test_reuse_keeps_the_measurement(quiet: Quiet, finished: Path) -> None:
-    reporter = again(quiet, finished, reuse=True, head_bits=4)
-    assert items(reporter) == ["quantize 4.0: lm_head.linear", "quantize 5.0: lm_head.linear"]
-    assert_sound(quiet.model, finished / "out-4.0")
-    reporter = again(quiet, finished, reuse=True, bits=(4.5,), compile_full=str(finished / "out"))
-    assert {i.split(":")[0] for i in items(reporter)} == {"quantize 4.5"}
-    assert_sound(quiet.model, finished / "out")
-
-
-def test_reuse_with_longer_quantisation_rows_keeps_the_measurement(quiet: Quiet, finished: Path) -> None:
-    reporter = again(quiet, finished, reuse=True, length=256)
-    assert not any(i.startswith("measure") for i in items(reporter))
-
-
-@pytest.mark.parametrize("changes", [{"measurement_length": 256}, {"seed": 1}, {"damping": 0.2}, {"rope_scale": 2.0}])
-def test_reuse_does_not_cover_what_the_measurement_depends_on(
-    quiet: Quiet, finished: Path, changes: dict[str, Any]
-) -> None:
-    with pytest.raises(JobMismatchError):
-        again(quiet, finished, reuse=True, **changes)
-
-
-def test_starting_over_deletes_only_what_is_ours(quiet: Quiet, finished: Path) -> None:
-    (finished / "work" / "notes.txt").write_text("mine")
-    (finished / "work" / "measure" / "mine.bin").write_bytes(b"mine")
-    reporter = again(quiet, finished, no_resume=True, bits=(4.0,))
-    assert len(items(reporter)) == 2 * len(MODULES) + 1
-    assert (finished / "work" / "notes.txt").read_text() == "mine"
-    assert (finished / "work" / "measure" / "mine.bin").exists()
-    assert not (finished / "work" / "quant" / "5.0").exists()
-    assert contents(finished / "out-4.0") == contents(quiet.outputs[4.0])
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_between_two_commits(quiet: Quiet, tmp_path: Path, number: signal.Signals) -> None:
-    class Stopping(Silent):
-        def event(self, name: str, **fields: Any) -> None:
-            super().event(name, **fields)
-            if name == "item" and fields["done"] == 2:
-                os.kill(os.getpid(), number)
-
-    settings = {"compile_full": str(tmp_path / "out")}
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="stopped") as caught:
-        convert(recipe(quiet.model, tmp_path / "work", **settings), Stopping())
-    assert f"-o {tmp_path / 'work'}" in caught.value.hint
-    assert caught.value.exit_code == 130
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    assert not (tmp_path / "work" / "driver.lock").exists()
-    _, reporter = run(quiet.model, tmp_path / "work", **settings)
-    measured = [i for i in items(reporter) if i.startswith("measure")]
-    assert 1 <= len(measured) <= 2
-    assert contents(tmp_path / "out") == contents(quiet.outputs[4.0])
-
-
-# ---- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def test_output_directory_must_not_be_the_source(llama: Path, tmp_path: Path) -> None:
-    before = contents(llama)
-    (tmp_path / "link").symlink_to(llama)
-    for changes in ({"compile_full": str(llama)}, {"compile_full": str(tmp_path / "link")}):
-        with pytest.raises(UsageError, match=r"is the source model"):
-            run(llama, tmp_path / "work", **changes)
-    with pytest.raises(UsageError, match=r"is the source model"):
-        run(llama, llama)
-    assert contents(llama) == before
-    assert not (tmp_path / "work").exists()
-
-
-def test_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
-    reporter = Silent()
-    dry_run(recipe(llama, tmp_path / "work", compile_full=str(tmp_path / "out")), reporter)
-    assert list(tmp_path.iterdir()) == []
-    assert any("nothing was computed" in m for m in messages(reporter, "note"))
-
-
-def test_two_drivers_on_one_directory(quiet: Quiet, tmp_path: Path) -> None:
-    class Second(Silent):
-        def event(self, name: str, **fields: Any) -> None:
-            super().event(name, **fields)
-            if name == "item" and fields["done"] == 1 and fields["stage"] == "measure":
-                with pytest.raises(StoreError, match="driver"):
-                    run(quiet.model, tmp_path / "work")
-                self.refused = True
-
-    reporter = Second()
-    convert(recipe(quiet.model, tmp_path / "work", output_measurement=str(tmp_path / "m.json")), reporter)
-    assert reporter.refused
-    assert (tmp_path / "m.json").read_bytes() == (quiet.work / "measurement.json").read_bytes()
-
-
-# ---- perplexity limits ------------------------------------------------------------------------------------------------
-
-
-class Judge:
-    """`judge` needs nothing of a job; what does not stop it is a warning."""
-
-    def __call__(self, after: float | None, before: float | None) -> list[str]:
-        out = OutputSummary(4.0, 3.99, "/out", ("/out/output.safetensors",), 1000, after, before)
-        judge([out])
-        return output_warnings(after, before, Baseline(50000, 20000.0, 100000))
-
-
-@pytest.mark.parametrize(("after", "before"), [(12.0, 10.0), (30.0, 29.0), (100.0, 40.0), (5000.0, 2000.0), (900.0, 800.0)])
-def test_perplexities_that_pass(after: float, before: float) -> None:
-    assert Judge()(after, before) == []
-
-
-@pytest.mark.parametrize(("after", "before"), [(30.1, 10.0), (99.0, 29.9)])
-def test_perplexities_that_are_suspicious(after: float, before: float) -> None:
-    (message,) = Judge()(after, before)
-    assert f"{after:.4g}" in message
-    assert f"{before:.4g}" in message
-
-
-@pytest.mark.parametrize(
-    ("after", "before"), [(None, 10.0), (101.0, 10.0), (1001.0, 900.0), (1001.0, 500.0), (20001.0, 2000.0), (None, None)]
-)
-def test_perplexities_of_broken_models(after: float | None, before: float | None) -> None:
-    with pytest.raises(NumericError, match="the quantised model is broken") as caught:
-        Judge()(after, before)
-    assert "/out/output.safetensors" in caught.value.hint
-    assert "4 bpw" in caught.value.message
-
-
-def test_a_broken_model_is_an_error_that_keeps_the_files(
-    quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("exl2ray.result_warnings.BROKEN_RATIO", 0.5)
-    for _ in range(2):  # a resume says the same
-        with pytest.raises(NumericError, match=r"calibration perplexity \d+.*of the source model \d+"):
-            run(quiet.model, tmp_path / "work", compile_full=str(tmp_path / "out"))
-    assert contents(tmp_path / "out") == contents(quiet.outputs[4.0])
 
 
 def test_vocabulary_of_the_tiny_model_is_no_multiple_of_32() -> None:
