@@ -2,8 +2,8 @@
 """Times the kernels that run EXL2 models, on one GPU, and whole models under transformers and in ExLlamaV2.
 
     python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8] [--blocks 2,4] [--ahead 0,1]
-    python scripts/bench_run.py model [--layers 32] [--prompt 512] [--tokens 128] [--batches 1,2,4,8,16] [--compile]
-    python scripts/bench_run.py directory DIR [--engine exllamav2] [--prompt 512] [--tokens 128] [--batches 1,2,4] [--compile]
+    python scripts/bench_run.py model [--layers 32] [--prompt 512] [--tokens 128] [--batches 1,2,4] [--compile] [--generate]
+    python scripts/bench_run.py directory DIR [--engine exllamav2] [--prompt 512] [--tokens 128] [--batches 1,2] [--generate]
 
 linears: one launch of the fused kernel for each shape of a 7B model and each variant, in a CUDA graph over copies of the
 linear that together exceed the L2 cache: microseconds, GB/s of packed tensors and the share of what copying on the device
@@ -11,6 +11,7 @@ reaches; the unpacking kernel; the first call, which compiles or reads Numba's c
 unpacked weights. model: a Llama of 7B shape whose linears are random packed tensors made on the device: decoding with a
 static cache in a CUDA graph, one prompt of 2048 tokens, peak memory. Random integers: figures of speed only. directory: the
 same for an EXL2 model, with the time of loading it; with --engine exllamav2 by that package's own forward, one call a token.
+--generate: by transformers' own ``generate`` with a static cache, which compiles and records the decoding, and without that.
 """
 
 from __future__ import annotations
@@ -175,11 +176,36 @@ def run_model(model: torch.nn.Module, args: argparse.Namespace) -> None:
     print(f"model {held / 1e9:.2f} GB")
     if args.compile:
         model.model.compile(fullgraph=True, dynamic=False)
+    if args.generate:
+        for batch in numbers(args.batches):
+            time_generate(model, batch, args)
+        return
     with torch.inference_mode():
         for batch in numbers(args.batches):
             decode(model, StaticCache(config, args.prompt + args.tokens + 8), batch, args, held)
         ids = torch.randint(config.vocab_size, (1, PROMPT), device="cuda")
         time_prompt(lambda: model(ids, use_cache=False, logits_to_keep=1))
+
+
+def time_generate(model: torch.nn.Module, batch: int, args: argparse.Namespace) -> None:
+    """Seconds of ``generate`` for one token are taken off, so what is left is decoding; the first call compiles."""
+    ids = torch.randint(model.config.vocab_size, (batch, args.prompt), device="cuda")
+    for compiled in (False, True):
+        took = []
+        for count in (args.tokens, args.tokens, 1):  # the second with the cache and the graph of the first
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+                max_length=None, cache_implementation="static", disable_compile=not compiled,
+            )  # fmt: skip
+            torch.cuda.synchronize()
+            took.append(time.perf_counter() - began)
+            if out.shape[1] != args.prompt + count:
+                raise SystemExit(f"{out.shape[1] - args.prompt} tokens in place of {count}")
+        speed = batch * (args.tokens - 1) / (took[1] - took[2])
+        how = "compiled" if compiled else "eager"
+        print(f"generate, batch {batch:2}, {how:8}: {speed:8.1f} tokens/s, first call {took[0]:.1f} s", flush=True)
 
 
 def time_prompt(forward: Callable[[], object]) -> None:
@@ -293,6 +319,7 @@ def main() -> None:
     parser.add_argument("directory", nargs="?", type=Path)
     parser.add_argument("--engine", choices=("exl2ray", "exllamav2"), default="exl2ray")
     parser.add_argument("--compile", action="store_true", help="torch.compile; minutes for a deep model")
+    parser.add_argument("--generate", action="store_true", help="by transformers' generate, static cache")
     parser.add_argument("--bits", type=float, default=4.0, choices=sorted(MIXES))
     parser.add_argument("--rows", default="1,4,16")
     parser.add_argument("--columns", default="2,4")

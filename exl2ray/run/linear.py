@@ -89,11 +89,17 @@ class Exl2Linear(torch.nn.Module):
         return groups_layout(self.q_groups.tolist(), self.q_weight.shape[0])
 
     def packed(self) -> Packed:
-        """The tensors for the kernels, on the device of ``q_weight``; derived once."""
+        """The tensors for the kernels, on the device of ``q_weight``; derived once, or anew where they do not stay."""
         p = self._packed
         if p is None or p.q_weight is not self.q_weight:
-            p = self._packed = self._derive()
+            p = self._derive()
+            self._packed = None if self._offloaded() else p
         return p
+
+    def _offloaded(self) -> bool:
+        """Whether accelerate takes the tensors off the device after each call."""
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
 
     def _derive(self) -> Packed:
         if self.q_weight.is_cuda:
@@ -131,6 +137,8 @@ class Exl2Linear(torch.nn.Module):
         """
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():  # torch 2.11 exports while it compiles
             raise UsageError("packed linears cannot be exported: their graph is of this process alone", "torch.compile")
+        if x.device != self.q_weight.device:
+            raise UsageError(f"activations on {x.device} meet a packed linear on {self.q_weight.device}", "move one of them")
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -152,8 +160,6 @@ class Exl2Linear(torch.nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x (rows, in_features) -> (rows, N32), with the bias; several threads may call it, one after the other is served."""
-        if x.device != self.q_weight.device:
-            raise UsageError(f"activations on {x.device} meet a packed linear on {self.q_weight.device}", "move one of them")
         with _turn:
             if 0 < x.shape[0] <= MAX_ROWS and (x.dtype in KERNEL_TYPES or not x.is_cuda):
                 return self.packed().product(x)

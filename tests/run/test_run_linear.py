@@ -17,7 +17,7 @@ import pytest
 import run_checks as checks
 import torch
 
-from exl2ray.errors import FormatError
+from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.layout import GroupLayout
 
 MIXED = GroupLayout((8, 6, 5, 4, 3, 2), (32, 64, 32, 96, 32, 64))
@@ -125,6 +125,8 @@ def test_autocast_strides_and_types_are_those_of_a_plain_linear(rows: int) -> No
             assert y.dtype == wanted.dtype
             torch.testing.assert_close(y, wanted, rtol=2**-6, atol=0.1 if y.dtype == torch.bfloat16 else 1e-2)
     assert linear(x.double()).dtype == torch.float64
+    with pytest.raises(UsageError, match="activations on meta"):
+        linear(x.to("meta"))
 
 
 def test_copies_are_apart_and_an_export_is_refused() -> None:

@@ -145,6 +145,7 @@ def test_what_lies_on_the_disk_is_read_back(family: str, config: dict[str, objec
         assert model.lm_head.q_weight.is_meta
         assert torch.equal(model(tokens()).logits, load(path)(tokens()).logits)
         assert generated(model, cache_implementation="static").shape == (1, 52)
+    assert model.lm_head._packed is None  # nothing is kept of what was read back
 
 
 def test_saving_writes_the_same_tensors_and_loads_again(tmp_path: Path) -> None:
