@@ -23,13 +23,6 @@ PLOT = "ladder.png"
 STAGE = "evaluate"
 
 
-def wanted(recipe: Recipe) -> bool:
-    """Whether finished models are evaluated: asked for, or a ladder of several complete models."""
-    if recipe.compile_full is None:
-        return False
-    return recipe.evaluate == "always" or (recipe.evaluate == "auto" and len(recipe.bits) > 1)
-
-
 def evaluate_outputs(
     recipe: Recipe, outputs: Sequence[OutputSummary], device: str, reporter: Reporter
 ) -> list[OutputSummary]:

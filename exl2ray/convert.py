@@ -78,7 +78,7 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
             outputs = produce(job, plans, compile_full=tuning.place_of_solved(recipe))
         with interruptible():  # the workers are gone, their GPUs free
             outputs = tuning.tune_outputs(job, outputs, reporter)
-            if afterwards.wanted(recipe):
+            if recipe.evaluates:
                 outputs = afterwards.evaluate_outputs(recipe, outputs, job.device.type, reporter)
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:

@@ -44,6 +44,26 @@ def text_source(place: str, files: Callable[[str], Source] = source_of) -> Sourc
     return Source(f"{name}:{parse_count(count, 'self:COUNT')}" if count else name, name, (), None)
 
 
+def tuning_text(recipe: Recipe) -> tuple[str, tuple[Source, ...]]:
+    """(flag that names it, places) of the text to tune on. Raises as `text_source`, naming the flag."""
+    from exl2ray.tune.rows import naming
+
+    flag = "-c" if recipe.tune_text is None else "--tune-text"
+    with naming(flag):
+        return flag, tuple(text_source(place) for place in recipe.tuning_text)
+
+
+def check_tuning_text(recipe: Recipe, spec: ModelSpec, tokenizer: ModelTokenizer) -> None:
+    """Raises what reading the text would end the tuning with, after all else is done."""
+    from exl2ray.tune.rows import check_text, naming
+    from exl2ray.tune.settings import Settings
+
+    flag, sources = tuning_text(recipe)
+    bos_id = tokenizer.bos_id if spec.arch.needs_bos else None
+    with naming(flag):
+        check_text(sources, tokenizer, Settings.length, spec.hyper.vocab_size, bos_id, flag)
+
+
 def pass_rows(
     recipe: Recipe, plan: Plan, tokenizer: ModelTokenizer, vocabulary: int, spec: ModelSpec | None, data: CalibrationData
 ) -> Rows:

@@ -288,6 +288,12 @@ class Recipe:
         return self.allocation or ALLOCATIONS[self.quality]
 
     @property
+    def evaluates(self) -> bool:
+        """Whether finished models are evaluated: asked for, or a ladder of several complete models."""
+        several = self.evaluate == "auto" and len(self.bits) > 1
+        return self.compile_full is not None and (self.evaluate == "always" or several)
+
+    @property
     def head_is_free(self) -> bool:
         """Whether the allocation chooses the bits of the head."""
         return self.allocates == "linear" and self.head_bits is None

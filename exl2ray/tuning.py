@@ -98,16 +98,13 @@ def _facts(found: Tuned) -> dict[str, object]:
 
 
 def _settings(recipe: Recipe, output: OutputSummary) -> Settings:
-    from exl2ray.datasets import text_source
-    from exl2ray.tune.rows import naming
+    from exl2ray.datasets import tuning_text
     from exl2ray.tune.settings import Settings
 
     target, solved = recipe.output_dir(output.bits), output.directory
     if target is None or solved is None or recipe.tune is None:
         raise AssertionError("a tuning has -cf")
-    flag = "-c" if recipe.tune_text is None else "--tune-text"
-    with naming(flag):
-        sources = tuple(text_source(place) for place in recipe.tuning_text)
+    flag, sources = tuning_text(recipe)
     work = os.path.join(recipe.out_dir, quant_kind(output.bits), WORK)
     tokens = parse_count(recipe.tune, "--tune")
     return Settings(solved, recipe.in_dir, target, sources, tokens, seed=recipe.seed, work=work, text_flag=flag,

@@ -20,10 +20,11 @@ from exl2ray.allocation.planning import linear_groups, reachable_slots
 from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
-from exl2ray.calibration.tokenizer import load_tokenizer
-from exl2ray.datasets import pass_rows, reported_rows, sources_of
+from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
+from exl2ray.datasets import check_tuning_text, pass_rows, reported_rows, sources_of
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
-from exl2ray.errors import Exl2RayError, SourceError, StoreError, UsageError
+from exl2ray.errors import CalibrationError, Exl2RayError, SourceError, StoreError, UsageError
+from exl2ray.evaluate.tokens import load_tokens
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.json_file import shown
@@ -261,6 +262,19 @@ def _examine_calibration(found: Examination, recipe: Recipe) -> None:
                 rows = found.attempt("calibration", partial(pass_rows, recipe, name, tokenizer, vocabulary, found.spec, data))
                 if rows is not None:
                     found.rows[name] = rows
+        spec = found.spec
+        if recipe.tune is not None and spec is not None and not found.has("calibration"):
+            found.attempt("--tune", lambda: check_tuning_text(recipe, spec, tokenizer))
+        if recipe.eval_text is not None and recipe.evaluates:
+            found.attempt("--eval-text", lambda: _check_eval_text(recipe.eval_text or "", tokenizer))
+
+
+def _check_eval_text(path: str, tokenizer: ModelTokenizer) -> None:
+    try:
+        load_tokens(path, tokenizer, rows=1)
+    except (CalibrationError, UsageError) as e:
+        hint = "a text, Parquet or .jsonl file, or a .npy array of token ids, of 2048 tokens or more"
+        raise type(e)(f"--eval-text {e.message}", hint) from e
 
 
 # ---- directories and machine ------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def tuning_rows(
     bos_id: int | None = None,
     seed: int = 0,
     written: Sequence[Kind] = (),  # what the source wrote itself (`exl2ray.tune.written`)
+    flag: str = "--text",  # that the sources were given with
 ) -> TuningRows:
     """Of all sources together: files, the built-in text if it is named (or nothing is), and ``written``.
 
@@ -60,12 +61,7 @@ def tuning_rows(
     builtin = not sources or any(s.name == BUILTIN and not s.files for s in sources)
     kinds += builtin_kinds(tokenizer, seed) if builtin else []
     kinds += written
-    if sum(kind.tokens // text for kind in kinds) < 2 * HELD_OUT or not any(kind.tokens >= 2 * text for kind in kinds):
-        raise CalibrationError(
-            f"the text to tune on has {sum(k.tokens for k in kinds)} tokens; at least {2 * HELD_OUT} rows of {length} are "
-            "needed",
-            "give more text with --text, or a smaller --length",
-        )
+    _check_enough(kinds, text, length, flag)
     trained, kept, notes = _in_two(kinds, held, text, seed)
     chosen = _even(trained, rows)
     if sum(map(len, chosen)) < rows:
@@ -80,6 +76,30 @@ def tuning_rows(
     if bos_id is not None:
         ids, held_ids = (torch.cat([torch.full((len(t), 1), bos_id), t], dim=1) for t in (ids, held_ids))
     return TuningRows(ids, held_ids, names, tuple(notes))
+
+
+def check_text(
+    sources: Sequence[Source], tokenizer: ModelTokenizer, length: int, vocab_size: int, bos_id: int | None, flag: str
+) -> None:
+    """Raises what `tuning_rows` would for text in files; of each it reads as much as could be enough alone. Other text is
+    always enough."""
+    files, text = [s for s in sources if s.files], length - (bos_id is not None)
+    kinds = kinds_of_files(files, tokenizer, 2 * HELD_OUT * text) if files else []
+    for kind in kinds:
+        rows = torch.from_numpy(_rows(kind.documents, text))
+        if len(rows):
+            check_ids(rows, vocab_size, tokenizer, [kind.name] * len(rows))
+    if files and len(files) == len(sources):
+        _check_enough(kinds, text, length, flag)
+
+
+def _check_enough(kinds: Sequence[Kind], text: int, length: int, flag: str) -> None:
+    if sum(kind.tokens // text for kind in kinds) < 2 * HELD_OUT or not any(kind.tokens >= 2 * text for kind in kinds):
+        have = sum(kind.tokens for kind in kinds)
+        raise CalibrationError(
+            f"{flag}: the text to tune on has {have} tokens; at least {2 * HELD_OUT} rows of {length} are needed",
+            f"give more text, or the built-in text too: {'--tune-text' if flag == '-c' else flag} {BUILTIN}",
+        )
 
 
 def _watched(tokenizer: ModelTokenizer, held: int, length: int, vocab_size: int, seed: int) -> list[tuple[str, Ids]]:

@@ -121,7 +121,7 @@ def _rows(settings: Settings, pair: Pair, device: torch.device, reporter: Report
         written = _written(settings, pair, tokenizer, device, reporter)
         return tuning_rows(
             settings.sources, tokenizer, settings.tokens, settings.length, pair.start.vocab_size, pair.start.bos_id,
-            settings.seed, written,
+            settings.seed, written, settings.text_flag,
         )  # fmt: skip
 
 

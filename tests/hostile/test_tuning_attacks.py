@@ -85,7 +85,7 @@ REFUSED: list[tuple[str, Spoil, int, str]] = [
     ("another number of layers", config("source", num_hidden_layers=1), 3, "of another size"),
     ("half a file", lambda r: os.truncate(r / "model/output.safetensors", 20_000), 8, "truncated"),
     ("a licence that is a link", replaced("model/LICENSE", elsewhere), 3, "outside of the model's folder"),
-    ("a config that is a link", replaced("model/config.json", elsewhere), 3, "config.json"),
+    ("a config that is a link", replaced("model/config.json", elsewhere), 8, "config.json"),
     ("a side file of 6 GB", replaced("model/preprocessor_config.json", sparse), 3, "larger than"),
     ("text that is a pipe", replaced("text.txt", os.mkfifo), 4, "a FIFO, not a regular file"),
     ("text of the kernel", replaced("text.txt", lambda p: p.symlink_to("/proc/kmsg")), 4, "text.txt"),

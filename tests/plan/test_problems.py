@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,27 @@ def test_a_problem_of_both_passes_is_told_once(tiny: Path, tmp_path: Path) -> No
     assert topics(found) == ["calibration"]
     found = examine(recipe(tiny, tmp_path, length=512, measurement_length=384))
     assert topics(found) == ["calibration"] * 2, "two different rows that are too long"
+
+
+LATE_TEXT: dict[str, tuple[dict[str, str], str, str]] = {  # settings, topic, words of message and hint
+    "tuning, too little of -c": ({"tune": "6k"}, "--tune", r"-c: the text to tune on has 4096 tokens; .*--tune-text builtin"),
+    "tuning, missing": ({"tune": "6k", "tune_text": "nowhere.txt"}, "--tune", r"--tune-text nowhere\.txt: does not exist"),
+    "tuning, built-in": ({"tune": "6k", "tune_text": "builtin"}, "", ""),
+    "best, too little": ({"quality": "best"}, "--tune", r"at least 20 rows of 1024 are needed"),
+    "evaluation, missing": ({"evaluate": "always", "eval_text": "nowhere.txt"}, "--eval-text", "of 2048 tokens"),
+    "evaluation, a device": ({"evaluate": "always", "eval_text": "/dev/null"}, "--eval-text", r"not a regular file"),
+    "evaluation, not wanted": ({"evaluate": "never", "eval_text": "nowhere.txt"}, "", ""),
+}
+
+
+@pytest.mark.parametrize("case", LATE_TEXT)
+def test_text_that_is_read_at_the_end_is_looked_at_before(case: str, tiny: Path, text: Path, tmp_path: Path) -> None:
+    settings, topic, words = LATE_TEXT[case]
+    job = recipe(tiny, tmp_path, cal_dataset=str(text), dataset_rows=3, measurement_rows=2, **settings)
+    found = examine(job)
+    assert topics(found) == ([topic] if topic else [])
+    if topic:
+        assert re.search(words, f"{found.problems[0].error} ".replace("\n", " ")), found.problems[0].error
 
 
 def test_the_model_is_not_written_over(tiny: Path, tmp_path: Path) -> None:
