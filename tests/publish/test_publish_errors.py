@@ -142,7 +142,7 @@ def test_logs_are_masked_and_left_alone_afterwards(caplog: pytest.LogCaptureFixt
     assert token.value not in repr(token)
 
 
-@pytest.mark.parametrize("repo", ["me/x--y", "me/x..y", "me/x.git", "me/x-", "me./x", "me", "me/x/y", "-me/x", "m\u00e9/x"])
+@pytest.mark.parametrize("repo", ["me/x--y", "me/x..y", "me/x.git", "me/x-", "me./x", "me", "me/x/y", "-me/x"])
 def test_names_that_the_hub_refuses_are_refused_before_anything_is_looked_at(repo: str, tmp_path: Path) -> None:
     with pytest.raises(HFValidationError):
         validate_repo_id(repo if repo != "me" else "me/")
