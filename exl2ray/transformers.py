@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import __version__ as transformers_version
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
@@ -19,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from exl2ray.errors import UsageError
 from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, local_directory, sound_files
-from exl2ray.run.linear import check_device
+from exl2ray.run.linear import Exl2Linear, check_device
 from exl2ray.run.modules import Exl2Experts, insert_linears
 from exl2ray.run.names import TEXT_MODEL, packed_keys
 from exl2ray.run.norms import insert_norms
@@ -126,6 +127,8 @@ class Exl2Quantizer(HfQuantizer):
         return [*found, *([WeightRenaming(SPARSE, ".mlp.")] if self._sparse_prefix else [])]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if _release() < (5, 19) and any(isinstance(m, Exl2Linear) and m.q_weight.is_meta for m in model.modules()):
+            raise UsageError("offload_buffers: transformers 5.0 loses buffers that it offloads", "transformers 5.19 or later")
         for name, parameter in model.named_parameters():
             wanted = self._types.get(name, parameter.dtype)
             if parameter.dtype != wanted and parameter.dtype != torch.float32 and not parameter.is_meta:
@@ -146,6 +149,10 @@ class Exl2Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True  # adapters: gradients pass through packed linears to what is in front of them
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers_version.split(".")[:2])
 
 
 def _gpus(device_map: Any) -> list[torch.device]:
