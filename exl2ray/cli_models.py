@@ -69,7 +69,7 @@ def chat(run: Invocation, /, **settings: Any) -> None:
 )
 def inspect(run: Invocation, directory: str, linears: bool) -> None:
     """What is inside an EXL2 directory: bits, sizes, settings."""
-    from exl2ray.commands import directory as command
+    from exl2ray.commands import inspecting as command
     from exl2ray.formats.summary import inspect_directory
 
     present(
@@ -89,7 +89,7 @@ def verify(run: Invocation, directory: str, in_dir: str | None) -> int:
 
     Prints a problem on each line; exit status 8 if there are any.
     """
-    from exl2ray.commands import directory as command
+    from exl2ray.commands import inspecting as command
 
     problems = present(
         run,

@@ -15,7 +15,7 @@ from exl2ray.formats.files import write_error
 from exl2ray.formats.shards import Shard, check_names, check_place, remove_stale
 from exl2ray.store.assembly import Assembly, linkable
 from exl2ray.store.copies import Copies
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import FileRef, Record, hash_inputs
 from exl2ray.store.tensors import get_tensors
 from exl2ray.store.workdir import WorkDir

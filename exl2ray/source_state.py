@@ -11,7 +11,7 @@ from exl2ray.errors import JobMismatchError, SourceError
 from exl2ray.formats.file_states import HASHED_BYTES, FileState, Hashing, compare_states, file_states, from_json, with_hashes
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.side_files import NEEDED, examine_side_files
-from exl2ray.store.layout import MEASURE, SOURCE_KEY
+from exl2ray.store.file_names import MEASURE, SOURCE_KEY
 from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
 from exl2ray.timeline import step

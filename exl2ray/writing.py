@@ -32,10 +32,10 @@ from exl2ray.formats.target import Owner, check_claim, check_target, claim_targe
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
 from exl2ray.publish.card import CardInfo, converted, model_card, write_card
-from exl2ray.publish.names import CARD
+from exl2ray.publish.file_kinds import CARD
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.result_warnings import ResultWarnings
-from exl2ray.store.layout import CALIBRATION, quant_kind
+from exl2ray.store.file_names import CALIBRATION, quant_kind
 from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import Targets, owner_of

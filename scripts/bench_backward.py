@@ -21,7 +21,7 @@ import torch
 from bench import SHAPES
 from random_models import build
 
-from exl2ray.store.layout import CALIBRATION
+from exl2ray.store.file_names import CALIBRATION
 from exl2ray.store.open import open_store
 from exl2ray.store.tensors import put_tensors
 from exl2ray.team.messages import WorkerSetup

@@ -34,7 +34,7 @@ from exl2ray.formats.tensorfile import header_bytes
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import LinearSpec
 from exl2ray.recipe import Recipe
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import Record, hash_inputs, item_file
 from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir

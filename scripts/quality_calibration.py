@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from exl2ray.calibration.pieces import uniform_rows
+from exl2ray.calibration.cutting import uniform_rows
 from exl2ray.calibration.rows import ROW_SETS, Rows
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.errors import UsageError

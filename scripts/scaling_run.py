@@ -16,7 +16,7 @@ from exl2ray.convert import convert
 from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
 from exl2ray.recipe import Recipe
-from exl2ray.store.events import read_events
+from exl2ray.store.event_log import read_events
 from exl2ray.store.open import open_store
 
 SINGLE = (4.0,)

@@ -47,7 +47,7 @@ STILL_USED = {  # companions that the core imports all the same: to be moved, no
     "afterwards": {"publish.card", "report.ladder"},
     "steps.job": {"plan.problems"},
     "tuning": {"publish.card"},
-    "writing": {"publish.card", "publish.names"},
+    "writing": {"publish.card", "publish.file_kinds"},
 }
 HEAVY = {"torch", "ray", "matplotlib", "numba", "numpy", "pyarrow", "tokenizers", "transformers"}
 LIGHT = [

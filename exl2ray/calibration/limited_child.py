@@ -111,7 +111,7 @@ def quoted(text: str, most: int = 40) -> str:
 
 
 def template_handlers() -> dict[str, Handler]:
-    from exl2ray.calibration.chat import ChatRenderer
+    from exl2ray.calibration.chat_text import ChatRenderer
     from exl2ray.calibration.text import Conversation
 
     renderers: list[ChatRenderer] = []

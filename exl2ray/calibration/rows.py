@@ -34,10 +34,8 @@ import torch
 from torch import Tensor
 
 from exl2ray.calibration import generate
-from exl2ray.calibration.chat import ChatText
-from exl2ray.calibration.data.taken import Taken
-from exl2ray.calibration.limited_child import quoted
-from exl2ray.calibration.pieces import (
+from exl2ray.calibration.chat_text import ChatText
+from exl2ray.calibration.cutting import (
     GENERATED,
     SECOND_PASS,
     Ids,
@@ -48,6 +46,8 @@ from exl2ray.calibration.pieces import (
     shuffled_rows,
     uniform_rows,
 )
+from exl2ray.calibration.data.taken import Taken
+from exl2ray.calibration.limited_child import quoted
 from exl2ray.calibration.text import Document, builtin_documents, parse_chat
 from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, SourceError

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exl2ray.calibration.chat import TemplateProcess
+from exl2ray.calibration.chat_text import TemplateProcess
 from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.calibration.limited_child import quoted, shown
 from exl2ray.calibration.tokenizer_files import (

@@ -9,7 +9,7 @@ from exl2ray import convert as story
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.events import Reporter
 from exl2ray.recipe import Recipe
-from exl2ray.store.job import JOB_FILE
+from exl2ray.store.job_file import JOB_FILE
 from exl2ray.store.open import open_store
 from exl2ray.terminal.console import JsonLines, reserved_stdout
 from exl2ray.terminal.flags import stored_settings

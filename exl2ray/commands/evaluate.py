@@ -15,7 +15,7 @@ from torch import Tensor
 from exl2ray.errors import UsageError
 from exl2ray.evaluate.compare import evaluate_many
 from exl2ray.evaluate.forward import OpenModel, RunOptions, open_model
-from exl2ray.evaluate.gguf import open_gguf
+from exl2ray.evaluate.gguf_model import open_gguf
 from exl2ray.evaluate.heldout import DEFAULT_LENGTH, heldout_kinds, heldout_rows
 from exl2ray.evaluate.metrics import TAIL, Estimate, Quantile
 from exl2ray.evaluate.record import judged, parse_evaluation

@@ -22,12 +22,12 @@ from exl2ray import convert as story
 from exl2ray.commands.publish import Published, publish, ready_repository
 from exl2ray.errors import UsageError
 from exl2ray.events import Reporter
-from exl2ray.publish.folder import OWN
-from exl2ray.publish.origin import REPOSITORY
+from exl2ray.publish.base_model import REPOSITORY
+from exl2ray.publish.selection import OWN
 from exl2ray.recipe import Recipe
+from exl2ray.store.file_names import EVENTS, FOLDERS, is_ours
 from exl2ray.store.fs import Store
-from exl2ray.store.job import JOB_FILE
-from exl2ray.store.layout import EVENTS, FOLDERS, is_ours
+from exl2ray.store.job_file import JOB_FILE
 from exl2ray.store.open import open_store
 from exl2ray.store.records import hash_inputs
 
@@ -80,7 +80,7 @@ def convert(recipe: Recipe, wishes: Wishes, reporter: Reporter) -> None:
 
 
 def _ready(wishes: Wishes) -> None:
-    from exl2ray.publish.hub import Hub, stored_token
+    from exl2ray.publish.upload import Hub, stored_token
 
     ready_repository(Hub(wishes.repo, stored_token()), create=True, private=wishes.private)
 

@@ -18,6 +18,7 @@ from exl2ray.errors import HubError, Interrupted, StoreError, UsageError
 from exl2ray.evaluate.record import EVALUATION, Evaluation, read_evaluations
 from exl2ray.formats.measurement import MAX_MEASUREMENT_BYTES, parse_measurement
 from exl2ray.formats.shards import OUTPUT_NAME
+from exl2ray.publish.base_model import MAX_CARD_BYTES, REPOSITORY, original_card
 from exl2ray.publish.card import (
     PROGRAM,
     BranchRow,
@@ -28,20 +29,19 @@ from exl2ray.publish.card import (
     with_evaluation,
     with_loading,
 )
-from exl2ray.publish.folder import Folder, branch_names, read_folder, refuse_secret
+from exl2ray.publish.file_kinds import CARD
 from exl2ray.publish.frontmatter import Value, read_fields, split_card, with_fields
-from exl2ray.publish.names import CARD
-from exl2ray.publish.origin import MAX_CARD_BYTES, REPOSITORY, original_card
+from exl2ray.publish.selection import Folder, branch_names, read_folder, refuse_secret
 from exl2ray.recipe import bpw_name
 from exl2ray.remote.token import read_token
 from exl2ray.report.ladder import plot_ladder
+from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.fs import Store
-from exl2ray.store.layout import MEASUREMENT
 from exl2ray.store.open import open_store
 from exl2ray.terminal.console import clean, file_size, plural, text_table
 
 if TYPE_CHECKING:
-    from exl2ray.publish.hub import Branch, Hub
+    from exl2ray.publish.upload import Branch, Hub
 
 MAIN, PLOT = "main", "ladder.png"
 WEIGHTS = re.compile(r".*\.(safetensors|gguf)|pytorch_model.*\.bin|consolidated\..*", re.IGNORECASE)
@@ -148,7 +148,7 @@ def _send(
     base_model: str | None, shared: Mapping[str, bytes], results: Sequence[Evaluation],
 ) -> list[Published]:  # fmt: skip
     try:
-        from exl2ray.publish.hub import Hub, stored_token
+        from exl2ray.publish.upload import Hub, stored_token
     except ModuleNotFoundError as e:
         raise UsageError(f"publishing needs a package that is missing: {e.name}", 'pip install "exl2ray[hub]"') from e
     token = read_token(token_file) if token_file is not None else stored_token()

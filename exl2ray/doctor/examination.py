@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from exl2ray.beneath import existing_parent
-from exl2ray.doctor.findings import OPEN_FILES, Finding, Level, problem
+from exl2ray.doctor.diagnosis import OPEN_FILES, Finding, Level, problem
 from exl2ray.doctor.gpu_checks import driver_fix, gpus, kernels
 from exl2ray.doctor.probes import KERNEL, RAY, TORCH, nvidia_smi, run_probe
 from exl2ray.doctor.ray_start import ray_cluster, ray_start

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from exl2ray.doctor.findings import Finding, Remedies, problem, remedy
+from exl2ray.doctor.diagnosis import Finding, Remedies, problem, remedy
 from exl2ray.doctor.probes import Probe
 from exl2ray.host import nvidia_cards, nvidia_device_files, nvidia_driver_loaded
 from exl2ray.terminal.console import plural

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 
-from exl2ray.doctor.findings import OPEN_FILES, Finding, Level, Remedies, problem, remedy
+from exl2ray.doctor.diagnosis import OPEN_FILES, Finding, Level, Remedies, problem, remedy
 from exl2ray.doctor.probes import Probe
 from exl2ray.driver.private import TEMP_PREFIX
 from exl2ray.driver.starting import trusted_folder

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray import stopping
-from exl2ray.driver.host import Host, first_lines, own_error
 from exl2ray.driver.policy import Lost
 from exl2ray.driver.starting import expected_workers, is_of_a_cluster, start_ray, stop_ray
+from exl2ray.driver.worker_actor import Host, first_lines, own_error
 from exl2ray.driver.workers import InlineWorkers, Over, Said, Workers
 from exl2ray.errors import ClusterError
-from exl2ray.store.layout import LOGS
+from exl2ray.store.file_names import LOGS
 from exl2ray.team.comm import serve_rendezvous
 from exl2ray.team.messages import DeviceFailed, Meeting, Pass, WorkerSetup
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from exl2ray.errors import FormatError, SourceError
 from exl2ray.evaluate.forward import OpenModel
-from exl2ray.evaluate.gguf import GgufModel
+from exl2ray.evaluate.gguf_model import GgufModel
 from exl2ray.evaluate.metrics import Estimate, Quantile, Scores
 from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES
 from exl2ray.model.spec import LinearSpec

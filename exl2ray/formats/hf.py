@@ -20,7 +20,7 @@ import torch
 from exl2ray.errors import Exl2RayError, SourceError
 from exl2ray.formats.elsewhere import NEAR_BYTES, THREADS, mount_at, open_binary, remote_file
 from exl2ray.formats.hfconfig import read_config
-from exl2ray.formats.source import architectures, dequantise, names, quantised, shards
+from exl2ray.formats.source import architecture_name, dequantise, model_shards, quantised, wrapped_names
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import TensorFile, TensorInfo, open_files, read_tensor
@@ -50,30 +50,30 @@ class SourceModel:
         self._scaled: dict[str, dequantise.Scaled] = {}
         self.config = read_config(self.path / "config.json", self.error, strict=not self.is_source)
         if self.is_source:
-            self.config, self.notes = architectures.resolved(self.config, str(self.path / "config.json"))
+            self.config, self.notes = architecture_name.resolved(self.config, str(self.path / "config.json"))
             self._open_source()
         else:
             self.files = open_files(weight_files(self.path, self.error), self.error)
-            for name in shards.gaps(list(self.files))[:1]:
+            for name in model_shards.gaps(list(self.files))[:1]:
                 raise self.error(f"{self.path}: {name} is missing", "the copy is incomplete: fetch it")
             self._tensors = merge_shards(self.files.values(), self.error)
 
     def _open_source(self) -> None:
-        own, notes = shards.own_files(weight_files(self.path, self.error))
+        own, notes = model_shards.own_files(weight_files(self.path, self.error))
         files = open_files(own, self.error)
-        index = shards.read_index(self.path, self.error)
-        table, kept, copies = shards.merged(files, index, self.error)
+        index = model_shards.read_index(self.path, self.error)
+        table, kept, copies = model_shards.merged(files, index, self.error)
         self.files = {name: files[name] for name in kept}
-        self.absent = shards.absent_tensors(index, list(files), table)
+        self.absent = model_shards.absent_tensors(index, list(files), table)
         if not self.absent:
-            notes += shards.index_note(index, list(files))
-        stored = names.plain_names(table)
+            notes += model_shards.index_note(index, list(files))
+        stored = wrapped_names.plain_names(table)
         marked = sum(plain != name for plain, name in stored.items())
         if marked:
             example = max(stored.values(), key=len)
             notes.append(f"{marked} tensors have the mark of a wrapper in their names, e.g. {example}; read without it")
         tensors = {plain: replace(table[name], name=plain) for plain, name in stored.items()}
-        adapter = names.unmerged(tensors)
+        adapter = wrapped_names.unmerged(tensors)
         if adapter:
             raise self.error(
                 f"{self.path}: {len(adapter)} tensors of an adapter that is not merged, e.g. {adapter[0]}",

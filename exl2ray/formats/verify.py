@@ -33,7 +33,7 @@ from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES, PackedLinear, check_linear
 from exl2ray.formats.hf import weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.layout import LinearShape
-from exl2ray.formats.source.shards import gaps
+from exl2ray.formats.source.model_shards import gaps
 from exl2ray.formats.tensorfile import DTYPES, MAX_TENSORS, TensorFile, TensorInfo
 from exl2ray.formats.verify_rules import Directory, Problem
 

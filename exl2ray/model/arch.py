@@ -12,12 +12,12 @@ from typing import Any
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.json_file import shown
-from exl2ray.formats.source.architectures import unknown_hint
-from exl2ray.formats.source.shards import index_note
+from exl2ray.formats.source.architecture_name import unknown_hint
+from exl2ray.formats.source.model_shards import index_note
+from exl2ray.model.checkpoint_names import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in
 from exl2ray.model.counts import check_counts
 from exl2ray.model.hyper import Hyper, resolve_hyper
-from exl2ray.model.layout import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in
-from exl2ray.model.modules import ModuleBuilder
+from exl2ray.model.module_list import ModuleBuilder
 from exl2ray.model.rules import Arch, Names
 from exl2ray.model.spec import (
     CopiedTensor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from exl2ray.formats.source.architectures import BY_MODEL_TYPE
+from exl2ray.formats.source.architecture_name import BY_MODEL_TYPE
 from exl2ray.model.config_reader import (
     EXPERTS_KEYS,
     HEADS_KEYS,

@@ -17,17 +17,17 @@ from exl2ray.errors import BudgetError, Exl2RayError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
+from exl2ray.job_opening import falls_back
 from exl2ray.model.spec import ModelSpec
-from exl2ray.opening import falls_back
 from exl2ray.plan.disk import DiskNeed
 from exl2ray.plan.findings import Examination
 from exl2ray.plan.fit import Fit, best_fit, check_fit
-from exl2ray.plan.memory import Peak, peaks
 from exl2ray.plan.probe import ProbeResult, probe
 from exl2ray.plan.problems import examine, row_sizes
 from exl2ray.plan.sizes import OutputSize, exact_size, freedom_of, size_range
 from exl2ray.plan.times import LOGGED, Timed, Times, estimate, far_below, logged_for
 from exl2ray.plan.tuned import of_tuning
+from exl2ray.plan.worker_memory import Peak, peaks
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.remote.address import redacted
 from exl2ray.remote.source import localised

@@ -12,11 +12,11 @@ from exl2ray.errors import StoreError
 from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
-from exl2ray.plan.memory import RowSizes, state_bytes
 from exl2ray.plan.sizes import OutputSize
+from exl2ray.plan.worker_memory import RowSizes, state_bytes
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.remote.source import cached_bytes
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.tune.estimate import a_module_at_a_time
 
 FILE_BYTES = 4096  # of a record, and of the header of a file of packed tensors: more than most take

@@ -37,17 +37,17 @@ from exl2ray.formats.side_files import examine_side_files
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import MAX_TENSORS, TensorFile
+from exl2ray.job_opening import check_measurement_target, check_opening
 from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
-from exl2ray.opening import check_measurement_target, check_opening
 from exl2ray.plan.disk import check_disks, disk_needs
 from exl2ray.plan.doubts import calibration_doubts, model_doubts
 from exl2ray.plan.findings import Examination
 from exl2ray.plan.flat import flat_warnings
-from exl2ray.plan.memory import RowSizes
 from exl2ray.plan.scan import scan_values, stored_names
 from exl2ray.plan.sizes import OutputSize, freedom_of, size_range
+from exl2ray.plan.worker_memory import RowSizes
 from exl2ray.recipe import Recipe
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import check_output

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.plan.memory import RowSizes
+from exl2ray.plan.worker_memory import RowSizes
 
 
 @dataclass(frozen=True)

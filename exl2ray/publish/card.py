@@ -20,8 +20,17 @@ from exl2ray import __version__
 from exl2ray.evaluate.record import TAIL_NAMES, Evaluation, judged
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.summary import DirectorySummary
+from exl2ray.publish.base_model import (
+    CARD,
+    NO_CARD,
+    OriginalCard,
+    base_model_of,
+    command,
+    quality_text,
+    read_original,
+    settings,
+)
 from exl2ray.publish.frontmatter import Value, write_block
-from exl2ray.publish.origin import CARD, NO_CARD, OriginalCard, base_model_of, command, quality_text, read_original, settings
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.terminal.console import file_size
 

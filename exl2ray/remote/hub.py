@@ -19,9 +19,9 @@ from exl2ray.errors import HubError, SourceError, StoreError, UsageError
 from exl2ray.formats.elsewhere import STAMP, RemoteFile
 from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import read_json_object
-from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
+from exl2ray.formats.source.model_shards import INDEX, MAX_INDEX_BYTES
 from exl2ray.remote.address import Address, redacted
-from exl2ray.remote.blocks import Blocks
+from exl2ray.remote.block_cache import Blocks
 from exl2ray.remote.hub_errors import Failure, Refused, explained
 from exl2ray.remote.listing import MAX_NAMES, Listing, folders_of
 from exl2ray.remote.retry import Passing, patiently

@@ -11,7 +11,7 @@ from exl2ray.formats.elsewhere import RemoteFile
 from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import LIMITS
 from exl2ray.formats.side_files import OTHER_BYTES, TOTAL_BYTES
-from exl2ray.formats.source.shards import INDEX, MAX_INDEX_BYTES
+from exl2ray.formats.source.model_shards import INDEX, MAX_INDEX_BYTES
 from exl2ray.remote.address import Address
 
 TEMPLATES = "additional_chat_templates"  # the one folder of a model that is looked into

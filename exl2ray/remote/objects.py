@@ -12,7 +12,7 @@ from exl2ray.errors import Exl2RayError, SourceError, StoreError
 from exl2ray.formats.elsewhere import STAMP, RemoteFile
 from exl2ray.formats.file_states import FileState
 from exl2ray.remote.address import Address, redacted
-from exl2ray.remote.blocks import SMALL_BYTES, Blocks
+from exl2ray.remote.block_cache import SMALL_BYTES, Blocks
 from exl2ray.remote.listing import MAX_NAMES, TEMPLATES, Listing
 from exl2ray.remote.retry import Passing, patiently
 
@@ -38,7 +38,7 @@ class Bucket:
 
     @property
     def _fs(self) -> Any:
-        from exl2ray.store.objects import file_system
+        from exl2ray.store.object_store import file_system
 
         with self._lock:
             if self._opened is None:

@@ -23,13 +23,13 @@ from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import parse_json_object
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import COMMIT, Address, is_remote, parse
-from exl2ray.remote.blocks import Blocks
+from exl2ray.remote.block_cache import Blocks
 from exl2ray.remote.hub import Repository
 from exl2ray.remote.listing import TEMPLATES, Listing
 from exl2ray.remote.objects import Bucket
 from exl2ray.store.faults import MissingFileError
+from exl2ray.store.file_names import SOURCE_FILE, SOURCE_FOLDER
 from exl2ray.store.fs import Store
-from exl2ray.store.layout import SOURCE_FILE, SOURCE_FOLDER
 from exl2ray.store.open import open_store
 from exl2ray.store.trust import others_who_write
 from exl2ray.units import parse_size

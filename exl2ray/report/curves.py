@@ -16,8 +16,8 @@ from exl2ray.formats.measurement import (
 )
 from exl2ray.report.chains import created, read_records
 from exl2ray.report.values import layer_of, mapping, module_order, role_of, texts, token_counts
+from exl2ray.store.file_names import MEASURE, MEASUREMENT
 from exl2ray.store.fs import Store
-from exl2ray.store.layout import MEASURE, MEASUREMENT
 
 PARTS = {"self_attn": "attention", "mlp": "MLP", "block_sparse_moe": "experts", "parallel_decoder": "parallel block"}
 ATTENTION_ROLES = ("q", "k", "v", "o")

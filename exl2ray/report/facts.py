@@ -24,11 +24,11 @@ from exl2ray.report.curves import (
     read_profiles,
     with_weights,
 )
-from exl2ray.report.timeline import Timeline, read_timeline
+from exl2ray.report.time_spent import Timeline, read_timeline
 from exl2ray.report.values import mapping, nominal_bpw, parse_option, texts
-from exl2ray.store.events import read_events
+from exl2ray.store.event_log import read_events
 from exl2ray.store.fs import Store
-from exl2ray.store.job import StoredJob
+from exl2ray.store.job_file import StoredJob
 from exl2ray.store.open import open_store
 from exl2ray.store.status import read_status
 

@@ -17,7 +17,7 @@ from exl2ray.report.allocation import Allocation
 from exl2ray.report.chains import Chain
 from exl2ray.report.curves import Curve, part_of
 from exl2ray.report.style import DEPTH, MARKERS, Plot, clean_label, plain_log_axis
-from exl2ray.report.timeline import Span, Timeline
+from exl2ray.report.time_spent import Span, Timeline
 from exl2ray.terminal.console import plural
 
 _SMALLEST_ERROR = 1e-6  # on a log axis

@@ -18,7 +18,7 @@ from exl2ray.report.chains import ModuleResult
 from exl2ray.report.facts import Bitrate, Facts
 from exl2ray.report.ladder import ladder_plots
 from exl2ray.report.style import svg_uris
-from exl2ray.report.timeline import busy_share
+from exl2ray.report.time_spent import busy_share
 from exl2ray.terminal.console import clean, duration, file_size, is_numeric, perplexity, plural
 
 TITLES = {

@@ -12,7 +12,7 @@ from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.result_warnings import insensitive_warning, unspent_warning
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import hash_inputs
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.datasets import reported_rows
 from exl2ray.devices import pick_executor, versions
 from exl2ray.driver.actors import open_workers
-from exl2ray.driver.metrics import ClusterMetrics
 from exl2ray.driver.policy import Limits
+from exl2ray.driver.prometheus import ClusterMetrics
 from exl2ray.driver.supervise import Supervisor
 from exl2ray.driver.workers import Workers
 from exl2ray.events import Reporter
 from exl2ray.formats.elsewhere import place_of
+from exl2ray.job_opening import allowed_changes, falls_back, job_of
 from exl2ray.model.spec import ModelSpec
-from exl2ray.opening import allowed_changes, falls_back, job_of
 from exl2ray.plan.problems import examine
 from exl2ray.quality import Numerics
 from exl2ray.quant.measure_moe import starved_experts
@@ -35,7 +35,7 @@ from exl2ray.remote.source import keep
 from exl2ray.result_warnings import ResultWarnings
 from exl2ray.source_state import SourceState, needed_files
 from exl2ray.stopping import shielded
-from exl2ray.store.layout import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY
+from exl2ray.store.file_names import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY
 from exl2ray.store.open import open_store
 from exl2ray.store.pace import Pace
 from exl2ray.store.records import Record, Records, hash_inputs

@@ -12,12 +12,12 @@ from exl2ray.beneath import make_directories
 from exl2ray.driver.independent import PASSING, Independent, Item
 from exl2ray.formats.measurement import Measurement, ModuleProfile, write_measurement
 from exl2ray.formats.origin import source_identity
+from exl2ray.job_opening import measurement_target
 from exl2ray.model.spec import ModuleSpec
-from exl2ray.opening import measurement_target
 from exl2ray.result_warnings import measured_experts
 from exl2ray.steps.job import Stage
 from exl2ray.store.faults import translated
-from exl2ray.store.layout import MEASURE, MEASUREMENT
+from exl2ray.store.file_names import MEASURE, MEASUREMENT
 from exl2ray.store.records import hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
 from exl2ray.team.messages import Begun, ItemResult, MeasurePass, SensitivityPass, hand_key

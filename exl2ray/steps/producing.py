@@ -24,7 +24,7 @@ from exl2ray.recipe import bpw_name
 from exl2ray.result_warnings import is_broken, show
 from exl2ray.steps.allocating import missing
 from exl2ray.steps.job import Stage
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.messages import Begun, Choices, ItemResult, PerplexityPass, ReferencePass
 from exl2ray.team.perplexity import PERPLEXITY

@@ -1,4 +1,4 @@
-"""Files of a work directory: what a store can do. ``local.py`` and ``objects.py`` are the two kinds, ``open.py`` picks one.
+"""Files of a work directory: what a store can do. ``local.py`` and ``object_store.py`` are the kinds, ``open.py`` picks one.
 
 Names below the root are relative POSIX strings. Every
 ``put`` is atomic: a reader sees the old content, the new content or nothing, whatever is killed and whenever. Locally

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError
+from exl2ray.store.file_names import NONCE
 from exl2ray.store.fs import Store
-from exl2ray.store.layout import NONCE
 from exl2ray.store.records import canonical_json
 
 _RETRY_SECONDS = 0.5

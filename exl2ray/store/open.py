@@ -19,7 +19,7 @@ def open_store(root: str) -> Store:
     if not separator or scheme == "file":
         return LocalStore(rest if separator else root)
     if scheme in ("s3", "gs"):
-        from exl2ray.store.objects import ObjectStore  # pyarrow.fs takes a while to load
+        from exl2ray.store.object_store import ObjectStore  # pyarrow.fs takes a while to load
 
         return ObjectStore(root)
     raise StoreError(f"{root}: cannot store under {scheme}://", "use a local path, s3:// or gs://")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from exl2ray.errors import StoreError
-from exl2ray.store.events import read_events
+from exl2ray.store.event_log import read_events
 from exl2ray.store.faults import MissingFileError
-from exl2ray.store.job import JOB_FILE, StoredJob, decode_job
-from exl2ray.store.layout import CALIBRATION, MEASUREMENT, NOT_MODULES, REFERENCE_KIND
+from exl2ray.store.file_names import CALIBRATION, MEASUREMENT, NOT_MODULES, REFERENCE_KIND
+from exl2ray.store.job_file import JOB_FILE, StoredJob, decode_job
 from exl2ray.store.lock import LOCK_FILE, LockTiming, heartbeat_age, is_held, read_holder
 from exl2ray.store.open import open_store
 from exl2ray.store.passes import PassStatus, passes

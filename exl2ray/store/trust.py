@@ -14,8 +14,8 @@ import stat
 from exl2ray import beneath
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import translated
-from exl2ray.store.job import JOB_FILE
-from exl2ray.store.layout import FOLDERS
+from exl2ray.store.file_names import FOLDERS
+from exl2ray.store.job_file import JOB_FILE
 
 FLAG = "--trust-work-dir"
 

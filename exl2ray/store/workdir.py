@@ -1,7 +1,7 @@
 """The work directory of one conversion: opened by one driver, resumed after anything.
 
 ``WorkDir.create_or_resume`` makes a directory or finds one, refuses whatever is not safe to go on with, and hands out
-the store and the records. Nothing in it is updated in place: see ``layout.py`` for the names, ``records.py`` for how a
+the store and the records. Nothing in it is updated in place: see ``file_names.py`` for the names, ``records.py`` for how a
 finished item is kept, ``lock.py`` for the one-driver rule.
 """
 
@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any
 
 from exl2ray.errors import StoreError
-from exl2ray.store.events import event_line, timestamp
+from exl2ray.store.event_log import event_line, timestamp
 from exl2ray.store.faults import MissingFileError
+from exl2ray.store.file_names import EVENTS, FOLDERS, MEASUREMENT, is_ours, is_place_of_ours
 from exl2ray.store.fs import TEMP_PREFIX, Store
-from exl2ray.store.job import (
+from exl2ray.store.job_file import (
     JOB_FILE,
     Change,
     Job,
@@ -29,7 +30,6 @@ from exl2ray.store.job import (
     normalise,
     stored_id,
 )
-from exl2ray.store.layout import EVENTS, FOLDERS, MEASUREMENT, is_ours, is_place_of_ours
 from exl2ray.store.lock import LOCK_FILE, DriverLock, LockTiming, check_lock
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.open import open_store
@@ -149,7 +149,7 @@ class WorkDir:
         self._lock.check()
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append to the event log: {"time", "host", "pid", "name", "fields"}, see ``events.py``. Checks the lock."""
+        """Append to the event log: {"time", "host", "pid", "name", "fields"}, see ``event_log.py``. Checks the lock."""
         self.check()
         self.store.append_line(EVENTS, event_line(name, fields))
         self.listener(name, fields)

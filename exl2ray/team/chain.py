@@ -26,7 +26,7 @@ from exl2ray.quant.group import Comm, Solo
 from exl2ray.quant.module import quantize_module
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.rows import owner_shares, share_rows
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import FileRef, Record, hash_inputs
 from exl2ray.team.checkpoints import Chain, Checkpoints
 from exl2ray.team.member import Member

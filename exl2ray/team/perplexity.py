@@ -16,7 +16,7 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.quant.group import Comm
 from exl2ray.quant.rows import owner_shares, share_rows
 from exl2ray.quant.sharing import spread
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, Choices, ItemResult, PerplexityPass, Ready

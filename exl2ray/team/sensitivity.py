@@ -16,7 +16,7 @@ from exl2ray.errors import NumericError
 from exl2ray.model.blocks import check_states
 from exl2ray.model.spec import ModelSpec
 from exl2ray.quant.sensitivity import Sums, add, column_weights, head_backward, module_backward
-from exl2ray.store.layout import MEASURE
+from exl2ray.store.file_names import MEASURE
 from exl2ray.store.records import Record
 from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, ItemResult, SensitivityPass, hand_key

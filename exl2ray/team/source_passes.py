@@ -11,7 +11,7 @@ from typing import Any
 from exl2ray.formats.measurement import ModuleProfile
 from exl2ray.model.blocks import check_states
 from exl2ray.quant.module import Entered, cut, measure_module, quantize_module
-from exl2ray.store.layout import MEASURE, quant_kind
+from exl2ray.store.file_names import MEASURE, quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, Choices, ItemResult, MeasurePass, Ready, ReferencePass

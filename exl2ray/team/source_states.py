@@ -6,7 +6,7 @@ from torch import Tensor
 
 from exl2ray.model.blocks import check_states
 from exl2ray.quant.module import Entered, enter_module
-from exl2ray.store.layout import MEASURE, REFERENCE_KIND
+from exl2ray.store.file_names import MEASURE, REFERENCE_KIND
 from exl2ray.store.records import Record
 from exl2ray.team.checkpoints import Chain, Checkpoints
 from exl2ray.team.messages import RowSet

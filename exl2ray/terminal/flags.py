@@ -12,8 +12,8 @@ from click.core import ParameterSource
 
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.recipe import SECTIONS, SETTINGS, Recipe
+from exl2ray.recipe_fields import fits, shown, wanted
 from exl2ray.remote.address import is_remote, parse
-from exl2ray.settings import fits, shown, wanted
 from exl2ray.terminal.pasted import missing_folder_hint
 from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out
 

@@ -129,8 +129,8 @@ def _write_log(error: BaseException, run: Invocation) -> str:
     """Keeps the traceback in the logs of the work directory; its path, or "" where that is not possible."""
     if not run.out_dir or "://" in run.out_dir:
         return ""
-    from exl2ray.store.job import JOB_FILE
-    from exl2ray.store.layout import LOGS
+    from exl2ray.store.file_names import LOGS
+    from exl2ray.store.job_file import JOB_FILE
     from exl2ray.store.open import open_store
 
     name = f"{LOGS}/error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl2ray.calibration import generate
-from exl2ray.calibration.chat import ChatText
+from exl2ray.calibration.chat_text import ChatText
 from exl2ray.calibration.data.sources import Source
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS

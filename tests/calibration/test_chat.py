@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from exl2ray.calibration import generate
-from exl2ray.calibration.chat import ChatRenderer, ChatText, TemplateProcess, plain_chat
+from exl2ray.calibration.chat_text import ChatRenderer, ChatText, TemplateProcess, plain_chat
 from exl2ray.calibration.text import Conversation
 from exl2ray.errors import CalibrationError
 

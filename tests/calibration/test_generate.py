@@ -16,8 +16,8 @@ import pytest
 from calibration_helpers import train_bpe
 
 from exl2ray.calibration import generate
-from exl2ray.calibration.chat import plain_chat
-from exl2ray.calibration.generate import code, dialogue, maths, prose, records
+from exl2ray.calibration.chat_text import plain_chat
+from exl2ray.calibration.generate import code, dialogue, maths, prose, structured
 
 
 def characters(row_set: str, size: int) -> list[str]:
@@ -117,14 +117,14 @@ def test_variables_are_in_scope() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_data_files_are_well_formed(seed: int) -> None:
     rng = random.Random(seed)
-    json.loads(records.as_json(rng))
-    ElementTree.fromstring(records.as_xml(rng))
-    text = records.as_csv(rng)
+    json.loads(structured.as_json(rng))
+    ElementTree.fromstring(structured.as_xml(rng))
+    text = structured.as_csv(rng)
     delimiter = next(c for c in ",;\t" if len({len(r) for r in csv.reader(io.StringIO(text), delimiter=c)}) == 1)
     assert len(list(csv.reader(io.StringIO(text), delimiter=delimiter))) >= 7
-    table = records.as_markdown(rng).splitlines()
+    table = structured.as_markdown(rng).splitlines()
     assert len({line.count("|") for line in table}) == 1
-    stamps = [line[:8] for line in records.as_log(rng).splitlines()]
+    stamps = [line[:8] for line in structured.as_log(rng).splitlines()]
     assert stamps == sorted(stamps)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl2ray.calibration.pieces import (
+from exl2ray.calibration.cutting import (
     GENERATED,
     SECOND_PASS,
     WRITTEN,

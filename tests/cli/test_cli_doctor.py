@@ -15,7 +15,7 @@ from exl2ray import host
 from exl2ray.doctor import examination as doctor
 from exl2ray.doctor import gpu_checks as doctor_gpu
 from exl2ray.doctor import probes, ray_start
-from exl2ray.doctor.findings import Finding
+from exl2ray.doctor.diagnosis import Finding
 
 CARD = "NVIDIA RTX A6000, 1 MiB used of 49140 MiB, driver {driver}"
 UNUSABLE = {"version": "2.13.0", "cuda": "13.0", "hip": None, "gpus": [], "broken": {}, "reason": "too old"}

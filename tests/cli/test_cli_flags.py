@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from exl2ray.cli import cli
 from exl2ray.errors import StoreError, UsageError
-from exl2ray.publish import origin
+from exl2ray.publish import base_model
 from exl2ray.recipe import HEAD_BITS, SECTIONS, SETTINGS, Recipe
 from exl2ray.store.workdir import WorkDir
 from exl2ray.terminal.flags import CONVERT_ONLY, MEASURE_FIELDS, stored_settings
@@ -330,5 +330,5 @@ def test_a_resume_has_the_same_card(changes, job_args):
     places = list(asked.calibration_data)
     make_job(asked, **({"cal_dataset": places[0] if len(places) == 1 else places} if places else {}))
     resumed = Recipe(**{"out_dir": job_args[3], **stored_settings(job_args[3])})
-    assert origin.command(resumed, 4.0, None) == origin.command(asked, 4.0, None)
-    assert origin.settings(resumed) == origin.settings(asked)
+    assert base_model.command(resumed, 4.0, None) == base_model.command(asked, 4.0, None)
+    assert base_model.settings(resumed) == base_model.settings(asked)

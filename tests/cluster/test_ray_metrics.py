@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from exl2ray.commands.submit import progress
-from exl2ray.driver import metrics
-from exl2ray.driver.metrics import METRICS, ClusterMetrics
+from exl2ray.driver import prometheus
+from exl2ray.driver.prometheus import METRICS, ClusterMetrics
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "grafana-exl2ray.json"
 ITEM: dict[str, Any] = {
@@ -86,9 +86,9 @@ def test_events_become_figures(ray_of_a_cluster: dict[str, list[tuple[Any, ...]]
 def test_nothing_happens_without_a_cluster(
     ray_of_a_cluster: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics.starting, "_private", object())  # a Ray of this process alone
+    monkeypatch.setattr(prometheus.starting, "_private", object())  # a Ray of this process alone
     ClusterMetrics("M").hear("item", ITEM)
-    monkeypatch.setattr(metrics.starting, "_private", None)
+    monkeypatch.setattr(prometheus.starting, "_private", None)
     monkeypatch.delitem(sys.modules, "ray")
     ClusterMetrics("M").hear("item", ITEM)
     assert "ray" not in sys.modules
@@ -132,7 +132,7 @@ def test_a_cluster_exports_them(monkeypatch: pytest.MonkeyPatch) -> None:
     port = 18097
     ray.init(num_cpus=1, include_dashboard=False, _metrics_export_port=port)
     try:
-        monkeypatch.setattr(metrics.starting, "_private", None)
+        monkeypatch.setattr(prometheus.starting, "_private", None)
         ClusterMetrics("M").hear("item", ITEM)
 
         def exported() -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from exl2ray.errors import UsageError
 from exl2ray.recipe import JOB_FLAGS, Recipe, bpw_name
-from exl2ray.store.job import SECTIONS, compare_jobs
+from exl2ray.store.job_file import SECTIONS, compare_jobs
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -19,7 +19,7 @@ from model_folders import edit_config, our_logits, relative_error, transformers_
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.hfconfig import legacy_config
-from exl2ray.formats.source.architectures import BY_MODEL_TYPE, resolved
+from exl2ray.formats.source.architecture_name import BY_MODEL_TYPE, resolved
 from exl2ray.model.arch import load_spec
 from exl2ray.model.hyper import loader_config, resolve_hyper
 from exl2ray.model.table import ARCHITECTURES

@@ -30,7 +30,7 @@ from model_folders import (
 from tiny_models import write_text
 
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.source.architectures import BY_MODEL_TYPE
+from exl2ray.formats.source.architecture_name import BY_MODEL_TYPE
 from exl2ray.model.arch import load_spec
 from exl2ray.model.class_defaults import CLASS_DEFAULTS
 from exl2ray.model.hyper import Hyper, loader_config, resolve_hyper

@@ -13,7 +13,7 @@ from bounded import exl2ray
 from tokenizer_folders import BASE, ROWS, TEXTS, load, put, token_folder
 from tokenizers import Tokenizer
 
-from exl2ray.calibration.chat import plain_chat
+from exl2ray.calibration.chat_text import plain_chat
 from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.calibration.rows import builtin_rows
 from exl2ray.calibration.text import Conversation

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from exl2ray.errors import Exl2RayError, FormatError, SourceError, UnknownArchitectureError
 from exl2ray.evaluate.compare import evaluate_many
 from exl2ray.evaluate.forward import open_model, run_model
-from exl2ray.evaluate.gguf import open_gguf
+from exl2ray.evaluate.gguf_model import open_gguf
 from exl2ray.evaluate.record import parse_evaluation
 from exl2ray.formats.gguf import GgufTensor, read_gguf
 

@@ -17,8 +17,8 @@ from exl2ray.errors import JobMismatchError
 from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
 from exl2ray.recipe import Recipe
-from exl2ray.store.events import read_events
-from exl2ray.store.layout import MEASURE, SOURCE_KEY
+from exl2ray.store.event_log import read_events
+from exl2ray.store.file_names import MEASURE, SOURCE_KEY
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
 

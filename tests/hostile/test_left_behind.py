@@ -66,7 +66,7 @@ def surrounded(umask: int, env: dict[str, str]) -> None:
 
 
 def test_caches_of_models_read_from_elsewhere(tmp_path: Path) -> None:
-    from exl2ray.remote.blocks import Blocks
+    from exl2ray.remote.block_cache import Blocks
 
     before = os.umask(0)
     try:

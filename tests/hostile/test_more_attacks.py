@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from small_sources import HIDDEN, LLAMA, weights, write_exl2, write_source
 from workdir_cases import Conversion
 
-from exl2ray.store.job import decode_job, encode_job
+from exl2ray.store.job_file import decode_job, encode_job
 
 RTL = "\x1b]0;title\x07\x1b[2J\u202e\u2066"
 

@@ -18,7 +18,7 @@ from published import convert_source, hub_on_loopback, write_source
 
 from exl2ray.commands.publish import Published, publish
 from exl2ray.errors import Exl2RayError, UsageError
-from exl2ray.publish.names import NEEDED, is_known, looks_secret
+from exl2ray.publish.file_kinds import NEEDED, is_known, looks_secret
 
 REPO = "me/tiny-exl2"
 MARK = b"not for the public: "  # and the name of the file

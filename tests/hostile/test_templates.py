@@ -9,7 +9,7 @@ import pytest
 from tiny_models import write_model
 from tokenizer_cases import Change, content, plan, settings, sparse
 
-from exl2ray.calibration.chat import ChatText, TemplateProcess, plain_chat
+from exl2ray.calibration.chat_text import ChatText, TemplateProcess, plain_chat
 from exl2ray.calibration.text import Conversation
 
 LOOP = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

@@ -22,7 +22,7 @@ from exl2ray.convert import convert
 from exl2ray.errors import StoreError
 from exl2ray.events import Silent
 from exl2ray.report.facts import read_facts
-from exl2ray.store.job import decode_job, encode_job
+from exl2ray.store.job_file import decode_job, encode_job
 from exl2ray.store.local import LocalStore
 from exl2ray.store.status import read_status
 from exl2ray.store.trust import refuse_others

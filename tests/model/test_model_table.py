@@ -13,8 +13,8 @@ from oracles import ORACLES, Oracle
 
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
+from exl2ray.model.checkpoint_names import relocated
 from exl2ray.model.hyper import loader_config
-from exl2ray.model.layout import relocated
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.model.table import ARCHITECTURES
 from exl2ray.model.weights import output_tensors

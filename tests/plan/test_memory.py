@@ -10,7 +10,7 @@ from header_models import LLAMA, MIXTRAL_8X7B, write_header_model
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
-from exl2ray.plan.memory import GPU_BASE_BYTES, Peak, RowSizes, peaks, state_bytes
+from exl2ray.plan.worker_memory import GPU_BASE_BYTES, Peak, RowSizes, peaks, state_bytes
 
 GIB = 1 << 30
 ROWS = RowSizes((19, 2048), (115, 2048), 19)

@@ -11,8 +11,8 @@ from header_models import LLAMA, MIXTRAL_8X7B, write_header_model
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
-from exl2ray.plan.memory import RowSizes
 from exl2ray.plan.times import FILES, LOGGED, Times, estimate, far_below, logged_for
+from exl2ray.plan.worker_memory import RowSizes
 
 ROWS = RowSizes((19, 2048), (115, 2048), 0)
 LLAMA_7B = {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,

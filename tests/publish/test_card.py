@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2ray.evaluate.record import Evaluation, Figure, Kind
-from exl2ray.publish import origin
+from exl2ray.publish import base_model
+from exl2ray.publish.base_model import base_model_of, command, original_card, read_original
 from exl2ray.publish.card import CardInfo, Making, add_evaluation, model_card, with_evaluation
 from exl2ray.publish.frontmatter import read_fields, split_card, with_fields, write_block
-from exl2ray.publish.origin import base_model_of, command, original_card, read_original
 from exl2ray.recipe import Recipe
 
 INFO = CardInfo(
@@ -167,11 +167,11 @@ def test_command_and_settings() -> None:
     )
     patched = command(Recipe(**base), 4.0, None, ["lm_head=8"]).splitlines()
     assert patched[1] == "exl2ray patch -o work --set lm_head=8 -cf patched"
-    shown = dict(origin.settings(changed))
+    shown = dict(base_model.settings(changed))
     assert shown["--set"] == "*.v_proj=6 *.o_proj=5"
     assert (shown["--rope-alpha"], shown["--chat-rows"], shown["--objective-power"]) == ("2.5", "no", "2")
     assert "--measurement-length" not in shown
-    assert dict(origin.settings(Recipe(**base)))["--damping"] == "0.12"
+    assert dict(base_model.settings(Recipe(**base)))["--damping"] == "0.12"
 
 
 # ---- where a model comes from ---------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_a_card_that_leads_out_of_the_model(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "README.md").symlink_to("../secret")
-    assert read_original(model) == origin.NO_CARD
+    assert read_original(model) == base_model.NO_CARD
     (model / "README.md").unlink()
     (model / "other.md").write_text("# Fine\n")
     (model / "README.md").symlink_to("other.md")
@@ -259,14 +259,14 @@ def test_hostile_blocks_leave_nothing(block: str, tmp_path: Path, monkeypatch: p
 
 
 def test_unusable_cards(tmp_path: Path) -> None:
-    assert read_original(tmp_path) == origin.NO_CARD
+    assert read_original(tmp_path) == base_model.NO_CARD
     (tmp_path / "README.md").write_bytes(b"\xff\xfe---\nnot text")
     assert "not text" in read_original(tmp_path).text
-    (tmp_path / "README.md").write_bytes(b"x" * (origin.MAX_CARD_BYTES + 1))
-    assert read_original(tmp_path) == origin.NO_CARD
+    (tmp_path / "README.md").write_bytes(b"x" * (base_model.MAX_CARD_BYTES + 1))
+    assert read_original(tmp_path) == base_model.NO_CARD
     (tmp_path / "README.md").unlink()
     (tmp_path / "README.md").mkdir()
-    assert read_original(tmp_path) == origin.NO_CARD
+    assert read_original(tmp_path) == base_model.NO_CARD
 
 
 def test_fields_are_replaced_and_the_rest_stays() -> None:

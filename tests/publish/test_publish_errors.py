@@ -19,7 +19,7 @@ from published import NOTHING, REPO, send
 from exl2ray.cli import cli
 from exl2ray.commands.publish import publish
 from exl2ray.errors import HubError, StoreError, UsageError
-from exl2ray.publish.origin import REPOSITORY
+from exl2ray.publish.base_model import REPOSITORY
 
 
 def test_a_token_that_is_not_valid(hub: FakeHub, models: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_offline(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_interrupted(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from exl2ray.errors import Interrupted
-    from exl2ray.publish.hub import Hub
+    from exl2ray.publish.upload import Hub
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

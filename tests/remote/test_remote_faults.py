@@ -18,7 +18,7 @@ from model_hub import ModelHub
 from remote_helpers import QUICK, SECRET, blocks_of, hub_env, measure, plan
 
 from exl2ray.remote.address import Address
-from exl2ray.remote.blocks import Blocks
+from exl2ray.remote.block_cache import Blocks
 from exl2ray.remote.hub import Repository
 
 

@@ -14,7 +14,7 @@ from bounded import Run, exl2ray
 from model_hub import SIGNATURE, TOKEN, ModelHub
 from remote_helpers import QUICK, SECRET, blocks_of, hub_env, made, measure, no_secret_below, plan, without_card
 
-from exl2ray.remote import blocks
+from exl2ray.remote import block_cache
 
 
 def test_hub(hub: ModelHub, online: Callable[..., Run], text: Path, wanted: dict[str, str], tmp_path: Path) -> None:
@@ -113,14 +113,14 @@ def test_other_commands_take_addresses(
 
 def test_blocks_are_fetched_once_while_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content, fetched = os.urandom(50_000), []
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 8192)
-    monkeypatch.setattr(blocks, "SMALL_BYTES", 100)
+    monkeypatch.setattr(block_cache, "BLOCK_BYTES", 8192)
+    monkeypatch.setattr(block_cache, "SMALL_BYTES", 100)
 
     def fetch(buffer: memoryview, offset: int) -> None:
         fetched.append((offset, len(buffer)))
         buffer[:] = content[offset : offset + len(buffer)]
 
-    some = blocks.Blocks(tmp_path / "b", 3 * (8192 + 4) + 10)
+    some = block_cache.Blocks(tmp_path / "b", 3 * (8192 + 4) + 10)
     for _ in range(2):
         for begin, end in ((0, 50_000), (5_000, 21_000), (49_990, 50_000), (16_384, 16_385)):
             out = bytearray(end - begin)

@@ -18,9 +18,9 @@ from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 from exl2ray.recipe import Recipe
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
+from exl2ray.store.file_names import EVENTS, MEASURE, MEASUREMENT, quant_kind
 from exl2ray.store.fs import Store
-from exl2ray.store.job import JOB_FILE, StoredJob, encode_job
-from exl2ray.store.layout import EVENTS, MEASURE, MEASUREMENT, quant_kind
+from exl2ray.store.job_file import JOB_FILE, StoredJob, encode_job
 from exl2ray.store.open import open_store
 from exl2ray.store.records import FileRef, Record, Records, hash_inputs, item_file
 from exl2ray.store.tensors import put_tensors

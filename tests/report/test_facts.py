@@ -18,9 +18,9 @@ from exl2ray.formats.layout import QParams
 from exl2ray.quant.qparams import attention_options, mlp_options
 from exl2ray.report.allocation import allocation_of
 from exl2ray.report.facts import group_notes, read_facts
-from exl2ray.report.timeline import busy_share, read_timeline
+from exl2ray.report.time_spent import busy_share, read_timeline
 from exl2ray.report.values import layer_of, nominal_bpw, parse_option, role_of
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, Records, hash_inputs
 

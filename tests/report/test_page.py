@@ -20,7 +20,7 @@ from exl2ray.report.facts import read_facts
 from exl2ray.report.figures import frontier
 from exl2ray.report.page import render
 from exl2ray.report.style import THEMES, WIDTH
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, Records, hash_inputs
 

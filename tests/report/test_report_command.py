@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from report_helpers import Model, evaluation, write_job
 
 from exl2ray.cli import cli
-from exl2ray.store.layout import is_ours
+from exl2ray.store.file_names import is_ours
 from exl2ray.store.open import open_store
 
 

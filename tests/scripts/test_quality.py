@@ -29,7 +29,7 @@ from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.errors import Exl2RayError, UsageError
 from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
-from exl2ray.store.layout import CALIBRATION
+from exl2ray.store.file_names import CALIBRATION
 from exl2ray.store.tensors import get_tensors
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl2ray.store.layout import quant_kind
+from exl2ray.store.file_names import quant_kind
 from exl2ray.store.passes import PassStatus, passes
 from exl2ray.store.records import Record, hash_inputs
 from exl2ray.store.status import read_status

@@ -12,10 +12,10 @@ import pytest
 from store_helpers import FAST, JOB, VERSIONS
 
 from exl2ray.errors import JobMismatchError, StoreError
-from exl2ray.store.events import read_events
+from exl2ray.store.event_log import read_events
+from exl2ray.store.file_names import CALIBRATION, MEASUREMENT, is_ours, quant_kind
 from exl2ray.store.fs import Store, temp_name
-from exl2ray.store.job import compare_jobs, is_marked
-from exl2ray.store.layout import CALIBRATION, MEASUREMENT, is_ours, quant_kind
+from exl2ray.store.job_file import compare_jobs, is_marked
 from exl2ray.store.local import LocalStore
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.store.open import open_store

@@ -23,7 +23,7 @@ import exl2ray.steps.job
 from exl2ray.convert import convert
 from exl2ray.driver.policy import Limits
 from exl2ray.events import Silent
-from exl2ray.store.events import read_events
+from exl2ray.store.event_log import read_events
 from exl2ray.store.open import open_store
 from exl2ray.team.messages import Begun
 from exl2ray.team.worker import Worker

@@ -21,7 +21,7 @@ from exl2ray.driver.policy import Limits
 from exl2ray.driver.supervise import POLL_SECONDS
 from exl2ray.errors import ClusterError, Exl2RayError, StoreError
 from exl2ray.events import Silent
-from exl2ray.store.events import read_events
+from exl2ray.store.event_log import read_events
 from exl2ray.store.open import open_store
 from exl2ray.team.messages import Begun
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exl2ray.driver import host
+from exl2ray.driver import worker_actor
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -31,19 +31,19 @@ def test_the_interface_of_the_address_is_used(monkeypatch: pytest.MonkeyPatch) -
     for name in CHOICES:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
-    host.use_interface_of("192.0.2.254")
+    worker_actor.use_interface_of("192.0.2.254")
     assert not os.environ.keys() & set(CHOICES)
-    host.use_interface_of("127.0.0.1")
+    worker_actor.use_interface_of("127.0.0.1")
     assert [os.environ.get(name) for name in CHOICES] == ["lo", "=lo"]
 
 
 def test_the_choice_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in CHOICES:
         monkeypatch.setenv(name, "ib0")
-    host.use_interface_of("127.0.0.1")
+    worker_actor.use_interface_of("127.0.0.1")
     assert {os.environ[name] for name in CHOICES} == {"ib0"}
 
 
 @pytest.mark.parametrize("address", ["", "localhost", "::1", "fe80::1", "127.0.0.999", "127.1"])
 def test_what_is_not_an_ipv4_address_has_no_interface(address: str) -> None:
-    assert host.interface_of(address) is None
+    assert worker_actor.interface_of(address) is None

@@ -13,7 +13,7 @@ from team_helpers import BITS, WIDE, WideWorker, digests, recipe
 
 from exl2ray.convert import convert
 from exl2ray.events import Silent
-from exl2ray.store.events import read_events
+from exl2ray.store.event_log import read_events
 from exl2ray.store.open import open_store
 from exl2ray.store.status import read_status
 

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from exl2ray.driver.host import use_interface_of
+from exl2ray.driver.worker_actor import use_interface_of
 from exl2ray.team.comm import Group, serve_rendezvous
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

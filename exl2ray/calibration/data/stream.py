@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exl2ray.calibration.chat import ChatText
+from exl2ray.calibration.chat_text import ChatText
 from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE
 from exl2ray.calibration.data.sources import Source
 from exl2ray.calibration.data.taken import Taken, some

@@ -10,14 +10,14 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import count
 
-from exl2ray.calibration.generate import code, dialogue, languages, maths, prose, records
+from exl2ray.calibration.generate import code, dialogue, languages, maths, prose, structured
 from exl2ray.calibration.text import Conversation
 
 WRITERS: dict[str, tuple[Callable[[random.Random], str], ...]] = {
     "web": (prose.letter, prose.instructions, prose.letter),
     "articles": (prose.report,),
     "code": (code.program,),
-    "formats": (records.data_file,),
+    "formats": (structured.data_file,),
     "technical": (maths.exercises,),
     "stories": (prose.report, prose.letter),
     "multilingual": (languages.passage,),

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable
 
-from exl2ray.calibration.generate import code, maths, prose, records, words
+from exl2ray.calibration.generate import code, maths, prose, structured, words
 from exl2ray.calibration.text import Conversation
 
 Turn = tuple[str, str]  # question, answer
@@ -25,13 +25,13 @@ def order_words(rng: random.Random) -> Turn:
 
 
 def to_json(rng: random.Random) -> Turn:
-    record = records.table(rng, 1)[0]
+    record = structured.table(rng, 1)[0]
     listed = "; ".join(f"{k}: {v}" for k, v in record.items())
     return f"As JSON, with nothing else: {listed}", json.dumps(record, indent=rng.choice((None, 2)))
 
 
 def read_table(rng: random.Random) -> Turn:
-    rows = records.table(rng, rng.randint(3, 6), flat=True)
+    rows = structured.table(rng, rng.randint(3, 6), flat=True)
     column = rng.choice(list(rows[0]))
     lines = [",".join(rows[0]), *(",".join(str(v) for v in r.values()) for r in rows)]
     return f"What does the column {column} hold?\n\n" + "\n".join(lines), "; ".join(str(r[column]) for r in rows)

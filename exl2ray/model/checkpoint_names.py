@@ -8,7 +8,7 @@ from typing import Any
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.source.shards import INDEX, gaps
+from exl2ray.formats.source.model_shards import INDEX, gaps
 from exl2ray.model.rules import Arch, Names
 
 Layout = tuple[tuple[str, str], ...]  # (start of a name in the table, what stands there), first match applies

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from exl2ray.store.file_names import EVENTS
 from exl2ray.store.fs import Store
-from exl2ray.store.layout import EVENTS
 
 
 def timestamp() -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from exl2ray.errors import ClusterError, Exl2RayError
-from exl2ray.store.layout import LOGS
+from exl2ray.store.file_names import LOGS
 from exl2ray.store.open import open_store
 from exl2ray.team.messages import DeviceFailed, Pass, WorkerSetup, translate
 

@@ -18,8 +18,8 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModelSpec
 from exl2ray.recipe import JOB_FLAGS, Recipe
-from exl2ray.store.job import StoredJob
-from exl2ray.store.layout import MEASUREMENT
+from exl2ray.store.file_names import MEASUREMENT
+from exl2ray.store.job_file import StoredJob
 from exl2ray.store.workdir import WorkDir
 
 

@@ -1,8 +1,8 @@
 """Which files of an EXL2 directory are published, and which stay where they are.
 
-Only what is known as part of a model goes to the Hub (``names.py``), and of that only regular files whose content holds no
-secret (``opened.py``, ``secrets.py``). Whatever else lies in the directory is named as left out. A file without which the
-model would be another one is never left out: then nothing is published.
+Only what is known as part of a model goes to the Hub (``file_kinds.py``), and of that only regular files whose content
+holds no secret (``opened.py``, ``secrets.py``). Whatever else lies in the directory is named as left out. A file without
+which the model would be another one is never left out: then nothing is published.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.claim import CLAIM
 from exl2ray.formats.summary import DirectorySummary, inspect_directory
 from exl2ray.formats.verify import verify_directory
-from exl2ray.publish.names import CARD, is_known, is_needed, looks_secret
+from exl2ray.publish.file_kinds import CARD, is_known, is_needed, looks_secret
 from exl2ray.publish.opened import NotSent, Opened, open_file
 from exl2ray.publish.secrets import find_secret
 from exl2ray.recipe import bpw_name
