@@ -156,8 +156,8 @@ def tokenizer_handlers() -> dict[str, Handler]:
                 encodings = [loaded[0].tokenizer.encode(chunk[0], add_special_tokens=False)]
             else:
                 encodings = loaded[0].tokenizer.encode_batch(chunk, add_special_tokens=False)
-            for e in encodings:
-                found = e.ids
+            while encodings:  # each is given up before the next chunk is encoded: it is a hundred times its text
+                found = encodings.pop(0).ids
                 lengths.append(len(found))
                 ids.extend(found)
         return {"lengths": lengths}, [ids.tobytes()]

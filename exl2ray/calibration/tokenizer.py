@@ -32,7 +32,8 @@ from exl2ray.errors import SourceError
 
 # Of a process that holds a tokenizer. The largest published ones, 35 MB with 262,000 tokens, take 500 MB and 2 s.
 MEMORY_BYTES, MEMORY_PER_BYTE, MOST_MEMORY_BYTES = 512 * MIB, 12, 1300 * MIB
-MEMORY_PER_TEXT_BYTE = 300  # of the longest text: an encoding keeps pieces, offsets and more of every token
+MEMORY_PER_TEXT_BYTE = 300  # of the longest text so far: an encoding keeps pieces, offsets and more of every token, and what
+# it gives back stays with the allocator of the process
 LOAD_SECONDS, LOAD_SECONDS_PER_MIB = 2.0, 0.15
 BYTES_PER_SECOND = 250_000  # of text; slow tokenizers do four times that
 IDS_PER_BYTE, IDS_PER_TEXT = 16, 1024  # normalisers may lengthen text, but not without end
@@ -45,6 +46,7 @@ class TokenizerProcess:
     def __init__(self, files: TokenizerFiles, rows: int) -> None:
         self._path = files.path
         self._memory = min(MEMORY_BYTES + MEMORY_PER_BYTE * len(files.content), MOST_MEMORY_BYTES)
+        self._text_memory = 0
         self._child = LimitedProcess("tokenizer")
         request = {"op": "load", "stated": files.stated, "named": files.named, "rows": rows, "names": False}
         seconds = LOAD_SECONDS + LOAD_SECONDS_PER_MIB * len(files.content) / MIB
@@ -63,9 +65,9 @@ class TokenizerProcess:
         """Ids of each text, int64 (T,)."""
         data = [text.encode("utf-8") for text in texts]
         size = sum(map(len, data))
+        self._text_memory = max(self._text_memory, MEMORY_PER_TEXT_BYTE * max(map(len, data), default=0))
         _, blobs, lengths = self._ask(
             {"op": "encode"}, data, f"{size} bytes of text", cpu_seconds=size / BYTES_PER_SECOND,
-            extra_memory=MEMORY_PER_TEXT_BYTE * max(map(len, data), default=0),
             answer_bytes=4 * (IDS_PER_BYTE * size + IDS_PER_TEXT * len(data)),
         )  # fmt: skip
         ids = np.frombuffer(blobs[0], np.int32).astype(np.int64)
@@ -94,13 +96,13 @@ class TokenizerProcess:
         blobs: Sequence[bytes],
         what: str,
         cpu_seconds: float,
-        extra_memory: int = 0,
         answer_bytes: int = 64 * MIB,
     ) -> tuple[dict[str, Any], list[bytes], list[int]]:
         try:
             answer, out = self._child.ask(
-                request, blobs, cpu_seconds=cpu_seconds, memory_bytes=self._memory + extra_memory, answer_bytes=answer_bytes
-            )
+                request, blobs, cpu_seconds=cpu_seconds, memory_bytes=self._memory + self._text_memory,
+                answer_bytes=answer_bytes,
+            )  # fmt: skip
         except ChildError as e:
             reason = e.reason if e.ended or e.reason.startswith("used more") else f"fails: {e.reason}"
             raise SourceError(f"{self._path}: the tokenizer {reason} (with {what})", _UNUSUAL) from e

@@ -32,6 +32,15 @@ def write(directory: Path, tokenizer: Tokenizer, settings: Any = None) -> Path:
     return directory
 
 
+def test_small_texts_after_large_ones(word_level: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the allocator keeps of large encodings was more than a later request was allowed: no thread could start."""
+    monkeypatch.setattr("exl2ray.calibration.tokenizer.MEMORY_BYTES", 120 << 20)
+    with load_tokenizer(write(tmp_path, word_level), {}, 7) as loaded:
+        large = "the cat " * 200_000
+        assert [len(ids) for ids in loaded.encode_batch([large, large])] == [400_000] * 2
+        assert [len(ids) for ids in loaded.encode_batch(["the cat sat"] * 100)] == [3] * 100
+
+
 def test_text_is_encoded_without_special_tokens(word_level: Tokenizer, tmp_path: Path) -> None:
     word_level.enable_truncation(2)
     word_level.enable_padding(length=10)
