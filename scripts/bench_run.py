@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the kernels that run EXL2 models, on one GPU, and whole models under transformers and in ExLlamaV2.
 
-    python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8] [--blocks 2,4] [--ahead 0,1]
+    python scripts/bench_run.py linears [--bits 4.0] [--rows 1,16] [--columns 2,4] [--warps 4,8] [--blocks 2,4]
     python scripts/bench_run.py model [--layers 32] [--prompt 512] [--tokens 128] [--batches 1,2,4] [--compile] [--generate]
     python scripts/bench_run.py directory DIR [--engine exllamav2] [--prompt 512] [--tokens 128] [--batches 1,2] [--generate]
 
@@ -118,9 +118,8 @@ def bench_linears(args: argparse.Namespace) -> None:
 def variants_of(
     args: argparse.Namespace, rows: int, copies: list[Exl2Linear], x: Tensor, expected: Tensor, peak: float
 ) -> Iterator[str]:
-    choices = [numbers(x) for x in (args.columns, args.warps, args.ahead if rows == 1 else "0")]
-    for columns, warps, ahead in itertools.product(*choices):
-        v = Variant(1 if rows == 1 else 4, columns, warps, ahead=bool(ahead))
+    for columns, warps in itertools.product(numbers(args.columns), numbers(args.warps)):
+        v = Variant(1 if rows == 1 else 4, columns, warps)
         if v.units(rows) < warps:  # too little room for activations
             continue
         for blocks in numbers(args.blocks):
@@ -136,7 +135,7 @@ def variants_of(
             took = seconds(lambda: [c.packed().product(x) for c in copies]) / len(copies)
             speed = size(copies[0]) / took
             yield (
-                f"  rows {rows:2} columns {columns} warps {warps:2} ahead {ahead} blocks/SM {blocks:2}: {took * 1e6:7.2f} us "
+                f"  rows {rows:2} columns {columns} warps {warps:2} blocks/SM {blocks:2}: {took * 1e6:7.2f} us "
                 f"{speed / 1e9:5.0f} GB/s {100 * speed / peak:3.0f} %, first call {compiled:.1f} s, error {off:.1e}"
             )
             if not off < 2e-3:
@@ -325,7 +324,6 @@ def main() -> None:
     parser.add_argument("--columns", default="2,4")
     parser.add_argument("--warps", default="4,8,16")
     parser.add_argument("--blocks", default="1,2,4")
-    parser.add_argument("--ahead", default="0,1")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)

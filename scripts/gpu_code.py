@@ -2,7 +2,7 @@
 """Compiles the kernels that run EXL2 models for a GPU, without one, and counts what a warp executes for a unit of 32 rows.
 
     pip install numba-cuda nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm nvidia-cuda-runtime nvidia-cuda-cccl
-    python scripts/gpu_code.py [--arch 90] [--rows 1] [--columns 4] [--warps 8] [--ahead] [--most 128]
+    python scripts/gpu_code.py [--arch 90] [--rows 1] [--columns 4] [--warps 8] [--most 128]
 
 Prints the seconds that Numba takes, registers and spilled bytes (with at most --most registers a thread), and the straight
 pieces of more than 100 instructions with their kinds: with one row, each of the six widths has one, in which a thread
@@ -78,7 +78,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, choices=(1, 4), default=1)
     parser.add_argument("--columns", type=int, choices=(2, 4), default=4)
     parser.add_argument("--warps", type=int, default=8)
-    parser.add_argument("--ahead", action="store_true")
     parser.add_argument("--most", type=int, default=128)
     args = parser.parse_args()
     arch = (int(args.arch[:-1]), int(args.arch[-1]))
@@ -92,7 +91,7 @@ def main() -> None:
         array(float16, 2), *packed, array(float16, 1), boolean, *[int64] * 3, array(float32, 1), array(int32, 1),
         array(float16, 2), int64, int64,
     )  # fmt: skip
-    variant = Variant(args.rows, args.columns, args.warps, ahead=args.ahead)
+    variant = Variant(args.rows, args.columns, args.warps)
     show(str(variant), product_kernel(variant), product, args.arch, args.most)
     show("unpacking", unpack_kernel(False), (*packed, int64, array(float16, 2), int64), args.arch, args.most)
 
