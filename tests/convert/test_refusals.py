@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,17 @@ from exl2ray.steps.producing import judge
     ("changes", "flag"),
     [
         ({"head_bits": 4}, "-hb: 6 -> 4"),
-        ({"bits": (4.0,)}, r"-b: \[4.0, 5.0\] -> \[4.0\]"),
+        ({"bits": (4.0,)}, "-b: [4.0, 5.0] -> [4.0]"),
         ({"shard_size": 1}, "-ss: 8192 -> 1"),
         ({"length": 256}, "-l: 128 -> 256"),
         ({"seed": 3}, "--seed: 0 -> 3"),
         ({"damping": 0.05}, "--damping: 0.12 -> 0.05"),
-        ({"rope_alpha": 2.0}, "-ra: null -> 2.0"),
+        ({"rope_alpha": 2.0}, "-ra: (not set) -> 2.0"),
     ],
 )
 def test_changed_settings_are_refused(quiet: Quiet, finished: Path, changes: dict[str, Any], flag: str) -> None:
     before = contents(finished)
-    with pytest.raises(JobMismatchError, match=flag):
+    with pytest.raises(JobMismatchError, match=re.escape(flag)):
         again(quiet, finished, **changes)
     assert contents(finished) == before
 
