@@ -156,8 +156,9 @@ def tokenizer_handlers() -> dict[str, Handler]:
                 encodings = [loaded[0].tokenizer.encode(chunk[0], add_special_tokens=False)]
             else:
                 encodings = loaded[0].tokenizer.encode_batch(chunk, add_special_tokens=False)
+            encodings.reverse()
             while encodings:  # each is given up before the next chunk is encoded: it is a hundred times its text
-                found = encodings.pop(0).ids
+                found = encodings.pop().ids
                 lengths.append(len(found))
                 ids.extend(found)
         return {"lengths": lengths}, [ids.tobytes()]
