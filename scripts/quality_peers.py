@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -77,17 +78,55 @@ def convert(model: Model, options: str, bits: float, work: Path, out: Path, seco
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     start = time.perf_counter()
-    command = ["-i", str(model.path), "-b", repr(bits), *flags]
-    command += ["-o", str(work), "-cf", str(out)] if package == "exllamav2" else ["-w", str(work), "-o", str(out)]
-    told = _run(["-m", CONVERTERS[package], *command], seconds)
-    if not _files(out) and package == "exllamav3":
-        told = _run(["-c", CALLED, *command], seconds)
+    command = ["-b", repr(bits), *flags]
+    if package == "exllamav2":
+        told = _exllamav2(model, [*command, "-o", str(work), "-cf", str(out)], work, seconds)
+    else:
+        told = _exllamav3(model, [*command, "-w", str(work), "-o", str(out)], out, seconds)
     if not _files(out):
         raise Failed(f"{package}: ended without an error, but wrote no model: {told[-TAIL:]}")
     took = time.perf_counter() - start
     shutil.rmtree(work)
     figures = model.judge(out) if package == "exllamav2" else _judged_there(model, out, seconds)
     return {**figures, "quantize_seconds": round(took, 3), "version": version}
+
+
+def _exllamav2(model: Model, command: list[str], work: Path, seconds: float) -> str:
+    """Measures a model once: later bitrates begin with what the first one found."""
+    kept = work.with_name(f"{work.name}-measurement.json")
+    known = ["-m", str(kept)] if kept.is_file() else []
+    told = _run(["-m", CONVERTERS["exllamav2"], "-i", str(model.path), *command, *known], seconds)
+    if not known and (work / "measurement.json").is_file():
+        shutil.copyfile(work / "measurement.json", kept)
+    return told
+
+
+def _exllamav3(model: Model, command: list[str], out: Path, seconds: float) -> str:
+    """Version 1.6.5 puts a dot in front of the names of a text-only Gemma 3: it gets a copy with such names."""
+    program = ["-m", CONVERTERS["exllamav3"]]
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        source = str(model.path)
+        for _ in range(3):
+            try:
+                told = _run([*program, "-i", source, *command], seconds)
+            except Failed as e:
+                if "Required tensor ." not in str(e) or source == folder:
+                    raise
+                _with_dots(model.path, Path(folder))
+                source = folder
+                continue
+            if _files(out) or program[0] == "-c":
+                break
+            program = ["-c", CALLED]
+    return told
+
+
+def _with_dots(model: Path, copy: Path) -> None:
+    for path in model.iterdir():
+        if path.suffix == ".safetensors":
+            save_file({f".{name}": x for name, x in load_file(path).items()}, copy / path.name, {"format": "pt"})
+        elif path.is_file() and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, copy / path.name)
 
 
 def _files(directory: Path) -> list[Path]:

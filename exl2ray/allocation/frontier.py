@@ -14,7 +14,7 @@ import math
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -74,24 +74,29 @@ class LossCurve:
         mass = np.diff(bounds) * (1.0 if shape is None else np.array(shape))
         self._bounds, self._mass = bounds, np.concatenate([[0.0], np.cumsum(mass / max(mass.sum(), 1e-300))])
         usable = {d: v for d, v in self.losses.items() if 0 < v < USELESS / 10}
-        known = sorted((math.log(self._general(_option(d))), math.log(v)) for d, v in usable.items())
+        general = np.log(self._general(tuple(map(_option, usable)))) if usable else np.zeros(0)
+        known = sorted(zip(general.tolist(), map(math.log, usable.values()), strict=True))
         self._x = np.array([x for x, _ in known])
         self._y = np.array([y - x for x, y in known])
 
     def loss(self, option: QParams) -> float:
         """Squared output error per token: measured, or predicted from what was."""
-        measured = self.losses.get(_name(option))
-        if measured is not None:
-            return measured
-        if not len(self._x):
-            return 0.0  # no option does any harm: a linear that is all zeros
-        general = math.log(self._general(option))
-        return math.exp(general + float(np.interp(general, self._x, self._y)))
+        return self.all_losses((option,))[0]
 
-    def _general(self, option: QParams) -> float:
-        """The prediction for a linear of level 1."""
-        edges, losses = _parts(option, self.in_features)
-        return float(np.diff(np.interp(edges, self._bounds, self._mass)) @ losses)
+    def all_losses(self, options: Sequence[QParams]) -> list[float]:
+        """`loss` of each option, all at once."""
+        if len(self._x) and len(options):
+            general = np.log(self._general(tuple(options)))
+            predicted = np.exp(general + np.interp(general, self._x, self._y)).tolist()
+        else:
+            predicted = [0.0] * len(options)  # no option does any harm: a linear that is all zeros
+        return [self.losses.get(_name(q), loss) for q, loss in zip(options, predicted, strict=True)]
+
+    def _general(self, options: tuple[QParams, ...]) -> NDArray[np.float64]:
+        """The predictions for a linear of level 1."""
+        edges, losses, first = _all_parts(options, self.in_features)
+        mass = np.interp(edges, self._bounds, self._mass)
+        return np.add.reduceat((mass[1:] - mass[:-1]) * losses, first)
 
 
 def _check_option(name: str, where: str) -> None:
@@ -125,6 +130,17 @@ def _parts(option: QParams, in_features: int) -> tuple[NDArray[np.float64], NDAr
     for b, n in zip(layout.bits, layout.rows, strict=True):
         rows[b] = rows.get(b, 0) + n
     return np.cumsum([0.0, *rows.values()]), np.array([relative(b, sizes[b]) for b in rows])
+
+
+@lru_cache(maxsize=256)
+def _all_parts(
+    options: tuple[QParams, ...], in_features: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
+    """`_parts` of all options behind each other, and where each begins; what lies between two of them counts 0."""
+    parts = [_parts(q, in_features) for q in options]
+    edges = np.concatenate([e for e, _ in parts])
+    losses = np.concatenate([np.append(rates, 0.0) for _, rates in parts])[:-1]
+    return edges, losses, np.cumsum([0, *(len(e) for e, _ in parts[:-1])])
 
 
 def flat_loss(option: QParams, in_features: int) -> float:
@@ -163,7 +179,8 @@ def frontier(
     Those on the lower convex hull of loss over bits, and those that lie within ``near`` of it (relative): with few linears
     the hull alone leaves steps that are too large to use a budget up.
     """
-    tried = [Candidate(q, bits_of(q), curve.loss(q)) for q in (all_options() if options is None else options)]
+    options = all_options() if options is None else options
+    tried = [Candidate(q, bits_of(q), v) for q, v in zip(options, curve.all_losses(options), strict=True)]
     better: list[Candidate] = []  # each larger one has a lower loss
     for c in sorted(tried, key=lambda c: (c.bits, c.loss)):
         if not better or c.loss < better[-1].loss:
@@ -175,8 +192,10 @@ def frontier(
         while len(hull) > 1 and _slope(hull[-2], c) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(c)
-    bits, losses = [c.bits for c in hull], [c.loss for c in hull]
-    return [c for c in better if c.loss <= (1 + near) * float(np.interp(c.bits, bits, losses))]
+    if not hull:
+        return []
+    at_most = (1 + near) * np.interp([c.bits for c in better], [c.bits for c in hull], [c.loss for c in hull])
+    return [c for c, most in zip(better, at_most.tolist(), strict=True) if c.loss <= most]
 
 
 def _slope(a: Candidate, b: Candidate) -> float:

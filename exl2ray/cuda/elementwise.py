@@ -228,18 +228,32 @@ def _rms_norm(x, weight, eps, out):
     n = x.shape[1]
     total = np.float32(0.0)
     i = cuda.threadIdx.x
+    while i + 3 * THREADS < n:  # four elements, all loaded before the first is used
+        x0, x1, x2, x3 = x[token, i], x[token, i + THREADS], x[token, i + 2 * THREADS], x[token, i + 3 * THREADS]
+        a, b = _clamped(np.float32(x0)), _clamped(np.float32(x1))
+        total += a * a + b * b
+        a, b = _clamped(np.float32(x2)), _clamped(np.float32(x3))
+        total += a * a + b * b
+        i += 4 * THREADS
     while i < n:
-        j = i + THREADS  # a second element, loaded before the first is used
-        a = np.float32(x[token, i])
-        b = np.float32(0.0)
-        if j < n:
-            b = np.float32(x[token, j])
-        a, b = _clamped(a), _clamped(b)
+        a, b = _clamped(np.float32(x[token, i])), np.float32(0.0)
+        if i + THREADS < n:
+            b = _clamped(np.float32(x[token, i + THREADS]))
         total += a * a + b * b
         i += 2 * THREADS
     scale = np.float32(1.0) / np.float32(math.sqrt(_block_sum(sums, total) / np.float32(n) + eps))
-    for i in range(cuda.threadIdx.x, n, THREADS):
+    i = cuda.threadIdx.x
+    while i + 3 * THREADS < n:
+        x0, x1, x2, x3 = x[token, i], x[token, i + THREADS], x[token, i + 2 * THREADS], x[token, i + 3 * THREADS]
+        w0, w1, w2, w3 = weight[i], weight[i + THREADS], weight[i + 2 * THREADS], weight[i + 3 * THREADS]
+        out[token, i] = np.float16(_clamped(np.float32(x0)) * scale * w0)
+        out[token, i + THREADS] = np.float16(_clamped(np.float32(x1)) * scale * w1)
+        out[token, i + 2 * THREADS] = np.float16(_clamped(np.float32(x2)) * scale * w2)
+        out[token, i + 3 * THREADS] = np.float16(_clamped(np.float32(x3)) * scale * w3)
+        i += 4 * THREADS
+    while i < n:
         out[token, i] = np.float16(_clamped(np.float32(x[token, i])) * scale * weight[i])
+        i += THREADS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -6,6 +6,8 @@ same class runs on NumPy arrays under Numba's CUDA simulator, which is how the k
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,22 @@ from torch import Tensor
 from exl2ray.cuda import kernels
 from exl2ray.cuda.backend import OFFSETS, REFINED_BITS, REFINED_ROWS, SHRINKAGE, Workspace, blocks_of, shrink_grid
 from exl2ray.cuda.launch import VARY, Launch, stream_of
+
+# An upload waits until the GPU has done what came before it: what every batch of a shape needs is uploaded once.
+
+
+@lru_cache(maxsize=256)
+def _blocks(bounds: tuple[tuple[int, int], ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`blocks_of` on the device."""
+    blocks, first = blocks_of(bounds, size)
+    return torch.from_numpy(blocks).to(device), torch.from_numpy(first).to(device)
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The shrink factors and the offsets of refined codes on the device."""
+    grid, offsets = shrink_grid(kernels.PADDED), np.array(OFFSETS, dtype=np.int32)
+    return torch.from_numpy(grid).to(device), torch.from_numpy(offsets).to(device)
 
 
 class CudaGroups:
@@ -22,16 +40,11 @@ class CudaGroups:
         self._sliced: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
         columns = ws.x.shape[1]
 
-        def upload(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
         def buffer(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        blocks, starts = blocks_of(ws.bounds, kernels.COLUMNS)
-        search, first, segments = upload(blocks), upload(starts), len(starts) - 1
-        quant = upload(blocks_of(ws.bounds, kernels.QUANT_COLUMNS)[0])
-        grid = upload(shrink_grid(kernels.PADDED))
+        (search, first), (quant, _) = (_blocks(tuple(ws.bounds), n, device) for n in (kernels.COLUMNS, kernels.QUANT_COLUMNS))
+        segments, grid, offsets = len(first) - 1, *_constants(device)
         col_top, block_top = buffer(columns), buffer(len(search))
         seg_top, seg_m = buffer(segments), buffer(segments)
         partial = buffer(len(search), kernels.PADDED)
@@ -58,7 +71,7 @@ class CudaGroups:
         )  # fmt: skip
         self.refine = ws.scale_search == "feedback" and ws.feedback
         if self.refine:
-            offsets, cost = upload(np.array(OFFSETS, dtype=np.int32)), buffer(len(OFFSETS), columns)
+            cost = buffer(len(OFFSETS), columns)
             self.trial = Launch(
                 kernels.trial, (len(quant), len(OFFSETS)), size, ws.x, VARY, VARY, ws.u, quant, ws.bits, VARY, seg_m,
                 ws.scale_codes, offsets, REFINED_BITS, np.float32(SHRINKAGE), cost,

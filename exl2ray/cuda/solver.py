@@ -189,7 +189,7 @@ class Batch:
         else:
             self.r = r
         self.ws.perm.copy_(perm)
-        self.ws.bits.copy_(bits)
+        self.ws.bits.copy_(bits, non_blocking=True)  # a few bytes, taken before it returns: does not wait for the GPU
         column = 0
         for w in weights:
             self.w[:, column : column + w.shape[1]].copy_(w[perm])

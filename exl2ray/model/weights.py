@@ -7,6 +7,7 @@ only a normalised head is stored normalised (5.16). Where the model is to be rot
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ from exl2ray.formats.shards import TensorEntry
 from exl2ray.model.arch import shape_fits
 from exl2ray.model.spec import CopiedTensor, LinearSpec, ModelSpec, ModuleSpec, PlainTensor, Stored
 
-READERS = 4  # threads that read ahead for a GPU: one alone is slower than the forward pass of a module
+READERS = min(8, max(4, (os.cpu_count() or 1) // 2))  # threads that read ahead for a GPU: one is slower than a forward pass
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

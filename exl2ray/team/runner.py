@@ -57,7 +57,7 @@ class Runner:
         the background meanwhile: most items follow the order of the model, and pass through a module or more on the way to
         their own."""
         block = load_block(self.spec, module, self.ahead, self.device, self.dtype, state_dtype)
-        self._fetch(self.spec.modules[module.index + 1 : module.index + 3])
+        self.fetch(self.spec.modules[module.index + 1 : module.index + 3])
         return block
 
     def load_for_gradients(self, module: ModuleSpec, coming: Sequence[ModuleSpec]) -> Block:
@@ -67,7 +67,7 @@ class Runner:
         """
         dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
         block = load_block(self.spec, module, self.ahead, self.device, dtype, torch.float32)
-        self._fetch(coming)
+        self.fetch(coming)
         return block
 
     def load_from(self, source: Any, module: ModuleSpec) -> Block:
@@ -76,9 +76,10 @@ class Runner:
 
     def expect(self, index: int, count: int = 3) -> None:
         """Starts to read ``count`` modules from here on in the background."""
-        self._fetch(self.spec.modules[index : index + count])
+        self.fetch(self.spec.modules[index : index + count])
 
-    def _fetch(self, modules: Sequence[ModuleSpec]) -> None:
+    def fetch(self, modules: Sequence[ModuleSpec]) -> None:
+        """Starts to read the weights of these modules in the background; those of others are dropped."""
         self.ahead.fetch([name for m in modules for name in whole_tensors(m)])
 
     def load_quantized(self, module: ModuleSpec, packed: dict[str, PackedLinear]) -> Block:

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from exl2ray.errors import NumericError
-from exl2ray.model.blocks import check_states
-from exl2ray.model.spec import ModelSpec
+from exl2ray.model.blocks import Block, check_states
+from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.quant.sensitivity import Sums, add, column_weights, head_backward, module_backward
 from exl2ray.store.file_names import MEASURE
 from exl2ray.store.records import Record
@@ -55,14 +55,16 @@ def backward_pass(runner: Runner, shares: Mapping[int, tuple[int, ...]], tokens:
     spec = runner.spec
     modules = spec.modules[1:]
     every = [r for rows in shares.values() for r in rows]
-    home = runner.home(4 * len(every) * tokens * spec.hyper.hidden_size * len(modules))
+    nbytes = 4 * len(every) * tokens * spec.hyper.hidden_size * len(modules)
+    home = runner.home(nbytes)
     ids = runner.rows("measure")[every, : tokens]
     size = max(1, SHARE_ROWS // runner.shrink.get(runner.in_hand, 1))
     batches = _batches(shares, size)
     embedded = runner.load_for_gradients(spec.modules[0], modules[:2]).forward(ids).to(home)
     kept = [[embedded[b] for b in batches]]
+    blocks = _Blocks(runner, room=runner.room(nbytes) // 2 if runner.device.type == "cuda" else 0)
     for i, module in enumerate(modules[:-1]):  # kept: before each module, the head included
-        block = runner.load_for_gradients(module, modules[i + 1 : i + 3])
+        block = blocks.forward(module, modules[i + 1 : i + 3])
         kept.append([block.forward(x.to(runner.device)).float().to(home) for x in kept[-1]])
         for x in kept[-1]:
             check_states(x, f"output of {module.profile_key}")
@@ -71,7 +73,7 @@ def backward_pass(runner: Runner, shares: Mapping[int, tuple[int, ...]], tokens:
     gradients: list[torch.Tensor] = []
     for i in range(len(modules) - 1, -1, -1):
         module = modules[i]
-        block = runner.load_for_gradients(module, modules[max(0, i - 2) : i][::-1])
+        block = blocks.backward(module, modules[max(0, i - 2) : i][::-1])
         columns, states = column_weights(block), kept.pop()
         if module.kind == "head":
             signs = [torch.Generator(runner.device).manual_seed(share) for share in owner]
@@ -84,6 +86,30 @@ def backward_pass(runner: Runner, shares: Mapping[int, tuple[int, ...]], tokens:
                 add(out[share].setdefault(module.profile_key, {}), sums)
         _check(module.profile_key, [sums for _, sums in found])
     return out
+
+
+class _Blocks:
+    """Modules with their weights, each needed twice. On a GPU the last ones that fit into ``room`` bytes stay for the way
+    back; on a CPU reading is no work."""
+
+    def __init__(self, runner: Runner, room: int) -> None:
+        self._runner, self._room = runner, room
+        self._kept: dict[int, tuple[Block, int]] = {}  # in order
+
+    def forward(self, module: ModuleSpec, coming: Sequence[ModuleSpec]) -> Block:
+        block = self._runner.load_for_gradients(module, coming)
+        nbytes = sum(w.numel() * w.element_size() for w in block.weights.values())
+        self._kept[module.index] = block, nbytes
+        while self._kept and sum(n for _, n in self._kept.values()) > self._room:
+            del self._kept[next(iter(self._kept))]
+        return block
+
+    def backward(self, module: ModuleSpec, coming: Sequence[ModuleSpec]) -> Block:
+        coming = [m for m in coming if m.index not in self._kept]
+        if module.index not in self._kept:
+            return self._runner.load_for_gradients(module, coming)
+        self._runner.fetch(coming)
+        return self._kept.pop(module.index)[0]
 
 
 def _batches(shares: Mapping[int, Sequence[int]], size: int) -> list[slice]:

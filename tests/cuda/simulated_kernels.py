@@ -70,6 +70,7 @@ def test_distances(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rms_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "THREADS", 32)
     checks.check_rms_norm("cpu")
+    checks.check_rms_norm("cpu", 224)  # four elements of a thread at a time, and three that are left
 
 
 def test_plus_behind(monkeypatch: pytest.MonkeyPatch) -> None:
