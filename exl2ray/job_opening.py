@@ -22,18 +22,40 @@ from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.job_file import StoredJob
 from exl2ray.store.workdir import WorkDir
 
+FEW_SCORES = 4  # rows of the measurement set for scores by which nothing is chosen: they tell how modules differ
+
 
 def job_of(
-    recipe: Recipe, source: SourceModel, spec: ModelSpec, rows: Mapping[str, Rows], data: Sequence[str]
+    recipe: Recipe, source: SourceModel, spec: ModelSpec, rows: Mapping[str, Rows], data: Sequence[str],
+    stored: StoredJob | None,
 ) -> dict[str, dict[str, Any]]:
-    """The sections of job.json. ``recipe``: with ``--allocation`` as ``falls_back`` has it; ``data``: every -c, absolute."""
+    """The sections of job.json. ``recipe``: with ``--allocation`` as ``falls_back`` has it; ``data``: every -c, absolute;
+    ``stored``: the job that is there, if it is gone on with."""
     identity = {
         "fingerprint": source.fingerprint(),
         "architecture": spec.arch.name,
         "in_dir": place_of(recipe.in_dir),
         "cal_dataset": stored_places(data),
     }
-    return recipe.job(identity, *data_hashes(recipe, rows))
+    job = recipe.job(identity, *data_hashes(recipe, rows))
+    scored = score_rows(recipe, stored)
+    job["measure"].update({} if scored is None else {"score_rows": scored})
+    return job
+
+
+def score_rows(recipe: Recipe, stored: StoredJob | None) -> int | None:
+    """On how many rows the option tables are scored, None: on all; if nobody says so, as the job began."""
+    if recipe.score_rows is not None:
+        return recipe.score_rows
+    if stored is not None and not recipe.no_resume:
+        known = stored.job["measure"].get("score_rows")
+        if known is not None and (type(known) is not int or known < 1):
+            raise StoreError(
+                f"{recipe.out_dir}: the job's measure.score_rows is {str(known)[:40]}; a number of rows is needed",
+                "job.json is damaged: restore it, or start anew with -nr",
+            )
+        return known
+    return None if recipe.allocates == "module" or recipe.measurement is not None else FEW_SCORES
 
 
 def falls_back(recipe: Recipe, spec: ModelSpec, given: Measurement | None) -> bool:
@@ -76,5 +98,5 @@ def check_opening(
         return
     if falls_back(recipe, spec, given):
         recipe = replace(recipe, allocation="module")
-    job, allowed = job_of(recipe, source, spec, rows, data), allowed_changes(recipe, stored)
+    job, allowed = job_of(recipe, source, spec, rows, data, stored), allowed_changes(recipe, stored)
     WorkDir.check_opening(recipe.out_dir, job, resume=True, allow_changed=allowed, flags=JOB_FLAGS)

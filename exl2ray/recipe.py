@@ -161,8 +161,8 @@ class Recipe:
         CALIBRATE, job="measure.moe_all_experts quantize.moe_all_experts"))
     score_rows: int | None = field(default=None, metadata=setting(
         "--score-rows",
-        "measurement rows for the scores of option tables, by which only --allocation module chooses; all if absent.",
-        CALIBRATE, rule=_ROWS, job="measure.score_rows"))
+        "measurement rows for the scores of option tables; 4 if absent, all for --allocation module, which chooses by them.",
+        CALIBRATE, rule=_ROWS, decides="measure.score_rows"))
     evaluate: Literal["auto", "always", "never"] = field(default="auto", metadata=setting(
         "--evaluate",
         "perplexity and KL divergence of finished models on held-out text: with several -b, always, or never.",
@@ -328,7 +328,7 @@ class Recipe:
         }
         for name, about in SETTINGS.items():
             value = self._stored(name)
-            if (name in ("rotate", "overrides", "tune", "tune_text", "score_rows") and not value) or value == "usual":
+            if (name in ("rotate", "overrides", "tune", "tune_text") and not value) or value == "usual":
                 continue  # jobs that were begun before there were these have no such entry
             for entry in about.job:
                 section, _, key = entry.partition(".")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from exl2ray.calibration.soundness import FEW_EFFECTIVE, Baseline
 from exl2ray.events import Reporter
@@ -81,6 +82,16 @@ def unspent_warning(bits: float, achieved: float, unspent: float, overridden: bo
         f"{bits:g} bpw: the allocation leaves {unspent:.1%} of its budget unused ({achieved:.4f} bits per weight in the "
         f"decoder), because the measurement says that more bits would not help: {cause}it is wrong (sensitivities "
         "of 0, accuracies of 1); measure again without -m"
+    ]
+
+
+def few_scores_warning(scores: Mapping[str, Any] | None) -> list[str]:
+    """``scores``: what a measurement says of the rows behind the accuracies by which options are chosen."""
+    if scores is None:
+        return []
+    return [
+        f"options are chosen by accuracies on {str(scores.get('rows'))[:20]} calibration rows: the measurement was made for "
+        "a choice per linear; measure again with --quality reference for accuracies on all rows"
     ]
 
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -102,31 +102,29 @@ def _exllamav2(model: Model, command: list[str], work: Path, seconds: float) -> 
 
 
 def _exllamav3(model: Model, command: list[str], out: Path, seconds: float) -> str:
-    """Version 1.6.5 puts a dot in front of the names of a text-only Gemma 3: it gets a copy with such names."""
-    program = ["-m", CONVERTERS["exllamav3"]]
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        source = str(model.path)
-        for _ in range(3):
-            try:
-                told = _run([*program, "-i", source, *command], seconds)
-            except Failed as e:
-                if "Required tensor ." not in str(e) or source == folder:
-                    raise
-                _with_dots(model.path, Path(folder))
-                source = folder
-                continue
-            if _files(out) or program[0] == "-c":
-                break
-            program = ["-c", CALLED]
-    return told
+    def run(source: str) -> str:
+        told = _run(["-m", CONVERTERS["exllamav3"], "-i", source, *command], seconds)
+        return told if _files(out) else _run(["-c", CALLED, "-i", source, *command], seconds)
+
+    return _with_its_names(run, model.path, out.parent)
 
 
-def _with_dots(model: Path, copy: Path) -> None:
-    for path in model.iterdir():
-        if path.suffix == ".safetensors":
-            save_file({f".{name}": x for name, x in load_file(path).items()}, copy / path.name, {"format": "pt"})
-        elif path.is_file() and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, copy / path.name)
+def _with_its_names(run: Callable[[str], str], directory: Path, place: Path) -> str:
+    """``run(directory)``; or a copy of it, below ``place``, in which names of tensors begin with a dot, if that is what is
+    missing: exllamav3 1.6.5 looks for such names in a text-only Gemma 3."""
+    try:
+        return run(str(directory))
+    except Failed as e:
+        if "Required tensor ." not in str(e):
+            raise
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        for path in directory.iterdir():
+            if path.suffix == ".safetensors":
+                named = {f".{name}": tensor for name, tensor in load_file(path).items()}
+                save_file(named, Path(folder) / path.name, {"format": "pt"})
+            elif path.is_file() and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, Path(folder) / path.name)
+        return run(folder)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -182,7 +180,11 @@ def _judged_there(model: Model, directory: Path, seconds: float) -> Figures:
         dtype = str(model.options.dtype).removeprefix("torch.")
         start = time.perf_counter()
         settings = ["--dtype", dtype, "--device", model.device]
-        _run([str(Path(__file__)), "judge", str(model.path), str(directory), str(ids), str(found), *settings], seconds)
+
+        def run(made: str) -> str:
+            return _run([str(Path(__file__)), "judge", str(model.path), made, str(ids), str(found), *settings], seconds)
+
+        _with_its_names(run, directory, directory.parent)
         with np.load(found) as scores:
             tokens = {name: torch.from_numpy(scores[name]) for name in scores.files}
     size = sum(p.stat().st_size for p in _files(directory))

@@ -9,7 +9,7 @@ The schema is the reference's (converter-algorithm section 10), so files can be 
 Ours: "notes"; "experts", their share of the tokens; "linears", losses of single linears (`exl2ray.quant.measure`); and after
 a measurement for --allocation linear "sensitivity": {"<role>": [KL, squared error] (`exl2ray.quant.sensitivity`)}.
 Beside the entries of modules stand "source": hashes of what was measured (`exl2ray.formats.origin`), and of a rotated model
-(--rotate) "rotation": what identifies the rotation.
+(--rotate) "rotation": what identifies the rotation; and "scores": {"rows": n} if accuracies are of n calibration rows alone.
 
 An option is ``{"accuracy": float, "total_bits": int, "<role>": {quantisation parameters}, ...}``.
 """
@@ -30,7 +30,7 @@ from exl2ray.formats.measurement_rules import MAX_OPTIONS, refuse_meaningless
 
 MEASURED_MODES = ("self_attn", "mlp", "block_sparse_moe", "parallel_decoder")
 UNMEASURED_MODES = ("norm", "linear", "pos_emb")
-ROTATION, SOURCE = "rotation", "source"  # no entries of modules: those have a dot
+ROTATION, SOURCE, SCORES = "rotation", "source", "scores"  # no entries of modules: those have a dot
 MAX_MEASUREMENT_BYTES = 32 << 20  # of the largest published models 10
 
 
@@ -103,13 +103,15 @@ class Measurement:
     """All entries in file order. ``last_module_idx`` is the index of the last module measured.
 
     ``rotation`` identifies the rotation of a model that was rotated; None: it was not. ``source`` identifies the model; None:
-    not known (other programs and earlier versions do not say).
+    not known (other programs and earlier versions do not say). ``scores``: {"rows": how many calibration rows the accuracies
+    were measured on}; None: on all of them.
     """
 
     profiles: tuple[ModuleProfile, ...]
     last_module_idx: int
     rotation: Mapping[str, Any] | None = None
     source: Mapping[str, Any] | None = None
+    scores: Mapping[str, Any] | None = None
 
     def __getitem__(self, entry_key: str) -> ModuleProfile:
         for p in self.profiles:
@@ -122,7 +124,7 @@ class Measurement:
             "measurement": {p.entry_key: p.to_json() for p in self.profiles},
             "last_module_idx": self.last_module_idx,
         }
-        beside = {ROTATION: self.rotation, SOURCE: self.source}
+        beside = {ROTATION: self.rotation, SOURCE: self.source, SCORES: self.scores}
         extra = {name: dict(value) for name, value in beside.items() if value is not None}
         extra.update({p.entry_key: dict(p.extra) for p in self.profiles if p.extra})
         return {**out, "exl2ray": extra} if extra else out
@@ -157,7 +159,7 @@ def parse_measurement(raw: bytes, where: str) -> Measurement:
     if type(index) is not int or index < 0:
         raise FormatError(f"{where}: 'last_module_idx' is {str(index)[:40]}, not a module index")
     profiles = tuple(ModuleProfile.from_json(k, v, extra.get(k), where) for k, v in entries.items())
-    return Measurement(profiles, index, extra.get(ROTATION), extra.get(SOURCE))
+    return Measurement(profiles, index, extra.get(ROTATION), extra.get(SOURCE), extra.get(SCORES))
 
 
 def write_measurement(path: str | Path, measurement: Measurement) -> None:

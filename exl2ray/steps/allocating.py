@@ -11,7 +11,7 @@ from exl2ray.errors import UsageError
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModuleSpec
-from exl2ray.result_warnings import insensitive_warning, unspent_warning
+from exl2ray.result_warnings import few_scores_warning, insensitive_warning, unspent_warning
 from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import hash_inputs
 
@@ -43,6 +43,8 @@ def allocate(job: Job, measurement: Measurement, bits: float) -> Plan:
     job.reporter.event("note", message=message)
     if job.recipe.allocates == "linear":
         job.warnings.add(insensitive_warning(*insensitive(job.spec, measurement)), bits)
+    else:
+        job.warnings.add(few_scores_warning(measurement.scores), bits)
     job.warnings.add(unspent_warning(bits, achieved, allocation.unspent, bool(overrides)), bits)
     return Plan(bits, params, hashes, achieved, sum(size.values()) // 8, chosen.predicted_kl)
 

@@ -36,6 +36,7 @@ from exl2ray.result_warnings import ResultWarnings
 from exl2ray.source_state import SourceState, needed_files
 from exl2ray.stopping import shielded
 from exl2ray.store.file_names import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY
+from exl2ray.store.job_file import StoredJob
 from exl2ray.store.open import open_store
 from exl2ray.store.pace import Pace
 from exl2ray.store.records import Record, Records, hash_inputs
@@ -97,13 +98,19 @@ class Job:
         if self.dry:
             return self
         with step("fingerprint"):
-            self.job = job_of(recipe, self.source, self.spec, self.rows, self._data)
+            stored = WorkDir.read_job(recipe.out_dir)
+            self.job = job_of(recipe, self.source, self.spec, self.rows, self._data, stored)
         with step("work directory"):
-            self._open(recipe)
+            self._open(recipe, stored)
         return self
 
-    def _open(self, recipe: Recipe) -> None:
-        stored = WorkDir.read_job(recipe.out_dir)
+    @property
+    def score_rows(self) -> int | None:
+        """Rows on which measuring scores the option tables; None: all."""
+        found: int | None = self.job["measure"].get("score_rows")
+        return found
+
+    def _open(self, recipe: Recipe, stored: StoredJob | None) -> None:
         self.work = WorkDir.create_or_resume(
             recipe.out_dir, self.job, resume=not recipe.no_resume, versions=versions(),
             allow_changed=allowed_changes(recipe, stored), flags=JOB_FLAGS,
@@ -196,7 +203,7 @@ class Job:
             rope_alpha=recipe.rope_alpha,
             damping=recipe.damping,
             moe_all_experts=recipe.moe_all_experts,
-            score_rows=recipe.score_rows,
+            score_rows=self.score_rows,
             numerics=recipe.numerics,
             rotate=recipe.rotate,
             checkpoint_seconds=recipe.checkpoint_seconds,
@@ -223,7 +230,7 @@ class Job:
 
     def scored(self) -> dict[str, int]:
         """What --score-rows adds to the hashes of measured modules."""
-        return {} if self.recipe.score_rows is None else {"score_rows": self.recipe.score_rows}
+        return {} if self.score_rows is None else {"score_rows": self.score_rows}
 
     def beyond_reference(self) -> dict[str, Any]:
         """What --quality adds to the hashes of quantised modules; nothing for the plain algorithm."""

@@ -164,7 +164,8 @@ def _assembled(job: Job, profiles: Mapping[int, ModuleProfile]) -> Measurement:
         elif mode in ("norm", "linear", "pos_emb"):
             out.append(profiles.get(module.index, ModuleProfile(key, mode)))
     rotation = None if job.spec.rotation is None else job.spec.rotation.identity()
-    return Measurement(tuple(out), len(job.spec.modules) - 1, rotation, source_identity(job.source))
+    scores = None if job.score_rows is None else {"rows": job.score_rows}
+    return Measurement(tuple(out), len(job.spec.modules) - 1, rotation, source_identity(job.source), scores)
 
 
 def _profile(module: ModuleSpec, payload: Mapping[str, Any]) -> ModuleProfile:

@@ -62,7 +62,7 @@ def backward_pass(runner: Runner, shares: Mapping[int, tuple[int, ...]], tokens:
     batches = _batches(shares, size)
     embedded = runner.load_for_gradients(spec.modules[0], modules[:2]).forward(ids).to(home)
     kept = [[embedded[b] for b in batches]]
-    blocks = _Blocks(runner, room=runner.room(nbytes) // 2 if runner.device.type == "cuda" else 0)
+    blocks = _Blocks(runner, room=_room_for_blocks(runner, nbytes))
     for i, module in enumerate(modules[:-1]):  # kept: before each module, the head included
         block = blocks.forward(module, modules[i + 1 : i + 3])
         kept.append([block.forward(x.to(runner.device)).float().to(home) for x in kept[-1]])
@@ -88,9 +88,13 @@ def backward_pass(runner: Runner, shares: Mapping[int, tuple[int, ...]], tokens:
     return out
 
 
+def _room_for_blocks(runner: Runner, nbytes: int) -> int:
+    """Beside states of ``nbytes``. None on a CPU, where reading is little work beside the rest."""
+    return runner.room(nbytes) // 2 if runner.device.type == "cuda" else 0
+
+
 class _Blocks:
-    """Modules with their weights, each needed twice. On a GPU the last ones that fit into ``room`` bytes stay for the way
-    back; on a CPU reading is no work."""
+    """Modules with their weights, each needed twice: the last ones that fit into ``room`` bytes stay for the way back."""
 
     def __init__(self, runner: Runner, room: int) -> None:
         self._runner, self._room = runner, room

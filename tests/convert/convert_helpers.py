@@ -62,6 +62,13 @@ def run(model: Path, out: Path, **changes: Any) -> tuple[Summary, Silent]:
     return convert(recipe(model, out, **changes), reporter), reporter
 
 
+def without_scores(value: Any) -> Any:
+    """Of a measurement.json, read: all but the accuracies, which are of few rows where nothing is chosen by them."""
+    if isinstance(value, dict):
+        return {k: without_scores(v) for k, v in value.items() if k not in ("accuracy", "scores")}
+    return [without_scores(v) for v in value] if isinstance(value, list) else value
+
+
 def again(quiet: Quiet, root: Path, **changes: Any) -> Silent:
     settings = {"bits": (4.0, 5.0), "compile_full": str(root / "out-{bpw}")}
     return run(quiet.model, root / "work", **{**settings, **changes})[1]

@@ -106,13 +106,13 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"rope_scale": 2.0}, {MEASURE, SENSITIVITY, QUANTIZE}),
     ({"rotate": True}, {MEASURE, SENSITIVITY, QUANTIZE}),
     ({"damping": 0.2}, {MEASURE, QUANTIZE}),
-    ({"allocation": "linear"}, set()),
+    ({"allocation": "linear"}, {MEASURE}),  # scores of a few rows
     ({"allocation": "linear", "score_rows": 2}, {MEASURE}),
     ({"propagate": "reference"}, {QUANTIZE}),
     ({"target_correction": 0.3}, {QUANTIZE}),
     ({"scale_search": "feedback"}, {QUANTIZE}),
     ({"sweeps": 1}, {QUANTIZE}),
-    ({"quality": "balanced"}, {QUANTIZE}),
+    ({"quality": "balanced"}, {MEASURE, QUANTIZE}),
     ({"moe_all_experts": True}, set()),  # the model has none
     ({"gpus": 1, "checkpoint_seconds": 0.0, "executor": "auto", "evaluate": "always", "reuse": True}, set()),
     ({"shard_size": 1, "compile_full": "out"}, set()),

@@ -12,15 +12,21 @@ import quality_peers
 import quality_table
 import torch
 from rounded_models import write_rounded
+from safetensors.torch import load_file, save_file
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 EXL2 = """
 import argparse, os, shutil, sys, time
 parser = argparse.ArgumentParser()
-for flag in ("-i", "-o", "-b", "-hb", "-cf"):
+for flag in ("-i", "-o", "-b", "-hb", "-cf", "-m"):
     parser.add_argument(flag)
 args = parser.parse_args()
+assert (args.m is not None) == (args.b == "5.0"), "only the second bitrate has a measurement to begin with"
 assert os.environ["EXLLAMA_NO_SDPA"] == "1" and not os.listdir(args.o) and args.hb == "6"
+if args.m:
+    assert open(args.m).read() == "measured"
+else:
+    open(os.path.join(args.o, "measurement.json"), "w").write("measured")
 if args.b == "3.0":
     sys.exit("no such bits")
 if args.b == "4.0":
@@ -98,7 +104,7 @@ def test_columns_of_peers_and_what_their_failures_cost(peers: Path, capsys: pyte
     results = quality_table.load([work / "results.jsonl"])
     assert [(r["variant"], r["bits"], r["version"]) for r in results] == [("A", 2.5, "9"), ("B", 2.5, "8"), ("B", 5.0, "8")]
     assert results[0]["rows"]["kl"] == pytest.approx(results[1]["rows"]["kl"], rel=1e-3)
-    assert not list((work / "jobs").iterdir()), "nothing is left"
+    assert [p.name for p in (work / "jobs").iterdir()] == ["demo-builtin-peer-measurement.json"], "nothing else is left"
     study = quality.Study(quality.parse_args([*arguments, "--variant", "ours:"]))
     ours = study.groups()[1][3]
     assert (ours.draw, ours.variant.name, ours.bits) == (1, "ours", 2.5)
@@ -111,6 +117,27 @@ def test_a_peer_that_fails_or_hangs_is_ended(peers: Path, bits: float, why: str)
     model: Any = argparse.Namespace(device="cpu", path=DEMO)
     with pytest.raises(quality_peers.Failed, match=f"-m exllamav2.conversion.convert_exl2 {why}"):
         quality_peers.convert(model, "peer:exllamav2 -hb 6", bits, peers / "w", peers / "o", seconds=3600 if bits < 4 else 2)
+
+
+def test_names_with_a_dot_where_a_peer_wants_them(tmp_path: Path) -> None:
+    seen = []
+
+    def run(directory: str, complaint: str = "Required tensor .model.norm.weight not found") -> str:
+        names = sorted(load_file(Path(directory) / "model.safetensors"))
+        seen.append((names, sorted(p.name for p in Path(directory).iterdir())))
+        if not names[0].startswith("."):
+            raise quality_peers.Failed(complaint)
+        return "done"
+
+    (tmp_path / "made").mkdir()
+    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "made" / "model.safetensors")
+    (tmp_path / "made" / "config.json").write_text("{}")
+    assert quality_peers._with_its_names(run, tmp_path / "made", tmp_path) == "done"
+    files = ["config.json", "model.safetensors"]
+    assert seen == [(["model.norm.weight"], files), ([".model.norm.weight"], files)]
+    with pytest.raises(quality_peers.Failed, match="no memory"):
+        quality_peers._with_its_names(lambda d: run(d, "no memory"), tmp_path / "made", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["made"], "the copy is gone"
 
 
 def test_peers_that_cannot_run_are_skipped_with_a_reason(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from exl2ray.driver.workers import InlineWorkers
 from exl2ray.errors import NumericError
 from exl2ray.events import Silent
 from exl2ray.steps import Job
+from exl2ray.team import sensitivity
 from exl2ray.team.runner import Runner
 from exl2ray.team.sensitivity import ROWS, SHARE_ROWS, TOKENS, backward_pass, deal, sensitivities, share_rows_out
 
@@ -52,6 +53,26 @@ def test_shares_together_or_alone(job: Job) -> None:
         for role, values in roles.items():
             # one row at a time; random signs at the logits are drawn row by row too
             assert values == pytest.approx(found[key][role], rel=0.5), (key, role)
+
+
+@pytest.mark.parametrize("modules", [0, 2, 100])
+def test_modules_that_stay_for_the_way_back(job: Job, modules: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one is read again, but for the last ones that there is room for; what is found is the same."""
+    runner = runner_of(job)
+    expected, load, read = backward_pass(runner, SHARES, 32), runner.load_for_gradients, []
+
+    def counted(module: Any, coming: Any) -> Any:
+        read.append(module.index)
+        return load(module, coming)
+
+    sizes = {m.index: 4 * sum(x.in_features * x.out_features for x in m.linears) for m in job.spec.modules}
+    last = [m.index for m in job.spec.modules[1:-1]][::-1][:modules]
+    monkeypatch.setattr(sensitivity, "_room_for_blocks", lambda runner, nbytes: sum(sizes[i] for i in last))
+    runner.load_for_gradients = counted  # type: ignore[method-assign]
+    assert backward_pass(runner, SHARES, 32) == expected
+    forward = [m.index for m in job.spec.modules[:-1]]
+    way_back = [m.index for m in job.spec.modules[:0:-1] if m.index not in last]
+    assert [i for i in read if sizes[i]] == [i for i in forward + way_back if sizes[i]]
 
 
 def test_gradients_that_are_not_finite_are_refused(job: Job) -> None:
