@@ -161,9 +161,10 @@ def test_the_disk_of_a_model_that_is_replaced(
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder in which somebody may be writing: moved away first, for a new file in it would make `rmtree` fail."""
+    """Delete a folder in which somebody may be making and deleting files: moved away, then gone through until it is gone."""
     away = folder.rename(folder.with_name(folder.name + "-deleted"))
-    shutil.rmtree(away)
+    while away.exists():
+        shutil.rmtree(away, ignore_errors=True)
 
 
 @pytest.mark.parametrize("moment", MOMENTS[1:])
