@@ -55,7 +55,8 @@ def score_rows(recipe: Recipe, stored: StoredJob | None) -> int | None:
                 "job.json is damaged: restore it, or start anew with -nr",
             )
         return known
-    return None if recipe.allocates == "module" or recipe.measurement is not None else FEW_SCORES
+    for_others = recipe.measurement is not None or recipe.output_measurement is not None  # the reference chooses by them
+    return None if for_others or recipe.allocates == "module" else FEW_SCORES
 
 
 def falls_back(recipe: Recipe, spec: ModelSpec, given: Measurement | None) -> bool:

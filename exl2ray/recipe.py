@@ -161,7 +161,7 @@ class Recipe:
         CALIBRATE, job="measure.moe_all_experts quantize.moe_all_experts"))
     score_rows: int | None = field(default=None, metadata=setting(
         "--score-rows",
-        "measurement rows for the scores of option tables; 4 if absent, all for --allocation module, which chooses by them.",
+        "measurement rows for the scores of option tables; if absent 4, but all for -om and --allocation module.",
         CALIBRATE, rule=_ROWS, decides="measure.score_rows"))
     evaluate: Literal["auto", "always", "never"] = field(default="auto", metadata=setting(
         "--evaluate",

@@ -43,6 +43,7 @@ def test_all_rows_where_options_are_chosen_by_the_scores() -> None:
         with pytest.raises(UsageError, match="--score-rows 4: options are chosen per module"):
             Recipe("model", "work", score_rows=4, **chosen)  # type: ignore[arg-type]
         assert score_rows(Recipe("model", "work", **chosen), None) is None  # type: ignore[arg-type]
+    assert score_rows(Recipe("model", "work", output_measurement="m.json"), None) is None, "for others, who choose by them"
     assert score_rows(Recipe("model", "work"), None) == FEW_SCORES
     assert score_rows(Recipe("model", "work", score_rows=7), None) == 7
 
@@ -50,7 +51,7 @@ def test_all_rows_where_options_are_chosen_by_the_scores() -> None:
 def test_a_job_goes_on_as_it_began(tmp_path: Path) -> None:
     """Also one of a version that scored all rows, whose job says nothing; and another number is another measurement."""
     model = write_model(tmp_path / "model", "Llama", num_hidden_layers=1)
-    for rows, known in ((3, 3), (None, FEW_SCORES)):
+    for rows, known in ((3, 3), (FEW_SCORES, FEW_SCORES)):
         work = tmp_path / f"work-{known}"
         measure = recipe(model, work, quality="balanced", score_rows=rows, output_measurement=str(tmp_path / "m.json"))
         convert(measure, Silent())
@@ -74,7 +75,8 @@ def test_a_job_goes_on_as_it_began(tmp_path: Path) -> None:
 
 def test_a_choice_by_few_scores_is_told_of(tmp_path: Path) -> None:
     model, measurement = write_model(tmp_path / "model", "Llama", num_hidden_layers=1), tmp_path / "m.json"
-    convert(recipe(model, tmp_path / "a", quality="balanced", output_measurement=str(measurement)), Silent())
+    few = recipe(model, tmp_path / "a", quality="balanced", score_rows=FEW_SCORES, output_measurement=str(measurement))
+    convert(few, Silent())
     said = Silent()
     convert(recipe(model, tmp_path / "b", quality="reference", measurement=str(measurement)), said)
     warnings = [f["message"] for name, f in said.events if name == "warning"]
