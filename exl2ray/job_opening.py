@@ -18,6 +18,8 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModelSpec
 from exl2ray.recipe import JOB_FLAGS, Recipe
+from exl2ray.recipe_fields import shown
+from exl2ray.result_warnings import few_scores_warning
 from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.job_file import StoredJob
 from exl2ray.store.workdir import WorkDir
@@ -48,15 +50,36 @@ def score_rows(recipe: Recipe, stored: StoredJob | None) -> int | None:
     if recipe.score_rows is not None:
         return recipe.score_rows
     if stored is not None and not recipe.no_resume:
-        known = stored.job["measure"].get("score_rows")
-        if known is not None and (type(known) is not int or known < 1):
+        if "score_rows" not in stored.job["measure"]:
+            return None
+        known = stored.job["measure"]["score_rows"]
+        if type(known) is not int or known < 1:
             raise StoreError(
-                f"{recipe.out_dir}: the job's measure.score_rows is {str(known)[:40]}; a number of rows is needed",
+                f"{recipe.out_dir}: the job's measure.score_rows is {shown(known)}; a number of rows is needed",
                 "job.json is damaged: restore it, or start anew with -nr",
             )
         return known
     for_others = recipe.measurement is not None or recipe.output_measurement is not None  # the reference chooses by them
     return None if for_others or recipe.allocates == "module" else FEW_SCORES
+
+
+def few_scores(
+    recipe: Recipe, spec: ModelSpec, given: Measurement | None, rows: Mapping[str, Rows]
+) -> list[str]:
+    """What is to be said of scores on few rows where options are chosen by them: those of -m, or of a local job that is gone
+    on with."""
+    if recipe.allocates != "module" and not falls_back(recipe, spec, given):
+        return []
+    if given is not None or "measure" not in rows:
+        return few_scores_warning(None if given is None else given.scores)
+    here = recipe.out_dir and "://" not in recipe.out_dir and not recipe.no_resume
+    scored = score_rows(recipe, WorkDir.read_job(recipe.out_dir) if here else None)
+    return few_scores_warning(scores_entry(scored, rows["measure"]))
+
+
+def scores_entry(scored: int | None, rows: Rows) -> dict[str, int] | None:
+    """What a measurement says of the rows that its tables were scored on; nothing if these were all."""
+    return None if scored is None or scored >= len(rows.ids) else {"rows": scored}
 
 
 def falls_back(recipe: Recipe, spec: ModelSpec, given: Measurement | None) -> bool:

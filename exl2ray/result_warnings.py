@@ -89,9 +89,11 @@ def few_scores_warning(scores: Mapping[str, Any] | None) -> list[str]:
     """``scores``: what a measurement says of the rows behind the accuracies by which options are chosen."""
     if scores is None:
         return []
+    rows = scores.get("rows")
+    shown = rows if type(rows) is int and 0 < rows < 1 << 31 else "some"
     return [
-        f"options are chosen by accuracies on {str(scores.get('rows'))[:20]} calibration rows: the measurement was made for "
-        "a choice per linear; measure again with --quality reference for accuracies on all rows"
+        f"options are chosen by accuracies on {shown} calibration rows: the measurement was made for a choice per linear; "
+        "measure again with --allocation module, in another work directory or with -nr, for accuracies on all rows"
     ]
 
 

@@ -26,7 +26,7 @@ from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.plan.problems import expected_measurement
 from exl2ray.recipe import SETTINGS, Recipe
 from exl2ray.remote.source import local
-from exl2ray.result_warnings import insensitive_warning, unspent_warning
+from exl2ray.result_warnings import few_scores_warning, insensitive_warning, unspent_warning
 from exl2ray.terminal.console import clean
 from exl2ray.terminal.live import show_table
 
@@ -113,7 +113,7 @@ def _solution(spec: ModelSpec, measurement: Measurement, recipe: Recipe) -> Solu
         check_reachable(bits, [([o.total_bits for o in options], _weights(m, options[0].params)) for m, options in reached])
     chosen = choose(spec, measurement, bits, recipe)
     found, achieved = chosen.allocation, decoder_bpw(spec, chosen.params)
-    doubts = insensitive_warning(*insensitive(spec, measurement)) if linear else []
+    doubts = insensitive_warning(*insensitive(spec, measurement)) if linear else few_scores_warning(measurement.scores)
     return Solution(
         bits=bits,
         achieved_bpw=achieved,

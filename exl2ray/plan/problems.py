@@ -37,7 +37,7 @@ from exl2ray.formats.side_files import examine_side_files
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import MAX_TENSORS, TensorFile
-from exl2ray.job_opening import check_measurement_target, check_opening
+from exl2ray.job_opening import check_measurement_target, check_opening, few_scores
 from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
@@ -110,6 +110,9 @@ def _examine_soundness(found: Examination, recipe: Recipe) -> None:
     if found.measurement is not None:
         warnings, notes = origin_findings(found.measurement, source)
         found.doubts, found.notes = found.doubts + warnings, found.notes + notes
+    if not found.has("measurement", "work directory"):
+        given, rows = found.measurement, found.rows
+        found.doubts += found.attempt("work directory", lambda: few_scores(recipe, spec, given, rows)) or []
 
 
 def row_sizes(recipe: Recipe, rows: dict[str, Rows]) -> RowSizes:

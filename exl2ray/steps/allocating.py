@@ -44,7 +44,7 @@ def allocate(job: Job, measurement: Measurement, bits: float) -> Plan:
     if job.recipe.allocates == "linear":
         job.warnings.add(insensitive_warning(*insensitive(job.spec, measurement)), bits)
     else:
-        job.warnings.add(few_scores_warning(measurement.scores), bits)
+        job.warnings.add(few_scores_warning(measurement.scores))  # of every bitrate; told at the start where it was known
     job.warnings.add(unspent_warning(bits, achieved, allocation.unspent, bool(overrides)), bits)
     return Plan(bits, params, hashes, achieved, sum(size.values()) // 8, chosen.predicted_kl)
 

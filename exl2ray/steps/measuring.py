@@ -12,7 +12,7 @@ from exl2ray.beneath import make_directories
 from exl2ray.driver.independent import PASSING, Independent, Item
 from exl2ray.formats.measurement import Measurement, ModuleProfile, write_measurement
 from exl2ray.formats.origin import source_identity
-from exl2ray.job_opening import measurement_target
+from exl2ray.job_opening import measurement_target, scores_entry
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.result_warnings import measured_experts
 from exl2ray.steps.job import Stage
@@ -164,7 +164,7 @@ def _assembled(job: Job, profiles: Mapping[int, ModuleProfile]) -> Measurement:
         elif mode in ("norm", "linear", "pos_emb"):
             out.append(profiles.get(module.index, ModuleProfile(key, mode)))
     rotation = None if job.spec.rotation is None else job.spec.rotation.identity()
-    scores = None if job.score_rows is None else {"rows": job.score_rows}
+    scores = scores_entry(job.score_rows, job.rows["measure"])
     return Measurement(tuple(out), len(job.spec.modules) - 1, rotation, source_identity(job.source), scores)
 
 
