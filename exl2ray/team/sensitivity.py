@@ -89,8 +89,10 @@ def backward_pass(runner: Runner, shares: Mapping[int, tuple[int, ...]], tokens:
 
 
 def _room_for_blocks(runner: Runner, nbytes: int) -> int:
-    """Beside states of ``nbytes``. None on a CPU, where reading is little work beside the rest."""
-    return runner.room(nbytes) // 2 if runner.device.type == "cuda" else 0
+    """Beside states of ``nbytes``. None on a CPU, where reading is little work beside the rest, and none after running out of
+    memory: there was less than the size of the GPU says."""
+    crowded = runner.shrink.get(runner.in_hand, 1) > 1
+    return 0 if crowded or runner.device.type != "cuda" else runner.room(nbytes) // 2
 
 
 class _Blocks:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from team_helpers import recipe
@@ -73,6 +75,15 @@ def test_modules_that_stay_for_the_way_back(job: Job, modules: int, monkeypatch:
     forward = [m.index for m in job.spec.modules[:-1]]
     way_back = [m.index for m in job.spec.modules[:0:-1] if m.index not in last]
     assert [i for i in read if sizes[i]] == [i for i in forward + way_back if sizes[i]]
+
+
+def test_no_module_stays_after_running_out_of_memory() -> None:
+    runner = SimpleNamespace(device=torch.device("cuda"), shrink={"these rows": 4}, in_hand="others")
+    runner.room = lambda nbytes: 100 - nbytes
+    room = sensitivity._room_for_blocks
+    assert room(cast(Runner, runner), 40) == 30
+    for changed in ({"in_hand": "these rows"}, {"device": torch.device("cpu")}):
+        assert room(cast(Runner, SimpleNamespace(**{**vars(runner), **changed})), 40) == 0
 
 
 def test_gradients_that_are_not_finite_are_refused(job: Job) -> None:
