@@ -51,7 +51,7 @@ from exl2ray.plan.worker_memory import RowSizes
 from exl2ray.recipe import Recipe
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import check_output
-from exl2ray.terminal.pasted import missing_folder_hint
+from exl2ray.terminal.pasted import missing_folder
 from exl2ray.timeline import step
 from exl2ray.tune.memory import check_memory
 
@@ -135,7 +135,7 @@ def size_ranges(
 
 def _examine_source(found: Examination, recipe: Recipe) -> None:
     if not os.path.exists(recipe.in_dir):
-        found.add("source", [UsageError(f"-i {recipe.in_dir}: does not exist", missing_folder_hint(recipe.in_dir))])
+        found.add("source", [missing_folder(recipe.in_dir)])
         return
     try:
         source = found.source = SourceModel(recipe.in_dir)

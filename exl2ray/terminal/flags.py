@@ -14,7 +14,7 @@ from exl2ray.errors import StoreError, UsageError
 from exl2ray.recipe import SECTIONS, SETTINGS, Recipe
 from exl2ray.recipe_fields import fits, shown, wanted
 from exl2ray.remote.address import is_remote, parse
-from exl2ray.terminal.pasted import missing_folder_hint
+from exl2ray.terminal.pasted import missing_folder
 from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -171,7 +171,7 @@ def check_files(recipe: Recipe) -> None:
     if is_remote(recipe.in_dir):
         parse(recipe.in_dir)
     elif not os.path.exists(recipe.in_dir):  # what is there is looked at by the checks of a conversion
-        raise UsageError(f"-i {recipe.in_dir}: does not exist", missing_folder_hint(recipe.in_dir))
+        raise missing_folder(recipe.in_dir)
     for place in recipe.calibration_data:
         from exl2ray.calibration.data.sources import check_place
 
