@@ -304,7 +304,7 @@ def _check_work(recipe: Recipe) -> None:
         return
     if not recipe.out_dir:  # `plan` without -o
         return
-    if Path(recipe.in_dir).resolve() == Path(recipe.out_dir).resolve():
+    if os.path.realpath(recipe.in_dir) == os.path.realpath(recipe.out_dir):
         raise UsageError(f"{recipe.out_dir}: the work directory (-o) is the source model (-i)", "choose another directory")
     place = existing_parent(Path(recipe.out_dir))
     if not place.is_dir() or not os.access(place, os.W_OK):
