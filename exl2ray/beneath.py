@@ -109,9 +109,9 @@ def _check_link(link: str, found: os.stat_result, folder: os.stat_result, final:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists."""
+    """The path itself, or the nearest directory above it that exists, as far as this user may see."""
     path = path.absolute()
-    while not path.exists() and path.parent != path:
+    while not os.path.exists(path) and path.parent != path:
         path = path.parent
     return path
 

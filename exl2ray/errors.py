@@ -22,6 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# The hint where this user may not read something.
+PERMISSIONS = "look at the permissions of it and of the folders above it: namei -l DIR"
+
 
 class Exl2RayError(Exception):
     """Base of all typed errors: ``message`` says what and where, ``hint`` how to fix it.

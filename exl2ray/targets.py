@@ -80,7 +80,7 @@ def check_output(recipe: Recipe, directory: Path, source: SourceModel | None) ->
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = f"{existing.name or existing} is not a directory that can be written"
         raise StoreError(f"-cf {directory}: {what}", "choose another -cf")
-    if recipe.out_dir and "://" not in recipe.out_dir and directory.resolve() == Path(recipe.out_dir).resolve():
+    if recipe.out_dir and "://" not in recipe.out_dir and os.path.realpath(directory) == os.path.realpath(recipe.out_dir):
         raise UsageError(f"-cf {directory}: is the work directory (-o)", "choose another directory for the model")
     foreign = sorted(p.name for p in directory.glob("*.safetensors") if not OUTPUT_NAME.fullmatch(p.name))
     if foreign:

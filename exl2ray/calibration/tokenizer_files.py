@@ -69,7 +69,7 @@ def has_tokenizer(root: Path) -> bool:
 
 def read_content(path: Path) -> bytes:
     """tokenizer.json, checked for what can be told without the tokenizers library."""
-    data = read_bounded(path, MAX_TOKENIZER_BYTES)
+    data = read_bounded(path, MAX_TOKENIZER_BYTES, hint=AGAIN)
     refuse_substitute(data, str(path), SourceError)
     if not data.strip():
         raise SourceError(f"{path}: is empty", AGAIN)

@@ -23,7 +23,7 @@ from exl2ray.evaluate.result import EvalResult
 from exl2ray.evaluate.tokens import check_flags, find_tokenizer, load_tokens
 from exl2ray.events import Reporter, Silent
 from exl2ray.formats.elsewhere import named
-from exl2ray.formats.files import atomic_file
+from exl2ray.formats.files import atomic_file, refuse_special
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
 from exl2ray.report.ladder import plot_ladder
@@ -71,6 +71,9 @@ def evaluate(
         check_plot(drawn)
     if positions is not None and (not positions.endswith(".npz") or not Path(positions).parent.is_dir()):
         raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
+    for flag, file in (("--positions", positions), ("--plot", drawn)):
+        if file is not None:
+            refuse_special(file, flag)
     if tokens is not None and text is not None:
         raise UsageError("--tokens and --text are two sources of tokens", "give one, or none for the built-in text")
     check_flags(rows, length, stride)

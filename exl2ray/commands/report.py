@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import StoreError
-from exl2ray.formats.files import atomic_file
+from exl2ray.formats.files import atomic_file, refuse_special
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import render
 from exl2ray.store.open import open_store
@@ -32,6 +32,8 @@ def report(work_dir: str, output: str | None, evaluations: Sequence[str], show_p
 
     Raises StoreError if there is no work directory or the page cannot be written, FormatError for an unusable evaluation.
     """
+    if output is not None and not Path(output).is_dir():
+        refuse_special(output, "-o")
     facts = read_facts(work_dir, evaluations)
     page, sections = render(facts, show_paths)
     data = page.encode()

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from exl2ray.commands import engines
 from exl2ray.errors import CalibrationError, UsageError
-from exl2ray.evaluate.chat import Answer, Messages, Panel
+from exl2ray.evaluate.chat import MOST_PROMPT_TOKENS, Answer, Messages, Panel
 from exl2ray.evaluate.forward import RunOptions
 from exl2ray.formats.elsewhere import named
 from exl2ray.formats.json_file import read_bounded
@@ -56,6 +56,8 @@ def _chat(
 ) -> None:  # fmt: skip
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}: at least one token is needed")
+    if max_tokens > MOST_PROMPT_TOKENS:
+        raise UsageError(f"--max-tokens {max_tokens}: at most {MOST_PROMPT_TOKENS} can be asked for", "give fewer")
     questions = [*prompts, *(read_prompts(Path(prompts_file)) if prompts_file is not None else [])]
     if not questions and (out is not None or not is_terminal(sys.stdin)):
         raise UsageError("there is nothing to ask", "give --prompt TEXT or --prompts FILE; in a terminal, type")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import BinaryIO
 
 from exl2ray.beneath import FILE_MODE, fsync_handle
 from exl2ray.errors import StoreError
-from exl2ray.formats.regular import open_regular
+from exl2ray.formats.regular import file_kind, open_regular
 
 
 def sha256_of(path: Path) -> str:
@@ -23,6 +24,21 @@ def sha256_of(path: Path) -> str:
         while chunk := f.read(8 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def refuse_special(path: str | Path, what: str) -> None:
+    """StoreError if a file written to ``path`` would take the place of a folder, a device or a pipe, or /dev/stdout itself.
+
+    ``what`` is written there, by the name of its flag.
+    """
+    path = Path(path)
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # nothing is there; what else is wrong is told when it is written
+    if not stat.S_ISREG(mode) or os.path.realpath(path.parent) == "/dev":
+        kind = "a device" if stat.S_ISREG(mode) else file_kind(mode)
+        raise StoreError(f"{what} {path}: {kind}, whose place a file would take", "name a file")
 
 
 @contextmanager

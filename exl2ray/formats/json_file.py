@@ -116,7 +116,7 @@ def parse_json_object(
         if len(out) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise error(f"{what}: the key {twice[:80]!r} appears twice in one object")
+            raise error(f"{what}: the key {twice[:80]!r} appears twice in one object", hint)
         return out
 
     try:

@@ -8,6 +8,7 @@ people do keep them on other disks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from exl2ray.errors import SourceError
 
 def outside(path: Path, directory: Path) -> Path | None:
     """Where ``path`` really lies if that is neither in ``directory`` nor among the blobs of the same cached repository."""
-    real, root = path.resolve(), directory.resolve()
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))  # resolve() fails at a link to itself
     cached = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     return None if cached or real.is_relative_to(root) else real
 

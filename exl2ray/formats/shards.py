@@ -227,7 +227,7 @@ def announced_bytes(entry: TensorEntry, t: torch.Tensor, path: Path) -> memoryvi
 
 def refuse_same_directory(source: str | Path, target: str | Path) -> None:
     """Raise UsageError if the output directory is the source model; to be called before anything is written."""
-    if Path(source).resolve() == Path(target).resolve():
+    if os.path.realpath(source) == os.path.realpath(target):
         raise UsageError(f"{target}: the output directory (-cf) is the source model (-i)", "choose another directory")
 
 

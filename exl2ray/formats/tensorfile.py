@@ -28,6 +28,7 @@ MAX_HEADER_BYTES = 32 << 20  # room for about 200 000 tensors; the largest publi
 MAX_TENSORS = 200_000  # of a directory; the experts of a quantised model of 480 billion weights are 150 000
 MAX_DIMENSIONS = 8
 MAX_NAME_CHARACTERS = 1024
+BROKEN = "the file is damaged, or a broken program wrote it: fetch it again, or save the model anew with transformers"
 
 # Safetensors dtype name -> torch dtype. Types with elements smaller than a byte are refused.
 DTYPES: dict[str, torch.dtype] = {
@@ -82,7 +83,7 @@ class TensorFile:
             raise error(f"{self.path}: cannot be read: {e.strerror or e}") from e
         self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", {}), self.path, error)
         if len(header) > MAX_TENSORS:
-            raise error(f"{self.path}: header: {len(header)} tensors; at most {MAX_TENSORS} can be read")
+            raise error(f"{self.path}: header: {len(header)} tensors; at most {MAX_TENSORS} can be read", BROKEN)
         self.tensors: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             self.tensors[name] = _tensor_info(name, entry, self.path, data_start, self.file_bytes, error)
@@ -168,11 +169,11 @@ def _read_header(
             "the file is truncated, or not a safetensors file: fetch it again",
         )
     if length > MAX_HEADER_BYTES:
-        raise error(f"{path}: header length {length} exceeds the limit of {MAX_HEADER_BYTES} bytes")
+        raise error(f"{path}: header length {length} exceeds the limit of {MAX_HEADER_BYTES} bytes", BROKEN)
     raw = f.read(length)
     if len(raw) != length:
-        raise error(f"{path}: header ends after {len(raw)} of {length} bytes")
-    return parse_json_object(raw, f"{path}: header", error, unique=True), 8 + length
+        raise error(f"{path}: header ends after {len(raw)} of {length} bytes", BROKEN)
+    return parse_json_object(raw, f"{path}: header", error, BROKEN, unique=True), 8 + length
 
 
 def _refuse_others(start: bytes, path: Path, error: type[Exl2RayError]) -> None:
@@ -191,7 +192,7 @@ def _refuse_others(start: bytes, path: Path, error: type[Exl2RayError]) -> None:
 
 def _metadata(obj: Any, path: Path, error: type[Exl2RayError]) -> dict[str, str]:
     if not isinstance(obj, dict) or not all(isinstance(v, str) for v in obj.values()):
-        raise error(f"{path}: header: __metadata__ must map strings to strings")
+        raise error(f"{path}: header: __metadata__ must map strings to strings", BROKEN)
     return obj
 
 
@@ -203,29 +204,30 @@ def _tensor_info(
     name: str, entry: Any, path: Path, data_start: int, file_bytes: int, error: type[Exl2RayError]
 ) -> TensorInfo:
     if len(name) > MAX_NAME_CHARACTERS:
-        raise error(f"{path}: tensor {name[:80]!r}...: its name has {len(name)} characters")
+        raise error(f"{path}: tensor {name[:80]!r}...: its name has {len(name)} characters", BROKEN)
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise error(f"{where}: the header entry must hold exactly dtype, shape and data_offsets")
+        raise error(f"{where}: the header entry must hold exactly dtype, shape and data_offsets", BROKEN)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise error(f"{where}: dtype {str(dtype)[:40]!r} is not one of {', '.join(DTYPES)}")
+        raise error(f"{where}: dtype {str(dtype)[:40]!r} is not one of {', '.join(DTYPES)}", BROKEN)
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
-        raise error(f"{where}: shape {str(shape)[:80]} is not a list of at most {MAX_DIMENSIONS} counts")
+        raise error(f"{where}: shape {str(shape)[:80]} is not a list of at most {MAX_DIMENSIONS} counts", BROKEN)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise error(f"{where}: data_offsets {str(offsets)[:80]} is not a pair of byte offsets")
+        raise error(f"{where}: data_offsets {str(offsets)[:80]} is not a pair of byte offsets", BROKEN)
     begin, end = offsets
     available = file_bytes - data_start
     if not begin <= end <= available:
         raise error(
             f"{where}: data_offsets [{begin}, {end}] do not fit into the file's data section of {available} bytes",
-            "the file is truncated: fetch it again" if end > available else "",
+            "the file is truncated: fetch it again" if end > available else BROKEN,
         )
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if nbytes != end - begin:
-        raise error(f"{where}: {dtype} {shape} needs {nbytes} bytes, data_offsets [{begin}, {end}] hold {end - begin}")
+        held = f"data_offsets [{begin}, {end}] hold {end - begin}"
+        raise error(f"{where}: {dtype} {shape} needs {nbytes} bytes, {held}", BROKEN)
     if math.prod(max(n, 1) for n in shape) >= 1 << 63:  # with a zero among them, so that no byte is needed
-        raise error(f"{where}: shape {shape} is beyond what can be counted")
+        raise error(f"{where}: shape {shape} is beyond what can be counted", BROKEN)
     return TensorInfo(name, path, dtype, tuple(shape), data_start + begin, nbytes)
 
 
@@ -237,10 +239,10 @@ def _check_coverage(
     for t in sorted(tensors.values(), key=lambda t: (t.begin, t.nbytes)):
         if t.begin != position:
             what = "overlaps" if t.begin < position else f"leaves a hole of {t.begin - position} bytes after"
-            raise error(f"{path}: tensor {t.name!r} at byte {t.begin} {what} {before}, which ends at byte {position}")
+            raise error(f"{path}: tensor {t.name!r} at byte {t.begin} {what} {before}, which ends at byte {position}", BROKEN)
         position, before = t.begin + t.nbytes, f"tensor {t.name!r}"
     if position != file_bytes:
-        raise error(f"{path}: {file_bytes - position} bytes after the last tensor ({before}) belong to no tensor")
+        raise error(f"{path}: {file_bytes - position} bytes after the last tensor ({before}) belong to no tensor", BROKEN)
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------

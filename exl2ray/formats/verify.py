@@ -33,6 +33,7 @@ from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES, PackedLinear, check_linear
 from exl2ray.formats.hf import weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.layout import LinearShape
+from exl2ray.formats.source.kinds import look_at_output
 from exl2ray.formats.source.model_shards import gaps
 from exl2ray.formats.tensorfile import DTYPES, MAX_TENSORS, TensorFile, TensorInfo
 from exl2ray.formats.verify_rules import Directory, Problem
@@ -47,8 +48,9 @@ def verify_directory(path: str | Path, expected: Mapping[str, LinearShape] | Non
     wrong sizes and wrong biases are found too.
     """
     d = Directory(Path(path))
-    if not d.path.is_dir():
-        d.add("file", "not a directory", file=str(path))
+    finding = look_at_output(d.path)
+    if finding is not None:
+        d.add("file", "; ".join(finding), file=str(path))
         return d.problems
     if not _read_files(d):
         return d.problems

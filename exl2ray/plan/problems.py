@@ -51,7 +51,7 @@ from exl2ray.plan.worker_memory import RowSizes
 from exl2ray.recipe import Recipe
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import check_output
-from exl2ray.terminal.pasted import missing_folder_hint
+from exl2ray.terminal.pasted import missing_folder
 from exl2ray.timeline import step
 from exl2ray.tune.memory import check_memory
 
@@ -138,7 +138,7 @@ def size_ranges(
 
 def _examine_source(found: Examination, recipe: Recipe) -> None:
     if not os.path.exists(recipe.in_dir):
-        found.add("source", [UsageError(f"-i {recipe.in_dir}: does not exist", missing_folder_hint(recipe.in_dir))])
+        found.add("source", [missing_folder(recipe.in_dir)])
         return
     try:
         source = found.source = SourceModel(recipe.in_dir)
@@ -307,7 +307,7 @@ def _check_work(recipe: Recipe) -> None:
         return
     if not recipe.out_dir:  # `plan` without -o
         return
-    if Path(recipe.in_dir).resolve() == Path(recipe.out_dir).resolve():
+    if os.path.realpath(recipe.in_dir) == os.path.realpath(recipe.out_dir):
         raise UsageError(f"{recipe.out_dir}: the work directory (-o) is the source model (-i)", "choose another directory")
     place = existing_parent(Path(recipe.out_dir))
     if not place.is_dir() or not os.access(place, os.W_OK):

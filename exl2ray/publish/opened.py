@@ -91,7 +91,7 @@ def _open(path: Path, directory: Path) -> int:
         if not stat.S_ISREG(mode):  # opening a device can do things
             raise NotSent("not a regular file")
         return os.open(path, FLAGS)
-    elsewhere, real = outside(path, directory), path.resolve()
+    elsewhere, real = outside(path, directory), Path(os.path.realpath(path))
     if elsewhere is not None:
         raise NotSent(f"a link to {elsewhere}, outside of the folder")
     if not real.is_file():

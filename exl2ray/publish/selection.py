@@ -18,6 +18,7 @@ from pathlib import Path
 
 from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.claim import CLAIM
+from exl2ray.formats.source.kinds import look_at_output
 from exl2ray.formats.summary import DirectorySummary, inspect_directory
 from exl2ray.formats.verify import verify_directory
 from exl2ray.publish.file_kinds import CARD, is_known, is_needed, looks_secret
@@ -78,6 +79,9 @@ def read_folder(path: str | Path, include: Sequence[str] = ()) -> Folder:
     cannot be sent, and for one that holds a secret. The folder has to be closed.
     """
     path = Path(path)
+    finding = look_at_output(path)
+    if finding is not None:
+        raise FormatError(f"{path}: {finding[0]}", finding[1])
     with ExitStack() as closing:
         files, left_out = _chosen(path, include, closing)
         _verify(path)

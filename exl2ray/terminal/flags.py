@@ -12,9 +12,9 @@ from click.core import ParameterSource
 
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.recipe import SECTIONS, SETTINGS, Recipe
-from exl2ray.recipe_fields import fits, shown, wanted
+from exl2ray.recipe_fields import fits, shown, too_long, wanted
 from exl2ray.remote.address import is_remote, parse
-from exl2ray.terminal.pasted import missing_folder_hint
+from exl2ray.terminal.pasted import missing_folder
 from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -74,16 +74,25 @@ def _attributes(name: str) -> dict[str, Any]:
 
 
 class CheckedCommand(click.Command):
-    """A command that takes no empty text for a path: it would be the current directory."""
+    """A command that takes no path that cannot be one: empty text would be the current directory."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         for param in self.get_params(ctx):
-            value = ctx.params.get(param.name or "")
-            if (param.metavar or "").strip(".") in PLACES and (value == "" or (isinstance(value, tuple) and "" in value)):
+            if (param.metavar or "").strip("[.]") in PLACES:
                 name = param.opts[0] if isinstance(param, click.Option) else param.metavar
-                raise UsageError(f"{name} is empty", "is a variable of the shell not set?")
+                value = ctx.params.get(param.name or "")
+                for path in value if isinstance(value, tuple) else (value,):
+                    _check_path(str(name), path)
         return rest
+
+
+def _check_path(name: str, path: str | None) -> None:
+    if path == "":
+        raise UsageError(f"{name} is empty", "is a variable of the shell not set?")
+    why = too_long(path) if path and "://" not in path else ""
+    if path and why:
+        raise UsageError(f"{name} {path[:60]}...: {why}", "give a shorter one")
 
 
 class SectionedCommand(CheckedCommand):
@@ -171,7 +180,7 @@ def check_files(recipe: Recipe) -> None:
     if is_remote(recipe.in_dir):
         parse(recipe.in_dir)
     elif not os.path.exists(recipe.in_dir):  # what is there is looked at by the checks of a conversion
-        raise UsageError(f"-i {recipe.in_dir}: does not exist", missing_folder_hint(recipe.in_dir))
+        raise missing_folder(recipe.in_dir)
     for place in recipe.calibration_data:
         from exl2ray.calibration.data.sources import check_place
 

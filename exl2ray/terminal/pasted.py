@@ -6,6 +6,8 @@ import os
 import shlex
 from collections.abc import Sequence
 
+from exl2ray.errors import PERMISSIONS, UsageError
+
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # hyphens and dashes of print, and the minus sign
 FOLDER = "give the folder that holds config.json and *.safetensors"
 
@@ -19,6 +21,17 @@ def usage_hint(argv: Sequence[str], command: str) -> str:
         rest = argv[1:] if argv[0].endswith("convert.py") else argv
         return f"the command comes first: {shlex.join(['exl2ray', 'convert', *rest[:6]])}{' ...' if len(rest) > 6 else ''}"
     return f"see {command} --help"
+
+
+def missing_folder(path: str) -> UsageError:
+    """The error for a source folder that does not exist, as far as this user may see."""
+    try:
+        os.stat(path)
+    except PermissionError as e:
+        return UsageError(f"-i {path}: cannot be read: {e.strerror}", PERMISSIONS)
+    except OSError:
+        pass
+    return UsageError(f"-i {path}: does not exist", missing_folder_hint(path))
 
 
 def missing_folder_hint(path: str) -> str:

@@ -173,6 +173,21 @@ def test_an_empty_path_is_not_the_current_directory(run, args):
     assert "hint: is a variable of the shell not set?" in result.stderr
 
 
+LONG = "n" * 300
+TOO_LONG = (["inspect", LONG], ["verify", f"x/{LONG}"], ["eval", "x/" * 2100], ["chat", "x", LONG],
+            ["report", "x", "-o", LONG], ["tune", "x", "--reference", LONG, "-o", "y"], ["publish", LONG, "--repo", "a/b"],
+            ["doctor", "-o", LONG],
+            ["measure", "-i", "x", "-o", "w", "-om", LONG], ["convert", "-i", "x", "-o", "w", "-m", LONG])  # fmt: skip
+
+
+@pytest.mark.parametrize("args", TOO_LONG, ids=lambda a: a[0])
+def test_a_path_that_no_file_system_takes(run, args):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert "has 300 bytes" in result.stderr or "paths have at most 4095" in result.stderr
+    assert "hint: give a shorter one" in result.stderr
+
+
 def test_numbers_of_an_evaluation_that_cannot_be(run, tmp_path):
     for flags, says in ((["--length", "0"], "--length 0: at least 2"), (["--rows", "0"], "--rows 0: at least 1")):
         assert says in run("eval", str(tmp_path), *flags).stderr

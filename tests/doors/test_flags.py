@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from exl2ray.cli import cli
 from exl2ray.convert import convert
 from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.events import Silent
+from exl2ray.formats.links import outside
 from exl2ray.recipe import Recipe
 from exl2ray.terminal.flags import recipe_from
 from exl2ray.terminal.reference_flags import REFERENCE_FLAGS
@@ -324,6 +326,28 @@ def test_a_measurement_that_could_not_be_written(where: str, base: Path, data: P
     for command in ("convert", "measure", "plan"):
         exl2ray(command, *words, "--dry-run").ends_with(StoreError.exit_code, "-om", "directory")
     assert not (tmp_path / "w").exists()
+
+
+def test_a_measurement_does_not_take_the_place_of_another_file(base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "notes.json").write_text("mine")
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, says in (("config.json", "no measurement"), ("notes.json", "no measurement"), ("pipe.json", "a FIFO")):
+        words = [*words_of(recipe(base, tmp_path / "w", data)), "-om", str(tmp_path / name)]
+        exl2ray("measure", *words, "--dry-run").ends_with(StoreError.exit_code, name, says)
+    (tmp_path / "m.json").write_text('{"measurement": {}}')
+    words = [*words_of(recipe(base, tmp_path / "w", data)), "-om", str(tmp_path / "m.json")]
+    exl2ray("measure", *words, "--dry-run").ends_with(0)
+
+
+def test_a_directory_that_is_a_link_to_itself(base: Path, data: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for flags in (("-o", loop, "-cf", tmp_path / "o"), ("-o", tmp_path / "w", "-cf", loop)):
+        words = [*words_of(recipe(base, tmp_path / "w", data)), *map(str, flags)]
+        result = exl2ray("convert", *words, "--dry-run")
+        assert result.status == StoreError.exit_code, str(result)
+    assert outside(loop, tmp_path) is None
 
 
 def test_an_empty_measurement(base: Path, tmp_path: Path) -> None:

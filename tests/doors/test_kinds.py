@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from bounded import exl2ray
 from model_folders import edit_config, read_weights, write_json, write_weights
 
-from exl2ray.errors import FormatError, SourceError
+from exl2ray.errors import PERMISSIONS, FormatError, SourceError
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.source.kinds import refusal
+from exl2ray.formats.verify import verify_directory
+from exl2ray.publish.selection import read_folder
+from exl2ray.terminal.pasted import missing_folder
 
 Change = Callable[[Path], Any]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 4976698672\n"
@@ -145,8 +149,8 @@ def test_a_folder_that_is_no_source_is_named(case: str, folder: Path) -> None:
 
 FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "GGUF": ("model.gguf", ("a GGUF file",)),
-    "weights": ("model.safetensors", ("a file, not a directory", "give its folder: -i")),
-    "config": ("config.json", ("a file, not a directory", "give its folder: -i")),
+    "weights": ("model.safetensors", ("a file, not a directory", "give its folder: ")),
+    "config": ("config.json", ("a file, not a directory", "give its folder: ")),
     "pickle": ("pytorch_model.bin", ("a file of PyTorch weights",)),
     "text": ("notes.txt", ("not a directory",)),
 }
@@ -159,6 +163,34 @@ def test_a_file_in_place_of_a_folder(case: str, tmp_path: Path) -> None:
     error = refusal(tmp_path / name)
     assert error is not None
     assert all(word in str(error) for word in (name, *words)), str(error)
+
+
+def test_a_folder_that_may_not_be_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Any, *more: Any, **named: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", denied)
+    monkeypatch.setattr(os, "stat", denied)
+    error = refusal(folder)
+    assert error is not None
+    assert "cannot be read: Permission denied" in str(error)
+    assert error.hint == PERMISSIONS
+    assert "cannot be read: Permission denied" in verify_directory(folder)[0].message
+    missing = missing_folder(str(folder))
+    assert missing.message == f"-i {folder}: cannot be read: Permission denied"
+    assert missing.hint == PERMISSIONS
+    monkeypatch.undo()
+    assert "does not exist" in str(missing_folder(str(tmp_path / "gone")))
+
+
+def test_a_work_directory_in_place_of_the_model(folder: Path) -> None:
+    only("job.json", "events.jsonl", "measure/records", "calibration.safetensors")(folder)
+    words = "a work directory of exl2ray, not a model"
+    assert words in str(refusal(folder))
+    assert words in verify_directory(folder)[0].message
+    with pytest.raises(FormatError, match=words) as e:
+        read_folder(folder)
+    assert "-cf" in e.value.hint
 
 
 # ---- quantised already -------------------------------------------------------------------------------------------------

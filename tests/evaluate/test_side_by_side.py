@@ -146,3 +146,10 @@ def test_what_people_see() -> None:
 def test_nothing_to_ask_is_a_usage_error() -> None:
     found = CliRunner().invoke(cli, ["chat", str(DEMO), "--device", "cpu"])
     assert found.exit_code == 2
+
+
+@pytest.mark.parametrize(("count", "says"), [("0", "at least one"), ("99999999999", "at most 32768 can")])
+def test_answers_of_no_or_endless_length(count: str, says: str) -> None:
+    result = CliRunner().invoke(cli, ["chat", str(DEMO), "--prompt", "x", "--max-tokens", count, "--device", "cpu"])
+    assert result.exit_code == 2
+    assert says in result.stderr

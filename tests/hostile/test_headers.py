@@ -71,6 +71,7 @@ def test_a_header_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError) as e:
         TensorFile(path)
     assert words in e.value.message
+    assert e.value.hint
     assert len(e.value.message) < 1500
     assert "\x1b" not in e.value.message
     assert time.process_time() - start < 3

@@ -411,5 +411,5 @@ def test_a_card_of_many_megabytes(model: Path) -> None:
 
 
 def test_errors_are_typed(model: Path) -> None:
-    with pytest.raises(Exl2RayError, match="cannot be listed"):
+    with pytest.raises(Exl2RayError, match="a file, not a directory"):
         send(model / "config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from click.testing import CliRunner, Result
 from report_helpers import Model, evaluation, write_job
 
 from exl2ray.cli import cli
+from exl2ray.errors import StoreError
+from exl2ray.formats.files import refuse_special
 from exl2ray.store.file_names import is_ours
 from exl2ray.store.open import open_store
 
@@ -66,3 +69,14 @@ def test_refusals(work: Path, tmp_path: Path) -> None:
     assert "bad.json: 'results' is missing" in result.output
     assert sorted(p.name for p in (tmp_path / "foreign").iterdir()) == ["x.txt"]
     assert [p.name for p in work.iterdir()] == ["job.json"]
+
+
+def test_a_page_does_not_take_the_place_of_a_pipe_or_device(work: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = run(work, "-o", tmp_path / "pipe")
+    assert result.exit_code == 7
+    assert "a FIFO, whose place a file would take" in result.output
+    assert (tmp_path / "pipe").is_fifo()
+    for name in ("/dev/null", "/dev/stdout"):
+        with pytest.raises(StoreError, match="whose place a file would take"):
+            refuse_special(name, "-o")

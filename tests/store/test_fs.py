@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from exl2ray.beneath import existing_parent
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import TEMP_NAME, TEMP_PREFIX, Store, check_name, temp_name
@@ -154,6 +155,7 @@ def test_failing_fsync_is_an_error_not_a_commit(tmp_path: Path, monkeypatch: pyt
 def test_file_size_limit_is_a_typed_error(tmp_path: Path) -> None:
     code = """
 import resource, sys
+from exl2ray.beneath import existing_parent
 from exl2ray.errors import StoreError
 from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
@@ -220,3 +222,16 @@ def test_opening_a_work_directory_loads_nothing_heavy() -> None:
     code = f"import sys, exl2ray.store.workdir; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_nearest_directory_that_may_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in a directory that this user may not enter counts as not there, and is no error of its own."""
+    seen = os.stat
+
+    def stat(path, *more, **named):
+        if str(path).startswith(f"{tmp_path}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return seen(path, *more, **named)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert existing_parent(tmp_path / "a" / "b") == tmp_path

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.errors import PERMISSIONS, Exl2RayError, SourceError
 from exl2ray.formats.source.folder import Folder
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -30,8 +31,9 @@ def refusal(path: str | Path, error: type[Exl2RayError] = SourceError) -> Exl2Ra
 
 def look(path: Path) -> Finding | None:
     """As `refusal`, without the path."""
-    if not path.is_dir():
-        return _no_folder(path)
+    finding = _unreadable(path)
+    if finding is not None:
+        return finding
     folder = Folder(path)
     for kind in KINDS:
         finding = kind(folder)
@@ -40,15 +42,35 @@ def look(path: Path) -> Finding | None:
     return None
 
 
-def _no_folder(path: Path) -> Finding:
+def look_at_output(path: Path) -> Finding | None:
+    """What `look` finds of a path where an EXL2 directory should be, whose files are checked by themselves."""
+    return _unreadable(path) or _work_directory(Folder(path))
+
+
+def _unreadable(path: Path) -> Finding | None:
+    """Why nothing can be read at ``path`` as in a folder; None if it is one that can be listed."""
     hint = "give the folder that holds config.json and *.safetensors"
+    try:
+        os.scandir(path).close()
+        return None
+    except NotADirectoryError:
+        return _no_folder(path, hint)
+    except FileNotFoundError:
+        return "does not exist", hint
+    except OSError as e:
+        return f"cannot be read: {e.strerror or e}", PERMISSIONS if isinstance(e, PermissionError) else hint
+    except ValueError:  # a NUL in it
+        return "not a path", hint
+
+
+def _no_folder(path: Path, hint: str) -> Finding:
     if not path.exists():
         return "does not exist", hint
     name = path.name.lower()
     if name.endswith(".gguf"):
         return _gguf_text("a GGUF file"), _original(Folder(path.parent))
     if name.endswith((".safetensors", ".json")):
-        return "a file, not a directory", f"give its folder: -i {shlex.quote(str(path.parent))}"
+        return "a file, not a directory", f"give its folder: {shlex.quote(str(path.parent))}"
     if name.endswith(PICKLES):
         return "a file of PyTorch weights, not a directory", SAVE
     return "not a directory", hint
@@ -71,7 +93,14 @@ def _hub_cache(folder: Folder) -> Finding | None:
     revision = main if main in snapshots else snapshots[-1]
     others = f" (of {len(snapshots)})" if len(snapshots) > 1 else ""
     place = shlex.quote(str(folder.path / "snapshots" / revision))
-    return f"a repository in the Hub's cache; the model is in its snapshot{others}", f"give the snapshot: -i {place}"
+    return f"a repository in the Hub's cache; the model is in its snapshot{others}", f"give the snapshot: {place}"
+
+
+def _work_directory(folder: Folder) -> Finding | None:
+    """What a conversion has with -o, given for what it has with -cf."""
+    if "job.json" not in folder or "config.json" in folder or not {"measure", "quant"}.intersection(folder.folders):
+        return None
+    return "a work directory of exl2ray, not a model", "give the directory that the conversion had with -cf"
 
 
 def _diffusion(folder: Folder) -> Finding | None:
@@ -158,7 +187,7 @@ def _no_safetensors(folder: Folder) -> Finding | None:
         place = shlex.quote(str(folder.path / inside[0]))
         many = f"holds {len(inside)} folders with models ({names}), and no model itself"
         text = many if len(inside) > 1 else f"holds no model; its folder {inside[0]} does"
-        return text, f"give one of them: -i {place}"
+        return text, f"give one of them: {place}"
     if "config.json" in folder:
         return "no *.safetensors file: there is a config.json, but no weights", "the download is incomplete: fetch them"
     return "neither config.json nor a *.safetensors file", COMPLETE
@@ -190,5 +219,6 @@ def _original(folder: Folder) -> str:
 
 
 KINDS: tuple[Callable[[Folder], Finding | None], ...] = (
-    _empty, _hub_cache, _diffusion, _adapter, _pointers, _gguf, _other_runtime, _consolidated, _no_safetensors, _no_config,
+    _empty, _hub_cache, _work_directory, _diffusion, _adapter, _pointers, _gguf, _other_runtime, _consolidated,
+    _no_safetensors, _no_config,
 )  # fmt: skip
