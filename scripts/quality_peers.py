@@ -14,6 +14,7 @@ causal is tested on the model itself, by changing a last token, before its figur
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -92,8 +93,10 @@ def convert(model: Model, options: str, bits: float, work: Path, out: Path, seco
 
 
 def _exllamav2(model: Model, command: list[str], work: Path, seconds: float) -> str:
-    """Measures a model once: later bitrates begin with what the first one found."""
-    kept = work.with_name(f"{work.name}-measurement.json")
+    """Measures a model once: later bitrates begin with what the first one found, of this model with these flags."""
+    flags = [f for i, f in enumerate(command) if not {"-b", "-o", "-cf", "-hb"} & set(command[max(0, i - 1) : i + 1])]
+    of = hashlib.sha256(json.dumps([model.fingerprint, flags]).encode()).hexdigest()[:12]
+    kept = work.with_name(f"{work.name}-{of}-measurement.json")
     known = ["-m", str(kept)] if kept.is_file() else []
     told = _run(["-m", CONVERTERS["exllamav2"], "-i", str(model.path), *command, *known], seconds)
     if not known and (work / "measurement.json").is_file():

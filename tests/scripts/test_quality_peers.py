@@ -104,7 +104,9 @@ def test_columns_of_peers_and_what_their_failures_cost(peers: Path, capsys: pyte
     results = quality_table.load([work / "results.jsonl"])
     assert [(r["variant"], r["bits"], r["version"]) for r in results] == [("A", 2.5, "9"), ("B", 2.5, "8"), ("B", 5.0, "8")]
     assert results[0]["rows"]["kl"] == pytest.approx(results[1]["rows"]["kl"], rel=1e-3)
-    assert [p.name for p in (work / "jobs").iterdir()] == ["demo-builtin-peer-measurement.json"], "nothing else is left"
+    (left,) = (work / "jobs").iterdir()
+    assert left.name.startswith("demo-builtin-peer-")
+    assert left.read_text() == "measured", "nothing else is left"
     study = quality.Study(quality.parse_args([*arguments, "--variant", "ours:"]))
     ours = study.groups()[1][3]
     assert (ours.draw, ours.variant.name, ours.bits) == (1, "ours", 2.5)
@@ -114,9 +116,25 @@ def test_columns_of_peers_and_what_their_failures_cost(peers: Path, capsys: pyte
 
 @pytest.mark.parametrize(("bits", "why"), [(3.0, "ended with 1: no such bits"), (4.0, "took more than 2 s")])
 def test_a_peer_that_fails_or_hangs_is_ended(peers: Path, bits: float, why: str) -> None:
-    model: Any = argparse.Namespace(device="cpu", path=DEMO)
+    model: Any = argparse.Namespace(device="cpu", path=DEMO, fingerprint="f")
     with pytest.raises(quality_peers.Failed, match=f"-m exllamav2.conversion.convert_exl2 {why}"):
         quality_peers.convert(model, "peer:exllamav2 -hb 6", bits, peers / "w", peers / "o", seconds=3600 if bits < 4 else 2)
+
+
+def test_a_measurement_serves_the_same_model_and_flags_alone(peers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def run(command: list[str], seconds: float) -> str:
+        asked.append("-m" in command[2:])
+        (peers / "w" / "measurement.json").write_text("measured")
+        return ""
+
+    monkeypatch.setattr(quality_peers, "_run", run)
+    (peers / "w").mkdir()
+    for fingerprint, flags in (("f", ["-hb", "6"]), ("f", ["-hb", "8"]), ("g", []), ("f", ["-c", "other"])):
+        model: Any = argparse.Namespace(path=DEMO, fingerprint=fingerprint)
+        quality_peers._exllamav2(model, ["-b", "3.0", *flags, "-o", str(peers / "w"), "-cf", "o"], peers / "w", 1)
+    assert asked == [False, True, False, False]
 
 
 def test_names_with_a_dot_where_a_peer_wants_them(tmp_path: Path) -> None:
@@ -141,7 +159,7 @@ def test_names_with_a_dot_where_a_peer_wants_them(tmp_path: Path) -> None:
 
 
 def test_peers_that_cannot_run_are_skipped_with_a_reason(tmp_path: Path) -> None:
-    model: Any = argparse.Namespace(device="cpu", path=DEMO)
+    model: Any = argparse.Namespace(device="cpu", path=DEMO, fingerprint="f")
     assert quality_peers.peer_of("-hb 6") is None
     assert quality_peers.peer_of("peer:exllamav2 -hb 6") == "exllamav2"
     for package, reason in (("torch", "known are exllamav2, exllamav3"), ("exllamav3", "not installed|needs a CUDA GPU")):
