@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,13 @@ class Measurement:
     scores: Mapping[str, Any] | None = None
 
     def __getitem__(self, entry_key: str) -> ModuleProfile:
-        for p in self.profiles:
-            if p.entry_key == entry_key:
-                return p
-        raise FormatError(f"measurement: no entry {entry_key!r}")
+        if entry_key not in self._by_key:
+            raise FormatError(f"measurement: no entry {entry_key!r}")
+        return self._by_key[entry_key]
+
+    @cached_property
+    def _by_key(self) -> dict[str, ModuleProfile]:
+        return {p.entry_key: p for p in reversed(self.profiles)}
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {
