@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -81,7 +81,8 @@ class LossCurve:
 
     def loss(self, option: QParams) -> float:
         """Squared output error per token: measured, or predicted from what was."""
-        return self.all_losses((option,))[0]
+        measured = self.losses.get(option.desc)
+        return self.all_losses((option,))[0] if measured is None else measured
 
     def all_losses(self, options: Sequence[QParams]) -> list[float]:
         """`loss` of each option, all at once."""
@@ -90,7 +91,7 @@ class LossCurve:
             predicted = np.exp(general + np.interp(general, self._x, self._y)).tolist()
         else:
             predicted = [0.0] * len(options)  # no option does any harm: a linear that is all zeros
-        return [self.losses.get(_name(q), loss) for q, loss in zip(options, predicted, strict=True)]
+        return [self.losses.get(q.desc, loss) for q, loss in zip(options, predicted, strict=True)]
 
     def _general(self, options: tuple[QParams, ...]) -> NDArray[np.float64]:
         """The predictions for a linear of level 1."""
@@ -99,26 +100,23 @@ class LossCurve:
         return np.add.reduceat((mass[1:] - mass[:-1]) * losses, first)
 
 
-def _check_option(name: str, where: str) -> None:
-    """FormatError unless a name of an option is that of one that the format can hold."""
+@cache
+def _problem(name: str) -> str:
+    """What is wrong with a name of an option; "" for one that the format can hold."""
     try:
         option = _option(name)
-    except UsageError as e:
-        raise FormatError(f"{where}: a loss of {shown(name)}, which is no option", AGAIN) from e
+    except UsageError:
+        return f"{shown(name)}, which is no option"
     widths = all(b in WIDTHS for b in option.bits) and len(set(option.bits)) == len(option.bits)
     shares = all(0 < p <= 1 for p in option.props) and abs(sum(option.props) - 1) < 1e-3
     if not widths or not shares or not all(0 < size < 1 << 31 and size % 32 == 0 for size in option.group_sizes):
-        raise FormatError(f"{where}: a loss of the option {shown(name)}, which the format does not have", AGAIN)
+        return f"the option {shown(name)}, which the format does not have"
+    return ""
 
 
 @cache
 def _option(text: str) -> QParams:
     return parse(text)
-
-
-@cache
-def _name(option: QParams) -> str:
-    return option.desc
 
 
 @cache
@@ -172,34 +170,33 @@ def all_options(low: bool = False) -> tuple[QParams, ...]:
 
 
 def frontier(
-    curve: LossCurve, bits_of: Callable[[QParams], int], options: Sequence[QParams] | None = None, near: float = NEAR
+    curve: LossCurve, sizes: Sequence[int], options: Sequence[QParams] | None = None, near: float = NEAR
 ) -> list[Candidate]:
-    """The options worth choosing from, smallest first; ``bits_of``: storage of an option.
+    """The options worth choosing from, smallest first; ``sizes``: storage of each of ``options`` (all of them) in bits.
 
     Those on the lower convex hull of loss over bits, and those that lie within ``near`` of it (relative): with few linears
     the hull alone leaves steps that are too large to use a budget up.
     """
     options = all_options() if options is None else options
-    tried = [Candidate(q, bits_of(q), v) for q, v in zip(options, curve.all_losses(options), strict=True)]
-    better: list[Candidate] = []  # each larger one has a lower loss
-    for c in sorted(tried, key=lambda c: (c.bits, c.loss)):
-        if not better or c.loss < better[-1].loss:
-            if better and better[-1].bits == c.bits:
-                continue
-            better.append(c)
-    hull: list[Candidate] = []
-    for c in better:
-        while len(hull) > 1 and _slope(hull[-2], c) <= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(c)
-    if not hull:
+    if not options:
         return []
-    at_most = (1 + near) * np.interp([c.bits for c in better], [c.bits for c in hull], [c.loss for c in hull])
-    return [c for c, most in zip(better, at_most.tolist(), strict=True) if c.loss <= most]
+    bits, losses = np.array(sizes, dtype=np.int64), np.array(curve.all_losses(options))
+    order = np.lexsort((losses, bits))
+    least = np.minimum.accumulate(losses[order])
+    better = order[np.concatenate([[True], losses[order][1:] < least[:-1]])]  # each larger one has a lower loss
+    points = list(zip(bits[better].tolist(), losses[better].tolist(), strict=True))
+    hull: list[tuple[int, float]] = []
+    for point in points:
+        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    at_most = (1 + near) * np.interp(bits[better], [b for b, _ in hull], [v for _, v in hull])
+    found = zip(better.tolist(), points, (losses[better] <= at_most).tolist(), strict=True)
+    return [Candidate(options[i], *point) for i, point, worth in found if worth]
 
 
-def _slope(a: Candidate, b: Candidate) -> float:
-    return (b.loss - a.loss) / (b.bits - a.bits)
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def _checked(entry: Mapping[str, Any], where: str) -> tuple[dict[str, float], NDArray[np.float64] | None]:
@@ -213,6 +210,6 @@ def _checked(entry: Mapping[str, Any], where: str) -> tuple[dict[str, float], ND
         raise FormatError(f"{where}: the shape is no list, or all of it is 0", AGAIN)
     if len(losses) > MAX_LOSSES:
         raise FormatError(f"{where}: losses of {len(losses)} options; there are at most {MAX_LOSSES}", AGAIN)
-    for name in losses:
-        _check_option(name, where)
+    if problem := next(filter(None, map(_problem, losses)), ""):
+        raise FormatError(f"{where}: a loss of {problem}", AGAIN)
     return {str(k): float(v) for k, v in losses.items()}, None if shape is None else np.array(shape, dtype=np.float64)

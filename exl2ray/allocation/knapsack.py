@@ -77,7 +77,7 @@ def solve(slots: Sequence[Slot], budget_bits: int, objective: str = "squared", p
         )
     choice, bound, lam = _approach(bits, cost, budget_bits, objective)
     if _gap(_value(cost, choice), bound, objective, len(slots)) >= _GAP_ENOUGH:
-        choice, bound = _branch(bits, cost, budget_bits, objective, choice, bound)
+        choice, bound = _branch(bits, cost, budget_bits, objective, choice, bound, lam)
     if _gap(_value(cost, choice), bound, objective, len(slots)) >= (_GAP_GOAL if len(slots) <= _FEW else _GAP_ENOUGH):
         exact = _complete(bits, cost, budget_bits, lam, _value(cost, choice))
         if exact is not None:
@@ -119,29 +119,35 @@ def _branch(
     objective: str,
     choice: NDArray[np.int64],
     bound: float,
+    lam: float,
 ) -> tuple[NDArray[np.int64], float]:
     """`_approach`, over every option of the slot with the largest steps in turn.
 
     A head holds a fifth of a small model's weights: its options lie so far apart that the relaxation mixes two of them, and
     no allocation comes near that bound. With its option given, the others leave no gap to speak of. Options whose own bound
-    is not below what has been found already are not solved.
+    is not below what has been found already are not solved; most are ruled out by the bound that the multiplier of the
+    whole, ``lam``, gives.
     """
     found = bits < np.iinfo(np.int64).max // (4 * len(bits))
     wide = int(np.where(found, bits, 0).max(1).argmax())
     others = np.arange(len(bits)) != wide
-    smallest = int(bits[others].min(1).sum())
-    options = [j for j in np.flatnonzero(found[wide]) if smallest + bits[wide, j] <= budget_bits]
-    limits = {j: cost[wide, j] + _relax(bits[others], cost[others], budget_bits - int(bits[wide, j]))[0] for j in options}
+    own_bits, own_cost, bits, cost_of_all, cost = bits[wide], cost[wide], bits[others], cost, cost[others]
+    smallest, known = int(bits.min(1).sum()), _value(cost_of_all, choice)
+    least = own_cost + lam * (own_bits - float(budget_bits)) + (cost + lam * bits).min(1).sum()
+    worse = least > known + 1e-9 * (abs(known) + lam * budget_bits)
+    options = [j for j in np.flatnonzero(found[wide] & ~worse) if smallest + own_bits[j] <= budget_bits]
+    limits = {j: own_cost[j] + _relax(bits, cost, budget_bits - int(own_bits[j]))[0] for j in options}
     best = choice
     for j in sorted(options, key=limits.__getitem__):
-        if limits[j] >= _value(cost, best):
+        if limits[j] >= _value(cost_of_all, best):
             break
-        rest, limit, _ = _approach(bits[others], cost[others], budget_bits - int(bits[wide, j]), objective)
-        limits[j] = max(limits[j], cost[wide, j] + limit)
+        rest, limit, _ = _approach(bits, cost, budget_bits - int(own_bits[j]), objective)
+        limits[j] = max(limits[j], own_cost[j] + limit)
         tried = np.insert(rest, wide, j)
-        if _value(cost, tried) < _value(cost, best):
+        if _value(cost_of_all, tried) < _value(cost_of_all, best):
             best = tried
-    return best, min(_value(cost, best), max(bound, min(limits.values(), default=bound)))
+    known = _value(cost_of_all, best)
+    return best, min(known, max(bound, min(limits.values(), default=known)))
 
 
 def _unspent(slots: Sequence[Slot], choice: NDArray[np.int64], budget_bits: int, total_bits: int) -> float:
@@ -205,79 +211,115 @@ def _relax(
     bits: NDArray[np.int64], cost: NDArray[np.float64], budget_bits: int
 ) -> tuple[float, float, NDArray[np.int64]]:
     """(dual bound, its multiplier, feasible choice) by bisection on the multiplier lambda (objective per bit)."""
-    rows = np.arange(len(bits))
+    # With options by rising bits, the first of those that tie is the cheapest: so a large lambda reaches the floor.
+    by_bits = bits.argsort(1, kind="stable")
+    bits, cost = np.take_along_axis(bits, by_bits, 1), np.take_along_axis(cost, by_bits, 1)
+    first, width = np.arange(len(bits)) * bits.shape[1], bits.astype(np.float64)
+    penalised = np.empty_like(cost)
 
-    def pick(lam: float) -> NDArray[np.int64]:
-        penalised = cost + lam * bits
-        best = penalised.min(1, keepdims=True)
-        # among ties the cheaper option, so that a large lambda reaches the floor
-        tied = np.where(penalised <= best, bits, np.iinfo(np.int64).max)
-        choice: NDArray[np.int64] = tied.argmin(1)
-        return choice
+    def pick(lam: float) -> tuple[NDArray[np.int64], int]:
+        """The best options as places in the arrays, and the bits that they take."""
+        np.multiply(width, lam, out=penalised)
+        np.add(cost, penalised, out=penalised)
+        places: NDArray[np.int64] = first + penalised.argmin(1)
+        return places, int(bits.take(places).sum())
+
+    def objective(places: NDArray[np.int64]) -> float:
+        return float(cost.take(places).sum())
+
+    def chosen(places: NDArray[np.int64]) -> NDArray[np.int64]:
+        return by_bits.take(places)
 
     low, high = 0.0, 1e-12
-    choice = pick(low)
-    if bits[rows, choice].sum() <= budget_bits:
-        return _value(cost, choice), 0.0, choice
-    while bits[rows, pick(high)].sum() > budget_bits:
+    places, used = pick(low)
+    if used <= budget_bits:
+        return objective(places), 0.0, chosen(places)
+    feasible, used = pick(high)
+    while used > budget_bits:
         high *= 4
+        feasible, used = pick(high)
         if high > 1e12:  # only the cheapest options fit; lambda may grow without bound
             break
-    feasible = pick(high)
-    if bits[rows, feasible].sum() > budget_bits:
-        feasible = bits.argmin(1)
+    if used > budget_bits:
+        feasible = first + bits.argmin(1)
     bound, best_lam = -math.inf, high
     for _ in range(200):
         lam = (low + high) / 2
-        choice = pick(lam)
-        used = int(bits[rows, choice].sum())
-        dual = _value(cost, choice) + lam * (used - budget_bits)
+        places, used = pick(lam)
+        dual = objective(places) + lam * (used - budget_bits)
         if dual > bound:
             bound, best_lam = dual, lam
         if used <= budget_bits:
-            high, feasible = lam, choice
+            high, feasible = lam, places
         else:
             low = lam
         if high - low <= 1e-15 * high:
             break
-    return bound, best_lam, feasible
+    return bound, best_lam, chosen(feasible)
 
 
 def _spend(
     bits: NDArray[np.int64], cost: NDArray[np.float64], budget_bits: int, choice: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Single moves that lower the objective and fit, best gain per bit first."""
-    choice = choice.copy()
-    rows = np.arange(len(bits))
+    choice, rows = choice.copy(), np.arange(len(bits))
+    left = budget_bits - int(bits[rows, choice].sum())
+    extra, gain = _moves(bits, cost, choice)
+    rate = np.where(gain > 0, gain / np.maximum(extra, 1), 0.0)
     while True:
-        left = budget_bits - int(bits[rows, choice].sum())
-        extra = bits - bits[rows, choice][:, None]
-        gain = cost[rows, choice][:, None] - cost
-        score = np.where((extra <= left) & (gain > 0), gain / np.maximum(extra, 1), 0.0)
-        i, j = np.unravel_index(int(score.argmax()), score.shape)
+        score = np.where(extra <= left, rate, 0.0)
+        i, j = divmod(int(score.argmax()), bits.shape[1])
         if score[i, j] <= 0:
             return choice
+        left -= int(extra[i, j])
         choice[i] = j
+        extra[i], gain[i] = bits[i] - bits[i, j], cost[i, j] - cost[i]
+        rate[i] = np.where(gain[i] > 0, gain[i] / np.maximum(extra[i], 1), 0.0)
+
+
+def _moves(
+    bits: NDArray[np.int64], cost: NDArray[np.float64], choice: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(bits that every option takes beyond the one chosen, what it lowers the objective by), each (S, O)."""
+    rows = np.arange(len(bits))
+    return bits - bits[rows, choice][:, None], cost[rows, choice][:, None] - cost
 
 
 def _exchange(
     bits: NDArray[np.int64], cost: NDArray[np.float64], budget_bits: int, choice: NDArray[np.int64]
 ) -> bool:
-    """For each slot in turn the best pair of moves (this slot and one other); changes ``choice``, True if any helped."""
-    rows = np.arange(len(bits))
+    """For each slot in turn the best pair of moves (this slot and one other); changes ``choice``, True if any helped.
+
+    With all moves by the bits they take, the best that fits beside a move of this slot is a running maximum.
+    """
+    rows, options = np.arange(len(bits)), bits.shape[1]
+    left = budget_bits - int(bits[rows, choice].sum())
+    extra, gain = _moves(bits, cost, choice)
+    real = np.flatnonzero(np.isfinite(cost))
+    order = real[extra.take(real).argsort(kind="stable")]
+    owner, by_extra, gains = order // options, extra.take(order), gain.take(order)
     improved = False
     for i in range(len(bits)):
-        left = budget_bits - int(bits[rows, choice].sum())
-        extra = bits - bits[rows, choice][:, None]  # (S, O)
-        gain = cost[rows, choice][:, None] - cost
+        best = np.maximum.accumulate(np.where(owner == i, -np.inf, gains))
         room = left - extra[i]  # (O,) bits left after slot i takes each option
-        fits = extra[None] <= room[:, None, None]  # (O, S, O)
-        total = np.where(fits, gain[None] + gain[i][:, None, None], -np.inf)
-        total[:, i] = -np.inf
-        a, j, b = np.unravel_index(int(total.argmax()), total.shape)
-        if total[a, j, b] > 1e-15 * max(1.0, abs(_value(cost, choice))) and np.isfinite(total[a, j, b]):
-            choice[i], choice[j] = a, b
-            improved = True
+        fitting = by_extra.searchsorted(room, "right")
+        total = np.where(fitting > 0, best[fitting - 1] + gain[i], -np.inf)
+        a = int(total.argmax())
+        if not np.isfinite(total[a]) or total[a] <= 1e-15 * max(1.0, abs(_value(cost, choice))):
+            continue
+        both = np.where(extra <= room[a], gain + gain[i, a], -np.inf)
+        both[i] = -np.inf
+        j, b = divmod(int(both.argmax()), options)
+        left -= int(extra[i, a] + extra[j, b])
+        choice[i], choice[j] = a, b
+        improved = True
+        moved = np.array([i, j])
+        extra[moved], gain[moved] = _moves(bits[moved], cost[moved], choice[moved])
+        order = order[(owner != i) & (owner != j)]
+        own = real[np.isin(real // options, moved)]
+        own = own[extra.take(own).argsort(kind="stable")]
+        order = np.insert(order, extra.take(order).searchsorted(extra.take(own)), own)
+        owner, by_extra, gains = order // options, extra.take(order), gain.take(order)
     return improved
 
 
@@ -301,9 +343,7 @@ def _complete(
         new_spent = (spent[:, None] + cost[i, options]).ravel()
         new_excess = (excess[:, None] + (penalised[i, options] - cheapest[i])).ravel()
         alive = np.flatnonzero((new_used + smallest_rest[i] <= budget_bits) & (new_excess <= slack))
-        order = alive[np.lexsort((new_spent[alive], new_used[alive]))]
-        lowest = np.minimum.accumulate(new_spent[order])
-        keep = order[np.concatenate([[True], lowest[1:] < lowest[:-1]])] if len(order) else order
+        keep = alive[_undominated(new_used[alive], new_spent[alive])]
         if len(keep) > _MAX_STATES or not len(keep):
             return None
         used, spent, excess = new_used[keep], new_spent[keep], new_excess[keep]
@@ -314,3 +354,19 @@ def _complete(
         parents, options = history[i]
         choice[i], state = options[state], int(parents[state])
     return choice
+
+
+def _undominated(used: NDArray[np.int64], spent: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Those that cost less than all which use as little, by rising ``used``; of equal ones the first."""
+    if not len(used):
+        return np.zeros(0, np.int64)
+    order = used.argsort(kind="stable")  # of some sorted lists in one, which takes a sort of this kind little
+    used, spent = used[order], spent[order]
+    starts = np.flatnonzero(np.concatenate([[True], used[1:] != used[:-1]]))  # of those that use as much as each other
+    least = np.minimum.reduceat(spent, starts)
+    lowest = np.minimum.accumulate(least)
+    better = np.concatenate([[True], lowest[1:] < lowest[:-1]])
+    is_least = spent == np.repeat(least, np.diff(starts, append=len(used)))
+    first = np.minimum.reduceat(np.where(is_least, order, len(order)), starts)
+    kept: NDArray[np.int64] = first[better]
+    return kept

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
-from exl2ray.allocation.frontier import ALL, NEAR, LossCurve, all_options, flat_loss, frontier
+from exl2ray.allocation.frontier import ALL, NEAR, Candidate, LossCurve, all_options, flat_loss, frontier
 from exl2ray.allocation.knapsack import Allocation, Slot, budget, nearest_reachable, reachable_range, solve
 from exl2ray.allocation.overrides import Override, counting, overridden, parse_overrides
 from exl2ray.errors import Exl2RayError, FormatError
@@ -49,11 +49,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Choice:
-    """What an allocation comes to. params: option of every linear by key, head included."""
+    """What an allocation comes to. params: option of every linear by key, head included. groups: as `linear_groups`, if the
+    measurement has what it takes.
+    """
 
     allocation: Allocation
     params: dict[str, QParams]
     predicted_kl: float | None
+    groups: Sequence[LinearGroup]
 
 
 def choose(
@@ -63,36 +66,34 @@ def choose(
 
     Raises FormatError for --allocation linear if the measurement has no sensitivities.
     """
-    head = spec.modules[-1].linears[0]
+    head, linear = spec.modules[-1].linears[0], recipe.allocates == "linear"
     usual = overridden(overrides, head, head_option(recipe.usual_head_bits))
-    if recipe.allocates == "linear":
-        allocation, params = allocate_linears(spec, measurement, bits, overrides, recipe.head_is_free)
+    groups = linear_groups(spec, measurement) if linear or has_sensitivities(spec, measurement) else []
+    if linear:
+        allocation, params = allocate_linears(spec, groups, bits, overrides, recipe.head_is_free)
     else:
         allocation, params = allocate(spec, measurement, bits, recipe.objective, recipe.objective_power, overrides)
     params.setdefault(head.key, usual)
-    known = has_sensitivities(spec, measurement)
-    return Choice(allocation, params, predicted_kl(spec, measurement, params) if known else None)
+    return Choice(allocation, params, predicted_kl(groups, params) if groups else None, groups)
 
 
 def allocate_linears(
-    spec: ModelSpec, measurement: Measurement, bits: float, overrides: Sequence[Override] = (), free_head: bool = False
+    spec: ModelSpec, groups: Sequence[LinearGroup], bits: float, overrides: Sequence[Override] = (), free_head: bool = False
 ) -> tuple[Allocation, dict[str, QParams]]:
     """Solves for one bitrate over single linears (all experts of a role together): the least predicted KL divergence.
 
-    Every linear may get any option of `exl2ray.allocation.frontier`. The budget is that of `allocate`: ``bits`` per weight
-    of the decoder. With ``free_head`` the head takes part, and the budget grows by what a head of the usual 6 bits takes: the
-    files are as large as those of `allocate` with that head, whatever the decoder and the head have each.
+    Every linear of ``groups`` (`linear_groups`) may get any option of `exl2ray.allocation.frontier`. The budget is that of
+    `allocate`: ``bits`` per weight of the decoder. With ``free_head`` the head takes part, and the budget grows by what a
+    head of the usual 6 bits takes: the files are as large as those of `allocate` with that head, whatever the decoder and the
+    head have each.
     """
     low = below_tables(spec, bits, overrides)
-    groups = [g for g in linear_groups(spec, measurement) if free_head or g.linears[0].role != "lm_head"]
-    few = len(groups) <= FEW_GROUPS
-    found = [
-        frontier(
-            g.curve, partial(_group_bits, g.linears, overrides), _options(g.linears, overrides, low),
-            ALL if few or g.linears[0].role == "lm_head" else NEAR,  # the head's steps are the largest of all
-        )
-        for g in groups
-    ]  # fmt: skip
+    groups = [g for g in groups if free_head or g.linears[0].role != "lm_head"]
+    few, sizes, found = len(groups) <= FEW_GROUPS, _Sizes(overrides, low), list[list[Candidate]]()
+    for g in groups:
+        near = ALL if few or g.linears[0].role == "lm_head" else NEAR  # the head's steps are the largest of all
+        possible, sizes_of_possible = sizes.of(g.linears)
+        found.append(frontier(g.curve, sizes_of_possible, possible, near))
     slots = [
         Slot(g.key, tuple(c.bits for c in options), tuple((g.sensitivity * c.loss) ** 0.5 for c in options))
         for g, options in zip(groups, found, strict=True)
@@ -135,9 +136,8 @@ def linear_groups(spec: ModelSpec, measurement: Measurement) -> list[LinearGroup
     return out
 
 
-def insensitive(spec: ModelSpec, measurement: Measurement) -> tuple[list[str], int]:
+def insensitive(groups: Sequence[LinearGroup]) -> tuple[list[str], int]:
     """(linears with a sensitivity of 0, number of all); experts of a role count as one."""
-    groups = linear_groups(spec, measurement)
     return [g.key for g in groups if g.sensitivity == 0], len(groups)
 
 
@@ -155,10 +155,10 @@ def has_sensitivities(spec: ModelSpec, measurement: Measurement) -> bool:
     return all("sensitivity" in e and "linears" in e for e in extras)
 
 
-def predicted_kl(spec: ModelSpec, measurement: Measurement, params: Mapping[str, QParams]) -> float:
+def predicted_kl(groups: Sequence[LinearGroup], params: Mapping[str, QParams]) -> float:
     """KL divergence from the source in nats per token that linears with these options add up to."""
     total = 0.0
-    for group in linear_groups(spec, measurement):
+    for group in groups:
         chosen = {params[x.key] for x in group.linears}
         total += group.sensitivity * sum(group.curve.loss(q) for q in chosen) / len(chosen)
     return total
@@ -173,19 +173,33 @@ def head_bits(recipe: Recipe, spec: ModelSpec, plan: Plan) -> int:
     return min(WIDTHS, key=lambda b: abs(b - mean))
 
 
-def _options(linears: Sequence[LinearSpec], overrides: Sequence[Override], low: bool) -> Sequence[QParams]:
-    """What a group may choose from: everything, or what the user wants if that is the same for all of its linears."""
-    wanted = {counting(overrides, x) for x in linears}
-    override = wanted.pop()
-    if wanted or override is None:
-        return all_options(low)
-    if override.option is not None:
-        return (override.option,)
-    return [q for q in all_options(low) if min(q.bits) >= (override.minimum or 0)]
+class _Sizes:
+    """What groups of linears may choose from, and the bits that it takes; once for groups that are alike."""
 
+    def __init__(self, overrides: Sequence[Override], low: bool) -> None:
+        self._overrides, self._low = overrides, low
+        self._known: dict[object, tuple[Sequence[QParams], list[int]]] = {}
 
-def _group_bits(linears: Sequence[LinearSpec], overrides: Sequence[Override], option: QParams) -> int:
-    return sum(len(xs) * _bits(xs[0], overridden(overrides, xs[0], option)) for xs in _alike(linears, overrides))
+    def of(self, linears: Sequence[LinearSpec]) -> tuple[Sequence[QParams], list[int]]:
+        alike = _alike(linears, self._overrides)
+        kinds = tuple((kind, len(xs)) for kind, xs in alike.items())
+        if kinds not in self._known:
+            options = self._options(linears)
+            bits = [
+                sum(len(xs) * _bits(xs[0], overridden(self._overrides, xs[0], q)) for xs in alike.values()) for q in options
+            ]
+            self._known[kinds] = options, bits
+        return self._known[kinds]
+
+    def _options(self, linears: Sequence[LinearSpec]) -> Sequence[QParams]:
+        """Everything, or what the user wants if that is the same for all of the linears."""
+        wanted = {counting(self._overrides, x) for x in linears}
+        override = wanted.pop()
+        if wanted or override is None:
+            return all_options(self._low)
+        if override.option is not None:
+            return (override.option,)
+        return [q for q in all_options(self._low) if min(q.bits) >= (override.minimum or 0)]
 
 
 def allocate(
@@ -280,7 +294,7 @@ def option_bits(
     out = []
     for table in option_tables({x.role for x in module.linears}):
         names = table.roles
-        alike = _alike([x for x in module.linears if x.role in names], overrides)
+        alike = list(_alike([x for x in module.linears if x.role in names], overrides).values())
 
         def cost(row: tuple[QParams, ...], xs: list[LinearSpec], names: tuple[str, ...] = names) -> int:
             return len(xs) * _bits(xs[0], overridden(overrides, xs[0], row[names.index(xs[0].role)]))
@@ -291,12 +305,14 @@ def option_bits(
     return out
 
 
-def _alike(linears: Sequence[LinearSpec], overrides: Sequence[Override]) -> list[list[LinearSpec]]:
+def _alike(
+    linears: Sequence[LinearSpec], overrides: Sequence[Override]
+) -> dict[tuple[object, ...], list[LinearSpec]]:
     """Linears of one role, size and override together: experts are many, and each kind is looked at once."""
     out: dict[tuple[object, ...], list[LinearSpec]] = {}
     for x in linears:
         out.setdefault((x.role, x.in_features, x.out_features, x.has_bias, counting(overrides, x)), []).append(x)
-    return list(out.values())
+    return out
 
 
 def _bits(linear: LinearSpec, params: QParams) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exl2ray.allocation.knapsack import check_reachable
+from exl2ray.allocation.planning import Choice as Chosen
 from exl2ray.allocation.planning import (
     below_tables,
     choose,
@@ -14,7 +15,6 @@ from exl2ray.allocation.planning import (
     has_sensitivities,
     head_bpw,
     insensitive,
-    linear_groups,
     scored_options,
 )
 from exl2ray.formats.hf import SourceModel
@@ -113,7 +113,7 @@ def _solution(spec: ModelSpec, measurement: Measurement, recipe: Recipe) -> Solu
         check_reachable(bits, [([o.total_bits for o in options], _weights(m, options[0].params)) for m, options in reached])
     chosen = choose(spec, measurement, bits, recipe)
     found, achieved = chosen.allocation, decoder_bpw(spec, chosen.params)
-    doubts = insensitive_warning(*insensitive(spec, measurement)) if linear else few_scores_warning(measurement.scores)
+    doubts = insensitive_warning(*insensitive(chosen.groups)) if linear else few_scores_warning(measurement.scores)
     return Solution(
         bits=bits,
         achieved_bpw=achieved,
@@ -122,7 +122,7 @@ def _solution(spec: ModelSpec, measurement: Measurement, recipe: Recipe) -> Solu
         objective_value=found.objective,
         gap=max(0.0, found.gap),
         choices=() if linear else tuple(_choice(*slot, index) for slot, index in zip(slots, found.choice, strict=True)),
-        linears=tuple(_linear_choices(spec, measurement, chosen.params)) if linear else (),
+        linears=tuple(_linear_choices(chosen)) if linear else (),
         allocation=recipe.allocates,
         predicted_kl=chosen.predicted_kl,
         head_bpw=head_bpw(spec, chosen.params),
@@ -134,11 +134,9 @@ def _slots(spec: ModelSpec, measurement: Measurement, low: bool) -> list[tuple[M
     return [(m, options) for m in spec.modules if m.quantized for options in scored_options(m, measurement, low)]
 
 
-def _linear_choices(
-    spec: ModelSpec, measurement: Measurement, params: Mapping[str, QParams]
-) -> Iterator[LinearChoice]:
-    for group in linear_groups(spec, measurement):
-        q = params[group.linears[0].key]
+def _linear_choices(chosen: Chosen) -> Iterator[LinearChoice]:
+    for group in chosen.groups:
+        q = chosen.params[group.linears[0].key]
         size = sum(q.total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in group.linears)
         weights = sum(x.in_features * pad32(x.out_features) for x in group.linears)
         yield LinearChoice(group.key, q.desc, size / weights, group.sensitivity * group.curve.loss(q))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from exl2ray.errors import FormatError
@@ -80,6 +81,13 @@ class QParams:
     group_sizes: tuple[int, ...]
     scale_bits: int = 4
 
+    def __hash__(self) -> int:  # kept: an allocation looks tens of thousands of options up
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.bits, self.props, self.group_sizes, self.scale_bits))
+
     def layout(self, in_features: int) -> GroupLayout:
         """Groups for K = ``in_features`` rows: ceil(share / group size) groups per width, the last one cut at K.
 
@@ -108,7 +116,7 @@ class QParams:
     def total_bits(self, in_features: int, out_features: int, has_bias: bool = False) -> int:
         return self.layout(in_features).total_bits(out_features, has_bias)
 
-    @property
+    @cached_property
     def desc(self) -> str:
         """Text key of the option, e.g. ``0.05:3b_64g/0.95:2b_64g s4``."""
         parts = "/".join(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from exl2ray.allocation.overrides import Override, overridden, parse_overrides
-from exl2ray.allocation.planning import Plan, choose, insensitive, slot_weights
+from exl2ray.allocation.planning import Plan, choose, insensitive, slot_weights, total_bits
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement
@@ -27,7 +27,7 @@ def allocate(job: Job, measurement: Measurement, bits: float) -> Plan:
     hashes = plan_hashes(job, params)
     weights = slot_weights(job.spec)
     size = {
-        x.key: params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in job.spec.linears
+        x.key: total_bits(params[x.key], x.in_features, pad32(x.out_features), x.has_bias) for x in job.spec.linears
     }
     head = job.spec.modules[-1].linears[0]
     achieved = (sum(size.values()) - size[head.key]) / weights
@@ -42,7 +42,7 @@ def allocate(job: Job, measurement: Measurement, bits: float) -> Plan:
         message += f"; predicted KL {chosen.predicted_kl:.4g}"
     job.reporter.event("note", message=message)
     if job.recipe.allocates == "linear":
-        job.warnings.add(insensitive_warning(*insensitive(job.spec, measurement)), bits)
+        job.warnings.add(insensitive_warning(*insensitive(chosen.groups)), bits)
     else:
         job.warnings.add(few_scores_warning(measurement.scores))  # of every bitrate; told at the start where it was known
     job.warnings.add(unspent_warning(bits, achieved, allocation.unspent, bool(overrides)), bits)

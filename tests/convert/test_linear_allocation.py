@@ -140,7 +140,7 @@ def test_experts_share_an_option(tmp_path: Path) -> None:
     run(model, tmp_path / "work", bits=(4.0,), allocation="linear", compile_full=str(tmp_path / "out"))
     assert_sound(model, tmp_path / "out")
     spec, measurement = load_spec(SourceModel(model)), read_measurement(tmp_path / "work" / "measurement.json")
-    _, params = allocate_linears(spec, measurement, 4.0, (), True)
+    _, params = allocate_linears(spec, linear_groups(spec, measurement), 4.0, (), True)
     for module in spec.modules:
         for role in {x.role for x in module.linears}:
             assert len({params[x.key] for x in module.linears if x.role == role}) == 1
@@ -173,7 +173,7 @@ def test_budgets(measured: tuple[ModelSpec, Measurement]) -> None:
 def test_module_allocations_have_a_prediction_too(measured: tuple[ModelSpec, Measurement]) -> None:
     spec, measurement = measured
     per_module = choose(spec, measurement, 4.0, Recipe("in", "out", allocation="module"))
-    assert per_module.predicted_kl == pytest.approx(predicted_kl(spec, measurement, per_module.params))
+    assert per_module.predicted_kl == pytest.approx(predicted_kl(linear_groups(spec, measurement), per_module.params))
     bare = replace(measurement, profiles=tuple(replace(p, extra={}) for p in measurement.profiles))
     assert not has_sensitivities(spec, bare)
     assert choose(spec, bare, 4.0, Recipe("in", "out", allocation="module")).predicted_kl is None
@@ -231,7 +231,7 @@ def test_small_models_against_every_assignment(
                 extra["linears"][role] = {"losses": {"1:4b_64g s4": level[i]}}
         profiles.append(replace(p, extra=extra))
     changed = replace(measurement, profiles=tuple(profiles))
-    allocation, params = allocate_linears(spec, changed, bits, overrides, free)
+    allocation, params = allocate_linears(spec, linear_groups(spec, changed), bits, overrides, free)
     assert allocation.total_bits <= allocation.budget_bits
     best = brute_force(spec, changed, params, keys if free else keys[:3], allocation.budget_bits, free)
     assert allocation.objective <= best * (1 + 1e-9)

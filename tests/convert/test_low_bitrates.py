@@ -12,7 +12,7 @@ from tiny_models import write_model
 
 import exl2ray.transformers  # noqa: F401  # the plugin that lets transformers load the output
 from exl2ray.allocation.knapsack import reachable_range
-from exl2ray.allocation.planning import allocate, allocate_linears, option_bits, within_reach
+from exl2ray.allocation.planning import allocate, allocate_linears, linear_groups, option_bits, within_reach
 from exl2ray.commands.allocations import solve
 from exl2ray.evaluate.forward import run_model
 from exl2ray.formats.exl2 import Exl2Model
@@ -54,9 +54,11 @@ def test_the_nearest_bitrate_is_taken_and_its_model_loads_everywhere(wide: Path,
     assert max(len(options) for p in measurement.profiles for options in p.slots()) == 19, "the low ones are not measured"
     (solution,) = solve(str(wide), str(tmp_path / "work" / "measurement.json"), [2.2], "squared", 2.0, allocation, 6)
     assert solution.achieved_bpw == pytest.approx(summary.outputs[1].achieved_bpw)
-    chosen = allocate if allocation == "module" else allocate_linears
     floor = reachable_range([s for m in spec.modules for s in option_bits(m)])[0]
-    usual = chosen(spec, measurement, floor)[1]
+    if allocation == "module":
+        usual = allocate(spec, measurement, floor)[1]
+    else:
+        usual = allocate_linears(spec, linear_groups(spec, measurement), floor)[1]
     assert not any(max(q.group_sizes) > 128 for q in usual.values()), "what the tables reach is as it always was"
 
 

@@ -96,6 +96,11 @@ def options_of(roles: list[str]) -> st.SearchStrategy[tuple[OptionProfile, ...]]
     return st.lists(option, min_size=1, max_size=3).map(tuple)
 
 
+values = st.recursive(
+    st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=4), st.booleans(), st.none()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=12,
+)
 profiles = st.one_of(
     st.builds(ModuleProfile, st.just("m.layers.0"), st.just("mlp"), options_of(["up_proj", "down_proj"])),
     st.builds(
@@ -104,19 +109,19 @@ profiles = st.one_of(
         st.just("parallel_decoder"),
         attn=options_of(["q_proj", "o_proj"]),
         mlp=options_of(["up_proj"]),
-        extra=st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+        extra=st.dictionaries(st.text(max_size=5), values, max_size=2),
     ),
     st.builds(ModuleProfile, st.just("lm_head"), st.just("linear")),
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(profiles, min_size=1, max_size=3, unique_by=lambda p: p.entry_key), st.integers(0, 500))
 def test_any_measurement_round_trips(entries: list[ModuleProfile], index: int) -> None:
     m = Measurement(tuple(entries), index)
     again = parse_measurement(m.to_bytes(), "m.json")
     assert again == m
-    assert again.to_bytes() == m.to_bytes()
+    assert again.to_bytes() == m.to_bytes() == json.dumps(m.to_json(), indent=4).encode()
 
 
 def test_extra_data_stays_out_of_the_reference_part() -> None:
@@ -133,6 +138,9 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
     option = OptionProfile(float("nan"), 1000, {"up_proj": QParams((4,), (1.0,), (128,))})
     with pytest.raises(FormatError, match="NaN"):
         write_measurement(tmp_path / "m.json", Measurement((ModuleProfile("m", "mlp", (option,)),), 1))
+    for hidden in (float("inf"), [1.0, float("nan")], {"a": [[float("-inf")]]}):
+        with pytest.raises(FormatError, match="NaN"):
+            Measurement((ModuleProfile("m", "norm", extra={"x": hidden}),), 1).to_bytes()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,11 +7,13 @@ import math
 import time
 from pathlib import Path
 
+import knapsack_plain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exl2ray.allocation import knapsack
 from exl2ray.allocation.knapsack import Slot, budget, check_reachable, reachable_range, solve
 from exl2ray.errors import BudgetError, UsageError
 from exl2ray.formats.measurement import Measurement, read_measurement
@@ -104,6 +106,32 @@ def test_a_slot_that_holds_a_fifth_of_the_weights_leaves_no_gap() -> None:
         assert found.total_bits <= found.budget_bits
         assert found.bound <= found.objective + 1e-12
         assert found.gap < 1e-3
+
+
+STEPS = ("relax", "spend", "exchange", "branch", "undominated")
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 12, 90])
+def test_the_steps_come_to_the_same_as_their_plain_forms(
+    count: int, ties: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, with options that are equal, slots that have few, and one that holds a third of all."""
+    rng = np.random.default_rng(count)
+    instances = []
+    for seed in range(8):
+        slots = random_slots(count, 13, seed)
+        if ties:
+            slots = [Slot(s.key, tuple(b >> 19 << 14 for b in s.bits), tuple(round(e, 2) for e in s.errors)) for s in slots]
+        slots = [Slot(s.key, s.bits[:n], s.errors[:n]) for s, n in zip(slots, rng.integers(1, 14, count), strict=True)]
+        if seed % 2:
+            slots[-1] = Slot("head", tuple(count // 2 * b + 1 for b in slots[-1].bits), slots[-1].errors)
+        low, high = limits(slots)
+        instances += [(slots, int(low + (high - low) * share), o) for share in (0.0, 0.3, 0.6) for o in OBJECTIVES[::3]]
+    found = [solve(slots, limit, *o) for slots, limit, o in instances]
+    for step in STEPS:
+        monkeypatch.setattr(knapsack, f"_{step}", getattr(knapsack_plain, step))
+    assert found == [solve(slots, limit, *o) for slots, limit, o in instances]
 
 
 def test_more_budget_is_never_worse() -> None:

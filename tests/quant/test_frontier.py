@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -76,8 +77,8 @@ def test_a_linear_of_random_weights_is_predicted() -> None:
         assert curve.loss(option) == pytest.approx(true[option.desc], rel=0.12), option.desc
 
 
-def bits_of(k: int, n: int = 256):  # type: ignore[no-untyped-def]
-    return lambda q: q.total_bits(k, n)
+def sizes(k: int, options: Sequence[QParams] | None = None, n: int = 256) -> list[int]:
+    return [total_bits(q, k, n, False) for q in options or all_options()]
 
 
 @settings(max_examples=20, deadline=None)
@@ -90,7 +91,7 @@ def test_the_frontier_has_every_best_option(k: int, numbers: list[float], level:
     """For any price of a bit the cheapest option is among them; and none is beaten by a smaller one."""
     pieces = -(-k // piece_rows(k))
     curve = LossCurve(entry(k, 10**level, numbers[:pieces]), k, "x")
-    found = frontier(curve, bits_of(k))
+    found = frontier(curve, sizes(k))
     assert all(a.bits < b.bits and a.loss > b.loss for a, b in itertools.pairwise(found))
     every = [(q.total_bits(k, 256), curve.loss(q)) for q in all_options()]
     for exponent in range(-12, 2):
@@ -104,6 +105,30 @@ def test_the_frontier_has_every_best_option(k: int, numbers: list[float], level:
         assert c.loss <= (1 + NEAR) * low * (1 + 1e-9)
 
 
+def test_the_frontier_is_what_going_through_the_options_finds() -> None:
+    """One after another by size, to the last bit; also where several have one size."""
+    rng = np.random.default_rng(5)
+    for seed in range(12):
+        k = (256, 704, 4096)[seed % 3]
+        shape = [float(v) for v in np.exp(rng.normal(0, 0.8, -(-k // piece_rows(k))))]
+        curve = LossCurve(entry(k, float(np.exp(rng.normal(0, 4))), shape), k, "x")
+        bits = [b >> 12 << 12 if seed % 2 else b for b in sizes(k)]
+        tried = sorted(zip(bits, map(curve.loss, all_options()), range(len(bits)), strict=True), key=lambda c: c[:2])
+        better = [c for i, c in enumerate(tried) if all(c[1] < other[1] for other in tried[:i])]
+        hull: list[tuple[int, float, int]] = []
+        for c in better:
+            while len(hull) > 1 and slope(hull[-2], c) <= slope(hull[-2], hull[-1]):
+                hull.pop()
+            hull.append(c)
+        most = 1.01 * np.interp([c[0] for c in better], [c[0] for c in hull], [c[1] for c in hull])
+        wanted = [(all_options()[i], b, v) for (b, v, i), at_most in zip(better, most, strict=True) if v <= at_most]
+        assert [(c.params, c.bits, c.loss) for c in frontier(curve, bits, near=0.01)] == wanted
+
+
+def slope(a: tuple[int, float, int], b: tuple[int, float, int]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
 def test_a_large_model_is_solved_closely_and_quickly() -> None:
     """560 linears, as a 70B model has them."""
     rng = np.random.default_rng(0)
@@ -113,7 +138,7 @@ def test_a_large_model_is_solved_closely_and_quickly() -> None:
         for k, n in [(8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), (8192, 28672), (8192, 28672), (28672, 8192)]:
             shape = [float(v) for v in np.exp(rng.normal(0, 0.4, -(-k // piece_rows(k))))]
             curve = LossCurve(entry(k, float(np.exp(rng.normal(0, 1.5))) * k * n, shape), k, "x")
-            found = frontier(curve, lambda q, k=k, n=n: total_bits(q, k, n, False))  # type: ignore[misc]
+            found = frontier(curve, sizes(k, n=n))
             slots.append(Slot("x", tuple(c.bits for c in found), tuple(c.loss**0.5 for c in found)))
             weights += k * n
     for bits in (2.5, 3.0, 4.25, 6.0):
@@ -124,17 +149,18 @@ def test_a_large_model_is_solved_closely_and_quickly() -> None:
 def test_given_options_only() -> None:
     curve = LossCurve(entry(256), 256, "x")
     exact = parse("1:5b_64g")
-    assert [c.params for c in frontier(curve, bits_of(256), [exact])] == [exact]
-    wide = frontier(curve, bits_of(256), [q for q in all_options() if min(q.bits) >= 5])
-    assert wide
-    assert all(min(c.params.bits) >= 5 for c in wide)
+    assert [c.params for c in frontier(curve, sizes(256, [exact]), [exact])] == [exact]
+    wide = [q for q in all_options() if min(q.bits) >= 5]
+    found = frontier(curve, sizes(256, wide), wide)
+    assert found
+    assert all(min(c.params.bits) >= 5 for c in found)
 
 
 def test_a_linear_of_zeros_costs_nothing_wherever_it_is_stored() -> None:
     curve = LossCurve({"losses": {"1:4b_128g s4": 0.0}}, 256, "x")
-    (only,) = frontier(curve, bits_of(256))
+    (only,) = frontier(curve, sizes(256))
     assert only.loss == 0.0
-    assert only.params == min(all_options(), key=bits_of(256))
+    assert only.bits == min(sizes(256))
 
 
 @pytest.mark.parametrize(
