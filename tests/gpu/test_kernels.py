@@ -257,7 +257,7 @@ def test_linears_side_by_side_have_the_same_bytes(seed: int) -> None:
     h, ws = checks.problem(256, [96, 64, 128], seed)
     factor = prepare(h.cuda())
     weights = {str(i): w.cuda() for i, w in enumerate(ws)}
-    layouts = {"0": GroupLayout((4, 3), (128, 128)), "1": GroupLayout((5,) * 4, (64,) * 4), "2": GroupLayout((3,) * 8, (32,) * 8)}
+    layouts = {key: GroupLayout((4,) * (256 // n), (n,) * (256 // n)) for key, n in (("0", 128), ("1", 64), ("2", 32))}
     numerics = Numerics(0.0, "feedback", 2)
     apart = quantize_linears(factor, weights, layouts, numerics=numerics)
     for _ in range(3):
