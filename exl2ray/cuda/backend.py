@@ -32,6 +32,7 @@ class Workspace:
     scale_codes: Tensor  # (G, C) uint8
     scale_max: Tensor  # (G, S) float16
     bounds: tuple[tuple[int, int], ...]  # column range of each segment
+    rows: tuple[int, ...]  # row count of each group
     bits: Tensor  # (S, G) int32
     feedback: bool
     scale_search: ScaleSearch = "error"  # "feedback" needs feedback
@@ -45,11 +46,11 @@ class GroupBackend(Protocol):
         """
         ...
 
-    def descend(self, g: int, a: int, n: int, row: int) -> None:
-        """Rounds the weights of group g anew, one row after another, with the scales that it has.
+    def descend(self, groups: range, start: int) -> None:
+        """Rounds the weights of a panel's groups anew, one row after another, with the scales that they have.
 
-        Rows as for ``step``. ``x`` holds S = H E, ``u`` the panel's block of H: weight i becomes the nearest to
-        dq_i + S_i / H_ii. Updates dq, codes and the group's rows of ``x``; writes rows a.. of ``error``: dq before - after.
+        ``x`` holds S = H E, ``u`` the panel's block of H: weight i becomes the nearest to dq_i + S_i / H_ii. Updates dq, codes
+        and ``x``; writes ``error``: dq before - after. start: act-order number of the panel's first row.
         """
         ...
 

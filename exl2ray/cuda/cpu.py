@@ -273,7 +273,17 @@ class CpuGroups:
         )  # fmt: skip
         ws.dq[ws.perm[row : row + n]] = rounded.half()
 
-    def descend(self, g: int, a: int, n: int, row: int) -> None:
+    def descend(self, groups: range, start: int) -> None:
+        ws, a = self.ws, 0
+        height = sum(ws.rows[groups.start : groups.stop])
+        for g in groups:
+            b = a + ws.rows[g]
+            self._descend(g, a, b - a, start + a)
+            if b < height:
+                ws.x[b:height].addmm_(ws.u[a:b, b:height].T, ws.error[a:b])
+            a = b
+
+    def _descend(self, g: int, a: int, n: int, row: int) -> None:
         ws = self.ws
         bits = np.ascontiguousarray(ws.bits[:, g].numpy())
         seg_m = (ws.scale_max[g].float() / 256).half().float().numpy()

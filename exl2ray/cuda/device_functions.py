@@ -83,6 +83,13 @@ def nearest(v, step, zero, high):
 
 
 @cuda.jit(device=True, inline=True)
+def step_of(code, top):
+    """Between two integers of a column whose scale code and whose segment's maximum these are, in the loader's halves."""
+    m = np.float32(np.float16(np.float32(top) / np.float32(256.0)))
+    return np.float32(np.float16(np.float32(code) * np.float32(code) * m))
+
+
+@cuda.jit(device=True, inline=True)
 def settled(v, old, pivot, step, zero, high, sweep):
     """(integer, e) of one weight: v and e = (v - new) / pivot in a first pass; in a sweep v is its row of S = H E, the weight
     goes to the nearest of old + v / pivot, and e = new - old."""

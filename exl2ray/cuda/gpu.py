@@ -26,6 +26,12 @@ def _blocks(bounds: tuple[tuple[int, int], ...], size: int, device: torch.device
     return torch.from_numpy(blocks).to(device), torch.from_numpy(first).to(device)
 
 
+@lru_cache(maxsize=256)
+def _group_of(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """(K,) int32: the group of each act-order row."""
+    return torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(rows)).to(device)
+
+
 @cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     """The shrink factors and the offsets of refined codes on the device."""
@@ -51,7 +57,9 @@ class CudaGroups:
         keep = ws.codes is not None
         codes = ws.scale_codes if ws.codes is None else ws.codes
 
-        # VARY: (a, n), (a, n, g), (g,) and (a, n, g, row), as the kernels have them
+        groups = _group_of(ws.rows, device)
+
+        # VARY: (a, n), (a, n, g), (g,) and (a, n, row), as the kernels have them
         self.tops = Launch(kernels.column_tops, len(search), kernels.THREADS, ws.x, VARY, VARY, search, col_top, block_top)
         self.grid_errors = Launch(
             kernels.grid_errors, len(search), kernels.THREADS, ws.x, VARY, VARY, search, first, ws.bits, VARY, grid,
@@ -63,7 +71,7 @@ class CudaGroups:
         self.first, self.sweep = (
             Launch(
                 kernels.settle, len(search), kernels.SETTLERS, ws.x, VARY, VARY, ws.u, sweep, ws.feedback, search, ws.bits,
-                VARY, ws.scale_max, ws.scale_codes, ws.perm, VARY, ws.dq, codes, keep, ws.error,
+                groups, ws.scale_max, ws.scale_codes, ws.perm, VARY, ws.dq, codes, keep, ws.error,
             )
             for sweep in (False, True)
         )  # fmt: skip
@@ -86,20 +94,21 @@ class CudaGroups:
         if self.refine and n <= REFINED_ROWS:
             self.trial(stream, a, n, g)
             self.pick(stream, g)
-        self._settle(self.first, -1, g, a, n, row)
-
-    def descend(self, g: int, a: int, n: int, row: int) -> None:
-        self._settle(self.sweep, 1, g, a, n, row)
-
-    def _settle(self, launch: Launch, sign: int, g: int, a: int, n: int, row: int) -> None:
-        stream = stream_of(self.ws.x)
         for r in range(0, n, kernels.TALL):
-            launch(stream, a + r, min(kernels.TALL, n - r), g, row + r)
-            top, bottom = a + r + kernels.TALL, a + n
-            if self.ws.feedback and top < bottom:
-                # Thin and bound by memory: full float32 costs nothing here.
-                below, factor, error = self._views(a + r, top, bottom)
-                below.addmm_(factor, error, alpha=sign)
+            self._settle(self.first, -1, a + r, a + n, row + r)
+
+    def descend(self, groups: range, start: int) -> None:
+        height = sum(self.ws.rows[groups.start : groups.stop])
+        for a in range(0, height, kernels.TALL):  # whatever groups the rows belong to
+            self._settle(self.sweep, 1, a, height, start + a)
+
+    def _settle(self, launch: Launch, sign: int, a: int, bottom: int, row: int) -> None:
+        """Rows a .. of the panel, as many as a launch takes before row ``bottom``; passes their errors on to those up to it."""
+        n = min(kernels.TALL, bottom - a)
+        launch(stream_of(self.ws.x), a, n, row)
+        if self.ws.feedback and a + n < bottom:
+            below, factor, error = self._views(a, a + n, bottom)
+            below.addmm_(factor, error, alpha=sign)
 
     def _views(self, start: int, top: int, bottom: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows top .. bottom of x, their factors for the errors of rows start .. top, these errors. Kept: slicing takes

@@ -15,9 +15,9 @@ occupies its rows a .. a+n. Blocks of columns never straddle segments (widths ar
 
 In the search columns are scaled to unit step first, so step^3.5 leaves the grid loop.
 
-A row needs the errors of all rows before it, so a group is a chain of n roundings however many columns there are. `settle`
-keeps everything else out of that chain. Before, one thread did all the work on a column, 32 rows a launch with small matrix
-products in between: 220 us for a group of 128 rows in a sweep.
+A row needs the errors of all rows before it, so rows are a chain of roundings however many columns there are. `settle` keeps
+everything else out of that chain. Before, one thread did all the work on a column, 32 rows a launch with small matrix products
+in between: 42 us each in a sweep. Sweeps need no search, so a launch of theirs goes over the groups of up to 128 rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 from numba import cuda
 
 from exl2ray.cuda.backend import GRID_POINTS, REFINED_ROWS
-from exl2ray.cuda.device_functions import ROUND, SMALLEST, error_term, fmax, nearest, passed_on, settled
+from exl2ray.cuda.device_functions import ROUND, SMALLEST, error_term, fmax, nearest, passed_on, settled, step_of
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 COLUMNS = 32  # columns per block of the search kernels
@@ -266,9 +266,11 @@ def pick(cost, blocks, seg_bits, g, scale_codes, offsets, least_bits):
 
 @cuda.jit(cache=True, **FEW)
 def settle(
-    x, a, n, u, sweep, feedback, blocks, seg_bits, g, scale_max, scale_codes, perm, row, dq, codes, keep, error
+    x, a, n, u, sweep, feedback, blocks, seg_bits, groups, scale_max, scale_codes, perm, row, dq, codes, keep, error
 ):
-    """Rounds n <= TALL rows of a group one after another: x[a : a+n], act-order rows row .. row+n. n is a multiple of STRIP.
+    """Rounds n <= TALL rows one after another: x[a : a+n], act-order rows row .. row+n, of the groups that groups (K,) says.
+
+    n and the heights of groups are multiples of STRIP.
 
     In a first pass x (P, C) float32 holds weights and u (P, P) the panel's block of U: weight i becomes the nearest integer,
     its scaled error is e = (x_i - dq_i) / u_ii, and later rows of the group lose u_ik e each; not so without ``feedback``.
@@ -287,20 +289,20 @@ def settle(
     before = cuda.shared.array((THREE, COLUMNS), np.float32)  # dq before a sweep, likewise
     tile = cuda.shared.array((TALL, COLUMNS), np.float32)  # weights; once rounded, integers
     errors = cuda.shared.array((TWO, COLUMNS), np.float32)  # of the last two strips
+    steps = cuda.shared.array((4, COLUMNS), np.float32)  # between two integers: of a strip's rows, in a ring of four
+    widths = cuda.shared.array(4, np.int32)  # in bits, likewise
     b = cuda.blockIdx.x
     t = cuda.threadIdx.x
     j = t % COLUMNS
     lane = t // COLUMNS
     seg = blocks[b, 0]
     c = blocks[b, 1] + j
-    bits = seg_bits[seg, g]
-    zero = np.float32(1 << (bits - 1))
-    high = np.float32((1 << bits) - 1) - zero
-    code = np.float32(scale_codes[g, c])
-    m = np.float32(np.float16(np.float32(scale_max[g, seg]) / np.float32(256.0)))
-    step = np.float32(np.float16(code * code * m))
     if not feedback:
         for r in range(lane, n, WARPS):
+            g = groups[row + r]
+            step = step_of(scale_codes[g, c], scale_max[g, seg])
+            zero = np.float32(1 << (seg_bits[seg, g] - 1))
+            high = zero - np.float32(1.0)
             q = nearest(x[a + r, c], step, zero, high)
             dq[perm[row + r], c] = np.float16(q * step)
             if keep:
@@ -312,6 +314,10 @@ def settle(
     for i in range(t, TWO * n, SETTLERS):
         if i // n < n:
             factor[i // n, i % n] = u[a + i // n, a + i % n]
+    if lane < 2 and lane * STRIP < n:
+        g = groups[row + lane * STRIP]
+        steps[lane, j] = step_of(scale_codes[g, c], scale_max[g, seg])
+        widths[lane] = seg_bits[seg, g]
     if sweep:
         for i in range(lane, min(TWO, n), WARPS):
             before[i, j] = np.float32(dq[perm[row + i], c])
@@ -320,6 +326,9 @@ def settle(
     for s in range(0, n + STRIP, STRIP):  # lane 0 is at rows s .., the others at the strip before
         if lane == 0:
             if s < n:
+                step = steps[s // STRIP % 4, j]
+                zero = np.float32(1 << (widths[s // STRIP % 4] - 1))
+                high = zero - np.float32(1.0)
                 f, last = s % THREE, (s + TWO) % THREE
                 x0, x1, x2, x3 = tile[s, j], tile[s + 1, j], tile[s + 2, j], tile[s + 3, j]
                 x4, x5, x6, x7 = tile[s + 4, j], tile[s + 5, j], tile[s + 6, j], tile[s + 7, j]
@@ -386,6 +395,8 @@ def settle(
             e4, e5, e6, e7 = errors[p + 4, j], errors[p + 5, j], errors[p + 6, j], errors[p + 7, j]
             for k in range(s + STRIP + lane - 1, n, WARPS - 1):
                 tile[k, j] = passed_on(tile[k, j], factor, f, k, e0, e1, e2, e3, e4, e5, e6, e7)
+            step = steps[done // STRIP % 4, j]
+            zero = np.float32(1 << (widths[done // STRIP % 4] - 1))
             for i in range(lane - 1, STRIP, WARPS - 1):
                 q, e = tile[done + i, j], errors[p + i, j]
                 dq[perm[row + done + i], c] = np.float16(q * step)
@@ -394,6 +405,10 @@ def settle(
                 error[a + done + i, c] = -e if sweep else e
             coming = s + STRIP  # takes the place of what was at s - 2 STRIP
             if coming < n:
+                if lane == 1:
+                    g = groups[row + coming]
+                    steps[coming // STRIP % 4, j] = step_of(scale_codes[g, c], scale_max[g, seg])
+                    widths[coming // STRIP % 4] = seg_bits[seg, g]
                 for i in range(t - COLUMNS, STRIP * (n - coming), SETTLERS - COLUMNS):
                     r, k = i // (n - coming), coming + i % (n - coming)
                     factor[coming % THREE + r, k] = u[a + coming + r, a + k]

@@ -174,7 +174,7 @@ class Batch:
             codes=empty(k, columns, dtype=torch.uint8) if shape.keep_codes else None,
             scale_codes=empty(len(shape.rows), columns, dtype=torch.uint8),
             scale_max=empty(len(shape.rows), len(shape.bounds), dtype=torch.float16),
-            bounds=shape.bounds, bits=empty(len(shape.bounds), len(shape.rows), dtype=torch.int32),
+            bounds=shape.bounds, rows=shape.rows, bits=empty(len(shape.bounds), len(shape.rows), dtype=torch.int32),
             feedback=shape.feedback, scale_search=shape.numerics.scale_search,
         )  # fmt: skip
         # per 32 rows and segment; e = R^T E, so the sum of all e^2 is tr(E^T R R^T E)
@@ -251,15 +251,7 @@ class Batch:
             torch.mm(rows, rows.T, out=ws.u[:height, :height])
             with trailing_precision():
                 torch.mm(rows, y[start:], out=ws.x[:height])
-            a = 0
-            for g in range(first, last):
-                b = a + self.shape.rows[g]
-                self.groups.descend(g, a, b - a, start + a)
-                if b < height:
-                    with trailing_precision():
-                        ws.x[b:height].addmm_(ws.u[a:b, b:height].T, ws.error[a:b])
-                a = b
-            with trailing_precision():
+                self.groups.descend(range(first, last), start)
                 y[start:].addmm_(rows.T, ws.error[:height])
             self._sum_squares(self.losses, y[start:stop], start)
             self._fill(ws.x, start, stop)
