@@ -49,8 +49,8 @@ class GroupBackend(Protocol):
     def descend(self, groups: range, start: int) -> None:
         """Rounds the weights of a panel's groups anew, one row after another, with the scales that they have.
 
-        ``x`` holds S = H E, ``u`` the panel's block of H: weight i becomes the nearest to dq_i + S_i / H_ii. Updates dq, codes
-        and ``x``; writes ``error``: dq before - after. start: act-order number of the panel's first row.
+        ``x`` holds S = H E, ``u`` the panel's block of H: weight i becomes the nearest to dq_i + S_i / H_ii. Updates dq,
+        codes and ``x``; writes ``error``: dq before - after. start: act-order number of the panel's first row.
         """
         ...
 

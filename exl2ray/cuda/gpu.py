@@ -103,7 +103,7 @@ class CudaGroups:
             self._settle(self.sweep, 1, a, height, start + a)
 
     def _settle(self, launch: Launch, sign: int, a: int, bottom: int, row: int) -> None:
-        """Rows a .. of the panel, as many as a launch takes before row ``bottom``; passes their errors on to those up to it."""
+        """Rows a .. of the panel, as many as a launch takes; passes their errors on to the others before row ``bottom``."""
         n = min(kernels.TALL, bottom - a)
         launch(stream_of(self.ws.x), a, n, row)
         if self.ws.feedback and a + n < bottom:

@@ -15,9 +15,9 @@ occupies its rows a .. a+n. Blocks of columns never straddle segments (widths ar
 
 In the search columns are scaled to unit step first, so step^3.5 leaves the grid loop.
 
-A row needs the errors of all rows before it, so rows are a chain of roundings however many columns there are. `settle` keeps
-everything else out of that chain. Before, one thread did all the work on a column, 32 rows a launch with small matrix products
-in between: 42 us each in a sweep. Sweeps need no search, so a launch of theirs goes over the groups of up to 128 rows.
+A row needs the errors of all rows before it, so rows are a chain of roundings however many columns there are. `settle`
+keeps everything else out of that chain. Before, one thread did all the work on a column, 32 rows a launch with small matrix
+products in between: 42 us each in a sweep. Sweeps need no search, so a launch of theirs goes over the groups of 128 rows.
 """
 
 from __future__ import annotations

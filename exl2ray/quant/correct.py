@@ -38,7 +38,7 @@ from exl2ray.formats.roles import WRITERS
 from exl2ray.quality import Settings
 from exl2ray.quant.block import Block, Check, Expert, ExpertBlock, Linear, by_input, device_of, has_experts
 from exl2ray.quant.hessian import Factor, HessianAccumulator
-from exl2ray.quant.rows import batches
+from exl2ray.quant.rows import Arrivals, batches
 
 _CHUNK = 4096  # columns solved at a time
 
@@ -99,15 +99,16 @@ def second_sums(
     """Sums of the second stage, and the source model's states after the block. The block's first linears are quantised."""
     sums = _empty(block, second_linears(block))
     device = device_of(block)
-    after = torch.empty_like(other)
+    after, arrivals = torch.empty_like(other), Arrivals(check)
     for part in batches(x.shape[0], settings.batch_rows):
         states = x[part].to(device), other[part].to(device)
         if has_experts(block):
             result = _add_experts(block, *states, source, settings, sums)
         else:
             result = _add_halves(block, *states, source, sums)
-        check(result, f"source output of {block.module.profile_key}, rows {part.start} to {part.stop - 1}")
-        after[part] = result.to(after.dtype)
+        place = f"rows {part.start} to {part.stop - 1}"
+        arrivals.put(after, part, result, f"source output of {block.module.profile_key}, {place}")
+    arrivals.end()
     return sums, after
 
 

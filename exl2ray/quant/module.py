@@ -42,6 +42,7 @@ from exl2ray.quant.measure import measure_halves, measure_head
 from exl2ray.quant.measure_moe import describe_coverage, measure_experts, shares_of
 from exl2ray.quant.pack import dequantize, pack, pad_columns
 from exl2ray.quant.rows import (
+    Arrivals,
     TreeSum,
     batches,
     forward_rows,
@@ -340,13 +341,14 @@ def _quantized_pass(
     errors: list[tuple[int, float]] = []
     for s in sorted(x):
         own, target = x.pop(s), targets.pop(s)
-        out[s], error, first = torch.empty_like(own), 0.0, ranges[s].start
+        out[s], first, arrivals = torch.empty_like(own), ranges[s].start, Arrivals(check)
+        error = torch.zeros((), dtype=torch.float64, device=device)
         for part in batches(len(own), settings.batch_rows):
             result = block.forward(own[part].to(device))
             place = f"rows {first + part.start} to {first + part.stop - 1}"
-            check(result, f"quantised output of {block.module.profile_key}, {place}")
+            arrivals.put(out[s], part, result, f"quantised output of {block.module.profile_key}, {place}")
             error += relative_error(result, target[part].to(device))
-            out[s][part] = result.to(own.dtype)
-        errors.append((s, error))
+        arrivals.end()
+        errors.append((s, float(error)))
     total = sum(e for _, e in sorted(found for member in comm.gather(errors) for found in member))
     return out, total / rows

@@ -50,20 +50,50 @@ def shared_batches(rows: int, size: int) -> Iterator[slice]:
             yield slice(share.start + part.start, share.start + part.stop)
 
 
+class Arrivals:
+    """Puts the results of batches where they are kept, and checks them: on a CPU one by one, on a GPU at the `end`.
+
+    A check waits for the GPU, which would then idle until the next batch is launched. ``check(states, where)`` raises
+    NumericError for NaN and clamps infinities.
+    """
+
+    def __init__(self, check: Check) -> None:
+        self._check = check
+        self._seen: list[tuple[Tensor, Tensor, str]] = []  # least and largest value, where it is kept, name
+
+    def put(self, out: Tensor, part: slice, result: Tensor, where: str) -> None:
+        """out[part] = result, in out's dtype."""
+        if not result.is_cuda:
+            self._check(result, where)
+        out[part] = result.to(out.dtype)
+        if result.is_cuda and result.numel():
+            self._seen.append((torch.stack(result.aminmax()), out[part], where))
+
+    def end(self) -> None:
+        if not self._seen:
+            return
+        finite = torch.isfinite(torch.stack([extrema for extrema, _, _ in self._seen])).all(dim=1).tolist()
+        for sound, (_, kept, where) in zip(finite, self._seen, strict=True):
+            if not sound:
+                self._check(kept, where)
+        self._seen.clear()
+
+
 def forward_rows(
     block: Block, x: Tensor, settings: Settings, check: Check, device: torch.device, slices: Iterable[slice] | None = None
 ) -> Tensor:
     """Output of a block, on ``device``, for all rows; where x lives. slices: the batches of rows; None: as large as
     ``settings`` has."""
     out: Tensor | None = None
+    arrivals = Arrivals(check)
     for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
         y = block.forward(x[part].to(device))
-        check(y, f"output of {block.module.profile_key}")
         if out is None:
             out = torch.empty((x.shape[0], *y.shape[1:]), dtype=y.dtype, device=x.device)
-        out[part] = y
+        arrivals.put(out, part, y, f"output of {block.module.profile_key}")
     if out is None:
         raise NumericError(f"{block.module.profile_key}: no calibration rows")
+    arrivals.end()
     return out
 
 
@@ -77,7 +107,7 @@ def reference_pass(
     sizes = {linear.input_group: linear.in_features for linear in block.module.linears}
     device = device_of(block)
     hessians = {group: HessianAccumulator(k, device) for group, k in sizes.items()}
-    y = torch.empty_like(x)
+    y, arrivals = torch.empty_like(x), Arrivals(check)
     for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
         xb = x[part].to(device)
 
@@ -90,8 +120,9 @@ def reference_pass(
                 hessians[group].add(inputs, xb.shape[0], routed)
         else:
             out = block.forward(xb, capture)
-        check(out, f"output of {block.module.profile_key}, rows {first + part.start} to {first + part.stop - 1}")
-        y[part] = out.to(y.dtype)
+        place = f"rows {first + part.start} to {first + part.stop - 1}"
+        arrivals.put(y, part, out, f"output of {block.module.profile_key}, {place}")
+    arrivals.end()
     return y, hessians
 
 
@@ -105,15 +136,16 @@ def head_sum(block: Block, x: Tensor, settings: Settings) -> HessianAccumulator:
     return out
 
 
-def relative_error(result: Tensor, target: Tensor) -> float:
-    """Sum over the rows of a batch of ||result - target|| / ||target||; both (R, T, hidden)."""
+def relative_error(result: Tensor, target: Tensor) -> Tensor:
+    """Sum over the rows of a batch of ||result - target|| / ||target||, a float64 scalar; both (R, T, hidden)."""
     if result.is_cuda:
         from exl2ray.cuda import elementwise
 
         if elementwise.usable(result, target):
             difference, norm = elementwise.distances(result, target)
-            return float((difference / norm).double().sum())
-    return float(row_errors(result, target, target.float().flatten(1).norm(dim=1)))
+            total: Tensor = (difference / norm).double().sum()
+            return total
+    return row_errors(result, target, target.float().flatten(1).norm(dim=1))
 
 
 def row_errors(result: Tensor, target: Tensor, norm: Tensor) -> Tensor:

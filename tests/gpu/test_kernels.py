@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from exl2ray.cuda import solver
+from exl2ray.errors import NumericError
 from exl2ray.formats.layout import GroupLayout
+from exl2ray.model.blocks import check_states
 from exl2ray.quality import PLAIN, Numerics
 from exl2ray.quant.gptq import relative_error
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare
 from exl2ray.quant.pack import dequantize, pack
 from exl2ray.quant.qparams import attention_options, mlp_options, parse
+from exl2ray.quant.rows import Arrivals
 from exl2ray.quant.solve import quantize_linears, solve_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -251,6 +254,22 @@ def test_launches_go_around_numba() -> None:
         call._call_numba(stream_of(x), ()) if through_numba else call(stream_of(x))
     assert torch.equal(direct, ordinary)
     assert elementwise.gated_silu(x[:0], x[:0]).shape == (0, 1000)
+
+
+def test_batches_on_a_gpu_are_checked_at_the_end() -> None:
+    out, arrivals = torch.zeros(4, 10, 32, dtype=torch.float16, device="cuda"), Arrivals(check_states)
+    batch = torch.ones(2, 10, 32, dtype=torch.float16, device="cuda")
+    arrivals.put(out, slice(0, 2), batch, "first")
+    batch = batch.clone()
+    batch[1, 3, 4] = -torch.inf
+    arrivals.put(out, slice(2, 4), batch, "second")
+    arrivals.end()
+    assert out[3, 3, 4] == -65504
+    assert bool((out[:2] == 1).all())
+    batch[0, 0, 0] = torch.nan
+    arrivals.put(out, slice(0, 2), batch, "third")
+    with pytest.raises(NumericError, match="third"):
+        arrivals.end()
 
 
 def test_linears_side_by_side_have_the_same_bytes(seed: int) -> None:
