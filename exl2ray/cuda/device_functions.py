@@ -83,22 +83,12 @@ def nearest(v, step, zero, high):
 
 
 @cuda.jit(device=True, inline=True)
-def rounded(v, i, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a):
-    """Rounds the weight v of column c in row i of a block of rows; returns its scaled error e, 0 without feedback.
-
-    Writes dq[perm[row + i], c], codes[row + i, c] if keep and, with feedback, error[a + i, c] = e = (v - dq) / U_ii;
-    ``factor`` is the block of U.
-    """
-    q = nearest(v, step, zero, high)
-    d = np.float16(q * step)
-    dq[perm[row + i], c] = d
-    if keep:
-        codes[row + i, c] = np.uint8(q + zero)
-    e = np.float32(0.0)
-    if feedback:
-        e = (v - np.float32(d)) / factor[i, i]
-        error[a + i, c] = e
-    return e
+def settled(v, old, pivot, step, zero, high, sweep):
+    """(integer, e) of one weight: v and e = (v - new) / pivot in a first pass; in a sweep v is its row of S = H E, the weight
+    goes to the nearest of old + v / pivot, and e = new - old."""
+    q = nearest(old + v / pivot if sweep else v, step, zero, high)
+    new = np.float32(np.float16(q * step))
+    return q, new - old if sweep else (v - new) / pivot
 
 
 @cuda.jit(device=True, inline=True)

@@ -43,16 +43,15 @@ class CudaGroups:
         def buffer(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        (search, first), (quant, _) = (_blocks(tuple(ws.bounds), n, device) for n in (kernels.COLUMNS, kernels.QUANT_COLUMNS))
+        (search, first), (wide, _) = (_blocks(tuple(ws.bounds), n, device) for n in (kernels.COLUMNS, kernels.TRIAL_COLUMNS))
         segments, grid, offsets = len(first) - 1, *_constants(device)
         col_top, block_top = buffer(columns), buffer(len(search))
         seg_top, seg_m = buffer(segments), buffer(segments)
         partial = buffer(len(search), kernels.PADDED)
         keep = ws.codes is not None
         codes = ws.scale_codes if ws.codes is None else ws.codes
-        size = kernels.QUANT_COLUMNS
 
-        # VARY: (a, n), (a, n, g), (g,) and (a, g, row), as the kernels have them
+        # VARY: (a, n), (a, n, g), (g,) and (a, n, g, row), as the kernels have them
         self.tops = Launch(kernels.column_tops, len(search), kernels.THREADS, ws.x, VARY, VARY, search, col_top, block_top)
         self.grid_errors = Launch(
             kernels.grid_errors, len(search), kernels.THREADS, ws.x, VARY, VARY, search, first, ws.bits, VARY, grid,
@@ -61,49 +60,46 @@ class CudaGroups:
         self.choose = Launch(
             kernels.choose, segments, 4 * kernels.PADDED, partial, first, seg_top, grid, VARY, ws.scale_max, seg_m
         )
-        self.quantize = Launch(
-            kernels.quantize, len(quant), size, ws.x, VARY, ws.u, ws.feedback, quant, ws.bits, VARY, seg_m,
-            ws.scale_codes, ws.perm, VARY, ws.dq, codes, keep, ws.error,
-        )  # fmt: skip
-        self.descent = Launch(
-            kernels.descend, len(quant), size, ws.x, VARY, ws.u, quant, ws.bits, VARY, ws.scale_max,
-            ws.scale_codes, ws.perm, VARY, ws.dq, codes, keep, ws.error,
+        self.first, self.sweep = (
+            Launch(
+                kernels.settle, len(search), kernels.SETTLERS, ws.x, VARY, VARY, ws.u, sweep, ws.feedback, search, ws.bits,
+                VARY, ws.scale_max, ws.scale_codes, ws.perm, VARY, ws.dq, codes, keep, ws.error,
+            )
+            for sweep in (False, True)
         )  # fmt: skip
         self.refine = ws.scale_search == "feedback" and ws.feedback
         if self.refine:
-            cost = buffer(len(OFFSETS), columns)
+            cost, size = buffer(len(OFFSETS), columns), kernels.TRIAL_COLUMNS
             self.trial = Launch(
-                kernels.trial, (len(quant), len(OFFSETS)), size, ws.x, VARY, VARY, ws.u, quant, ws.bits, VARY, seg_m,
+                kernels.trial, (len(wide), len(OFFSETS)), size, ws.x, VARY, VARY, ws.u, wide, ws.bits, VARY, seg_m,
                 ws.scale_codes, offsets, REFINED_BITS, np.float32(SHRINKAGE), cost,
             )  # fmt: skip
             self.pick = Launch(
-                kernels.pick, len(quant), size, cost, quant, ws.bits, VARY, ws.scale_codes, offsets, REFINED_BITS
+                kernels.pick, len(wide), size, cost, wide, ws.bits, VARY, ws.scale_codes, offsets, REFINED_BITS
             )
 
     def step(self, g: int, a: int, n: int, row: int) -> None:
-        ws, stream = self.ws, stream_of(self.ws.x)
+        stream = stream_of(self.ws.x)
         self.tops(stream, a, n)
         self.grid_errors(stream, a, n, g)
         self.choose(stream, g)
         if self.refine and n <= REFINED_ROWS:
             self.trial(stream, a, n, g)
             self.pick(stream, g)
-        for r in range(0, n, kernels.ROWS):
-            self.quantize(stream, a + r, g, row + r)
-            top, bottom = a + r + kernels.ROWS, a + n
-            if ws.feedback and top < bottom:
-                # Thin and bound by memory: full float32 costs nothing here.
-                below, factor, error = self._views(a + r, top, bottom)
-                below.addmm_(factor, error, alpha=-1)
+        self._settle(self.first, -1, g, a, n, row)
 
     def descend(self, g: int, a: int, n: int, row: int) -> None:
+        self._settle(self.sweep, 1, g, a, n, row)
+
+    def _settle(self, launch: Launch, sign: int, g: int, a: int, n: int, row: int) -> None:
         stream = stream_of(self.ws.x)
-        for r in range(0, n, kernels.ROWS):
-            self.descent(stream, a + r, g, row + r)
-            top, bottom = a + r + kernels.ROWS, a + n
-            if top < bottom:
+        for r in range(0, n, kernels.TALL):
+            launch(stream, a + r, min(kernels.TALL, n - r), g, row + r)
+            top, bottom = a + r + kernels.TALL, a + n
+            if self.ws.feedback and top < bottom:
+                # Thin and bound by memory: full float32 costs nothing here.
                 below, factor, error = self._views(a + r, top, bottom)
-                below.addmm_(factor, error)
+                below.addmm_(factor, error, alpha=sign)
 
     def _views(self, start: int, top: int, bottom: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows top .. bottom of x, their factors for the errors of rows start .. top, these errors. Kept: slicing takes

@@ -7,36 +7,43 @@ Launches per group of n rows (a multiple of 32), each over every segment of the 
     choose        per segment: first smallest sum -> scale_max
     trial         with refinement: per column and scale code near the one found, the loss after feedback inside the group
     pick          with refinement: per column the code with the smallest loss
-    quantize      per 32 rows: integers, reconstruction in the loader's half chain, error feedback among these rows
-    descend       per 32 rows, in sweeps after all groups: integers rounded anew, with the errors of all other rows known
+    settle        integers, reconstruction in the loader's half chain, error feedback inside the group; in sweeps after all
+                  groups integers rounded anew, with the errors of all other rows known
 
 Sums run in a fixed order and no atomics are used: the same input gives the same bytes. `x` is the panel buffer; the group
 occupies its rows a .. a+n. Blocks of columns never straddle segments (widths are multiples of 32).
 
 In the search columns are scaled to unit step first, so step^3.5 leaves the grid loop.
 
-Feedback inside a group runs in blocks of 32 rows with small matrix products between them: holding 128 rows in shared memory
-was slower; unrolling all 32 rows in registers took half a minute to compile for 1 % of a layer's time.
+A row needs the errors of all rows before it, so a group is a chain of n roundings however many columns there are. `settle`
+keeps everything else out of that chain. Before, one thread did all the work on a column, 32 rows a launch with small matrix
+products in between: 220 us for a group of 128 rows in a sweep.
 """
 
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 from numba import cuda
 
 from exl2ray.cuda.backend import GRID_POINTS, REFINED_ROWS
-from exl2ray.cuda.device_functions import ROUND, SMALLEST, error_term, fmax, nearest, passed_on, rounded
+from exl2ray.cuda.device_functions import ROUND, SMALLEST, error_term, fmax, nearest, passed_on, settled
 
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 COLUMNS = 32  # columns per block of the search kernels
 LANES = 8  # threads per column there
 POINTS = 13  # grid points per thread: 8 x 13 >= 97
 PADDED = LANES * POINTS  # 104: length of a padded grid
 THREADS = COLUMNS * LANES
-QUANT_COLUMNS = 64  # columns per block of `trial`, `pick` and `quantize`
-ROWS = 32  # rows per launch of `quantize`: groups are multiples of 32 rows
-STRIP = 8  # rows of it held in registers at a time
+TRIAL_COLUMNS = 64  # columns per block of `trial` and `pick`
+TALL = 128  # most rows of a launch of `settle`
+STRIP = 8  # rows held in registers at a time
+TWO, THREE = 2 * STRIP, 3 * STRIP
+WARPS = 4  # of a block of `settle`
+SETTLERS = WARPS * COLUMNS
+FEW = {} if SIMULATED else {"max_registers": 128}  # so that four of its blocks share a processor
 
 
 @cuda.jit(cache=True)
@@ -181,11 +188,11 @@ def choose(partial, seg_first, seg_top, grid, g, scale_max, seg_m):
 def trial(x, a, n, u, blocks, seg_bits, g, seg_m, scale_codes, offsets, least_bits, shrinkage, cost):
     """cost (T, C) float32 of the codes at ``offsets`` (T,) int32 from those of row g, infinite for codes outside 1..16.
 
-    Keeps x and u. Launch: (entries of ``blocks``, T) blocks of QUANT_COLUMNS threads; at most REFINED_ROWS rows.
+    Keeps x and u. Launch: (entries of ``blocks``, T) blocks of TRIAL_COLUMNS threads; at most REFINED_ROWS rows.
     A column's rows stay in shared memory; each error replaces its weight there.
     """
     factor = cuda.shared.array((STRIP, REFINED_ROWS), np.float32)
-    tile = cuda.shared.array((REFINED_ROWS, QUANT_COLUMNS), np.float32)
+    tile = cuda.shared.array((REFINED_ROWS, TRIAL_COLUMNS), np.float32)
     b = cuda.blockIdx.x
     t = cuda.blockIdx.y
     j = cuda.threadIdx.x
@@ -209,7 +216,7 @@ def trial(x, a, n, u, blocks, seg_bits, g, seg_m, scale_codes, offsets, least_bi
     size = np.float32(0.0)
     for s in range(0, n, STRIP):
         cuda.syncthreads()
-        for k in range(s + j, n, QUANT_COLUMNS):
+        for k in range(s + j, n, TRIAL_COLUMNS):
             for i in range(STRIP):
                 factor[i, k] = u[a + s + i, a + k]
         cuda.syncthreads()
@@ -257,128 +264,140 @@ def pick(cost, blocks, seg_bits, g, scale_codes, offsets, least_bits):
         scale_codes[g, c] = np.uint8(np.int32(scale_codes[g, c]) + change)
 
 
-@cuda.jit(cache=True)
-def quantize(x, a, u, feedback, blocks, seg_bits, g, seg_m, scale_codes, perm, row, dq, codes, keep, error):
-    """ROWS rows of a group: x[a : a+ROWS], act-order rows row .. row+ROWS.
+@cuda.jit(cache=True, **FEW)
+def settle(
+    x, a, n, u, sweep, feedback, blocks, seg_bits, g, scale_max, scale_codes, perm, row, dq, codes, keep, error
+):
+    """Rounds n <= TALL rows of a group one after another: x[a : a+n], act-order rows row .. row+n. n is a multiple of STRIP.
 
-    Writes rows perm[row ..] of dq (K, C) float16, rows row .. of codes (K, C) uint8 if keep, rows a .. of error (scaled
-    errors e). u (P, P) float32 is the panel's block of U. Launch: one block of QUANT_COLUMNS threads per entry of
-    ``blocks``. Taller groups are cut into such blocks of rows, with a matrix product in between.
+    In a first pass x (P, C) float32 holds weights and u (P, P) the panel's block of U: weight i becomes the nearest integer,
+    its scaled error is e = (x_i - dq_i) / u_ii, and later rows of the group lose u_ik e each; not so without ``feedback``.
+    In a ``sweep`` x holds rows of S = H E and u the panel's block of H: weight i becomes the nearest to dq_i + S_i / h_ii,
+    and e = new - old is passed on in the same way.
 
-    Written out for STRIP = 8 rows held in registers, which cannot be indexed at run time; unrolling all ROWS
-    takes half a minute to compile and gains 1 % of a layer's measurement (docs/log.md).
+    Writes rows perm[row ..] of dq (K, C) float16, rows row .. of codes (K, C) uint8 if keep and, with feedback, rows a .. of
+    error (P, C): e in a first pass, dq before - after in a sweep. Keeps x: the caller passes errors on to the rows after
+    these. Launch: one block of SETTLERS threads per entry of ``blocks``, which has COLUMNS columns.
+
+    Each warp is a lane of the block's columns. Lane 0 rounds the rows, STRIP of them in registers at a time, since
+    each needs the errors of those before it. The others are one strip behind: they write its results, pass its errors on to
+    the rows beyond the next strip, and fetch the strip after that. So what takes time is rounding alone.
     """
-    factor = cuda.shared.array((ROWS, ROWS), np.float32)
-    tile = cuda.shared.array((ROWS, QUANT_COLUMNS), np.float32)
+    factor = cuda.shared.array((THREE, TALL), np.float32)  # rows of u, in a ring of three strips
+    before = cuda.shared.array((THREE, COLUMNS), np.float32)  # dq before a sweep, likewise
+    tile = cuda.shared.array((TALL, COLUMNS), np.float32)  # weights; once rounded, integers
+    errors = cuda.shared.array((TWO, COLUMNS), np.float32)  # of the last two strips
     b = cuda.blockIdx.x
-    j = cuda.threadIdx.x
-    if feedback:
-        for i in range(j, ROWS * ROWS, QUANT_COLUMNS):
-            factor[i // ROWS, i % ROWS] = u[a + i // ROWS, a + i % ROWS]
-    cuda.syncthreads()
-    c = blocks[b, 1] + j
-    if c >= blocks[b, 2]:
-        return
+    t = cuda.threadIdx.x
+    j = t % COLUMNS
+    lane = t // COLUMNS
     seg = blocks[b, 0]
-    bits = seg_bits[seg, g]
-    zero = np.float32(1 << (bits - 1))
-    high = np.float32((1 << bits) - 1) - zero
-    code = np.float32(scale_codes[g, c])
-    step = np.float32(np.float16(code * code * seg_m[seg]))
-    for r in range(ROWS):
-        tile[r, j] = x[a + r, c]
-    for s in range(0, ROWS, STRIP):
-        x0 = tile[s + 0, j]
-        x1 = tile[s + 1, j]
-        x2 = tile[s + 2, j]
-        x3 = tile[s + 3, j]
-        x4 = tile[s + 4, j]
-        x5 = tile[s + 5, j]
-        x6 = tile[s + 6, j]
-        x7 = tile[s + 7, j]
-        e0 = rounded(x0, s + 0, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
-        if feedback:
-            x1 -= factor[s + 0, s + 1] * e0
-            x2 -= factor[s + 0, s + 2] * e0
-            x3 -= factor[s + 0, s + 3] * e0
-            x4 -= factor[s + 0, s + 4] * e0
-            x5 -= factor[s + 0, s + 5] * e0
-            x6 -= factor[s + 0, s + 6] * e0
-            x7 -= factor[s + 0, s + 7] * e0
-        e1 = rounded(x1, s + 1, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
-        if feedback:
-            x2 -= factor[s + 1, s + 2] * e1
-            x3 -= factor[s + 1, s + 3] * e1
-            x4 -= factor[s + 1, s + 4] * e1
-            x5 -= factor[s + 1, s + 5] * e1
-            x6 -= factor[s + 1, s + 6] * e1
-            x7 -= factor[s + 1, s + 7] * e1
-        e2 = rounded(x2, s + 2, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
-        if feedback:
-            x3 -= factor[s + 2, s + 3] * e2
-            x4 -= factor[s + 2, s + 4] * e2
-            x5 -= factor[s + 2, s + 5] * e2
-            x6 -= factor[s + 2, s + 6] * e2
-            x7 -= factor[s + 2, s + 7] * e2
-        e3 = rounded(x3, s + 3, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
-        if feedback:
-            x4 -= factor[s + 3, s + 4] * e3
-            x5 -= factor[s + 3, s + 5] * e3
-            x6 -= factor[s + 3, s + 6] * e3
-            x7 -= factor[s + 3, s + 7] * e3
-        e4 = rounded(x4, s + 4, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
-        if feedback:
-            x5 -= factor[s + 4, s + 5] * e4
-            x6 -= factor[s + 4, s + 6] * e4
-            x7 -= factor[s + 4, s + 7] * e4
-        e5 = rounded(x5, s + 5, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
-        if feedback:
-            x6 -= factor[s + 5, s + 6] * e5
-            x7 -= factor[s + 5, s + 7] * e5
-        e6 = rounded(x6, s + 6, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
-        if feedback:
-            x7 -= factor[s + 6, s + 7] * e6
-        e7 = rounded(x7, s + 7, c, step, zero, high, factor, feedback, perm, row, dq, codes, keep, error, a)
-        if feedback:
-            for k in range(s + STRIP, ROWS):
-                tile[k, j] = passed_on(tile[k, j], factor, s, k, e0, e1, e2, e3, e4, e5, e6, e7)
-
-
-@cuda.jit(cache=True)
-def descend(s, a, h, blocks, seg_bits, g, scale_max, scale_codes, perm, row, dq, codes, keep, change):
-    """Coordinate descent over ROWS rows of a group: weight i becomes the nearest to dq_i + s_i / h_ii.
-
-    s (P, C) float32 holds rows of H E, h (P, P) the panel's block of H. Updates rows perm[row ..] of dq (K, C) float16 and
-    rows row .. of codes (K, C) uint8 if keep; writes rows a .. of change (P, C) float32 = dq before - after. Keeps s: the
-    caller adds what the changes mean for the rows after these. Launch: as `quantize`.
-    """
-    factor = cuda.shared.array((ROWS, ROWS), np.float32)
-    tile = cuda.shared.array((ROWS, QUANT_COLUMNS), np.float32)
-    b = cuda.blockIdx.x
-    j = cuda.threadIdx.x
-    for i in range(j, ROWS * ROWS, QUANT_COLUMNS):
-        factor[i // ROWS, i % ROWS] = h[a + i // ROWS, a + i % ROWS]
-    cuda.syncthreads()
     c = blocks[b, 1] + j
-    if c >= blocks[b, 2]:
-        return
-    seg = blocks[b, 0]
     bits = seg_bits[seg, g]
     zero = np.float32(1 << (bits - 1))
     high = np.float32((1 << bits) - 1) - zero
     code = np.float32(scale_codes[g, c])
     m = np.float32(np.float16(np.float32(scale_max[g, seg]) / np.float32(256.0)))
     step = np.float32(np.float16(code * code * m))
-    for r in range(ROWS):
-        tile[r, j] = s[a + r, c]
-    for r in range(ROWS):
-        old = np.float32(dq[perm[row + r], c])
-        q = nearest(old + tile[r, j] / factor[r, r], step, zero, high)
-        new = np.float16(q * step)
-        d = old - np.float32(new)
-        dq[perm[row + r], c] = new
-        if keep:
-            codes[row + r, c] = np.uint8(q + zero)
-        change[a + r, c] = d
-        for k in range(r + 1, ROWS):
-            tile[k, j] += factor[r, k] * d
+    if not feedback:
+        for r in range(lane, n, WARPS):
+            q = nearest(x[a + r, c], step, zero, high)
+            dq[perm[row + r], c] = np.float16(q * step)
+            if keep:
+                codes[row + r, c] = np.uint8(q + zero)
+        return
+
+    for r in range(lane, n, WARPS):
+        tile[r, j] = x[a + r, c]
+    for i in range(t, TWO * n, SETTLERS):
+        if i // n < n:
+            factor[i // n, i % n] = u[a + i // n, a + i % n]
+    if sweep:
+        for i in range(lane, min(TWO, n), WARPS):
+            before[i, j] = np.float32(dq[perm[row + i], c])
+    e0 = e1 = e2 = e3 = e4 = e5 = e6 = e7 = np.float32(0.0)
+    cuda.syncthreads()
+    for s in range(0, n + STRIP, STRIP):  # lane 0 is at rows s .., the others at the strip before
+        if lane == 0:
+            if s < n:
+                f, last = s % THREE, (s + TWO) % THREE
+                x0, x1, x2, x3 = tile[s, j], tile[s + 1, j], tile[s + 2, j], tile[s + 3, j]
+                x4, x5, x6, x7 = tile[s + 4, j], tile[s + 5, j], tile[s + 6, j], tile[s + 7, j]
+                if s > 0:
+                    x0 = passed_on(x0, factor, last, s + 0, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x1 = passed_on(x1, factor, last, s + 1, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x2 = passed_on(x2, factor, last, s + 2, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x3 = passed_on(x3, factor, last, s + 3, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x4 = passed_on(x4, factor, last, s + 4, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x5 = passed_on(x5, factor, last, s + 5, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x6 = passed_on(x6, factor, last, s + 6, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x7 = passed_on(x7, factor, last, s + 7, e0, e1, e2, e3, e4, e5, e6, e7)
+                q, e0 = settled(x0, before[f, j], factor[f, s], step, zero, high, sweep)
+                tile[s, j] = q
+                x1 -= factor[f, s + 1] * e0
+                x2 -= factor[f, s + 2] * e0
+                x3 -= factor[f, s + 3] * e0
+                x4 -= factor[f, s + 4] * e0
+                x5 -= factor[f, s + 5] * e0
+                x6 -= factor[f, s + 6] * e0
+                x7 -= factor[f, s + 7] * e0
+                q, e1 = settled(x1, before[f + 1, j], factor[f + 1, s + 1], step, zero, high, sweep)
+                tile[s + 1, j] = q
+                x2 -= factor[f + 1, s + 2] * e1
+                x3 -= factor[f + 1, s + 3] * e1
+                x4 -= factor[f + 1, s + 4] * e1
+                x5 -= factor[f + 1, s + 5] * e1
+                x6 -= factor[f + 1, s + 6] * e1
+                x7 -= factor[f + 1, s + 7] * e1
+                q, e2 = settled(x2, before[f + 2, j], factor[f + 2, s + 2], step, zero, high, sweep)
+                tile[s + 2, j] = q
+                x3 -= factor[f + 2, s + 3] * e2
+                x4 -= factor[f + 2, s + 4] * e2
+                x5 -= factor[f + 2, s + 5] * e2
+                x6 -= factor[f + 2, s + 6] * e2
+                x7 -= factor[f + 2, s + 7] * e2
+                q, e3 = settled(x3, before[f + 3, j], factor[f + 3, s + 3], step, zero, high, sweep)
+                tile[s + 3, j] = q
+                x4 -= factor[f + 3, s + 4] * e3
+                x5 -= factor[f + 3, s + 5] * e3
+                x6 -= factor[f + 3, s + 6] * e3
+                x7 -= factor[f + 3, s + 7] * e3
+                q, e4 = settled(x4, before[f + 4, j], factor[f + 4, s + 4], step, zero, high, sweep)
+                tile[s + 4, j] = q
+                x5 -= factor[f + 4, s + 5] * e4
+                x6 -= factor[f + 4, s + 6] * e4
+                x7 -= factor[f + 4, s + 7] * e4
+                q, e5 = settled(x5, before[f + 5, j], factor[f + 5, s + 5], step, zero, high, sweep)
+                tile[s + 5, j] = q
+                x6 -= factor[f + 5, s + 6] * e5
+                x7 -= factor[f + 5, s + 7] * e5
+                q, e6 = settled(x6, before[f + 6, j], factor[f + 6, s + 6], step, zero, high, sweep)
+                tile[s + 6, j] = q
+                x7 -= factor[f + 6, s + 7] * e6
+                q, e7 = settled(x7, before[f + 7, j], factor[f + 7, s + 7], step, zero, high, sweep)
+                tile[s + 7, j] = q
+                p = s % TWO
+                errors[p, j], errors[p + 1, j], errors[p + 2, j], errors[p + 3, j] = e0, e1, e2, e3
+                errors[p + 4, j], errors[p + 5, j], errors[p + 6, j], errors[p + 7, j] = e4, e5, e6, e7
+        elif s > 0:
+            done = s - STRIP
+            f, p = done % THREE, done % TWO
+            e0, e1, e2, e3 = errors[p, j], errors[p + 1, j], errors[p + 2, j], errors[p + 3, j]
+            e4, e5, e6, e7 = errors[p + 4, j], errors[p + 5, j], errors[p + 6, j], errors[p + 7, j]
+            for k in range(s + STRIP + lane - 1, n, WARPS - 1):
+                tile[k, j] = passed_on(tile[k, j], factor, f, k, e0, e1, e2, e3, e4, e5, e6, e7)
+            for i in range(lane - 1, STRIP, WARPS - 1):
+                q, e = tile[done + i, j], errors[p + i, j]
+                dq[perm[row + done + i], c] = np.float16(q * step)
+                if keep:
+                    codes[row + done + i, c] = np.uint8(q + zero)
+                error[a + done + i, c] = -e if sweep else e
+            coming = s + STRIP  # takes the place of what was at s - 2 STRIP
+            if coming < n:
+                for i in range(t - COLUMNS, STRIP * (n - coming), SETTLERS - COLUMNS):
+                    r, k = i // (n - coming), coming + i % (n - coming)
+                    factor[coming % THREE + r, k] = u[a + coming + r, a + k]
+                if sweep:
+                    for i in range(lane - 1, STRIP, WARPS - 1):
+                        before[coming % THREE + i, j] = np.float32(dq[perm[row + coming + i], c])
+        cuda.syncthreads()

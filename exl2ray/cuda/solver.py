@@ -233,7 +233,8 @@ class Batch:
         """E -> Y = R^T E in place. A panel of Y depends on the rows of E up to its own, so the last one comes first."""
         for _, _, start, stop in reversed(list(panels(self.shape.rows))):
             y = self.ws.x[: stop - start]
-            torch.mm(r[:stop, start:stop].T, errors[:stop], out=y)
+            with trailing_precision():
+                torch.mm(r[:stop, start:stop].T, errors[:stop], out=y)
             errors[start:stop].copy_(y)
 
     def descend(self, r: Tensor, y: Tensor) -> None:

@@ -7,8 +7,10 @@ heads, RoPE, q/k norms, softcap, sliding windows (architectures 5.7-5.13).
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -287,11 +289,10 @@ class AttentionHalf(Half):
         if h.attention_softcap is not None:
             out = _explicit_attention(q, k, v, h.attention_scale, h.attention_softcap, window)
         else:
-            plain = window is None and first == 0
-            mask = None if plain else visible(first, length, window, q.device)
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=h.attention_scale, enable_gqa=h.heads != h.kv_heads
-            )
+            causal = window is None and first == 0
+            mask = None if causal else visible(first, length, window, q.device)
+            attend = _by_products if getattr(_attention, "by_products", False) else F.scaled_dot_product_attention
+            out = attend(q, k, v, mask, is_causal=causal, scale=h.attention_scale, enable_gqa=h.heads != h.kv_heads)
         return out.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor, heads: int, norm: Norm | None, rotate: bool, start: int) -> Tensor:
@@ -304,6 +305,32 @@ class AttentionHalf(Half):
         if rotate and self.rotary is not None:
             x = self.rotary.rotate(x, start)
         return x.transpose(1, 2)
+
+
+_attention = threading.local()
+
+
+@contextmanager
+def attention_by_products() -> Iterator[None]:
+    """Attention as two matrix products and a softmax, in this thread alone: its backward pass adds up in one order, which
+    those of fused attention do not. (torch's own switch, ``sdpa_kernel``, turns all threads of a process.)"""
+    before = getattr(_attention, "by_products", False)
+    _attention.by_products = True
+    try:
+        yield
+    finally:
+        _attention.by_products = before
+
+
+def _by_products(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool, scale: float, enable_gqa: bool
+) -> Tensor:
+    """What `torch.nn.functional.scaled_dot_product_attention` computes with its backend MATH."""
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+    plain = torch.ops.aten._scaled_dot_product_attention_math
+    out: Tensor = plain(q, k, v, mask, 0.0, is_causal, None, scale=scale, enable_gqa=enable_gqa)[0]
+    return out
 
 
 def visible(first: int, stop: int, window: int | None, device: torch.device) -> Tensor:

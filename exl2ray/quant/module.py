@@ -284,7 +284,7 @@ def _solve_input(
     if group in owned.crosses:
         strength = settings.numerics.target_correction
         targets = corrected_weights(block, linears, factor, owned.crosses.pop(group), strength)
-    return solve_input(linears, targets, factor, params, settings)
+    return solve_input(linears, targets, factor, params, settings, side_by_side=lanes_of(block) == 1)
 
 
 def solve_input(
@@ -293,11 +293,12 @@ def solve_input(
     factor: Factor,
     params: Mapping[str, QParams],
     settings: Settings,
+    side_by_side: bool = False,
 ) -> dict[str, Quantized]:
-    """Quantises linears that share an input."""
+    """Quantises linears that share an input. side_by_side: as of `quantize_linears`."""
     weights = {x.key: pad_columns(targets[x.key]) for x in linears}
     layouts = {x.key: params[x.key].layout(x.in_features) for x in linears}
-    return quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.numerics)
+    return quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.numerics, side_by_side)
 
 
 def pack_input(block: Block, solved: Mapping[str, Quantized]) -> dict[str, PackedLinear]:

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exl2ray.quant.block import Block, device_of
 
@@ -54,7 +53,10 @@ def module_backward(
     gradient: Tensor,  # (R, T, hidden) float32: of the log-likelihood with respect to the states after it
     columns: Mapping[str, Tensor],
 ) -> tuple[Tensor, Sums]:
-    """The gradient with respect to the states before a module, float32, and what it says about the module's linears."""
+    """The gradient with respect to the states before a module, float32, and what it says about the module's linears.
+
+    The same bytes in every run only inside `exl2ray.model.half.attention_by_products`.
+    """
     return _backward(block, x, lambda y: gradient.to(y.device, y.dtype), columns)
 
 
@@ -95,8 +97,7 @@ def _backward(
     seen: list[tuple[str, Tensor]] = []
     block.bank.watch = lambda key, out: seen.append((key, out))
     try:
-        # The plain form of attention: backward passes of the fused ones add up in an order that changes from run to run.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad():
             device = device_of(block) if block.weights else x.device
             inputs = x.detach().to(device).requires_grad_()
             y = block.forward(inputs)

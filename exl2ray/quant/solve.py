@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.small_batches import CACHE, COUNT, SMALL, run_recorded
+from exl2ray.cuda.small_batches import CACHE, COUNT, SMALL, Streams, run_recorded
 from exl2ray.cuda.solver import Segment, Solution, run_batch, solve_segments
 from exl2ray.formats.layout import GroupLayout, QParams
 from exl2ray.quality import PLAIN, Numerics
@@ -37,6 +37,7 @@ def solve_problems(
     budget_bytes: int | None = None,  # working memory of one batch; None: no limit
     numerics: Numerics = PLAIN,
     offload: bool = False,  # put the weights into pinned host memory
+    side_by_side: bool = False,  # batches that fit into the budget together run at the same time
 ) -> list[Solution]:
     """Solves all problems, those with the same row counts together, in batches that respect ``budget_bytes``.
 
@@ -47,14 +48,23 @@ def solve_problems(
     by_rows: dict[tuple[int, ...], list[int]] = {}
     for i, p in enumerate(problems):
         by_rows.setdefault(p.layout.rows, []).append(i)
+    everything = sum(_nbytes(p, weights) for p in problems)
+    lanes = COUNT if side_by_side and (budget_bytes is None or everything <= budget_bytes) else 1
     out: dict[int, Solution] = {}
-    for rows, members in by_rows.items():
-        for batch in _batches(members, problems, weights, budget_bytes):
-            segments = [Segment(problems[i].weight, problems[i].layout.bits) for i in batch]
-            solved = solve_segments(factor.r, factor.perm, weights, segments, rows, keep_codes, numerics, run)
-            for i, s in zip(batch, solved, strict=True):
-                out[i] = _copied(s, offload)  # the next batch, or the next call, may reuse the buffers
+    with Streams(factor.perm.device, lanes) as streams:
+        for rows, members in by_rows.items():
+            for batch in _batches(members, problems, weights, budget_bytes):
+                segments = [Segment(problems[i].weight, problems[i].layout.bits) for i in batch]
+                with streams.turn():
+                    solved = solve_segments(factor.r, factor.perm, weights, segments, rows, keep_codes, numerics, run)
+                    for i, s in zip(batch, solved, strict=True):
+                        out[i] = _copied(s, offload)  # the next batch, or the next call, may reuse the buffers
     return [out[i] for i in range(len(problems))]
+
+
+def _nbytes(p: Problem, weights: Sequence[Tensor]) -> int:
+    """Working memory of a problem."""
+    return weights[p.weight].numel() * BYTES_PER_WEIGHT
 
 
 def _copied(s: Solution, offload: bool) -> Solution:
@@ -85,8 +95,7 @@ def _batches(
     batches: list[list[int]] = []
     used = 0
     for i in members:
-        k, n = weights[problems[i].weight].shape
-        size = k * n * BYTES_PER_WEIGHT
+        size = _nbytes(problems[i], weights)
         if not batches or used + size > budget_bytes:
             batches.append([])
             used = 0
@@ -133,11 +142,17 @@ def quantize_linears(
     params: Mapping[str, GroupLayout],  # key -> layout
     budget_bytes: int | None = None,
     numerics: Numerics = PLAIN,
+    side_by_side: bool = False,
 ) -> dict[str, Quantized]:
-    """Final quantisation of linears that share a Hessian: integers, scales and reconstructed weights."""
+    """Final quantisation of linears that share a Hessian: integers, scales and reconstructed weights.
+
+    side_by_side: linears whose groups differ are solved at the same time, if the budget allows; not where inputs are already.
+    """
     keys = list(weights)
     problems = [Problem(i, params[key]) for i, key in enumerate(keys)]
-    solved = solve_problems(factor, [weights[k] for k in keys], problems, True, budget_bytes, numerics)
+    solved = solve_problems(
+        factor, [weights[k] for k in keys], problems, True, budget_bytes, numerics, side_by_side=side_by_side
+    )
     out = {}
     for key, problem, s in zip(keys, problems, solved, strict=True):
         if s.codes is None or s.scale_codes is None:

@@ -3,6 +3,8 @@
 Handles of cuBLAS and cuSOLVER, their kernels, ours from Numba's cache on disk: seconds of a process's life during which the
 first weights can be read and other workers can start. Everything that follows is done once on tensors of a few kilobytes.
 
+Backward passes are set up apart, while modules are measured: a conversion needs them later, and not always.
+
 In a conversion this begins in a thread as soon as torch is there (`exl2ray.beforehand`), and the worker waits for its end.
 
 Meanwhile four threads read weights straight into pinned memory. bf16 is converted on the GPU: `.to(device, dtype)` in one
@@ -11,8 +13,10 @@ call would do it on the CPU.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +27,7 @@ from exl2ray.quant.hessian import HessianAccumulator, prepare
 from exl2ray.quant.pack import dequantize, pack
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.solve import quantize_linears, solve_options
+from exl2ray.stopping import EXPENDABLE
 from exl2ray.timeline import step
 
 ROWS, COLUMNS, TOKENS, HEADS = 256, 64, 64, 4
@@ -54,6 +59,26 @@ def warm_up(device: torch.device, numerics: Numerics = PLAIN) -> None:
         _run_kernels(device, numerics)
     elif device.type == "cuda":
         torch.cuda.synchronize(device)  # makes the thread's context that of this thread, too
+
+
+def begin_gradients(device: torch.device) -> None:
+    """Sets up backward passes on a GPU in a thread: the first one of a process takes seconds, whatever it computes. Nothing
+    is waited for or raised: whoever comes first does the work, and later ones find it done."""
+    if device.type == "cuda":
+        threading.Thread(target=_run_backward, args=(device,), name=f"{EXPENDABLE} gradients").start()
+
+
+def _run_backward(device: torch.device) -> None:
+    """What the modules of a backward pass are made of, in the dtypes of `exl2ray.team.runner.Runner.load_for_gradients`."""
+    with suppress(RuntimeError), torch.enable_grad():
+        x = torch.linspace(-1, 1, TOKENS * ROWS, device=device).view(TOKENS, ROWS).requires_grad_()
+        weight = torch.linspace(-1, 1, ROWS * ROWS, device=device).view(ROWS, ROWS).bfloat16()
+        n = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)).bfloat16() @ weight
+        attended = torch.softmax(n @ n.T, -1) @ n
+        y = x + ((F.silu(attended) * n) @ weight).float()
+        p = torch.softmax((y.bfloat16() @ weight).float(), -1)
+        torch.autograd.grad(p, [x, n], torch.ones_like(p))
+        torch.cuda.synchronize(device)
 
 
 def _run_kernels(device: torch.device, numerics: Numerics) -> None:

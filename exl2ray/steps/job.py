@@ -207,6 +207,7 @@ class Job:
             moe_all_experts=recipe.moe_all_experts,
             score_rows=self.score_rows,
             numerics=recipe.numerics,
+            gradients=recipe.allocates == "linear" and recipe.measurement is None,
             rotate=recipe.rotate,
             checkpoint_seconds=recipe.checkpoint_seconds,
             calibration=CALIBRATION,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.quant.group import Comm, Solo
-from exl2ray.quant.warm import warm_up
+from exl2ray.quant.warm import begin_gradients, warm_up
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.team.checkpoints import Checkpoints
 from exl2ray.team.comm import Group
@@ -35,6 +35,8 @@ class Member:
         with step("first weights begun"):
             self.runner = Runner(setup)  # reads the first modules in the background meanwhile
         warm_up(self.runner.device, setup.numerics)
+        if setup.gradients:
+            begin_gradients(self.runner.device)
         if setup.nonce is not None:
             verify_nonce(self.runner.store, *setup.nonce, setup.versions)
         self.checkpoints = Checkpoints(self.runner.records, setup.checkpoint_seconds)

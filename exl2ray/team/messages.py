@@ -35,6 +35,7 @@ class WorkerSetup:
     moe_all_experts: bool = False  # Hessians of experts from all tokens
     score_rows: int | None = None  # of the measurement rows, for the scores of option tables; None: all
     numerics: Numerics = PLAIN
+    gradients: bool = False  # backward passes will come
     source_cache: int = 0  # bytes kept of a source that is elsewhere
     rotate: bool = False  # the residual stream
     alone: bool = True  # no other workers are expected

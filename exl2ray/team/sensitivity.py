@@ -14,6 +14,7 @@ import torch
 
 from exl2ray.errors import NumericError
 from exl2ray.model.blocks import Block, check_states
+from exl2ray.model.half import attention_by_products
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.quant.sensitivity import Sums, add, column_weights, head_backward, module_backward
 from exl2ray.store.file_names import MEASURE
@@ -79,7 +80,8 @@ def backward_pass(runner: Runner, shares: Mapping[int, tuple[int, ...]], tokens:
             signs = [torch.Generator(runner.device).manual_seed(share) for share in owner]
             found = [head_backward(block, x, g, columns) for x, g in zip(states, signs, strict=True)]
         else:
-            found = [module_backward(block, x, g, columns) for x, g in zip(states, gradients, strict=True)]
+            with attention_by_products():
+                found = [module_backward(block, x, g, columns) for x, g in zip(states, gradients, strict=True)]
         gradients = [g for g, _ in found]
         for share, (_, sums) in zip(owner, found, strict=True):
             if sums:

@@ -8,7 +8,7 @@ import pytest
 from numba import config
 from simulator import take_turns
 
-from exl2ray.cuda import elementwise
+from exl2ray.cuda import elementwise, kernels
 from exl2ray.formats.layout import GroupLayout
 
 take_turns()
@@ -18,8 +18,15 @@ def test_the_simulator_is_on() -> None:
     assert config.ENABLE_CUDASIM
 
 
+@pytest.fixture(params=[32, 128])
+def tall(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that are rounded in one launch, and groups that are cut into several."""
+    monkeypatch.setattr(kernels, "TALL", request.param)
+
+
+@pytest.mark.usefixtures("tall")
 def test_solver() -> None:
-    """Two groups of different height and width (the taller is cut into blocks of rows), two segments."""
+    """Two groups of different height and width, two segments."""
     checks.check_feedback("cpu", 96, [32], [GroupLayout((5, 2), (64, 32)), GroupLayout((4, 3), (64, 32))], seed=1)
 
 
@@ -28,8 +35,9 @@ def test_refinement() -> None:
     checks.check_refinement("cpu", 64, 32, [GroupLayout((4, 2), (32, 32)), GroupLayout((5, 3), (32, 32))], seed=7, share=0.95)
 
 
+@pytest.mark.usefixtures("tall")
 def test_descent() -> None:
-    """Groups of one and of two blocks of rows, two segments."""
+    """Two groups of different height and width, two segments."""
     checks.check_descent("cpu", 96, 32, [GroupLayout((4, 2), (64, 32)), GroupLayout((5, 3), (64, 32))], seed=8, share=0.95)
 
 

@@ -147,7 +147,10 @@ def test_results_survive_later_batches_of_the_same_shape(seed: int) -> None:
         for role, params in options.items():
             for option, found in zip(params, solved[role], strict=True):
                 expected = checks.plain(f, ws_[role], option.layout(128)).weight
-                assert checks.share_equal(found.cpu(), expected) > 0.6  # what an overwritten result is far from
+                # Another shrink factor, nearly as good, changes all weights of a group a little; an overwritten result is far
+                # from what was expected.
+                away = torch.linalg.norm(found.cpu().float() - expected.float())
+                assert away < 0.3 * torch.linalg.norm(expected.float())
 
 
 @pytest.mark.parametrize("table", ["attention", "mlp"])
@@ -248,6 +251,20 @@ def test_launches_go_around_numba() -> None:
         call._call_numba(stream_of(x), ()) if through_numba else call(stream_of(x))
     assert torch.equal(direct, ordinary)
     assert elementwise.gated_silu(x[:0], x[:0]).shape == (0, 1000)
+
+
+def test_linears_side_by_side_have_the_same_bytes(seed: int) -> None:
+    h, ws = checks.problem(256, [96, 64, 128], seed)
+    factor = prepare(h.cuda())
+    weights = {str(i): w.cuda() for i, w in enumerate(ws)}
+    layouts = {key: GroupLayout((4,) * (256 // n), (n,) * (256 // n)) for key, n in (("0", 128), ("1", 64), ("2", 32))}
+    numerics = Numerics(0.0, "feedback", 2)
+    apart = quantize_linears(factor, weights, layouts, numerics=numerics)
+    for _ in range(3):
+        together = quantize_linears(factor, weights, layouts, numerics=numerics, side_by_side=True)
+        for key, q in apart.items():
+            assert torch.equal(q.weight, together[key].weight)
+            assert torch.equal(q.codes, together[key].codes)
 
 
 @pytest.mark.parametrize("numerics", [PLAIN, Numerics(0.5, "feedback", 2)])
