@@ -3,8 +3,9 @@
     command -> (another process) Ray, processes of workers with torch -----------------------------.
     command -> import torch -> CUDA context, kernels (thread) ------------------.
            `-> import exl2ray -> checks, rows of tokens -> work directory -> worker -> first module -> first result
-                                                     |            `-> hashes of the source (threads) -----^
-                                                     `-> (in the worker) first weights (threads) --^
+                              |                      |            `-> hashes of the source (threads) -----^
+                              |                      `-> (in the worker) first weights (threads) --^
+                              `-> samples of the weights (thread), before the work directory
 
 An arrow that ends at a step is what that step waits for. What goes wrong in a thread is raised there, as it would have been
 without one: a GPU's error where the worker is made, that of a file where the first result is told.

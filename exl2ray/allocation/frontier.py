@@ -185,10 +185,12 @@ def frontier(
     least = np.minimum.accumulate(losses[order])
     better = order[np.concatenate([[True], losses[order][1:] < least[:-1]])]  # each larger one has a lower loss
     points = list(zip(bits[better].tolist(), losses[better].tolist(), strict=True))
-    hull: list[tuple[int, float]] = []
-    for point in points:
-        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+    hull, slopes = points[:1], list[float]()  # slopes: between a point of the hull and the next
+    for point in points[1:]:
+        while slopes and _slope(hull[-2], point) <= slopes[-1]:
             hull.pop()
+            slopes.pop()
+        slopes.append(_slope(hull[-1], point))
         hull.append(point)
     at_most = (1 + near) * np.interp(bits[better], [b for b, _ in hull], [v for _, v in hull])
     found = zip(better.tolist(), points, (losses[better] <= at_most).tolist(), strict=True)

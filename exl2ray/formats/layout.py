@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from operator import mul
 from typing import Any
 
 from exl2ray.errors import FormatError
@@ -30,13 +31,17 @@ class GroupLayout:
     def __post_init__(self) -> None:
         if len(self.bits) != len(self.rows) or not self.bits:
             raise FormatError(f"group layout has {len(self.bits)} widths and {len(self.rows)} row counts")
+        if not {*self.bits} <= {*WIDTHS} or any(n <= 0 or n % 32 for n in {*self.rows}):
+            self._name_the_wrong_one()
+        if list(self.bits) != sorted(self.bits, reverse=True):
+            raise FormatError(f"widths increase along the stored groups: {self.bits}")
+
+    def _name_the_wrong_one(self) -> None:
         for g, (b, n) in enumerate(zip(self.bits, self.rows, strict=True)):
             if b not in WIDTHS:
                 raise FormatError(f"group {g}: width {b} is not one of {WIDTHS}")
             if n <= 0 or n % 32:
                 raise FormatError(f"group {g}: {n} rows; the format needs a positive multiple of 32")
-        if any(a < b for a, b in zip(self.bits, self.bits[1:], strict=False)):
-            raise FormatError(f"widths increase along the stored groups: {self.bits}")
 
     @property
     def in_features(self) -> int:
@@ -68,7 +73,7 @@ class GroupLayout:
     def total_bits(self, out_features: int, has_bias: bool = False) -> int:
         """Bits of all ``q_*`` tensors (and the bias) of a linear with ``out_features`` (padded) columns."""
         k, g, n = self.in_features, len(self.bits), out_features
-        weights = sum(r * b for b, r in zip(self.bits, self.rows, strict=True)) * n
+        weights: int = sum(map(mul, self.rows, self.bits)) * n
         return weights + 16 * g + 32 * g + 4 * g * n + 32 * k + (16 * n if has_bias else 0)
 
 
@@ -93,6 +98,9 @@ class QParams:
 
         Raises FormatError if K is not a multiple of 32.
         """
+        return _layout(self, in_features)
+
+    def _laid_out(self, in_features: int) -> GroupLayout:
         if in_features <= 0 or in_features % 32:
             raise FormatError(f"in_features {in_features} is not a positive multiple of 32")
         remaining = in_features
@@ -102,13 +110,13 @@ class QParams:
         for b, p, size in zip(self.bits, self.props, self.group_sizes, strict=True):
             groups = max(0, math.ceil(min(in_features * p, remaining) / size))
             remaining -= groups * size
-            for _ in range(groups):
-                take = min(size, left)
-                if take <= 0:
-                    break
-                widths.append(b)
-                rows.append(take)
-                left -= take
+            whole = min(groups, left // size)
+            rows += [size] * whole
+            left -= whole * size
+            if whole < groups and left:
+                rows.append(left)
+                left = 0
+            widths += [b] * (len(rows) - len(widths))
         if left:
             raise FormatError(f"option {self.desc} covers {in_features - left} of {in_features} rows")
         return GroupLayout(tuple(widths), tuple(rows))
@@ -153,6 +161,11 @@ class QParams:
         if params.scale_bits != 4:
             raise FormatError(f"scale_bits is {params.scale_bits}; the format has 4")
         return params
+
+
+@lru_cache(maxsize=4096)  # a model has few sizes, and many linears with the same options
+def _layout(params: QParams, in_features: int) -> GroupLayout:
+    return params._laid_out(in_features)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +27,7 @@ from exl2ray.datasets import check_tuning_text, pass_rows, reported_rows, source
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
 from exl2ray.errors import CalibrationError, Exl2RayError, SourceError, StoreError, UsageError
 from exl2ray.evaluate.tokens import load_tokens
+from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.json_file import shown
@@ -65,6 +68,13 @@ def examine(recipe: Recipe) -> Examination:
     with step("checks: headers"):
         _examine_source(found, recipe)
         _examine_side_files(found, recipe)
+    with ThreadPoolExecutor(1, "samples") as beside:
+        _examine_all(found, recipe, _begin_samples(found, recipe, beside))
+    return found
+
+
+def _examine_all(found: Examination, recipe: Recipe, samples: Samples) -> None:
+    """All that comes after a first look at the model."""
     with step("checks: device"):
         device = found.device = found.attempt("device", lambda: pick_device(recipe))
     idle = None if device is None else idle_gpu(device, recipe)
@@ -83,12 +93,9 @@ def examine(recipe: Recipe) -> Examination:
     if source is not None and spec is not None and len(found.rows) == 2 and not found.has("work directory", "measurement"):
         given, rows, data = found.measurement, found.rows, found.data
         found.attempt("work directory", lambda: check_opening(recipe, source, spec, given, rows, data))
-    if source is not None:
-        names = source.names()[:UNKNOWN_TENSORS] if spec is None else stored_names(spec)
-        with step("checks: samples of weights"):
-            found.add("values", scan_values(source, names, recipe.seed))
+    found.add("values", samples.values())
     with step("checks: soundness"):
-        _examine_soundness(found, recipe)
+        _examine_soundness(found, recipe, samples)
     if not found.has("tensors", "bitrate"):  # without these, sizes are not known
         with step("checks: room on disks"):
             _examine_disks(found, recipe)
@@ -96,16 +103,48 @@ def examine(recipe: Recipe) -> Examination:
         found.attempt("--tune", lambda: check_memory(spec, device, f"--tune {recipe.tune}"))
     if device is not None:
         found.attempt("shared memory", lambda: _check_shared_memory(recipe, device))
-    return found
 
 
-def _examine_soundness(found: Examination, recipe: Recipe) -> None:
+@dataclass(frozen=True)
+class Samples:
+    """What samples of the weights say, when it is asked for: as `scan_values` and `flat_warnings`."""
+
+    values: Callable[[], list[SourceError]]
+    flat: Callable[[], list[str]]
+
+
+def _begin_samples(found: Examination, recipe: Recipe, beside: Executor) -> Samples:
+    """Begins to look at a model on this disk: samples wait for the disk, rows of tokens for another process. One that lies
+    elsewhere is looked at when it is asked for: that may take long, and a stop would have to wait for it.
+    """
+    source, spec = found.source, found.spec
+    if source is None:
+        return Samples(list, list)
+    values = partial(_values, source, spec, recipe.seed)
+    flat = list[str] if spec is None else partial(_flat, source, spec, recipe.seed)
+    if mount_at(source.path) is not None:
+        return Samples(values, flat)
+    return Samples(beside.submit(values).result, beside.submit(flat).result)
+
+
+def _values(source: SourceModel, spec: ModelSpec | None, seed: int) -> list[SourceError]:
+    names = source.names()[:UNKNOWN_TENSORS] if spec is None else stored_names(spec)
+    with step("checks: samples of weights"):
+        return scan_values(source, names, seed)
+
+
+def _flat(source: SourceModel, spec: ModelSpec, seed: int) -> list[str]:
+    with step("checks: empty weights"):
+        return flat_warnings(source, spec, seed)
+
+
+def _examine_soundness(found: Examination, recipe: Recipe, samples: Samples) -> None:
     """What makes the result doubtful; looked at where the files can be read."""
     spec, source = found.spec, found.source
     found.doubts += calibration_doubts(found.rows)
     if spec is None or source is None or found.has("tensors", "values"):
         return
-    found.doubts += flat_warnings(source, spec, recipe.seed)
+    found.doubts += samples.flat()
     found.doubts += model_doubts(source, spec, found.rows)
     if found.measurement is not None:
         warnings, notes = origin_findings(found.measurement, source)

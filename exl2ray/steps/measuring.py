@@ -66,6 +66,7 @@ def _measure_modules(
 ) -> None:
     """Measures the modules ``todo``; ``profiles`` gets what was found."""
     workers = job.workers  # their start is no part of the stage
+    another = job.recipe.allocates == "linear" or _quantises(job)
     with Stage(job, "measure", len(hashes), len(profiles)) as progress:
 
         def told(result: ItemResult) -> None:
@@ -74,7 +75,7 @@ def _measure_modules(
 
         def call(indices: tuple[int, ...], stretches: tuple[tuple[int, ...], ...], keep_from: int) -> MeasurePass:
             own = {i: hashes[i] for i in indices}
-            return MeasurePass(modules=indices, hashes=own, stretches=stretches, keep_from=keep_from)
+            return MeasurePass(modules=indices, hashes=own, stretches=stretches, keep_from=keep_from, another=another)
 
         def look_up(begun: Begun) -> ItemResult | None:
             found = job.work.records.find(MEASURE, begun.key, hashes[begun.index]) if begun.index in hashes else None
@@ -140,7 +141,8 @@ def _run_backward(
             progress(result)
 
         def call(indices: tuple[int, ...], stretches: tuple[tuple[int, ...], ...], keep_from: int) -> SensitivityPass:
-            return SensitivityPass(hands={i: hands[i] for i in indices}, tokens=tokens, inputs_hash=inputs_hash)
+            own = {i: hands[i] for i in indices}
+            return SensitivityPass(hands=own, tokens=tokens, inputs_hash=inputs_hash, another=_quantises(job))
 
         def look_up(begun: Begun) -> ItemResult | None:
             hand = hands.get(begun.index, {})
@@ -153,6 +155,10 @@ def _run_backward(
 
         items = [Item(i, hand_key(hand), cost * len(hand)) for i, hand in hands.items()]
         job.supervisor.run(Independent(items, call, workers, told, look_up))
+
+
+def _quantises(job: Job) -> bool:
+    return job.recipe.output_measurement is None
 
 
 def _assembled(job: Job, profiles: Mapping[int, ModuleProfile]) -> Measurement:

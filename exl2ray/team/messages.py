@@ -68,10 +68,13 @@ class Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A worker's part in a pass. shrink: profile key -> divisor of batch sizes, of modules that ran out of memory."""
+    """A worker's part in a pass. shrink: profile key -> divisor of batch sizes, of modules that ran out of memory. another: a
+    pass follows that begins at the start of the model.
+    """
 
     meeting: Meeting = Meeting()
     shrink: Mapping[str, int] = field(default_factory=dict)
+    another: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

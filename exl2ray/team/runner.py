@@ -47,7 +47,7 @@ class Runner:
         self._rows: dict[str, Tensor] = {}
         self._homes: dict[int, torch.device] = {}
         self.writers = Writers(self.store, self.device)
-        self.expect(0 if setup.alone or self.device.type == "cpu" else 1)  # members of a group share the embedding out
+        self.expect_the_first()
         self.shrink: Mapping[str, int] = {}  # of batches, for items that ran out of memory
         self.in_hand = ""  # the item whose entry in ``shrink`` counts
         self.crowded = False  # the GPU ran out of memory once: states stay on the host from then on
@@ -77,6 +77,10 @@ class Runner:
     def expect(self, index: int, count: int = 3) -> None:
         """Starts to read ``count`` modules from here on in the background."""
         self.fetch(self.spec.modules[index : index + count])
+
+    def expect_the_first(self) -> None:
+        """Starts to read what a pass begins with; members of a group share the embedding out."""
+        self.expect(0 if self.setup.alone or self.device.type == "cpu" else 1)
 
     def fetch(self, modules: Sequence[ModuleSpec]) -> None:
         """Starts to read the weights of these modules in the background; those of others are dropped."""

@@ -43,5 +43,7 @@ class Worker(Member):
         self.runner.shrink = part.shrink
         try:
             yield from PASSES[type(part)](self, part)
+            if part.another and self.setup.alone:  # several take over what others have not done: they may go on reading
+                self.runner.expect_the_first()  # while the driver decides what comes next
         finally:
             self._end = NOWHERE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -192,6 +193,19 @@ def test_without_cf_the_shards_are_in_the_work_directory(quiet: Quiet, tmp_path:
     for out in summary.outputs:
         (file,) = out.files
         assert Path(file).read_bytes() == (quiet.outputs[out.bits] / "output.safetensors").read_bytes()
+
+
+def test_what_was_imported_is_left_out_of_collections_while_it_runs(llama: Path, tmp_path: Path) -> None:
+    frozen = []
+
+    class Counting(Silent):
+        def event(self, name: str, **fields: Any) -> None:
+            if name == "item":
+                frozen.append(gc.get_freeze_count())
+
+    convert(recipe(llama, tmp_path / "work"), Counting())
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_builtin_calibration_text(llama: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from exl2ray.convert import convert
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UnknownArchitectureError, UsageError
 from exl2ray.events import Silent
+from exl2ray.plan import problems
 from exl2ray.plan.findings import Examination
 from exl2ray.plan.problems import examine
 from exl2ray.recipe import Recipe
@@ -234,3 +236,30 @@ def test_an_error_of_many_keeps_kind_and_hint(tmp_path: Path, model: Path) -> No
         convert(recipe(model, tmp_path, bits=(2.0,)), Silent())
     assert caught.value.exit_code == 5, "of the first problem"
     assert "exl2ray plan" in caught.value.hint
+
+
+def test_samples_of_weights_are_taken_beside_the_rows_of_tokens(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not where reading may take long: a stop would wait for it."""
+    main, seen = threading.current_thread(), []
+
+    def noted(*given: Any) -> list[Any]:
+        seen.append(threading.current_thread() is main)
+        return []
+
+    monkeypatch.setattr(problems, "scan_values", noted)
+    monkeypatch.setattr(problems, "flat_warnings", noted)
+    assert not examine(recipe(tiny, tmp_path)).problems
+    monkeypatch.setattr(problems, "mount_at", lambda folder: object())
+    assert not examine(recipe(tiny, tmp_path)).problems
+    assert seen == [False, False, True, True]
+
+
+def test_what_a_sample_fails_with_comes_up(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: Any) -> list[Any]:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(problems, "flat_warnings", failing)
+    with pytest.raises(RuntimeError, match="a defect"):
+        examine(recipe(tiny, tmp_path))

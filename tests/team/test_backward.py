@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,9 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from team_helpers import recipe
 
+from exl2ray.convert import convert
 from exl2ray.driver.workers import InlineWorkers
 from exl2ray.errors import NumericError
 from exl2ray.events import Silent
+from exl2ray.formats.hf import SourceModel
+from exl2ray.model.arch import load_spec
+from exl2ray.model.weights import whole_tensors
 from exl2ray.steps import Job
 from exl2ray.team import sensitivity
 from exl2ray.team.runner import Runner
@@ -55,6 +60,30 @@ def test_shares_together_or_alone(job: Job) -> None:
         for role, values in roles.items():
             # one row at a time; random signs at the logits are drawn row by row too
             assert values == pytest.approx(found[key][role], rel=0.5), (key, role)
+
+
+def test_the_start_of_the_model_is_read_before_another_pass_needs_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After measuring for the backward pass, after that for quantising, and not where nothing follows."""
+    begun, expect = [], Runner.expect_the_first
+
+    def counted(runner: Runner) -> None:
+        expect(runner)
+        begun.append(set(runner.ahead._fetched))
+
+    monkeypatch.setattr(Runner, "expect_the_first", counted)
+    convert(recipe(model, tmp_path / "work", allocation="linear"), Silent())
+    first = begun[0]
+    assert {name for m in load_spec(SourceModel(model)).modules[:3] for name in whole_tensors(m)} == first
+    assert begun == [first] * 3, "once for each pass"
+    begun.clear()
+    measured = {"output_measurement": str(tmp_path / "m.json"), "compile_full": None}
+    convert(recipe(model, tmp_path / "other", allocation="linear", **measured), Silent())
+    assert begun == [first] * 2
+    begun.clear()
+    convert(recipe(model, tmp_path / "modules", allocation="module", **measured), Silent())
+    assert begun == [first]
 
 
 @pytest.mark.parametrize("modules", [0, 2, 100])
