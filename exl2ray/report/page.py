@@ -29,6 +29,7 @@ TITLES = {
 }  # fmt: skip
 STARVED = figures.COVERAGE_STEPS[0]  # of a fair share; below it, conversions warn
 _SHOWN, _MAX_NOTES, _MAX_PLACES = 12, 60, 4  # rows of tables that could grow with the model; notes; places of a note
+_TITLE = re.compile(rb"<!doctype html>\n<html.*<title>[^<]* in EXL2</title>", re.DOTALL)
 _PATH = re.compile(r"(?<![\w:/.~-])~?/(?:[^\s/'\",;:()]+/)+([^\s/'\",;:()]+)/?")
 
 
@@ -59,6 +60,11 @@ def render(facts: Facts, show_paths: bool = False) -> tuple[str, tuple[str, ...]
         name=name, architecture=identity.get("architecture"), root=facts.root, titles={n: TITLES[n] for n in names}, **found
     )
     return html.lstrip(), names
+
+
+def is_page(content: bytes) -> bool:
+    """Whether ``content`` is a page that `render` made."""
+    return _TITLE.match(content[:4096]) is not None
 
 
 def _hider(facts: Facts) -> Any:
