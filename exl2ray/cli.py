@@ -16,7 +16,15 @@ import click
 from exl2ray import __version__, cli_models, stopping
 from exl2ray.errors import Interrupted, UsageError
 from exl2ray.recipe import Recipe
-from exl2ray.terminal.flags import CONVERT_ONLY, MEASURE_FIELDS, notes_from, recipe_flags, recipe_from, trust_flag
+from exl2ray.terminal.flags import (
+    CONVERT_ONLY,
+    MEASURE_FIELDS,
+    notes_from,
+    read_overrides,
+    recipe_flags,
+    recipe_from,
+    trust_flag,
+)
 from exl2ray.terminal.program import Invocation, cli, command, present
 from exl2ray.terminal.reference_flags import is_given
 from exl2ray.terminal.streams import leave_threads, open_missing
@@ -148,7 +156,8 @@ def solve(run: Invocation, /, **settings: Any) -> None:
 
 @command(
     flag("-o", "--out-dir", metavar="DIR", required=True, help="work directory of a finished conversion"),
-    flag("--set", "overrides", metavar="PATTERN=BITS", multiple=True, required=True, help="as of convert; repeatable"),
+    flag("--set", "overrides", metavar="PATTERN=BITS", multiple=True, required=True, callback=read_overrides,
+         help="as of convert; repeatable"),
     flag("-b", "--bits", type=float, multiple=True, help="only these of its bitrates"),
     flag("-cf", "--compile-full", metavar="DIR", help="write here; over the conversion's own output if absent"),
     recipe_flags(("device", "gpus", "ray_address", "executor"), required=()),

@@ -51,6 +51,15 @@ def recipe_flags(
     return decorate
 
 
+def read_overrides(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """--set, as it was given. Raises UsageError for what no model could have; whether a pattern matches, its model says."""
+    from exl2ray.allocation.overrides import parse_override
+
+    for text in texts:
+        parse_override(text)
+    return texts
+
+
 def _names(name: str) -> tuple[str, ...]:
     s = SETTINGS[name]
     return (name, *dict.fromkeys([s.flag, s.long])) if not s.negative else (name, f"{s.flag}/{s.negative}")
@@ -70,6 +79,8 @@ def _attributes(name: str) -> dict[str, Any]:
         return {**out, "type": kinds[0], "metavar": s.metavar}
     if len(kinds) > 1:  # one, several or none
         out["default"] = ()
+    if name == "overrides":
+        out["callback"] = read_overrides
     return {**out, "type": several.__args__[0], "multiple": True, "metavar": s.metavar}
 
 

@@ -193,6 +193,28 @@ def test_numbers_of_an_evaluation_that_cannot_be(run, tmp_path):
         assert says in run("eval", str(tmp_path), *flags).stderr
 
 
+EARLY = (["convert", "-i", "x", "-o", "w"], ["measure", "-i", "x", "-o", "w"], ["plan", "-i", "x"], ["patch", "-o", "w"],
+         ["submit", "--", "convert", "-i", "x", "-o", "w"])  # fmt: skip
+
+
+@pytest.mark.parametrize("args", EARLY, ids=lambda a: a[0])
+@pytest.mark.parametrize("value", ["=3", "x=9", "re:(=3"])
+def test_an_override_that_cannot_be_is_refused_before_anything_is_looked_at(run, args, value):
+    result = run(*args, "--set", "*.v_proj=6", "--set", value)
+    assert result.exit_code == 2
+    assert f"--set {value}: " in result.stderr
+    assert "hint: " in result.stderr
+
+
+@pytest.mark.parametrize("repo", ["me", "me/", "/me", "a/b/c", "a b/c"])
+@pytest.mark.parametrize("args", [["convert", "-i", "x"], ["plan", "-i", "x"], ["submit", "--", "convert", "-i", "x"]])
+def test_a_repository_without_an_owner_is_refused_before_anything_is_looked_at(run, args, repo):
+    result = run(*args, "--publish", repo)
+    assert result.exit_code == 2
+    assert f"--publish {repo}: not the name of a repository" in result.stderr
+    assert "OWNER/NAME" in result.stderr
+
+
 def test_a_patch_of_what_is_no_work_directory(run, tmp_path):
     result = run("patch", "-o", str(tmp_path), "--set", "*=4")
     assert result.exit_code == 7

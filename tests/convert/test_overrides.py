@@ -71,8 +71,9 @@ def test_an_exact_option_and_the_head(quiet: Quiet, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as e:
         parse_override(text)
+    assert e.value.hint
 
 
 def test_patterns(llama: Path) -> None:
