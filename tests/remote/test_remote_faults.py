@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,80 @@ def test_killed_and_resumed(hub: ModelHub, text: Path, wanted: dict[str, str], t
     command = [*measure(text, tmp_path / "work")]
     env = {**os.environ, **hub_env(hub, tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     process = subprocess.Popen([sys.executable, "-m", "exl2ray.cli", *map(str, command)], env=env, stderr=subprocess.DEVNULL)
-    records = tmp_path / "work" / "measure" / "records"
-    while process.poll() is None and not list(records.glob("model.layers*.json")):
-        time.sleep(0.01)  # until the first module is committed
+    measured(process, tmp_path)
     process.kill()
     process.wait()
     done = exl2ray(*command, seconds=60, env=hub_env(hub, tmp_path))
     done.ends_with(0)
     assert hashlib.sha256((tmp_path / "work" / "measurement.json").read_bytes()).hexdigest() == wanted["measurement.json"]
+
+
+@pytest.fixture
+def started(hub: ModelHub, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a program of its own, whose temporary folder is ``tmp_path / "tmp"``."""
+    (tmp_path / "tmp").mkdir()
+    env = {**os.environ, **hub_env(hub, tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+           "TMPDIR": str(tmp_path / "tmp")}  # fmt: skip
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: str | Path) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-m", "exl2ray.cli", *map(str, command)]
+        running.append(subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def measured(process: subprocess.Popen[bytes], root: Path) -> None:
+    """Waits until the first module is committed."""
+    while process.poll() is None and not list((root / "work" / "measure" / "records").glob("model.layers*.json")):
+        time.sleep(0.01)
+
+
+def left(root: Path) -> list[Path]:
+    return sorted((root / "tmp").glob("exl2ray-source-*"))
+
+
+def test_nothing_stays_in_the_temporary_folder(
+    started: Callable[..., subprocess.Popen[bytes]], hub: ModelHub, text: Path, tmp_path: Path
+) -> None:
+    assert started(*plan("hf://me/model", text)).wait() == 0
+    assert left(tmp_path) == []
+    files = hub.repos["me/model"]["main"].files
+    hub.add("me/model", {**files, "config.json": b"{}"})
+    assert started(*plan("hf://me/model", text)).wait() == 3
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nor_after_a_stop(
+    number: int, started: Callable[..., subprocess.Popen[bytes]], text: Path, tmp_path: Path
+) -> None:
+    process = started(*measure(text, tmp_path / "work"))
+    measured(process, tmp_path)
+    assert len(left(tmp_path)) == 1
+    process.send_signal(number)
+    assert process.wait() == 130
+    assert left(tmp_path) == []
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one(
+    started: Callable[..., subprocess.Popen[bytes]], text: Path, tmp_path: Path
+) -> None:
+    process = started(*measure(text, tmp_path / "work"))
+    measured(process, tmp_path)
+    process.send_signal(signal.SIGSTOP)
+    found = left(tmp_path)
+    assert started(*plan("hf://me/model", text)).wait() == 0
+    assert left(tmp_path) == found  # of a process that lives
+    process.kill()
+    process.wait()
+    assert left(tmp_path) == found
+    assert started(*plan("hf://me/model", text)).wait() == 0
+    assert left(tmp_path) == []
 
 
 def test_broken_downloads_go_on(
