@@ -88,7 +88,7 @@ def convert(
 
 
 @command(recipe_flags(MEASURE_FIELDS), recipe_flags(CONVERT_ONLY, required=(), ignored=True), dry_run_flag, converts=True)
-def measure(run: Invocation, /, output_measurement: str | None, out_dir: str, dry_run: bool, **_: Any) -> None:
+def measure(run: Invocation, /, out_dir: str, dry_run: bool, **_: Any) -> None:
     """Convert up to measurement.json, and stop.
 
     It is written to -om, or into the work directory. Takes the flags of convert; what concerns only later steps is left out.
@@ -98,11 +98,9 @@ def measure(run: Invocation, /, output_measurement: str | None, out_dir: str, dr
     ctx = click.get_current_context()
     if is_given(ctx, "measurement"):
         raise UsageError("-m reuses a measurement, and this command makes one", "give -m to convert, or drop it")
-    if output_measurement is None:
-        if "://" in out_dir:
-            raise UsageError("-om is missing", "with a work directory in an object store, name a local file with -om")
-        output_measurement = os.path.join(out_dir, "measurement.json")
-    recipe = recipe_from(ctx, output_measurement=output_measurement)
+    recipe = recipe_from(ctx, output_measurement=None if "://" in out_dir else os.path.join(out_dir, "measurement.json"))
+    if recipe.output_measurement is None:
+        raise UsageError("-om is missing", "with a work directory in an object store, name a local file with -om")
     converting.convert(run, "measure", recipe, dry_run, notes_from(ctx))
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from exl2ray.evaluate.record import TAIL, TAIL_NAMES, Figure, judged
-from exl2ray.recipe import JOB_FLAGS
+from exl2ray.recipe import JOB_FLAGS, RUN
 from exl2ray.report import figures
 from exl2ray.report.chains import ModuleResult
 from exl2ray.report.facts import Bitrate, Facts
@@ -267,7 +267,8 @@ def _settings(facts: Facts) -> dict[str, Any] | None:
     rows = [
         [section, name.replace("_", " "), JOB_FLAGS.get(f"{section}.{name}", ""),
          ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
-        for section, settings in facts.job.job.items() for name, value in settings.items() if value is not None
+        for section, settings in facts.job.job.items() for name, value in settings.items()
+        if value is not None and name != RUN
     ]  # fmt: skip
     rows += [["version", name, "", str(version)] for name, version in facts.job.versions.items()]
     return {"created": _moment(facts.job.created), "rows": rows}
