@@ -186,6 +186,9 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "weights": ("model.safetensors", ("a file, not a directory", "give its folder: ")),
     "config": ("config.json", ("a file, not a directory", "give its folder: ")),
     "pickle": ("pytorch_model.bin", ("a file of PyTorch weights",)),
+    "piece of FSDP": ("__0_0.distcp", ("a file of a training run", "accelerate merge-weights ")),
+    "piece of DeepSpeed": ("mp_rank_00_model_states.pt", ("a file of a training run", "zero_to_fp32 ")),
+    "state": ("optimizer.pt", ("a file of a training run", "trainer.save_model")),
     "text": ("notes.txt", ("not a directory",)),
 }
 

@@ -225,6 +225,7 @@ def test_an_address_that_another_thread_replaces_meanwhile(
         ("gguf", "hf://me/gguf", 3, ["holds GGUF files (model.gguf)"]),
         ("adapter", "hf://me/adapter", 3, ["holds only a LoRA adapter", "merge it first"]),
         ("pickles", "hf://me/pickles", 3, ["holds PyTorch pickles (pytorch_model.bin)"]),
+        ("training", "hf://me/training", 3, ["training with DeepSpeed (global_step9)", "zero_to_fp32 hf://me/training@"]),
         ("folders", "hf://me/folders", 3, ["its folder inner does", "hf://me/folders@"]),
         ("huge", "hf://me/huge", 3, ["config.json", "larger than"]),
     ],
@@ -233,7 +234,7 @@ def test_refusals(
     change: str, address: str, status: int, words: list[str], command: str,
     hub: ModelHub, online: Callable[..., Run], model: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    if command != "plan" and change in ("", "down", "gone", "huge", "pickles", "folders"):
+    if command != "plan" and change in ("", "down", "gone", "huge", "pickles", "folders", "training"):
         pytest.skip("one command tells enough")
     files = hub.repos["me/model"]["main"].files
     hub.gated |= {"me/model"} if change == "gated" else set()
@@ -243,6 +244,7 @@ def test_refusals(
     hub.add("me/gguf", {"model.gguf": b"GGUF", "README.md": b"x"})
     hub.add("me/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 99})
     hub.add("me/pickles", {"config.json": files["config.json"], "pytorch_model.bin": b"x"})
+    hub.add("me/training", {"latest": b"x", "config.json": b"{}", "global_step9/mp_rank_00_model_states.pt": b"x"})
     hub.add("me/folders", {f"inner/{n}": d for n, d in files.items()})
     hub.add("me/huge", {**files, "config.json": b" " * (33 << 20)} if change == "huge" else files)
     where = ["-o", str(tmp_path / "work"), "-cf", str(tmp_path / "out")] if command != "plan" else []

@@ -65,6 +65,9 @@ def _no_folder(path: Path, hint: str) -> Finding:
         return _gguf_text("a GGUF file"), _original(Folder(path.parent))
     if name.endswith((".safetensors", ".json")):
         return "a file, not a directory", f"give its folder: {shlex.quote(str(path.parent))}"
+    checkpoint = training.look(Folder(path.parent)) if name.endswith((*PICKLES, ".distcp")) else None
+    if checkpoint is not None and (name.endswith(".distcp") or training.is_state(path.name)):
+        return "a file of a training run, not a directory", checkpoint[1]
     if name.endswith(PICKLES):
         return "a file of PyTorch weights, not a directory", SAVE
     return "not a directory", hint
