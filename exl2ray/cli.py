@@ -16,7 +16,15 @@ import click
 from exl2ray import __version__, cli_models, stopping
 from exl2ray.errors import Interrupted, UsageError
 from exl2ray.recipe import Recipe
-from exl2ray.terminal.flags import CONVERT_ONLY, MEASURE_FIELDS, notes_from, recipe_flags, recipe_from, trust_flag
+from exl2ray.terminal.flags import (
+    CONVERT_ONLY,
+    MEASURE_FIELDS,
+    notes_from,
+    read_overrides,
+    recipe_flags,
+    recipe_from,
+    trust_flag,
+)
 from exl2ray.terminal.program import Invocation, cli, command, present
 from exl2ray.terminal.reference_flags import is_given
 from exl2ray.terminal.streams import leave_threads, open_missing
@@ -80,7 +88,7 @@ def convert(
 
 
 @command(recipe_flags(MEASURE_FIELDS), recipe_flags(CONVERT_ONLY, required=(), ignored=True), dry_run_flag, converts=True)
-def measure(run: Invocation, /, output_measurement: str | None, out_dir: str, dry_run: bool, **_: Any) -> None:
+def measure(run: Invocation, /, out_dir: str, dry_run: bool, **_: Any) -> None:
     """Convert up to measurement.json, and stop.
 
     It is written to -om, or into the work directory. Takes the flags of convert; what concerns only later steps is left out.
@@ -90,11 +98,9 @@ def measure(run: Invocation, /, output_measurement: str | None, out_dir: str, dr
     ctx = click.get_current_context()
     if is_given(ctx, "measurement"):
         raise UsageError("-m reuses a measurement, and this command makes one", "give -m to convert, or drop it")
-    if output_measurement is None:
-        if "://" in out_dir:
-            raise UsageError("-om is missing", "with a work directory in an object store, name a local file with -om")
-        output_measurement = os.path.join(out_dir, "measurement.json")
-    recipe = recipe_from(ctx, output_measurement=output_measurement)
+    recipe = recipe_from(ctx, output_measurement=None if "://" in out_dir else os.path.join(out_dir, "measurement.json"))
+    if recipe.output_measurement is None:
+        raise UsageError("-om is missing", "with a work directory in an object store, name a local file with -om")
     converting.convert(run, "measure", recipe, dry_run, notes_from(ctx))
 
 
@@ -148,7 +154,8 @@ def solve(run: Invocation, /, **settings: Any) -> None:
 
 @command(
     flag("-o", "--out-dir", metavar="DIR", required=True, help="work directory of a finished conversion"),
-    flag("--set", "overrides", metavar="PATTERN=BITS", multiple=True, required=True, help="as of convert; repeatable"),
+    flag("--set", "overrides", metavar="PATTERN=BITS", multiple=True, required=True, callback=read_overrides,
+         help="as of convert; repeatable"),
     flag("-b", "--bits", type=float, multiple=True, help="only these of its bitrates"),
     flag("-cf", "--compile-full", metavar="DIR", help="write here; over the conversion's own output if absent"),
     recipe_flags(("device", "gpus", "ray_address", "executor"), required=()),

@@ -14,9 +14,10 @@ from exl2ray.calibration.rows import Rows
 from exl2ray.datasets import data_hashes, stored_places
 from exl2ray.errors import SourceError, StoreError
 from exl2ray.formats.elsewhere import place_of
+from exl2ray.formats.files import refuse_other
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.json_file import parse_json_object, read_bounded
-from exl2ray.formats.measurement import MAX_MEASUREMENT_BYTES, Measurement
+from exl2ray.formats.json_file import parse_json_object
+from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModelSpec
 from exl2ray.recipe import JOB_FLAGS, Recipe
 from exl2ray.recipe_fields import shown
@@ -106,23 +107,18 @@ def check_measurement_target(wanted: str) -> None:
     path = measurement_target(wanted)
     if path.is_dir():
         raise StoreError(f"-om {wanted}: {path} is a directory", "name a file that ends in .json, or another directory")
-    if path.exists():
-        _check_replaced(wanted, path)
+    refuse_other(path, "-om", "measurement", _is_measurement)
     place = existing_parent(path.parent)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise StoreError(f"-om {wanted}: {place} is not a directory that can be written", "choose another place with -om")
 
 
-def _check_replaced(wanted: str, path: Path) -> None:
-    """StoreError if the file that stands where -om leads is no earlier measurement, but, say, the config.json of a model."""
-    hint = "name another file with -om, or delete this one if it may go"
-    content = read_bounded(path, MAX_MEASUREMENT_BYTES, StoreError, hint)
+def _is_measurement(content: bytes) -> bool:
+    """And not, say, the config.json of a model."""
     try:
-        sound = not content.strip() or "measurement" in parse_json_object(content, str(path))
+        return "measurement" in parse_json_object(content, "")
     except SourceError:
-        sound = False
-    if not sound:
-        raise StoreError(f"-om {wanted}: {path} is there already, and is no measurement: it would be overwritten", hint)
+        return False
 
 
 def check_opening(

@@ -9,6 +9,7 @@ card follow from there. Help texts are listed by section, in the order of the fi
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ USUAL_HEAD_BITS = 6
 BEST_TUNE = "1M"  # tokens of --tune that --quality best asks for
 MIN_BITS, MAX_BITS = 2.0, 9.0  # outside of this no option table reaches; the exact range depends on the model
 LENGTH_STEP = 128
+RUN = "run"  # entry of "output" in job.json with what is kept of a run, compared with nothing (`exl2ray.store.job_file`)
 MIN_SHARD, MAX_SHARD = 0.001, 2.0**30  # MiB; more than the one and less than the other has no file
 
 FILES, QUANTISE, CALIBRATE, AFTER, PLACE = SECTIONS = (  # of the help text
@@ -62,7 +64,8 @@ class Recipe:
         "-b", "target bits per weight of the decoder layers; may be given several times.",
         QUANTISE, rule=_BITS, job="quantize.bits", measured=False))
     nearest: bool = field(default=False, metadata=setting(
-        "--nearest", "where this model cannot have a bitrate, take the nearest that it can.", QUANTISE, measured=False))
+        "--nearest", "where this model cannot have a bitrate, take the nearest that it can.", QUANTISE, measured=False,
+        kept=True))
     head_bits: int | None = field(default=None, metadata=setting(
         "-hb", "bits of the output head: 2, 3, 4, 5, 6 or 8; if absent 6, or what --allocation linear finds best.",
         QUANTISE, rule=_HEAD, job="quantize.head_bits", measured=False))
@@ -85,7 +88,7 @@ class Recipe:
         "-m", "reuse this measurement.json.", FILES, "FILE", job="measure.measurement", measured=False))
     output_measurement: str | None = field(default=None, metadata=setting(
         "-om", "write measurement.json here (a file or a directory) and stop after measuring.",
-        FILES, "PATH", decides="output.measure_only"))
+        FILES, "PATH", decides="output.measure_only", kept=True))
     shard_size: float = field(default=8192, metadata=setting(
         "-ss", "largest output file in MiB; 0 for a single file.",
         FILES, rule=_SHARD, job="output.shard_size", measured=False))
@@ -100,15 +103,17 @@ class Recipe:
         "-ra", "NTK-alpha RoPE scaling factor.", FILES, rule=_POSITIVE, job="identity.rope_alpha"))
     source_cache: str = field(default="20GB", metadata=setting(
         "--source-cache", "the most that is kept on this disk of weights that -i has elsewhere; 0 keeps none.",
-        FILES, "SIZE"))
-    device: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata=setting("--device", "where to compute.", PLACE))
+        FILES, "SIZE", kept=True))
+    device: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata=setting(
+        "--device", "where to compute.", PLACE, kept=True))
     gpus: int | None = field(default=None, metadata=setting(
-        "--gpus", "number of GPUs to use; all that Ray offers if absent.", PLACE, rule=_GPUS))
+        "--gpus", "number of GPUs to use; all that Ray offers if absent.", PLACE, rule=_GPUS, kept=True))
     ray_address: str | None = field(default=None, metadata=setting(
-        "--ray-address", "attach to this Ray cluster; else $RAY_ADDRESS, else a private local one.", PLACE, "ADDRESS"))
+        "--ray-address", "attach to this Ray cluster; else $RAY_ADDRESS, else a private local one.", PLACE, "ADDRESS",
+        kept=True))
     executor: Literal["auto", "ray", "inline"] = field(default="auto", metadata=setting(
         "--executor", "ray, inline (in this process, one device), or auto: ray for a cluster or several GPUs, else inline.",
-        PLACE))
+        PLACE, kept=True))
     quality: Quality = field(default="balanced", metadata=setting(
         "--quality", "reference: the plain algorithm; balanced: better weights, same size; best: balanced and --tune 1M.",
         QUANTISE, job="quantize.quality", decides="quantize.allocates quantize.numerics", measured=False))
@@ -162,14 +167,14 @@ class Recipe:
     score_rows: int | None = field(default=None, metadata=setting(
         "--score-rows",
         "measurement rows for the scores of option tables; if absent 4, but all for -om and --allocation module.",
-        CALIBRATE, rule=_ROWS, decides="measure.score_rows"))
+        CALIBRATE, rule=_ROWS, decides="measure.score_rows", kept=True))
     evaluate: Literal["auto", "always", "never"] = field(default="auto", metadata=setting(
         "--evaluate",
         "perplexity and KL divergence of finished models on held-out text: with several -b, always, or never.",
-        AFTER))
+        AFTER, kept=True))
     eval_text: str | None = field(default=None, metadata=setting(
         "--eval-text", "text, Parquet, .jsonl file, or .npy array of token ids, to evaluate on; a built-in text if absent.",
-        AFTER, "FILE"))
+        AFTER, "FILE", kept=True))
     tune: str | None = field(default=None, metadata=setting(
         "--tune",
         "tokens, as in 4M, to tune each finished model on against the source's own predictions; else as --quality says.",
@@ -179,7 +184,7 @@ class Recipe:
         "text to tune on: as -c; builtin; self:COUNT, tokens that the source writes; repeatable. If absent -c, else builtin.",
         AFTER, "PLACE", job="output.tune_text", measured=False))
     checkpoint_seconds: float = field(default=120.0, metadata=setting(
-        "--checkpoint-seconds", "least time between saved hidden states.", PLACE, rule=_SECONDS))
+        "--checkpoint-seconds", "least time between saved hidden states.", PLACE, rule=_SECONDS, kept=True))
 
     def __post_init__(self) -> None:
         if isinstance(self.cal_dataset, tuple):  # one is as if it were the only one there can be, none is none
@@ -333,6 +338,9 @@ class Recipe:
             for entry in about.job:
                 section, _, key = entry.partition(".")
                 job[section][key] = value
+        kept = {name: self._stored(name) for name, about in SETTINGS.items() if about.kept}
+        kept = {name: value for name, value in kept.items() if value != SETTINGS[name].default}
+        job["output"].update({RUN: kept} if kept else {})
         job["identity"].update(identity)
         return job
 
@@ -344,6 +352,11 @@ class Recipe:
             return None
         if name == "measurement" and self.measurement is not None:
             return str(Path(self.measurement).resolve())
+        if name == "output_measurement" and self.output_measurement is not None:
+            path = os.path.abspath(self.output_measurement)  # where `measure` writes it if nobody says so is no wish
+            return None if path == os.path.join(os.path.abspath(self.out_dir), "measurement.json") else path
+        if name == "eval_text" and self.eval_text is not None and "://" not in self.eval_text:
+            return os.path.abspath(self.eval_text)
         value = getattr(self, name)
         return list(value) if isinstance(value, tuple) else value
 

@@ -32,6 +32,7 @@ class Setting:
     decides: tuple[str, ...]  # entries that follow from the value, with others perhaps
     measured: bool  # whether something that is measured depends on it
     negative: str  # the flag that turns it off, "" for none
+    kept: bool = False  # nothing that is made depends on it, and a resume takes it from the job all the same
     name: str = ""
     hint: Any = None  # its type
     default: Any = None  # dataclasses.MISSING if it has to be given
@@ -67,11 +68,11 @@ class Setting:
 
 def setting(
     flag: str, help: str, section: str, metavar: str | None = None, rule: Rule | None = None, job: str = "",
-    decides: str = "", measured: bool = True,
+    decides: str = "", measured: bool = True, kept: bool = False,
 ) -> Mapping[str, Setting]:  # fmt: skip
     """Metadata of a field of ``Recipe``; see `Setting`. ``job`` and ``decides`` are lists with spaces between."""
     flag, _, negative = flag.partition("/")
-    about = Setting(flag, help, section, metavar, rule, tuple(job.split()), tuple(decides.split()), measured, negative)
+    about = Setting(flag, help, section, metavar, rule, tuple(job.split()), tuple(decides.split()), measured, negative, kept)
     return {"setting": about}
 
 

@@ -10,6 +10,7 @@ A signal that is ignored when the program starts (nohup, a background job of a s
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -83,7 +84,24 @@ def ends_the_program() -> None:
     """From now on a signal that nobody handles ends the process with the status that is documented for a stop: one that comes
     before a command, between its parts, or while the program is leaving.
     """
-    _replace(lambda number, frame: os._exit(Interrupted.exit_code))
+    _replace(lambda number, frame: leave(Interrupted.exit_code))
+
+
+_last_acts: list[Callable[[], None]] = []
+
+
+def at_the_end(act: Callable[[], None]) -> None:
+    """Has ``act`` done when the process ends, also where the interpreter is not waited for. It may be done twice."""
+    atexit.register(act)
+    _last_acts.append(act)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once, but for what was asked for with ``at_the_end``."""
+    for act in _last_acts:
+        with contextlib.suppress(Exception):
+            act()
+    os._exit(status)
 
 
 def ignore() -> None:

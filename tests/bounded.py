@@ -169,6 +169,7 @@ def _child(request: dict[str, Any], out: int, err: int) -> NoReturn:
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()  # as the interpreter does
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)

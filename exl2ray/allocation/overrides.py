@@ -11,11 +11,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import WIDTHS, QParams, pad32
-from exl2ray.model.spec import LinearSpec, ModelSpec
 from exl2ray.quant.qparams import distinct_options, head_option, parse
+
+if TYPE_CHECKING:  # the command line reads --set before anything heavy is loaded
+    from exl2ray.model.spec import LinearSpec, ModelSpec
+
+LIKE, LIKE_OPTION = "as in --set 'model.layers.*.v_proj=6'", "as in --set 'model.layers.*.v_proj=0.1:4b_128g/0.9:3b_128g'"
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def parse_override(text: str) -> Override:
     """``PATTERN=BITS`` or ``PATTERN=OPTION``; UsageError for anything else."""
     pattern, equals, value = text.rpartition("=")
     if not equals or not pattern or not value:
-        raise UsageError(f"--set {text}: PATTERN=BITS or PATTERN=OPTION is needed", "as in --set 'model.layers.*.v_proj=6'")
+        raise UsageError(f"--set {text}: PATTERN=BITS or PATTERN=OPTION is needed", LIKE)
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
@@ -46,16 +51,16 @@ def parse_override(text: str) -> Override:
             raise UsageError(f"--set {text}: {e}", "a regular expression follows re:") from e
     if value.isdigit():
         if int(value) not in WIDTHS:
-            raise UsageError(f"--set {text}: bits are {', '.join(map(str, WIDTHS))}")
+            raise UsageError(f"--set {text}: bits are {', '.join(map(str, WIDTHS))}", LIKE)
         return Override(text, pattern, minimum=int(value))
     try:
         option = parse(value)
     except UsageError as e:
         raise UsageError(f"--set {text}: {e.message}", f"or bits, one of {', '.join(map(str, WIDTHS))}") from e
     if any(b not in WIDTHS for b in option.bits) or min(option.props) <= 0 or abs(sum(option.props) - 1) > 1e-6:
-        raise UsageError(f"--set {text}: widths are {', '.join(map(str, WIDTHS))} and shares add up to 1")
+        raise UsageError(f"--set {text}: widths are {', '.join(map(str, WIDTHS))} and shares add up to 1", LIKE_OPTION)
     if list(option.bits) != sorted(option.bits, reverse=True) or any(s % 32 or s <= 0 for s in option.group_sizes):
-        raise UsageError(f"--set {text}: widths fall from part to part, and group sizes are multiples of 32")
+        raise UsageError(f"--set {text}: widths fall from part to part, and group sizes are multiples of 32", LIKE_OPTION)
     return Override(text, pattern, option=option)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
+from exl2ray.calibration.vocabulary_forms import check_form
 from exl2ray.errors import SourceError
 from exl2ray.formats.json_file import read_bounded, refuse_substitute
 
@@ -50,7 +51,7 @@ def converted_json(root: Path) -> tuple[bytes, list[str]]:
         raise SourceError(
             f"tokenizer not found: {root / 'tokenizer.json'}{beside}", "download tokenizer.json into the model's folder"
         )
-    size = sum(_checked_size(root / name) for name in files)
+    size = sum(len(_checked(root / name)) for name in files)
     what = f"{root}: no tokenizer.json, only {' and '.join(files)}"
     child = LimitedProcess("convert")
     try:
@@ -61,6 +62,9 @@ def converted_json(root: Path) -> tuple[bytes, list[str]]:
     except ChildError as e:
         if e.reason.startswith(("ModuleNotFoundError", "ImportError")):
             raise SourceError(f"{what}; converting it needs transformers: {e.reason}", _install_hint(root)) from e
+        if "`tiktoken` is required" in e.reason:
+            text = f"{what}, of tiktoken; converting it needs that package"
+            raise SourceError(text, _install_hint(root, "tiktoken")) from e
         raise SourceError(f"{what}; transformers cannot convert it: {e.reason}", _command_hint(root)) from e
     finally:
         child.close()
@@ -73,16 +77,17 @@ def converted_json(root: Path) -> tuple[bytes, list[str]]:
     return blobs[0], warnings
 
 
-def _checked_size(path: Path) -> int:
+def _checked(path: Path) -> bytes:
     data = read_bounded(path, MAX_BYTES)
     refuse_substitute(data, str(path), SourceError)
     if not data:
         raise SourceError(f"{path}: is empty", "download the file again")
-    return len(data)
+    check_form(path, data)
+    return data
 
 
-def _install_hint(root: Path) -> str:
-    return f"pip install 'exl2ray[sentencepiece]' and run again, or where transformers is installed: {_command(root)}"
+def _install_hint(root: Path, package: str = "'exl2ray[sentencepiece]'") -> str:
+    return f"pip install {package} and run again, or where transformers is installed: {_command(root)}"
 
 
 def _command_hint(root: Path) -> str:

@@ -53,7 +53,8 @@ def patch(
     """Changes single linears of the conversion in ``out_dir``. ``place``: where to compute, as fields of a recipe."""
     if not open_store(out_dir).exists(JOB_FILE):
         raise StoreError(f"{out_dir} is not a work directory: it has no {JOB_FILE}", "give that of a finished conversion")
-    settings = {**stored_settings(out_dir, trust=trust_work_dir), **place, "out_dir": out_dir, "evaluate": "never"}
+    other = {"out_dir": out_dir, "evaluate": "never", "output_measurement": None}
+    settings = {**stored_settings(out_dir, trust=trust_work_dir), **place, **other}
     unknown = [b for b in bits if b not in settings["bits"]]
     if unknown:
         have = ", ".join(f"{b:g}" for b in settings["bits"])

@@ -23,11 +23,11 @@ from exl2ray.evaluate.result import EvalResult
 from exl2ray.evaluate.tokens import check_flags, find_tokenizer, load_tokens
 from exl2ray.events import Reporter, Silent
 from exl2ray.formats.elsewhere import named
-from exl2ray.formats.files import atomic_file, refuse_special
+from exl2ray.formats.files import atomic_file, refuse_other, refuse_special
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
 from exl2ray.report.ladder import plot_ladder
-from exl2ray.report.plot_files import check_plot
+from exl2ray.report.plot_files import check_plot, is_plot
 from exl2ray.terminal.console import clean, duration, file_size, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
 
@@ -67,13 +67,7 @@ def evaluate(
     misplaced = next((m for m in (*models, reference or "") if m.lower().endswith(".gguf") and Path(m).is_file()), None)
     if misplaced is not None:
         raise UsageError(f"{misplaced}: a GGUF file, not a directory", "give it as --gguf FILE, its source as --reference")
-    if drawn is not None:
-        check_plot(drawn)
-    if positions is not None and (not positions.endswith(".npz") or not Path(positions).parent.is_dir()):
-        raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
-    for flag, file in (("--positions", positions), ("--plot", drawn)):
-        if file is not None:
-            refuse_special(file, flag)
+    _check_files(positions, drawn)
     if tokens is not None and text is not None:
         raise UsageError("--tokens and --text are two sources of tokens", "give one, or none for the built-in text")
     check_flags(rows, length, stride)
@@ -115,6 +109,20 @@ def evaluate(
         reporter.close()
 
 
+def _check_files(positions: str | None, drawn: str | None) -> None:
+    """Raises UsageError or StoreError where what is asked for cannot be written, or would take another file's place."""
+    if drawn is not None:
+        check_plot(drawn)
+    if positions is not None and (not positions.endswith(".npz") or not Path(positions).parent.is_dir()):
+        raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
+    for flag, file, kind, is_earlier in (
+        ("--positions", positions, "file of figures by position", _is_positions), ("--plot", drawn, "plot of ours", is_plot),
+    ):  # fmt: skip
+        if file is not None:
+            refuse_special(file, flag)
+            refuse_other(file, flag, kind, is_earlier)
+
+
 def write_positions(path: Path, results: Sequence[EvalResult]) -> None:
     """One float64 array (rows, length - 1) per figure and model, named ``<number>/nll``, ``/kl``, ``/top1``, ``/top5``.
 
@@ -128,6 +136,11 @@ def write_positions(path: Path, results: Sequence[EvalResult]) -> None:
         arrays |= {f"{i}/{name}": t.numpy() for name, t in figures.items() if t is not None}
     with atomic_file(path) as f:
         np.savez(f, **arrays)  # type: ignore[arg-type]  # the stub takes keywords for options
+
+
+def _is_positions(content: bytes) -> bool:
+    """Whether `write_positions` wrote it: a ZIP file whose first part is ``models``."""
+    return content.startswith(b"PK\x03\x04") and b"models.npy" in content[:64]
 
 
 def _builtin(ids: Tensor, rows: int | None, stride: int | None) -> Tensor:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import StoreError
-from exl2ray.formats.files import atomic_file, refuse_special
+from exl2ray.formats.files import atomic_file, refuse_other, refuse_special
 from exl2ray.report.facts import read_facts
-from exl2ray.report.page import render
+from exl2ray.report.page import is_page, render
 from exl2ray.store.open import open_store
 from exl2ray.terminal.console import clean, file_size
 
@@ -30,23 +30,23 @@ class Written:
 def report(work_dir: str, output: str | None, evaluations: Sequence[str], show_paths: bool = False) -> Written:
     """Writes the report to ``output``, else to report.html in the work directory; ``show_paths``: whole paths of folders.
 
-    Raises StoreError if there is no work directory or the page cannot be written, FormatError for an unusable evaluation.
+    Raises StoreError if there is no work directory, the page cannot be written or would take the place of something else
+    than an earlier one, FormatError for an unusable evaluation.
     """
-    if output is not None and not Path(output).is_dir():
-        refuse_special(output, "-o")
+    target = None if output is None else Path(output) / REPORT if Path(output).is_dir() else Path(output)
+    if target is not None:
+        refuse_special(target, "-o")
+        refuse_other(target, "-o", "report", is_page)
+        if not target.parent.is_dir():
+            raise StoreError(f"{target}: there is no directory {target.parent}", "create it, or choose another -o")
     facts = read_facts(work_dir, evaluations)
     page, sections = render(facts, show_paths)
     data = page.encode()
-    if output is None:
+    if target is None:
         store = open_store(work_dir)
         store.put(REPORT, data)
         path = store.full_name(REPORT)
     else:
-        target = Path(output)
-        if target.is_dir():
-            target = target / REPORT
-        if not target.parent.is_dir():
-            raise StoreError(f"{target}: there is no directory {target.parent}", "create it, or choose another -o")
         with atomic_file(target) as f:
             f.write(data)
         path = str(target)

@@ -87,7 +87,8 @@ def _check_text(text: str) -> None:
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError as e:
-        raise UsageError(f"a prompt holds bytes that are not UTF-8 (at character {e.start})") from e
+        text = f"a prompt holds bytes that are not UTF-8 (at character {e.start})"
+        raise UsageError(text, "write it to a file as UTF-8, and give it with --prompts") from e
     if size > PROMPT_BYTES:
         raise UsageError(f"a prompt has {size} bytes; at most {PROMPT_BYTES} are taken", "eval --text takes long texts")
 
@@ -105,11 +106,11 @@ def read_prompts(path: Path) -> list[str]:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as e:
-            raise UsageError(f"--prompts {path}: not a JSON array of strings: {e}") from e
+            raise UsageError(f"--prompts {path}: not a JSON array of strings: {e}", hint) from e
         if not isinstance(found, list) or not all(isinstance(x, str) and x.strip() for x in found):
-            raise UsageError(f"--prompts {path}: not a JSON array of strings")
+            raise UsageError(f"--prompts {path}: not a JSON array of strings", hint)
     if not found:
-        raise UsageError(f"--prompts {path}: holds no question")
+        raise UsageError(f"--prompts {path}: holds no question", hint)
     return found
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,12 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
-from exl2ray.beneath import existing_parent
+from exl2ray.beneath import existing_parent, resolved
 from exl2ray.doctor.diagnosis import OPEN_FILES, Finding, Level, problem
 from exl2ray.doctor.gpu_checks import driver_fix, gpus, kernels
 from exl2ray.doctor.probes import KERNEL, RAY, TORCH, nvidia_smi, run_probe
 from exl2ray.doctor.ray_start import ray_cluster, ray_start
+from exl2ray.errors import StoreError
+from exl2ray.formats.regular import file_kind
 from exl2ray.host import SHARED_MEMORY_FIX, container_limit_bytes, main_memory_bytes, nccl_bytes, shared_memory_bytes
+from exl2ray.store.open import local_path
 from exl2ray.terminal.console import clean, file_size, is_terminal, plural
 from exl2ray.terminal.live import show_table
 
@@ -30,6 +34,7 @@ PACKAGES = ("torch", "numpy", "numba", "numba-cuda", "ray", "safetensors", "toke
 OPTIONAL = ("numba-cuda", "huggingface-hub")
 STORE_BYTES = 256 << 20  # that a local Ray of ours asks of /dev/shm
 WORK_BYTES = 10 << 30
+ANOTHER = "choose another directory with -o"
 
 
 def examine(out_dir: str) -> list[Finding]:
@@ -147,22 +152,35 @@ def shared_memory(gpus: int = 1) -> list[Finding]:
 
 def disks(out_dir: str) -> list[Finding]:
     """Room for the work directory and for the temporary files of Ray."""
-    found = []
-    for topic, path in (("work directory", out_dir), ("temporary files", tempfile.gettempdir())):
-        if "://" in path:
-            found.append(Finding(topic, f"{path}: an object store, not examined"))
-            continue
-        place = existing_parent(Path(path))
-        usage = shutil.disk_usage(place)
-        text = f"{file_size(usage.free)} free of {file_size(usage.total)} at {place}"
-        if not os.access(place, os.W_OK):
-            found += problem(topic, f"{place} cannot be written", "choose another directory with -o")
-        elif topic == "work directory" and usage.free < WORK_BYTES:
-            found.append(Finding(topic, text, "warning", "a 7B model needs about 15 GB for work files and output"))
-        elif usage.free < usage.total * 0.05:
-            found.append(Finding(topic, text, "warning", "Ray warns and may fail above 95 %: free space, or set TMPDIR"))
+    topic = "work directory"
+    try:
+        path = local_path(out_dir)
+        if path is None:
+            work = [Finding(topic, f"{out_dir}: an object store, not examined")]
         else:
-            found.append(Finding(topic, text))
-    return found
+            work = _disk(topic, resolved(path), ANOTHER)
+    except StoreError as e:
+        work = problem(topic, e.message, e.hint)
+    except OSError as e:
+        work = problem(topic, f"{out_dir}: {e.strerror or e}", ANOTHER)
+    return work + _disk("temporary files", tempfile.gettempdir(), "set TMPDIR to another directory")
+
+
+def _disk(topic: str, path: str, otherwise: str) -> list[Finding]:
+    """What there is at a path, or above it where there is nothing yet."""
+    place = existing_parent(Path(path))
+    if not place.is_dir():
+        mode = place.stat().st_mode
+        kind = "a file" if stat.S_ISREG(mode) else file_kind(mode)
+        return problem(topic, f"{place} is {kind}, not a directory", otherwise)
+    if not os.access(place, os.W_OK):
+        return problem(topic, f"{place} cannot be written", otherwise)
+    usage = shutil.disk_usage(place)
+    text = f"{file_size(usage.free)} free of {file_size(usage.total)} at {place}"
+    if topic == "work directory" and usage.free < WORK_BYTES:
+        return [Finding(topic, text, "warning", "a 7B model needs about 15 GB for work files and output")]
+    if usage.free < usage.total * 0.05:
+        return [Finding(topic, text, "warning", "Ray warns and may fail above 95 %: free space, or set TMPDIR")]
+    return [Finding(topic, text)]
 
 

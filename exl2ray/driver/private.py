@@ -14,13 +14,11 @@ Ray runs code for whoever can talk to it. So a private one
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
 import signal
 import socket
-import stat
 import struct
 import tempfile
 import time
@@ -31,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from exl2ray.errors import ClusterError
+from exl2ray.store.temporary import abandoned, hold
 
 # The first that turns away whoever has no token: 2.51 ignores the settings; 2.52 and 2.53 follow them in gRPC, but the HTTP
 # server of the agent (with ray[default]) takes jobs from everybody.
@@ -155,22 +154,13 @@ def _own_folder() -> tuple[Path, int]:
         try:
             _sweep(Path(os.path.abspath(place)))
             folder = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=os.path.abspath(place)))  # mode 0700
-            return folder, _locked(folder)
+            return folder, hold(folder, LOCK)
         except OSError as e:
             complaint = complaint or f"{place}: {e.strerror}"
     raise ClusterError(
         f"no place for the files of a private Ray: {complaint}",
         "export RAY_TMPDIR to a directory of your own with a short name, such as /tmp",
     )
-
-
-def _locked(folder: Path) -> int:
-    """Locked before it has its name, so that nobody takes the folder for one that a killed process left."""
-    new = folder / "new"
-    lock = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.rename(new, folder / LOCK)
-    return lock
 
 
 def _end_processes(folder: Path) -> None:
@@ -223,18 +213,9 @@ def _remove(folder: Path) -> None:
 
 def _sweep(place: Path) -> None:
     """Removes what killed processes of this user left in ``place``: folders of ours whose lock nobody holds."""
-    for folder in place.glob(f"{TEMP_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            facts = folder.lstat()
-            if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
-                continue
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _end_processes(folder)
-                _remove(folder)
-            finally:
-                os.close(lock)
+    for folder in abandoned(place, TEMP_PREFIX, LOCK):
+        _end_processes(folder)
+        _remove(folder)
 
 
 # ---- trying it out --------------------------------------------------------------------------------------------------

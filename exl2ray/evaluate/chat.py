@@ -64,12 +64,12 @@ class Speaker:
         text = messages[-1][1] if templates is None else templates.render(Conversation("", messages), reply=True)
         ids: list[int] = self.tokenizer.encode(text).tolist()
         if len(ids) > MOST_PROMPT_TOKENS:
-            raise UsageError(f"the prompt has {len(ids)} tokens; at most {MOST_PROMPT_TOKENS} are taken")
+            raise UsageError(f"the prompt has {len(ids)} tokens; at most {MOST_PROMPT_TOKENS} are taken", "shorten it")
         bos = self.model.bos_id
         if bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)
         if not ids:
-            raise CalibrationError("the prompt is empty")
+            raise CalibrationError("the prompt is empty", "ask something")
         outside = [i for i in ids if i >= self.model.vocab_size]
         if outside:
             raise SourceError(f"{self.name}: the prompt has token {outside[0]}, the model {self.model.vocab_size} tokens")

@@ -63,7 +63,8 @@ def load_tokens(
         ids = _load_array(file, rows, length or DEFAULT_LENGTH, stride)
         if ids.ndim == 2:
             if stride is not None:
-                raise UsageError(f"--stride {stride}: {file} holds separate rows {ids.shape}, not one running text")
+                text = f"--stride {stride}: {file} holds separate rows {ids.shape}, not one running text"
+                raise UsageError(text, "leave out --stride, or save the ids as one row: array.reshape(-1)")
             return _first_rows(file, ids, rows, length)
     else:
         wanted = None if rows is None else ((rows - 1) * (stride or length or DEFAULT_LENGTH)) + (length or DEFAULT_LENGTH)
@@ -75,9 +76,10 @@ def check_flags(rows: int | None, length: int | None, stride: int | None) -> Non
     """UsageError for numbers that no evaluation can have; None stands for a flag that was not given."""
     for flag, value, least in (("--rows", rows, 1), ("--length", length, 2), ("--stride", stride, 1)):
         if value is not None and value < least:
-            raise UsageError(f"{flag} {value}: at least {least} is needed")
+            raise UsageError(f"{flag} {value}: at least {least} is needed", f"leave out {flag} for the usual number")
     if stride is not None and stride > (length or DEFAULT_LENGTH):
-        raise UsageError(f"--stride {stride} is greater than --length {length or DEFAULT_LENGTH}; tokens would be lost")
+        text = f"--stride {stride} is greater than --length {length or DEFAULT_LENGTH}; tokens would be lost"
+        raise UsageError(text, "lower --stride; as large as --length, windows lie side by side")
 
 
 def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -> NDArray[np.int64]:
@@ -89,14 +91,16 @@ def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -
         raise CalibrationError(f"{file}: not a .npy array: {str(e) or type(e).__name__}", "write it with numpy.save") from e
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise CalibrationError(
-            f"{file}: {array.dtype} with shape {array.shape}; token ids are integers, (n,) or (rows, length)"
+            f"{file}: {array.dtype} with shape {array.shape}; token ids are integers, (n,) or (rows, length)",
+            "write it with numpy.save, from what the model's tokenizer gives",
         )
     if rows is not None:
         array = array[:rows] if array.ndim == 2 else array[: (rows - 1) * (stride or length) + length]
     if array.size > MOST_TOKENS:
         raise CalibrationError(f"{file}: {array.size} token ids; at most {MOST_TOKENS} are evaluated", "lower --rows")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < 1 << 31:
-        raise CalibrationError(f"{file}: token ids from {array.min()} to {array.max()}")
+        text = f"{file}: token ids from {array.min()} to {array.max()}"
+        raise CalibrationError(text, "ids begin at 0; write it with numpy.save, from what the model's tokenizer gives")
     return np.array(array, dtype=np.int64)
 
 

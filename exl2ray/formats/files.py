@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +15,8 @@ from typing import BinaryIO
 from exl2ray.beneath import FILE_MODE, fsync_handle
 from exl2ray.errors import StoreError
 from exl2ray.formats.regular import file_kind, open_regular
+
+REPLACED_BYTES = 32 << 20  # of a file that are looked at before another one takes its place; as many as a measurement has
 
 
 def sha256_of(path: Path) -> str:
@@ -39,6 +41,23 @@ def refuse_special(path: str | Path, what: str) -> None:
     if not stat.S_ISREG(mode) or os.path.realpath(path.parent) == "/dev":
         kind = "a device" if stat.S_ISREG(mode) else file_kind(mode)
         raise StoreError(f"{what} {path}: {kind}, whose place a file would take", "name a file")
+
+
+def refuse_other(path: str | Path, flag: str, kind: str, is_earlier: Callable[[bytes], bool]) -> None:
+    """StoreError if a file stands at ``path`` that is neither empty nor, by its content, an earlier ``kind`` of ours.
+
+    ``flag`` has one written there.
+    """
+    hint = f"name another file with {flag}, or delete this one if it may go"
+    try:
+        with open_regular(path) as f:
+            content = f.read(REPLACED_BYTES)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise StoreError(f"{flag} {path} is there already, and cannot be read: {e.strerror or e}", hint) from e
+    if content.strip() and not is_earlier(content):
+        raise StoreError(f"{flag} {path} is there already, and is no {kind}: it would be overwritten", hint)
 
 
 @contextmanager

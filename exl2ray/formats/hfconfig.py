@@ -14,6 +14,8 @@ from typing import Any
 from exl2ray.errors import Exl2RayError, SourceError
 from exl2ray.formats.json_file import LIMITS, read_json_object, shown
 
+BROKEN = "config.json is broken; fetch it again"  # the hint where a value is none that a model could have
+
 
 def read_config(path: Path, error: type[Exl2RayError] = SourceError, strict: bool = True) -> dict[str, Any]:
     """Parse config.json: an object; if ``strict`` its ``architectures`` holds exactly one name (exl2-format section 2)."""
@@ -23,7 +25,8 @@ def read_config(path: Path, error: type[Exl2RayError] = SourceError, strict: boo
     if not strict:
         return config
     if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
-        raise error(f"{path}: architectures is {str(found)[:80]}; the format needs a list of exactly one name")
+        text = f"{path}: architectures is {str(found)[:80]}; the format needs a list of exactly one name"
+        raise error(text, "name the class of the model, as config.json of the original does: fetch it again")
     return config
 
 
@@ -160,7 +163,7 @@ def _one_selector(scaling: Mapping[str, Any], architecture: str) -> dict[str, An
 
 def _check_same_scaling(old: Any, rope: Mapping[str, Any]) -> None:
     if not isinstance(old, Mapping):
-        raise SourceError(f"config.json: rope_scaling is a {type(old).__name__}, not an object")
+        raise SourceError(f"config.json: rope_scaling is {shown(old)}; an object is needed", BROKEN)
     for key in ("factor", "low_freq_factor", "high_freq_factor", "long_factor", "short_factor"):
         if key in old and key in rope and old[key] != rope[key]:
             raise SourceError(

@@ -81,7 +81,8 @@ def read_bounded(path: str | Path, max_bytes: int, error: Error = SourceError, h
     except ValueError as e:  # a NUL in the name
         raise error(f"{str(path)!r}: not a file name", hint) from e
     if max(size, len(raw)) > max_bytes:
-        raise error(f"{path}: {max(size, len(raw))} bytes; larger than {max_bytes} bytes, which such a file may have")
+        text = f"{path}: {max(size, len(raw))} bytes; larger than {max_bytes} bytes, which such a file may have"
+        raise error(text, hint or "is it the file that its name says? fetch it again")
     return raw
 
 

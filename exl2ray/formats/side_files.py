@@ -171,7 +171,8 @@ def _left_out(names: list[str], why: str) -> str:
 
 
 def _too_large(path: Path, size: int, most: int) -> SourceError:
-    return SourceError(f"{path}: {size} bytes; larger than {most} bytes, which such a file may have")
+    text = f"{path}: {size} bytes; larger than {most} bytes, which such a file may have"
+    return SourceError(text, "is it the file that its name says? fetch it again")
 
 
 def _pieces(path: Path, size: int) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from exl2ray.formats.json_file import shown
 from exl2ray.formats.source.architecture_name import unknown_hint
 from exl2ray.formats.source.model_shards import index_note
 from exl2ray.model.checkpoint_names import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in
+from exl2ray.model.config_reader import HINT
 from exl2ray.model.counts import check_counts
 from exl2ray.model.hyper import Hyper, resolve_hyper
 from exl2ray.model.module_list import ModuleBuilder
@@ -43,7 +44,7 @@ def find_arch(config: Mapping[str, Any]) -> Arch:
     """Table entry of a config; UnknownArchitectureError lists the known ones."""
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
-        raise SourceError(f"config.json: architectures is {shown(names)}; exactly one entry is needed")
+        raise SourceError(f"config.json: architectures is {shown(names)}; exactly one entry is needed", HINT)
     arch = ARCHITECTURES.get(names[0]) if isinstance(names[0], str) else None
     if arch is None:
         raise UnknownArchitectureError(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from exl2ray.errors import SourceError
+from exl2ray.formats.hfconfig import BROKEN
 from exl2ray.formats.json_file import as_number, shown
 
 # Names of one number in the configs of different families; the first that is given counts.
@@ -24,7 +25,7 @@ MLP_KEYS = ("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner")
 REQUIRED = object()
 MAX_INTEGER = 1 << 31
 MAX_NUMBER = 1e9  # beyond any multiplier, and squares stay far from the end of float32
-HINT = "config.json is broken; fetch it again"
+HINT = BROKEN
 
 
 def hint_for(value: Any) -> str:

@@ -98,10 +98,10 @@ def resolve_hyper(
     head_dim = c.positive("head_dim", default=None, most=MAX_HEAD_DIM)
     heads = c.positive(*HEADS_KEYS, default=head_dim and hidden // head_dim, most=MAX_HEADS)
     if heads is None:
-        raise SourceError("config.json: num_attention_heads is missing")
+        raise SourceError("config.json: num_attention_heads is missing", HINT)
     head_dim = head_dim or hidden // heads if heads else 0
     if not 0 < head_dim <= MAX_HEAD_DIM:
-        raise SourceError(f"config.json: {heads} attention heads cannot share a hidden size of {hidden}")
+        raise SourceError(f"config.json: {heads} attention heads cannot share a hidden size of {hidden}", HINT)
     kv_heads = 1 if arch.single_kv_head else c.positive(*KV_HEADS_KEYS, default=heads, most=MAX_HEADS)
     if heads % kv_heads:
         raise SourceError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly", HINT)
@@ -218,7 +218,7 @@ def _experts(arch: Arch, c: ConfigReader) -> tuple[int, int]:
     experts = c.positive(*EXPERTS_KEYS, most=MAX_EXPERTS)
     per_token = c.positive("num_experts_per_tok", "ffn_config.moe_top_k")
     if per_token > experts:
-        raise SourceError(f"config.json: {per_token} experts per token, but only {experts} experts")
+        raise SourceError(f"config.json: {per_token} experts per token, but only {experts} experts", HINT)
     return experts, per_token
 
 
@@ -257,7 +257,8 @@ def _windows(arch: Arch, c: ConfigReader, layers: int) -> tuple[tuple[bool, ...]
     types = c.raw("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != layers:
-            raise SourceError(f"config.json: layer_types does not have one entry for each of the {layers} layers")
+            text = f"config.json: layer_types does not have one entry for each of the {layers} layers"
+            raise SourceError(text, "leave it out, or give it as many entries as the model has layers")
         sliding = tuple(t == "sliding_attention" for t in types)
     elif rule.kind == "all":
         sliding = (True,) * layers

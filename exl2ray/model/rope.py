@@ -43,7 +43,8 @@ def scaling_kind(scaling: Mapping[str, Any]) -> str:
     """Type of a ``rope_scaling`` object; both spellings of the selector, which must not contradict each other."""
     kinds = {str(scaling[k]) for k in ("type", "rope_type") if scaling.get(k)} - {"default"}
     if len(kinds) > 1:
-        raise SourceError(f"config.json: rope_scaling has type and rope_type, which disagree: {shown(sorted(kinds))}")
+        text = f"config.json: rope_scaling has type and rope_type, which disagree: {shown(sorted(kinds))}"
+        raise SourceError(text, "keep the one that the model was trained with")
     return kinds.pop() if kinds else "default"
 
 
@@ -69,7 +70,8 @@ def resolve_rope(
         )
     dim = int(head_dim * partial)
     if dim <= 0 or dim % 2:
-        raise SourceError(f"RoPE rotates {dim} of {head_dim} dimensions; an even positive number is needed")
+        text = f"RoPE rotates {dim} of {head_dim} dimensions; an even positive number is needed"
+        raise SourceError(text, "head_dim or partial_rotary_factor in config.json is wrong; fetch it again")
     scaling = scaling or {}
     kind = scaling_kind(scaling)
     if alpha is not None:
@@ -90,7 +92,8 @@ def resolve_rope(
         )
     linear = scale if scale is not None else linear
     if not MIN_FACTOR <= linear <= MAX_FACTOR:
-        raise SourceError(f"RoPE: a scale of {linear:g}; a number from {MIN_FACTOR:g} to {MAX_FACTOR:g} is needed")
+        text = f"RoPE: a scale of {linear:g}; a number from {MIN_FACTOR:g} to {MAX_FACTOR:g} is needed"
+        raise SourceError(text, "give another --rope-scale; 1 leaves positions as they are")
     return Rope(style, dim, tuple(f / linear for f in freq), magnitude)
 
 
@@ -98,7 +101,8 @@ def _stretched(theta: float, alpha: float, q: int) -> float:
     """NTK: the base for ``alpha`` times the context; q: dimensions counted."""
     if not (MIN_FACTOR <= alpha <= MAX_FACTOR and q > 2):
         raise SourceError(
-            f"RoPE: alpha {alpha:g} with {q} dimensions; from {MIN_FACTOR:g} to {MAX_FACTOR:g} with more than 2 is possible"
+            f"RoPE: alpha {alpha:g} with {q} dimensions; from {MIN_FACTOR:g} to {MAX_FACTOR:g} with more than 2 is possible",
+            "give another --rope-alpha; 1 leaves the base as it is",
         )
     stretched = theta * alpha ** (q / (q - 2))
     if not MIN_THETA <= stretched <= MAX_THETA:
@@ -180,7 +184,11 @@ def _longrope(freq: Sequence[float], scaling: Mapping[str, Any], max_seq_len: in
     factors = scaling.get(key)
     if not isinstance(factors, (list, tuple)) or len(factors) != len(freq):
         found = f"{len(factors)} entries" if isinstance(factors, (list, tuple)) else shown(factors)
-        raise SourceError(f"config.json: rope_scaling.{key} has {found}; {len(freq)} numbers are needed")
+        raise SourceError(
+            f"config.json: rope_scaling.{key} has {found}; {len(freq)} numbers are needed",
+            "one for every two rotated dimensions of a head: the list, head_dim or partial_rotary_factor is another model's; "
+            "fetch config.json again",
+        )
     numbers = [as_number(x) or 0.0 for x in factors]
     if not all(MIN_FACTOR <= x <= MAX_FACTOR for x in numbers):
         raise SourceError(

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from exl2ray.quant.qparams import head_option, option_tables
 from exl2ray.recipe import Recipe
 from exl2ray.store.file_names import CALIBRATION
 from exl2ray.store.open import open_store
+from exl2ray.store.temporary import abandoned, hold
 from exl2ray.store.tensors import put_tensors
 from exl2ray.team.messages import Choices, MeasurePass, Pass, ReferencePass, RowSet, WorkerSetup
 from exl2ray.team.worker import Worker
@@ -36,6 +38,7 @@ from exl2ray.team.worker import Worker
 GPU_RUNS = 3  # the first compiles kernels, the second records, the third is what all further layers take
 CPU_SECONDS = 20.0  # of one timed run on CPUs, by taking fewer rows
 SEED = 0
+SCRATCH, LOCK = "exl2ray-probe-", ".in-use"  # of the directory, and of the file in it that its process holds
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,11 @@ def probe(recipe: Recipe, found: Examination, say: Callable[[str], None]) -> Pro
         raise NumericError("nothing can be probed before the problems above are solved")
     place = Path(tempfile.gettempdir()) if "://" in recipe.out_dir else existing_parent(Path(recipe.out_dir or "."))
     try:
-        scratch = tempfile.mkdtemp(prefix="exl2ray-probe-", dir=place)
+        for folder in abandoned(place, SCRATCH, LOCK):  # of processes that were killed
+            shutil.rmtree(folder, ignore_errors=True)
+        scratch = tempfile.mkdtemp(prefix=SCRATCH, dir=place)
+        with suppress(OSError):
+            hold(Path(scratch), LOCK)
     except OSError as e:
         raise StoreError(f"{place}: cannot be written: {e.strerror or e}", "name a work directory with -o") from e
     try:

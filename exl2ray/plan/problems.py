@@ -52,6 +52,7 @@ from exl2ray.plan.scan import scan_values, stored_names
 from exl2ray.plan.sizes import OutputSize, freedom_of, size_range
 from exl2ray.plan.worker_memory import RowSizes
 from exl2ray.recipe import Recipe
+from exl2ray.store.open import local_path
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import check_output
 from exl2ray.terminal.pasted import missing_folder
@@ -341,6 +342,7 @@ def _check_target(recipe: Recipe, directory: str, source: SourceModel | None) ->
 def _check_work(recipe: Recipe) -> None:
     """A directory of ours, or one that can be made. What an existing job says: ``check_opening``."""
     if "://" in recipe.out_dir:
+        local_path(recipe.out_dir)
         if recipe.compile_full is None and recipe.output_measurement is None:
             raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
         return

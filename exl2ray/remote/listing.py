@@ -51,7 +51,8 @@ class Listing:
             if entry.size <= most:
                 chosen.append(entry)
             elif name in LIMITS or name == INDEX:
-                raise SourceError(f"{self.address}: {name}: {entry.size} bytes; larger than {most} bytes, which it may have")
+                text = f"{self.address}: {name}: {entry.size} bytes; larger than {most} bytes, which it may have"
+                raise SourceError(text, "is it the file that its name says?")
             else:
                 notes.append(f"{name} ({entry.size >> 20} MiB) is not fetched, nor copied into the output")
         if sum(e.size for e in chosen) > FETCHED_BYTES:

@@ -6,14 +6,15 @@ which commit and which objects the job began with: a resume, and every worker, b
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,17 @@ from exl2ray.remote.block_cache import Blocks
 from exl2ray.remote.hub import Repository
 from exl2ray.remote.listing import TEMPLATES, Listing
 from exl2ray.remote.objects import Bucket
+from exl2ray.stopping import at_the_end
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.file_names import SOURCE_FILE, SOURCE_FOLDER
 from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
+from exl2ray.store.temporary import abandoned, hold
 from exl2ray.store.trust import others_who_write
 from exl2ray.units import parse_size
 
 BLOCKS = f"{SOURCE_FOLDER}/blocks"
+TEMP_PREFIX, LOCK = "exl2ray-source-", ".in-use"  # of the folder, and of the file in it that its process holds
 CACHE_BYTES = 20 * 10**9
 FORMAT = 1
 MAX_FOLDERS = 100
@@ -157,8 +161,11 @@ def _remembered(asked: Address, work: str, cache_bytes: int) -> Opened | None:
 
 
 def _made(asked: Address, listing: Listing, small: dict[str, bytes], blocks: Blocks, notes: list[str]) -> Opened:
-    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="exl2ray-source-")))
-    atexit.register(_remove, folder, os.getpid())
+    _sweep()
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix=TEMP_PREFIX)))
+    at_the_end(partial(_remove, folder, os.getpid()))
+    with suppress(OSError):  # without locks it is there to stay if this process is killed
+        hold(folder, LOCK)
     for name, data in small.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -177,7 +184,15 @@ def _made(asked: Address, listing: Listing, small: dict[str, bytes], blocks: Blo
 
 
 def _remove(folder: Path, process: int) -> None:
+    """And what the workers on this machine had, which are killed."""
     if os.getpid() == process:  # not in a fork of it
+        shutil.rmtree(folder, ignore_errors=True)
+        _sweep()
+
+
+def _sweep() -> None:
+    """Removes the folders of processes that were killed."""
+    for folder in abandoned(Path(tempfile.gettempdir()), TEMP_PREFIX, LOCK):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -32,7 +32,8 @@ def read_token(path: str | Path) -> Token:
         with Path(path).open("rb") as f:
             raw = f.read(MAX_TOKEN + 1)
     except OSError as e:
-        raise UsageError(f"--token-file {path}: cannot be read: {e.strerror or type(e).__name__}") from e
+        text = f"--token-file {path}: cannot be read: {e.strerror or type(e).__name__}"
+        raise UsageError(text, "name a file of yours that holds the token and nothing else") from e
     return checked(raw.decode("ascii", errors="replace"), f"--token-file {path}")
 
 

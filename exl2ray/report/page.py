@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from exl2ray.evaluate.record import TAIL, TAIL_NAMES, Figure, judged
-from exl2ray.recipe import JOB_FLAGS
+from exl2ray.recipe import JOB_FLAGS, RUN
 from exl2ray.report import figures
 from exl2ray.report.chains import ModuleResult
 from exl2ray.report.facts import Bitrate, Facts
@@ -29,6 +29,7 @@ TITLES = {
 }  # fmt: skip
 STARVED = figures.COVERAGE_STEPS[0]  # of a fair share; below it, conversions warn
 _SHOWN, _MAX_NOTES, _MAX_PLACES = 12, 60, 4  # rows of tables that could grow with the model; notes; places of a note
+_TITLE = re.compile(rb"<!doctype html>\n<html.*<title>[^<]* in EXL2</title>", re.DOTALL)
 _PATH = re.compile(r"(?<![\w:/.~-])~?/(?:[^\s/'\",;:()]+/)+([^\s/'\",;:()]+)/?")
 
 
@@ -59,6 +60,11 @@ def render(facts: Facts, show_paths: bool = False) -> tuple[str, tuple[str, ...]
         name=name, architecture=identity.get("architecture"), root=facts.root, titles={n: TITLES[n] for n in names}, **found
     )
     return html.lstrip(), names
+
+
+def is_page(content: bytes) -> bool:
+    """Whether ``content`` is a page that `render` made."""
+    return _TITLE.match(content[:4096]) is not None
 
 
 def _hider(facts: Facts) -> Any:
@@ -261,7 +267,8 @@ def _settings(facts: Facts) -> dict[str, Any] | None:
     rows = [
         [section, name.replace("_", " "), JOB_FLAGS.get(f"{section}.{name}", ""),
          ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
-        for section, settings in facts.job.job.items() for name, value in settings.items() if value is not None
+        for section, settings in facts.job.job.items() for name, value in settings.items()
+        if value is not None and name != RUN
     ]  # fmt: skip
     rows += [["version", name, "", str(version)] for name, version in facts.job.versions.items()]
     return {"created": _moment(facts.job.created), "rows": rows}

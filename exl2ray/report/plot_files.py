@@ -16,3 +16,8 @@ def check_plot(path: str | Path) -> None:
         raise UsageError(f"{path}: a plot ends in {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path}: there is no folder {path.parent}", "create it, or choose another place")
+
+
+def is_plot(content: bytes) -> bool:
+    """Whether a file is a plot of matplotlib, as those of `exl2ray.report.style` are."""
+    return content.startswith((b"\x89PNG", b"<?xml", b"%PDF")) and b"matplotlib" in content.lower()

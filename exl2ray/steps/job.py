@@ -31,7 +31,7 @@ from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.problems import examine
 from exl2ray.quality import Numerics
 from exl2ray.quant.measure_moe import starved_experts
-from exl2ray.recipe import JOB_FLAGS, Recipe
+from exl2ray.recipe import JOB_FLAGS, RUN, Recipe
 from exl2ray.remote.source import keep
 from exl2ray.result_warnings import ResultWarnings
 from exl2ray.source_state import SourceState, needed_files
@@ -61,6 +61,7 @@ class Job:
 
     def __init__(self, recipe: Recipe, reporter: Reporter, dry: bool = False, writes: Recipe | None = None) -> None:
         self.recipe, self.reporter, self.dry, self.writes = recipe, reporter, dry, writes or recipe
+        self._patches = writes is not None
         with step("checks"):
             self._beside = needed_files(recipe.in_dir)  # before they are read
             found = examine(recipe)
@@ -101,6 +102,9 @@ class Job:
         with step("fingerprint"):
             stored = WorkDir.read_job(recipe.out_dir)
             self.job = job_of(recipe, self.source, self.spec, self.rows, self._data, stored)
+            if self._patches and stored is not None:  # how it is run says nothing of how the conversion is to be
+                kept = {n: v for n, v in stored.job["output"].items() if n == RUN}
+                self.job["output"] = {**{n: v for n, v in self.job["output"].items() if n != RUN}, **kept}
         with step("work directory"):
             self._open(recipe, stored)
         return self

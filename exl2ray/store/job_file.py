@@ -10,7 +10,8 @@ A job is a mapping of four sections, each a mapping of settings to JSON values:
 | output | shard size, output directories | output |
 
 ``PLACES`` are settings that say where something lies, not what it is (its content has a fingerprint of its own): a model
-that was moved is the same model. They are kept up to date and never compared.
+that was moved is the same model; and how a run goes, in one entry: devices, evaluations. They are kept up to date and never
+compared.
 
 The file is written once and checked by a hash, so a damaged or edited one is noticed. Its first key marks the directory
 as ours: without it nothing is ever deleted.
@@ -30,7 +31,7 @@ from exl2ray.store.records import canonical_json
 
 JOB_FILE = "job.json"
 SECTIONS = ("identity", "measure", "quantize", "output")  # each depends on those before it
-PLACES = {"identity": frozenset({"in_dir", "cal_dataset"})}  # by section
+PLACES = {"identity": frozenset({"in_dir", "cal_dataset"}), "output": frozenset({"run"})}  # by section
 FORMAT = 1  # of the work directory; a newer one is refused
 _MARKER = "exl2ray work directory"
 _ID = re.compile(rb'"id": "([0-9a-f]{32})"')

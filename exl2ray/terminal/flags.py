@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from exl2ray.errors import StoreError, UsageError
-from exl2ray.recipe import SECTIONS, SETTINGS, Recipe
+from exl2ray.recipe import RUN, SECTIONS, SETTINGS, Recipe
 from exl2ray.recipe_fields import fits, shown, too_long, wanted
 from exl2ray.remote.address import is_remote, parse
 from exl2ray.terminal.pasted import missing_folder
@@ -51,6 +51,15 @@ def recipe_flags(
     return decorate
 
 
+def read_overrides(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """--set, as it was given. Raises UsageError for what no model could have; whether a pattern matches, its model says."""
+    from exl2ray.allocation.overrides import parse_override
+
+    for text in texts:
+        parse_override(text)
+    return texts
+
+
 def _names(name: str) -> tuple[str, ...]:
     s = SETTINGS[name]
     return (name, *dict.fromkeys([s.flag, s.long])) if not s.negative else (name, f"{s.flag}/{s.negative}")
@@ -70,6 +79,8 @@ def _attributes(name: str) -> dict[str, Any]:
         return {**out, "type": kinds[0], "metavar": s.metavar}
     if len(kinds) > 1:  # one, several or none
         out["default"] = ()
+    if name == "overrides":
+        out["callback"] = read_overrides
     return {**out, "type": several.__args__[0], "multiple": True, "metavar": s.metavar}
 
 
@@ -118,8 +129,8 @@ def notes_from(ctx: click.Context) -> list[str]:
     return [*reference_notes(ctx), *said]
 
 
-def recipe_from(ctx: click.Context, **overrides: Any) -> Recipe:
-    """The recipe that a command line asks for; ``overrides`` replace fields of it.
+def recipe_from(ctx: click.Context, **otherwise: Any) -> Recipe:
+    """The recipe that a command line asks for; ``otherwise``: fields of it that would be None.
 
     Without -i this is a resume: what the command line does not give is taken from the job of the work directory. Raises
     UsageError naming the flag, StoreError for an unusable work directory.
@@ -129,7 +140,10 @@ def recipe_from(ctx: click.Context, **overrides: Any) -> Recipe:
         given = {n for n in values if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
         stored = stored_settings(values["out_dir"], given, trust=bool(ctx.params.get("trust_work_dir")))
         values.update({n: v for n, v in stored.items() if n not in given})
-    recipe = Recipe(**{**values, **overrides})
+        if "score_rows" not in given and {"allocation", "quality"} & given:  # of the choice that was another one
+            values["score_rows"] = None
+    values.update({n: v for n, v in otherwise.items() if values.get(n) is None})
+    recipe = Recipe(**values)
     check_files(recipe)
     return recipe
 
@@ -158,12 +172,8 @@ def stored_settings(root: str, given: Iterable[str] = (), trust: bool = False) -
             value = job[section].get(key)
             if value is None:
                 continue
-            out[name] = tuple(value) if isinstance(value, list) else value
-            if not fits(out[name], s.hint):
-                raise StoreError(
-                    f"{root}: the job's {entry} is {shown(value)}; {wanted(s.hint)} is needed",
-                    "job.json is damaged: restore it, or start anew with -nr",
-                )
+            out[name] = _sound(root, entry, value, s.hint)
+    out.update(_kept(root, job["output"].get(RUN, {}), given))
     if "in_dir" not in out:
         raise UsageError(f"-i is missing, and the job in {root} does not say where its model is", "name it with -i")
     own_data = job["measure"].get("cal_dataset") or job["quantize"].get("cal_dataset")
@@ -173,6 +183,29 @@ def stored_settings(root: str, given: Iterable[str] = (), trust: bool = False) -
             raise UsageError(f"the job in {root} uses calibration data of its own", "name the file again with -c")
         out["cal_dataset"] = tuple(place) if isinstance(place, list) else place
     return out
+
+
+def _kept(root: str, run: Any, given: Iterable[str]) -> dict[str, Any]:
+    """What a job remembers of how it was begun, although nothing that it makes depends on that."""
+    entries = _sound(root, f"output.{RUN}", run, dict).items()
+    names = {name for name, s in SETTINGS.items() if s.kept}
+    out = {n: _sound(root, f"output.{RUN}.{n}", value, SETTINGS[n].hint) for n, value in entries if n in names}
+    if set(CONVERT_ONLY) & set(given):  # the measurement is done, and somebody goes on with it
+        out.pop("output_measurement", None)
+    if os.environ.get("RAY_ADDRESS"):  # says where Ray is now
+        out.pop("ray_address", None)
+    return out
+
+
+def _sound(root: str, entry: str, value: Any, hint: Any) -> Any:
+    """A value of a job, lists as tuples. Raises StoreError for one of another type."""
+    value = tuple(value) if isinstance(value, list) else value
+    if not fits(value, hint):
+        raise StoreError(
+            f"{root}: the job's {entry} is {shown(value)}; {'a mapping' if hint is dict else wanted(hint)} is needed",
+            "job.json is damaged: restore it, or start anew with -nr",
+        )
+    return value
 
 
 def check_files(recipe: Recipe) -> None:

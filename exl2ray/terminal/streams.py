@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from exl2ray import stopping
 from exl2ray.errors import Exl2RayError, Interrupted, StoreError
 from exl2ray.events import Reporter
 from exl2ray.stopping import EXPENDABLE
@@ -124,7 +125,7 @@ def leave_threads(status: Any) -> None:
     """
     others = [t for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon]
     if status == Interrupted.exit_code and others:
-        os._exit(Interrupted.exit_code)
+        stopping.leave(Interrupted.exit_code)
     if any(t.name.startswith(EXPENDABLE) for t in others):
         atexit._run_exitfuncs()
         os._exit(status if isinstance(status, int) else 0)

@@ -335,6 +335,37 @@ def test_doctor_survives_its_own_checks(run, quick_probes, monkeypatch):
     assert "ValueError: no such sysctl" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("/dev/null", "/dev/null is a device, not a directory"),
+        ("file", "file is a file, not a directory"),
+        ("file/below", "below: Not a directory"),
+        ("pipe", "pipe is a FIFO, not a directory"),
+        ("gone", "a link to nowhere, which does not exist"),
+        ("http://host/work", "cannot store under http://"),
+    ],
+)
+def test_doctor_of_what_is_no_directory(run, quick_probes, monkeypatch, tmp_path, given, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "gone").symlink_to("nowhere")
+    result = run("doctor", "-o", given, "--json")
+    assert result.exit_code == 1
+    (found,) = [f for f in json.loads(result.stdout)["findings"] if f["topic"] == "work directory"]
+    assert found["level"] == "problem"
+    assert says in found["value"]
+    assert found["fix"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_doctor_of_addresses(tmp_path):
+    (bucket, _), (local, _) = doctor.disks("s3://bucket/work"), doctor.disks(f"file://{tmp_path}/work")
+    assert "not examined" in bucket.value
+    assert str(tmp_path) in local.value
+
+
 def test_doctor_full_disk(monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(total=300 << 20, free=200 << 20))

@@ -193,6 +193,28 @@ def test_numbers_of_an_evaluation_that_cannot_be(run, tmp_path):
         assert says in run("eval", str(tmp_path), *flags).stderr
 
 
+EARLY = (["convert", "-i", "x", "-o", "w"], ["measure", "-i", "x", "-o", "w"], ["plan", "-i", "x"], ["patch", "-o", "w"],
+         ["submit", "--", "convert", "-i", "x", "-o", "w"])  # fmt: skip
+
+
+@pytest.mark.parametrize("args", EARLY, ids=lambda a: a[0])
+@pytest.mark.parametrize("value", ["=3", "x=9", "re:(=3"])
+def test_an_override_that_cannot_be_is_refused_before_anything_is_looked_at(run, args, value):
+    result = run(*args, "--set", "*.v_proj=6", "--set", value)
+    assert result.exit_code == 2
+    assert f"--set {value}: " in result.stderr
+    assert "hint: " in result.stderr
+
+
+@pytest.mark.parametrize("repo", ["me", "me/", "/me", "a/b/c", "a b/c"])
+@pytest.mark.parametrize("args", [["convert", "-i", "x"], ["plan", "-i", "x"], ["submit", "--", "convert", "-i", "x"]])
+def test_a_repository_without_an_owner_is_refused_before_anything_is_looked_at(run, args, repo):
+    result = run(*args, "--publish", repo)
+    assert result.exit_code == 2
+    assert f"--publish {repo}: not the name of a repository" in result.stderr
+    assert "OWNER/NAME" in result.stderr
+
+
 def test_a_patch_of_what_is_no_work_directory(run, tmp_path):
     result = run("patch", "-o", str(tmp_path), "--set", "*=4")
     assert result.exit_code == 7
@@ -246,6 +268,83 @@ def test_resume_needs_only_the_work_directory(run, fake, job_args, tmp_path):
     # with -i the command line stands alone
     assert run("convert", *job_args).exit_code == 0
     assert fake.recipes[3] == Recipe(in_dir=job_args[1], out_dir=job_args[3])
+
+
+BEGUN = {
+    "nearest": True, "source_cache": "1GB", "device": "cpu", "gpus": 2, "ray_address": "auto", "executor": "ray",
+    "score_rows": 3, "evaluate": "always", "eval_text": "text.txt", "checkpoint_seconds": 5.0,
+}  # fmt: skip
+COMMANDS = {"in_dir", "out_dir", "no_resume", "reuse"}  # of which job, and what is to become of it
+
+
+def test_every_field_comes_back_with_the_work_directory():
+    """What is made is hashed, how it is made is remembered; -c has its own way, as there may be several."""
+    assert {n for n, s in SETTINGS.items() if s.kept} == {*BEGUN, "output_measurement"}
+    assert {n for n, s in SETTINGS.items() if not s.job and not s.kept} <= {*COMMANDS, "cal_dataset"}
+
+
+@pytest.mark.parametrize("flags", [[], ["-nr"]], ids=str)
+def test_how_a_job_was_begun_comes_back_too(run, fake, job_args, monkeypatch, tmp_path, flags):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    stored = Recipe(in_dir=job_args[1], out_dir=job_args[3], **BEGUN)
+    make_job(stored)
+    wanted = replace(stored, no_resume=bool(flags), eval_text=str(tmp_path / "text.txt"))
+    monkeypatch.chdir("/")
+    assert run("convert", "-o", job_args[3], *flags).exit_code == 0
+    assert fake.recipes == [wanted]
+    other = ["--evaluate", "never", "--device", "auto", "--executor", "auto", "--score-rows", "2"]
+    assert run("convert", "-o", job_args[3], *flags, *other).exit_code == 0
+    assert fake.recipes[1] == replace(wanted, evaluate="never", device="auto", executor="auto", score_rows=2)
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    assert run("convert", "-o", job_args[3], *flags, "--allocation", "module").exit_code == 0
+    assert fake.recipes[2] == replace(wanted, ray_address=None, allocation="module", score_rows=None)
+
+
+def test_how_a_job_is_run_is_compared_with_nothing(job_args):
+    before = Recipe(in_dir=job_args[1], out_dir=job_args[3], **BEGUN)
+    make_job(before)
+    make_job(replace(before, evaluate="never", gpus=None))
+    found = WorkDir.read_job(job_args[3]).job["output"]["run"]
+    assert "gpus" not in found
+    assert found["evaluate"] == "never"
+    make_job(Recipe(in_dir=job_args[1], out_dir=job_args[3]))
+    assert "run" not in WorkDir.read_job(job_args[3]).job["output"]
+
+
+def test_where_a_measurement_goes_comes_back(run, fake, job_args, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    place, own = str(tmp_path / "m.json"), f"{job_args[3]}/measurement.json"
+    make_job(Recipe(in_dir=job_args[1], out_dir=job_args[3], output_measurement="m.json"))
+    for command in ("measure", "convert"):
+        assert run(command, "-o", job_args[3]).exit_code == 0
+        assert fake.recipes[-1].output_measurement == place
+    assert run("measure", "-o", job_args[3], "-om", "other.json").exit_code == 0
+    assert fake.recipes[-1].output_measurement == "other.json"
+    for flags in (["-b", "4"], ["-cf", "out"]):  # the measurement is gone on with
+        assert run("convert", "-o", job_args[3], *flags).exit_code == 0
+        assert fake.recipes[-1].output_measurement is None
+    make_job(Recipe(in_dir=job_args[1], out_dir=job_args[3], output_measurement=own))
+    assert run("convert", "-o", job_args[3]).exit_code == 0
+    assert fake.recipes[-1].output_measurement is None
+    assert run("measure", "-o", job_args[3]).exit_code == 0
+    assert fake.recipes[-1].output_measurement == own
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [([1], "output.run is (1,); a mapping is needed"), ({"device": 3}, "output.run.device is 3; a text is needed"),
+     ({"score_rows": "x"}, "output.run.score_rows is 'x'; a whole number or null is needed")],
+)  # fmt: skip
+def test_a_job_that_remembers_something_else_is_damaged(run, fake, job_args, entry, says):
+    recipe = Recipe(in_dir=job_args[1], out_dir=job_args[3])
+    job = stored_job(recipe)
+    job["output"]["run"] = entry
+    WorkDir.create_or_resume(recipe.out_dir, job, resume=True, versions={}).close()
+    result = run("convert", "-o", job_args[3])
+    assert result.exit_code == 7
+    assert says in result.stderr
+    assert "hint: job.json is damaged" in result.stderr
 
 
 def test_resume_of_a_measurement(run, fake, job_args):

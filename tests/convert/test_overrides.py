@@ -71,8 +71,9 @@ def test_an_exact_option_and_the_head(quiet: Quiet, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as e:
         parse_override(text)
+    assert e.value.hint
 
 
 def test_patterns(llama: Path) -> None:
@@ -137,8 +138,10 @@ def test_patch_needs_a_finished_conversion(quiet: Quiet, tmp_path: Path) -> None
 def test_patch_from_the_command_line(quiet: Quiet, tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
     run(quiet.model, work, compile_full=str(out))
+    job = (work / "job.json").read_bytes()
     result = CliRunner().invoke(cli, ["patch", "-o", str(work), "--set", "*.0.*.o_proj=8", "--device", "cpu"])
     assert result.exit_code == 0, result.output
+    assert (work / "job.json").read_bytes() == job  # the conversion is what it was
     assert widths(out)["model.layers.0.self_attn.o_proj"] == [8]
     wrong = CliRunner().invoke(cli, ["patch", "-o", str(work), "--set", "*.0.*.o_proj=8", "-b", "3"])
     assert isinstance(wrong.exception, UsageError) or wrong.exit_code != 0

@@ -340,6 +340,12 @@ def test_a_measurement_does_not_take_the_place_of_another_file(base: Path, data:
     exl2ray("measure", *words, "--dry-run").ends_with(0)
 
 
+def test_a_store_of_another_kind_is_refused_before_work(base: Path, data: Path, tmp_path: Path) -> None:
+    words = [*words_of(recipe(base, tmp_path / "w", data)), "-o", "http://host/work", "-cf", str(tmp_path / "out")]
+    for command in ("plan", "convert"):
+        exl2ray(command, *words, "--dry-run").ends_with(StoreError.exit_code, "cannot store under http://")
+
+
 def test_a_directory_that_is_a_link_to_itself(base: Path, data: Path, tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to("loop")

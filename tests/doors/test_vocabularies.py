@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -79,6 +80,20 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     "pointer": ({"tokenizer.json": POINTER}, r"tokenizer\.json: a Git LFS pointer.*git lfs pull"),
     "pointer of SentencePiece": ({"tokenizer.model": POINTER}, r"tokenizer\.model: a Git LFS pointer.*git lfs pull"),
     "empty SentencePiece": ({"tokenizer.model": b""}, r"tokenizer\.model: is empty"),
+    "bytes for SentencePiece": ({"tokenizer.model": bytes(range(256))}, r"tokenizer\.model: neither a .*hint: download"),
+    "zeros for SentencePiece": ({"tokenizer.model": b"\0" * 5000}, r"tokenizer\.model: neither a SentencePiece model nor"),
+    "text for SentencePiece": ({"spiece.model": b"hello world\n" * 50}, r"spiece\.model: neither a SentencePiece model nor"),
+    "SentencePiece cut off": ({"tokenizer.model": b"\x0a\x03\x0a\x01a" * 9 + b"\x0a\x03\x0a"}, r"tokenizer\.model: cut off"),
+    "SentencePiece damaged": ({"tokenizer.model": b"\x0a\x03\x0a\x01a" * 9 + b"\xff" * 40}, r"tokenizer\.model: cut off or"),
+    "settings without a piece": ({"tokenizer.model": b"\x12\x00"}, r"tokenizer\.model: neither a SentencePiece model nor"),
+    "tiktoken cut off": ({"tokenizer.model": b"IQ== 0\nIg== 1\nIw"}, r"tokenizer\.model: cut off or damaged.*hint: download"),
+    "tiktoken damaged": ({"tiktoken.model": b"IQ== 0\n\0\0\0\0\n"}, r"tiktoken\.model: cut off or damaged"),
+    "vocab.json cut off": ({"vocab.json": b'{"a": 0,', "merges.txt": b"a b\n"}, r"vocab\.json: not valid JSON"),
+    "vocab.json of something": ({"vocab.json": b'{"a": "b"}', "merges.txt": b"a b\n"}, r"vocab\.json: no object from tokens"),
+    "vocab.json, empty": ({"vocab.json": b"{}", "merges.txt": b"a b\n"}, r"vocab\.json: no object from tokens to ids"),
+    "merges of bytes": ({"vocab.json": b'{"a": 0}', "merges.txt": b"\xff\xfe"}, r"merges\.txt: not UTF-8 \(byte 0\)"),
+    "tekken.json cut off": ({"tekken.json": b'{"vocab": ['}, r"tekken\.json: not valid JSON"),
+    "tekken.json of something": ({"tekken.json": b'{"a": 1}'}, r"tekken\.json: has no list `vocab`"),
     "byte order mark": ({"tokenizer.json": b"\xef\xbb\xbf{}"}, r"byte order mark"),
 }
 
@@ -92,6 +107,19 @@ def test_what_cannot_be_a_tokenizer(name: str, folder: Path) -> None:
     with pytest.raises(SourceError) as e:
         load(folder)
     assert re.search(words, str(e.value).replace("\n", " ")), str(e.value)
+
+
+def test_tiktoken_is_not_installed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sound file of that kind: the package is named, and not that the file is no vocabulary."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    put(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "tiktoken.py").write_text("raise ImportError('No module named tiktoken')")
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    with pytest.raises(SourceError, match="of tiktoken; converting it needs that package") as e:
+        load(folder)
+    assert "pip install tiktoken and run again" in e.value.hint
 
 
 BESIDE: dict[str, tuple[str, str, str]] = {

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from bounded import exl2ray
 
 from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.commands.evaluate import write_positions
 from exl2ray.evaluate.heldout import KINDS, heldout_kinds, heldout_rows, heldout_text
 from exl2ray.evaluate.record import CLASSES, judged, parse_evaluation, parse_evaluations, verdict
+from exl2ray.report.plot_files import is_plot
+from exl2ray.report.style import Plot, write_plots
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 SCHEMA = json.loads(resources.files("exl2ray.evaluate").joinpath("results.schema.json").read_text())
@@ -87,6 +91,21 @@ def test_without_a_reference_there_is_no_tail_and_no_judgement(noisy: Path) -> N
     run.ends_with(0, "By kind of text")
     assert "what this share stays below" not in run.out
     assert "against" not in run.out
+
+
+def test_files_take_the_place_of_earlier_ones_only(noisy: Path) -> None:
+    (noisy / "mine.png").write_bytes(b"\x89PNG\r\n\x1a\n a photograph")
+    np.savez(noisy / "mine.npz", weights=np.zeros(3))
+    for flag, name in (("--plot", "mine.png"), ("--positions", "mine.npz")):
+        before = (noisy / name).read_bytes()
+        exl2ray("eval", "much", flag, name, cwd=noisy).ends_with(7, f"{flag} {name} is there already, and is no")
+        assert (noisy / name).read_bytes() == before
+    for end in ("png", "svg", "pdf"):
+        write_plots([Plot("a curve", lambda ax: ax.plot([1.0, 2.0]))], noisy / f"ours.{end}")
+        assert is_plot((noisy / f"ours.{end}").read_bytes())
+    write_positions(noisy / "ours.npz", [])
+    words = ["--positions", "ours.npz", "--plot", "ours.png", "--rows", "9999"]
+    exl2ray("eval", "much", *words, cwd=noisy).ends_with(2, "--rows 9999")
 
 
 @pytest.mark.parametrize(

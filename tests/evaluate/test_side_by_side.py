@@ -117,8 +117,9 @@ CASES = [
 @pytest.mark.parametrize(("content", "message"), CASES)
 def test_broken_prompts(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "q.json").write_text(content)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as e:
         read_prompts(tmp_path / "q.json")
+    assert e.value.hint
 
 
 def test_prompts_from_an_array_and_from_no_file(tmp_path: Path) -> None:

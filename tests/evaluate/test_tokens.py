@@ -100,8 +100,9 @@ def test_a_text_without_a_tokenizer_is_refused(tmp_path: Path, twins: tuple[Path
     ],
 )
 def test_errors_name_flags_and_numbers(tmp_path: Path, array, kwargs, error, message: str) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as e:
         load_tokens(saved(tmp_path, array), **kwargs)
+    assert e.value.hint
 
 
 def test_hostile_arrays_are_refused(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_gemma_3_multimodal() -> None:
             config(rope_scaling={"rope_type": "llama3", **LLAMA3}, rope_parameters={**LLAMA3, "factor": 4.0}),
             "rope_scaling.factor is 8.0",
         ),
-        (config(rope_scaling="linear", rope_parameters={"rope_type": "default"}), "rope_scaling is a str"),
+        (config(rope_scaling="linear", rope_parameters={"rope_type": "default"}), "rope_scaling is 'linear'; an object"),
         (config(rope_scaling={"type": "yarn", "rope_type": "linear"}), "type 'yarn' and rope_type 'linear'"),
         (config("Cohere2ForCausalLM", layer_types=[FULL, SLIDING, FULL]), "one p > 1"),
         (config("Cohere2ForCausalLM", layer_types=[SLIDING, FULL], sliding_window_pattern=3), "pattern = 3"),

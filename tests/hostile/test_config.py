@@ -102,6 +102,14 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "longrope, factors too many": (scaled("longrope", **{**LONG, "long_factor": [1.0] * 100_000}), "100000 entries"),
     "longrope, factor 0": (scaled("longrope", **{**LONG, "long_factor": [0.0] * 8}), "long_factor holds entries"),
     "scaling a text": ({"rope_scaling": "\x1b[31mred"}, "rope_scaling is '\\x1b[31mred'; an object is needed"),
+    "scaling a text in two spellings": (
+        {"rope_scaling": "linear", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        "rope_scaling is 'linear'; an object is needed",
+    ),
+    "longrope, factors too few": (scaled("longrope", **{**LONG, "long_factor": [1.0] * 7}), "7 entries; 8 numbers"),
+    "longrope, no list": (scaled("longrope", **{**LONG, "long_factor": 1.0}), "long_factor has 1.0; 8 numbers"),
+    "two kinds of scaling": ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "rope_scaling has type 'linear' and"),
+    "rotated share of no dimension": ({"partial_rotary_factor": 0.01}, "RoPE rotates 0 of "),
     "scaling of no kind": (scaled("x" * 5000), "is unknown"),
     "rotated share": ({"partial_rotary_factor": 2.0}, "partial_rotary_factor is 2.0"),
     "eps as text": ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; a finite number is needed"),
@@ -129,6 +137,7 @@ def refused(directory: Path, words: str) -> None:
         load_spec(SourceModel(directory))
     assert time.process_time() - start < 1
     assert words in str(e.value)
+    assert e.value.hint
     assert len(str(e.value)) < 2000
     assert "\x1b" not in str(e.value)
 

@@ -195,3 +195,22 @@ def test_standard_output_on_a_full_disk(made: Conversion, tmp_path: Path) -> Non
     run = exl2ray(*made.arguments(tmp_path / "work", None), output="/dev/full")
     run.ends_with(7, "cannot write to standard output: No space left on device")
     assert not (tmp_path / "work" / "driver.lock").exists()
+
+
+ENDS = {
+    "threads are left": "threading.Thread(target=time.sleep, args=(60,)).start(); streams.leave_threads(130)",
+    "a signal that nobody handles": "stopping.ends_the_program(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",
+    "the interpreter ends": "sys.exit(130)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_is_asked_for_at_the_end_is_done(end: str, tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, threading, time\nfrom exl2ray import stopping\nfrom exl2ray.terminal import streams\n"
+        "stopping.at_the_end(lambda: 1 / 0)\n"
+        f"stopping.at_the_end(lambda: open({str(tmp_path / 'done')!r}, 'w').close())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program + ENDS[end]], cwd=ROOT, capture_output=True, timeout=50)
+    assert run.returncode == STOPPED, run.stderr
+    assert (tmp_path / "done").exists()

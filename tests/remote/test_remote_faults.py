@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,80 @@ def test_killed_and_resumed(hub: ModelHub, text: Path, wanted: dict[str, str], t
     command = [*measure(text, tmp_path / "work")]
     env = {**os.environ, **hub_env(hub, tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     process = subprocess.Popen([sys.executable, "-m", "exl2ray.cli", *map(str, command)], env=env, stderr=subprocess.DEVNULL)
-    records = tmp_path / "work" / "measure" / "records"
-    while process.poll() is None and not list(records.glob("model.layers*.json")):
-        time.sleep(0.01)  # until the first module is committed
+    measured(process, tmp_path)
     process.kill()
     process.wait()
     done = exl2ray(*command, seconds=60, env=hub_env(hub, tmp_path))
     done.ends_with(0)
     assert hashlib.sha256((tmp_path / "work" / "measurement.json").read_bytes()).hexdigest() == wanted["measurement.json"]
+
+
+@pytest.fixture
+def started(hub: ModelHub, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a program of its own, whose temporary folder is ``tmp_path / "tmp"``."""
+    (tmp_path / "tmp").mkdir()
+    env = {**os.environ, **hub_env(hub, tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+           "TMPDIR": str(tmp_path / "tmp")}  # fmt: skip
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: str | Path) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-m", "exl2ray.cli", *map(str, command)]
+        running.append(subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def measured(process: subprocess.Popen[bytes], root: Path) -> None:
+    """Waits until the first module is committed."""
+    while process.poll() is None and not list((root / "work" / "measure" / "records").glob("model.layers*.json")):
+        time.sleep(0.01)
+
+
+def left(root: Path) -> list[Path]:
+    return sorted((root / "tmp").glob("exl2ray-source-*"))
+
+
+def test_nothing_stays_in_the_temporary_folder(
+    started: Callable[..., subprocess.Popen[bytes]], hub: ModelHub, text: Path, tmp_path: Path
+) -> None:
+    assert started(*plan("hf://me/model", text)).wait() == 0
+    assert left(tmp_path) == []
+    files = hub.repos["me/model"]["main"].files
+    hub.add("me/model", {**files, "config.json": b"{}"})
+    assert started(*plan("hf://me/model", text)).wait() == 3
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nor_after_a_stop(
+    number: int, started: Callable[..., subprocess.Popen[bytes]], text: Path, tmp_path: Path
+) -> None:
+    process = started(*measure(text, tmp_path / "work"))
+    measured(process, tmp_path)
+    assert len(left(tmp_path)) == 1
+    process.send_signal(number)
+    assert process.wait() == 130
+    assert left(tmp_path) == []
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one(
+    started: Callable[..., subprocess.Popen[bytes]], text: Path, tmp_path: Path
+) -> None:
+    process = started(*measure(text, tmp_path / "work"))
+    measured(process, tmp_path)
+    process.send_signal(signal.SIGSTOP)
+    found = left(tmp_path)
+    assert started(*plan("hf://me/model", text)).wait() == 0
+    assert left(tmp_path) == found  # of a process that lives
+    process.kill()
+    process.wait()
+    assert left(tmp_path) == found
+    assert started(*plan("hf://me/model", text)).wait() == 0
+    assert left(tmp_path) == []
 
 
 def test_broken_downloads_go_on(
@@ -158,6 +225,7 @@ def test_an_address_that_another_thread_replaces_meanwhile(
         ("gguf", "hf://me/gguf", 3, ["holds GGUF files (model.gguf)"]),
         ("adapter", "hf://me/adapter", 3, ["holds only a LoRA adapter", "merge it first"]),
         ("pickles", "hf://me/pickles", 3, ["holds PyTorch pickles (pytorch_model.bin)"]),
+        ("training", "hf://me/training", 3, ["training with DeepSpeed (global_step9)", "zero_to_fp32 hf://me/training@"]),
         ("folders", "hf://me/folders", 3, ["its folder inner does", "hf://me/folders@"]),
         ("huge", "hf://me/huge", 3, ["config.json", "larger than"]),
     ],
@@ -166,7 +234,7 @@ def test_refusals(
     change: str, address: str, status: int, words: list[str], command: str,
     hub: ModelHub, online: Callable[..., Run], model: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    if command != "plan" and change in ("", "down", "gone", "huge", "pickles", "folders"):
+    if command != "plan" and change in ("", "down", "gone", "huge", "pickles", "folders", "training"):
         pytest.skip("one command tells enough")
     files = hub.repos["me/model"]["main"].files
     hub.gated |= {"me/model"} if change == "gated" else set()
@@ -176,6 +244,7 @@ def test_refusals(
     hub.add("me/gguf", {"model.gguf": b"GGUF", "README.md": b"x"})
     hub.add("me/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 99})
     hub.add("me/pickles", {"config.json": files["config.json"], "pytorch_model.bin": b"x"})
+    hub.add("me/training", {"latest": b"x", "config.json": b"{}", "global_step9/mp_rank_00_model_states.pt": b"x"})
     hub.add("me/folders", {f"inner/{n}": d for n, d in files.items()})
     hub.add("me/huge", {**files, "config.json": b" " * (33 << 20)} if change == "huge" else files)
     where = ["-o", str(tmp_path / "work"), "-cf", str(tmp_path / "out")] if command != "plan" else []

@@ -71,12 +71,31 @@ def test_refusals(work: Path, tmp_path: Path) -> None:
     assert [p.name for p in work.iterdir()] == ["job.json"]
 
 
+def test_a_page_takes_the_place_of_an_earlier_page_only(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "report.html").write_text("<!doctype html>\n<html><title>Spending in EXL</title>")
+    for given, file in (("notes.txt", "notes.txt"), ("site", "site/report.html")):
+        before = (tmp_path / file).read_text()
+        result = run(work, "-o", tmp_path / given)
+        assert result.exit_code == 7
+        assert f"{tmp_path / file} is there already, and is no report: it would be overwritten" in result.output
+        assert "name another file with -o" in result.output
+        assert (tmp_path / file).read_text() == before
+    (tmp_path / "empty").write_text("")
+    for _ in range(2):
+        result = run(work, "-o", tmp_path / "empty")
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "empty").read_text().startswith("<!doctype html>")
+
+
 def test_a_page_does_not_take_the_place_of_a_pipe_or_device(work: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     result = run(work, "-o", tmp_path / "pipe")
     assert result.exit_code == 7
     assert "a FIFO, whose place a file would take" in result.output
     assert (tmp_path / "pipe").is_fifo()
+    assert run(work, "-o", "/dev/null").exit_code == 7
     for name in ("/dev/null", "/dev/stdout"):
         with pytest.raises(StoreError, match="whose place a file would take"):
             refuse_special(name, "-o")

@@ -13,6 +13,7 @@ MAX_RECORD = 32 * MIB  # bytes of a line, or of an element of a JSON file
 FIRST_READ = 64 << 10
 LISTS = ("data", "train", "rows", "examples", "instances", "conversations", "documents", "items")
 BLANKS = b" \t\r\n"
+FLAT = 'records are flat: {"text": "..."}, or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
 def records_of_lines(source: Source) -> Iterator[tuple[str, Any]]:
@@ -99,11 +100,12 @@ def _elements(source: Source) -> Iterator[tuple[str, Any]]:
         except ValueError as e:
             problem: Exception = e
         except RecursionError as e:
-            raise DataError(f"element {number} is nested too deeply") from e
+            raise DataError(f"element {number} is nested too deeply", FLAT) from e
         else:
             problem = EOFError("breaks off")
         if len(text) - position > MAX_RECORD:
-            raise DataError(f"element {number}: not JSON, or longer than {MAX_RECORD >> 20} MiB: {_short(problem)}")
+            text = f"element {number}: not JSON, or longer than {MAX_RECORD >> 20} MiB: {_short(problem)}"
+            raise DataError(text, "is the file complete? else split it into several documents")
         if not more():
             raise DataError(f"element {number} is not JSON: {_short(problem)}", "is the file complete?")
 
@@ -139,7 +141,7 @@ def _parsed(data: bytes, where: str) -> Any:
     except ValueError as e:
         raise DataError(f"{where} is not JSON: {_short(e)}", "JSON lines have one object per line") from e
     except RecursionError as e:
-        raise DataError(f"{where} is nested too deeply") from e
+        raise DataError(f"{where} is nested too deeply", FLAT) from e
 
 
 def _is_json(data: bytes) -> bool:

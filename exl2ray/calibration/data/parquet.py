@@ -41,7 +41,7 @@ class ParquetTable:
             leaves = self._leaves(choice.columns)
             groups = self._file.num_row_groups
         except BROKEN as e:
-            raise DataError(f"reading failed: {_short(e)}") from e
+            raise DataError(f"reading failed: {_short(e)}", "is the download complete?") from e
         for group in range(groups):
             size, done = self._batch_rows(group, leaves), 0
             while True:

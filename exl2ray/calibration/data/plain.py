@@ -37,9 +37,9 @@ def open_regular(path: str) -> BinaryIO:
         file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
         info = os.fstat(file.fileno())
     except OSError as e:
-        raise DataError(f"cannot be read: {e.strerror}") from e
+        raise DataError(f"cannot be read: {e.strerror}", "are path and permissions right?") from e
     if not stat.S_ISREG(info.st_mode):
-        raise DataError("not a regular file")
+        raise DataError("not a regular file", "what a pipe gives must be written to a file first")
     if info.st_size == 0:
         raise DataError("is empty", AGAIN)
     return file

@@ -4,6 +4,7 @@ The rule: what transformers loads and ExLlamaV2 can run is converted; everything
 was found, why it cannot work, and the one thing to do about it.
 
 * ``kinds``: folders that are no Hugging Face model in safetensors at all (GGUF, adapters, pickles, caches, ...)
+* ``training``: checkpoints of a training run, in pieces for its ranks (FSDP, DeepSpeed, Megatron)
 * ``quantised``: models that are quantised already, told by their tensors and by what config.json says
 * ``dequantise``: those among them that can be read all the same, FP8 and MXFP4
 * ``shards``: which weight files count, where an index is wrong or there are copies

@@ -8,19 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exl2ray.errors import PERMISSIONS, Exl2RayError, SourceError
+from exl2ray.formats.source import training
 from exl2ray.formats.source.folder import Folder
+from exl2ray.formats.source.training import PICKLES, SAVE, Finding
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 COMPLETE = "give a folder with config.json, *.safetensors and tokenizer.json, as the Hub has them"
-SAVE = (
-    "load it with transformers and write it anew: "
-    "AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW), and the same with AutoTokenizer"
-)
 MERGE = "merge it first: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW) (package peft)"
 SHOWN = 3
-
-Finding = tuple[str, str]  # (what it is and why that cannot work, what to do)
 
 
 def refusal(path: str | Path, error: type[Exl2RayError] = SourceError) -> Exl2RayError | None:
@@ -71,6 +65,9 @@ def _no_folder(path: Path, hint: str) -> Finding:
         return _gguf_text("a GGUF file"), _original(Folder(path.parent))
     if name.endswith((".safetensors", ".json")):
         return "a file, not a directory", f"give its folder: {shlex.quote(str(path.parent))}"
+    checkpoint = training.look(Folder(path.parent)) if name.endswith((*PICKLES, ".distcp")) else None
+    if checkpoint is not None and (name.endswith(".distcp") or training.is_state(path.name)):
+        return "a file of a training run, not a directory", checkpoint[1]
     if name.endswith(PICKLES):
         return "a file of PyTorch weights, not a directory", SAVE
     return "not a directory", hint
@@ -146,7 +143,8 @@ def _other_runtime(folder: Folder) -> Finding | None:
         (lambda f: "mlc-chat-config.json" in f or "ndarray-cache.json" in f, "a model of MLC-LLM"),
         (lambda f: f.ending(".engine"), "engines of TensorRT-LLM"),
         (lambda f: f.ending(".nemo"), "a NeMo archive"),
-        (lambda f: f.ending(".keras") or "tf_model.h5" in f, "TensorFlow weights"),
+        (lambda f: f.ending(".keras", ".ckpt.index") or "tf_model.h5" in f, "TensorFlow weights"),
+        (lambda f: "_CHECKPOINT_METADATA" in f or "manifest.ocdbt" in f, "a checkpoint of JAX (Orbax)"),
         (lambda f: f.ending(".msgpack"), "Flax weights"),
         (lambda f: "model.bin" in f and f.ending("vocabulary.json", "vocabulary.txt"), "a model of CTranslate2"),
     ):
@@ -158,19 +156,29 @@ def _other_runtime(folder: Folder) -> Finding | None:
 def _consolidated(folder: Folder) -> Finding | None:
     """Weights as Meta and Mistral publish them beside, or in place of, those for transformers."""
     own = [n for n in folder.files if n.startswith("consolidated.")]
+    if not own and "original" in folder.folders and not _pickles(folder):
+        inside = Folder(folder.path / "original").files
+        own = [f"original/{n}" for n in inside if n.startswith("consolidated.")]
     if not own or [n for n in folder.ending(".safetensors") if n not in own]:
         return None
-    script = "convert_llama_weights_to_hf.py" if own[0].endswith(".pth") else "convert_mistral_weights_to_hf.py"
+    family = "llama" if own[0].endswith(".pth") else "mistral"
+    script = f"src/transformers/models/{family}/convert_{family}_weights_to_hf.py"
     return (
         f"holds weights in the original format of their publisher ({own[0]}, params.json), which name and order tensors "
         "otherwise than transformers",
-        f"fetch the model-*.safetensors of the same repository, or convert with {script} of transformers",
+        f"fetch the model-*.safetensors of the same repository, or convert with {script} of transformers' "
+        "repository",
     )
 
 
 def _pickles(folder: Folder, but: tuple[str, ...] = ()) -> list[str]:
-    others = ("rng_state", "consolidated.")
-    return [n for n in folder.ending(*PICKLES) if n not in (*NOT_WEIGHTS, *but) and not n.startswith(others)]
+    """Weights that transformers may load."""
+    found = [n for n in folder.ending(*PICKLES) if n not in but and not training.is_state(n)]
+    return [n for n in found if not n.startswith("consolidated.")]
+
+
+def _training(folder: Folder) -> Finding | None:
+    return None if folder.ending(".safetensors") or _pickles(folder) else training.look(folder)
 
 
 def _no_safetensors(folder: Folder) -> Finding | None:
@@ -220,5 +228,5 @@ def _original(folder: Folder) -> str:
 
 KINDS: tuple[Callable[[Folder], Finding | None], ...] = (
     _empty, _hub_cache, _work_directory, _diffusion, _adapter, _pointers, _gguf, _other_runtime, _consolidated,
-    _no_safetensors, _no_config,
+    _training, _no_safetensors, _no_config,
 )  # fmt: skip
