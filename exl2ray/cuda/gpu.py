@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exl2ray.cuda import kernels
+from exl2ray.cuda import kernels, settle
 from exl2ray.cuda.backend import OFFSETS, REFINED_BITS, REFINED_ROWS, SHRINKAGE, Workspace, blocks_of, shrink_grid
 from exl2ray.cuda.launch import VARY, Launch, stream_of
 
@@ -70,7 +70,7 @@ class CudaGroups:
         )
         self.first, self.sweep = (
             Launch(
-                kernels.settle, len(search), kernels.SETTLERS, ws.x, VARY, VARY, ws.u, sweep, ws.feedback, search, ws.bits,
+                settle.settle, len(search), settle.THREADS, ws.x, VARY, VARY, ws.u, sweep, ws.feedback, search, ws.bits,
                 groups, ws.scale_max, ws.scale_codes, ws.perm, VARY, ws.dq, codes, keep, ws.error,
             )
             for sweep in (False, True)
@@ -94,17 +94,17 @@ class CudaGroups:
         if self.refine and n <= REFINED_ROWS:
             self.trial(stream, a, n, g)
             self.pick(stream, g)
-        for r in range(0, n, kernels.TALL):
+        for r in range(0, n, settle.TALL):
             self._settle(self.first, -1, a + r, a + n, row + r)
 
     def descend(self, groups: range, start: int) -> None:
         height = sum(self.ws.rows[groups.start : groups.stop])
-        for a in range(0, height, kernels.TALL):  # whatever groups the rows belong to
+        for a in range(0, height, settle.TALL):  # whatever groups the rows belong to
             self._settle(self.sweep, 1, a, height, start + a)
 
     def _settle(self, launch: Launch, sign: int, a: int, bottom: int, row: int) -> None:
         """Rows a .. of the panel, as many as a launch takes; passes their errors on to the others before row ``bottom``."""
-        n = min(kernels.TALL, bottom - a)
+        n = min(settle.TALL, bottom - a)
         launch(stream_of(self.ws.x), a, n, row)
         if self.ws.feedback and a + n < bottom:
             below, factor, error = self._views(a, a + n, bottom)

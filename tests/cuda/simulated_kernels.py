@@ -8,7 +8,7 @@ import pytest
 from numba import config
 from simulator import take_turns
 
-from exl2ray.cuda import elementwise, kernels
+from exl2ray.cuda import elementwise, settle
 from exl2ray.formats.layout import GroupLayout
 
 take_turns()
@@ -21,7 +21,7 @@ def test_the_simulator_is_on() -> None:
 @pytest.fixture(params=[32, 128])
 def tall(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups that are rounded in one launch, and groups that are cut into several."""
-    monkeypatch.setattr(kernels, "TALL", request.param)
+    monkeypatch.setattr(settle, "TALL", request.param)
 
 
 @pytest.mark.usefixtures("tall")

@@ -1,0 +1,178 @@
+"""The kernel that rounds: integers of the rows of a panel, one row after another, errors passed on to the rows below.
+
+A row needs the errors of all rows before it, so rows are a chain of roundings however many columns there are. `settle`
+keeps everything else out of that chain. Before, one thread did all the work on a column, 32 rows a launch with small matrix
+products in between: 42 us each in a sweep. Sweeps need no search, so a launch of theirs goes over the groups of 128 rows.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numba import cuda
+
+from exl2ray.cuda.device_functions import nearest, passed_on, settled, step_of
+from exl2ray.cuda.kernels import COLUMNS
+
+TALL = 128  # most rows of a launch
+STRIP = 8  # rows held in registers at a time
+TWO, THREE = 2 * STRIP, 3 * STRIP
+WARPS = 4  # of a block
+THREADS = WARPS * COLUMNS
+# So that four blocks share a multiprocessor. The simulator does not know the option.
+FEW = {} if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else {"max_registers": 128}
+
+
+@cuda.jit(cache=True, **FEW)
+def settle(
+    x, a, n, u, sweep, feedback, blocks, seg_bits, groups, scale_max, scale_codes, perm, row, dq, codes, keep, error
+):
+    """Rounds n <= TALL rows one after another: x[a : a+n], act-order rows row .. row+n, of the groups that groups (K,) says.
+
+    n and the heights of groups are multiples of STRIP.
+
+    In a first pass x (P, C) float32 holds weights and u (P, P) the panel's block of U: weight i becomes the nearest integer,
+    its scaled error is e = (x_i - dq_i) / u_ii, and later rows of the group lose u_ik e each; not so without ``feedback``.
+    In a ``sweep`` x holds rows of S = H E and u the panel's block of H: weight i becomes the nearest to dq_i + S_i / h_ii,
+    and e = new - old is passed on in the same way.
+
+    Writes rows perm[row ..] of dq (K, C) float16, rows row .. of codes (K, C) uint8 if keep and, with feedback, rows a .. of
+    error (P, C): e in a first pass, dq before - after in a sweep. Keeps x: the caller passes errors on to the rows after
+    these. Launch: one block of THREADS threads per entry of ``blocks``, which has COLUMNS columns.
+
+    Each warp is a lane of the block's columns. Lane 0 rounds the rows, STRIP of them in registers at a time, since
+    each needs the errors of those before it. The others are one strip behind: they write its results, pass its errors on to
+    the rows beyond the next strip, and fetch the strip after that. So what takes time is rounding alone.
+    """
+    factor = cuda.shared.array((THREE, TALL), np.float32)  # rows of u, in a ring of three strips
+    before = cuda.shared.array((THREE, COLUMNS), np.float32)  # dq before a sweep, likewise
+    tile = cuda.shared.array((TALL, COLUMNS), np.float32)  # weights; once rounded, integers
+    errors = cuda.shared.array((TWO, COLUMNS), np.float32)  # of the last two strips
+    steps = cuda.shared.array((4, COLUMNS), np.float32)  # between two integers: of a strip's rows, in a ring of four
+    widths = cuda.shared.array(4, np.int32)  # in bits, likewise
+    b = cuda.blockIdx.x
+    t = cuda.threadIdx.x
+    j = t % COLUMNS
+    lane = t // COLUMNS
+    seg = blocks[b, 0]
+    c = blocks[b, 1] + j
+    if not feedback:
+        for r in range(lane, n, WARPS):
+            g = groups[row + r]
+            step = step_of(scale_codes[g, c], scale_max[g, seg])
+            zero = np.float32(1 << (seg_bits[seg, g] - 1))
+            high = zero - np.float32(1.0)
+            q = nearest(x[a + r, c], step, zero, high)
+            dq[perm[row + r], c] = np.float16(q * step)
+            if keep:
+                codes[row + r, c] = np.uint8(q + zero)
+        return
+
+    for r in range(lane, n, WARPS):
+        tile[r, j] = x[a + r, c]
+    for i in range(t, TWO * n, THREADS):
+        if i // n < n:
+            factor[i // n, i % n] = u[a + i // n, a + i % n]
+    if lane < 2 and lane * STRIP < n:
+        g = groups[row + lane * STRIP]
+        steps[lane, j] = step_of(scale_codes[g, c], scale_max[g, seg])
+        widths[lane] = seg_bits[seg, g]
+    if sweep:
+        for i in range(lane, min(TWO, n), WARPS):
+            before[i, j] = np.float32(dq[perm[row + i], c])
+    e0 = e1 = e2 = e3 = e4 = e5 = e6 = e7 = np.float32(0.0)
+    cuda.syncthreads()
+    for s in range(0, n + STRIP, STRIP):  # lane 0 is at rows s .., the others at the strip before
+        if lane == 0:
+            if s < n:
+                step = steps[s // STRIP % 4, j]
+                zero = np.float32(1 << (widths[s // STRIP % 4] - 1))
+                high = zero - np.float32(1.0)
+                f, last = s % THREE, (s + TWO) % THREE
+                x0, x1, x2, x3 = tile[s, j], tile[s + 1, j], tile[s + 2, j], tile[s + 3, j]
+                x4, x5, x6, x7 = tile[s + 4, j], tile[s + 5, j], tile[s + 6, j], tile[s + 7, j]
+                if s > 0:
+                    x0 = passed_on(x0, factor, last, s + 0, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x1 = passed_on(x1, factor, last, s + 1, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x2 = passed_on(x2, factor, last, s + 2, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x3 = passed_on(x3, factor, last, s + 3, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x4 = passed_on(x4, factor, last, s + 4, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x5 = passed_on(x5, factor, last, s + 5, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x6 = passed_on(x6, factor, last, s + 6, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x7 = passed_on(x7, factor, last, s + 7, e0, e1, e2, e3, e4, e5, e6, e7)
+                q, e0 = settled(x0, before[f, j], factor[f, s], step, zero, high, sweep)
+                tile[s, j] = q
+                x1 -= factor[f, s + 1] * e0
+                x2 -= factor[f, s + 2] * e0
+                x3 -= factor[f, s + 3] * e0
+                x4 -= factor[f, s + 4] * e0
+                x5 -= factor[f, s + 5] * e0
+                x6 -= factor[f, s + 6] * e0
+                x7 -= factor[f, s + 7] * e0
+                q, e1 = settled(x1, before[f + 1, j], factor[f + 1, s + 1], step, zero, high, sweep)
+                tile[s + 1, j] = q
+                x2 -= factor[f + 1, s + 2] * e1
+                x3 -= factor[f + 1, s + 3] * e1
+                x4 -= factor[f + 1, s + 4] * e1
+                x5 -= factor[f + 1, s + 5] * e1
+                x6 -= factor[f + 1, s + 6] * e1
+                x7 -= factor[f + 1, s + 7] * e1
+                q, e2 = settled(x2, before[f + 2, j], factor[f + 2, s + 2], step, zero, high, sweep)
+                tile[s + 2, j] = q
+                x3 -= factor[f + 2, s + 3] * e2
+                x4 -= factor[f + 2, s + 4] * e2
+                x5 -= factor[f + 2, s + 5] * e2
+                x6 -= factor[f + 2, s + 6] * e2
+                x7 -= factor[f + 2, s + 7] * e2
+                q, e3 = settled(x3, before[f + 3, j], factor[f + 3, s + 3], step, zero, high, sweep)
+                tile[s + 3, j] = q
+                x4 -= factor[f + 3, s + 4] * e3
+                x5 -= factor[f + 3, s + 5] * e3
+                x6 -= factor[f + 3, s + 6] * e3
+                x7 -= factor[f + 3, s + 7] * e3
+                q, e4 = settled(x4, before[f + 4, j], factor[f + 4, s + 4], step, zero, high, sweep)
+                tile[s + 4, j] = q
+                x5 -= factor[f + 4, s + 5] * e4
+                x6 -= factor[f + 4, s + 6] * e4
+                x7 -= factor[f + 4, s + 7] * e4
+                q, e5 = settled(x5, before[f + 5, j], factor[f + 5, s + 5], step, zero, high, sweep)
+                tile[s + 5, j] = q
+                x6 -= factor[f + 5, s + 6] * e5
+                x7 -= factor[f + 5, s + 7] * e5
+                q, e6 = settled(x6, before[f + 6, j], factor[f + 6, s + 6], step, zero, high, sweep)
+                tile[s + 6, j] = q
+                x7 -= factor[f + 6, s + 7] * e6
+                q, e7 = settled(x7, before[f + 7, j], factor[f + 7, s + 7], step, zero, high, sweep)
+                tile[s + 7, j] = q
+                p = s % TWO
+                errors[p, j], errors[p + 1, j], errors[p + 2, j], errors[p + 3, j] = e0, e1, e2, e3
+                errors[p + 4, j], errors[p + 5, j], errors[p + 6, j], errors[p + 7, j] = e4, e5, e6, e7
+        elif s > 0:
+            done = s - STRIP
+            f, p = done % THREE, done % TWO
+            e0, e1, e2, e3 = errors[p, j], errors[p + 1, j], errors[p + 2, j], errors[p + 3, j]
+            e4, e5, e6, e7 = errors[p + 4, j], errors[p + 5, j], errors[p + 6, j], errors[p + 7, j]
+            for k in range(s + STRIP + lane - 1, n, WARPS - 1):
+                tile[k, j] = passed_on(tile[k, j], factor, f, k, e0, e1, e2, e3, e4, e5, e6, e7)
+            step = steps[done // STRIP % 4, j]
+            zero = np.float32(1 << (widths[done // STRIP % 4] - 1))
+            for i in range(lane - 1, STRIP, WARPS - 1):
+                q, e = tile[done + i, j], errors[p + i, j]
+                dq[perm[row + done + i], c] = np.float16(q * step)
+                if keep:
+                    codes[row + done + i, c] = np.uint8(q + zero)
+                error[a + done + i, c] = -e if sweep else e
+            coming = s + STRIP  # takes the place of what was at s - 2 STRIP
+            if coming < n:
+                if lane == 1:
+                    g = groups[row + coming]
+                    steps[coming // STRIP % 4, j] = step_of(scale_codes[g, c], scale_max[g, seg])
+                    widths[coming // STRIP % 4] = seg_bits[seg, g]
+                for i in range(t - COLUMNS, STRIP * (n - coming), THREADS - COLUMNS):
+                    r, k = i // (n - coming), coming + i % (n - coming)
+                    factor[coming % THREE + r, k] = u[a + coming + r, a + k]
+                if sweep:
+                    for i in range(lane - 1, STRIP, WARPS - 1):
+                        before[coming % THREE + i, j] = np.float32(dq[perm[row + coming + i], c])
+        cuda.syncthreads()
