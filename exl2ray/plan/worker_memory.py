@@ -18,10 +18,13 @@ from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.quality import Settings
 from exl2ray.quant.memory import (
     CPU_BATCH_TOKENS,
+    CPU_KEEP_BYTES,
     CPU_SOLVER_BYTES,
     PARTIAL_SUMS,
     STATE_SETS,
     cross_bytes,
+    keep_bytes_within,
+    middle_bytes,
     peak_bytes,
     recorded_bytes,
     settings_within,
@@ -145,7 +148,9 @@ def _quantize(
     held, embedded = 2 * states + states // SHARES + (0 if corrected else others), 3 * states
     forward = _weight_bytes(module) + hessians + _activations(spec, module, settings, tokens)
     solve = _weight_bytes(module) + hessians + max(_solving(module, g) for g in {x.input_group for x in module.linears})
+    middle = middle_bytes(module, r, tokens, 4 if gpu is None else 2) if corrected else 0
     if gpu is None:
+        held += middle if middle <= CPU_KEEP_BYTES else 0
         twice = forward - hessians if module.kind != "head" else _weight_bytes(module)  # logits are float32 anyway
         most = max(embedded, max(forward + partial, solve) + twice + held)
         ram = CPU_BASE_BYTES + most + _source_bytes(source, module)
@@ -157,6 +162,7 @@ def _quantize(
         notes.append("sums of Hessians in main memory")
         partial = 0
     most = max(forward + partial, solve) + (STATE_SETS * states + others if fits else 0)
+    most += middle if middle <= keep_bytes_within(spec.modules, states if fits else 0, tokens, gpu) else 0
     return Peak("quantize", module.profile_key, most, ram + 2 * _source_bytes(source, module), tuple(notes))
 
 

@@ -38,6 +38,7 @@ from exl2ray.formats.roles import WRITERS
 from exl2ray.quality import Settings
 from exl2ray.quant.block import Block, Check, Expert, ExpertBlock, Linear, by_input, device_of, has_experts
 from exl2ray.quant.hessian import Factor, HessianAccumulator
+from exl2ray.quant.memory import middle_bytes
 from exl2ray.quant.rows import Arrivals, batches
 
 _CHUNK = 4096  # columns solved at a time
@@ -95,8 +96,12 @@ def second_sums(
     source: Mapping[str, Tensor],  # linear key -> (K, N), source weights of the first linears
     settings: Settings,
     check: Check,
+    middles: list[Tensor] | None = None,
 ) -> tuple[dict[str, Sums], Tensor]:
-    """Sums of the second stage, and the source model's states after the block. The block's first linears are quantised."""
+    """Sums of the second stage, and the source model's states after the block. The block's first linears are quantised.
+
+    middles: gets, batch by batch, what enters the second linear in the quantised model (`keeps_middles`).
+    """
     sums = _empty(block, second_linears(block))
     device = device_of(block)
     after, arrivals = torch.empty_like(other), Arrivals(check)
@@ -105,15 +110,22 @@ def second_sums(
         if has_experts(block):
             result = _add_experts(block, *states, source, settings, sums)
         else:
-            result = _add_halves(block, *states, source, sums)
+            result = _add_halves(block, *states, source, sums, middles)
         place = f"rows {part.start} to {part.stop - 1}"
         arrivals.put(after, part, result, f"source output of {block.module.profile_key}, {place}")
     arrivals.end()
     return sums, after
 
 
+def keeps_middles(block: Block, rows: int, tokens: int, settings: Settings) -> bool:
+    """Whether what enters the second linear is kept until that is quantised, in place of computing it again: a fifth of a
+    module's products. If all ``rows`` of this member have room."""
+    itemsize = next(iter(block.weights.values())).element_size()
+    return 0 < middle_bytes(block.module, rows, tokens, itemsize) <= settings.keep_bytes
+
+
 def _add_halves(
-    block: Block, x: Tensor, other: Tensor, source: Mapping[str, Tensor], sums: dict[str, Sums]
+    block: Block, x: Tensor, other: Tensor, source: Mapping[str, Tensor], sums: dict[str, Sums], middles: list[Tensor] | None
 ) -> Tensor:
     """Attention, MLP, or both in parallel: the source model's states after some rows."""
     n, f = block.halves[0].pre(x), block.halves[0].pre(other)
@@ -126,6 +138,8 @@ def _add_halves(
         if half is block.halves[-1] and half.post_norm is None:  # one of two parallel halves corrects the stream
             missing = _plus_behind(missing, x, other, half.residual_scale)
         sums[half.second.input_group].add(quantised, missing, x.shape[0])
+        if middles is not None:
+            middles.append(quantised)
     if len(outs) == 1:
         return outs[0]
     result = other  # parallel halves return their branches alone

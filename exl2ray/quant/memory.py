@@ -21,6 +21,7 @@ from exl2ray.quant.solve import BYTES_PER_WEIGHT
 
 CPU_BATCH_TOKENS = 8192
 CPU_SOLVER_BYTES = 2 << 30
+CPU_KEEP_BYTES = 256 << 20
 # Shares of a GPU's memory: candidates of a module, one solver batch, activations of a forward. Besides these a module needs
 # its weights, Hessians and, at factorisation, two K x K matrices; recorded graphs keep their buffers.
 CANDIDATE_SHARE = 0.3
@@ -31,6 +32,7 @@ STATE_SETS = 3
 CORRECTED_STATE_SETS = 4  # with corrected targets: entry and output, each in the quantised and in the source model
 PARTIAL_SUMS = 3  # of Hessians that wait for their sibling in the tree of shares
 SUMS_SHARE = 0.15
+KEEP_SHARE = 0.1  # what enters second linears, if that much is left
 EXPERT_SHARE = 0.1  # scoring of one expert's tokens
 NORM_BYTES_PER_TOKEN = 1 << 17  # the final norm: states in and out in float32, hidden sizes up to 16384
 
@@ -94,6 +96,23 @@ def room_within(modules: Sequence[Module], state_bytes: int, tokens: int, total:
         worst = max(worst, partial + extra + max(peak_bytes(module, settings, tokens, 0).values()))
     sets = CORRECTED_STATE_SETS if corrected else STATE_SETS
     return int((ROOM_SHARE - GRAPH_SHARE) * total) - worst - sets * state_bytes
+
+
+def keep_bytes(modules: Sequence[Module], state_bytes: int, tokens: int, device: torch.device) -> int:
+    """Bytes for what enters the second linears of a module until these are quantised, beside states of ``state_bytes`` (0:
+    they are in main memory). With corrected targets, which compute it beforehand."""
+    return CPU_KEEP_BYTES if device.type != "cuda" else keep_bytes_within(modules, state_bytes, tokens, device_bytes(device))
+
+
+def keep_bytes_within(modules: Sequence[Module], state_bytes: int, tokens: int, total: int) -> int:
+    """`keep_bytes` on a GPU of ``total`` bytes."""
+    return max(0, min(int(KEEP_SHARE * total), room_within(modules, state_bytes, tokens, total, True)))
+
+
+def middle_bytes(module: Module, rows: int, tokens: int, itemsize: int) -> int:
+    """What enters the second linear of a module of one half; 0 for others."""
+    second = [x for x in module.linears if x.role in roles.WRITERS]
+    return rows * tokens * itemsize * second[0].in_features if module.kind in ("attention", "mlp") and second else 0
 
 
 def sums_on_host(module: Module, device: torch.device, corrected: bool = False) -> bool:

@@ -34,7 +34,15 @@ from exl2ray.formats.layout import QParams
 from exl2ray.formats.measurement import ModuleProfile
 from exl2ray.quality import Settings
 from exl2ray.quant.block import Block, Check, Linear, by_input, device_of, has_experts
-from exl2ray.quant.correct import can_correct, corrected_weights, first_linears, first_sums, second_linears, second_sums
+from exl2ray.quant.correct import (
+    can_correct,
+    corrected_weights,
+    first_linears,
+    first_sums,
+    keeps_middles,
+    second_linears,
+    second_sums,
+)
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.group import Comm, Solo
 from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor, prepare_borrowing
@@ -193,7 +201,7 @@ def quantize_module(
         notes.insert(0, describe_coverage(experts))
     if block.module.kind == "head":
         return QuantizedModule(None, notes, experts, {}, {})
-    out, error = _quantized_pass(block, x, sums.targets, rows, settings, check, comm)
+    out, error = _quantized_pass(block, x, sums.targets, rows, settings, check, comm, sums.middles)
     return QuantizedModule(error, notes, experts, out, sums.after)
 
 
@@ -213,7 +221,9 @@ def sum_hessians(
                 tree.add(s, head_sum(block, own, settings))
         yield PartialSums(inputs, trees)
     elif settings.numerics.target_correction > 0 and can_correct(block):
-        first, after = first_linears(block), dict[int, Tensor]()
+        first, after, middles = first_linears(block), dict[int, Tensor](), dict[int, list[Tensor]]()
+        tokens = next(iter(x.values())).shape[1] if x else 0
+        keep = keeps_middles(block, sum(map(len, x.values())), tokens, settings)
         source = {linear.key: block.weights[linear.key] for linears in first.values() for linear in linears}
         for stage in (first, second_linears(block)):
             trees, crosses = ({group: TreeSum(settings.sums_on_host) for group in stage} for _ in range(2))
@@ -221,12 +231,13 @@ def sum_hessians(
                 if stage is first:
                     sums = first_sums(block, own, other[s], settings)
                 else:
-                    sums, after[s] = second_sums(block, own, other.pop(s), source, settings, check)
+                    mine = middles.setdefault(s, []) if keep else None
+                    sums, after[s] = second_sums(block, own, other.pop(s), source, settings, check, mine)
                 for group in stage:
                     found = sums.pop(group)
                     trees[group].add(s, found.hessian)
                     crosses[group].add(s, found.cross)
-            yield PartialSums(stage, trees, crosses, dict(after), after)
+            yield PartialSums(stage, trees, crosses, dict(after), after, middles)
     else:
         trees, targets, after = empty_trees(block, settings.sums_on_host), dict[int, Tensor](), dict[int, Tensor]()
         for s, own in sorted(x.items()):
@@ -332,10 +343,11 @@ def broadcast(
 
 
 def _quantized_pass(
-    block: Block, x: Shares, targets: dict[int, Tensor], rows: int, settings: Settings, check: Check, comm: Comm
-) -> tuple[dict[int, Tensor], float]:
-    """Output of the quantised block by share, and the mean over all members' rows of its relative error. Uses x and targets
-    up."""
+    block: Block, x: Shares, targets: dict[int, Tensor], rows: int, settings: Settings, check: Check, comm: Comm,
+    middles: dict[int, list[Tensor]],
+) -> tuple[dict[int, Tensor], float]:  # fmt: skip
+    """Output of the quantised block by share, and the mean over all members' rows of its relative error. Uses x, targets and
+    middles up. Where the input of the second linear was kept it is not computed again: the same batches, the same bits."""
     device, ranges = device_of(block), share_rows(rows)
     out: dict[int, Tensor] = {}
     errors: list[tuple[int, float]] = []
@@ -343,8 +355,14 @@ def _quantized_pass(
         own, target = x.pop(s), targets.pop(s)
         out[s], first, arrivals = torch.empty_like(own), ranges[s].start, Arrivals(check)
         error = torch.zeros((), dtype=torch.float64, device=device)
+        kept = middles.pop(s, [])
         for part in batches(len(own), settings.batch_rows):
-            result = block.forward(own[part].to(device))
+            batch = own[part].to(device)
+            if kept:
+                half = block.halves[0]
+                result = half.post(batch, half.linear(half.second.key, kept.pop(0)))
+            else:
+                result = block.forward(batch)
             place = f"rows {first + part.start} to {first + part.stop - 1}"
             arrivals.put(out[s], part, result, f"quantised output of {block.module.profile_key}, {place}")
             error += relative_error(result, target[part].to(device))

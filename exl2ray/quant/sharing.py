@@ -30,6 +30,7 @@ class PartialSums:
 
     inputs: input -> the linears on it. trees: Hessians by input; crosses: products for corrected targets, if any.
     targets, after: by share, what the module should produce, and the source model's states after it; with the last sums.
+    middles: by share, batch by batch, what enters the second linear of the quantised module, if it was kept.
     """
 
     inputs: Mapping[str, Sequence[Linear]]
@@ -37,6 +38,7 @@ class PartialSums:
     crosses: dict[str, TreeSum] = field(default_factory=dict)
     targets: dict[int, torch.Tensor] = field(default_factory=dict)
     after: dict[int, torch.Tensor] = field(default_factory=dict)
+    middles: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

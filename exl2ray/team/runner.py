@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_ahead, whole_tensors
 from exl2ray.quality import Settings
 from exl2ray.quant import block as quant
-from exl2ray.quant.memory import room_for_contexts, settings_for, states_fit, sums_on_host
+from exl2ray.quant.memory import keep_bytes, room_for_contexts, settings_for, states_fit, sums_on_host
 from exl2ray.quant.pack import dequantize
 from exl2ray.quant.rows import forward_rows, shared_batches
 from exl2ray.remote.source import local
@@ -107,7 +108,7 @@ class Runner:
             numerics=numerics,
         )
         if shrink == 1:
-            return s
+            return replace(s, keep_bytes=self._keep_bytes)
         if not self.crowded:
             self.crowded = True
             self._homes.clear()
@@ -118,6 +119,14 @@ class Runner:
             expert_tokens=None if s.expert_tokens is None else max(1, s.expert_tokens // shrink),
             offload=self.device.type == "cuda",
         )
+
+    @cached_property
+    def _keep_bytes(self) -> int:
+        if not self.setup.numerics.target_correction > 0:
+            return 0
+        states = self.state_bytes("quantize")
+        beside = states if self.home(states).type == self.device.type else 0
+        return keep_bytes(self.spec.modules, beside, self._longest, self.device)
 
     def rows(self, name: str) -> Tensor:
         """Token ids (R, T) int64 of a set of calibration rows."""

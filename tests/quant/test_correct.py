@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from quant_helpers import hessian, load, states
+from quant_helpers import Packed, hessian, load, states
 from torch import Tensor
 
 from exl2ray.errors import NumericError
 from exl2ray.model.blocks import Block, check_states
-from exl2ray.quality import Settings
+from exl2ray.quality import Numerics, Settings
 from exl2ray.quant.correct import (
     can_correct,
     corrected_weights,
@@ -23,7 +24,8 @@ from exl2ray.quant.correct import (
     solve_damped,
 )
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare, round_to_nearest
-from exl2ray.quant.module import pack_input, solve_input
+from exl2ray.quant.module import cut, pack_input, quantize_module, solve_input
+from exl2ray.quant.qparams import parse
 from exl2ray.quant.rows import reference_pass
 
 SETTINGS = Settings(batch_rows=2)
@@ -202,11 +204,34 @@ def test_states_beyond_all_bounds_are_refused(tiny: Callable[[str], Path]) -> No
 
 def test_targets_are_what_is_quantised(tiny: Callable[[str], Path]) -> None:
     """8 bits reproduce the targets, not the weights of the block."""
-    from exl2ray.quant.qparams import parse
-
     _, block = load(tiny("Llama"), 1)
     linears = second_linears(block)["o"]
     key = linears[0].key
     target = block.weights[key] + 0.1
     pack_input(block, solve_input(linears, {key: target}, prepare(hessian(64)), {key: parse("1:8b_32g")}, SETTINGS))
     assert float((block.weights[key] - target).abs().max()) < 0.01
+
+
+@pytest.mark.parametrize(("family", "module"), FAMILIES)
+def test_what_enters_the_second_linear_is_computed_once(tiny: Callable[[str], Path], family: str, module: int) -> None:
+    """Kept, where there is room and a module has one half, it gives the bits that computing it again gives."""
+    spec, block = load(tiny(family), module)
+    x, other = two_chains(spec)
+    plain = dict(block.weights)
+    params = {linear.key: parse("1:4b_32g") for linear in block.module.linears}
+    runs = []
+    for keep in (0, 1 << 30):
+        for key, w in plain.items():
+            block.set_weight(key, w)
+        settings = replace(SETTINGS, numerics=Numerics(target_correction=0.5), keep_bytes=keep)
+        seen: list[str] = []
+        block.bank.watch = lambda key, out, seen=seen: seen.append(key)
+        packed = Packed()
+        result = quantize_module(block, cut(x), cut(other), ROWS, params, settings, check_states, packed)
+        block.bank.watch = None
+        runs.append((torch.cat(list(result.x.values())), result.error, packed, len(seen)))
+    (out, error, packed, products), (again, same_error, same, fewer) = runs
+    assert torch.equal(out, again)
+    assert error == same_error
+    assert all(torch.equal(p.q_weight, same[key].q_weight) for key, p in packed.items())
+    assert (fewer < products) == (block.module.kind in ("attention", "mlp"))
