@@ -18,6 +18,7 @@ from exl2ray.cuda.launch import launch
 
 THREADS = 256
 CHUNKS = 64  # blocks per calibration row in `residual_errors`
+MOST_ROWS = 65535  # of a grid in its second dimension
 _MAX = np.float32(65504.0)
 
 
@@ -27,67 +28,70 @@ def usable(*tensors: Tensor) -> bool:
 
 
 @cuda.jit(cache=True)
-def _rotate(x, cos, sin, length, heads, dim, rotated, neox, out):
-    """One block per token; x, out flat (tokens * heads * dim,) halves, cos, sin (length, rotated / 2) float32."""
-    token = cuda.blockIdx.x
-    position = token % length
-    half = rotated // 2
-    base = token * heads * dim
-    pairs = heads * half
-    for p in range(cuda.threadIdx.x, pairs, 2 * THREADS):
-        head = p // half
-        i = p - head * half
-        start = base + head * dim
-        first = start + (i if neox else 2 * i)
-        second = start + (i + half if neox else 2 * i + 1)
-        p2 = p + THREADS  # a second pair, loaded before the first is used
-        head2 = p2 // half
-        i2 = p2 - head2 * half
-        start2 = base + head2 * dim
-        first2 = start2 + (i2 if neox else 2 * i2)
-        second2 = start2 + (i2 + half if neox else 2 * i2 + 1)
+def _rotate(x, cos, sin, heads, dim, half, step_heads, step, neox, out):
+    """One block per token, (position, row); x, out flat (rows * positions * heads * dim,) halves, cos, sin (positions, half)
+    float32. THREADS pairs further on is step_heads heads and ``step`` pairs: a division takes longer than all the rest."""
+    position = cuda.blockIdx.x
+    base = (cuda.blockIdx.y * cuda.gridDim.x + position) * heads * dim
+    apart, between = (1, half) if neox else (2, 1)  # pairs from each other, halves of a pair
+    head, i = 0, cuda.threadIdx.x
+    while i >= half:
+        i -= half
+        head += 1
+    while head < heads:
+        first = base + head * dim + apart * i
+        second = first + between
+        i2, head2 = i + step, head + step_heads  # a second pair, loaded before the first is used
+        if i2 >= half:
+            i2 -= half
+            head2 += 1
+        first2 = base + head2 * dim + apart * i2
+        second2 = first2 + between
         a = np.float32(x[first])
         b = np.float32(x[second])
         a2 = np.float32(0.0)
         b2 = np.float32(0.0)
-        if p2 < pairs:
+        if head2 < heads:
             a2 = np.float32(x[first2])
             b2 = np.float32(x[second2])
         c = cos[position, i]
         s = sin[position, i]
         out[first] = np.float16(a * c - b * s)
         out[second] = np.float16(b * c + a * s)
-        if p2 < pairs:
+        if head2 < heads:
             c = cos[position, i2]
             s = sin[position, i2]
             out[first2] = np.float16(a2 * c - b2 * s)
             out[second2] = np.float16(b2 * c + a2 * s)
-    rest = dim - rotated
-    for p in range(cuda.threadIdx.x, heads * rest, THREADS):
-        head = p // rest
-        at = base + head * dim + rotated + p - head * rest
-        out[at] = x[at]
+        i, head = i2 + step, head2 + step_heads
+        if i >= half:
+            i -= half
+            head += 1
+    if dim > 2 * half:  # what is not rotated
+        for h in range(heads):
+            for k in range(2 * half + cuda.threadIdx.x, dim, THREADS):
+                out[base + h * dim + k] = x[base + h * dim + k]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, neox: bool) -> Tensor:
     """x (R, T, heads, D) half, cos and sin (T, d / 2) float32 -> rotated x; `RotaryTable.rotate`."""
     out = torch.empty_like(x)
     rows, length, heads, dim = x.shape
-    launch(
-        _rotate, rows * length, THREADS, x.view(-1), cos.contiguous(), sin.contiguous(), length, heads, dim,
-        2 * cos.shape[1], neox, out.view(-1),
-    )  # fmt: skip
+    half = cos.shape[1]
+    for start in range(0, rows, MOST_ROWS):
+        part = slice(start, start + MOST_ROWS)
+        launch(
+            _rotate, (length, len(x[part])), THREADS, x[part].view(-1), cos.contiguous(), sin.contiguous(), heads, dim, half,
+            THREADS // half, THREADS % half, neox, out[part].view(-1),
+        )  # fmt: skip
     return out
 
 
 @cuda.jit(device=True, inline=True)
 def _clamped(y):
     """y within +-65504. Comparisons, because min and max turn a NaN into a number."""
-    if y > _MAX:
-        return _MAX
-    if y < -_MAX:
-        return -_MAX
-    return y
+    y = _MAX if y > _MAX else y
+    return -_MAX if y < -_MAX else y
 
 
 @cuda.jit(device=True, inline=True)

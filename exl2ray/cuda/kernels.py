@@ -144,7 +144,7 @@ def grid_errors(x, a, n, blocks, seg_first, seg_bits, g, grid, col_top, block_to
         total = np.float32(0.0)
         for k in range(COLUMNS):
             # rotated start: neighbouring threads read different banks; the order is still fixed per point
-            total += part[t, (k + t) % COLUMNS]
+            total += part[t, (k + t) & (COLUMNS - 1)]  # as % does it, without a look at signs
         partial[b, t] = total
 
 

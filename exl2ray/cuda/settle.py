@@ -49,8 +49,8 @@ def settle(
     before = cuda.shared.array((THREE, COLUMNS), np.float32)  # dq before a sweep, likewise
     tile = cuda.shared.array((TALL, COLUMNS), np.float32)  # weights; once rounded, integers
     errors = cuda.shared.array((TWO, COLUMNS), np.float32)  # of the last two strips
-    steps = cuda.shared.array((4, COLUMNS), np.float32)  # between two integers: of a strip's rows, in a ring of four
-    widths = cuda.shared.array(4, np.int32)  # in bits, likewise
+    steps = cuda.shared.array((3, COLUMNS), np.float32)  # between two integers: of a strip's rows, in a ring of three
+    widths = cuda.shared.array(3, np.int32)  # in bits, likewise
     b = cuda.blockIdx.x
     t = cuda.threadIdx.x
     j = t % COLUMNS
@@ -71,9 +71,9 @@ def settle(
 
     for r in range(lane, n, WARPS):
         tile[r, j] = x[a + r, c]
-    for i in range(t, TWO * n, THREADS):
-        if i // n < n:
-            factor[i // n, i % n] = u[a + i // n, a + i % n]
+    for r in range(lane, min(TWO, n), WARPS):  # no division by n, which takes longer than all the rest
+        for k in range(j, n, COLUMNS):
+            factor[r, k] = u[a + r, a + k]
     if lane < 2 and lane * STRIP < n:
         g = groups[row + lane * STRIP]
         steps[lane, j] = step_of(scale_codes[g, c], scale_max[g, seg])
@@ -82,25 +82,27 @@ def settle(
         for i in range(lane, min(TWO, n), WARPS):
             before[i, j] = np.float32(dq[perm[row + i], c])
     e0 = e1 = e2 = e3 = e4 = e5 = e6 = e7 = np.float32(0.0)
+    last, now, coming = 2, 0, 1  # places in the rings of three: of the strip before s, of that from s on, of the one after
+    there, here = STRIP, 0  # rows of the errors of the strip before, and of this one
     cuda.syncthreads()
     for s in range(0, n + STRIP, STRIP):  # lane 0 is at rows s .., the others at the strip before
         if lane == 0:
             if s < n:
-                step = steps[s // STRIP % 4, j]
-                zero = np.float32(1 << (widths[s // STRIP % 4] - 1))
+                step = steps[now, j]
+                zero = np.float32(1 << (widths[now] - 1))
                 high = zero - np.float32(1.0)
-                f, last = s % THREE, (s + TWO) % THREE
+                f, g = STRIP * now, STRIP * last
                 x0, x1, x2, x3 = tile[s, j], tile[s + 1, j], tile[s + 2, j], tile[s + 3, j]
                 x4, x5, x6, x7 = tile[s + 4, j], tile[s + 5, j], tile[s + 6, j], tile[s + 7, j]
                 if s > 0:
-                    x0 = passed_on(x0, factor, last, s + 0, e0, e1, e2, e3, e4, e5, e6, e7)
-                    x1 = passed_on(x1, factor, last, s + 1, e0, e1, e2, e3, e4, e5, e6, e7)
-                    x2 = passed_on(x2, factor, last, s + 2, e0, e1, e2, e3, e4, e5, e6, e7)
-                    x3 = passed_on(x3, factor, last, s + 3, e0, e1, e2, e3, e4, e5, e6, e7)
-                    x4 = passed_on(x4, factor, last, s + 4, e0, e1, e2, e3, e4, e5, e6, e7)
-                    x5 = passed_on(x5, factor, last, s + 5, e0, e1, e2, e3, e4, e5, e6, e7)
-                    x6 = passed_on(x6, factor, last, s + 6, e0, e1, e2, e3, e4, e5, e6, e7)
-                    x7 = passed_on(x7, factor, last, s + 7, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x0 = passed_on(x0, factor, g, s + 0, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x1 = passed_on(x1, factor, g, s + 1, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x2 = passed_on(x2, factor, g, s + 2, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x3 = passed_on(x3, factor, g, s + 3, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x4 = passed_on(x4, factor, g, s + 4, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x5 = passed_on(x5, factor, g, s + 5, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x6 = passed_on(x6, factor, g, s + 6, e0, e1, e2, e3, e4, e5, e6, e7)
+                    x7 = passed_on(x7, factor, g, s + 7, e0, e1, e2, e3, e4, e5, e6, e7)
                 q, e0 = settled(x0, before[f, j], factor[f, s], step, zero, high, sweep)
                 tile[s, j] = q
                 x1 -= factor[f, s + 1] * e0
@@ -145,34 +147,34 @@ def settle(
                 x7 -= factor[f + 6, s + 7] * e6
                 q, e7 = settled(x7, before[f + 7, j], factor[f + 7, s + 7], step, zero, high, sweep)
                 tile[s + 7, j] = q
-                p = s % TWO
+                p = here
                 errors[p, j], errors[p + 1, j], errors[p + 2, j], errors[p + 3, j] = e0, e1, e2, e3
                 errors[p + 4, j], errors[p + 5, j], errors[p + 6, j], errors[p + 7, j] = e4, e5, e6, e7
         elif s > 0:
-            done = s - STRIP
-            f, p = done % THREE, done % TWO
+            done, f, p = s - STRIP, STRIP * last, there
             e0, e1, e2, e3 = errors[p, j], errors[p + 1, j], errors[p + 2, j], errors[p + 3, j]
             e4, e5, e6, e7 = errors[p + 4, j], errors[p + 5, j], errors[p + 6, j], errors[p + 7, j]
             for k in range(s + STRIP + lane - 1, n, WARPS - 1):
                 tile[k, j] = passed_on(tile[k, j], factor, f, k, e0, e1, e2, e3, e4, e5, e6, e7)
-            step = steps[done // STRIP % 4, j]
-            zero = np.float32(1 << (widths[done // STRIP % 4] - 1))
+            step = steps[last, j]
+            zero = np.float32(1 << (widths[last] - 1))
             for i in range(lane - 1, STRIP, WARPS - 1):
                 q, e = tile[done + i, j], errors[p + i, j]
                 dq[perm[row + done + i], c] = np.float16(q * step)
                 if keep:
                     codes[row + done + i, c] = np.uint8(q + zero)
                 error[a + done + i, c] = -e if sweep else e
-            coming = s + STRIP  # takes the place of what was at s - 2 STRIP
-            if coming < n:
+            top = s + STRIP  # the strip after this one
+            if top < n:
                 if lane == 1:
-                    g = groups[row + coming]
-                    steps[coming // STRIP % 4, j] = step_of(scale_codes[g, c], scale_max[g, seg])
-                    widths[coming // STRIP % 4] = seg_bits[seg, g]
-                for i in range(t - COLUMNS, STRIP * (n - coming), THREADS - COLUMNS):
-                    r, k = i // (n - coming), coming + i % (n - coming)
-                    factor[coming % THREE + r, k] = u[a + coming + r, a + k]
-                if sweep:
-                    for i in range(lane - 1, STRIP, WARPS - 1):
-                        before[coming % THREE + i, j] = np.float32(dq[perm[row + coming + i], c])
+                    g = groups[row + top]
+                    steps[coming, j] = step_of(scale_codes[g, c], scale_max[g, seg])
+                    widths[coming] = seg_bits[seg, g]
+                for r in range(lane - 1, STRIP, WARPS - 1):
+                    for k in range(top + j, n, COLUMNS):
+                        factor[STRIP * coming + r, k] = u[a + top + r, a + k]
+                    if sweep:
+                        before[STRIP * coming + r, j] = np.float32(dq[perm[row + top + r], c])
         cuda.syncthreads()
+        last, now, coming = now, coming, last
+        there, here = here, there
