@@ -15,6 +15,10 @@ import os
 import numpy as np
 from numba import cuda
 
+# Places in arrays are unsigned: Numba has signed ones count from the end, and looks. Both kinds together are a float to it.
+u64 = np.uint64
+R1, R2, R3, R4, R5, R6, R7 = u64(1), u64(2), u64(3), u64(4), u64(5), u64(6), u64(7)
+
 ROUND = np.float32(12582912.0)  # 1.5 * 2^23
 _TINY = np.float32(1e-12)
 SMALLEST = np.float32(1e-30)
@@ -101,12 +105,12 @@ def settled(v, old, pivot, step, zero, high, sweep):
 @cuda.jit(device=True, inline=True)
 def passed_on(v, factor, s, k, e0, e1, e2, e3, e4, e5, e6, e7):
     """The weight v of row k less what the errors of rows s .. s+8 of ``factor`` mean for it, one after another."""
-    v -= factor[s + 0, k] * e0
-    v -= factor[s + 1, k] * e1
-    v -= factor[s + 2, k] * e2
-    v -= factor[s + 3, k] * e3
-    v -= factor[s + 4, k] * e4
-    v -= factor[s + 5, k] * e5
-    v -= factor[s + 6, k] * e6
-    v -= factor[s + 7, k] * e7
+    v -= factor[s, k] * e0
+    v -= factor[s + R1, k] * e1
+    v -= factor[s + R2, k] * e2
+    v -= factor[s + R3, k] * e3
+    v -= factor[s + R4, k] * e4
+    v -= factor[s + R5, k] * e5
+    v -= factor[s + R6, k] * e6
+    v -= factor[s + R7, k] * e7
     return v

@@ -14,10 +14,13 @@ import torch
 from numba import cuda
 from torch import Tensor
 
+from exl2ray.cuda.device_functions import u64
 from exl2ray.cuda.launch import launch
 
 THREADS = 256
 CHUNKS = 64  # blocks per calibration row in `residual_errors`
+# Places are unsigned, as `exl2ray.cuda.device_functions` says.
+T, T2, T3, T4 = u64(THREADS), u64(2 * THREADS), u64(3 * THREADS), u64(4 * THREADS)
 MOST_ROWS = 65535  # of a grid in its second dimension
 _MAX = np.float32(65504.0)
 
@@ -31,20 +34,21 @@ def usable(*tensors: Tensor) -> bool:
 def _rotate(x, cos, sin, heads, dim, half, step_heads, step, neox, out):
     """One block per token, (position, row); x, out flat (rows * positions * heads * dim,) halves, cos, sin (positions, half)
     float32. THREADS pairs further on is step_heads heads and ``step`` pairs: a division takes longer than all the rest."""
-    position = cuda.blockIdx.x
-    base = (cuda.blockIdx.y * cuda.gridDim.x + position) * heads * dim
-    apart, between = (1, half) if neox else (2, 1)  # pairs from each other, halves of a pair
-    head, i = 0, cuda.threadIdx.x
+    position, t = u64(cuda.blockIdx.x), u64(cuda.threadIdx.x)
+    heads, dim, half, step_heads, step = u64(heads), u64(dim), u64(half), u64(step_heads), u64(step)
+    base = (u64(cuda.blockIdx.y) * u64(cuda.gridDim.x) + position) * heads * dim
+    apart, between = (u64(1), half) if neox else (u64(2), u64(1))  # pairs from each other, halves of a pair
+    head, i = u64(0), t
     while i >= half:
         i -= half
-        head += 1
+        head += u64(1)
     while head < heads:
         first = base + head * dim + apart * i
         second = first + between
         i2, head2 = i + step, head + step_heads  # a second pair, loaded before the first is used
         if i2 >= half:
             i2 -= half
-            head2 += 1
+            head2 += u64(1)
         first2 = base + head2 * dim + apart * i2
         second2 = first2 + between
         a = np.float32(x[first])
@@ -66,11 +70,15 @@ def _rotate(x, cos, sin, heads, dim, half, step_heads, step, neox, out):
         i, head = i2 + step, head2 + step_heads
         if i >= half:
             i -= half
-            head += 1
-    if dim > 2 * half:  # what is not rotated
-        for h in range(heads):
-            for k in range(2 * half + cuda.threadIdx.x, dim, THREADS):
-                out[base + h * dim + k] = x[base + h * dim + k]
+            head += u64(1)
+    if dim > u64(2) * half:  # what is not rotated
+        at = base
+        for _ in range(heads):
+            k = u64(2) * half + t
+            while k < dim:
+                out[at + k] = x[at + k]
+                k += T
+            at += dim
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, neox: bool) -> Tensor:
@@ -105,18 +113,18 @@ def _silu_product(gate, up):
 @cuda.jit(cache=True)
 def _gated_silu(gate, up, out):
     """Four elements a thread, all loaded before the first is used: halves alone keep too few bytes in flight."""
-    i = cuda.blockIdx.x * 4 * THREADS + cuda.threadIdx.x
-    if i + 3 * THREADS < gate.size:
-        g0, g1, g2, g3 = gate[i], gate[i + THREADS], gate[i + 2 * THREADS], gate[i + 3 * THREADS]
-        u0, u1, u2, u3 = up[i], up[i + THREADS], up[i + 2 * THREADS], up[i + 3 * THREADS]
+    i, size = u64(cuda.blockIdx.x) * T4 + u64(cuda.threadIdx.x), u64(gate.size)
+    if i + T3 < size:
+        g0, g1, g2, g3 = gate[i], gate[i + T], gate[i + T2], gate[i + T3]
+        u0, u1, u2, u3 = up[i], up[i + T], up[i + T2], up[i + T3]
         out[i] = _silu_product(g0, u0)
-        out[i + THREADS] = _silu_product(g1, u1)
-        out[i + 2 * THREADS] = _silu_product(g2, u2)
-        out[i + 3 * THREADS] = _silu_product(g3, u3)
+        out[i + T] = _silu_product(g1, u1)
+        out[i + T2] = _silu_product(g2, u2)
+        out[i + T3] = _silu_product(g3, u3)
     else:
-        while i < gate.size:
+        while i < size:
             out[i] = _silu_product(gate[i], up[i])
-            i += THREADS
+            i += T
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -152,23 +160,21 @@ def _block_sum(sums, value):
 def _residual_errors(x, branch, target, partial):
     """partial (R, CHUNKS) float32: sums of (half(x + branch) - target)^2; x, branch, target (R, n) halves."""
     sums = cuda.shared.array(THREADS, np.float32)
-    row = cuda.blockIdx.y
-    chunk = cuda.blockIdx.x
-    n = x.shape[1]
-    size = (n + CHUNKS - 1) // CHUNKS
+    row, chunk, n = u64(cuda.blockIdx.y), u64(cuda.blockIdx.x), u64(x.shape[1])
+    size = (n + u64(CHUNKS - 1)) // u64(CHUNKS)
     total = np.float32(0.0)
-    i = chunk * size + cuda.threadIdx.x
-    stop = min(n, (chunk + 1) * size)
-    while i + 3 * THREADS < stop:  # all loads before the first use, as in `_gated_silu`
-        j, k, m = i + THREADS, i + 2 * THREADS, i + 3 * THREADS
+    i = chunk * size + u64(cuda.threadIdx.x)
+    stop = min(n, (chunk + u64(1)) * size)
+    while i + T3 < stop:  # all loads before the first use, as in `_gated_silu`
+        j, k, m = i + T, i + T2, i + T3
         x0, x1, x2, x3 = x[row, i], x[row, j], x[row, k], x[row, m]
         b0, b1, b2, b3 = branch[row, i], branch[row, j], branch[row, k], branch[row, m]
         t0, t1, t2, t3 = target[row, i], target[row, j], target[row, k], target[row, m]
         total += (_square(x0, b0, t0) + _square(x1, b1, t1)) + (_square(x2, b2, t2) + _square(x3, b3, t3))
-        i += 4 * THREADS
+        i += T4
     while i < stop:
         total += _square(x[row, i], branch[row, i], target[row, i])
-        i += THREADS
+        i += T
     total = _block_sum(sums, total)
     if cuda.threadIdx.x == 0:
         partial[row, chunk] = total
@@ -191,23 +197,21 @@ def residual_errors(x: Tensor, branch: Tensor, target: Tensor) -> Tensor:
 def _distances(x, target, partial):
     """partial (2, R, CHUNKS) float32: sums of (x - target)^2 and of target^2; x, target (R, n) halves."""
     sums = cuda.shared.array(THREADS, np.float32)
-    row = cuda.blockIdx.y
-    chunk = cuda.blockIdx.x
-    n = x.shape[1]
-    size = (n + CHUNKS - 1) // CHUNKS
+    row, chunk, n = u64(cuda.blockIdx.y), u64(cuda.blockIdx.x), u64(x.shape[1])
+    size = (n + u64(CHUNKS - 1)) // u64(CHUNKS)
     away = np.float32(0.0)
     own = np.float32(0.0)
-    i = chunk * size + cuda.threadIdx.x
-    stop = min(n, (chunk + 1) * size)
+    i = chunk * size + u64(cuda.threadIdx.x)
+    stop = min(n, (chunk + u64(1)) * size)
     while i < stop:
-        j = i + THREADS  # a second pair, loaded before the first is used
+        j = i + T  # a second pair, loaded before the first is used
         x0, t0 = np.float32(_clamped(np.float32(x[row, i]))), np.float32(target[row, i])
         x1, t1 = np.float32(0.0), np.float32(0.0)
         if j < stop:
             x1, t1 = np.float32(_clamped(np.float32(x[row, j]))), np.float32(target[row, j])
         away += (x0 - t0) * (x0 - t0) + (x1 - t1) * (x1 - t1)
         own += t0 * t0 + t1 * t1
-        i += 2 * THREADS
+        i += T2
     away = _block_sum(sums, away)
     cuda.syncthreads()
     own = _block_sum(sums, own)
@@ -228,36 +232,35 @@ def distances(x: Tensor, target: Tensor) -> Tensor:
 def _rms_norm(x, weight, eps, out):
     """One block per token; x, out (tokens, n) halves, weight (n,) float32."""
     sums = cuda.shared.array(THREADS, np.float32)
-    token = cuda.blockIdx.x
-    n = x.shape[1]
+    token, t, n = u64(cuda.blockIdx.x), u64(cuda.threadIdx.x), u64(x.shape[1])
     total = np.float32(0.0)
-    i = cuda.threadIdx.x
-    while i + 3 * THREADS < n:  # four elements, all loaded before the first is used
-        x0, x1, x2, x3 = x[token, i], x[token, i + THREADS], x[token, i + 2 * THREADS], x[token, i + 3 * THREADS]
+    i = t
+    while i + T3 < n:  # four elements, all loaded before the first is used
+        x0, x1, x2, x3 = x[token, i], x[token, i + T], x[token, i + T2], x[token, i + T3]
         a, b = _clamped(np.float32(x0)), _clamped(np.float32(x1))
         total += a * a + b * b
         a, b = _clamped(np.float32(x2)), _clamped(np.float32(x3))
         total += a * a + b * b
-        i += 4 * THREADS
+        i += T4
     while i < n:
         a, b = _clamped(np.float32(x[token, i])), np.float32(0.0)
-        if i + THREADS < n:
-            b = _clamped(np.float32(x[token, i + THREADS]))
+        if i + T < n:
+            b = _clamped(np.float32(x[token, i + T]))
         total += a * a + b * b
-        i += 2 * THREADS
+        i += T2
     scale = np.float32(1.0) / np.float32(math.sqrt(_block_sum(sums, total) / np.float32(n) + eps))
-    i = cuda.threadIdx.x
-    while i + 3 * THREADS < n:
-        x0, x1, x2, x3 = x[token, i], x[token, i + THREADS], x[token, i + 2 * THREADS], x[token, i + 3 * THREADS]
-        w0, w1, w2, w3 = weight[i], weight[i + THREADS], weight[i + 2 * THREADS], weight[i + 3 * THREADS]
+    i = t
+    while i + T3 < n:
+        x0, x1, x2, x3 = x[token, i], x[token, i + T], x[token, i + T2], x[token, i + T3]
+        w0, w1, w2, w3 = weight[i], weight[i + T], weight[i + T2], weight[i + T3]
         out[token, i] = np.float16(_clamped(np.float32(x0)) * scale * w0)
-        out[token, i + THREADS] = np.float16(_clamped(np.float32(x1)) * scale * w1)
-        out[token, i + 2 * THREADS] = np.float16(_clamped(np.float32(x2)) * scale * w2)
-        out[token, i + 3 * THREADS] = np.float16(_clamped(np.float32(x3)) * scale * w3)
-        i += 4 * THREADS
+        out[token, i + T] = np.float16(_clamped(np.float32(x1)) * scale * w1)
+        out[token, i + T2] = np.float16(_clamped(np.float32(x2)) * scale * w2)
+        out[token, i + T3] = np.float16(_clamped(np.float32(x3)) * scale * w3)
+        i += T4
     while i < n:
         out[token, i] = np.float16(_clamped(np.float32(x[token, i])) * scale * weight[i])
-        i += THREADS
+        i += T
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -271,14 +274,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @cuda.jit(cache=True)
 def _plus_behind(missing, x, other, scale, out):
     """Flat halves; two elements a thread, all loaded before the first is used."""
-    i = cuda.blockIdx.x * 2 * THREADS + cuda.threadIdx.x
-    j = i + THREADS
-    if j < missing.size:
+    i, size = u64(cuda.blockIdx.x) * T2 + u64(cuda.threadIdx.x), u64(missing.size)
+    j = i + T
+    if j < size:
         m0, x0, f0 = missing[i], x[i], other[i]
         m1, x1, f1 = missing[j], x[j], other[j]
         out[i] = np.float16(_clamped(np.float32(m0) + (np.float32(f0) - np.float32(x0)) / scale))
         out[j] = np.float16(_clamped(np.float32(m1) + (np.float32(f1) - np.float32(x1)) / scale))
-    elif i < missing.size:
+    elif i < size:
         out[i] = np.float16(_clamped(np.float32(missing[i]) + (np.float32(other[i]) - np.float32(x[i])) / scale))
 
 

@@ -24,7 +24,22 @@ import numpy as np
 from numba import cuda
 
 from exl2ray.cuda.backend import GRID_POINTS, REFINED_ROWS
-from exl2ray.cuda.device_functions import ROUND, SMALLEST, error_term, fmax, nearest, passed_on
+from exl2ray.cuda.device_functions import (
+    R1,
+    R2,
+    R3,
+    R4,
+    R5,
+    R6,
+    R7,
+    ROUND,
+    SMALLEST,
+    error_term,
+    fmax,
+    nearest,
+    passed_on,
+    u64,
+)
 
 COLUMNS = 32  # columns per block of the search kernels
 LANES = 8  # threads per column there
@@ -182,18 +197,17 @@ def trial(x, a, n, u, blocks, seg_bits, g, seg_m, scale_codes, offsets, least_bi
     """
     factor = cuda.shared.array((STRIP, REFINED_ROWS), np.float32)
     tile = cuda.shared.array((REFINED_ROWS, TRIAL_COLUMNS), np.float32)
-    b = cuda.blockIdx.x
-    t = cuda.blockIdx.y
-    j = cuda.threadIdx.x
-    seg = blocks[b, 0]
+    b, t, j = u64(cuda.blockIdx.x), u64(cuda.blockIdx.y), u64(cuda.threadIdx.x)
+    a, n, g, none = u64(a), u64(n), u64(g), u64(0)
+    seg = u64(blocks[b, none])
     bits = seg_bits[seg, g]
     if bits < least_bits:
         return
-    c = blocks[b, 1] + j
+    c, end = u64(blocks[b, R1]) + j, u64(blocks[b, R2])
     zero = np.float32(1 << (bits - 1))
     high = np.float32((1 << bits) - 1) - zero
     code = np.float32(0.0)
-    if c < blocks[b, 2]:
+    if c < end:
         code = np.float32(scale_codes[g, c]) + np.float32(offsets[t])
     used = code >= np.float32(1.0) and code <= np.float32(16.0)
     step = np.float32(np.float16(code * code * seg_m[seg]))
@@ -203,14 +217,15 @@ def trial(x, a, n, u, blocks, seg_bits, g, seg_m, scale_codes, offsets, least_bi
     loss = np.float32(0.0)
     along = np.float32(0.0)
     size = np.float32(0.0)
-    for s in range(0, n, STRIP):
+    strip = u64(STRIP)
+    for s in range(none, n, strip):
         cuda.syncthreads()
-        for k in range(s + j, n, TRIAL_COLUMNS):
-            for i in range(STRIP):
+        for k in range(s + j, n, u64(TRIAL_COLUMNS)):
+            for i in range(strip):
                 factor[i, k] = u[a + s + i, a + k]
         cuda.syncthreads()
         if used:
-            for i in range(STRIP):
+            for i in range(strip):
                 v = tile[s + i, j]
                 d = np.float32(np.float16(nearest(v, step, zero, high) * step))
                 pivot = factor[i, s + i]
@@ -220,21 +235,21 @@ def trial(x, a, n, u, blocks, seg_bits, g, seg_m, scale_codes, offsets, least_bi
                 along += e * w
                 size += w * w
                 tile[s + i, j] = e
-                for k in range(i + 1, STRIP):
+                for k in range(i + R1, strip):
                     tile[s + k, j] -= factor[i, s + k] * e
-            e0 = tile[s + 0, j]
-            e1 = tile[s + 1, j]
-            e2 = tile[s + 2, j]
-            e3 = tile[s + 3, j]
-            e4 = tile[s + 4, j]
-            e5 = tile[s + 5, j]
-            e6 = tile[s + 6, j]
-            e7 = tile[s + 7, j]
-            for k in range(s + STRIP, n):
-                tile[k, j] = passed_on(tile[k, j], factor, 0, k, e0, e1, e2, e3, e4, e5, e6, e7)
+            e0 = tile[s, j]
+            e1 = tile[s + R1, j]
+            e2 = tile[s + R2, j]
+            e3 = tile[s + R3, j]
+            e4 = tile[s + R4, j]
+            e5 = tile[s + R5, j]
+            e6 = tile[s + R6, j]
+            e7 = tile[s + R7, j]
+            for k in range(s + strip, n):
+                tile[k, j] = passed_on(tile[k, j], factor, none, k, e0, e1, e2, e3, e4, e5, e6, e7)
     if used:
         cost[t, c] = loss + shrinkage * along * along / fmax(size, SMALLEST)
-    elif c < blocks[b, 2]:
+    elif c < end:
         cost[t, c] = np.float32(math.inf)
 
 

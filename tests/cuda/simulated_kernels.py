@@ -4,6 +4,7 @@ branches. Started by test_simulated.py."""
 from __future__ import annotations
 
 import kernel_checks as checks
+import numpy as np
 import pytest
 from numba import config
 from simulator import take_turns
@@ -53,6 +54,12 @@ def test_packing() -> None:
     checks.check_packing("cpu", GroupLayout((8, 6, 5, 4, 3, 2), (32,) * 6), 32, seed=3)
 
 
+def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "THREADS", 32)
+    for name, times in (("T", 1), ("T2", 2), ("T3", 3), ("T4", 4)):
+        monkeypatch.setattr(elementwise, name, np.uint64(32 * times))
+
+
 @pytest.mark.parametrize(("rotated", "neox"), [(8, True), (4, True), (8, False)])
 def test_rotate(rotated: int, neox: bool) -> None:
     checks.check_rotate("cpu", rotated, neox)
@@ -65,22 +72,22 @@ def test_gated_silu() -> None:
 def test_residual_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of 32 threads per row: with 64 of 256, the simulator takes minutes."""
     monkeypatch.setattr(elementwise, "CHUNKS", 2)
-    monkeypatch.setattr(elementwise, "THREADS", 32)
+    few_threads(monkeypatch)
     checks.check_residual_errors("cpu", tokens=10)
 
 
 def test_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "CHUNKS", 2)
-    monkeypatch.setattr(elementwise, "THREADS", 32)
+    few_threads(monkeypatch)
     checks.check_distances("cpu", tokens=6)
 
 
 def test_rms_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "THREADS", 32)
+    few_threads(monkeypatch)
     checks.check_rms_norm("cpu")
     checks.check_rms_norm("cpu", 224)  # four elements of a thread at a time, and three that are left
 
 
 def test_plus_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "THREADS", 32)
+    few_threads(monkeypatch)
     checks.check_plus_behind("cpu")
