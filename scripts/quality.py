@@ -94,7 +94,7 @@ class Variant:
             ctx = convert_command.make_context("convert", [*given, *shlex.split(self.options)])
         except (click.ClickException, ValueError) as e:
             raise UsageError(f"--variant {self.name}: {e}") from e
-        return recipe_from(ctx, compile_full=str(work / "out"), reuse=True, **rows)
+        return replace(recipe_from(ctx), compile_full=str(work / "out"), reuse=True, **rows)
 
 
 @dataclass(frozen=True)
