@@ -163,7 +163,12 @@ def disks(out_dir: str) -> list[Finding]:
         work = problem(topic, e.message, e.hint)
     except OSError as e:
         work = problem(topic, f"{out_dir}: {e.strerror or e}", ANOTHER)
-    return work + _disk("temporary files", tempfile.gettempdir(), "set TMPDIR to another directory")
+    topic, otherwise = "temporary files", "set TMPDIR to another directory"
+    try:
+        return work + _disk(topic, tempfile.gettempdir(), otherwise)
+    except FileNotFoundError:  # Python tries several
+        text = "no folder for them can be written; models that are elsewhere need one, and so does Ray"
+        return [*work, Finding(topic, text, "warning", otherwise)]
 
 
 def _disk(topic: str, path: str, otherwise: str) -> list[Finding]:

@@ -29,12 +29,16 @@ def ray_start(found: Probe, gpus: int) -> list[Finding]:
 
 def _ray_fix(error: str) -> str:
     """What to do about a Ray that does not start; the complaints are those of Ray 2.54 to 2.60."""
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    folder = os.environ.get("RAY_TMPDIR")
+    try:
+        folder = folder or tempfile.gettempdir()
+    except FileNotFoundError:  # none can be written
+        folder = os.environ.get("TMPDIR") or "/tmp"
     logs = f"logs: {folder}/{TEMP_PREFIX}*/r/session_latest/logs"
     fixes: Remedies = {
         ("No module named",): "pip install exl2ray again: a package is missing",
         ("AF_UNIX path",): f"{folder} is too long a path for Ray's sockets: export RAY_TMPDIR=/tmp",
-        ("Read-only file system", "Permission denied"):
+        ("Read-only file system", "Permission denied", "No usable temporary directory"):
             f"Ray must write into {folder}: export RAY_TMPDIR to a directory of your own with a short name",
         ("No space left",): f"{folder} is full: make room, or export RAY_TMPDIR to a directory on another disk",
         ("Too many open files", "timed out during startup"):

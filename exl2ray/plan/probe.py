@@ -6,12 +6,13 @@ Hessians, writing. What it takes is the basis of a better estimate of the time.
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +73,9 @@ def probe(recipe: Recipe, found: Examination, say: Callable[[str], None]) -> Pro
     try:
         for folder in abandoned(place, SCRATCH, LOCK):  # of processes that were killed
             shutil.rmtree(folder, ignore_errors=True)
-        scratch = tempfile.mkdtemp(prefix=SCRATCH, dir=place)
+        scratch, held = tempfile.mkdtemp(prefix=SCRATCH, dir=place), ExitStack()
         with suppress(OSError):
-            hold(Path(scratch), LOCK)
+            held.callback(os.close, hold(Path(scratch), LOCK))
     except OSError as e:
         raise StoreError(f"{place}: cannot be written: {e.strerror or e}", "name a work directory with -o") from e
     try:
@@ -87,6 +88,7 @@ def probe(recipe: Recipe, found: Examination, say: Callable[[str], None]) -> Pro
         return ProbeResult(tuple(items), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        held.close()
 
 
 def worst_layer(spec: ModelSpec) -> list[ModuleSpec]:

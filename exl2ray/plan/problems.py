@@ -70,7 +70,11 @@ def examine(recipe: Recipe) -> Examination:
         _examine_source(found, recipe)
         _examine_side_files(found, recipe)
     with ThreadPoolExecutor(1, "samples") as beside:
-        _examine_all(found, recipe, _begin_samples(found, recipe, beside))
+        try:
+            _examine_all(found, recipe, _begin_samples(found, recipe, beside))
+        except BaseException:  # of a stop, say, which waits for what has begun
+            beside.shutdown(wait=False, cancel_futures=True)
+            raise
     return found
 
 

@@ -78,7 +78,7 @@ def _run_backward(device: torch.device) -> None:
         y = x + ((F.silu(attended) * n) @ weight).float()
         p = torch.softmax((y.bfloat16() @ weight).float(), -1)
         torch.autograd.grad(p, [x, n], torch.ones_like(p))
-        torch.cuda.synchronize(device)
+        # The device is not waited for: that would spoil a graph which another thread records (`exl2ray.cuda.small_batches`).
 
 
 def _run_kernels(device: torch.device, numerics: Numerics) -> None:

@@ -78,6 +78,7 @@ class Job:
             self.reporter.event("note", message="-m holds no sensitivities: options are chosen per module")
         self.limits = Limits()
         self.began = False  # the first pass
+        self._froze = False
         self._workers: Workers | None = None
         self._supervisor: Supervisor | None = None
         parts = [f"options chosen per {recipe.allocates}", recipe.numerics.describe()]
@@ -143,7 +144,8 @@ class Job:
     ) -> None:
         if self.dry:
             return
-        gc.unfreeze()
+        if self._froze:
+            gc.unfreeze()
         with shielded():  # a second signal waits for the locks to be released
             self.source_state.close()
             try:
@@ -164,6 +166,14 @@ class Job:
             bits=list(recipe.bits), device=str(self.device), workers=recipe.gpus or 0,
             resumed=any(key not in (CALIBRATION_KEY, SOURCE_KEY) for key, _ in records), **places(self.writes),
         )  # fmt: skip
+
+    def freeze(self) -> None:
+        """What was imported stays: a collection that looks at all of torch takes 0.15 s, while a GPU waits. Not where the
+        program that calls has frozen something itself, which would be let go at the end.
+        """
+        if not gc.get_freeze_count():
+            gc.freeze()
+            self._froze = True
 
     def lock_targets(self) -> None:
         """Keeps other conversions out of the outputs until this one ends, so that of two the second does not work in vain."""
@@ -287,7 +297,7 @@ class Stage:
         self.job.reporter.event("stage", stage=self.name, items=self.items, done=self.done)
         if not self.job.began:
             self.job.began = True
-            gc.freeze()  # what was imported stays: a collection that looks at all of torch takes 0.15 s, while a GPU waits
+            self.job.freeze()
             self.job.work.event("start", **timeline.taken())
         self.job.work.event("stage", stage=self.name, items=self.items, done=self.done)
         return self

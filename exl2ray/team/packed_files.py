@@ -61,12 +61,7 @@ class Writers:
         self._store, self._on_gpu = store, device.type == "cuda"
         self._copies = threading.local()  # of each thread
         copies = [HostCopies(device) for _ in range(WRITERS)] if self._on_gpu else []
-        self._threads = ThreadPoolExecutor(WRITERS, "write", self._begin, (copies,))
-
-    def _begin(self, copies: list[HostCopies]) -> None:
-        """In each thread, at first."""
-        if copies:
-            self._copies.own = copies.pop()
+        self._threads = ThreadPoolExecutor(WRITERS, "write", _begin, (self._copies, copies))
 
     def write(self, rel: str, tensors: dict[str, Tensor]) -> Future[FileRef]:
         ready = None
@@ -79,6 +74,12 @@ class Writers:
         if ready is not None:
             tensors = self._copies.own.copy(tensors, ready)
         return put_tensors(self._store, rel, tensors)
+
+
+def _begin(of_thread: threading.local, copies: list[HostCopies]) -> None:
+    """In each thread, at first. No method: a thread holds what it began with, and would keep its own pool alive for good."""
+    if copies:
+        of_thread.own = copies.pop()
 
 
 class PackedFiles:

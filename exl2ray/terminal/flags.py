@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING
 from typing import Any, TypeVar, get_origin
@@ -23,6 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # and -l, but rows to quantise are set aside too.)
 CONVERT_ONLY = tuple(name for name, s in SETTINGS.items() if not s.measured)
 MEASURE_FIELDS = tuple(name for name, s in SETTINGS.items() if s.measured)
+REMEMBERED = f"{__name__}.remembered"  # in the context: the flags that a resume takes from its job, and nothing made shows
 PLACES = frozenset({"DIR", "FILE", "MODEL", "OUT", "PATH", "PLACE", "WORKDIR"})  # metavars of paths
 
 
@@ -123,10 +125,21 @@ class SectionedCommand(CheckedCommand):
 
 
 def notes_from(ctx: click.Context) -> list[str]:
-    """What is to be said of flags that a command takes and does not use."""
+    """What is to be said of flags that a command takes and does not use, and of those that a resume takes from its job; after
+    `recipe_from`.
+    """
     unused = [flag_of(ctx.command.params, name) for name in CONVERT_ONLY if name not in ctx.params and is_given(ctx, name)]
     said = [f"{', '.join(unused)}: nothing that is measured depends on it; give it to convert"] if unused else []
+    remembered = ctx.meta.get(REMEMBERED)
+    said += [f"from the job, as it was run before: {' '.join(remembered)}"] if remembered else []
     return [*reference_notes(ctx), *said]
+
+
+def _spelled(name: str, value: Any) -> str:
+    """A field as a command line has it."""
+    about = SETTINGS[name]
+    shown_value = f"{value:g}" if isinstance(value, float) else shlex.quote(str(value))
+    return about.flag if value is True else f"{about.flag} {shown_value}"
 
 
 def recipe_from(ctx: click.Context, **otherwise: Any) -> Recipe:
@@ -142,6 +155,8 @@ def recipe_from(ctx: click.Context, **otherwise: Any) -> Recipe:
         values.update({n: v for n, v in stored.items() if n not in given})
         if "score_rows" not in given and {"allocation", "quality"} & given:  # of the choice that was another one
             values["score_rows"] = None
+        kept = [n for n, s in SETTINGS.items() if s.kept and n in stored and n not in given and values[n] is not None]
+        ctx.meta[REMEMBERED] = [_spelled(n, values[n]) for n in kept]
     values.update({n: v for n, v in otherwise.items() if values.get(n) is None})
     recipe = Recipe(**values)
     check_files(recipe)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -405,3 +406,16 @@ def test_what_the_driver_says(monkeypatch, tmp_path, script, cards, error):
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert probes.nvidia_smi() == (cards, error)
+
+
+def test_doctor_where_no_temporary_folder_can_be_written(monkeypatch, tmp_path):
+    def refuse() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", refuse)
+    monkeypatch.setenv("TMPDIR", "/full")
+    work, temporary = doctor.disks(str(tmp_path))
+    assert work.level != "problem"
+    assert (temporary.level, temporary.fix) == ("warning", "set TMPDIR to another directory")
+    (found,) = ray_start.ray_start({"error": "No usable temporary directory found in ['/tmp']"}, 1)
+    assert "Ray must write into /full" in found.fix

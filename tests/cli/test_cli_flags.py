@@ -291,14 +291,18 @@ def test_how_a_job_was_begun_comes_back_too(run, fake, job_args, monkeypatch, tm
     make_job(stored)
     wanted = replace(stored, no_resume=bool(flags), eval_text=str(tmp_path / "text.txt"))
     monkeypatch.chdir("/")
-    assert run("convert", "-o", job_args[3], *flags).exit_code == 0
+    result = run("convert", "-o", job_args[3], *flags)
+    assert result.exit_code == 0
     assert fake.recipes == [wanted]
+    said = "--nearest --source-cache 1GB --device cpu --gpus 2 --ray-address auto --executor ray --score-rows 3"
+    assert f"from the job, as it was run before: {said} --evaluate always" in " ".join(result.output.split())
     other = ["--evaluate", "never", "--device", "auto", "--executor", "auto", "--score-rows", "2"]
     assert run("convert", "-o", job_args[3], *flags, *other).exit_code == 0
     assert fake.recipes[1] == replace(wanted, evaluate="never", device="auto", executor="auto", score_rows=2)
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
     assert run("convert", "-o", job_args[3], *flags, "--allocation", "module").exit_code == 0
     assert fake.recipes[2] == replace(wanted, ray_address=None, allocation="module", score_rows=None)
+    assert "from the job" not in run("convert", *job_args, "--device", "cpu").output
 
 
 def test_how_a_job_is_run_is_compared_with_nothing(job_args):

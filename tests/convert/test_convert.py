@@ -206,6 +206,12 @@ def test_what_was_imported_is_left_out_of_collections_while_it_runs(llama: Path,
     convert(recipe(llama, tmp_path / "work"), Counting())
     assert min(frozen) > 10_000
     assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        convert(recipe(llama, tmp_path / "work"), Silent())
+        assert gc.get_freeze_count() > 10_000  # what the program had frozen itself stays so
+    finally:
+        gc.unfreeze()
 
 
 def test_builtin_calibration_text(llama: Path, tmp_path: Path) -> None:

@@ -263,3 +263,20 @@ def test_what_a_sample_fails_with_comes_up(tiny: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(problems, "flat_warnings", failing)
     with pytest.raises(RuntimeError, match="a defect"):
         examine(recipe(tiny, tmp_path))
+
+
+def test_a_stop_waits_for_no_samples_that_are_yet_to_begin(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, seen = threading.Event(), []
+
+    def stopped(*given: Any) -> None:
+        threading.Timer(0.2, go_on.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(problems, "scan_values", lambda *given: seen.append(go_on.wait(60)) or [])
+    monkeypatch.setattr(problems, "flat_warnings", lambda *given: seen.append("flat") or [])
+    monkeypatch.setattr(problems, "pick_device", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        examine(recipe(tiny, tmp_path))
+    assert seen == [True]  # what had begun is over

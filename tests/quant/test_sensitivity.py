@@ -15,6 +15,7 @@ from torch import Tensor
 from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, load_block
+from exl2ray.quant import warm
 from exl2ray.quant.sensitivity import (
     POSITIONS,
     Sums,
@@ -177,3 +178,11 @@ def test_gradients_of_experts_are_the_same_in_every_run(tiny: Callable[[str], Pa
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(f[0], found[0][0]) and f[1] == found[0][1] for f in found)
+
+
+def test_setting_up_gradients_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that measures may be recording a graph, which a wait for the whole device spoils."""
+    waited: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waited.append(device))
+    warm._run_backward(torch.device("cpu"))
+    assert waited == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from exl2ray.quant.pack import pack
 from exl2ray.store.open import open_store
 from exl2ray.store.tensors import get_tensors, put_tensors
 from exl2ray.team import packed_files
-from exl2ray.team.packed_files import PackedFiles
+from exl2ray.team.packed_files import PackedFiles, Writers
 
 
 class AtOnce:
@@ -55,3 +57,17 @@ def test_everything_is_written_once(least: int, count: int, tmp_path: Path, monk
     assert read.keys() == expected.keys()
     assert all(torch.equal(read[name], t) for name, t in expected.items())
     assert files.flush() is found  # nothing is left
+
+
+def test_threads_that_write_end_with_their_pool(tmp_path: Path) -> None:
+    """One that converts many models in a process would gather them, and on GPUs their pinned memory."""
+    before = set(threading.enumerate())
+    writers = Writers(open_store(str(tmp_path)), torch.device("cpu"))
+    writers.write("a.safetensors", {"a": torch.zeros(3)}).result()
+    own = set(threading.enumerate()) - before
+    assert own
+    del writers
+    gc.collect()
+    for thread in own:
+        thread.join(60)
+        assert not thread.is_alive()
