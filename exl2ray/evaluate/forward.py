@@ -22,6 +22,7 @@ from exl2ray.errors import CalibrationError, FormatError, SourceError, UsageErro
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
+from exl2ray.formats.readahead import ReadAhead
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.source.quantised import quantised_by
 from exl2ray.formats.tensorfile import TensorFile
@@ -131,7 +132,7 @@ def linear_reader(device: torch.device) -> LinearReader:
     Linears that an EXL2 directory keeps in float16 (a head may be) are read as those of any other model.
     """
 
-    def read(spec: ModelSpec, linear: LinearSpec, source: SourceModel) -> tuple[Tensor, Tensor | None]:
+    def read(spec: ModelSpec, linear: LinearSpec, source: SourceModel | ReadAhead) -> tuple[Tensor, Tensor | None]:
         if isinstance(source, Exl2Model) and f"{linear.key}.q_weight" in source:
             packed = source.linear(linear.key)
             return dequantize(packed, device), packed.bias
@@ -218,11 +219,14 @@ def checked_ids(ids: Tensor, model: OpenModel) -> Tensor:
     return checked
 
 
-def load_module(model: OpenModel, module: ModuleSpec, device: torch.device, options: RunOptions) -> Block:
-    """The weights of one module on ``device``; EXL2 linears dequantised."""
+def load_module(
+    model: OpenModel, module: ModuleSpec, device: torch.device, options: RunOptions, ahead: ReadAhead | None = None
+) -> Block:
+    """The weights of one module on ``device``; EXL2 linears dequantised. ahead: where the model's tensors come from, if some
+    are read in advance."""
     dtype = options.compute_dtype(device)
     state_dtype = torch.float32 if dtype == torch.float32 else None
-    return load_block(model.spec, module, model.source, device, dtype, state_dtype, linear_reader(device))
+    return load_block(model.spec, module, ahead or model.source, device, dtype, state_dtype, linear_reader(device))
 
 
 @torch.inference_mode()

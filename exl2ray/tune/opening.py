@@ -14,11 +14,12 @@ from exl2ray.errors import FormatError, SourceError, UsageError
 from exl2ray.evaluate.forward import OpenModel, RunOptions, linear_reader, load_module, open_model
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.readahead import ReadAhead
 from exl2ray.formats.side_files import check_side_files
 from exl2ray.model.blocks import Block, load_block
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec, PlainTensor
-from exl2ray.model.weights import read_linear, read_stored
+from exl2ray.model.weights import read_ahead, read_linear, read_stored, whole_tensors
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import REACH, Grid
 from exl2ray.tune.judge import PARTS
@@ -74,11 +75,12 @@ def _as_quantised(start: OpenModel, spec: ModelSpec) -> ModelSpec | None:
 
 def load_tuned(
     pair: Pair, module: ModuleSpec, device: torch.device, dtype: torch.dtype, reach: float = REACH,
-    rank: int = 0, size: int = 1, latents: Mapping[str, Tensor] | None = None,
+    rank: int = 0, size: int = 1, latents: Mapping[str, Tensor] | None = None, ahead: ReadAhead | None = None,
 ) -> TunedModule:  # fmt: skip
     """One module of the start on the device, computing in ``dtype``, the residual stream in float32.
 
-    rank, size: which of how many workers this is. latents: of its linears, by key, in place of those to begin with.
+    rank, size: which of how many workers this is. latents: of its linears, by key, in place of those to begin with. ahead:
+    the source's tensors, if some are read in advance.
     """
     linears, gains = {}, []
     for linear in module.linears:
@@ -87,7 +89,7 @@ def load_tuned(
         packed = pair.exl2.linear(linear.key)
         grid = Grid.of(packed, linear.out_features, device)
         if latents is None:
-            mine: Tensor | None = grid.latents(grid.integers(packed), _weight(pair, linear, device), reach)
+            mine: Tensor | None = grid.latents(grid.integers(packed), _weight(pair, linear, device, ahead), reach)
         else:
             mine = latents[linear.key].to(device, copy=True) if linear.key in latents else None
         linears[linear.key] = TunedLinear(packed, grid, mine)
@@ -118,9 +120,31 @@ def _norm_gains(pair: Pair, module: ModuleSpec, device: torch.device) -> list[Ga
     return out
 
 
-def load_source(pair: Pair, module: ModuleSpec, device: torch.device) -> Block:
-    """The module of the source that is in the place of ``module``, as it is evaluated."""
-    return load_module(pair.source, pair.source.spec.modules[module.index], device, RunOptions())
+def load_source(pair: Pair, module: ModuleSpec, device: torch.device, ahead: ReadAhead | None = None) -> Block:
+    """The module of the source that is in the place of ``module``, as it is evaluated. ahead: as of `load_tuned`."""
+    return load_module(pair.source, pair.source.spec.modules[module.index], device, RunOptions(), ahead)
+
+
+class Ahead:
+    """The source's tensors, read into pinned memory by several threads while a GPU takes up those before: one thread takes
+    minutes for a 7B. ``wanted``: if not, for a CPU, and of a source that is quantised, nothing is read ahead."""
+
+    def __init__(self, pair: Pair, device: torch.device, wanted: bool) -> None:
+        self._modules = pair.source.spec.modules
+        plain = wanted and device.type == "cuda" and not pair.source.quantized
+        self._reading = read_ahead(pair.source.source, pin=True) if plain else None
+
+    def at(self, index: int) -> ReadAhead | None:
+        """For the module of this index; those of the next two are begun."""
+        if self._reading is not None:
+            coming = self._modules[index : index + 3]
+            self._reading.fetch([name for m in coming for name in whole_tensors(m)])
+        return self._reading
+
+    def end(self) -> None:
+        """Lets go of what was read and not asked for."""
+        if self._reading is not None:
+            self._reading.fetch([])
 
 
 def load_finished(pair: Pair, module: ModuleSpec, device: torch.device) -> Block:
@@ -150,12 +174,12 @@ def parts_of(spec: ModelSpec, pair: Pair) -> list[str]:
     return [p for p in PARTS if p in linears or (p == NORMS and gains)]
 
 
-def _weight(pair: Pair, linear: LinearSpec, device: torch.device) -> Tensor | None:
+def _weight(pair: Pair, linear: LinearSpec, device: torch.device, ahead: ReadAhead | None) -> Tensor | None:
     """(K, N) float32 as it was quantised."""
     if pair.latents_from is None:
         return None
     theirs = next(x for x in pair.latents_from.linears if x.key == linear.key)
-    return read_linear(pair.latents_from, theirs, pair.source.source, device)[0]
+    return read_linear(pair.latents_from, theirs, ahead or pair.source.source, device)[0]
 
 
 def _is_gain(plain: PlainTensor) -> bool:

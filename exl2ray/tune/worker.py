@@ -30,7 +30,7 @@ from exl2ray.tune.deciding import decided
 from exl2ray.tune.evaluating import Evaluator
 from exl2ray.tune.memory import room_for
 from exl2ray.tune.module import TunedModule
-from exl2ray.tune.opening import load_source, load_tuned, open_pair
+from exl2ray.tune.opening import Ahead, load_source, load_tuned, open_pair
 from exl2ray.tune.rows import batches
 from exl2ray.tune.settings import Settings
 from exl2ray.tune.shelves import Homes, Shelf
@@ -134,7 +134,8 @@ class _Tuning:
         self.ids, self.held = rows["ids"].clone(), rows["held"].clone()
         shrink = max(self.part.shrink.values(), default=1)
         self.room = room_for(self.pair.start.spec, self.device, self.settings.streamed, shrink)
-        self.source = self._shelf(lambda i: load_source(self.pair, self.modules_of[i], self.device))
+        self._ahead = Ahead(self.pair, self.device, wanted=not self.room.streamed)
+        self.source = self._shelf(lambda i: load_source(self.pair, self.modules_of[i], self.device, self._ahead.at(i)))
         self.saved = state.restore(self.store, self.comm, self.part.identity)
         self.progress = self.saved.progress if self.saved else state.Progress(self.part.identity)
         self.was_over = self.progress.over
@@ -191,6 +192,7 @@ class _Tuning:
         homes = Homes(folder, self.room.home_bytes // self.comm.size) if self.room.streamed else None
         self._homes, dtype = homes, self.settings.compute_dtype(self.device)
         self.modules = self._shelf(lambda i: self._module(i, homes, dtype))
+        self._ahead.end()
         comm = self.comm
         self.trainer = Trainer(
             self.modules, self.source, self.device, self.skip, comm=comm, keep=self.room.keeps_graphs,
@@ -215,7 +217,7 @@ class _Tuning:
         module = self.modules_of[index]
         given = (self.pair, module, self.device, dtype, self.settings.reach, self.comm.rank, self.comm.size)
         if homes is None or module.profile_key not in homes:
-            made = load_tuned(*given)
+            made = load_tuned(*given, ahead=self._ahead.at(index))
             if self.saved is not None:
                 self.progress.snapshots[made.key] = self.saved.into(made)
             if homes is None:

@@ -13,14 +13,16 @@ from thread_comm import together
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from exl2ray.formats.readahead import ReadAhead
+from exl2ray.model.weights import read_ahead
 from exl2ray.quant.group import Solo
 from exl2ray.quant.pack import dequantize
-from exl2ray.tune import divergence, training
+from exl2ray.tune import divergence, opening, training
 from exl2ray.tune.evaluating import Evaluator
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import REACH
 from exl2ray.tune.module import TunedModule
-from exl2ray.tune.opening import Pair, load_source, load_tuned, open_pair
+from exl2ray.tune.opening import Ahead, Pair, load_source, load_tuned, open_pair
 from exl2ray.tune.sums import TreeOfSums
 from exl2ray.tune.training import Rates, Trainer, schedule
 
@@ -53,6 +55,30 @@ def trainer(found: Pair, recording: bool = True) -> Trainer:
 
 def token_ids(found: Pair, rows: int = 6, length: int = 20) -> Tensor:
     return torch.randint(0, found.start.vocab_size, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def test_tensors_that_were_read_ahead_are_the_same(pair: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, without its pinned memory; on a CPU, and a module at a time, nothing is."""
+    found = opened(pair, "Llama")
+    assert Ahead(found, CPU, wanted=True).at(0) is None
+    assert Ahead(found, torch.device("cuda"), wanted=False).at(0) is None
+    monkeypatch.setattr(opening, "read_ahead", lambda source, pin: read_ahead(source, pin=False))
+    ahead, taken, plain = Ahead(found, torch.device("cuda"), wanted=True), [], ReadAhead.load
+
+    def load(self: ReadAhead, name: str, *rows: slice) -> Tensor:
+        taken.append(name)
+        return plain(self, name, *rows)
+
+    monkeypatch.setattr(ReadAhead, "load", load)
+    for m in found.start.spec.modules:
+        early, late = load_source(found, m, CPU, ahead.at(m.index)), load_source(found, m, CPU)
+        assert all(torch.equal(early.weights[k], w) for k, w in late.weights.items())
+    for m in found.start.spec.modules:
+        first = load_tuned(found, m, CPU, torch.float32, ahead=ahead.at(m.index))
+        again = load_tuned(found, m, CPU, torch.float32)
+        assert all(torch.equal(x.latents, again.linears[k].latents) for k, x in first.linears.items())
+    ahead.end()
+    assert "model.layers.1.mlp.down_proj.weight" in taken
 
 
 @pytest.mark.parametrize("family", FAMILIES)
