@@ -29,7 +29,7 @@ from exl2ray.formats.tensorfile import TensorFile
 from exl2ray.model.arch import is_exl2, load_spec
 from exl2ray.model.blocks import Block, LinearReader, check_states, load_block
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
-from exl2ray.model.weights import read_linear
+from exl2ray.model.weights import read_ahead, read_linear, whole_tensors
 from exl2ray.quant.pack import dequantize
 
 BATCH_TOKENS = 8192  # tokens that pass through a module at once; at least one row
@@ -176,11 +176,14 @@ def run_model(
     if opened.bos_id is not None:
         states = torch.cat([torch.full((len(states), 1), opened.bos_id), states], dim=1)
     count = len(opened.spec.modules)
+    ahead = Ahead(opened, device)
     for module in opened.spec.modules[:-1]:
-        states = _advance(opened, module, states, device, options)
+        block = load_module(opened, module, device, options, ahead.at(module.index))
+        states = _advance(opened, block, states, device, options)
+        del block  # before the next one takes memory
         if progress is not None:
             progress(opened.path, module.index + 1, count)
-    head = load_module(opened, opened.spec.modules[-1], device, options)
+    head = load_module(opened, opened.spec.modules[-1], device, options, ahead.at(count - 1))
     if progress is not None:
         progress(opened.path, count, count)
     if opened.bos_id is not None:
@@ -229,10 +232,32 @@ def load_module(
     return load_block(model.spec, module, ahead or model.source, device, dtype, state_dtype, linear_reader(device))
 
 
+class Ahead:
+    """Tensors of a model, read into pinned memory by several threads while a GPU takes up those before: one thread takes
+    minutes for a 7B. ``wanted``: if not, for a CPU, and of an EXL2 model, nothing is read ahead."""
+
+    def __init__(self, model: OpenModel, device: torch.device, wanted: bool = True) -> None:
+        self._modules = model.spec.modules
+        plain = wanted and device.type == "cuda" and not model.quantized
+        self._reading = read_ahead(model.source, pin=True) if plain else None
+
+    def at(self, index: int) -> ReadAhead | None:
+        """For the module of this index; those of the next two are begun."""
+        if self._reading is not None:
+            coming = self._modules[index : index + 3]
+            self._reading.fetch([name for m in coming for name in whole_tensors(m)])
+        return self._reading
+
+    def end(self) -> None:
+        """Lets go of what was read and not asked for."""
+        if self._reading is not None:
+            self._reading.fetch([])
+
+
 @torch.inference_mode()
-def _advance(model: OpenModel, module: ModuleSpec, states: Tensor, device: torch.device, options: RunOptions) -> Tensor:
-    """states (R, T) ids or (R, T, hidden) in front of ``module`` -> states behind it; reuses the memory if it can."""
-    block = load_module(model, module, device, options)
+def _advance(model: OpenModel, block: Block, states: Tensor, device: torch.device, options: RunOptions) -> Tensor:
+    """states (R, T) ids or (R, T, hidden) in front of a module -> states behind it; reuses the memory if it can."""
+    module = block.module
     count, length = states.shape[:2]
     step = max(1, options.batch_tokens // length)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exl2ray.evaluate.forward import OpenModel, RunOptions, checked_device, load_module
+from exl2ray.evaluate.forward import Ahead, OpenModel, RunOptions, checked_device, load_module
 from exl2ray.model.blocks import Block, PositionsBlock, check_states
 from exl2ray.model.half import AttentionHalf, KeyValues
 
@@ -37,7 +37,8 @@ class Generator:
         self.model = model
         self.device = checked_device(device)
         options = options or RunOptions()
-        self._blocks = [load_module(model, m, self.device, options) for m in model.spec.modules]
+        ahead = Ahead(model, self.device)
+        self._blocks = [load_module(model, m, self.device, options, ahead.at(m.index)) for m in model.spec.modules]
 
     def greedy(self, prompt: list[int]) -> Iterator[int]:
         """The most probable token after ``prompt`` (one or more ids), then the one after that, without end.

@@ -19,7 +19,7 @@ from exl2ray.formats.side_files import check_side_files
 from exl2ray.model.blocks import Block, load_block
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec, PlainTensor
-from exl2ray.model.weights import read_ahead, read_linear, read_stored, whole_tensors
+from exl2ray.model.weights import read_linear, read_stored
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import REACH, Grid
 from exl2ray.tune.judge import PARTS
@@ -123,28 +123,6 @@ def _norm_gains(pair: Pair, module: ModuleSpec, device: torch.device) -> list[Ga
 def load_source(pair: Pair, module: ModuleSpec, device: torch.device, ahead: ReadAhead | None = None) -> Block:
     """The module of the source that is in the place of ``module``, as it is evaluated. ahead: as of `load_tuned`."""
     return load_module(pair.source, pair.source.spec.modules[module.index], device, RunOptions(), ahead)
-
-
-class Ahead:
-    """The source's tensors, read into pinned memory by several threads while a GPU takes up those before: one thread takes
-    minutes for a 7B. ``wanted``: if not, for a CPU, and of a source that is quantised, nothing is read ahead."""
-
-    def __init__(self, pair: Pair, device: torch.device, wanted: bool) -> None:
-        self._modules = pair.source.spec.modules
-        plain = wanted and device.type == "cuda" and not pair.source.quantized
-        self._reading = read_ahead(pair.source.source, pin=True) if plain else None
-
-    def at(self, index: int) -> ReadAhead | None:
-        """For the module of this index; those of the next two are begun."""
-        if self._reading is not None:
-            coming = self._modules[index : index + 3]
-            self._reading.fetch([name for m in coming for name in whole_tensors(m)])
-        return self._reading
-
-    def end(self) -> None:
-        """Lets go of what was read and not asked for."""
-        if self._reading is not None:
-            self._reading.fetch([])
 
 
 def load_finished(pair: Pair, module: ModuleSpec, device: torch.device) -> Block:

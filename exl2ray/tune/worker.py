@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import NumericError
+from exl2ray.evaluate.forward import Ahead
 from exl2ray.quant.group import Comm, Solo
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.store.open import open_store
@@ -30,7 +31,7 @@ from exl2ray.tune.deciding import decided
 from exl2ray.tune.evaluating import Evaluator
 from exl2ray.tune.memory import room_for
 from exl2ray.tune.module import TunedModule
-from exl2ray.tune.opening import Ahead, load_source, load_tuned, open_pair
+from exl2ray.tune.opening import load_source, load_tuned, open_pair
 from exl2ray.tune.rows import batches
 from exl2ray.tune.settings import Settings
 from exl2ray.tune.shelves import Homes, Shelf
@@ -134,7 +135,7 @@ class _Tuning:
         self.ids, self.held = rows["ids"].clone(), rows["held"].clone()
         shrink = max(self.part.shrink.values(), default=1)
         self.room = room_for(self.pair.start.spec, self.device, self.settings.streamed, shrink)
-        self._ahead = Ahead(self.pair, self.device, wanted=not self.room.streamed)
+        self._ahead = Ahead(self.pair.source, self.device, wanted=not self.room.streamed)
         self.source = self._shelf(lambda i: load_source(self.pair, self.modules_of[i], self.device, self._ahead.at(i)))
         self.saved = state.restore(self.store, self.comm, self.part.identity)
         self.progress = self.saved.progress if self.saved else state.Progress(self.part.identity)

@@ -13,16 +13,18 @@ from thread_comm import together
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from exl2ray.evaluate import forward
+from exl2ray.evaluate.forward import Ahead
 from exl2ray.formats.readahead import ReadAhead
 from exl2ray.model.weights import read_ahead
 from exl2ray.quant.group import Solo
 from exl2ray.quant.pack import dequantize
-from exl2ray.tune import divergence, opening, training
+from exl2ray.tune import divergence, training
 from exl2ray.tune.evaluating import Evaluator
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import REACH
 from exl2ray.tune.module import TunedModule
-from exl2ray.tune.opening import Ahead, Pair, load_source, load_tuned, open_pair
+from exl2ray.tune.opening import Pair, load_source, load_tuned, open_pair
 from exl2ray.tune.sums import TreeOfSums
 from exl2ray.tune.training import Rates, Trainer, schedule
 
@@ -60,10 +62,11 @@ def token_ids(found: Pair, rows: int = 6, length: int = 20) -> Tensor:
 def test_tensors_that_were_read_ahead_are_the_same(pair: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, without its pinned memory; on a CPU, and a module at a time, nothing is."""
     found = opened(pair, "Llama")
-    assert Ahead(found, CPU, wanted=True).at(0) is None
-    assert Ahead(found, torch.device("cuda"), wanted=False).at(0) is None
-    monkeypatch.setattr(opening, "read_ahead", lambda source, pin: read_ahead(source, pin=False))
-    ahead, taken, plain = Ahead(found, torch.device("cuda"), wanted=True), [], ReadAhead.load
+    assert Ahead(found.source, CPU).at(0) is None
+    assert Ahead(found.source, torch.device("cuda"), wanted=False).at(0) is None
+    assert Ahead(found.start, torch.device("cuda")).at(0) is None
+    monkeypatch.setattr(forward, "read_ahead", lambda source, pin: read_ahead(source, pin=False))
+    ahead, taken, plain = Ahead(found.source, torch.device("cuda")), [], ReadAhead.load
 
     def load(self: ReadAhead, name: str, *rows: slice) -> Tensor:
         taken.append(name)
