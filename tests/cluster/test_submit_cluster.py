@@ -122,7 +122,9 @@ def test_without_the_token(cluster: TwoNodes) -> None:
 def test_detach_and_stop(cluster: TwoNodes, model: str, tmp_path: Path) -> None:
     """Ctrl-C ends the submitting program only; --stop ends the job, which leaves the work directory ready to resume."""
     work = str(tmp_path / "work")
-    words = ["--no-check", "--", "convert", "-i", model, "-o", work, *SHORT]
+    many = [word for tenths in range(30, 81, 2) for word in ("-b", str(tenths / 10))]  # it must not end before --stop
+    outputs = ["-cf", str(tmp_path / "{bpw}")]
+    words = ["--no-check", "--", "convert", "-i", model, "-o", work, *outputs, *many, "-l", "128", "-ml", "128"]
     running = subprocess.Popen(
         cluster.command(*words), env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
