@@ -233,8 +233,8 @@ def load_module(
 
 
 class Ahead:
-    """Tensors of a model, read into pinned memory by several threads while a GPU takes up those before: one thread takes
-    minutes for a 7B. ``wanted``: if not, for a CPU, and of an EXL2 model, nothing is read ahead."""
+    """Tensors of a model, read into pinned memory by several threads while a GPU takes up those before: it would wait for
+    one. ``wanted``: if not, for a CPU, and of an EXL2 model, nothing is read ahead."""
 
     def __init__(self, model: OpenModel, device: torch.device, wanted: bool = True) -> None:
         self._modules = model.spec.modules
