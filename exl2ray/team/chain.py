@@ -33,7 +33,7 @@ from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, ChainPass, ItemResult, Ready
 from exl2ray.team.packed_files import PackedFiles
 from exl2ray.team.runner import Runner, option_names, perplexity_of, perplexity_sums
-from exl2ray.team.shared_reading import SharedReading
+from exl2ray.team.shared_reading import shared_embedding
 
 PERPLEXITIES = ("perplexity", "reference_perplexity")  # of the quantised and of the source model, in the head's record
 
@@ -149,18 +149,10 @@ class ChainStates:
         together = self.comm.size > 1 and all(self.comm.gather(bool(anew)))
         if not anew:
             return
-        states = self.run.embedded("quantize", self._shared_embedding() if together else None)
+        states = self.run.embedded("quantize", shared_embedding(self.run, self.comm) if together else None)
         for s in anew:
             x, other = (states[r.start : r.stop].clone() for r in (self.rows[s], self.other_rows[s]))
             self.shares[s] = Share(1, x, other)
-
-    def _shared_embedding(self) -> Block:
-        """Module 0, of which every member reads a part."""
-        reading = SharedReading(self.run, self.comm)
-        reading.expect(0, 1)
-        block = self.run.load_from(reading, self.run.spec.modules[0])
-        reading.close()
-        return block
 
     # ---- forward -----------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from exl2ray.team.checkpoints import Checkpoints
 from exl2ray.team.comm import Group
 from exl2ray.team.messages import Begun, ItemResult, Meeting, Ready, RowSet, SourcePass, WorkerSetup
 from exl2ray.team.runner import Runner
-from exl2ray.team.source_forward import Found, source_forward
+from exl2ray.team.source_forward import Found, begin_reading, source_forward
 from exl2ray.team.source_states import SourceStates
 from exl2ray.timeline import step
 
@@ -80,9 +80,10 @@ class Member:
         if part.stretches:
             yield self.begin(Begun("sweep", -1, "sweep", together=True))
             begin = time.monotonic()
-            comm = self.group(part.meeting)
-            before = comm.received
-            states.adopt(source_forward(self.runner, comm, rows, part.stretches))
+            with begin_reading(self.runner, part.meeting, part.stretches) as reading:
+                comm = self.group(part.meeting)
+                before = comm.received
+                states.adopt(source_forward(self.runner, comm, rows, part.stretches, reading))
             yield Ready("sweep", time.monotonic() - begin, comm.received - before)
         return states
 

@@ -21,6 +21,7 @@ from exl2ray.store.records import Record
 from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, Choices, ItemResult, PerplexityPass, Ready
 from exl2ray.team.runner import Runner, perplexity_of, perplexity_sums
+from exl2ray.team.shared_reading import shared_embedding
 
 PERPLEXITY = "perplexity"  # key of a record
 READ_AHEAD = 5  # of the modules that a member reads, each by a thread of its own
@@ -49,20 +50,25 @@ def perplexity(worker: Member, part: PerplexityPass) -> Iterator[Begun | Ready |
 
 def quantized_perplexity(run: Runner, comm: Comm, choices: Choices) -> float | None:
     """All members call it, and all get the result: None if it is not a finite number."""
-    embedding, *modules = run.spec.modules
+    modules = run.spec.modules[1:]
     kind, ids = quant_kind(choices.bits), run.rows("quantize")[: run.setup.perplexity_rows]
-    states = run.embedded("quantize", run.load(embedding))[: len(ids)]
-    ranges = share_rows(len(ids))
-    shares = {s: states[ranges[s].start : ranges[s].stop].clone() for s in owner_shares(comm.rank, comm.size)}
-    del states
     owners = {m.index: n % comm.size for n, m in enumerate(m for m in modules if m.linears)}
     later = iter([m for m in modules if owners.get(m.index) == comm.rank])
     waiting: deque[Future[dict[str, PackedLinear]]] = deque()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="read-packed") as pool:
-        for module in modules:
+
+        def read_on() -> None:
             while len(waiting) < READ_AHEAD and (coming := next(later, None)) is not None:
                 # Their hashes are left to whoever writes the model.
                 waiting.append(pool.submit(run.packed, kind, coming, choices.hashes[coming.index], False))
+
+        read_on()  # while the embedding is
+        states = run.embedded("quantize", shared_embedding(run, comm))[: len(ids)]
+        ranges = share_rows(len(ids))
+        shares = {s: states[ranges[s].start : ranges[s].stop].clone() for s in owner_shares(comm.rank, comm.size)}
+        del states
+        for module in modules:
+            read_on()
             if module.linears:
                 owner = owners[module.index]
                 own = waiting.popleft().result() if owner == comm.rank else None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exl2ray.model.blocks import Block
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.model.weights import READERS, pinned, whole_tensors
 from exl2ray.quant.group import Comm
@@ -22,15 +23,24 @@ class SharedReading:
     """Weights of a model for all members of a group, which load the same tensors in the same order.
 
     Stands in for a SourceModel. Tensors that were fetched in advance come complete, on the device; others are read as usual.
+    Reading may begin before the group has met (`meet`), which takes most of a second between GPUs.
     """
 
-    def __init__(self, run: Runner, comm: Comm) -> None:
-        self._source, self._comm, self._device = run.source, comm, run.device
+    def __init__(self, run: Runner, rank: int, size: int) -> None:
+        self._source, self._rank, self._size, self._device = run.source, rank, size, run.device
+        self._comm: Comm | None = None
         self._modules: Sequence[ModuleSpec] = run.spec.modules
         self._allocate = pinned if run.device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-shared")
         self._parts: dict[str, Future[Tensor]] = {}
         self.path: Path = run.source.path
+
+    def meet(self, comm: Comm) -> SharedReading:
+        """From now on tensors can be loaded."""
+        if (comm.rank, comm.size) != (self._rank, self._size):
+            raise AssertionError("parts are read for another group")
+        self._comm = comm
+        return self
 
     def expect(self, index: int, stop: int | None = None) -> None:
         """Starts to read this member's parts of the modules from ``index`` on, up to ``stop``."""
@@ -41,21 +51,23 @@ class SharedReading:
 
     def _shared(self, name: str) -> bool:
         info = self._source.info(name)
-        return info.nbytes >= SHARED_BYTES and info.shape[0] >= self._comm.size**2
+        return info.nbytes >= SHARED_BYTES and info.shape[0] >= self._size**2
 
     def _read(self, name: str) -> Tensor:
-        return self._source.load(name, self._rows(name, self._comm.rank), self._allocate)
+        return self._source.load(name, self._rows(name, self._rank), self._allocate)
 
     def _rows(self, name: str, rank: int) -> slice:
         """The first dimension's part of a member; none is empty."""
         rows = self._source.shape(name)[0]
-        size = -(-rows // self._comm.size)
+        size = -(-rows // self._size)
         return slice(rank * size, min((rank + 1) * size, rows))
 
     def load(self, name: str, rows: slice | None = None) -> Tensor:
         future = self._parts.pop(name, None) if rows is None else None
         if future is None:
             return self._source.load(name, rows)
+        if self._comm is None:
+            raise AssertionError("the group has not met")
         part, comm = future.result(), self._comm
         whole = torch.empty(self._source.shape(name), dtype=part.dtype, device=self._device)
         mine = whole[self._rows(name, comm.rank)]
@@ -73,6 +85,19 @@ class SharedReading:
     def __contains__(self, name: object) -> bool:
         return name in self._source
 
-    def close(self) -> None:
+    def __enter__(self) -> SharedReading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._parts.clear()
+
+
+def shared_embedding(run: Runner, comm: Comm) -> Block:
+    """Module 0, of which every member of a group reads a part; all members call it."""
+    module = run.spec.modules[0]
+    if comm.size == 1:
+        return run.load(module)
+    with SharedReading(run, comm.rank, comm.size) as reading:
+        reading.meet(comm).expect(0, 1)
+        return run.load_from(reading, module)

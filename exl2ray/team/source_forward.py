@@ -31,7 +31,7 @@ from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.memory import context_bytes
 from exl2ray.quant.module import add_share, empty_trees
 from exl2ray.quant.rows import SHARES, gather_sums, owner_shares, share_rows
-from exl2ray.team.messages import RowSet
+from exl2ray.team.messages import Meeting, RowSet
 from exl2ray.team.runner import Runner
 from exl2ray.team.shared_reading import SharedReading
 
@@ -56,13 +56,22 @@ class Found:
     prepared: dict[int, Prepared]
 
 
-def source_forward(run: Runner, comm: Comm, rows: RowSet, stretches: Sequence[Sequence[int]]) -> Found:
+def begin_reading(run: Runner, meeting: Meeting, stretches: Sequence[Sequence[int]]) -> SharedReading:
+    """Starts to read what `source_forward` will load, which may be before the group has met."""
+    reading = SharedReading(run, meeting.rank, meeting.size)
+    reading.expect(0, max(stretch[0] for stretch in stretches))
+    return reading
+
+
+def source_forward(
+    run: Runner, comm: Comm, rows: RowSet, stretches: Sequence[Sequence[int]], reading: SharedReading
+) -> Found:
     """Runs the source model with the group, as far as any stretch begins; what this member's modules begin with.
 
     stretches: by rank, indices of the modules that a member will work on, ascending. All members call it. A member's first
-    modules are prepared, as far as it has room; to the rest it finds its own way.
+    modules are prepared, as far as it has room; to the rest it finds its own way. reading: of the whole group.
     """
-    reading = SharedReading(run, comm)
+    reading.meet(comm)
     ids = run.rows(rows)
     nbytes = run.state_bytes(rows)
     rooms: list[int] = comm.gather(run.room(nbytes))
@@ -98,7 +107,6 @@ def source_forward(run: Runner, comm: Comm, rows: RowSet, stretches: Sequence[Se
             if entry is None:
                 raise AssertionError("the owner of a module has collected its states")
             found.prepared[module.index] = Prepared(entry, y, hessians)
-    reading.close()
     return found
 
 

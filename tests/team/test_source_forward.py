@@ -23,9 +23,9 @@ from exl2ray.quant.module import enter_module
 from exl2ray.quant.rows import SHARES, TreeSum, owner_shares, reduction, share_rows, shared_batches
 from exl2ray.store.open import open_store
 from exl2ray.store.tensors import put_tensors
-from exl2ray.team.messages import WorkerSetup
+from exl2ray.team.messages import Meeting, WorkerSetup
 from exl2ray.team.runner import Runner
-from exl2ray.team.source_forward import Found, source_forward
+from exl2ray.team.source_forward import Found, begin_reading, source_forward
 
 ROWS, TOKENS = 19, 32
 
@@ -77,7 +77,8 @@ def members(size: int, setup: WorkerSetup, stretches: tuple[tuple[int, ...], ...
             return load(name, rows, allocate)
 
         run.source.load = noted  # type: ignore[method-assign]
-        return source_forward(run, comm, "measure", stretches)
+        with begin_reading(run, Meeting(None, comm.rank, comm.size), stretches) as reading:
+            return source_forward(run, comm, "measure", stretches, reading)
 
     return together(size, member) if size > 1 else [member(Solo())]
 
