@@ -120,13 +120,17 @@ def _run_recorded(
 
 
 def _record(shape: Shape, r: Tensor | None, perm: Tensor, weights: Sequence[Tensor], bits: Tensor) -> _Recorded:
+    """Recorded on the stream that it will run on, unless that is the default one, which cannot be: a recording keeps the
+    workspace that cuBLAS has for the stream, and recordings that run at the same time must not share it."""
     with torch.cuda.device(shape.device):
+        current = torch.cuda.current_stream(shape.device)
+        stream = None if current == torch.cuda.default_stream(shape.device) else current
         batch = Batch(shape, own_factor=True)
         batch.load(r, perm, weights, bits)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(shape.device)
         # Other threads may allocate pinned memory meanwhile: that would spoil a capture in the default mode.
-        with CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             batch.run()
     return _Recorded(batch, graph)
 

@@ -168,6 +168,14 @@ def pinned(nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
+def forget_pinned() -> None:
+    """Gives back page-locked memory that is free: torch keeps the most that was ever needed, for later."""
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    with CAPTURING:
+        if empty is not None:
+            empty()
+
+
 def _cut(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
     if not stored.ranges:
         return source.load(stored.name)

@@ -52,12 +52,16 @@ def module_backward(
     x: Tensor,  # (R, T, hidden) float32: states before the module
     gradient: Tensor,  # (R, T, hidden) float32: of the log-likelihood with respect to the states after it
     columns: Mapping[str, Tensor],
+    device: torch.device | None = None,  # of the block; None: that of its linears or, if it has none, of x
 ) -> tuple[Tensor, Sums]:
-    """The gradient with respect to the states before a module, float32, and what it says about the module's linears.
+    """The gradient with respect to the states before a module, float32, where x is, and what it says about the module's
+    linears.
 
     The same bytes in every run only inside `exl2ray.model.half.attention_by_products`.
     """
-    return _backward(block, x, lambda y: gradient.to(y.device, y.dtype), columns)
+    if device is None:
+        device = device_of(block) if block.weights else x.device
+    return _backward(block, x, lambda y: gradient.to(y.device, y.dtype), columns, device)
 
 
 def head_backward(
@@ -69,7 +73,8 @@ def head_backward(
     """As `module_backward` for the output head, where the gradient begins. A few positions at a time: logits are large."""
     gradients, total = torch.empty_like(states), Sums()
     for rows, positions in _slices(states):
-        part, sums = _backward(head, states[rows, positions], lambda y: fisher_root(y.detach(), generator), columns)
+        some = states[rows, positions]
+        part, sums = _backward(head, some, lambda y: fisher_root(y.detach(), generator), columns, device_of(head))
         gradients[rows, positions] = part
         add(total, sums)
     return gradients, total
@@ -92,13 +97,12 @@ def add(total: Sums, more: Mapping[str, list[float]]) -> None:
 
 
 def _backward(
-    block: Block, x: Tensor, gradient: Callable[[Tensor], Tensor], columns: Mapping[str, Tensor]
+    block: Block, x: Tensor, gradient: Callable[[Tensor], Tensor], columns: Mapping[str, Tensor], device: torch.device
 ) -> tuple[Tensor, Sums]:
     seen: list[tuple[str, Tensor]] = []
     block.bank.watch = lambda key, out: seen.append((key, out))
     try:
         with torch.enable_grad():
-            device = device_of(block) if block.weights else x.device
             inputs = x.detach().to(device).requires_grad_()
             y = block.forward(inputs)
             mine, *others = torch.autograd.grad(y, [inputs, *(out for _, out in seen)], gradient(y))

@@ -31,14 +31,14 @@ def put_tensors(store: Store, rel: str, tensors: Mapping[str, torch.Tensor]) -> 
     """
     if not tensors:
         raise StoreError(f"{store.full_name(rel)}: no tensors to write")
-    parts = list(_parts(store.full_name(rel), tensors))
+    parts = list(file_parts(store.full_name(rel), tensors))
     with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:  # neither hashing nor writing holds the interpreter's lock
         digest = pool.submit(_sha256, parts)
         store.put_parts(rel, parts)
         return FileRef(rel, digest.result(), sum(p.nbytes for p in parts))
 
 
-def _parts(where: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+def file_parts(where: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
     """A safetensors file in pieces: the header, then the bytes of one tensor after another, those of wide dtypes first."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     unknown = [f"{name} is {tensors[name].dtype}" for name in order if tensors[name].dtype not in DTYPE_NAMES]

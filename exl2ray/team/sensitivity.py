@@ -16,6 +16,7 @@ from exl2ray.errors import NumericError
 from exl2ray.model.blocks import Block, check_states
 from exl2ray.model.half import attention_by_products
 from exl2ray.model.spec import ModelSpec, ModuleSpec
+from exl2ray.model.weights import forget_pinned
 from exl2ray.quant.sensitivity import Sums, add, column_weights, head_backward, module_backward
 from exl2ray.store.file_names import MEASURE
 from exl2ray.store.records import Record
@@ -58,6 +59,8 @@ def backward_pass(runner: Runner, shares: Mapping[int, tuple[int, ...]], tokens:
     every = [r for rows in shares.values() for r in rows]
     nbytes = 4 * len(every) * tokens * spec.hyper.hidden_size * len(modules)
     home = runner.home(nbytes)
+    if home.type != runner.device.type:
+        forget_pinned()  # of measuring: the states are as large as all the rest
     ids = runner.rows("measure")[every, : tokens]
     size = max(1, SHARE_ROWS // runner.shrink.get(runner.in_hand, 1))
     batches = _batches(shares, size)
@@ -81,7 +84,8 @@ def backward_pass(runner: Runner, shares: Mapping[int, tuple[int, ...]], tokens:
             found = [head_backward(block, x, g, columns) for x, g in zip(states, signs, strict=True)]
         else:
             with attention_by_products():
-                found = [module_backward(block, x, g, columns) for x, g in zip(states, gradients, strict=True)]
+                pairs = zip(states, gradients, strict=True)
+                found = [module_backward(block, x, g, columns, runner.device) for x, g in pairs]
         gradients = [g for g, _ in found]
         for share, (_, sums) in zip(owner, found, strict=True):
             if sums:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from exl2ray.team.messages import Begun, ItemResult, Meeting, Pass, Ready, Worke
 from exl2ray.tune import judge, state
 from exl2ray.tune.deciding import decided
 from exl2ray.tune.evaluating import Evaluator
-from exl2ray.tune.memory import room_for
+from exl2ray.tune.memory import SNAPSHOT_BYTES, TRAINED_BYTES, room_for, weights_of
 from exl2ray.tune.module import TunedModule
 from exl2ray.tune.opening import load_source, load_tuned, open_pair
 from exl2ray.tune.rows import batches
@@ -41,6 +43,7 @@ EVALUATIONS = 8
 PATIENCE = 4  # evaluations in a row that are worse than the best one
 HOPELESS = math.log(2)  # worse than the best score by that much
 SAVING_SHARE = 10  # of the time at least this many times as much goes by between two checkpoints as one takes
+SAVING_BYTES = 1e9  # a second: of the first one
 PIECES = 50  # of a tuning, each told when it is done
 BITS = 0.0  # the one chain of a tuning
 NOWHERE = 1 << 62
@@ -202,13 +205,17 @@ class _Tuning:
         self.evaluate = self._evaluator()
         size = self.settings.rows_of_a_step(len(self.ids))
         self.order = batches(len(self.ids), size, self.part.steps, self.settings.seed)
-        self._saved_at, self._saving = time.monotonic(), 0.0
+        self._state_bytes = weights_of(self.pair.start.spec) * (TRAINED_BYTES + SNAPSHOT_BYTES)
+        self._saved_at, self._saving = time.monotonic(), self._state_bytes / comm.size / SAVING_BYTES
         attention, place = "fused" if self.trainer.fused else "plain", "a module at a time" if homes else "as a whole"
         self.notes.append(f"tuning {place}, {str(dtype).removeprefix('torch.')}, {attention} attention")
         for _ in self.modules if homes is not None else ():
             pass  # each is made once, so that all that is trained has its place
         if homes is not None and homes.file_bytes:
             self.notes.append(f"{homes.file_bytes / 1e9:.2g} GB of what is trained lie in files, for want of main memory")
+        if self._patience() > self.settings.checkpoint_seconds:
+            minutes = self._patience() / 60
+            self.notes.append(f"checkpoints are of {self._state_bytes / 1e9:.2g} GB: one about every {minutes:.0f} minutes")
         if self.saved is not None:
             self.notes.append(f"going on from step {self.progress.step}")
         if not self.progress.scores:
@@ -235,8 +242,7 @@ class _Tuning:
         self.progress.step = step = step + 1
         if step % max(1, -(-steps // EVALUATIONS)) == 0 or step == steps:
             self._judge()
-        patience = max(s.checkpoint_seconds, SAVING_SHARE * self._saving) if s.checkpoint_seconds else 0.0
-        due = time.monotonic() - self._saved_at >= patience
+        due = time.monotonic() - self._saved_at >= self._patience()
         if step == steps or self.progress.over:
             self._finite(loss)
             self.progress.over = True
@@ -244,14 +250,30 @@ class _Tuning:
             self._save()
         return loss
 
+    def _patience(self) -> float:
+        """Seconds from one checkpoint to the next."""
+        every = self.settings.checkpoint_seconds
+        return max(every, SAVING_SHARE * self._saving) if every or math.isinf(self._saving) else 0.0
+
     def _save(self) -> None:
         begin = time.monotonic()
+        if not self.progress.over and any(self.comm.gather(self._lacks_room())):
+            self._saved_at, self._saving = begin, math.inf
+            size = f"{self._state_bytes / 1e9:.2g} GB"
+            self.notes.append(f"{self.store.root} has no room for a checkpoint of {size}: none is made any more")
+            return
         nothing: dict[str, Tensor] = {}
         keys = [m.profile_key for m in self.modules_of]
         states = ((k, nothing if self.progress.over else self._state(i, k)) for i, k in enumerate(keys))
         state.save(self.store, self.comm, self.progress, states)
         self._saved_at = time.monotonic()
         self._saving = self._saved_at - begin
+
+    def _lacks_room(self) -> bool:
+        """Whether all that is trained would fill the disk; the last checkpoint stays until the next one is whole."""
+        with suppress(OSError):
+            return shutil.disk_usage(self.store.root).free < self._state_bytes
+        return False
 
     def _state(self, index: int, key: str) -> dict[str, Tensor]:
         return self.modules[index].state() if self._homes is None else self._homes.state(key)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,6 +139,43 @@ def test_killed_ten_times_it_comes_to_the_same_bytes(
     assert steps == [11]
     assert same(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").glob(".exl2ray-tune/*"))
+
+
+def test_a_full_disk_costs_the_checkpoints_and_nothing_else(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few: dict[str, Any] = {"tokens": 2048}
+    tuned(settings(pair, text, tmp_path / "roomy", **few))
+    saved: list[bool] = []
+    save = state.save
+
+    def noted(store: Any, comm: Any, progress: state.Progress, states: Any) -> None:
+        saved.append(progress.over)
+        save(store, comm, progress, states)
+
+    monkeypatch.setattr(state, "save", noted)
+    disk = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("exl2ray.tune.worker.shutil", disk)
+    reporter = Silent()
+    tune(settings(pair, text, tmp_path / "full", checkpoint_seconds=0, **few), torch.device("cpu"), reporter)
+    notes = [fields.get("message", "") for _, fields in reporter.events]
+    assert sum("has no room for a checkpoint of" in note for note in notes) == 1
+    assert saved == [True], "the best state, after the last step"
+    assert same(tmp_path / "roomy", tmp_path / "full")
+
+
+def test_large_checkpoints_are_rare_from_the_first_on(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exl2ray.tune.worker.SAVING_BYTES", 1000)
+    saved: list[bool] = []
+    monkeypatch.setattr(state, "save", lambda *given, save=state.save: (saved.append(given[2].over), save(*given)))
+    reporter = Silent()
+    found = settings(pair, text, tmp_path / "rare", checkpoint_seconds=1e-6, tokens=2048)
+    tune(found, torch.device("cpu"), reporter)
+    notes = " ".join(fields.get("message", "") for _, fields in reporter.events)
+    assert re.search(r"checkpoints are of .* GB: one about every \d+ minutes", notes)
+    assert saved == [True]
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral"])
