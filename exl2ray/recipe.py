@@ -36,6 +36,7 @@ def _between(low: float, high: float) -> Rule:
     return lambda v: low <= v <= high, f"must lie between {low:g} and {high:g}"
 
 
+_POWER: Rule = (lambda v: 0.05 <= v <= 50, "must be from 0.05 to 50")  # beyond, powers of errors leave the numbers' range
 _POSITIVE: Rule = (lambda v: math.isfinite(v) and v > 0, "must be a positive number")
 _ROWS: Rule = (lambda v: v >= 1, "at least one calibration row is needed")
 _TOKENS: Rule = (lambda v: v >= 1, "a row needs at least one token")
@@ -133,7 +134,7 @@ class Recipe:
         QUANTISE, job="quantize.objective", measured=False))
     objective_power: float = field(default=2.0, metadata=setting(
         "--objective-power", "exponent for --objective norm.",
-        QUANTISE, rule=_POSITIVE, job="quantize.objective_power", measured=False))
+        QUANTISE, rule=_POWER, job="quantize.objective_power", measured=False))
     target_correction: float | None = field(default=None, metadata=setting(
         "--target-correction",
         "how far weights are fitted to the source model's states, 0 to 1; as --quality says if absent.",

@@ -107,7 +107,10 @@ def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -
 def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) -> NDArray[np.int64]:
     """Ids of a text file, or of a file as -c takes it: its first ``wanted`` tokens, else MAX_DATA_TOKENS at most."""
     if tokenizer is None:
-        raise SourceError(f"{file}: a text needs a tokenizer", "or give token ids as a .npy array with --tokens")
+        raise SourceError(
+            f"{file}: this is no .npy array of token ids, and a text needs a tokenizer",
+            "--text takes texts and data sets, --tokens what numpy.save writes",
+        )
     if kind_by_name(file.name) in ("Parquet", "JSON lines", "JSON") or file.suffix in COMPRESSED:
         with CalibrationData([local_source(str(file))], tokenizer) as data:
             return data.tokens(min(wanted or MAX_DATA_TOKENS, MAX_DATA_TOKENS))

@@ -17,9 +17,16 @@ NOT_MEASURED = frozenset({
 })  # fmt: skip
 
 
-def source_identity(source: SourceModel) -> dict[str, str]:
-    """What measurement.json remembers of the model: SHA-256 (hex) of its tensors, sampled, and of the config that matters."""
-    return {"weights": source.weights_fingerprint(), "config": _config_hash(source.config)}
+def source_identity(source: SourceModel, rope: str = "") -> dict[str, str]:
+    """What measurement.json remembers of the model: SHA-256 (hex) of its tensors, sampled, and of the config that matters;
+    and the flags that change what the model says, if there were any (`rope_flags`)."""
+    known = {"weights": source.weights_fingerprint(), "config": _config_hash(source.config)}
+    return {**known, "rope": rope} if rope else known
+
+
+def rope_flags(scale: float | None, alpha: float | None) -> str:
+    """-rs and -ra as they were given; empty without."""
+    return " ".join(f"{flag} {value:g}" for flag, value in (("-rs", scale), ("-ra", alpha)) if value is not None)
 
 
 def _config_hash(config: Mapping[str, Any]) -> str:
@@ -30,8 +37,10 @@ def _config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept(config), sort_keys=True).encode()).hexdigest()
 
 
-def origin_findings(measurement: Measurement, source: SourceModel) -> tuple[list[str], list[str]]:
-    """(warnings, notes) on whether a measurement is of ``source``.
+def origin_findings(
+    measurement: Measurement, source: SourceModel, rope: str | None = None
+) -> tuple[list[str], list[str]]:
+    """(warnings, notes) on whether a measurement is of ``source``, with the flags ``rope`` (None: whatever they were).
 
     Shapes are compared elsewhere; models of one family and size have the same, and that an allocation follows another model's
     errors shows nowhere else.
@@ -46,4 +55,9 @@ def origin_findings(measurement: Measurement, source: SourceModel) -> tuple[list
     if found.get("config") != own["config"]:
         return ["-m was measured with another config.json than the model has now (RoPE, heads, eps, ...); measure again "
                 "without -m, unless the change concerns generation alone"], []  # fmt: skip
+    before = str(found.get("rope") or "")[:40]
+    if rope is not None and before != rope:
+        there, here = (flags or "neither -rs nor -ra" for flags in (before, rope))
+        return [f"-m was measured with {there}, and this is with {here}: the allocation follows errors of another model; "
+                "measure again without -m"], []  # fmt: skip
     return [], []

@@ -23,10 +23,12 @@ from exl2ray.formats.regular import file_kind, open_regular
 from exl2ray.formats.shards import refuse_same_directory
 
 # Weights in other formats, indexes of the source's shards, and settings of an adapter or of another way of quantising, which
-# loaders would take for the output's. The reference leaves out *.safetensors and *.bin only.
+# loaders would take for the output's; what a conversion leaves, which `publish` would take for this model's. The reference
+# leaves out *.safetensors and *.bin only.
 NOT_SIDE_FILES = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)|consolidated\..*|.*\.(safetensors|bin)\.index\.json"
-    r"|adapter_config\.json|adapter_model\..*|(quantize_config|quant_config|hf_quant_config)\.json",
+    r"|adapter_config\.json|adapter_model\..*|(quantize_config|quant_config|hf_quant_config)\.json"
+    r"|(measurement|evaluation|job_new)\.json",
     re.IGNORECASE,
 )
 # Files whose absence, or half of whose content, would make another model.

@@ -34,7 +34,7 @@ from exl2ray.formats.json_file import shown
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.measurement import Measurement, check_against, read_measurement
-from exl2ray.formats.origin import origin_findings
+from exl2ray.formats.origin import origin_findings, rope_flags
 from exl2ray.formats.shards import refuse_same_directory
 from exl2ray.formats.side_files import examine_side_files
 from exl2ray.formats.source.folder import Folder
@@ -152,7 +152,7 @@ def _examine_soundness(found: Examination, recipe: Recipe, samples: Samples) -> 
     found.doubts += samples.flat()
     found.doubts += model_doubts(source, spec, found.rows)
     if found.measurement is not None:
-        warnings, notes = origin_findings(found.measurement, source)
+        warnings, notes = origin_findings(found.measurement, source, rope_flags(recipe.rope_scale, recipe.rope_alpha))
         found.doubts, found.notes = found.doubts + warnings, found.notes + notes
     if not found.has("measurement", "work directory"):
         given, rows = found.measurement, found.rows

@@ -21,6 +21,7 @@ from exl2ray.quant.memory import (
     CPU_KEEP_BYTES,
     CPU_SOLVER_BYTES,
     PARTIAL_SUMS,
+    SOLVED_BYTES,
     STATE_SETS,
     cross_bytes,
     keep_bytes_within,
@@ -36,9 +37,8 @@ from exl2ray.quant.rows import SHARES
 RESERVED = 1.1  # of what tensors take: torch's allocator rounds up and keeps what it has, as far as there is room
 GPU_BASE_BYTES = 9 << 29  # main memory of a worker on a GPU besides what is counted: Python, torch, CUDA, pinned buffers
 CPU_BASE_BYTES = 700 << 20
-# A linear that is being quantised for good, per weight: error float32, sorted copy float32, result twice in half precision,
-# integers twice. Then result, integers and packing are kept, and the decoded packing is compared with the result in float32.
-SOLVED_BYTES = 14
+# Of a linear that was solved result, integers and packing are kept, and the decoded packing is compared with the result in
+# float32.
 KEPT_BYTES = 4
 COMPARED_BYTES = 14
 LOGIT_BYTES = 12  # per logit of one calibration row: half precision, float32, its softmax
@@ -155,7 +155,7 @@ def _quantize(
         most = max(embedded, max(forward + partial, solve) + twice + held)
         ram = CPU_BASE_BYTES + most + _source_bytes(source, module)
         return Peak("quantize", module.profile_key, None, ram)
-    fits = states_fit_within(spec.modules, states, tokens, gpu, corrected)
+    fits = states_fit_within(spec.modules, states, tokens, gpu, corrected, measuring=False)
     on_host = partial if sums_on_host_within(module, gpu, corrected) else 0
     notes, ram = _kept_on_host(fits, max(embedded, held + on_host), on_host)
     if on_host:

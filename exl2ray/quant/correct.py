@@ -39,7 +39,7 @@ from exl2ray.quality import Settings
 from exl2ray.quant.block import Block, Check, Expert, ExpertBlock, Linear, by_input, device_of, has_experts
 from exl2ray.quant.hessian import Factor, HessianAccumulator
 from exl2ray.quant.memory import middle_bytes
-from exl2ray.quant.rows import Arrivals, batches
+from exl2ray.quant.rows import Arrivals, batches, room_for_states
 
 _CHUNK = 4096  # columns solved at a time
 
@@ -104,7 +104,7 @@ def second_sums(
     """
     sums = _empty(block, second_linears(block))
     device = device_of(block)
-    after, arrivals = torch.empty_like(other), Arrivals(check)
+    after, arrivals = room_for_states(other.shape, other.dtype, other.device, device), Arrivals(check)
     for part in batches(x.shape[0], settings.batch_rows):
         states = x[part].to(device), other[part].to(device)
         if has_experts(block):

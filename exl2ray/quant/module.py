@@ -57,6 +57,7 @@ from exl2ray.quant.rows import (
     head_sum,
     reference_pass,
     relative_error,
+    room_for_states,
     share_rows,
     shared_batches,
 )
@@ -113,7 +114,7 @@ def enter_module(block: Block, x: Tensor, settings: Settings, check: Check) -> E
     if settings.sums_on_host:
         slices = shared_batches(len(x), settings.batch_rows)
         return Entered(block, x, *reference_pass(block, x, settings, check, slices=slices), settings)
-    trees, y = empty_trees(block), torch.empty_like(x)
+    trees, y = empty_trees(block), room_for_states(x.shape, x.dtype, x.device, device_of(block))
     for s, rows in enumerate(share_rows(len(x))):
         if len(rows):
             part = slice(rows.start, rows.stop)
@@ -353,7 +354,8 @@ def _quantized_pass(
     errors: list[tuple[int, float]] = []
     for s in sorted(x):
         own, target = x.pop(s), targets.pop(s)
-        out[s], first, arrivals = torch.empty_like(own), ranges[s].start, Arrivals(check)
+        out[s] = room_for_states(own.shape, own.dtype, own.device, device)
+        first, arrivals = ranges[s].start, Arrivals(check)
         error = torch.zeros((), dtype=torch.float64, device=device)
         kept = middles.pop(s, [])
         for part in batches(len(own), settings.batch_rows):

@@ -17,6 +17,8 @@ input exist at a time on one GPU.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from math import prod
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from exl2ray.quant.hessian import HessianAccumulator
 
 SHARES = 8  # a power of two; the largest group of workers
 WORST_ACCURACY = 1e-6
+LOCKED_WASTE = 1.3  # torch takes page-locked memory by powers of two
 
 
 def share_rows(rows: int) -> list[range]:
@@ -79,6 +82,19 @@ class Arrivals:
         self._seen.clear()
 
 
+def room_for_states(shape: Sequence[int], dtype: torch.dtype, home: torch.device, device: torch.device) -> Tensor:
+    """An empty tensor for states that a module on ``device`` makes and that are kept at ``home``.
+
+    What a GPU has no room for lies in page-locked memory, if the system allows it: copies are several times as fast, and
+    torch hands the memory out again, while ordinary memory comes anew, page by page, for every module.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    if device.type == "cuda" and home.type == "cpu" and 1 << (nbytes - 1).bit_length() <= LOCKED_WASTE * nbytes:
+        with suppress(RuntimeError):
+            return torch.empty(*shape, dtype=dtype, pin_memory=True)
+    return torch.empty(*shape, dtype=dtype, device=home)
+
+
 def forward_rows(
     block: Block, x: Tensor, settings: Settings, check: Check, device: torch.device, slices: Iterable[slice] | None = None
 ) -> Tensor:
@@ -89,7 +105,7 @@ def forward_rows(
     for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
         y = block.forward(x[part].to(device))
         if out is None:
-            out = torch.empty((x.shape[0], *y.shape[1:]), dtype=y.dtype, device=x.device)
+            out = room_for_states((x.shape[0], *y.shape[1:]), y.dtype, x.device, device)
         arrivals.put(out, part, y, f"output of {block.module.profile_key}")
     if out is None:
         raise NumericError(f"{block.module.profile_key}: no calibration rows")
@@ -107,7 +123,7 @@ def reference_pass(
     sizes = {linear.input_group: linear.in_features for linear in block.module.linears}
     device = device_of(block)
     hessians = {group: HessianAccumulator(k, device) for group, k in sizes.items()}
-    y, arrivals = torch.empty_like(x), Arrivals(check)
+    y, arrivals = room_for_states(x.shape, x.dtype, x.device, device), Arrivals(check)
     for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
         xb = x[part].to(device)
 

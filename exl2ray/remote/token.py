@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ def read_token(path: str | Path) -> Token:
     except OSError as e:
         text = f"--token-file {path}: cannot be read: {e.strerror or type(e).__name__}"
         raise UsageError(text, "name a file of yours that holds the token and nothing else") from e
-    return checked(raw.decode("ascii", errors="replace"), f"--token-file {path}")
+    text = raw.removeprefix(codecs.BOM_UTF8).decode("ascii", errors="replace")
+    return checked(text, f"--token-file {path}")
 
 
 def checked(text: str, source: str) -> Token:

@@ -11,7 +11,7 @@ from exl2ray.allocation.planning import has_sensitivities, module_cost
 from exl2ray.beneath import make_directories
 from exl2ray.driver.independent import PASSING, Independent, Item
 from exl2ray.formats.measurement import Measurement, ModuleProfile, write_measurement
-from exl2ray.formats.origin import source_identity
+from exl2ray.formats.origin import rope_flags, source_identity
 from exl2ray.job_opening import measurement_target, scores_entry
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.result_warnings import measured_experts
@@ -171,7 +171,8 @@ def _assembled(job: Job, profiles: Mapping[int, ModuleProfile]) -> Measurement:
             out.append(profiles.get(module.index, ModuleProfile(key, mode)))
     rotation = None if job.spec.rotation is None else job.spec.rotation.identity()
     scores = scores_entry(job.score_rows, job.rows["measure"])
-    return Measurement(tuple(out), len(job.spec.modules) - 1, rotation, source_identity(job.source), scores)
+    rope = rope_flags(job.recipe.rope_scale, job.recipe.rope_alpha)
+    return Measurement(tuple(out), len(job.spec.modules) - 1, rotation, source_identity(job.source, rope), scores)
 
 
 def _profile(module: ModuleSpec, payload: Mapping[str, Any]) -> ModuleProfile:

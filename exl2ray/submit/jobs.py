@@ -7,10 +7,13 @@ access to the cluster's other ports, and its Ray may be of another version than 
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import logging
 import os
 import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +25,8 @@ from typing import Any
 from exl2ray.errors import ClusterError
 
 CONNECT_SECONDS = 10.0
+MOST_BYTES = 1 << 16  # of the first answer; a dashboard's has some hundreds
+NO_DASHBOARD = "what answers there is not the dashboard of a Ray cluster with ray[default]"
 START_SECONDS = 120.0  # the dashboard answers before the head node can run jobs
 RECONNECT_SECONDS = 300.0  # how long a lost connection is tried again before following ends
 STOP_SECONDS = 60  # what a job gets to end by itself when it is stopped; Ray's default of 3 s is short for a checkpoint
@@ -202,6 +207,11 @@ def normalized(address: str) -> str:
     if "://" not in address:
         address = f"http://{address}"
     scheme, _, rest = address.partition("://")
+    if "@" in rest.partition("/")[0]:  # not shown: what stands before it may be a password
+        raise ClusterError(
+            "--address: a user or a password in an address goes nowhere",
+            "give http://HEAD:8265; a cluster that asks for a token takes it from RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token",
+        )
     if scheme not in ("http", "https") or not rest.strip("/"):
         raise ClusterError(
             f"--address {address}: jobs are submitted to the dashboard of the head node",
@@ -211,22 +221,48 @@ def normalized(address: str) -> str:
 
 
 def _reach(address: str) -> None:
-    """ClusterError if nothing answers there soon; Ray's own client has no time limit. Answers of any kind will do."""
-    try:
-        with urllib.request.urlopen(f"{address}/api/version", timeout=CONNECT_SECONDS):
-            pass
-    except urllib.error.HTTPError:
-        return  # Ray's client says more about it
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "reason", e)
-        if isinstance(reason, ssl.SSLError):
-            return  # Ray's client has certificates of its own
-        text = "no answer" if isinstance(reason, (TimeoutError, socket.timeout)) else str(reason)
+    """ClusterError unless a dashboard answers there, soon and in few words: Ray's own client has a limit for neither.
+
+    Refusals (401, 404, ...) and certificates are left to that client, which says more about them.
+    """
+    found: list[bytes | Exception] = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(f"{address}/api/version", timeout=CONNECT_SECONDS) as response:
+                found.append(response.read(MOST_BYTES))
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            found.append(e)
+
+    asking = threading.Thread(target=ask, name="reach", daemon=True)  # a byte now and then would hold it for ever
+    asking.start()
+    asking.join(2 * CONNECT_SECONDS)
+    answer = found[0] if found else TimeoutError()
+    if isinstance(answer, bytes):
+        if not _is_dashboard(answer):
+            raise ClusterError(f"{address}: {NO_DASHBOARD}", "its port is 8265, unless --dashboard-port says otherwise")
+        return
+    reason = getattr(answer, "reason", answer)
+    if isinstance(answer, urllib.error.HTTPError) or isinstance(reason, ssl.SSLError):
+        return
+    if isinstance(answer, http.client.HTTPException):
         raise ClusterError(
-            f"{address} cannot be reached: {text}",
-            "is Ray's dashboard running there (ray start --head --dashboard-host=0.0.0.0), and its port open to this "
-            "machine? kubectl port-forward, ssh -L 8265:localhost:8265 or `ray dashboard` make a tunnel",
-        ) from e
+            f"{address}: {NO_DASHBOARD}", "its port is 8265; 6379 and 10001 are for Ray itself, 22 is ssh"
+        ) from answer
+    text = "no answer" if isinstance(reason, (TimeoutError, socket.timeout)) else str(reason)
+    raise ClusterError(
+        f"{address} cannot be reached: {text}",
+        "is Ray's dashboard running there (ray start --head --dashboard-host=0.0.0.0), and its port open to this "
+        "machine? kubectl port-forward, ssh -L 8265:localhost:8265 or `ray dashboard` make a tunnel",
+    ) from answer
+
+
+def _is_dashboard(answer: bytes) -> bool:
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "ray_version" in found
 
 
 @contextmanager
@@ -256,7 +292,7 @@ def _hint(text: str) -> str:
             "~/.ray/auth_token of its head node here"
         )
     if "404" in text or "Expecting value" in text or "ray_version" in text:
-        return "what answers there is not the dashboard of a Ray cluster with ray[default]"
+        return NO_DASHBOARD
     return ""
 
 

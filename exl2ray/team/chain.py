@@ -136,14 +136,14 @@ class ChainStates:
                     index, dtype, *shapes = held[source][s]
                     received = [torch.empty(shape, dtype=dtype, device=self.run.device) for shape in shapes]
                     self.comm.exchange([], [(t, source) for t in received])
-                    self.shares[s] = Share(index, *map(self.run.place, received))
+                    self.shares[s] = Share(index, *(self.run.place(t, "quantize") for t in received))
 
     def _restore(self, shares: Sequence[int], index: int) -> None:
         """Shares that no member holds: from checkpoints, else from the token rows."""
         saved = {s: self.checkpoints.load(self.chain, index, s) for s in shares}
         for s, found in saved.items():
             if found is not None:
-                x, other = (self.run.place(found.tensors[name]) for name in ("x", "other"))
+                x, other = (self.run.place(found.tensors[name], "quantize") for name in ("x", "other"))
                 self.shares[s] = Share(found.index, x, other)
         anew = [s for s, found in saved.items() if found is None]
         together = self.comm.size > 1 and all(self.comm.gather(bool(anew)))

@@ -90,7 +90,7 @@ class Member:
     def stand_before(self, rows: RowSet, index: int, x: Tensor) -> None:
         """Takes x (R, T, hidden) for the source model's states at the entry of a module."""
         self.kept = states = SourceStates(self.runner, self.checkpoints, rows)
-        states.adopt(Found(index, self.runner.place(x), {}))
+        states.adopt(Found(index, self.runner.place(x, rows), {}))
 
     def group(self, meeting: Meeting) -> Comm:
         """The connection to a group; the present one, if it is of this meeting."""

@@ -28,7 +28,7 @@ from exl2ray.remote.source import local
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, Records
 from exl2ray.store.tensors import get_tensors
-from exl2ray.team.messages import WorkerSetup
+from exl2ray.team.messages import RowSet, WorkerSetup
 from exl2ray.team.packed_files import Writers
 
 
@@ -46,7 +46,7 @@ class Runner:
         spec = load_spec(self.source, setup.rope_scale, setup.rope_alpha)
         self.spec: ModelSpec = rotated(spec) if setup.rotate else spec
         self._rows: dict[str, Tensor] = {}
-        self._homes: dict[int, torch.device] = {}
+        self._homes: dict[tuple[int, RowSet], torch.device] = {}
         self.writers = Writers(self.store, self.device)
         self.expect_the_first()
         self.shrink: Mapping[str, int] = {}  # of batches, for items that ran out of memory
@@ -125,7 +125,7 @@ class Runner:
         if not self.setup.numerics.target_correction > 0:
             return 0
         states = self.state_bytes("quantize")
-        beside = states if self.home(states).type == self.device.type else 0
+        beside = states if self.home(states, "quantize").type == self.device.type else 0
         return keep_bytes(self.spec.modules, beside, self._longest, self.device)
 
     def rows(self, name: str) -> Tensor:
@@ -134,40 +134,44 @@ class Runner:
             self._rows = {k: t.clone() for k, t in get_tensors(self.store, self.setup.calibration).items()}
         return self._rows[name]
 
-    def embedded(self, name: str, block: Block | None = None) -> Tensor:
+    def embedded(self, name: RowSet, block: Block | None = None) -> Tensor:
         """States (R, T, hidden) at the entry of module 1. All rows at once: noise rows need the others' statistics.
 
         block: module 0, if it has been read.
         """
-        return self.place((block or self.load(self.spec.modules[0])).forward(self.rows(name)))
+        return self.place((block or self.load(self.spec.modules[0])).forward(self.rows(name)), name)
 
-    def home(self, nbytes: int) -> torch.device:
-        """Where states of this size are kept: on the device if every module has room beside them, else on the host."""
-        if nbytes not in self._homes:
+    def home(self, nbytes: int, rows: RowSet = "measure") -> torch.device:
+        """Where states of this size are kept, of rows that are measured or quantised on: on the device if every module has
+        room beside them, else on the host."""
+        key = nbytes, rows
+        if key not in self._homes:
             corrected = self.setup.numerics.target_correction > 0
-            fits = states_fit(self.spec.modules, nbytes, self._longest, self.device, corrected) and not self.crowded
-            self._homes[nbytes] = self.device if fits else torch.device("cpu")
-        return self._homes[nbytes]
+            fits = not self.crowded and states_fit(
+                self.spec.modules, nbytes, self._longest, self.device, corrected, measuring=rows == "measure"
+            )
+            self._homes[key] = self.device if fits else torch.device("cpu")
+        return self._homes[key]
 
     @property
     def _longest(self) -> int:
         """Tokens of the longest calibration row."""
         return max(self.rows(name).shape[1] for name in ("measure", "quantize"))
 
-    def room(self, nbytes: int) -> int:
+    def room(self, nbytes: int, rows: RowSet = "measure") -> int:
         """Bytes for what can be done without, beside states of ``nbytes``."""
-        if self.home(nbytes).type != self.device.type:
+        if self.home(nbytes, rows).type != self.device.type:
             return 0
-        return room_for_contexts(self.spec.modules, nbytes, self._longest, self.device)
+        return room_for_contexts(self.spec.modules, nbytes, self._longest, self.device, rows == "measure")
 
     def state_bytes(self, name: str) -> int:
         """Of a set of calibration rows between two modules."""
         hyper = self.spec.hyper
         return self.rows(name).numel() * hyper.hidden_size * int(getattr(torch, hyper.state_dtype).itemsize)
 
-    def place(self, x: Tensor) -> Tensor:
+    def place(self, x: Tensor, rows: RowSet) -> Tensor:
         """States where they are kept; on a CPU a copy."""
-        return x.clone() if self.device.type == "cpu" else x.to(self.home(x.numel() * x.element_size()))
+        return x.clone() if self.device.type == "cpu" else x.to(self.home(x.numel() * x.element_size(), rows))
 
     def advance(self, block: Block, x: Tensor, shared: bool = False) -> Tensor:
         """Output of a block for rows x (R, T, hidden), where they live. shared: x is a whole set of rows, and they shall

@@ -74,7 +74,7 @@ def source_forward(
     reading.meet(comm)
     ids = run.rows(rows)
     nbytes = run.state_bytes(rows)
-    rooms: list[int] = comm.gather(run.room(nbytes))
+    rooms: list[int] = comm.gather(run.room(nbytes, rows))
     owners = _owners(run, stretches, rooms, nbytes) if ids.numel() >= PREPARE_TOKENS else {}
     starts = [stretch[0] for stretch in stretches]
     own = stretches[comm.rank]
@@ -82,7 +82,7 @@ def source_forward(
     end = max([*starts, *(index + 1 for index in owners)])
     reading.expect(0, end)
     states = run.embedded(rows, run.load_from(reading, run.spec.modules[0]))
-    sweep = _Sweep(run, comm, states)
+    sweep = _Sweep(run, comm, rows, states)
     del states
     found = Found(own[0], None, {})
     for module in run.spec.modules[1 : end + 1]:
@@ -127,8 +127,8 @@ def _owners(run: Runner, stretches: Sequence[Sequence[int]], rooms: Sequence[int
 class _Sweep:
     """A member's rows on their way through the model."""
 
-    def __init__(self, run: Runner, comm: Comm, states: Tensor) -> None:
-        self._run, self._comm = run, comm
+    def __init__(self, run: Runner, comm: Comm, rows: RowSet, states: Tensor) -> None:
+        self._run, self._comm, self._rows = run, comm, rows
         self._ranges = share_rows(len(states))
         shares = owner_shares(comm.rank, comm.size)
         self._shares = {s: states[self._ranges[s].start : self._ranges[s].stop].clone() for s in shares}
@@ -161,7 +161,8 @@ class _Sweep:
             return None
         some = next(iter(shares.values()))
         shape = (self._ranges[SHARES - 1].stop, *some.shape[1:])
-        out = torch.empty(shape, dtype=some.dtype, device=run.home(some.element_size() * torch.Size(shape).numel()))
+        home = run.home(some.element_size() * torch.Size(shape).numel(), self._rows)
+        out = torch.empty(shape, dtype=some.dtype, device=home)
         for source in range(comm.size):
             own = owner_shares(source, comm.size)
             places = [out[self._ranges[s].start : self._ranges[s].stop] for s in own]

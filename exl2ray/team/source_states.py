@@ -71,7 +71,10 @@ class SourceStates:
         else:
             held = None
             saved = self._checkpoints.load(self._chain, index)
-            here, x = (1, run.embedded(self.rows)) if saved is None else (saved.index, run.place(saved.tensors["x"]))
+            if saved is None:
+                here, x = 1, run.embedded(self.rows)
+            else:
+                here, x = saved.index, run.place(saved.tensors["x"], self.rows)
         del held
         for module in run.spec.modules[here:index]:
             x = run.advance(run.load(module), x, shared=True)

@@ -6,6 +6,7 @@ Exit codes are those of ``exl2ray.errors``; 1 is an error nobody foresaw.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import stat
@@ -111,11 +112,25 @@ def _explain(error: Exception, run: Invocation) -> tuple[Sequence[str], str, int
         return [error.format_message()], usage_hint(run.argv, path), UsageError.exit_code
     if isinstance(error, click.ClickException):
         return [error.format_message()], "", error.exit_code
+    if limit := _limit(error):
+        return [f"{limit[0]} ({_place(error)})"], limit[1], 1
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     log = _write_log(error, run)
     hint = "this is not an error that exl2ray foresaw: please report it"
     hint += f"; the traceback is in {log}" if log else "; --debug shows the traceback"
     return [f"{message} ({_place(error)})"], hint, 1
+
+
+def _limit(error: Exception) -> tuple[str, str] | None:
+    """(message, hint) for what the system did not grant this process, wherever it was asked for."""
+    again = "; then the same command again goes on where it was"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "the system grants no more threads", f"raise ulimit -u or -v, or the container's limit of processes{again}"
+    if isinstance(error, MemoryError):
+        return "the system grants no more memory", f"raise ulimit -v or the container's memory, or free some{again}"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "the system grants no more open files", f"raise ulimit -n{again}"
+    return None
 
 
 def _place(error: BaseException) -> str:

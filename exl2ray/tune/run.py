@@ -128,11 +128,14 @@ def _rows(settings: Settings, pair: Pair, device: torch.device, reporter: Report
 def _written(
     settings: Settings, pair: Pair, tokenizer: ModelTokenizer, device: torch.device, reporter: Reporter
 ) -> list[Kind]:
-    """What the source writes itself, if the text asks for it: as many tokens as are named, or as are tuned on."""
+    """What the source writes itself, if the text asks for it: as many tokens as are named, and no more than are tuned on."""
     counts = [s.given.partition(":")[2] for s in settings.sources if s.name == WRITTEN and not s.files]
     if not counts:
         return []
-    tokens = sum(int(c) if c else settings.tokens for c in counts)
+    asked = sum(int(c) if c else settings.tokens for c in counts)
+    tokens = min(asked, settings.tokens)
+    if asked > tokens:
+        reporter.event("note", message=f"the source writes {tokens} tokens: as many as are tuned on, and not {asked}")
     work = settings.work or os.path.join(settings.output, WORK)
     root, kind = (work, "written") if settings.written is None else (settings.written, "quant/written")
     return self_written(

@@ -41,6 +41,7 @@ def recipe(**changes: Any) -> Recipe:
         ({"objective": "cubed"}, "--objective cubed: "),
         ({"objective_power": float("nan")}, "--objective-power nan: "),
         ({"objective_power": 0.0}, "--objective-power 0: "),
+        ({"objective_power": 500.0}, "--objective-power 500: "),
         ({"checkpoint_seconds": -1.0}, "--checkpoint-seconds -1: "),
     ],
 )

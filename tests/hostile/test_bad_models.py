@@ -227,6 +227,20 @@ def test_measurements_of_another_model(case: str, tiny: Path, text: str, measure
     assert ("warning" in solved.text) == bool(found)
 
 
+def test_a_measurement_with_another_scale_of_rope(tiny: Path, text: str, measured: Path, tmp_path: Path) -> None:
+    scaled = tmp_path / "scaled.json"
+    convert(recipe(tiny, tmp_path / "work", text, output_measurement=str(scaled), rope_scale=8.0), Silent())
+    assert json.loads(scaled.read_text())["exl2ray"]["source"]["rope"] == "-rs 8"
+    for path, flags, says in (
+        (measured, {}, ""), (scaled, {"rope_scale": 8.0}, ""), (measured, {"rope_scale": 8.0}, "neither -rs nor -ra"),
+        (scaled, {}, "measured with -rs 8"), (scaled, {"rope_scale": 8.0, "rope_alpha": 2.0}, "-rs 8 -ra 2"),
+    ):  # fmt: skip
+        looked = examine(recipe(tiny, tmp_path / "other", text, measurement=str(path), **flags))
+        found = [d for d in looked.doubts if "-m was measured" in d]
+        assert len(found) == bool(says), (path, flags, found)
+        assert all(says in f for f in found)
+
+
 def test_a_measurement_that_does_not_say_of_what(tiny: Path, text: str, measured: Path, tmp_path: Path) -> None:
     """As the reference writes it, which ignores what we add."""
     found = json.loads(measured.read_text())

@@ -59,7 +59,7 @@ def test_every_kind_has_a_limit(name: str, model: Path) -> None:
 
 
 @pytest.mark.parametrize("look", [plan, dry_run])
-@pytest.mark.parametrize("name", ["README.md", "LICENSE", "report.pdf", "modeling_x.py", "measurement.json"])
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "report.pdf", "modeling_x.py", "eval_results.json"])
 def test_a_huge_file_that_it_does_not(name: str, look: Callable[[Path], Any], model: Path) -> None:
     sparse(model / name)
     look(model).ends_with(0, "not copied into the output, larger than 32 MiB", f"{name} (6144 MiB)")
@@ -128,3 +128,11 @@ def test_it_converts_without_them_and_then_writes_nothing(made: Conversion, tmp_
         assert sum("report.pdf" in m or "preprocessor_config.json" in m for m in told) == 2
     assert not {"report.pdf", "preprocessor_config.json"} & {p.name for p in target.iterdir()}
     assert not [f for name, f in reporters[1].events if name == "stage"]
+
+
+def test_what_a_conversion_left_in_the_source_is_not_of_the_next_one(model: Path) -> None:
+    for name in ("measurement.json", "evaluation.json", "job_new.json"):
+        (model / name).write_text("{}")
+    found = set(examine_side_files(model).sizes)
+    assert "tokenizer.json" in found
+    assert not {"measurement.json", "evaluation.json", "job_new.json"} & found

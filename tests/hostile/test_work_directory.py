@@ -415,3 +415,15 @@ def test_whose_directories_a_plain_user_trusts(uid: int, gid: int, mode: int, re
         finally:
             os.seteuid(0)
             os.setegid(0)
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (RuntimeError("can't start new thread"), ("threads", "ulimit -u")),
+    (MemoryError(), ("memory", "ulimit -v")),
+    (OSError(24, "Too many open files"), ("open files", "ulimit -n")),
+])  # fmt: skip
+def test_limits_of_the_system_are_named(error: Exception, words: tuple[str, str]) -> None:
+    from exl2ray.terminal.program import Invocation, _explain
+
+    lines, hint, code = _explain(error, Invocation(command="convert"))
+    assert (words[0] in lines[0], words[1] in hint, "foresaw" in hint, code) == (True, True, False, 1)

@@ -20,6 +20,7 @@ from exl2ray.cli import cli
 from exl2ray.commands.publish import publish
 from exl2ray.errors import HubError, StoreError, UsageError
 from exl2ray.publish.base_model import REPOSITORY
+from exl2ray.remote.token import read_token
 
 
 def test_a_token_that_is_not_valid(hub: FakeHub, models: Path, tmp_path: Path) -> None:
@@ -66,6 +67,8 @@ def test_no_token(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch, t
             send(models / "4.0bpw", token_file=str(tmp_path / "token"))
         assert not content or content not in str(e.value)
     assert hub.requests == []
+    (tmp_path / "token").write_text("hf_abcdefgh\n", encoding="utf-8-sig")
+    assert read_token(tmp_path / "token").value == "hf_abcdefgh"
 
 
 def test_offline(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,3 +48,31 @@ def test_a_large_gpu_prepares_two_layers_of_70b_and_a_small_one_none() -> None:
 
 def test_a_cpu_has_no_limit() -> None:
     assert room_for_contexts([ATTENTION, MLP], states(115), 2048, torch.device("cpu")) > 1000 * GB
+
+
+def experts(count: int, hidden: int, width: int) -> ModuleSpec:
+    shapes = (("w1", "w13", hidden, width), ("w3", "w13", hidden, width), ("w2", "w2", width, hidden))
+    made = [
+        LinearSpec(role, f"{role}.{e}", k, n, f"{group}.{e}", Stored("", (n, k)), expert=e)
+        for e in range(count)
+        for role, group, k, n in shapes
+    ]
+    return ModuleSpec(0, "moe", "model.layers.0", 0, tuple(made))
+
+
+def test_states_stay_on_a_gpu_that_has_room_for_quantising_alone() -> None:
+    """Mixtral's options fill 150 GB while it is measured, and those of 7B leave no room for four sets of states on 24."""
+    square = (("q_proj", "qkv"), ("k_proj", "qkv"), ("v_proj", "qkv"), ("o_proj", "o"))
+    small = [
+        module("attention", *((role, group, 4096, 4096) for role, group in square)),
+        module("mlp", ("gate_proj", "gate_up", 4096, 11008), ("up_proj", "gate_up", 4096, 11008),
+               ("down_proj", "down", 11008, 4096)),
+    ]  # fmt: skip
+    nbytes = 115 * 2048 * 4096 * 2
+    mixtral, large, card = [experts(8, 4096, 14336)], int(150.7 * GB), 24 << 30
+    for modules, total, corrected in ((mixtral, large, False), (small, card, True)):
+        assert not states_fit_within(modules, nbytes, 2048, total, corrected)
+        assert states_fit_within(modules, nbytes, 2048, total, corrected, measuring=False)
+    assert not states_fit_within(small, nbytes, 2048, 8 << 30, True, measuring=False)
+    for total in (8 * GB, 24 * GB, 80 * GB):  # never less room than while measuring, which quantising does not need
+        assert room_within(mixtral, nbytes, 2048, total, True, False) >= room_within(mixtral, nbytes, 2048, total, True)

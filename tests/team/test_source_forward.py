@@ -130,7 +130,7 @@ def test_without_room_a_member_gets_the_states(setup: WorkerSetup, monkeypatch: 
     nbytes = expected[1].x.nbytes
     one = context_bytes(run.spec.modules[3], nbytes)
     for room, prepared in ((0, []), (2 * one, [3])):
-        monkeypatch.setattr(Runner, "room", lambda self, n, room=room: room)
+        monkeypatch.setattr(Runner, "room", lambda self, n, rows, room=room: room)
         first, second = members(2, setup, ((1, 2), (3, 4)))
         assert list(second.prepared) == prepared
         if prepared:

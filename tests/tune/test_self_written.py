@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from exl2ray.evaluate.forward import open_model
 from exl2ray.evaluate.generate import Draft, Generator
 from exl2ray.events import Silent
 from exl2ray.store.open import open_store
+from exl2ray.tune import run
 from exl2ray.tune.documents import Kind
 from exl2ray.tune.run import Settings, tune
 from exl2ray.tune.written import check_weights, self_written
@@ -121,3 +123,15 @@ def test_a_model_is_tuned_on_a_mixture(model: Path, tmp_path: Path) -> None:
     for wrong in ("self:some", "self:-1"):
         with pytest.raises(UsageError, match="self:COUNT"):
             text_source(wrong, local_source)
+
+
+def test_no_more_is_written_than_is_tuned_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(run, "self_written", lambda source, tokenizer, tokens, *_: (asked.append(tokens), [])[1])
+    monkeypatch.setattr(run, "open_store", lambda root: None)
+    for place in ("self:1000000000000", "self", "self:2k"):
+        settings = Settings(directory="", reference="", output="x", sources=(text_source(place, local_source),), tokens=8192)
+        reporter = Silent()
+        run._written(settings, SimpleNamespace(source=None), None, CPU, reporter)  # type: ignore[arg-type]
+        assert len(reporter.events) == (place == "self:1000000000000")
+    assert asked == [8192, 8192, 2000]
