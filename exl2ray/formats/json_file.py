@@ -130,7 +130,8 @@ def parse_json_object(
     except RecursionError as e:  # whoever called was deep already
         raise error(f"{what}: nested too deeply", hint) from e
     if not isinstance(obj, dict):
-        raise error(f"{what}: a JSON object is needed, this is a {type(obj).__name__}", hint)
+        this = obj.text if isinstance(obj, _Odd) else "null" if obj is None else f"a {JSON_NAMES[type(obj)]}"
+        raise error(f"{what}: a JSON object is needed, this is {this}", hint)
     if odd:
         raise error(f"{what}: {_place(obj, odd[0])} is {odd[0].text}", hint)
     if re.search(r"\\u[dD][89a-fA-F]", text):
@@ -196,6 +197,9 @@ def _syntax(text: str, e: json.JSONDecodeError) -> str:
     if word:
         return f"{word[0]} at {place} is not JSON"
     return f"{e.msg} at {place}"
+
+
+JSON_NAMES: dict[type, str] = {list: "list", str: "text", int: "number", float: "number", bool: "boolean"}
 
 
 @dataclass(frozen=True, eq=False)

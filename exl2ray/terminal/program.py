@@ -52,7 +52,7 @@ class Cli(click.Group):
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         """Runs a command and ends the process, with the exit code of `exl2ray.errors`."""
-        argv = list(sys.argv[1:] if args is None else args)
+        argv = [_at_home(a) for a in (sys.argv[1:] if args is None else args)]
         own = argv[: argv.index("--")] if "--" in argv else argv
         run = Invocation(json="--json" in own, debug="--debug" in own, argv=tuple(argv))
         extra.pop("standalone_mode", None)
@@ -81,6 +81,15 @@ class Cli(click.Group):
             raise UsageError(f"the current directory cannot be read: {e.strerror}", "go to one that is there: cd ~") from e
         with streams.watched():
             return super().invoke(ctx)
+
+
+def _at_home(argument: str) -> str:
+    """``--flag=~/x`` with the home directory: shells put it in at the beginning of a word alone, and a folder named ~ is one
+    that somebody removes with a command that removes much more."""
+    name, equals, value = argument.partition("=")
+    if equals and name.startswith("-") and (value == "~" or value.startswith("~/")):
+        return f"{name}={os.path.expanduser(value)}"
+    return argument
 
 
 def _report(error: Exception, run: Invocation) -> int:

@@ -244,3 +244,14 @@ def _read_all(master: int) -> str:
         parts.append(data)
     os.close(master)
     return b"".join(parts).decode()
+
+
+@pytest.mark.parametrize(("argument", "expected"), [
+    ("--compile-full=~/out", "--compile-full=/home/me/out"), ("-cf=~", "-cf=/home/me"), ("--note=a~/b", "--note=a~/b"),
+    ("~/out", "~/out"), ("--name=~other", "--name=~other"), ("x=~/out", "x=~/out"),
+])  # fmt: skip
+def test_a_home_directory_behind_an_equals_sign(argument: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exl2ray.terminal.program import _at_home
+
+    monkeypatch.setenv("HOME", "/home/me")
+    assert _at_home(argument) == expected
