@@ -123,7 +123,7 @@ def _with_its_names(run: Callable[[str], str], directory: Path, place: Path) -> 
     with tempfile.TemporaryDirectory(dir=place) as folder:
         for path in directory.iterdir():
             if path.suffix == ".safetensors":
-                named = {f".{name}": tensor for name, tensor in load_file(path).items()}
+                named = {"." + n.removeprefix("."): t for n, t in load_file(path).items()}
                 save_file(named, Path(folder) / path.name, {"format": "pt"})
             elif path.is_file() and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, Path(folder) / path.name)
