@@ -18,7 +18,7 @@ from exl2ray.terminal.live import show_table
 
 SHOWN_PROBLEMS = 30  # of one topic; --json has all
 WIDEST = 110  # of running text
-STAGES = {"measure": "measure", "quantize": "quantise", "head": "quantise the head"}
+STAGES = {"measure": "measure", "sensitivity": "find sensitivities", "quantize": "quantise", "head": "quantise the head"}
 
 
 def plan(recipe: Recipe, wishes: Wishes, bits_given: bool, notes: Sequence[str] = ()) -> Report:

@@ -217,8 +217,9 @@ class _Planner:
             devices.append(("CPU", None))
         self.report.main_memory_bytes = usable_memory_bytes()
         corrected = self.recipe.numerics.target_correction > 0
+        gradients = self.recipe.allocates == "linear" and self.recipe.measurement is None
         for name, total in devices:
-            found = peaks(self.spec, self.source, self.rows, total, self.recipe.damping, corrected)
+            found = peaks(self.spec, self.source, self.rows, total, self.recipe.damping, corrected, gradients)
             device = DeviceMemory(name, total, tuple(found))
             self.report.memory.append(device)
             self.report.warnings += _too_much(device, self.report.main_memory_bytes)

@@ -33,6 +33,10 @@ from exl2ray.quant.memory import (
     sums_on_host_within,
 )
 from exl2ray.quant.rows import SHARES
+from exl2ray.quant.sensitivity import POSITIONS
+from exl2ray.team.sensitivity import ROWS as GRADIENT_ROWS
+from exl2ray.team.sensitivity import SHARE_ROWS
+from exl2ray.team.sensitivity import TOKENS as GRADIENT_TOKENS
 
 RESERVED = 1.1  # of what tensors take: torch's allocator rounds up and keeps what it has, as far as there is room
 GPU_BASE_BYTES = 9 << 29  # main memory of a worker on a GPU besides what is counted: Python, torch, CUDA, pinned buffers
@@ -41,6 +45,7 @@ CPU_BASE_BYTES = 700 << 20
 # float32.
 KEPT_BYTES = 4
 COMPARED_BYTES = 14
+GRADIENT_BYTES = 16  # per number that a forward pass with gradients makes: itself, its gradient, both in float32 for a while
 LOGIT_BYTES = 12  # per logit of one calibration row: half precision, float32, its softmax
 
 
@@ -57,7 +62,7 @@ class RowSizes:
 class Peak:
     """The most that one worker takes in a pass. gpu_bytes: None on CPUs. module: the one that takes it."""
 
-    stage: str  # "measure", "quantize" or "head"
+    stage: str  # "measure", "sensitivity", "quantize" or "head"
     module: str
     gpu_bytes: int | None
     ram_bytes: int
@@ -65,11 +70,13 @@ class Peak:
 
 
 def peaks(
-    spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu_bytes: int | None, damping: float, corrected: bool = False
-) -> list[Peak]:
+    spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu_bytes: int | None, damping: float, corrected: bool = False,
+    gradients: bool = False,
+) -> list[Peak]:  # fmt: skip
     """Peaks of measuring, quantising and of the head, on a GPU of ``gpu_bytes`` or (None) on CPUs.
 
-    corrected: with targets corrected towards the source model, whose states of all rows go along.
+    corrected: with targets corrected towards the source model, whose states of all rows go along. gradients: and of the
+    backward pass that sensitivities come from.
 
     On a GPU that has the room, recorded solver batches of earlier modules count too.
     """
@@ -77,6 +84,7 @@ def peaks(
     head = spec.modules[-1]
     found = [
         _worst(modules, lambda m: _measure(spec, source, m, rows.measure, gpu_bytes, damping)),
+        *([_sensitivity(spec, source, rows, gpu_bytes, corrected)] if gradients else []),
         _worst(modules, lambda m: _quantize(spec, source, m, rows, gpu_bytes, damping, corrected)),
         replace(_quantize(spec, source, head, rows, gpu_bytes, damping, corrected), stage="head"),
     ]
@@ -130,6 +138,24 @@ def _measure(
         notes.append("candidate weights in main memory")
         ram += _candidate_bytes(module)
     return Peak("measure", module.profile_key, most, ram + 2 * _source_bytes(source, module), tuple(notes))
+
+
+def _sensitivity(spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu: int | None, corrected: bool) -> Peak:
+    """float32 states before every module, the weights of the largest one, and what its way back takes."""
+    count, tokens = min(GRADIENT_ROWS, rows.measure[0]), min(GRADIENT_TOKENS, rows.measure[1])
+    states = 4 * count * tokens * spec.hyper.hidden_size * (len(spec.modules) - 1)
+    module = max(spec.modules, key=_weight_bytes)
+    share = spec.hyper.experts_per_token / spec.hyper.num_experts if module.kind == "moe" else 1.0
+    widths = sum(x.in_features + x.out_features for x in module.linears if module.kind != "head")
+    back = int(GRADIENT_BYTES * SHARE_ROWS * tokens * (share * widths + 8 * spec.hyper.hidden_size))
+    back = max(back, GRADIENT_BYTES * POSITIONS * spec.modules[-1].linears[0].out_features)
+    if gpu is None:
+        ram = CPU_BASE_BYTES + states + 2 * _weight_bytes(module) + back + _source_bytes(source, module)
+        return Peak("sensitivity", module.profile_key, None, ram)
+    fits = states_fit_within(spec.modules, states, max(rows.measure[1], rows.quantize[1]), gpu, corrected)
+    notes, ram = _kept_on_host(fits, states)
+    most = _weight_bytes(module) + back + (states if fits else 0)
+    return Peak("sensitivity", module.profile_key, most, ram + 2 * _source_bytes(source, module), tuple(notes))
 
 
 def _quantize(

@@ -78,3 +78,24 @@ def test_the_worst_module_is_named(llama_7b: Path) -> None:
     found = peaks_of(llama_7b, 24 * GIB)
     assert found["measure"].module == "model.layers.0.mlp"
     assert found["head"].module == "lm_head.linear"
+
+
+def test_states_for_the_way_back_count_where_they_are(tmp_path: Path) -> None:
+    """docs/log.md: a 7B in 8 GB kept 8.7 GB of them in main memory, 10.4 GB in all with what the process is itself."""
+    source = SourceModel(write_header_model(tmp_path / "7b", {**LLAMA_7B, "num_hidden_layers": 32}, 1))
+    spec = load_spec(source)
+    states = 16 * 512 * 4096 * 4 * 66  # before 64 halves, the norm and the head
+
+    def peak(gpu: int | None) -> Peak:
+        return next(p for p in peaks(spec, source, ROWS, gpu, 0.12, True, gradients=True) if p.stage == "sensitivity")
+
+    small, large, cpu = peak(int(7.98 * GIB)), peak(141 * GIB), peak(None)
+    assert (small.notes, large.notes) == (("hidden states in main memory",), ())
+    assert small.ram_bytes - large.ram_bytes == states
+    assert states + 1e9 < small.ram_bytes < 16e9
+    assert small.gpu_bytes is not None
+    assert small.gpu_bytes < 4e9
+    assert large.gpu_bytes is not None
+    assert large.gpu_bytes > states
+    assert states < cpu.ram_bytes < 12e9
+    assert "sensitivity" not in {p.stage for p in peaks(spec, source, ROWS, None, 0.12, True)}
