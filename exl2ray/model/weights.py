@@ -170,6 +170,8 @@ def pinned(nbytes: int) -> Tensor:
 
 def forget_pinned() -> None:
     """Gives back page-locked memory that is free: torch keeps the most that was ever needed, for later."""
+    if not torch.cuda.is_available():
+        return
     empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
     with CAPTURING:
         if empty is not None:
