@@ -1,4 +1,8 @@
-"""What the kernels of `exl2ray.cuda.kernels` have in common: functions of one thread, inlined where they are used.
+"""What the kernels of `exl2ray.cuda.kernels` have in common: functions of one thread.
+
+The compiler for the GPU puts them where they are used. Numba would do so too if asked (inline=True), for the same
+instructions and twice the time: a machine compiles all kernels before its first conversion. `step_of` is the exception, for
+which the instructions of `settle` come out in another order.
 
 |d|^3.5 = d^4 / sqrt(d): one reciprocal root, no power function. Rounding to the nearest integer by adding and removing
 1.5 * 2^23 costs two additions where the conversion unit would be a bottleneck; fastmath stays off, it would remove them
@@ -52,16 +56,16 @@ else:
 
     # The builtin min and max keep Python's order of NaNs, which takes two instructions where the hardware has one.
 
-    @cuda.jit(device=True, inline=True)
+    @cuda.jit(device=True)
     def fmin(a, b):
         return libdevice.fminf(a, b)
 
-    @cuda.jit(device=True, inline=True)
+    @cuda.jit(device=True)
     def fmax(a, b):
         return libdevice.fmaxf(a, b)
 
 
-@cuda.jit(device=True, inline=True)
+@cuda.jit(device=True)
 def error_term(t, p, inverse, low, high):
     """|clamp(rint(t / p)) p - t|^3.5 for one weight in units of its column's step."""
     q = (t * inverse + ROUND) - ROUND
@@ -71,7 +75,7 @@ def error_term(t, p, inverse, low, high):
     return square * square * _rsqrt(d)
 
 
-@cuda.jit(device=True, inline=True)
+@cuda.jit(device=True)
 def nearest(v, step, zero, high):
     """Nearest integer of v / step within -zero .. high; a step that underflowed to zero gives the end on v's side."""
     q = np.float32(0.0)
@@ -93,7 +97,7 @@ def step_of(code, top):
     return np.float32(np.float16(np.float32(code) * np.float32(code) * m))
 
 
-@cuda.jit(device=True, inline=True)
+@cuda.jit(device=True)
 def settled(v, old, pivot, step, zero, high, sweep):
     """(integer, e) of one weight: v and e = (v - new) / pivot in a first pass; in a sweep v is its row of S = H E, the weight
     goes to the nearest of old + v / pivot, and e = new - old."""
@@ -102,7 +106,7 @@ def settled(v, old, pivot, step, zero, high, sweep):
     return q, new - old if sweep else (v - new) / pivot
 
 
-@cuda.jit(device=True, inline=True)
+@cuda.jit(device=True)
 def passed_on(v, factor, s, k, e0, e1, e2, e3, e4, e5, e6, e7):
     """The weight v of row k less what the errors of rows s .. s+8 of ``factor`` mean for it, one after another."""
     v -= factor[s, k] * e0

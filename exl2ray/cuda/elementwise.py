@@ -95,14 +95,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, neox: bool) -> Tensor:
     return out
 
 
-@cuda.jit(device=True, inline=True)
+@cuda.jit(device=True)
 def _clamped(y):
     """y within +-65504. Comparisons, because min and max turn a NaN into a number."""
     y = _MAX if y > _MAX else y
     return -_MAX if y < -_MAX else y
 
 
-@cuda.jit(device=True, inline=True)
+@cuda.jit(device=True)
 def _silu_product(gate, up):
     g = np.float32(gate)
     # the activation is rounded to half before the product, as the plain form does
@@ -135,14 +135,14 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-@cuda.jit(device=True, inline=True)
+@cuda.jit(device=True)
 def _square(x, branch, target):
     y = _clamped(np.float32(x) + np.float32(branch))
     d = np.float32(np.float16(y)) - np.float32(target)
     return d * d
 
 
-@cuda.jit(device=True, inline=True)
+@cuda.jit(device=True)
 def _block_sum(sums, value):
     """Sum over the threads of a block, in a fixed order; sums: shared, THREADS float32."""
     sums[cuda.threadIdx.x] = value
