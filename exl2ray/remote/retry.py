@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -11,6 +12,7 @@ from typing import TypeVar
 T = TypeVar("T")
 ATTEMPTS = 6  # with the waits between them: rides out half a minute
 FIRST_SECONDS, LONGEST_SECONDS = 0.5, 60.0
+SILENT_SECONDS = 5.0  # after which whoever waits is told what for
 
 
 class Passing(Exception):
@@ -29,13 +31,16 @@ def attempts() -> int:
 
 def patiently(step: Callable[[], T]) -> T:
     """The result of ``step``, which raises `Passing` for what is worth another attempt; else what that holds is raised."""
-    count = attempts()
+    count, begin = attempts(), time.monotonic()
     for attempt in range(count):
         try:
             return step()
         except Passing as e:
             if attempt + 1 == count:
                 raise e.error from None
+            if time.monotonic() - begin > SILENT_SECONDS:
+                why = "".join(c if c.isprintable() else " " for c in str(e.error))[:200]
+                logging.getLogger(__name__).warning("trying again (%d of %d): %s", attempt + 2, count, why)
             wait = FIRST_SECONDS * 2**attempt if e.seconds is None else e.seconds
             time.sleep(min(wait, LONGEST_SECONDS) * random.uniform(0.8, 1.2))
     raise AssertionError("the last attempt returns or raises")
