@@ -182,7 +182,7 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     flag("--rate", type=float, default=2e-3, show_default=True, help="of Adam, in steps between two integers"),
     flag("--reach", type=float, default=0.45, hidden=True),
     flag("--gain-rate", type=float, default=2e-3, show_default=True, help="of norms and biases, relative to their size"),
-    flag("--seed", type=int, default=0, show_default=True, help="of the order of rows"),
+    flag("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True, help="of the order of rows"),
     flag("--report", is_flag=True, help="KL before and after by kind of held-out text"),
     recipe_flags(("device", "gpus", "ray_address", "executor"), required=()),
 )

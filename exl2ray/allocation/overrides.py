@@ -47,9 +47,9 @@ def parse_override(text: str) -> Override:
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
-        except re.error as e:
+        except (re.error, OverflowError, RecursionError) as e:
             raise UsageError(f"--set {text}: {e}", "a regular expression follows re:") from e
-    if value.isdigit():
+    if re.fullmatch(r"[0-9]{1,4}", value):
         if int(value) not in WIDTHS:
             raise UsageError(f"--set {text}: bits are {', '.join(map(str, WIDTHS))}", LIKE)
         return Override(text, pattern, minimum=int(value))
@@ -57,7 +57,7 @@ def parse_override(text: str) -> Override:
         option = parse(value)
     except UsageError as e:
         raise UsageError(f"--set {text}: {e.message}", f"or bits, one of {', '.join(map(str, WIDTHS))}") from e
-    if any(b not in WIDTHS for b in option.bits) or min(option.props) <= 0 or abs(sum(option.props) - 1) > 1e-6:
+    if any(b not in WIDTHS for b in option.bits) or not min(option.props) > 0 or not abs(sum(option.props) - 1) <= 1e-6:
         raise UsageError(f"--set {text}: widths are {', '.join(map(str, WIDTHS))} and shares add up to 1", LIKE_OPTION)
     if list(option.bits) != sorted(option.bits, reverse=True) or any(s % 32 or s <= 0 for s in option.group_sizes):
         raise UsageError(f"--set {text}: widths fall from part to part, and group sizes are multiples of 32", LIKE_OPTION)

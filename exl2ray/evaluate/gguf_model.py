@@ -25,6 +25,7 @@ from exl2ray.formats.tensorfile import DTYPE_NAMES, TensorInfo
 from exl2ray.model.arch import find_arch, load_spec
 from exl2ray.model.hyper import Hyper
 from exl2ray.model.rules import Names
+from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import read_stored
 
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -117,6 +118,7 @@ class GgufModel(SourceModel):
         files = _parts(self.path)
         _check_family(files[0], arch.name, family)
         _check_sizes(files[0], family.gguf, hyper)
+        self.metadata = files[0].metadata
         self.files = {f.path.name: f for f in files}  # type: ignore[misc]  # as far as sizes of files are asked for
         tensors: dict[str, GgufTensor] = {}
         for f in files:
@@ -153,12 +155,32 @@ def open_gguf(path: str | Path, like: OpenModel, options: RunOptions | None = No
         spec = load_spec(source, options.rope_scale, options.rope_alpha)
     except SourceError as e:
         raise SourceError(f"not a GGUF of the model in {like.path}: {e.message}", SAME) from e
-    opened = OpenModel(source.path, source, spec, like.bos_id)
+    opened = OpenModel(source.path, source, spec, like.bos_id, notes=_doubts(source, spec))
     ours, theirs = (read_stored(m.spec.modules[-2].plain[0].stored, m.source).float() for m in (opened, like))
     if not torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4):
         note = f"{path}: its last norm is not that of {like.path}: a GGUF of another model, or of a changed one"
-        opened = replace(opened, notes=(note,))
+        opened = replace(opened, notes=(*opened.notes, note))
     return opened
+
+
+def _doubts(source: GgufModel, spec: ModelSpec) -> tuple[str, ...]:
+    """What llama.cpp would do otherwise than what is judged here: the model as its config.json has it."""
+    hyper, prefix = spec.hyper, FAMILIES[find_arch(source.config).name].gguf
+    rope = source.config.get("rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else source.config.get("rope_theta")
+    known = {"rope.freq_base": theta, "attention.layer_norm_rms_epsilon": hyper.norm_eps,
+             "feed_forward_length": None if hyper.num_experts else hyper.intermediate_size}  # fmt: skip
+    out = []
+    for key, ours in known.items():
+        theirs: Any = source.metadata.get(f"{prefix}.{key}")
+        if isinstance(ours, (int, float)) and type(theirs) in (int, float) and not math.isclose(theirs, ours, rel_tol=1e-4):
+            out.append(f"{source.path}: {key} is {theirs:g}, and {ours:g} in config.json, by which it is judged here")
+    used = {s.name for m in spec.modules for s in (*(x.weight for x in m.linears), *(x.bias for x in m.linears if x.bias),
+                                                   *(p.stored for p in m.plain))}  # fmt: skip
+    if spare := sorted(set(source.names()) - used):
+        text = f"{len(spare)} tensors that the model has no place for, e.g. {spare[0]}: not judged here"
+        out.append(f"{source.path}: holds {text}")
+    return tuple(out)
 
 
 def _parts(path: Path) -> list[GgufFile]:
@@ -222,6 +244,9 @@ def _places(
         if template is None or end not in ("weight", "bias") or (base in EXPERTS and len(tensor.shape) != 3):
             strange.append(name)
             continue
+        if base in EXPERTS and tensor.shape[0] != hyper.num_experts:
+            text = f"tensor {name!r} is of {tensor.shape[0]} experts, the model has {hyper.num_experts or 'none'}"
+            raise SourceError(f"{path}: {text}", SAME)
         heads = {"attn_q": hyper.heads, "attn_k": hyper.kv_heads}.get(base, 0) if family.pairs else 0
         if heads and tensor.shape[0] % (2 * heads):
             raise SourceError(f"{path}: tensor {name!r} of shape {tensor.shape} is not of {heads} heads", SAME)
@@ -229,7 +254,10 @@ def _places(
         numbers = range(tensor.shape[0]) if base in EXPERTS else [None if expert is None else int(expert)]
         for e in numbers:
             place = _Place(tensor, e if base in EXPERTS else None, heads, minus)
-            out[f"{template.format(L=layer, E=e)}.{end}"] = place
+            key = f"{template.format(L=layer, E=e)}.{end}"
+            if key in out:
+                raise FormatError(f"{path}: tensor {name!r} is there twice, by another name")
+            out[key] = place
     if strange:
         raise SourceError(f"{path}: {len(strange)} tensors that this family does not have, e.g. {strange[0]}", SAME)
     return out

@@ -44,6 +44,8 @@ class Invocation:
 
     def resume_hint(self) -> str:
         """How the job of this invocation is resumed; empty for a command without a job."""
+        if self.command == "patch":  # needs what it was told
+            return "resume with the same command again"
         return f"resume with: exl2ray {self.command} -o {shlex.quote(self.out_dir)}" if self.out_dir else ""
 
 

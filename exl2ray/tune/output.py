@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from exl2ray.errors import StoreError
 from exl2ray.formats.claim import existing_shards
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.files import atomic_file, sha256_of
@@ -66,6 +67,21 @@ def finished(path: Path, identity: str, start: Path, target: Path) -> dict[str, 
     if existing_shards(target) != sorted(s.name for s in shards) or not all(s.is_intact(target) for s in shards):
         return None
     return None if [n for n in stale_side_files(start, target) if n != CARD] else result
+
+
+def refuse_another(path: Path, identity: str, target: Path) -> None:
+    """StoreError if ``target`` holds the finished tuning of another identity: it may be the better one."""
+    try:
+        found = json.loads(path.read_bytes())
+        other = found["identity"] != identity and sha256_of(target / "config.json") == found["config"]
+        kept = f"{float(found['result']['after']['mean']):.4g}" if other else ""
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if other:
+        raise StoreError(
+            f"{target}: holds a model that was tuned with other settings or other text, or of another start (KL {kept})",
+            "give another -o; or remove that model first",
+        )
 
 
 def _entry(start: Exl2Model, name: str, tuned: Mapping[str, Produce]) -> TensorEntry:

@@ -37,7 +37,7 @@ from exl2ray.tune.driving import trained
 from exl2ray.tune.grid import Grid
 from exl2ray.tune.module import NORMS, part_of
 from exl2ray.tune.opening import Pair, open_pair
-from exl2ray.tune.output import Produce, finished, write_record, write_tuned
+from exl2ray.tune.output import Produce, finished, refuse_another, write_record, write_tuned
 from exl2ray.tune.rows import TuningRows, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
 from exl2ray.tune.written import self_written
@@ -90,6 +90,8 @@ def tune(
             release_target(target)  # a run that was killed at its very end left the claim
             reporter.event("note", message=f"{target} has the tuned model already")
             return Tuned(**{**done, "directory": settings.output, "worse": tuple(done["worse"])})
+        if settings.work is None:
+            refuse_another(record, identity, target)
         store = open_store(os.path.abspath(work))
         decision = trained(settings, rows, identity, store, device, where or Where(), reporter)
         clock.lap("train")

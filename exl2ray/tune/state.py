@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor
 
+from exl2ray.errors import StoreError
 from exl2ray.quant.group import Comm
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store
@@ -95,19 +96,44 @@ def save(store: Store, comm: Comm, progress: Progress, states: Iterable[tuple[st
     comm.gather(None)
 
 
-def restore(store: Store, comm: Comm, identity: str) -> Saved | None:
-    """What was saved of ``identity``, if anything; all members of a group call it together."""
-    facts = comm.gather(_facts(store, identity) if comm.rank == 0 else None)[0]
-    if facts is None:
+def restore(store: Store, comm: Comm, identity: str, notes: list[str] | None = None) -> Saved | None:
+    """What was saved of ``identity``, if anything; all members of a group call it together. What is damaged counts for
+    nothing: ``notes`` gets the reason, and training begins anew."""
+    problems: list[str] = []
+    mine = _found(store, identity, problems) if comm.rank == 0 else None
+    found, problems = comm.gather((mine, problems))[0]
+    if notes is not None:
+        notes += problems
+    if found is None:
         return None
-    scores = [(int(s), bool(w), float(v)) for s, w, v in facts["scores"]]
-    progress = Progress(identity, facts["step"], facts["start"], scores, facts["best"], facts["over"])
-    return Saved(store, progress, {key: tuple(files) for key, files in facts["files"].items()})
+    progress, files = found
+    return Saved(store, progress, files)
 
 
-def _facts(store: Store, identity: str) -> dict[str, object] | None:
+def _found(store: Store, identity: str, problems: list[str]) -> tuple[Progress, dict[str, tuple[str, ...]]] | None:
     try:
         facts = json.loads(store.get(FILE))
-        return dict(facts) if facts["identity"] == identity else None
-    except (MissingFileError, ValueError, KeyError, TypeError):
+        if facts["identity"] != identity:
+            problems.append("what was trained with other settings or other text is left behind")
+            return None
+        scores = [(int(s), bool(w), float(v)) for s, w, v in facts["scores"]]
+        step, best, over = int(facts["step"]), int(facts["best"]), bool(facts["over"])
+        start = [float(v) for v in facts["start"]]
+        files = {str(key): tuple(map(str, names)) for key, names in facts["files"].items()}
+        if not (0 <= step < 1 << 31 and -1 <= best < len(scores) and all(0 <= s[0] <= step for s in scores)):
+            raise ValueError("numbers that no tuning has")
+        for names in files.values():
+            for name in names:
+                if name.rpartition("/")[0] != FOLDER:
+                    raise ValueError(f"{name[:80]!r} is no file of it")
+                get_tensors(store, name)
+    except MissingFileError as e:
+        if FILE in e.message:
+            return None
+        problems.append(f"the last checkpoint cannot be used, so training begins anew: {e.message}")
         return None
+    except (StoreError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
+        text = e.message if isinstance(e, StoreError) else f"{FILE}: {type(e).__name__} {e}"
+        problems.append(f"the last checkpoint cannot be used, so training begins anew: {text[:300]}")
+        return None
+    return Progress(identity, step, start, scores, best, over), files

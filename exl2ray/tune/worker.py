@@ -140,8 +140,10 @@ class _Tuning:
         self.room = room_for(self.pair.start.spec, self.device, self.settings.streamed, shrink)
         self._ahead = Ahead(self.pair.source, self.device, wanted=not self.room.streamed)
         self.source = self._shelf(lambda i: load_source(self.pair, self.modules_of[i], self.device, self._ahead.at(i)))
-        self.saved = state.restore(self.store, self.comm, self.part.identity)
+        self.saved = state.restore(self.store, self.comm, self.part.identity, self.notes)
         self.progress = self.saved.progress if self.saved else state.Progress(self.part.identity)
+        if self.progress.step > self.part.steps:
+            self.saved, self.progress = None, state.Progress(self.part.identity)
         self.was_over = self.progress.over
         if not self.progress.over:
             self._open()

@@ -68,6 +68,10 @@ def test_an_exact_option_and_the_head(quiet: Quiet, tmp_path: Path) -> None:
         ("x=1:4b_48g", "multiples of 32"),
         ("x=1:7b_64g", "widths are"),
         ("re:[=6", "unterminated"),
+        ("re:a{99999999999999}=3", "too large"),
+        ("x=\u00b2", "not of the form"),
+        ("x=" + "9" * 5000, "not of the form"),
+        ("x=nan:4b_128g", "add up to 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:

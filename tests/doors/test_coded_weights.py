@@ -93,6 +93,7 @@ DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"
 FORMS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "blocks of DeepSeek": ("block 32 32", DEEPSEEK),
     "blocks larger than the matrix": ("block 128 128", {**DEEPSEEK, "weight_block_size": [128, 128]}),
+    "blocks larger than any matrix": ("block 4096 4096", {**DEEPSEEK, "weight_block_size": [10**30, 1 << 36]}),
     "blocks that do not fit evenly": ("block 80 40", {**DEEPSEEK, "weight_block_size": [80, 40]}),
     "blocks without a word": ("block 32 32", {"quant_method": "fp8"}),
     "exponents as scales": ("exponents", {**DEEPSEEK, "scale_fmt": "ue8m0"}),

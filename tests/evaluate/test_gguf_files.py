@@ -51,8 +51,9 @@ def gguf_name(name: str, changes: dict[str, str]) -> str:
 
 
 def write_gguf(
-    path: Path, model: Path, kind: Type = Type.F16, arch: str = "llama", pairs: bool = True, plus: float = 0.0
-) -> dict[str, torch.Tensor]:
+    path: Path, model: Path, kind: Type = Type.F16, arch: str = "llama", pairs: bool = True, plus: float = 0.0,
+    theta: float | None = None, more: dict[str, tuple[int, ...]] | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """Writes ``model`` as llama.cpp's converter lays it out, linears and embedding in ``kind``; returns those tensors as they
     are after it, under the names of the source."""
     config = json.loads((model / "config.json").read_text())
@@ -65,7 +66,7 @@ def write_gguf(
     w.add_head_count_kv(kv)
     w.add_context_length(config["max_position_embeddings"])
     w.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5))
-    w.add_rope_freq_base((config.get("rope_parameters") or config).get("rope_theta", 10000.0))
+    w.add_rope_freq_base(theta or (config.get("rope_parameters") or config).get("rope_theta", 10000.0))
     w.add_vocab_size(config["vocab_size"])
     w.add_tokenizer_model("gpt2")
     w.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
@@ -90,6 +91,8 @@ def write_gguf(
         w.add_tensor(gguf_name(name, changes), np.ascontiguousarray(stored), raw_dtype=raw_kind)
     for name, found in experts.items():
         w.add_tensor(name, np.stack([found[i] for i in range(len(found))]), raw_dtype=kind)
+    for name, shape in (more or {}).items():
+        w.add_tensor(name, np.zeros(shape, np.float32), raw_dtype=Type.F32)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -330,3 +333,17 @@ def test_parts(tmp_path: Path, twins: Twins, ids: torch.Tensor, monkeypatch: pyt
     with pytest.raises(Exl2RayError, match=r"exl2ray\[gguf\]") as caught:
         open_gguf(other, like)
     assert caught.value.exit_code == 2
+
+
+def test_what_llama_cpp_would_do_otherwise_is_told(tmp_path: Path, twins: Twins) -> None:
+    like, path = open_model(twins[0]), tmp_path / "m.gguf"
+    write_gguf(path, twins[0], theta=5e6)
+    assert ["rope.freq_base is 5e+06" in note for note in open_gguf(path, like).notes] == [True]
+    write_gguf(path, twins[0], more={"blk.0.attn_q.bias": (64,), "blk.7.attn_norm.weight": (64,)})
+    assert ["holds 2 tensors" in note for note in open_gguf(path, like).notes] == [True]
+    write_gguf(path, twins[0], more={"blk.0.ffn_gate_exps.weight": (4096, 1, 1)})
+    with pytest.raises(SourceError, match="of 4096 experts, the model has none"):
+        open_gguf(path, like)
+    write_gguf(path, twins[0], more={"blk.00.attn_norm.weight": (64,)})
+    with pytest.raises(FormatError, match="twice"):
+        open_gguf(path, like)

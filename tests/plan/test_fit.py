@@ -17,7 +17,7 @@ from exl2ray.model.hyper import Hyper, resolve_hyper
 from exl2ray.plan.fit import STEP, allowance_bytes, best_fit, cache_size, check_fit
 from exl2ray.plan.sizes import Freedom, size_range
 from exl2ray.quant.qparams import LOW_GROUPS, low_options
-from exl2ray.units import parse_size
+from exl2ray.units import parse_count, parse_size
 
 GIB = 1 << 30
 GEMMA: dict[str, Any] = {
@@ -43,10 +43,18 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "--fit") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-3GB", "24 GX", "lots", "24GB!", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "24 GX", "lots", "24GB!", "1e9", "9" * 400 + "GB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match=r"--fit .*not a size"):
         parse_size(text, "--fit")
+
+
+def test_numbers_of_tokens() -> None:
+    assert [parse_count(t, "--tokens") for t in ("1M", "512k", "4.5m", "10G", "7")] == [10**6, 512_000, 4_500_000, 10**10, 7]
+    for text, says in (("0", "not a number"), ("x", "not a number"), ("11G", "at most 10G"), ("9" * 400, "not a number")):
+        with pytest.raises(UsageError, match=f"--tokens .*{says}") as e:
+            parse_count(text, "--tokens")
+        assert len(e.value.message) < 100
 
 
 @pytest.mark.parametrize(("cache", "bits"), [("fp16", 16), ("q8", 8.5), ("q6", 6.5), ("q4", 4.5)])

@@ -16,6 +16,7 @@ from bounded import exl2ray
 from safetensors import safe_open
 
 from exl2ray.calibration.data.sources import local_source
+from exl2ray.errors import StoreError
 from exl2ray.evaluate.compare import evaluate
 from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
@@ -193,6 +194,55 @@ def test_a_module_at_a_time_the_numbers_are_the_same(
     assert "lie in files" in notes
     assert result.kept != "nothing"
     assert same(tmp_path / "whole", tmp_path / "streamed")
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "numbers", "fields", "elsewhere"])
+def test_a_damaged_checkpoint_costs_what_was_trained(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    few: dict[str, Any] = {"tokens": 2048}
+    tuned(settings(pair, text, tmp_path / "whole", **few))
+    save = state.save
+
+    def once(*given: Any) -> None:
+        save(*given)
+        raise Killed
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(state, "save", once)
+    with pytest.raises(Killed):
+        tuned(settings(pair, text, out, checkpoint_seconds=0, **few))
+    monkeypatch.setattr(state, "save", save)
+    work = out / WORK
+    one = sorted((work / state.FOLDER).iterdir())[0]
+    facts = json.loads((work / state.FILE).read_text())
+    if damage == "cut":
+        one.write_bytes(one.read_bytes()[:-100])
+    elif damage == "gone":
+        one.unlink()
+    else:
+        forged: dict[str, dict[str, Any]] = {
+            "numbers": {"best": 99}, "fields": {"scores": None}, "elsewhere": {"files": {"x": ["../x"]}},
+        }  # fmt: skip
+        (work / state.FILE).write_text(json.dumps({**facts, **forged[damage]}))
+    reporter = Silent()
+    tune(settings(pair, text, out, **few), torch.device("cpu"), reporter)
+    notes = [fields.get("message", "") for _, fields in reporter.events]
+    assert sum("checkpoint cannot be used, so training begins anew" in note for note in notes) == 1, notes
+    assert same(tmp_path / "whole", out)
+
+
+def test_another_tuning_does_not_take_the_place_of_a_finished_one(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    tuned(settings(pair, text, out, tokens=2048))
+    before = sha256_of(out / "output.safetensors")
+    with pytest.raises(StoreError, match="tuned with other settings") as e:
+        tuned(settings(pair, text, out, tokens=1024))
+    assert "another -o" in e.value.hint
+    assert sha256_of(out / "output.safetensors") == before
+    tuned(settings(pair, text, out, tokens=2048))
 
 
 def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ class Scaled:
         high, wide = self.block
         if not high:  # one for all
             return _numbers(read_tensor(self.scale, None, error)).reshape(1, 1)
+        high, wide = min(high, max(b, 1)), min(wide, max(width, 1))  # no block is larger than what it scales
         top = a // high
         found = _numbers(read_tensor(self.scale, slice(top, -(-b // high)), error)).reshape(-(-b // high) - top, -1)
         found = found.repeat_interleave(high, 0)[a - top * high :][: b - a]
