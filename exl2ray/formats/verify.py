@@ -57,6 +57,7 @@ def verify_directory(path: str | Path, expected: Mapping[str, LinearShape] | Non
     _check_config(d)
     _check_side_files(d)
     _check_linears(d)
+    verify_rules.check_quantized(d)
     verify_rules.check_blocks(d)
     verify_rules.check_layers(d)
     verify_rules.check_routers(d)

@@ -108,6 +108,18 @@ class Directory:
         return read_tensor(self.tensors[name], error=FormatError)
 
 
+def check_quantized(d: Directory) -> None:
+    """There is something quantised, and heads are as many as config.json says."""
+    if not d.without and not any(n.endswith(".q_weight") for n in d.tensors):
+        d.add("linear", "holds no quantised linear", file=str(d.path))
+    heads, head_dim = (config_value(d.config, name) for name in ("num_attention_heads", "head_dim"))
+    if not (_is_size(heads) and _is_size(head_dim)):
+        return
+    for key, p in d.linears.items():
+        if key.endswith(".self_attn.o_proj") and TEXT.match(key) and p.in_features != heads * head_dim:
+            d.add("block", f"has {p.in_features} rows; {heads} heads of {head_dim} need {heads * head_dim}", key)
+
+
 def check_blocks(d: Directory) -> None:
     """Within a block all linears are quantised or none; a block has all of its linears; widths fit each other."""
     blocks: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # block -> unit -> roles

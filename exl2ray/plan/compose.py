@@ -35,6 +35,7 @@ from exl2ray.result_warnings import unspent_warning
 from exl2ray.units import parse_size
 
 GIB = 1 << 30
+LEAST_MEMORY = 1 << 20
 USUAL_GPUS = (24 * GIB, 80 * GIB)  # planned for where this machine has none
 LONGEST_DEFAULT_CONTEXT = 32768
 PROBED = "a layer and the head timed on this machine just now, files included; the other modules by their weights"
@@ -97,6 +98,9 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     """
     gpu_sizes = [parse_size(text, "--gpu-memory") for text in wishes.gpu_memory]
     memory = parse_size(wishes.fit, "--fit") if wishes.fit is not None else None
+    for flag, size in (*(("--gpu-memory", size) for size in gpu_sizes), ("--fit", memory)):
+        if size is not None and size < LEAST_MEMORY:
+            raise UsageError(f"{flag}: no GPU has {size} bytes", "as in 24GB (10^9 bytes) or 24GiB (2^30 bytes)")
     if wishes.context is not None and memory is None:
         raise UsageError("--context is a setting of --fit", "name the memory of the card with --fit 24GB")
     try:

@@ -240,14 +240,15 @@ def _reach(address: str) -> None:
     answer = found[0] if found else TimeoutError()
     if isinstance(answer, bytes):
         if not _is_dashboard(answer):
-            raise ClusterError(f"{address}: {NO_DASHBOARD}", "its port is 8265, unless --dashboard-port says otherwise")
+            raise ClusterError(f"{address}: no job server answers there", NO_DASHBOARD)
         return
     reason = getattr(answer, "reason", answer)
     if isinstance(answer, urllib.error.HTTPError) or isinstance(reason, ssl.SSLError):
         return
     if isinstance(answer, http.client.HTTPException):
         raise ClusterError(
-            f"{address}: {NO_DASHBOARD}", "its port is 8265; 6379 and 10001 are for Ray itself, 22 is ssh"
+            f"{address}: no job server answers there",
+            f"{NO_DASHBOARD}: its port is 8265; 6379 and 10001 are for Ray itself, 22 is ssh",
         ) from answer
     text = "no answer" if isinstance(reason, (TimeoutError, socket.timeout)) else str(reason)
     raise ClusterError(

@@ -47,6 +47,8 @@ def open_pair(directory: str | Path, reference: str | Path) -> Pair:
     start, source = open_model(directory), open_model(reference)
     if not start.quantized:
         raise UsageError(f"{directory}: is no EXL2 model", "tune takes the folder of a converted model, and its --reference")
+    if isinstance(start.source, Exl2Model) and not start.source.keys():
+        raise UsageError(f"{directory}: holds no quantised linear", "its weights are unquantised: see `exl2ray verify`")
     if os.path.samefile(start.path, source.path):
         raise UsageError(f"--reference {reference}: is the model to be tuned itself", "give the model that it was made from")
     check_side_files(start.path)

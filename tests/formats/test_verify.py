@@ -67,6 +67,12 @@ def plain_up(m) -> None:
     m.tensors[f"{L0}.mlp.up_proj.weight"] = zeros(96, 64)
 
 
+def all_plain(m) -> None:
+    for key, shape in m.shapes.items():
+        m.drop(key)
+        m.tensors[f"{key}.weight"] = zeros(shape.out_features, shape.in_features)
+
+
 def quantised_router(m) -> None:
     m.drop(f"{L0}.block_sparse_moe.gate")
     m.linear(f"{L0}.block_sparse_moe.gate", LinearShape(64, 32), 1)
@@ -104,6 +110,8 @@ CASES = {
         "widths increase",
     ),
     "unpadded": ("llama", replace("lm_head.q_weight", lambda t: t[:, :100]), "linear", "lm_head", "100 columns"),
+    "nothing quantised": ("llama", all_plain, "linear", "out", "no quantised linear"),
+    "other heads": ("llama", settings(head_dim=64), "block", f"{L0}.self_attn.o_proj", "heads of 64 need"),
     "mixed block": ("llama", plain_up, "block", f"{L0}.mlp", "not quantised, first model.layers.0.mlp.up_proj"),
     "missing v_proj": ("llama", drop(f"{L0}.self_attn.v_proj"), "block", f"{L0}.self_attn", "has only"),
     "mlp bias order": ("llama", biased_mlp, "block", f"{L0}.mlp.up_proj", "natural order"),

@@ -79,9 +79,10 @@ def test_what_is_no_dashboard_is_told_apart_soon(
     serve: Callable[[Answer], str], answer: Answer, message: str
 ) -> None:
     address, begin = serve(answer), time.monotonic()
-    with pytest.raises(ClusterError, match=message) as e:
+    with pytest.raises(ClusterError) as e:
         jobs._reach(address)
-    assert address in str(e.value)
+    assert address in e.value.message
+    assert message in f"{e.value.message} {e.value.hint}"
     assert e.value.hint
     assert time.monotonic() - begin < 4
 
