@@ -9,6 +9,10 @@ there, or a model that it cannot take, is skipped, and why is said; one that is 
 
 Without flash-attn ExLlamaV2's attention is not causal unless SDPA is switched off, which is done here. Whether exllamav3's is
 causal is tested on the model itself, by changing a last token, before its figures are believed.
+
+exllamav3 1.6.5 gives the modules of a text-only Gemma 3 names that begin with a dot. Its converter keeps a file of that name
+for each, does not find these later, as they are hidden, and writes a model without tensors. So it gets a copy laid out like a
+Gemma 3 with an image tower, without that tower's tensors (`_as_it_reads`); the text model is of the same class in both.
 """
 
 from __future__ import annotations
@@ -24,13 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +58,17 @@ DEVICES = ("cuda",)  # that they run on
 EXL3_MULTIPLE = 128  # widths that exllamav3 takes
 TAIL = 1500  # characters of a failed program's output that are shown
 ATTENTION = ({"attn_mode": "flash_attn_nc"}, {"attn_mode": "sdpa_nc"}, {})  # ways to run a forward pass without a cache
+LEAK = 0.1  # of what a last token moves its own logits by: earlier ones move by less where attention is causal
+GEMMA3_TEXT = "Gemma3ForCausalLM"
+GEMMA3_SEES = {  # what the configuration of a Gemma 3 with an image tower has beside text_config
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "mm_tokens_per_image": 256,
+    "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 1,
+                      "image_size": 896, "patch_size": 14, "num_channels": 3},
+}  # fmt: skip
+GEMMA3_IMAGES = {  # its preprocessor_config.json
+    "image_processor_type": "Gemma3ImageProcessor", "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    "resample": 2, "rescale_factor": 1 / 255, "size": {"height": 896, "width": 896},
+}  # fmt: skip
 
 
 class Skipped(Exception):
@@ -84,7 +100,7 @@ def convert(model: Model, options: str, bits: float, work: Path, out: Path, seco
         told = _exllamav2(model, [*command, "-o", str(work), "-cf", str(out)], work, seconds)
     else:
         told = _exllamav3(model, [*command, "-w", str(work), "-o", str(out)], out, seconds)
-    if not _files(out):
+    if not any(_names(path) for path in _files(out)):
         raise Failed(f"{package}: ended without an error, but wrote no model: {told[-TAIL:]}")
     took = time.perf_counter() - start
     shutil.rmtree(work)
@@ -105,33 +121,41 @@ def _exllamav2(model: Model, command: list[str], work: Path, seconds: float) -> 
 
 
 def _exllamav3(model: Model, command: list[str], out: Path, seconds: float) -> str:
-    def run(source: str) -> str:
-        told = _run(["-m", CONVERTERS["exllamav3"], "-i", source, *command], seconds)
-        return told if _files(out) else _run(["-c", CALLED, "-i", source, *command], seconds)
-
-    return _with_its_names(run, model.path, out.parent)
+    with _as_it_reads(model.path, out.parent) as source:
+        told = _run(["-m", CONVERTERS["exllamav3"], "-i", str(source), *command], seconds)
+        return told if _files(out) else _run(["-c", CALLED, "-i", str(source), *command], seconds)
 
 
-def _with_its_names(run: Callable[[str], str], directory: Path, place: Path) -> str:
-    """``run(directory)``; or a copy of it, below ``place``, in which names of tensors begin with a dot, if that is what is
-    missing: exllamav3 1.6.5 looks for such names in a text-only Gemma 3."""
-    try:
-        return run(str(directory))
-    except Failed as e:
-        if "Required tensor ." not in str(e):
-            raise
+@contextmanager
+def _as_it_reads(directory: Path, place: Path) -> Iterator[Path]:
+    """The directory; for a text-only Gemma 3 a copy below ``place``, laid out like one with an image tower. What is made of
+    the copy is laid out like that too, and loads."""
+    config = json.loads((directory / "config.json").read_text())
+    if config.get("architectures") != [GEMMA3_TEXT]:
+        yield directory
+        return
+    rope = (config.get("rope_parameters") or {}).get("full_attention")
+    if rope:  # newer configurations have them for each kind of layer, where it does not look
+        config = {**config, "rope_theta": rope["rope_theta"], "rope_scaling": rope}
     with tempfile.TemporaryDirectory(dir=place) as folder:
         for path in directory.iterdir():
             if path.suffix == ".safetensors":
-                named = {"." + n.removeprefix("."): t for n, t in load_file(path).items()}
+                named = {f"language_model.{n}": t for n, t in load_file(path).items()}
                 save_file(named, Path(folder) / path.name, {"format": "pt"})
             elif path.is_file() and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, Path(folder) / path.name)
-        return run(folder)
+        (Path(folder) / "config.json").write_text(json.dumps({**config, "text_config": config, **GEMMA3_SEES}))
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(GEMMA3_IMAGES))
+        yield Path(folder)
 
 
 def _files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def _check(package: str, model: Model) -> str:
@@ -183,11 +207,7 @@ def _judged_there(model: Model, directory: Path, seconds: float) -> Figures:
         dtype = str(model.options.dtype).removeprefix("torch.")
         start = time.perf_counter()
         settings = ["--dtype", dtype, "--device", model.device]
-
-        def run(made: str) -> str:
-            return _run([str(Path(__file__)), "judge", str(model.path), made, str(ids), str(found), *settings], seconds)
-
-        _with_its_names(run, directory, directory.parent)
+        _run([str(Path(__file__)), "judge", str(model.path), str(directory), str(ids), str(found), *settings], seconds)
         with np.load(found) as scores:
             tokens = {name: torch.from_numpy(scores[name]) for name in scores.files}
     size = sum(p.stat().st_size for p in _files(directory))
@@ -199,15 +219,19 @@ def _judged_there(model: Model, directory: Path, seconds: float) -> Figures:
 
 
 def judge(source: str, directory: str, ids: torch.Tensor, dtype: torch.dtype, device: str) -> dict[str, np.ndarray]:
-    """Figures (R, T - 1) of an EXL3 model against the source's logits, which exl2ray computes."""
+    """Figures (R, T - 1) of an EXL3 model against the source's logits, which exl2ray computes. If that puts BOS in front of
+    rows, so does this."""
     from exl2ray.evaluate.forward import RunOptions, run_model
 
     expected = run_model(source, ids, device, RunOptions(dtype=dtype))
-    forward = _exl3_forward(directory, ids[:1])
+    bos = [] if expected.model.bos_id is None else [expected.model.bos_id]
+    given = torch.cat([torch.tensor([bos] * len(ids), dtype=ids.dtype).reshape(len(ids), -1), ids], dim=1)
+    forward = _exl3_forward(directory, given[:1])
     found: dict[str, list[torch.Tensor]] = {"nll": [], "source_nll": [], "kl": [], "top1": []}
     for r in range(len(ids)):
         theirs = expected.logits(slice(r, r + 1), slice(0, ids.shape[1] - 1))[0].float().log_softmax(-1)
-        ours = forward(ids[r : r + 1])[0, :-1, : theirs.shape[-1]].to(theirs.device).float().log_softmax(-1)
+        logits = forward(given[r : r + 1])[0, len(bos) : -1, : theirs.shape[-1]]
+        ours = logits.to(theirs.device).float().log_softmax(-1)
         target = ids[r, 1:].to(theirs.device)[:, None]
         found["nll"].append(-ours.gather(1, target)[:, 0])
         found["source_nll"].append(-theirs.gather(1, target)[:, 0])
@@ -232,13 +256,14 @@ def _exl3_forward(directory: str, row: torch.Tensor) -> Any:
         other = row.clone()
         other[0, -1] = (other[0, -1] + 1) % 256
         try:
-            moved = float((forward(row)[0, :-1] - forward(other)[0, :-1]).abs().max())
+            moved = (forward(row)[0] - forward(other)[0]).abs()
+            before, last = float(moved[:-1].max()), float(moved[-1].max())
         except Exception as e:
             problems.append(f"{params}: {type(e).__name__}: {e}")
             continue
-        if moved < 1e-2:
+        if before <= LEAK * last:
             return forward
-        problems.append(f"{params}: not causal, a last token moves earlier logits by {moved:.3g}")
+        problems.append(f"{params}: not causal, a last token moves its logits by {last:.3g} and earlier ones by {before:.3g}")
     raise SystemExit("no usable forward pass of exllamav3: " + "; ".join(problems))
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import quality
 import quality_peers
 import quality_table
+import tiny_models
 import torch
 from rounded_models import write_rounded
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 EXL2 = """
@@ -61,8 +66,8 @@ class Model:
             raise RuntimeError("no flash-attn here")
         self.calls += 1
         logits = run_model(self.directory, ids, "cpu", RunOptions()).logits(slice(0, 1), slice(0, ids.shape[1]))
-        wrong = self.calls if params else 0  # the second way is not causal
-        return torch.nn.functional.pad(logits + wrong, (0, 64), value=50.0)  # columns beyond the vocabulary
+        logits[..., 0] += 100 * self.calls if params else 0  # the second way is not causal
+        return torch.nn.functional.pad(logits, (0, 64), value=50.0)  # columns beyond the vocabulary
 """
 
 
@@ -137,25 +142,65 @@ def test_a_measurement_serves_the_same_model_and_flags_alone(peers: Path, monkey
     assert asked == [False, True, False, False]
 
 
-def test_names_with_a_dot_where_a_peer_wants_them(tmp_path: Path) -> None:
-    seen = []
+def test_a_model_without_tensors_is_none(peers: Path) -> None:
+    (peers / "made").mkdir()
+    save_file({}, peers / "made" / "model.safetensors")
+    model: Any = argparse.Namespace(device="cpu", path=DEMO, fingerprint="f")
+    with pytest.raises(quality_peers.Failed, match="exllamav3: ended without an error, but wrote no model"):
+        quality_peers.convert(model, "peer:exllamav3", 4.0, peers / "w", peers / "o", seconds=60)
 
-    def run(directory: str, complaint: str = "Required tensor .model.norm.weight not found") -> str:
-        names = sorted(load_file(Path(directory) / "model.safetensors"))
-        seen.append((names, sorted(p.name for p in Path(directory).iterdir())))
-        if not names[0].startswith("."):
-            raise quality_peers.Failed(complaint)
-        return "done"
 
-    (tmp_path / "made").mkdir()
-    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "made" / "model.safetensors")
-    (tmp_path / "made" / "config.json").write_text("{}")
-    assert quality_peers._with_its_names(run, tmp_path / "made", tmp_path) == "done"
-    files = ["config.json", "model.safetensors"]
-    assert seen == [(["model.norm.weight"], files), ([".model.norm.weight"], files)]
-    with pytest.raises(quality_peers.Failed, match="no memory"):
-        quality_peers._with_its_names(lambda d: run(d, "no memory"), tmp_path / "made", tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["made"], "the copy is gone"
+def test_a_text_only_gemma_3_is_laid_out_like_one_with_an_image_tower(tmp_path: Path) -> None:
+    source = tiny_models.write_model(tmp_path / "source", "Gemma3", num_hidden_layers=6)
+    (source / "model.safetensors.index.json").write_text("{}")
+    tensors = load_file(source / "model.safetensors")
+    with quality_peers._as_it_reads(source, tmp_path) as place:
+        copied = load_file(place / "model.safetensors")
+        assert not place.name.startswith(".")
+        assert (place / "tokenizer.json").is_file()
+        assert not (place / "model.safetensors.index.json").exists()
+        images = json.loads((place / "preprocessor_config.json").read_text())
+        config = json.loads((place / "config.json").read_text())
+    assert [p.name for p in tmp_path.iterdir()] == ["source"], "the copy is gone"
+    assert images["image_processor_type"] == "Gemma3ImageProcessor"
+    assert sorted(copied) == sorted(f"language_model.{name}" for name in tensors)
+    assert all(torch.equal(copied[f"language_model.{name}"], tensor) for name, tensor in tensors.items())
+    before = json.loads((source / "config.json").read_text())
+    text = config["text_config"]
+    assert config["architectures"] == ["Gemma3ForConditionalGeneration"]
+    assert config["vision_config"]["hidden_size"] % config["vision_config"]["num_attention_heads"] == 0
+    assert {k: v for k, v in text.items() if k in before} == before
+    assert text["rope_theta"] == before["rope_parameters"]["full_attention"]["rope_theta"] != 1e4
+    assert config["layer_types"] == before["layer_types"], "read outside text_config"
+    with quality_peers._as_it_reads(DEMO, tmp_path) as place:
+        assert place == DEMO
+
+
+def test_bos_is_in_front_where_the_family_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer adds none of its own: transformers stands in for it, with the weights of the source."""
+    source = tiny_models.write_model(tmp_path / "source", "Gemma3")
+    seen: list[list[int]] = []
+
+    class Stand:
+        def __init__(self, directory: str) -> None:
+            self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+        def load(self) -> None:
+            pass
+
+        def forward(self, ids: torch.Tensor, params: dict[str, str]) -> torch.Tensor:
+            seen.append(ids[0].tolist())
+            return self.model(ids).logits
+
+    package = SimpleNamespace(Config=SimpleNamespace(from_directory=str), Model=SimpleNamespace(from_config=Stand))
+    monkeypatch.setitem(sys.modules, "exllamav3", package)
+    ids = torch.randint(3, tiny_models.VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
+    found = quality_peers.judge(str(source), str(source), ids, torch.float32, "cpu")
+    assert seen[-1] == [1, *ids[1].tolist()]
+    assert found["kl"].shape == (2, 11)
+    assert abs(found["kl"]).max() < 1e-3
+    assert found["top1"].min() == 1
+    assert found["nll"] == pytest.approx(found["source_nll"], abs=1e-2)
 
 
 def test_peers_that_cannot_run_are_skipped_with_a_reason(tmp_path: Path) -> None:
