@@ -1,6 +1,7 @@
 """What a conversion begins before it is needed, and who waits for it.
 
     command -> (another process) Ray, processes of workers with torch -----------------------------.
+    command -> (another process) kernels of the solver, if none are in the cache ---.
     command -> import torch -> CUDA context, kernels (thread) ------------------.
            `-> import exl2ray -> checks, rows of tokens -> work directory -> worker -> first module -> first result
                               |                      |            `-> hashes of the source (threads) -----^
@@ -14,14 +15,20 @@ without one: a GPU's error where the worker is made, that of a file where the fi
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from contextlib import suppress
 
 from exl2ray.errors import Exl2RayError
+from exl2ray.quant import precompiling
 from exl2ray.recipe import Recipe
 from exl2ray.stopping import EXPENDABLE
 from exl2ray.timeline import step
+
+# That a thread may keep others from running Python, while several start things: each call of CUDA, and each read of a file,
+# gives way to another thread, and comes back after this.
+SWITCH_SECONDS = 0.0005
 
 
 def begin_workers(recipe: Recipe) -> None:
@@ -71,6 +78,15 @@ def begin_device(recipe: Recipe) -> None:
 
 
 def _set_up(recipe: Recipe) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        _set_up_device(recipe, precompiling.begin(recipe.numerics))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _set_up_device(recipe: Recipe, compiling: subprocess.Popen[bytes] | None) -> None:
     with step("import torch"):
         from exl2ray.devices import pick_device, pick_executor
         from exl2ray.quant.warm import begin_warm_up
@@ -81,4 +97,8 @@ def _set_up(recipe: Recipe) -> None:
             return found.type if pick_executor(recipe, found) == "inline" else None
         return None
 
-    begin_warm_up(device, recipe.numerics)
+    def compiled() -> None:
+        with step("wait for compiled kernels"):
+            precompiling.finish(compiling)
+
+    begin_warm_up(device, recipe.numerics, compiled)

@@ -13,6 +13,7 @@ call would do it on the CPU.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quality import PLAIN, Numerics
@@ -36,16 +38,16 @@ ROWS, COLUMNS, TOKENS, HEADS = 256, 64, 64, 4
 _begun: list[Future[tuple[str | None, Numerics]]] = []  # at most one: what a thread of this process sets up
 
 
-def begin_warm_up(device: Callable[[], str | None], numerics: Numerics) -> None:
+def begin_warm_up(device: Callable[[], str | None], numerics: Numerics, compiled: Callable[[], None] = lambda: None) -> None:
     """`warm_up` of the ``device`` found (None: of nothing), in this thread. The next `warm_up` waits for its end, and raises
-    what it raised."""
+    what it raised. compiled: waits for a process that compiles the solver's kernels (`exl2ray.quant.precompiling`)."""
     future: Future[tuple[str | None, Numerics]] = Future()
     _begun[:] = [future]
     try:
         with step("device"):
             found = device()
         if found is not None:
-            _run_kernels(torch.device(found), numerics)
+            _run_kernels(torch.device(found), numerics, compiled)
         future.set_result((found, numerics))
     except BaseException as e:
         future.set_exception(e)
@@ -81,18 +83,27 @@ def _run_backward(device: torch.device) -> None:
         # The device is not waited for: that would spoil a graph which another thread records (`exl2ray.cuda.small_batches`).
 
 
-def _run_kernels(device: torch.device, numerics: Numerics) -> None:
+def compile_solver(numerics: str) -> None:
+    """For a process that does nothing else (`exl2ray.quant.precompiling`). numerics: fields of `Numerics`, as JSON."""
+    device = torch.device("cuda")
+    x = torch.linspace(-1, 1, TOKENS * ROWS, device=device).view(1, TOKENS, ROWS).half()
+    _run_solver(x, Numerics(**json.loads(numerics)))
+
+
+def _run_kernels(device: torch.device, numerics: Numerics, compiled: Callable[[], None] = lambda: None) -> None:
     if device.type != "cuda":
         return
     with step("kernels"):
-        _run_each(device, numerics)
+        states = _run_forward(device, numerics)
+        compiled()
+        _run_solver(states, numerics)
 
 
-def _run_each(device: torch.device, numerics: Numerics) -> None:
+def _run_forward(device: torch.device, numerics: Numerics) -> Tensor:
+    """What forward passes and errors need; states (1, TOKENS, ROWS) float16."""
     from exl2ray.cuda import elementwise
 
     x = torch.linspace(-1, 1, TOKENS * ROWS, device=device).view(1, TOKENS, ROWS).half()
-    weight = torch.linspace(-1, 1, ROWS * COLUMNS, device=device).view(ROWS, COLUMNS).half()
     angles = torch.zeros(TOKENS, ROWS // HEADS // 2, device=device)
     n = elementwise.rms_norm(x, torch.ones(ROWS, device=device), 1e-5)
     q = elementwise.rotate(n.view(1, TOKENS, HEADS, -1), angles, angles, neox=True).transpose(1, 2)
@@ -102,10 +113,16 @@ def _run_each(device: torch.device, numerics: Numerics) -> None:
     elementwise.distances(branch, x)
     if numerics.target_correction:
         elementwise.plus_behind(branch, x, n, 1.0)
-    torch.matmul(n, weight)
+    return n
 
+
+def _run_solver(x: Tensor, numerics: Numerics) -> None:
+    """What Hessians, solves and packing need. x: (1, TOKENS, ROWS) float16."""
+    device = x.device
+    weight = torch.linspace(-1, 1, ROWS * COLUMNS, device=device).view(ROWS, COLUMNS).half()
+    torch.matmul(x, weight)
     accumulator = HessianAccumulator(ROWS, device)
-    accumulator.add(n, 1)
+    accumulator.add(x, 1)
     factor = prepare(accumulator.finish(), where="warming up")
     torch.linalg.cholesky_ex(torch.eye(ROWS, dtype=torch.float64, device=device))  # for wide inputs
     solve_options(factor, {"q_proj": weight}, {"q_proj": [parse("1:4b_128g"), parse("0.5:4b_32g/0.5:3b_32g")]})
