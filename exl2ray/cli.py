@@ -178,7 +178,7 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     flag("--tokens", metavar="COUNT", default="1M", show_default=True, help="to tune on, as in 500k or 4M"),
     flag("--text", metavar="PLACE", multiple=True, help="as -c of convert; builtin (if absent); self:COUNT; repeatable"),
     flag("--length", type=int, default=1024, show_default=True, help="tokens of a row"),
-    flag("--step-tokens", type=int, default=8192, show_default=True, help="tokens of a step"),
+    flag("--step-tokens", type=int, help="tokens of a step; if absent 4096, of 1 billion weights or more 8192"),
     flag("--rate", type=float, default=2e-3, show_default=True, help="of Adam, in steps between two integers"),
     flag("--reach", type=float, default=0.45, hidden=True),
     flag("--gain-rate", type=float, default=2e-3, show_default=True, help="of norms and biases, relative to their size"),

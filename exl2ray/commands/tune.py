@@ -30,7 +30,7 @@ def run(
     tokens: str,
     text: Sequence[str],
     length: int,
-    step_tokens: int,
+    step_tokens: int | None,
     rate: float,
     gain_rate: float,
     reach: float,
@@ -42,7 +42,7 @@ def run(
     what `exl2ray.tune.run.tune` raises."""
     if length < 16:
         raise UsageError(f"--length {length}: at least 16 tokens a row are needed", "1024 is usual")
-    if step_tokens < length:
+    if step_tokens is not None and step_tokens < length:
         raise UsageError(f"--step-tokens {step_tokens}: a step takes at least one row of --length {length}")
     if not (0 < rate < 1 and 0 < gain_rate < 1):
         raise UsageError(f"--rate {rate}, --gain-rate {gain_rate}: a number between 0 and 1 is needed", "0.002 is usual")

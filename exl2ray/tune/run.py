@@ -35,6 +35,7 @@ from exl2ray.tune import judge, state
 from exl2ray.tune.documents import Kind
 from exl2ray.tune.driving import trained
 from exl2ray.tune.grid import Grid
+from exl2ray.tune.memory import weights_of
 from exl2ray.tune.module import NORMS, part_of
 from exl2ray.tune.opening import Pair, open_pair
 from exl2ray.tune.output import Produce, finished, refuse_another, write_record, write_tuned
@@ -42,7 +43,7 @@ from exl2ray.tune.rows import TuningRows, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
 from exl2ray.tune.written import self_written
 
-VERSION = 5  # of what equal settings come to
+VERSION = 6  # of what equal settings come to
 WORK = ".exl2ray-tune"  # in the output directory, until it is complete
 
 
@@ -74,6 +75,7 @@ def tune(
     in this process. The bytes do not depend on the number of workers."""
     clock = _Clock()
     pair = open_pair(settings.directory, settings.reference)
+    settings = settings.for_model(weights_of(pair.start.spec))
     with naming(settings.text_flag):
         rows = _rows(settings, pair, device, reporter)
     for note in rows.notes:

@@ -14,7 +14,8 @@ from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.formats.hf import SourceModel
 from exl2ray.tune.documents import Kind, builtin_kinds, part
 from exl2ray.tune.judge import WATCHED
-from exl2ray.tune.rows import tuning_rows
+from exl2ray.tune.rows import _shared_out, tuning_rows
+from exl2ray.tune.settings import Settings
 
 LENGTH = 64
 BUILT_IN = ["web", "articles", "code", "stories", "chat", "formats", "multilingual", "technical"]
@@ -101,3 +102,35 @@ def test_the_builtin_text_by_kind(model: Path) -> None:
     assert [k.name for k in kinds] == BUILT_IN
     assert set(rows.held_kinds) == {k.name for k in kinds}, "each has its own held-out rows, and need not be watched"
     assert len(rows.ids) >= 16
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected", "distinct"),
+    [
+        ([400], 100, [100], 100),  # one kind, enough of it
+        ([400, 400], 100, [50, 50], 100),
+        ([4000, 100], 4096, [3808, 288], 3908),  # 4000 ^ 0.7 : 100 ^ 0.7; the short one nearly three times
+        ([50, 50], 1000, [50, 50], 100),  # not enough: each of them once, and training goes round
+        ([80, 20, 0], 1000, [80, 30, 0], 100),
+        ([0, 1], 100, [0, 1], 1),
+    ],
+)
+def test_little_text_of_a_kind_counts_for_more_than_its_length(
+    lengths: list[int], most: int, expected: list[int], distinct: int
+) -> None:
+    stacks = [np.arange(n)[:, None] + 10000 * k for k, n in enumerate(lengths)]
+    chosen, found = _shared_out(stacks, most)
+    assert [len(rows) for rows in chosen] == expected
+    assert found == distinct
+    for rows, stack in zip(chosen, stacks, strict=True):
+        counts = [(rows == row).all(axis=1).sum() for row in stack]
+        assert max(counts, default=0) - min(counts, default=0) <= 1, "no row comes again before all have come"
+
+
+@pytest.mark.parametrize(
+    ("weights", "given", "expected"),
+    [(135_000_000, None, 4096), (7_000_000_000, None, 8192), (7_000_000_000, 2048, 2048), (1_000_000, 65536, 65536)],
+)
+def test_tokens_of_a_step_follow_from_the_size_of_the_model(weights: int, given: int | None, expected: int) -> None:
+    settings = Settings("directory", "reference", "output", step_tokens=given).for_model(weights)
+    assert settings.rows_of_a_step(1000) * settings.length == expected
