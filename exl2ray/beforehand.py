@@ -15,7 +15,6 @@ without one: a GPU's error where the worker is made, that of a file where the fi
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 from contextlib import suppress
@@ -25,10 +24,6 @@ from exl2ray.quant import precompiling
 from exl2ray.recipe import Recipe
 from exl2ray.stopping import EXPENDABLE
 from exl2ray.timeline import step
-
-# That a thread may keep others from running Python, while several start things: each call of CUDA, and each read of a file,
-# gives way to another thread, and comes back after this.
-SWITCH_SECONDS = 0.0005
 
 
 def begin_workers(recipe: Recipe) -> None:
@@ -78,15 +73,7 @@ def begin_device(recipe: Recipe) -> None:
 
 
 def _set_up(recipe: Recipe) -> None:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        _set_up_device(recipe, precompiling.begin(recipe.numerics))
-    finally:
-        sys.setswitchinterval(before)
-
-
-def _set_up_device(recipe: Recipe, compiling: subprocess.Popen[bytes] | None) -> None:
+    compiling = precompiling.begin(recipe.numerics)
     with step("import torch"):
         from exl2ray.devices import pick_device, pick_executor
         from exl2ray.quant.warm import begin_warm_up

@@ -31,8 +31,8 @@ def run(
     text: Sequence[str],
     length: int,
     step_tokens: int | None,
-    rate: float,
-    gain_rate: float,
+    rate: float | None,
+    gain_rate: float | None,
     reach: float,
     seed: int,
     quiet: bool,
@@ -44,8 +44,9 @@ def run(
         raise UsageError(f"--length {length}: at least 16 tokens a row are needed", "1024 is usual")
     if step_tokens is not None and step_tokens < length:
         raise UsageError(f"--step-tokens {step_tokens}: a step takes at least one row of --length {length}")
-    if not (0 < rate < 1 and 0 < gain_rate < 1):
-        raise UsageError(f"--rate {rate}, --gain-rate {gain_rate}: a number between 0 and 1 is needed", "0.002 is usual")
+    for flag, value in (("--rate", rate), ("--gain-rate", gain_rate)):
+        if value is not None and not 0 < value < 1:
+            raise UsageError(f"{flag} {value}: a number between 0 and 1 is needed", "0.002 is usual")
     if not 0 <= reach < 0.5:
         raise UsageError(f"--reach {reach}: a number from 0 to below 0.5 is needed", "0.45 is usual")
     with naming("--text"):

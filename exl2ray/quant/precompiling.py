@@ -20,8 +20,11 @@ from exl2ray import cuda
 from exl2ray.quality import Numerics
 
 PATIENCE = 120.0  # seconds, for a process that hangs
-# Its path first of all: the current directory may be a model's.
-BOOT = "import sys; sys.path[:] = sys.argv[2:]; from exl2ray.quant.warm import compile_solver; compile_solver(sys.argv[1])"
+# Its path first of all: the current directory may be a model's. It ends at once: taking CUDA down takes a third of a second.
+BOOT = (
+    "import sys; sys.path[:] = sys.argv[2:]; from exl2ray.quant.warm import compile_solver; compile_solver(sys.argv[1]); "
+    "import os; os._exit(0)"
+)
 
 
 def begin(numerics: Numerics) -> subprocess.Popen[bytes] | None:

@@ -25,7 +25,6 @@ from exl2ray.tune.judge import WATCHED
 HELD_OUT = 10  # a tenth of every kind
 MOST_HELD_TOKENS = 1 << 17  # beyond, a held-out row says little more
 LEAST_HELD_ROWS = 4
-EVENNESS = 0.7  # of kinds of text: 1 takes them as they are, 0 as many rows of each
 WATCHED_ROWS = 4  # at most, of each kind of built-in text: a few percent of the time that tuning takes
 
 
@@ -58,15 +57,15 @@ def tuning_rows(
     held = max(LEAST_HELD_ROWS, min(rows // (HELD_OUT - 1), MOST_HELD_TOKENS // length))
     wanted = (rows + 3 * held) * text  # held-out documents may be longer than what is wanted of them
     files = [s for s in sources if s.files]
-    kinds = kinds_of_files(files, tokenizer, -(-wanted // len(files))) if files else []
+    kinds = kinds_of_files(files, tokenizer, -(-wanted // len(sources))) if files else []
     builtin = not sources or any(s.name == BUILTIN and not s.files for s in sources)
     kinds += builtin_kinds(tokenizer, seed) if builtin else []
     kinds += written
     _check_enough(kinds, text, length, flag)
     trained, kept, notes = _in_two(kinds, held, text, seed)
-    chosen, distinct = _shared_out(trained, rows)
-    if distinct < rows:
-        have = distinct * length
+    chosen = _even(trained, rows)
+    if sum(map(len, chosen)) < rows:
+        have = sum(map(len, chosen)) * length
         notes.append(f"the text has {have} tokens to tune on; {tokens} were asked for")
     beside = [] if builtin else _watched(tokenizer, held, text, vocab_size, seed)
     ids, held_ids = (torch.from_numpy(np.concatenate(parts)) for parts in (chosen, [*kept, *(x for _, x in beside)]))
@@ -136,22 +135,14 @@ def _rows(documents: Sequence[Ids], length: int) -> Ids:
     return ids[: count * length].reshape(count, length)
 
 
-def _shared_out(stacks: Sequence[Ids], most: int) -> tuple[list[Ids], int]:
-    """Rows of each kind, ``most`` in all or fewer, and how many different ones.
-
-    A kind with n rows, of those that ``most`` has room for, gets a share in proportion to n ^ EVENNESS, and its rows come
-    again where these are not enough: so little text of a kind beside much of another counts for more than its length
-    (temperature sampling: Lample, Conneau 2019). Where there is less text than is asked for, the kind with the largest part
-    of its share comes once; training goes through all of it as often as needed.
-    """
-    counts = [min(len(stack), most) for stack in stacks]
-    weights = [n**EVENNESS for n in counts]
-    shares = [most * w / max(1.0, sum(weights)) for w in weights]
-    passes = [share / n for share, n in zip(shares, counts, strict=True) if n]
-    over = max(1.0, min(passes, default=1.0))
-    wanted = [max(1, round(share / over)) if n else 0 for share, n in zip(shares, counts, strict=True)]
-    chosen = [stack[np.arange(n) % max(1, len(stack))] for stack, n in zip(stacks, wanted, strict=True)]
-    return chosen, sum(min(n, count) for n, count in zip(wanted, counts, strict=True))
+def _even(stacks: Sequence[Ids], most: int) -> list[Ids]:
+    """Rows of each kind, ``most`` in all, as even as their numbers allow."""
+    left, out, room = sorted(range(len(stacks)), key=lambda k: len(stacks[k])), list(stacks), most
+    for n, k in enumerate(left):
+        share = min(len(stacks[k]), -(-room // (len(left) - n)))
+        out[k] = stacks[k][:share]
+        room -= share
+    return out
 
 
 def _spread(rows: Ids, most: int) -> Ids:

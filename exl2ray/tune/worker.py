@@ -35,7 +35,7 @@ from exl2ray.tune.memory import SNAPSHOT_BYTES, TRAINED_BYTES, room_for, weights
 from exl2ray.tune.module import TunedModule
 from exl2ray.tune.opening import load_source, load_tuned, open_pair
 from exl2ray.tune.rows import batches
-from exl2ray.tune.settings import Settings
+from exl2ray.tune.settings import RATE, Settings
 from exl2ray.tune.shelves import Homes, Shelf
 from exl2ray.tune.training import Rates, Trainer, schedule
 
@@ -240,7 +240,7 @@ class _Tuning:
     def _step(self) -> Tensor:
         s, step, steps = self.settings, self.progress.step, self.part.steps
         factor = schedule(step, steps, min(s.warmup, max(1, steps // 5)))
-        loss = self.trainer.step(self.ids[self.order[step]], Rates(s.rate, s.gain_rate, factor))
+        loss = self.trainer.step(self.ids[self.order[step]], Rates(s.rate or RATE, s.gain_rate or RATE, factor))
         self.progress.step = step = step + 1
         if step % max(1, -(-steps // EVALUATIONS)) == 0 or step == steps:
             self._judge()

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from exl2ray import beforehand
 from exl2ray.quality import PLAIN
 from exl2ray.quant import precompiling
-from exl2ray.recipe import Recipe
 
 
 @pytest.fixture
@@ -77,17 +73,3 @@ def test_one_that_hangs_is_ended(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert child is not None
     assert child.returncode == -9
     assert time.monotonic() - begin < 60
-
-
-def test_python_switches_between_threads_as_before_when_the_device_is_set_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[float] = []
-    monkeypatch.setattr(beforehand, "_set_up_device", lambda recipe, child: seen.append(sys.getswitchinterval()))
-    before = sys.getswitchinterval()
-    beforehand.begin_device(Recipe(in_dir=str(tmp_path), out_dir=str(tmp_path / "work"), device="cuda"))
-    for thread in threading.enumerate():
-        if thread.name.endswith("GPU"):
-            thread.join()
-    assert seen == [pytest.approx(beforehand.SWITCH_SECONDS)]
-    assert sys.getswitchinterval() == before

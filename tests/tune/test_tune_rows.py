@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.formats.hf import SourceModel
 from exl2ray.tune.documents import Kind, builtin_kinds, part
 from exl2ray.tune.judge import WATCHED
-from exl2ray.tune.rows import _shared_out, tuning_rows
+from exl2ray.tune.rows import tuning_rows
 from exl2ray.tune.settings import Settings
 
 LENGTH = 64
@@ -105,32 +106,20 @@ def test_the_builtin_text_by_kind(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "most", "expected", "distinct"),
+    ("weights", "given", "tokens", "rate"),
     [
-        ([400], 100, [100], 100),  # one kind, enough of it
-        ([400, 400], 100, [50, 50], 100),
-        ([4000, 100], 4096, [3808, 288], 3908),  # 4000 ^ 0.7 : 100 ^ 0.7; the short one nearly three times
-        ([50, 50], 1000, [50, 50], 100),  # not enough: each of them once, and training goes round
-        ([80, 20, 0], 1000, [80, 30, 0], 100),
-        ([0, 1], 100, [0, 1], 1),
+        (135_000_000, {}, 4096, 2e-3 / 2**0.5),
+        (7_000_000_000, {}, 8192, 2e-3),
+        (7_000_000_000, {"step_tokens": 2048}, 2048, 1e-3),
+        (1_000_000, {"step_tokens": 65536, "rate": 0.01}, 65536, 0.01),
+        (1_000_000, {"length": 16384, "rate": 0.01}, 16384, 0.01),
     ],
 )
-def test_little_text_of_a_kind_counts_for_more_than_its_length(
-    lengths: list[int], most: int, expected: list[int], distinct: int
+def test_steps_and_rates_follow_from_the_size_of_the_model(
+    weights: int, given: dict[str, Any], tokens: int, rate: float
 ) -> None:
-    stacks = [np.arange(n)[:, None] + 10000 * k for k, n in enumerate(lengths)]
-    chosen, found = _shared_out(stacks, most)
-    assert [len(rows) for rows in chosen] == expected
-    assert found == distinct
-    for rows, stack in zip(chosen, stacks, strict=True):
-        counts = [(rows == row).all(axis=1).sum() for row in stack]
-        assert max(counts, default=0) - min(counts, default=0) <= 1, "no row comes again before all have come"
-
-
-@pytest.mark.parametrize(
-    ("weights", "given", "expected"),
-    [(135_000_000, None, 4096), (7_000_000_000, None, 8192), (7_000_000_000, 2048, 2048), (1_000_000, 65536, 65536)],
-)
-def test_tokens_of_a_step_follow_from_the_size_of_the_model(weights: int, given: int | None, expected: int) -> None:
-    settings = Settings("directory", "reference", "output", step_tokens=given).for_model(weights)
-    assert settings.rows_of_a_step(1000) * settings.length == expected
+    settings = Settings("directory", "reference", "output", **given).for_model(weights)
+    assert settings.rows_of_a_step(1000) * settings.length == tokens
+    assert settings.rate == pytest.approx(rate)
+    assert settings.gain_rate == pytest.approx(2e-3 * (tokens / 8192) ** 0.5)
+    assert settings.for_model(10**12) == settings, "what is decided stays"
