@@ -38,7 +38,7 @@ _ATTEMPTS = 20
 class Owner:
     """Who wants to write. source: fingerprint of the model. in_dir: where it is. job, work: identity and place of the work
     directory; "" for one that is yet to be made. own: files and folders of this conversion that may lie in the target.
-    files: names that it writes beside those of the source.
+    files: names that it writes beside those of the source. flag: that names the target, for messages.
     """
 
     source: str
@@ -47,6 +47,7 @@ class Owner:
     work: str = ""
     own: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    flag: str = "-cf"
 
     def written(self) -> set[str]:
         """Names that a conversion writes besides shards."""
@@ -70,7 +71,7 @@ def check_target(directory: Path, owner: Owner) -> None:
     except FileNotFoundError:
         return
     except OSError as e:
-        raise StoreError(f"-cf {directory}: cannot be read: {e.strerror or e}", "choose another directory") from e
+        raise StoreError(f"{owner.flag} {directory}: cannot be read: {e.strerror or e}", "choose another directory") from e
     names = [n for n in (*found.files, *found.folders, *found.others) if not _is_ours_or_harmless(n)]
     names = sorted(set(names) - _own_names(root, owner), key=lambda n: (OUTPUT_NAME.fullmatch(n) is None, n))
     writes = owner.written()
@@ -119,7 +120,7 @@ def _foreign(directory: Path, names: list[str], claim: Claim | None, owner: Owne
     elif claim is not None and claim.job and claim.job != owner.job:
         why = f"of a model that another work directory has not finished: {claim.work}"
         hint = "choose another directory; or finish that conversion; or delete those files if they may go"
-    return UsageError(f"-cf {directory}: holds {names[0]}, {why}{more}", hint)
+    return UsageError(f"{owner.flag} {directory}: holds {names[0]}, {why}{more}", hint)
 
 
 # ---- who may write --------------------------------------------------------------------------------------------------
@@ -127,16 +128,17 @@ def _foreign(directory: Path, names: list[str], claim: Claim | None, owner: Owne
 
 @dataclass(frozen=True)
 class TargetLock:
-    """A lock that is held. handle: of the lock file."""
+    """A lock that is held. handle: of the lock file. flag: that names the directory."""
 
     directory: Path
     handle: int
+    flag: str = "-cf"
 
     def check(self) -> None:
         """StoreError if the directory, or the lock in it, was deleted or replaced since."""
         if not self._is_there():
             raise StoreError(
-                f"-cf {self.directory}: was deleted, or is another directory now",
+                f"{self.flag} {self.directory}: was deleted, or is another directory now",
                 "run the same command again: nothing has to be computed anew",
             )
 
@@ -162,7 +164,7 @@ def locked(directory: Path, owner: Owner) -> Iterator[TargetLock]:
     new = not directory.exists()
     try:
         beneath.make_directories(directory)
-        lock = _lock(directory)
+        lock = _lock(directory, owner.flag)
     except OSError as e:
         raise write_error(directory, e) from e
     try:
@@ -185,18 +187,19 @@ def _sweep(directory: Path) -> None:
         raise write_error(directory, e) from e
 
 
-def _lock(directory: Path) -> TargetLock:
+def _lock(directory: Path, flag: str) -> TargetLock:
     path = directory / LOCK
     for _ in range(_ATTEMPTS):
         os.close(beneath.open_file(None, path, path, os.O_RDWR | os.O_CREAT))
         handle, got = beneath.open_locked(lambda flags: beneath.open_file(None, path, path, flags))
-        if got is not None and TargetLock(directory, handle)._is_there():
-            return TargetLock(directory, handle)
+        lock = TargetLock(directory, handle, flag)
+        if got is not None and lock._is_there():
+            return lock
         os.close(handle)
         if got is None:
             break
     raise StoreError(
-        f"-cf {directory}: another conversion is writing there",
+        f"{flag} {directory}: another conversion is writing there",
         "wait for it, or choose another directory: two models cannot share one",
     )
 
@@ -215,8 +218,8 @@ def check_claim(directory: Path, owner: Owner) -> None:
     claim = read_claim(directory)
     if claim is None or (claim.source, claim.job) != (owner.source, owner.job):
         raise StoreError(
-            f"-cf {directory}: another conversion has written there meanwhile",
-            "run the same command again with another -cf; nothing has to be computed anew",
+            f"{owner.flag} {directory}: another conversion has written there meanwhile",
+            f"run the same command again with another {owner.flag}; nothing has to be computed anew",
         )
 
 

@@ -85,7 +85,7 @@ def tune(
     target = Path(settings.output)
     work = Path(settings.work or target / WORK)
     record = work.with_name(f"{work.name}.json")
-    owner = owner or Owner(pair.exl2.fingerprint(), str(pair.start.path), identity, os.path.abspath(work))
+    owner = owner or Owner(pair.exl2.fingerprint(), str(pair.start.path), identity, os.path.abspath(work), flag="-o")
     with locked(target, owner):
         done = finished(record, identity, pair.start.path, target)
         if done is not None:

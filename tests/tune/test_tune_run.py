@@ -268,6 +268,7 @@ def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> No
         ({"--text": "/nowhere.txt"}, 2, "--text /nowhere.txt: does not exist"),
         ({"--length": "100000"}, 4, "at least 20 rows of 100000 are needed"),
         ({"output": "exl2"}, 2, "holds"),
+        ({"output": "source"}, 2, "holds"),
     ],
 )
 def test_what_cannot_be_tuned(
@@ -280,7 +281,11 @@ def test_what_cannot_be_tuned(
     given |= {name: places.get(value, value) for name, value in change.items()}
     flags = [x for name, value in given.items() if name.startswith("--") for x in (name, value)]
     arguments = [given["directory"], "--reference", given["reference"], "-o", given["output"], *flags]
-    exl2ray("tune", *arguments).ends_with(status, words)
+    run = exl2ray("tune", *arguments)
+    run.ends_with(status, words)
+    assert "-cf" not in run.err, "a flag of convert"
+    if "output" in change:
+        assert f"-o {given['output']}: holds" in run.err
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
