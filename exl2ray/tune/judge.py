@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 PARTS = ("norms", "attention", "MLP", "head")  # kept or rolled back, each for itself; biases go with the norms
 NOTHING = "nothing"
 WATCHED = "built-in "  # begins the names of kinds that may not become worse, and count for nothing else
+RISES = 4  # evaluations in a row, each worse than the one before, that end a training
+HOPELESS = math.log(2)  # so does a score that is worse than the best one by this
 RISK = 0.05  # that some kind of text seems worse, where none is
 
 
@@ -87,6 +90,15 @@ def standing(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> tuple[bool, f
     """The less the better: whether any kind of text is worse than at the start, then the score; infinity for what is none."""
     found = score(rows, kinds)
     return bool(worse(start, rows, kinds)), found if math.isfinite(found) or found < 0 else math.inf
+
+
+def is_over(scores: Sequence[float]) -> bool:
+    """Whether training only makes it worse. scores: so far, in order. One that is worse than an earlier one is no reason:
+    while the rate is high scores wander, and the gain comes at the end, when it has fallen (docs/log.md, 2026-11-30)."""
+    rises = 0
+    for before, after in pairwise(scores):
+        rises = rises + 1 if after > before else 0
+    return rises >= RISES or scores[-1] > min(scores) + HOPELESS
 
 
 def worse(start: Tensor, rows: Tensor, kinds: Sequence[str]) -> tuple[str, ...]:

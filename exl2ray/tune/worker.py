@@ -40,8 +40,6 @@ from exl2ray.tune.shelves import Homes, Shelf
 from exl2ray.tune.training import Rates, Trainer, schedule
 
 EVALUATIONS = 8
-PATIENCE = 4  # evaluations in a row that are worse than the best one
-HOPELESS = math.log(2)  # worse than the best score by that much
 SAVING_SHARE = 10  # of the time at least this many times as much goes by between two checkpoints as one takes
 SAVING_BYTES = 1e9  # a second: of the first one
 PIECES = 50  # of a tuning, each told when it is done
@@ -316,8 +314,7 @@ class _Tuning:
         if standing < best or progress.best < 0:
             progress.best = len(progress.scores) - 1
             progress.snapshots = {m.key: m.snapshot() for m in self.modules}
-        since = len(progress.scores) - 1 - progress.best
-        progress.over = since >= PATIENCE or standing[1] > best[1] + HOPELESS
+        progress.over = judge.is_over([score for *_, score in progress.scores])
         ratio = math.exp(standing[1] - progress.scores[0][2])
         lost = judge.worse(start, found, kinds)
         words = f"step {progress.step} of {self.part.steps}: held-out KL {math.exp(standing[1]):.4f}, "

@@ -357,3 +357,18 @@ def test_a_state_that_makes_no_kind_worse_comes_before_one_that_does() -> None:
     assert judge.standing(start, noisy(0.9, 9.9, 1), KINDS) < judge.standing(start, noisy(0.2, 11, 1), KINDS)
     assert judge.standing(start, noisy(0.8, 9, 1), KINDS) < judge.standing(start, noisy(0.9, 9.9, 1), KINDS)
     assert judge.standing(start, noisy(float("nan"), 9), KINDS) == (False, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "over"),
+    [
+        ([1.0], False),
+        ([1.0, 0.9, 0.95, 0.97, 0.93], False),  # wanders below the start
+        ([1.0, 1.02, 1.1, 1.19, 1.15, 1.0], False),  # rises, and comes back
+        ([1.0, 0.9, 0.92, 0.95, 0.97, 0.98], True),  # learns its text by heart
+        ([1.0, 0.9, 1.9], True),  # out of control
+        ([1.0, float("inf")], True),
+    ],
+)
+def test_training_ends_where_it_only_makes_things_worse(ratios: list[float], over: bool) -> None:
+    assert judge.is_over([math.log(r) for r in ratios]) == over
