@@ -2,10 +2,12 @@
 """Plots KL divergence over file size, a curve for each way to quantise a model: of a table in a log, or of results.
 
     python scripts/kl_over_bytes.py --log docs/log.md --output docs/kl-over-bytes.svg
+    python scripts/kl_over_bytes.py --log docs/log.md --entry "EXL3 on Gemma" --output docs/kl-over-bytes-gemma.svg
     python scripts/kl_over_bytes.py results.jsonl --model smollm2 --output kl.svg
 
-In a log, the table is the one whose second column is "file, MB"; every further column is a curve, and a cell counts by the
-number that it begins with. Results of quality.py give a curve for each variant; draws are averaged.
+In a log, the table is the first one, of the entry if one is named, whose second column is "file, MB"; every further column
+is a curve, and a cell counts by the number that it begins with. Results of quality.py give a curve for each variant; draws
+are averaged.
 """
 
 from __future__ import annotations
@@ -31,9 +33,12 @@ SIZE = "file, MB"
 Curves = dict[str, list[tuple[float, float]]]  # name -> (megabytes, KL), by size
 
 
-def of_log(text: str) -> Curves:
-    """The curves of the table, in the order of its columns; none if there is no such table."""
+def of_log(text: str, entry: str = "") -> Curves:
+    """The curves of the table, in the order of its columns; none if there is no such table. entry: begins below a heading
+    with these words."""
     lines = iter(text.splitlines())
+    if entry:
+        next((line for line in lines if line.startswith("#") and entry in line), None)
     heading = next((line for line in lines if line.startswith("|") and _cells(line)[1:2] == [SIZE]), None)
     curves: Curves = defaultdict(list)
     for line in lines if heading is not None else ():
@@ -86,13 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="files of quality.py, JSON lines")
     parser.add_argument("--log", type=Path, help="a page with a table of sizes and divergences")
+    parser.add_argument("--entry", default="", help="of that page: the table below a heading with these words")
     parser.add_argument("--model", help="of the results; the first one if absent")
     parser.add_argument("--title", default="")
     parser.add_argument("--output", type=Path, required=True, help="PNG, SVG or PDF")
     args = parser.parse_args(arguments)
     curves = of_results(quality_table.load(args.results), args.model)
     if args.log is not None:
-        curves.update(of_log(args.log.read_text(encoding="utf-8")))
+        curves.update(of_log(args.log.read_text(encoding="utf-8"), args.entry))
     try:
         plot(curves, args.output, args.title)
     except Exl2RayError as e:

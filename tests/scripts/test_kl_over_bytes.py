@@ -25,6 +25,9 @@ TABLE = """text
 def test_cells_count_by_their_first_number() -> None:
     assert kl_over_bytes.of_log(TABLE) == {"A": [(10.5, 1.5)], "B": [(10.5, 0.5), (12.0, 0.2)]}
     assert kl_over_bytes.of_log("nothing") == {}
+    assert kl_over_bytes.of_log(TABLE, "entry") == {}, "no such heading"
+    later = f"{TABLE}\n## An entry\n\n| bpw | file, MB | D |\n|---|---|---|\n| 2 | 1 | 3 |"
+    assert kl_over_bytes.of_log(later, "An entry") == {"D": [(1.0, 3.0)]}
 
 
 def test_draws_are_averaged(tmp_path: Path) -> None:
@@ -37,10 +40,11 @@ def test_draws_are_averaged(tmp_path: Path) -> None:
     assert kl_over_bytes.main(["--output", str(tmp_path / "x.svg")]) == 2
 
 
-def test_the_plot_is_that_of_the_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "entry", "count"), [("kl-over-bytes", "", 5), ("kl-over-bytes-gemma", "EXL3 on Gemma", 3)])
+def test_the_plots_are_those_of_the_log(tmp_path: Path, name: str, entry: str, count: int) -> None:
     made = tmp_path / "made.svg"
-    assert kl_over_bytes.main(["--log", str(ROOT / "docs/log.md"), "--output", str(made)]) == 0
-    curves = kl_over_bytes.of_log((ROOT / "docs/log.md").read_text(encoding="utf-8"))
-    assert len(curves) == 5
+    assert kl_over_bytes.main(["--log", str(ROOT / "docs/log.md"), "--entry", entry, "--output", str(made)]) == 0
+    curves = kl_over_bytes.of_log((ROOT / "docs/log.md").read_text(encoding="utf-8"), entry)
+    assert len(curves) == count
     assert made.stat().st_size > 5000
-    assert (ROOT / "docs/kl-over-bytes.svg").stat().st_size == pytest.approx(made.stat().st_size, rel=0.2)
+    assert (ROOT / f"docs/{name}.svg").stat().st_size == pytest.approx(made.stat().st_size, rel=0.2)
