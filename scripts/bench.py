@@ -2,10 +2,13 @@
 """Times the numerics on one GPU (or the CPU): one layer of a model of a given shape, random weights and states.
 
     python scripts/bench.py --shape 7b --passes measure,quantize,solve,pack [--json]
+    python scripts/bench.py --shape qwen3-moe --passes quantize --quality balanced --profile 25
 
 Every pass is run `--repeat` times after one warm-up (kernel compilation, graph recording) and the fastest is shown. The
 table has the reference's seconds where they are known (ExLlamaV2 0.3.2 on an H200) and the floor that counted FLOPs and the
-device's matrix rate set.
+device's matrix rate set. ``--quality balanced`` quantises as a conversion does by default: targets corrected towards states
+of the source model, refined scales, sweeps. ``--profile N`` runs everything once more and shows the N kernels that took most,
+what they took together, and the seconds of the run: the rest is the processor's.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -27,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from random_models import Shape, build
+from torch.profiler import ProfilerActivity, profile
 
 from exl2ray.allocation.knapsack import Slot, budget, solve
 from exl2ray.formats.exl2 import PackedLinear
@@ -34,6 +39,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout, QParams, pad32
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import check_states, load_block
+from exl2ray.quality import PRESETS, Quality
 from exl2ray.quant import pack as packing
 from exl2ray.quant.memory import settings_for, states_fit
 from exl2ray.quant.module import Entered, cut, enter_module, measure_module, quantize_module
@@ -64,8 +70,12 @@ class Packed(dict[str, PackedLinear]):
 
 
 class Bench:
-    def __init__(self, name: str, device: torch.device, repeat: int, frugal: bool = False) -> None:
+    def __init__(
+        self, name: str, device: torch.device, repeat: int, frugal: bool = False, quality: Quality = "reference",
+        profiled: int = 0,
+    ) -> None:  # fmt: skip
         self.frugal = frugal  # source weights wait on the host, as they do in a conversion
+        self.numerics, self.profiled = PRESETS[quality], profiled
         self.name, self.shape, self.device, self.repeat = name, SHAPES[name], device, repeat
         self.folder = tempfile.TemporaryDirectory()
         build(Path(self.folder.name), self.shape)
@@ -93,7 +103,24 @@ class Bench:
             work()
             synchronize(self.device)
             seconds.append(time.perf_counter() - start)
+        if self.profiled:
+            self.profile(work)
         return min(seconds[2:] or seconds), seconds[0]
+
+    def profile(self, work: Callable[[], object]) -> None:
+        """One more run, and what took most of it, on standard error."""
+        gpu = self.device.type == "cuda"
+        synchronize(self.device)
+        with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
+            start = time.perf_counter()
+            work()
+            synchronize(self.device)
+            seconds = time.perf_counter() - start
+        spent = {e.key: (e.self_device_time_total if gpu else e.self_cpu_time_total, e.count) for e in found.key_averages()}
+        total = sum(us for us, _ in spent.values()) / 1e6
+        print(f"profile: {seconds:.3f} s, {total:.3f} s of kernels", file=sys.stderr)
+        for key, (us, count) in sorted(spent.items(), key=lambda item: -item[1][0])[: self.profiled]:
+            print(f"{us / 1e3:10.2f} ms {count:8d}  {key[:100]}", file=sys.stderr)
 
     def add(self, work: str, seconds: float, first: float, reference: float | None = None, flop: float = 0.0) -> None:
         rate = next((r for n, r in MATRIX_RATE.items() if n in device_name(self.device)), None)
@@ -131,20 +158,25 @@ class Bench:
 
     def quantize(self, rows: int, tokens: int) -> None:
         x = self.states(rows, tokens)
+        other = (x.float() * 1.01).half()  # of the source model
         total = first_total = 0.0
         for index, table in ((1, attention_options()[10]), (2, mlp_options()[9])):
             module = self.spec.modules[index]
             roles = ("q_proj", "k_proj", "v_proj", "o_proj") if index == 1 else (
                 ("w1", "w3", "w2") if self.shape.experts else ("gate_proj", "up_proj", "down_proj"))  # fmt: skip
             chosen = dict(zip(roles, table, strict=True))
-            settings = settings_for(module, rows, tokens, self.device, 0.12)
+            settings = replace(settings_for(module, rows, tokens, self.device, 0.12), numerics=self.numerics)
             source = load_block(self.spec, module, self.source, self.device, self.dtype)
             originals = {key: w.cpu() if self.frugal else w for key, w in source.weights.items()}
 
             def work(b=source, m=module, o=originals, c=chosen, s=settings) -> None:
                 for key, weight in o.items():
                     b.weights[key] = weight.to(self.device)
-                self.quantized(enter_module(b, x, s, check_states), {y.key: c[y.role] for y in m.linears})
+                params = {y.key: c[y.role] for y in m.linears}
+                if s.numerics.target_correction:
+                    quantize_module(b, cut(x.clone()), cut(other.clone()), len(x), params, s, check_states, Packed())
+                else:
+                    self.quantized(enter_module(b, x, s, check_states), params)
 
             seconds, first = self.time(work)
             self.add(f"quantize {module.kind}", seconds, first)
@@ -230,7 +262,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="7b", help=f"{', '.join(SHAPES)}; several with commas")
     parser.add_argument("--passes", default="measure,quantize,solve,pack", help="measure, quantize, head, solve, pack")
@@ -240,14 +272,16 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2, help="timed runs after two of warm-up; 0: one cold run, for memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vram-gb", type=float, help="limit torch to this much GPU memory")
+    parser.add_argument("--quality", choices=["reference", "balanced"], default="reference", help="of quantising")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="show the N kernels that take most")
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if args.vram_gb is not None:
         torch.cuda.set_per_process_memory_fraction(args.vram_gb * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     rows: list[dict[str, object]] = []
     for name in args.shape.split(","):
-        bench = Bench(name, device, args.repeat, args.vram_gb is not None)
+        bench = Bench(name, device, args.repeat, args.vram_gb is not None, args.quality, args.profile)
         for work in args.passes.split(","):
             if work == "measure":
                 bench.measure(args.measure_rows, args.tokens)
