@@ -42,7 +42,8 @@ def convert(
             warnings = list(done.warnings)
             reporter.event("done", outputs=[], measurement=done.measurement, warnings=warnings, seconds=done.seconds)
 
-    run.command, run.out_dir = command if publish is None else f"{command} --publish {publish}", recipe.out_dir
+    if not dry_run:  # which leaves nothing that could be resumed
+        run.command, run.out_dir = command if publish is None else f"{command} --publish {publish}", recipe.out_dir
     _reported(run, work)
 
 

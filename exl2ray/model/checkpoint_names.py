@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,8 +129,16 @@ def incomplete(source: SourceModel) -> SourceError | None:
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     return SourceError(
         f"{source.path}: {', '.join(f[:80] for f in lost[:3])}{more} {'is' if len(lost) == 1 else 'are'} missing",
-        "the download is incomplete: fetch the missing shards",
+        _where_they_are(source, lost),
     )
+
+
+def _where_they_are(source: SourceModel, lost: Sequence[str]) -> str:
+    """What to do about files that an index names and that do not lie beside it."""
+    below = [f for f in lost if "/" in f and ".." not in f and not f.startswith("/") and (source.path / f).is_file()]
+    if below:
+        return f"move what is in {posixpath.dirname(below[0])[:80]}/ beside config.json: files in folders below are not read"
+    return "the download is incomplete: fetch the missing shards"
 
 
 def missing_tensors(
@@ -143,7 +152,7 @@ def missing_tensors(
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
         verb = "is" if len(files) == 1 else "are"
         text = f"{INDEX} names {', '.join(f[:80] for f in files[:3])}{more}, which {verb} missing"
-        found[f"{text}, for {count} tensors"] = "the download is incomplete: fetch the missing shards"
+        found[f"{text}, for {count} tensors"] = _where_they_are(source, files)
     names = [n for n in names if n not in source.absent]
     lost = gaps(list(source.files))
     hint = f"the download is incomplete: fetch {lost[0]}" if lost else INCOMPLETE

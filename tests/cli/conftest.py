@@ -37,6 +37,8 @@ class FakeConversion:
 
     def dry_run(self, recipe: Recipe, reporter: Reporter) -> None:
         self.dry.append(recipe)
+        if self.error is not None:
+            raise self.error
 
     def convert(self, recipe: Recipe, reporter: Reporter) -> Summary:
         self.recipes.append(recipe)

@@ -151,6 +151,13 @@ def test_dry_run(run, fake, job_args):
     assert fake.dry[0].in_dir == job_args[1]
 
 
+def test_a_dry_run_that_is_stopped_leaves_nothing_to_resume(run, fake, job_args):
+    fake.error = KeyboardInterrupt()
+    result = run("convert", *job_args, "--dry-run")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted"
+
+
 def test_interrupted_before_the_conversion_can_notice(run, fake, job_args):
     fake.error = KeyboardInterrupt()
     result = run("measure", *job_args)

@@ -181,6 +181,15 @@ def without_shard(f: Path) -> None:
     (f / "model-00002-of-00003.safetensors").unlink()
 
 
+def shard_in_a_folder(f: Path) -> None:
+    """As an index of another tool names it."""
+    resharded(3)(f)
+    (f / "shards").mkdir()
+    name, index = "model-00002-of-00003.safetensors", f / "model.safetensors.index.json"
+    (f / name).rename(f / "shards" / name)
+    index.write_text(index.read_text().replace(name, f"shards/{name}"))
+
+
 def cut(f: Path, **sizes: int) -> None:
     edit_config(f, **sizes)
 
@@ -207,6 +216,7 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "missing shard": (without_shard, ("model-00002-of-00003.safetensors", "missing", "download is incomplete")),
     "missing shard, no index": (then(without_shard, lambda f: (f / "model.safetensors.index.json").unlink()),
                                 ("fetch model-00002-of-00003.safetensors",)),
+    "shard in a folder": (shard_in_a_folder, ("shards/model-00002-of-00003.safetensors", "move what is in shards/ beside")),
     "fewer layers": (edited(lambda t: [t.pop(n) for n in list(t) if "layers.1." in n]),
                      ("the weights have 1 layers, config.json says 2", "num_hidden_layers")),
     "no head": (edited(lambda t: t.pop("lm_head.weight")), ("lm_head.weight is missing", '"tie_word_embeddings": true')),
