@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exl2ray.calibration.rows import Rows
 from exl2ray.calibration.soundness import row_warnings
+from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.hfconfig import config_value, legacy_config
@@ -25,12 +26,36 @@ PLACES, PLACE_ROWS = 256, 16
 FREQUENT = 512  # tokens whose rows in embedding and head are looked at
 LONG_CONTEXT = 8192  # positions from which RoPE without a base of its own is unusual
 DEFAULT_THETA = 10000.0
+LARGE_VOCABULARY = 100_000  # tokens; smaller ones may be of languages that leave no room for English words
+MOST_A_WORD = 1.6
+PLAIN_ENGLISH = (
+    "The people who lived in the small village near the river had always known that the winter would be long. Every morning "
+    "they went out to look at the water, and every evening they came back to talk about what they had seen. Nobody could say "
+    "when the ice would break, but everyone agreed that it had never been so late in the year before."
+)
 PASSES = {"measure": "calibration rows of the measurement", "quantize": "calibration rows of the quantisation"}
 
 
 def calibration_doubts(rows: Mapping[str, Rows]) -> list[str]:
     """Rows with hardly any text in them."""
     return [text for name, r in rows.items() for text in row_warnings(r.ids, PASSES.get(name, name))]
+
+
+def tokenizer_doubts(tokenizer: ModelTokenizer) -> list[str]:
+    """A large vocabulary that cuts plain English words to pieces: its merges or scores were lost on the way, and the model
+    never saw such text. Gemma's 262 thousand tokens take 1.08 a word of this text, and 2.18 in the tokenizer that
+    transformers 5.17 makes of a GGUF file; a vocabulary of 2048 takes 1.4.
+    """
+    if tokenizer.vocab_size < LARGE_VOCABULARY:
+        return []
+    each = len(tokenizer.encode(PLAIN_ENGLISH)) / len(PLAIN_ENGLISH.split())
+    if each <= MOST_A_WORD:
+        return []
+    return [
+        f"{tokenizer.path}: {each:.1f} tokens for a plain English word, where a vocabulary of {tokenizer.vocab_size} needs "
+        "1.1: it cuts words to pieces that the model was hardly trained on, as tokenizers do that were converted wrongly; "
+        "take tokenizer.json from the model's first publisher"
+    ]
 
 
 def model_doubts(source: SourceModel, spec: ModelSpec, rows: Mapping[str, Rows]) -> list[str]:

@@ -45,7 +45,7 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.disk import check_disks, disk_needs
-from exl2ray.plan.doubts import calibration_doubts, model_doubts
+from exl2ray.plan.doubts import calibration_doubts, model_doubts, tokenizer_doubts
 from exl2ray.plan.findings import Examination
 from exl2ray.plan.flat import flat_warnings
 from exl2ray.plan.scan import scan_values, stored_names
@@ -300,6 +300,7 @@ def _examine_calibration(found: Examination, recipe: Recipe) -> None:
         return
     found.warnings += tokenizer.warnings
     with tokenizer:  # its process takes some hundred MB
+        found.doubts += found.attempt("tokenizer", lambda: tokenizer_doubts(tokenizer)) or []
         sources = found.attempt("calibration", lambda: sources_of(recipe))
         if sources is None:
             return
