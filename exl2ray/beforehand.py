@@ -56,6 +56,10 @@ def _will_use_ray(recipe: Recipe) -> bool:
     return recipe.executor == "ray" or (recipe.executor == "auto" and several)
 
 
+def _has_cluster(recipe: Recipe) -> bool:
+    return recipe.executor != "inline" and bool(recipe.ray_address or os.environ.get("RAY_ADDRESS"))
+
+
 def _is_new(recipe: Recipe) -> bool:
     """Whether a model is there, and nothing where the work directory and the outputs will be."""
     if "://" in recipe.in_dir or "://" in recipe.out_dir or not os.path.isfile(os.path.join(recipe.in_dir, "config.json")):
@@ -73,7 +77,7 @@ def begin_device(recipe: Recipe) -> None:
 
 
 def _set_up(recipe: Recipe) -> None:
-    compiling = precompiling.begin(recipe.numerics)
+    compiling = None if _will_use_ray(recipe) or _has_cluster(recipe) else precompiling.begin(recipe.numerics)
     with step("import torch"):
         from exl2ray.devices import pick_device, pick_executor
         from exl2ray.quant.warm import begin_warm_up

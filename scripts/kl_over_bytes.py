@@ -36,9 +36,7 @@ Curves = dict[str, list[tuple[float, float]]]  # name -> (megabytes, KL), by siz
 def of_log(text: str, entry: str = "") -> Curves:
     """The curves of the table, in the order of its columns; none if there is no such table. entry: begins below a heading
     with these words."""
-    lines = iter(text.splitlines())
-    if entry:
-        next((line for line in lines if line.startswith("#") and entry in line), None)
+    lines = iter(_below(text.splitlines(), entry) if entry else text.splitlines())
     heading = next((line for line in lines if line.startswith("|") and _cells(line)[1:2] == [SIZE]), None)
     curves: Curves = defaultdict(list)
     for line in lines if heading is not None else ():
@@ -50,6 +48,15 @@ def of_log(text: str, entry: str = "") -> Curves:
             if number:
                 curves[name].append((float(size), float(number[1])))
     return dict(curves)
+
+
+def _below(lines: Sequence[str], entry: str) -> list[str]:
+    """The lines between the first heading with these words and the next one of its level or above."""
+    begin = next((i for i, line in enumerate(lines) if line.startswith("#") and entry in line), len(lines))
+    level = len(lines[begin].split()[0]) if begin < len(lines) else 0
+    rest = lines[begin + 1 :]
+    end = next((i for i, line in enumerate(rest) if re.match(f"#{{1,{max(1, level)}}} ", line)), len(rest))
+    return list(rest[:end])
 
 
 def of_results(results: Iterable[quality_table.Result], model: str | None) -> Curves:

@@ -7,7 +7,6 @@ Whether it succeeds is of no consequence: what is missing is compiled where it i
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import subprocess
@@ -18,12 +17,13 @@ from pathlib import Path
 
 from exl2ray import cuda
 from exl2ray.quality import Numerics
+from exl2ray.stopping import at_the_end
 
-PATIENCE = 120.0  # seconds, for a process that hangs
+PATIENCE = 120  # seconds, for a process that hangs, or whose parent was killed
 # Its path first of all: the current directory may be a model's. It ends at once: taking CUDA down takes a third of a second.
 BOOT = (
-    "import sys; sys.path[:] = sys.argv[2:]; from exl2ray.quant.warm import compile_solver; compile_solver(sys.argv[1]); "
-    "import os; os._exit(0)"
+    f"import sys; sys.path[:] = sys.argv[2:]; import signal; signal.alarm({PATIENCE}); "
+    "from exl2ray.quant.warm import compile_solver; compile_solver(sys.argv[1]); import os; os._exit(0)"
 )
 
 
@@ -37,7 +37,7 @@ def begin(numerics: Numerics) -> subprocess.Popen[bytes] | None:
             [sys.executable, "-c", BOOT, json.dumps(asdict(numerics)), *paths], stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        atexit.register(child.kill)
+        at_the_end(child.kill)  # which does nothing to one that has been waited for
         return child
     return None
 
@@ -51,7 +51,6 @@ def finish(child: subprocess.Popen[bytes] | None) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    atexit.unregister(child.kill)
 
 
 def _has_gpu() -> bool:

@@ -46,7 +46,9 @@ def begin_warm_up(device: Callable[[], str | None], numerics: Numerics, compiled
     try:
         with step("device"):
             found = device()
-        if found is not None:
+        if found is None:
+            compiled()
+        else:
             _run_kernels(torch.device(found), numerics, compiled)
         future.set_result((found, numerics))
     except BaseException as e:
@@ -92,9 +94,14 @@ def compile_solver(numerics: str) -> None:
 
 def _run_kernels(device: torch.device, numerics: Numerics, compiled: Callable[[], None] = lambda: None) -> None:
     if device.type != "cuda":
+        compiled()
         return
     with step("kernels"):
-        states = _run_forward(device, numerics)
+        try:
+            states = _run_forward(device, numerics)
+        except RuntimeError:  # a GPU for one process at a time may be taken by the other one
+            compiled()
+            states = _run_forward(device, numerics)
         compiled()
         _run_solver(states, numerics)
 

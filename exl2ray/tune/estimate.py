@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from exl2ray.model.spec import ModelSpec
-from exl2ray.tune.memory import HOME_SHARE, STEP_TOKENS, TRAINED_BYTES, host_bytes, needed_bytes, streamed_bytes, weights_of
+from exl2ray.tune.memory import (
+    HOME_SHARE,
+    TRAINED_BYTES,
+    host_bytes,
+    needed_bytes,
+    step_tokens,
+    streamed_bytes,
+    weights_of,
+)
 
 OPERATIONS = 10  # a weight and token: two forward passes, a backward one
 FORWARD_AGAIN = 2  # the same, of modules that are computed a second time
@@ -35,7 +43,7 @@ def as_a_whole(spec: ModelSpec, tokens: int) -> Estimate:
 
 def a_module_at_a_time(spec: ModelSpec, tokens: int, memory: int) -> Estimate:
     """memory: bytes of main memory of the machine."""
-    weights, steps = weights_of(spec), max(1, tokens // STEP_TOKENS)
+    weights, steps = weights_of(spec), max(1, tokens // step_tokens(weights_of(spec)))
     files = max(0, TRAINED_BYTES * weights - max(0, int(HOME_SHARE * memory) - weights))
     computing = (OPERATIONS + FORWARD_AGAIN) * weights * tokens / BUSY_GPU
     moving = steps * (MOVED_BYTES * weights / LINK_BYTES + 2 * files / DISK_BYTES)

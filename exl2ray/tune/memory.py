@@ -20,6 +20,7 @@ MODULE_BYTES = TRAINED_BYTES + 2 + 4 * 4  # of the module in hand: also its grad
 LOGITS_BYTES = 3 << 30  # of both models for some positions, and what their divergence takes
 STATE_BYTES = 96  # a token and hidden unit: what a module keeps for its way back
 STEP_TOKENS, SHARES = 8192, 4
+SMALL_STEP_TOKENS, SMALL_WEIGHTS = 4096, 10**9  # steps of smaller models
 HOME_SHARE = 0.75  # of main memory, for what is trained
 SMALLER = 16  # out of memory twice: a module at a time
 
@@ -32,6 +33,11 @@ class Room:
     streamed: bool
     keeps_graphs: bool
     home_bytes: int
+
+
+def step_tokens(weights: int) -> int:
+    """Of a step, if nobody says so, for a model of so many weights (`exl2ray.tune.settings.Settings.for_model`)."""
+    return SMALL_STEP_TOKENS if weights < SMALL_WEIGHTS else STEP_TOKENS
 
 
 def weights_of(spec: ModelSpec) -> int:

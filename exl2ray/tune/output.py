@@ -69,6 +69,14 @@ def finished(path: Path, identity: str, start: Path, target: Path) -> dict[str, 
     return None if [n for n in stale_side_files(start, target) if n != CARD] else result
 
 
+def is_of_another(path: Path, identity: str) -> bool:
+    """Whether the record is of a finished tuning of another identity."""
+    try:
+        return bool(json.loads(path.read_bytes())["identity"] != identity)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def refuse_another(path: Path, identity: str, target: Path) -> None:
     """StoreError if ``target`` holds the finished tuning of another identity: it may be the better one."""
     try:
@@ -79,7 +87,8 @@ def refuse_another(path: Path, identity: str, target: Path) -> None:
         return
     if other:
         raise StoreError(
-            f"{target}: holds a model that was tuned with other settings or other text, or of another start (KL {kept})",
+            f"{target}: holds a model that was tuned with other settings or other text, of another start or by an earlier "
+            f"version (KL {kept})",
             "give another -o; or remove that model first",
         )
 

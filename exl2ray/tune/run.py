@@ -38,12 +38,12 @@ from exl2ray.tune.grid import Grid
 from exl2ray.tune.memory import weights_of
 from exl2ray.tune.module import NORMS, part_of
 from exl2ray.tune.opening import Pair, open_pair
-from exl2ray.tune.output import Produce, finished, refuse_another, write_record, write_tuned
+from exl2ray.tune.output import Produce, finished, is_of_another, refuse_another, write_record, write_tuned
 from exl2ray.tune.rows import TuningRows, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
 from exl2ray.tune.written import self_written
 
-VERSION = 6  # of what equal settings come to
+VERSION = 7  # of what equal settings come to
 WORK = ".exl2ray-tune"  # in the output directory, until it is complete
 
 
@@ -78,6 +78,7 @@ def tune(
     settings = settings.for_model(weights_of(pair.start.spec))
     with naming(settings.text_flag):
         rows = _rows(settings, pair, device, reporter)
+    settings = settings.for_rows(len(rows.ids))
     for note in rows.notes:
         reporter.event("note", message=note)
     clock.lap("text")
@@ -94,6 +95,9 @@ def tune(
             return Tuned(**{**done, "directory": settings.output, "worse": tuple(done["worse"])})
         if settings.work is None:
             refuse_another(record, identity, target)
+        elif is_of_another(record, identity):
+            message = f"{target} was tuned with other settings, or by an earlier version: it is tuned again"
+            reporter.event("note", message=message)
         store = open_store(os.path.abspath(work))
         decision = trained(settings, rows, identity, store, device, where or Where(), reporter)
         clock.lap("train")

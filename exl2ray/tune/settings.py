@@ -9,10 +9,9 @@ import torch
 
 from exl2ray.calibration.data.sources import Source
 from exl2ray.tune.grid import REACH
-from exl2ray.tune.memory import STEP_TOKENS
+from exl2ray.tune.memory import STEP_TOKENS, step_tokens
 
-SMALL_STEP_TOKENS, SMALL_WEIGHTS = 4096, 10**9
-RATE = 2e-3  # for steps of STEP_TOKENS
+RATE = 2e-3  # for steps of STEP_TOKENS and more
 PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "streamed", "written")  # of no consequence
 
 
@@ -21,12 +20,12 @@ class Settings:
     """directory: the EXL2 model. reference: its source. output: where the tuned one goes. sources: text; none: built-in.
 
     tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
-    for norms and biases, relative to their size; None: what `for_model` has for them. reach: how far latents may begin from
-    their integers. dtype: of the products; None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not finished,
-    beside it (its name and .json) a record of what is; None: in the output, hidden. text_flag: what messages about the text
-    call it. written: work directory that keeps what the source writes; None: ``work``, where it stays for a finished tuning
-    that is run again. streamed: one module on the device at a time (`exl2ray.tune.shelves`); None: if they do not fit there
-    together.
+    for norms and biases, relative to their size; None: what `for_model` and `for_rows` have for them. reach: how far latents
+    may begin from their integers. dtype: of the products; None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is
+    not finished, beside it (its name and .json) a record of what is; None: in the output, hidden. text_flag: what messages
+    about the text call it. written: work directory that keeps what the source writes; None: ``work``, where it stays for a
+    finished tuning that is run again. streamed: one module on the device at a time (`exl2ray.tune.shelves`); None: if they do
+    not fit there together.
     """
 
     directory: str
@@ -52,16 +51,15 @@ class Settings:
         return self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
     def for_model(self, weights: int) -> Settings:
-        """With what is not given, for a model of so many weights.
+        """With tokens of a step for a model of so many weights, if none are given. Smaller steps gain more (SmolLM2-135M at
+        3.0 bpw 2 % of its KL) and take a large model too long: its optimiser moves 30 bytes a weight and step."""
+        return replace(self, step_tokens=self.step_tokens or max(step_tokens(weights), self.length))
 
-        Smaller steps gain more, at a rate that goes with the square root of their tokens (for Adam: Malladi et al. 2022):
-        SmolLM2-135M at 3.0 bpw 0.75 times the KL in steps of 8192 tokens, 0.72 in steps of 4096. A large model they take too
-        long: its optimiser moves 30 bytes a weight and step.
-        """
-        usual = SMALL_STEP_TOKENS if weights < SMALL_WEIGHTS else STEP_TOKENS
-        tokens = self.step_tokens or max(usual, self.length)
-        rate = RATE * math.sqrt(tokens / STEP_TOKENS)
-        return replace(self, step_tokens=tokens, rate=self.rate or rate, gain_rate=self.gain_rate or rate)
+    def for_rows(self, rows: int) -> Settings:
+        """With the rates that are not given, for so many rows of text: with the square root of a step's tokens (for Adam:
+        Malladi et al. 2022), and no higher than was tried."""
+        rate = RATE * math.sqrt(min(1.0, self.rows_of_a_step(rows) * self.length / STEP_TOKENS))
+        return replace(self, rate=self.rate or rate, gain_rate=self.gain_rate or rate)
 
     def rows_of_a_step(self, rows: int) -> int:
         """``rows``: that there are."""

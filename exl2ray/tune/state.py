@@ -114,7 +114,7 @@ def _found(store: Store, identity: str, problems: list[str]) -> tuple[Progress, 
     try:
         facts = json.loads(store.get(FILE))
         if facts["identity"] != identity:
-            problems.append("what was trained with other settings or other text is left behind")
+            problems.append("what was trained with other settings or other text, or by an earlier version, is left behind")
             return None
         scores = [(int(s), bool(w), float(v)) for s, w, v in facts["scores"]]
         step, best, over = int(facts["step"]), int(facts["best"]), bool(facts["over"])

@@ -28,6 +28,8 @@ def test_cells_count_by_their_first_number() -> None:
     assert kl_over_bytes.of_log(TABLE, "entry") == {}, "no such heading"
     later = f"{TABLE}\n## An entry\n\n| bpw | file, MB | D |\n|---|---|---|\n| 2 | 1 | 3 |"
     assert kl_over_bytes.of_log(later, "An entry") == {"D": [(1.0, 3.0)]}
+    assert kl_over_bytes.of_log(f"## Without\n\n### Below\n\n{TABLE}", "Without") == kl_over_bytes.of_log(TABLE)
+    assert kl_over_bytes.of_log(f"## Without\n\ntext\n{later[len(TABLE):]}", "Without") == {}, "that of the next entry"
 
 
 def test_draws_are_averaged(tmp_path: Path) -> None:

@@ -106,20 +106,22 @@ def test_the_builtin_text_by_kind(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "given", "tokens", "rate"),
+    ("weights", "given", "rows", "tokens", "rate"),
     [
-        (135_000_000, {}, 4096, 2e-3 / 2**0.5),
-        (7_000_000_000, {}, 8192, 2e-3),
-        (7_000_000_000, {"step_tokens": 2048}, 2048, 1e-3),
-        (1_000_000, {"step_tokens": 65536, "rate": 0.01}, 65536, 0.01),
-        (1_000_000, {"length": 16384, "rate": 0.01}, 16384, 0.01),
+        (135_000_000, {}, 1000, 4096, 2e-3 / 2**0.5),
+        (7_000_000_000, {}, 1000, 8192, 2e-3),
+        (7_000_000_000, {}, 2, 2048, 1e-3),  # there is no more text
+        (7_000_000_000, {"step_tokens": 2048}, 1000, 2048, 1e-3),
+        (1_000_000, {"step_tokens": 65536}, 1000, 65536, 2e-3),
+        (1_000_000, {"step_tokens": 10**400}, 40, 40960, 2e-3),
+        (1_000_000, {"length": 16384, "rate": 0.01}, 1000, 16384, 0.01),
     ],
 )
-def test_steps_and_rates_follow_from_the_size_of_the_model(
-    weights: int, given: dict[str, Any], tokens: int, rate: float
+def test_steps_and_rates_follow_from_model_and_text(
+    weights: int, given: dict[str, Any], rows: int, tokens: int, rate: float
 ) -> None:
-    settings = Settings("directory", "reference", "output", **given).for_model(weights)
-    assert settings.rows_of_a_step(1000) * settings.length == tokens
+    settings = Settings("directory", "reference", "output", **given).for_model(weights).for_rows(rows)
+    assert settings.rows_of_a_step(rows) * settings.length == tokens
     assert settings.rate == pytest.approx(rate)
-    assert settings.gain_rate == pytest.approx(2e-3 * (tokens / 8192) ** 0.5)
-    assert settings.for_model(10**12) == settings, "what is decided stays"
+    assert settings.gain_rate == pytest.approx(2e-3 * min(1, tokens / 8192) ** 0.5)
+    assert settings.for_model(10**12).for_rows(10**6) == settings, "what is decided stays"
