@@ -180,7 +180,7 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     flag("--length", type=int, default=1024, show_default=True, help="tokens of a row"),
     flag("--step-tokens", type=int, help="tokens of a step; if absent 4096, of 1 billion weights or more 8192"),
     flag("--rate", type=float,
-         help="of Adam, in steps between two integers; if absent 0.002 for steps of 8192 tokens, less for smaller ones"),
+         help="of Adam, in steps between two integers; if absent 0.002, less for steps of fewer than 8192 tokens"),
     flag("--reach", type=float, default=0.45, hidden=True),
     flag("--gain-rate", type=float, help="of norms and biases, relative to their size; if absent as --rate's default"),
     flag("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True, help="of the order of rows"),
