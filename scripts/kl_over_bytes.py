@@ -84,8 +84,8 @@ def plot(curves: Curves, path: Path, title: str = "") -> None:
             ax.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.4, label=clean_label(name))
         ax.set(xlabel="size of the file, MB", ylabel="KL from the source, nats per token")
         plain_log_axis(ax, "y")
-        ax.margins(x=0.08, y=0.1)
-        ax.legend(loc="upper right")
+        ax.margins(x=0.08, y=0.25)
+        ax.legend(loc="best")
 
     write_plots([Plot(title, draw, height=3.6)], path, title)
 
