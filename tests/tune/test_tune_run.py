@@ -364,6 +364,7 @@ def test_a_state_that_makes_no_kind_worse_comes_before_one_that_does() -> None:
     [
         ([1.0], False),
         ([1.0, 0.9, 0.95, 0.97, 0.93], False),  # wanders below the start
+        ([1.0, 0.9, 0.95, 0.97, 0.98], False),  # three times worse than before
         ([1.0, 1.02, 1.1, 1.19, 1.15, 1.0], False),  # rises, and comes back
         ([1.0, 0.9, 0.92, 0.95, 0.97, 0.98], True),  # learns its text by heart
         ([1.0, 0.9, 1.9], True),  # out of control
