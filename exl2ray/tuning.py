@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from exl2ray.tune.settings import Settings, Where
 
 WORK = "tune"  # beside the records of a bitrate
-SMALL_WEIGHTS = 1_000_000_000  # a step of fewer is launched for longer than it computes
 
 
 def place_of_solved(recipe: Recipe) -> str | None:
@@ -68,6 +67,7 @@ def place_of_tuning(recipe: Recipe, device: torch.device, weights: int) -> Where
     """On what workers a model of so many weights is tuned: as --executor, --gpus and --ray-address say, but a small one on
     one GPU unless --gpus asks for more. There its steps are replayed from a recording, which a group cannot do."""
     from exl2ray.devices import pick_executor
+    from exl2ray.tune.memory import SMALL_WEIGHTS
     from exl2ray.tune.settings import Where
 
     executor = pick_executor(recipe, device)

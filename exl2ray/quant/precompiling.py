@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from exl2ray import cuda
 from exl2ray.quality import Numerics
 from exl2ray.stopping import at_the_end
 
@@ -60,6 +59,8 @@ def _has_gpu() -> bool:
 
 def _are_cached() -> bool:
     """Whether there are kernels of this version; Numba itself looks closer."""
+    from exl2ray import cuda  # makes the folder of the cache
+
     sources = [Path(cuda.__file__).with_name(f"{name}.py") for name in ("kernels", "settle")]
     with suppress(OSError):
         changed = max(path.stat().st_mtime for path in sources)

@@ -20,7 +20,7 @@ MODULE_BYTES = TRAINED_BYTES + 2 + 4 * 4  # of the module in hand: also its grad
 LOGITS_BYTES = 3 << 30  # of both models for some positions, and what their divergence takes
 STATE_BYTES = 96  # a token and hidden unit: what a module keeps for its way back
 STEP_TOKENS, SHARES = 8192, 4
-SMALL_STEP_TOKENS, SMALL_WEIGHTS = 4096, 10**9  # steps of smaller models
+SMALL_STEP_TOKENS, SMALL_WEIGHTS = 4096, 10**9  # a step of fewer weights is launched for longer than it computes
 HOME_SHARE = 0.75  # of main memory, for what is trained
 SMALLER = 16  # out of memory twice: a module at a time
 
