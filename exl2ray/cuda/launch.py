@@ -17,6 +17,7 @@ it with the ordinary launch.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -56,9 +57,26 @@ def stream_of(t: Tensor) -> int:
 
 
 def launch(kernel: Any, grid: Grid, block: int, *args: Any) -> None:
-    """Runs ``kernel`` once, on torch's current stream of the device of its tensors."""
+    """Runs ``kernel`` once, on torch's current stream of the device of its tensors.
+
+    Parameters of the same types are filled in again, by each thread in its own: to make them takes 70 us, and a layer of 128
+    experts has five thousand such launches.
+    """
     tensor = next(a for a in args if isinstance(a, Tensor))
-    Launch(kernel, grid, block, *args)(stream_of(tensor))
+    key = (kernel, tensor.device.index, tuple(map(_kind_of, args)))
+    known: dict[Any, Launch] = _made.__dict__.setdefault("launches", {})
+    found = known.get(key)
+    if found is None:
+        found = Launch(kernel, grid, block, *args)
+        if found.direct:
+            known[key] = found
+    else:
+        found.fill(grid, args)
+    found(stream_of(tensor))
+    found.let_go()
+
+
+_made = threading.local()
 
 
 class Launch:
@@ -69,33 +87,33 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: Grid, block: int, *args: Any) -> None:
         self._kernel, self._grid, self._block, self._args = kernel, grid, block, list(args)
-        grid = (grid,) if isinstance(grid, int) else grid
-        self._shape = (*grid, *(1,) * (3 - len(grid)), block, 1, 1)
+        self._shape = _shape(grid, block)
         self._device = next((a.device.index for a in args if isinstance(a, Tensor) and a.is_cuda), None)
         self._function = 0 if self._device is None else _function(kernel, tuple(map(_kind_of, args)), self._device)
         if self._function:
             self._prepare()
 
+    @property
+    def direct(self) -> bool:
+        """Whether it goes around Numba's dispatcher."""
+        return bool(self._function)
+
     def _prepare(self) -> None:
-        cells: list[Any] = []
-        self._varying: list[Any] = []
-        self._addresses: dict[int, Any] = {}
-        for place, a in enumerate(self._args):
-            if isinstance(a, Tensor):
-                size = a.element_size()
-                fields = (0, 0, a.numel(), size, a.data_ptr(), *a.shape, *(s * size for s in a.stride()))
-                cells.extend(map(ctypes.c_int64, fields))
-                self._addresses[place] = cells[len(cells) - len(fields) + 4]
-            elif isinstance(a, bool):
-                cells.append(ctypes.c_uint8(a))
-            elif isinstance(a, np.float32):
-                cells.append(ctypes.c_float(float(a)))
-            else:
-                cells.append(ctypes.c_int64(0 if a is VARY else a))
-                if a is VARY:
-                    self._varying.append(cells[-1])
-        self._cells = cells
-        self._parameters = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
+        self._cells = [[_cell(a)(v) for v in _fields(a)] for a in self._args]
+        self._varying = [cells[0] for cells, a in zip(self._cells, self._args, strict=True) if a is VARY]
+        flat = [cell for cells in self._cells for cell in cells]
+        self._parameters = (ctypes.c_void_p * len(flat))(*map(ctypes.addressof, flat))
+
+    def fill(self, grid: Grid, args: Sequence[Any]) -> None:
+        """Another grid, and other arguments of the same kinds (`_kind_of`)."""
+        self._grid, self._shape, self._args = grid, _shape(grid, self._block), list(args)
+        for cells, a in zip(self._cells, args, strict=True):
+            for cell, value in zip(cells, _fields(a), strict=True):
+                cell.value = value
+
+    def let_go(self) -> None:
+        """Of the tensors, which a launch that is filled anew does not need."""
+        self._args = []
 
     def __call__(self, stream: int, *values: int) -> None:
         """Launches on the stream of this handle, with the values of the arguments that vary, in order."""
@@ -123,7 +141,7 @@ class Launch:
         Its number of rows is not handed over, and the caller keeps it alive until the launch.
         """
         if self._function:
-            self._addresses[place].value = tensor.data_ptr()
+            self._cells[place][_ADDRESS].value = tensor.data_ptr()
         else:
             self._args[place] = tensor
 
@@ -131,6 +149,28 @@ class Launch:
         given = iter(values)
         args = [wrap(a) if isinstance(a, Tensor) else next(given) if a is VARY else a for a in self._args]
         self._kernel[self._grid, self._block, cuda.external_stream(stream) if stream else 0](*args)
+
+
+_ADDRESS = 4  # its place among the fields of an array
+
+
+def _fields(a: Any) -> tuple[Any, ...]:
+    """The parameters that an argument becomes."""
+    if isinstance(a, Tensor):
+        size = a.element_size()
+        return (0, 0, a.numel(), size, a.data_ptr(), *a.shape, *(s * size for s in a.stride()))
+    return (float(a) if isinstance(a, np.float32) else 0 if a is VARY else a,)
+
+
+def _cell(a: Any) -> Any:
+    """The C type of its fields."""
+    return ctypes.c_uint8 if isinstance(a, bool) else ctypes.c_float if isinstance(a, np.float32) else ctypes.c_int64
+
+
+def _shape(grid: Grid, block: int) -> tuple[int, ...]:
+    """Blocks in three dimensions, threads of a block in three."""
+    grid = (grid,) if isinstance(grid, int) else grid
+    return (*grid, *(1,) * (3 - len(grid)), block, 1, 1)
 
 
 Kind = tuple[torch.dtype, int, bool] | type  # what Numba's type of an argument depends on

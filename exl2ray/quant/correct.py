@@ -81,11 +81,11 @@ def first_sums(block: Block, x: Tensor, other: Tensor, settings: Settings) -> di
         n, f = (norm(states[part].to(device)).flatten(0, -2) for states in (x, other))
         rows = part.stop - part.start
         if not has_experts(block):
-            (own,) = sums.values()
-            own.add(n, f - n, rows)
+            (only,) = sums.values()
+            only.add(n, f - n, rows)
             continue
-        for expert, tokens, routed in _routed(block, n, settings):
-            sums[expert.gate.input_group].add(n[tokens], (f - n)[tokens], rows, routed)
+        for expert, (own, behind), routed in _routed(block, settings, n, f - n):
+            sums[expert.gate.input_group].add(own, behind, rows, routed)
     return sums
 
 
@@ -154,22 +154,29 @@ def _add_experts(
     """A mixture of experts: the source model's states after some rows."""
     n, f = (block.pre(states).flatten(0, -2) for states in (x, other))
     experts, linear = block.experts, block.bank.linear
-    for expert, tokens, routed in _routed(block, n, settings):
-        own, twin = n[tokens], f[tokens]
+    rows = (n, f, x.flatten(0, -2), other.flatten(0, -2))
+    for expert, (own, twin, before, before_other), routed in _routed(block, settings, *rows):
         quantised = experts.mix(linear(expert.gate.key, own), linear(expert.up.key, own))
         wanted = experts.mix(*(linear(m.key, twin, source[m.key]) for m in (expert.gate, expert.up)))
         missing = (wanted - quantised).matmul(block.weights[expert.down.key])
-        missing = _plus_behind(missing, x.flatten(0, -2)[tokens], other.flatten(0, -2)[tokens], 1.0)
+        missing = _plus_behind(missing, before, before_other, 1.0)
         sums[expert.down.input_group].add(quantised, missing, x.shape[0], routed)
     return block.post(other, block.forward_experts(f, block.route(f), source))
 
 
-def _routed(block: ExpertBlock, n: Tensor, settings: Settings) -> Iterator[tuple[Expert, Tensor | slice, int]]:
-    """Per expert: the tokens of n (tokens, hidden) that it is calibrated on, and how many the router sends to it."""
+def _routed(
+    block: ExpertBlock, settings: Settings, n: Tensor, *others: Tensor
+) -> Iterator[tuple[Expert, tuple[Tensor, ...], int]]:
+    """Per expert: the rows of n and of each other tensor (tokens, hidden) that it is calibrated on, and how many of them the
+    router sends to it. On a GPU all rows are gathered at once, which saves launches; on a CPU one expert at a time."""
     routing = block.route(n)
+    together = n.is_cuda and not settings.all_experts
+    whole = [t[routing.tokens] if together else t for t in (n, *others)]
     start = 0
     for expert, count in zip(block.experts.experts, routing.counts, strict=True):
-        yield expert, slice(None) if settings.all_experts else routing.tokens[start : start + count], count
+        part = slice(start, start + count)
+        rows: slice | Tensor = slice(None) if settings.all_experts else part if together else routing.tokens[part]
+        yield expert, tuple(t[rows] for t in whole), count
         start += count
 
 
@@ -208,7 +215,7 @@ def corrected_weights(
         return weights
     step = solve_damped(factor, cross.h.to(factor.r.device).div_(cross.rows))
     shared = linears[0].role not in WRITERS
-    out = {}
+    out: dict[str, Tensor] = {}
     for key, w in weights.items():
         target = torch.empty_like(w)
         for start in range(0, w.shape[1], _CHUNK):
@@ -217,12 +224,13 @@ def corrected_weights(
             with trailing_precision():
                 change = step @ own if shared else step[:, columns]
             target[:, columns] = torch.add(own, change, alpha=strength)
-        if not bool(torch.isfinite(target).all()):
-            raise NumericError(
-                f"{key}: corrected weights are not finite",
-                "the calibration states are extreme; --target-correction 0 leaves the correction out",
-            )
         out[key] = target
+    finite = torch.stack([torch.isfinite(target).all() for target in out.values()]).tolist()  # one wait for the GPU
+    if not all(finite):
+        raise NumericError(
+            f"{list(out)[finite.index(False)]}: corrected weights are not finite",
+            "the calibration states are extreme; --target-correction 0 leaves the correction out",
+        )
     return out
 
 

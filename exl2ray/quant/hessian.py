@@ -129,12 +129,12 @@ class FactorPlan:
 def plan_factor(diagonal: Tensor, rows: int, damping: float, where: str, natural: bool) -> FactorPlan:
     """diagonal (K,) float32: of the sum over ``rows`` calibration rows. Raises NumericError if it is not finite."""
     mean_of_rows = diagonal / rows
-    if not bool(torch.isfinite(mean_of_rows).all()):
+    finite, mean = torch.stack([torch.isfinite(mean_of_rows).all().double(), mean_of_rows.double().mean()]).tolist()
+    if not finite:
         raise NumericError(
             f"Hessian of {where or 'a linear layer'} is not finite",
             "the calibration states hold NaN or infinity; look at the module before this one",
         )
-    mean = float(mean_of_rows.double().mean())
     return FactorPlan(order_of(diagonal, natural), mean, max(damping * mean, _DAMPING_FLOOR))
 
 
@@ -196,7 +196,7 @@ def _upper_factor(h: Tensor, rows: int, perm: Tensor, damping: float, dtype: tor
     a.diagonal().add_(damping)
     info = torch.empty(0, dtype=torch.int32, device=h.device)
     torch.linalg.cholesky_ex(a, out=(a, info))
-    if int(info) != 0 or not bool(torch.isfinite(a.diagonal()).all()):
+    if not bool((info == 0) & torch.isfinite(a.diagonal()).all()):  # one wait for the GPU
         return None
     r = torch.empty(k, k, dtype=torch.float32, device=h.device)
     for start in range(0, k, _BLOCK_ROWS):

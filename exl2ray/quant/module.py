@@ -64,6 +64,7 @@ from exl2ray.quant.rows import (
 from exl2ray.quant.sharing import Owned, PartialSums, share_out, spread
 from exl2ray.quant.solve import lanes_of, quantize_linears
 
+ROUNDS = 8  # inputs that a stream takes before all of them are waited for; their packed tensors are written then
 USELESS_ACCURACY = 0.1  # the reference stops below this, and so do we: the module's output is noise
 Shares = dict[int, Tensor]  # share of the rows -> states (r, T, hidden); shares without rows are left out
 
@@ -264,7 +265,7 @@ def solve_and_pack(
 ) -> dict[str, dict[str, PackedLinear]]:
     """Quantises the linears on the inputs that a member owns: packed linears by input, which the sink has got, too.
 
-    Inputs are solved one after another, small experts some at a time side by side.
+    Inputs are solved and packed one after another, small experts some at a time side by side.
     """
     lanes = lanes_of(block)
     if has_experts(block):
@@ -274,18 +275,40 @@ def solve_and_pack(
             accumulator.h = accumulator.h.to(device_of(block))
     own = [group for group in sums.inputs if owned.owners[group] == rank]
     packed: dict[str, dict[str, PackedLinear]] = {}
-    size = 1 if lanes == 1 else 2 * lanes
+    size = 1 if lanes == 1 else ROUNDS * lanes
     for start in range(0, len(own), size):
-        solved: dict[str, dict[str, Quantized]] = {}
+        decoded = Decoded()
         with Streams(device_of(block), lanes) as side_by_side:
             for group in own[start : start + size]:
                 with side_by_side.turn():
-                    solved[group] = _solve_input(block, sums.inputs[group], group, owned, params, settings)
-        for group in list(solved):
-            packed[group] = pack_input(block, solved.pop(group))
+                    linears = sums.inputs[group]
+                    packed[group] = pack_input(block, _solve_input(block, linears, group, owned, params, settings), decoded)
+        decoded.check()
+        for group in own[start : start + size]:
             sink.add(packed[group])
     sink.flush()
     return packed
+
+
+class Decoded:
+    """Whether packed tensors decode to the weights that were chosen. Asking waits for the GPU: once for several inputs."""
+
+    def __init__(self) -> None:
+        self._wrong: dict[str, Tensor] = {}  # linear -> weights that differ
+
+    def add(self, key: str, loaded: Tensor, chosen: Tensor) -> None:
+        """NaN differs from all."""
+        self._wrong[key] = (loaded != chosen).sum()
+
+    def check(self) -> None:
+        """Raises NumericError for the first linear with such weights."""
+        counts = torch.stack(list(self._wrong.values())).tolist() if self._wrong else []
+        for key, wrong in zip(self._wrong, counts, strict=True):
+            if wrong:
+                raise NumericError(
+                    f"{key}: the packed tensors decode to other weights than were chosen ({wrong} differ)",
+                    "this is a defect of exl2ray or of the GPU: please report it with the log",
+                )
 
 
 def _solve_input(
@@ -314,18 +337,16 @@ def solve_input(
     return quantize_linears(factor, weights, layouts, settings.budget_bytes, settings.numerics, side_by_side)
 
 
-def pack_input(block: Block, solved: Mapping[str, Quantized]) -> dict[str, PackedLinear]:
-    """Packs what `solve_input` found, on its device; puts the weights reconstructed from the packing into the block."""
+def pack_input(block: Block, solved: Mapping[str, Quantized], decoded: Decoded) -> dict[str, PackedLinear]:
+    """Packs what `solve_input` found, on its device; puts the weights reconstructed from the packing into the block.
+
+    decoded: has to be checked before anything of it is used.
+    """
     out: dict[str, PackedLinear] = {}
     for key, q in solved.items():
         packed = pack(key, q, block.biases.get(key), keep=True)
         loaded = dequantize(packed, q.weight.device)
-        worst = float((loaded.float() - q.weight.float()).abs().max())
-        if worst != 0.0:
-            raise NumericError(
-                f"{key}: the packed tensors decode to other weights than were chosen (largest difference {worst:.3g})",
-                "this is a defect of exl2ray or of the GPU: please report it with the log",
-            )
+        decoded.add(key, loaded, q.weight)
         block.set_weight(key, loaded)
         out[key] = packed
     return out

@@ -6,6 +6,7 @@ import contextlib
 import secrets
 import statistics
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import kernel_checks as checks
 import pytest
@@ -254,6 +255,27 @@ def test_launches_go_around_numba() -> None:
         call._call_numba(stream_of(x), ()) if through_numba else call(stream_of(x))
     assert torch.equal(direct, ordinary)
     assert elementwise.gated_silu(x[:0], x[:0]).shape == (0, 1000)
+
+
+def test_launches_with_parameters_filled_in_again(seed: int) -> None:
+    """Of other sizes, other tensors, from several threads on streams of their own: what the plain form gives."""
+    from exl2ray.cuda import elementwise
+    from exl2ray.cuda.launch import _made
+
+    def run(n: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            generator = torch.Generator("cuda").manual_seed(seed + n)
+            for size in (n, 5 * n + 1, 1, 64 * n):
+                gate, up = (torch.randn(size, device="cuda", generator=generator).half() for _ in range(2))
+                found = elementwise.gated_silu(gate, up)
+                expected = torch.nn.functional.silu(gate.float()).half().float() * up.float()
+                torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=1e-3)
+            torch.cuda.current_stream().synchronize()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(100, 140)))
+    run(77)
+    assert all(not launch._args for launch in _made.launches.values())
 
 
 def test_batches_on_a_gpu_are_checked_at_the_end() -> None:

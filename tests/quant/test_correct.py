@@ -24,7 +24,7 @@ from exl2ray.quant.correct import (
     solve_damped,
 )
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare, round_to_nearest
-from exl2ray.quant.module import cut, pack_input, quantize_module, solve_input
+from exl2ray.quant.module import Decoded, cut, pack_input, quantize_module, solve_input
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.rows import reference_pass
 
@@ -208,7 +208,10 @@ def test_targets_are_what_is_quantised(tiny: Callable[[str], Path]) -> None:
     linears = second_linears(block)["o"]
     key = linears[0].key
     target = block.weights[key] + 0.1
-    pack_input(block, solve_input(linears, {key: target}, prepare(hessian(64)), {key: parse("1:8b_32g")}, SETTINGS))
+    solved = solve_input(linears, {key: target}, prepare(hessian(64)), {key: parse("1:8b_32g")}, SETTINGS)
+    decoded = Decoded()
+    pack_input(block, solved, decoded)
+    decoded.check()
     assert float((block.weights[key] - target).abs().max()) < 0.01
 
 
