@@ -36,6 +36,7 @@ from exl2ray.store.local import LocalStore
 from exl2ray.store.pieces import header_digest, in_order, pieces_sha256
 from exl2ray.store.records import FileRef, Piece, Records, item_file
 
+_MOST_PARTS = 1024  # of a call (IOV_MAX)
 _SHARD = re.compile(r"output(-\d{5}-of-\d{5})?\.[0-9a-f]{16}\.safetensors")
 
 
@@ -96,9 +97,12 @@ class Assembly:
 
     def put_file(self, ref: FileRef, tensors: Mapping[str, Tensor]) -> FileRef:
         """Writes the tensors of a record's file; what the record is to say of it once they are durable."""
-        for name, tensor in tensors.items():
-            self.put(name, tensor)
-        return self.placed(ref, tensors)
+        out = self.placed(ref, tensors)
+        for shard, begin, run in neighbours(self._places[name] for name in tensors):
+            parts = [announced_bytes(entry, tensors[entry.name], Path(self._where(shard))) for entry in run]
+            with translated("write", self._where(shard)):
+                write_parts(self._handles[shard], parts, begin)
+        return out
 
     def placed(self, ref: FileRef, names: Iterable[str]) -> FileRef:
         """A record's file, whose tensors have these names, as it is in these shards. StoreError for those of another plan."""
@@ -297,8 +301,37 @@ def closed_on_error(handle: int) -> Iterator[None]:
         raise
 
 
+def neighbours(places: Iterable[tuple[TensorEntry, str, int]]) -> Iterator[tuple[str, int, list[TensorEntry]]]:
+    """Tensors that lie one behind the other in a shard: its name, where the first begins, the tensors in order."""
+    run: list[TensorEntry] = []
+    shard, begin, end = "", 0, 0
+    for entry, name, offset in sorted(places, key=lambda place: (*place[1:], place[0].nbytes)):
+        if run and (name, offset) != (shard, end):
+            yield shard, begin, run
+            run = []
+        if not run:
+            shard, begin = name, offset
+        run.append(entry)
+        end = offset + entry.nbytes
+    if run:
+        yield shard, begin, run
+
+
 def write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while len(view):  # one write takes at most 2 GiB and may be cut short by a full disk
-        done = os.pwrite(handle, view, offset)
-        view, offset = view[done:], offset + done
+    write_parts(handle, [data], offset)
+
+
+def write_parts(handle: int, parts: Iterable[bytes | memoryview], offset: int) -> None:
+    """Writes them one behind the other. A layer of experts has thousands of tensors: together they take a few calls, each of
+    which lets other threads go on (`exl2ray.store.tensors.joined`)."""
+    views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
+    while views:
+        done = os.pwritev(handle, views[:_MOST_PARTS], offset)  # at most 2 GiB, and a full disk may cut it short
+        offset += done
+        taken = 0
+        while taken < len(views) and done >= len(views[taken]):
+            done -= len(views[taken])
+            taken += 1
+        views = views[taken:]
+        if done:
+            views[0] = views[0][done:]

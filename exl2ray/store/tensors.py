@@ -20,6 +20,7 @@ from exl2ray.store.fs import Store
 from exl2ray.store.pieces import read_pieces
 from exl2ray.store.records import FileRef, file_problem
 
+SMALL_PART = 64 << 10
 _DAMAGED_HINT = "delete this file: the same command computes it again"
 
 
@@ -31,7 +32,7 @@ def put_tensors(store: Store, rel: str, tensors: Mapping[str, torch.Tensor]) -> 
     """
     if not tensors:
         raise StoreError(f"{store.full_name(rel)}: no tensors to write")
-    parts = list(file_parts(store.full_name(rel), tensors))
+    parts = list(joined(file_parts(store.full_name(rel), tensors)))
     with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:  # neither hashing nor writing holds the interpreter's lock
         digest = pool.submit(_sha256, parts)
         store.put_parts(rel, parts)
@@ -46,6 +47,26 @@ def file_parts(where: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[memo
         raise StoreError(f"{where}: {unknown[0]}, which these files do not hold")
     yield memoryview(header_bytes((n, DTYPE_NAMES[tensors[n].dtype], tuple(tensors[n].shape)) for n in order))
     yield from (tensor_bytes(tensors[name]) for name in order if tensors[name].numel())
+
+
+def joined(parts: Iterable[memoryview], small: int = SMALL_PART) -> Iterator[memoryview]:
+    """The same bytes; neighbours of less than ``small`` bytes are one piece, others stay as they are.
+
+    A file of experts has hundreds of small tensors. Every write and every update of a hash lets go of the interpreter's lock
+    and has to get it back, from the thread that launches kernels: that one then takes several times as long. Joining larger
+    ones would hold the lock for the copy, which costs more (docs/log.md).
+    """
+    waiting: list[memoryview] = []
+    for part in parts:
+        if part.nbytes < small:
+            waiting.append(part)
+            continue
+        if waiting:
+            yield memoryview(b"".join(waiting))
+            waiting = []
+        yield part
+    if waiting:
+        yield memoryview(b"".join(waiting))
 
 
 def _sha256(parts: Iterable[memoryview]) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from exl2ray.errors import FormatError, StoreError
 from exl2ray.formats.shards import TensorEntry, write_shards
-from exl2ray.store.assembly import Assembly, linkable
+from exl2ray.store.assembly import Assembly, linkable, neighbours, write_parts
 from exl2ray.store.local import LocalStore
 from exl2ray.store.records import FileRef, Record, Records, hash_inputs
 from exl2ray.store.tensors import get_tensors, put_tensors
@@ -54,6 +54,37 @@ def filled(store: LocalStore, files: Files, limit: int) -> tuple[Assembly, list[
         Records(store).commit(records[i])
         store.delete(file.rel)
     return assembly, records
+
+
+@pytest.mark.parametrize("most", [1, 7, 1 << 20])
+def test_parts_are_written_whole_however_little_a_call_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    calls = []
+
+    def limited(handle: int, views: list[memoryview], offset: int) -> int:
+        calls.append(len(views))
+        return os.pwrite(handle, b"".join(views)[:most], offset)
+
+    monkeypatch.setattr(os, "pwritev", limited)
+    parts = [bytes([i % 251]) * (i % 5) for i in range(1500)]
+    with (tmp_path / "file").open("wb+") as f:
+        write_parts(f.fileno(), [memoryview(p) for p in parts], 3)
+        assert (tmp_path / "file").read_bytes() == bytes(3) + b"".join(parts)
+    assert max(calls) == 1024  # more than the system takes in one call
+
+
+def test_neighbours_are_told_from_others() -> None:
+    sizes = {"a": 4, "b": 0, "c": 2, "d": 1}
+    entries = {n: TensorEntry.of(n, torch.zeros(size, dtype=torch.uint8)) for n, size in sizes.items()}
+
+    def runs(places: dict[str, tuple[str, int]]) -> list[tuple[str, int, str]]:
+        found = neighbours((entries[n], *place) for n, place in places.items())
+        return [(shard, begin, "".join(e.name for e in run)) for shard, begin, run in found]
+
+    places = {"c": ("one", 14), "a": ("one", 10), "b": ("one", 14), "d": ("two", 16)}
+    assert runs(places) == [("one", 10, "abc"), ("two", 16, "d")]
+    assert runs({**places, "c": ("one", 15)}) == [("one", 10, "ab"), ("one", 15, "c"), ("two", 16, "d")]
 
 
 @pytest.mark.parametrize("limit", [0, 100])

@@ -12,7 +12,7 @@ from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store
 from exl2ray.store.local import LocalStore
 from exl2ray.store.records import FileRef
-from exl2ray.store.tensors import get_tensors, put_tensors
+from exl2ray.store.tensors import get_tensors, joined, put_tensors
 
 REL = "measure/states/lm_head.safetensors"
 
@@ -37,6 +37,14 @@ def test_round_trip(store: Store) -> None:
     for name, t in example().items():
         assert back[name].dtype == t.dtype
         assert torch.equal(back[name], t)
+
+
+def test_small_neighbours_are_joined() -> None:
+    parts = [memoryview(bytes([i]) * n) for i, n in enumerate((3, 5, 100, 64, 1, 63, 200, 2))]
+    found = list(joined(parts, small=64))
+    assert [p.nbytes for p in found] == [8, 100, 64, 64, 200, 2]
+    assert b"".join(found) == b"".join(parts)
+    assert found[1] is parts[2]  # not copied
 
 
 def test_bytes_do_not_depend_on_order_or_memory_layout(tmp_path: Path) -> None:
