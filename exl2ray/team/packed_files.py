@@ -24,6 +24,7 @@ from exl2ray.store.tensors import put_tensors
 
 LEAST_BYTES = 32 << 20  # of a file: every one is made durable by itself, and a layer may have hundreds of experts
 BUFFER_BYTES = 32 << 20
+ALIGNMENT = 64  # of tensors in the buffer
 WRITERS = 3  # threads that write; hashing keeps one busy at 1 to 2 GB/s
 
 
@@ -35,23 +36,39 @@ class HostCopies:
         self._buffer = pinned(BUFFER_BYTES)
 
     def copy(self, tensors: dict[str, Tensor], ready: torch.cuda.Event) -> dict[str, Tensor]:
-        """The tensors in ordinary memory, of any shape and dtype. ready: recorded when they were complete."""
+        """The tensors in ordinary memory, of any shape and dtype. ready: recorded when they were complete.
+
+        What fits into the buffer together is waited for once: hundreds of experts have thousands of small tensors.
+        """
+        out: dict[str, Tensor] = {}
+        staged: list[tuple[Tensor, Tensor]] = []  # bytes that are on their way to the buffer, and where they go from there
+        used = 0
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            return {name: self._copied(t) for name, t in tensors.items()}
-
-    def _copied(self, t: Tensor) -> Tensor:
-        if t.device.type == "cpu":
-            return t
-        out = torch.empty(t.shape, dtype=t.dtype)
-        source, target = (x.reshape(-1).view(torch.uint8) for x in (t, out))
-        for start in range(0, len(source), BUFFER_BYTES):
-            part = source[start : start + BUFFER_BYTES]
-            staged = self._buffer[: len(part)]
-            staged.copy_(part, non_blocking=True)
-            self._stream.synchronize()
-            target[start : start + len(part)] = staged
+            for name, t in tensors.items():
+                out[name] = t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype)
+                if t.device.type == "cpu":
+                    continue
+                source, target = (x.reshape(-1).view(torch.uint8) for x in (t, out[name]))
+                for start in range(0, len(source), BUFFER_BYTES):
+                    part = slice(start, min(start + BUFFER_BYTES, len(source)))
+                    size = part.stop - part.start
+                    if used + size > BUFFER_BYTES:
+                        self._arrive(staged)
+                        used = 0
+                    place = self._buffer[used : used + size]
+                    place.copy_(source[part], non_blocking=True)
+                    staged.append((place, target[part]))
+                    used += -(-size // ALIGNMENT) * ALIGNMENT
+            self._arrive(staged)
         return out
+
+    def _arrive(self, staged: list[tuple[Tensor, Tensor]]) -> None:
+        """Empties the buffer."""
+        self._stream.synchronize()
+        for place, target in staged:
+            target.copy_(place)
+        staged.clear()
 
 
 class Writers:

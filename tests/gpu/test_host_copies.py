@@ -36,6 +36,17 @@ def test_values_arrive() -> None:
         assert torch.equal(found[name], t.cpu()), name
 
 
+def test_many_small_ones_and_one_that_does_not_fit_beside_them() -> None:
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(5)
+    sizes = [1, 3, 63, 64, 65, 1 << 20] * 8 + [BUFFER_BYTES - 100, 7, BUFFER_BYTES + 1, 5]
+    made = [torch.randint(0, 256, (n,), dtype=torch.uint8, device=device, generator=generator) for n in sizes]
+    tensors = {str(i): t for i, t in enumerate(made)}
+    found = HostCopies(device).copy(tensors, recorded())
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[name], t.cpu()) for name, t in tensors.items())
+
+
 def test_kernels_are_launched_meanwhile() -> None:
     device = torch.device("cuda")
     copies = HostCopies(device)
