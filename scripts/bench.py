@@ -84,11 +84,13 @@ class Bench:
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
         self.rows: list[dict[str, object]] = []
 
-    def states(self, rows: int, tokens: int) -> torch.Tensor:
-        generator = torch.Generator(self.device).manual_seed(1)
+    def states(self, rows: int, tokens: int, measuring: bool = False) -> torch.Tensor:
         """Random states, where a conversion would keep them."""
+        generator = torch.Generator(self.device).manual_seed(1)
         nbytes = 2 * rows * tokens * self.shape.hidden
-        on_device = self.device.type == "cpu" or states_fit(self.spec.modules, nbytes, tokens, self.device)
+        on_device = self.device.type == "cpu" or states_fit(
+            self.spec.modules, nbytes, tokens, self.device, self.numerics.target_correction > 0, measuring
+        )
         x = torch.empty(rows, tokens, self.shape.hidden, dtype=torch.float16, device=self.device if on_device else "cpu")
         for r in range(rows):
             x[r] = torch.randn(tokens, self.shape.hidden, generator=generator, device=self.device).half()
@@ -135,7 +137,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
     def measure(self, rows: int, tokens: int) -> None:
-        x = self.states(rows, tokens)
+        x = self.states(rows, tokens, measuring=True)
         total = first_total = 0.0
         for index in (1, 2):
             module = self.spec.modules[index]
