@@ -81,6 +81,16 @@ class LinearBank:
         device = self.weights[key].device if key in self.weights else weight.device
         self.weights[key] = self.fitted(self.specs[key], weight).to(device, self.dtype)
 
+    @contextmanager
+    def instead(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, these (K, N) in compute dtype, on the bank's device, stand in for the stored ones."""
+        before = {key: self.weights[key] for key in weights}
+        self.weights.update(weights)
+        try:
+            yield
+        finally:
+            self.weights.update(before)
+
     def fitted(self, linear: LinearSpec, weight: Tensor) -> Tensor:
         """``weight`` without padding columns; NumericError if it does not fit the linear."""
         k, n = linear.in_features, linear.out_features

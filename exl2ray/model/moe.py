@@ -143,8 +143,7 @@ class ExpertBank:
         in_runs: whether experts are computed in runs; None: as `runs_pay` says. Candidate ``weights`` and biases are
         always computed expert by expert.
         """
-        watched = self.bank.watch is not None  # linear by linear
-        use_runs = not watched and self.runs_pay(routing.experts.numel(), h.device) if in_runs is None else in_runs
+        use_runs = self.computed_in_runs(routing.experts.numel(), h.device) if in_runs is None else in_runs
         if use_runs and not weights and not self.bank.biases:
             outputs, place = self._in_runs(h, routing, capture)
         else:
@@ -163,6 +162,10 @@ class ExpertBank:
         size = self.experts[0].gate.in_features * self.experts[0].gate.out_features
         narrow = size <= MOST_WEIGHTS and slots // len(self.experts) * size <= MOST_PRODUCTS
         return device.type == "cuda" and len(self.experts) >= LEAST_EXPERTS and narrow
+
+    def computed_in_runs(self, slots: int, device: torch.device) -> bool:
+        """Whether experts with the stored weights are: where that pays, unless somebody watches linear by linear."""
+        return self.bank.watch is None and not self.bank.biases and self.runs_pay(slots, device)
 
     def mid(self, expert: Expert, x: Tensor) -> Tensor:
         """Input of an expert's down linear, (n, hidden) -> (n, width), with the stored weights."""
@@ -209,16 +212,35 @@ class ExpertBank:
         size = h.element_size()
         runs = list(cut_runs(routing.counts, hidden * width * size, (hidden + 3 * width) * size))
         first, last, place = _padded(routing, runs)
-        tokens = routing.tokens
         outputs = h.new_empty(sum(len(run.experts) * run.rows for run in runs), hidden)
-        done = row = 0
-        for run in runs:
-            members = slice(done, done + len(run.experts))
-            slots = first[members, None] + torch.arange(run.rows, device=h.device)
-            x = h[tokens[torch.minimum(slots, last[members, None])]]  # (experts, rows, hidden)
-            self._run(run, x, outputs[row : row + slots.numel()].view(x.shape), routing.counts, capture)
-            done, row = members.stop, row + slots.numel()
+        row = 0
+        for run, tokens in _tokens_of(routing, runs, first, last):
+            x = h[tokens]  # (experts, rows, hidden)
+            self._run(run, x, outputs[row : row + tokens.numel()].view(x.shape), routing.counts, capture)
+            row += tokens.numel()
         return outputs, place
+
+    def differences(
+        self, h: Tensor, other: Tensor, routing: Routing, source: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Run, Tensor, Tensor, Tensor]]:
+        """What the inputs of down linears, of h with the stored gate and up, lack to those of ``other`` with ``source``.
+
+        h, other: (tokens, hidden). For each run of experts: the token of each of its rows (experts, rows), the inputs of down
+        (experts, rows, width), and what is missing times down's stored weight (experts, rows, hidden). Padding repeats the
+        last token of an expert.
+        """
+        hidden, width = self.experts[0].gate.in_features, self.experts[0].gate.out_features
+        size = h.element_size()
+        runs = list(cut_runs(routing.counts, hidden * width * size, (5 * hidden + 6 * width) * size))
+        first, last, _ = _padded(routing, runs)
+        for run, tokens in _tokens_of(routing, runs, first, last):
+            experts = [self.experts[e] for e in run.experts]
+            gates, ups = [expert.gate for expert in experts], [expert.up for expert in experts]
+            x, twin = h[tokens], other[tokens]
+            own = self.mix(torch.bmm(x, self._stacked(gates)), torch.bmm(x, self._stacked(ups)))
+            wanted = self.mix(torch.bmm(twin, self._stacked(gates, source)), torch.bmm(twin, self._stacked(ups, source)))
+            missing = torch.bmm(wanted - own, self._stacked([expert.down for expert in experts]))
+            yield run, tokens, own, missing
 
     def _run(self, run: Run, x: Tensor, out: Tensor, counts: Sequence[int], capture: Capture | None) -> None:
         """x (experts, rows, hidden) -> out, of the same shape."""
@@ -232,16 +254,16 @@ class ExpertBank:
                 capture(expert.down.input_group, m[i, : counts[e]])
         torch.bmm(m, self._stacked([expert.down for expert in experts]), out=out)
 
-    def _stacked(self, linears: Sequence[LinearSpec]) -> Tensor:
-        """(experts, K, N), copied at every call.
+    def _stacked(self, linears: Sequence[LinearSpec], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """(experts, K, N), copied at every call. weights: in place of the stored ones.
 
         Runs differ from one batch of rows to the next, and a batched product wants its matrices in a row, so a stack that is
         kept would be copied from as well; without one, replaced weights cannot be missed.
         """
-        weights = [self.bank.weights[linear.key] for linear in linears]
-        if all(w.t().is_contiguous() for w in weights):  # as checkpoints store them: a plain copy, read transposed
-            return torch.stack([w.t() for w in weights]).transpose(1, 2)
-        return torch.stack(weights)
+        found = [(self.bank.weights if weights is None else weights)[linear.key] for linear in linears]
+        if all(w.t().is_contiguous() for w in found):  # as checkpoints store them: a plain copy, read transposed
+            return torch.stack([w.t() for w in found]).transpose(1, 2)
+        return torch.stack(found)
 
 
 @dataclass(frozen=True)
@@ -286,6 +308,16 @@ def _padded(routing: Routing, runs: Sequence[Run]) -> tuple[Tensor, Tensor, Tens
     first = _uploaded([starts[e] for e in experts], device)
     last = _uploaded([starts[e + 1] - 1 for e in experts], device)
     return first, last, routing.place + _uploaded(shift, device)[routing.experts]
+
+
+def _tokens_of(routing: Routing, runs: Sequence[Run], first: Tensor, last: Tensor) -> Iterator[tuple[Run, Tensor]]:
+    """For each run the token of each of its rows, (experts, rows). first, last: as `_padded` has them."""
+    tokens, done = routing.tokens, 0
+    for run in runs:
+        members = slice(done, done + len(run.experts))
+        slots = first[members, None] + torch.arange(run.rows, device=tokens.device)
+        yield run, tokens[torch.minimum(slots, last[members, None])]
+        done = members.stop
 
 
 def _uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:

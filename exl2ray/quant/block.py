@@ -7,6 +7,7 @@ back to the residual stream. A mixture of experts has a router and experts in th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
@@ -78,6 +79,7 @@ class Bank(Protocol):
 
     watch: Callable[[str, Tensor], None] | None
 
+    def instead(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]: ...
     def linear(self, linear: str, inputs: Tensor, weight: Tensor | None = None) -> Tensor: ...
 
 
@@ -125,6 +127,13 @@ class Expert(Protocol):
     def down(self) -> Linear: ...
 
 
+class Run(Protocol):
+    """Experts that are computed together, by number."""
+
+    @property
+    def experts(self) -> Sequence[int]: ...
+
+
 class Experts(Protocol):
     """All experts of a layer."""
 
@@ -132,6 +141,12 @@ class Experts(Protocol):
     def experts(self) -> Sequence[Expert]: ...
 
     def mix(self, gate: Tensor, up: Tensor) -> Tensor: ...
+    def computed_in_runs(self, slots: int, device: torch.device) -> bool: ...
+
+    # the run of experts, the token of each of its rows, and two tensors for these
+    def differences(
+        self, h: Tensor, other: Tensor, routing: Any, source: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Run, Tensor, Tensor, Tensor]]: ...
 
 
 class ExpertBlock(Block, Protocol):

@@ -12,7 +12,9 @@ from quant_helpers import Packed, hessian, load, states
 from torch import Tensor
 
 from exl2ray.errors import NumericError
+from exl2ray.model import blocks
 from exl2ray.model.blocks import Block, check_states
+from exl2ray.model.moe import ExpertBank, Routing, route
 from exl2ray.quality import Numerics, Settings
 from exl2ray.quant.correct import (
     can_correct,
@@ -174,6 +176,39 @@ def test_experts_are_fitted_to_their_tokens(tiny: Callable[[str], Path], all_exp
     missing = (b - a) @ block.weights[expert.down.key] + (other - x).flatten(0, -2)[tokens].float()
     expected = a.T @ missing
     assert torch.allclose(sums["w2.0"].cross.h, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("starved", [False, True])
+def test_experts_in_runs_have_the_sums_of_experts_one_by_one(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, starved: bool
+) -> None:
+    """Sums, counts, and the source's states, with first linears that are quantised; an expert without tokens among them."""
+    spec, block = load(tiny("Mixtral"), 2)
+    x, other = two_chains(spec)
+    if starved:  # the first one
+
+        def among_others(router: Tensor, h: Tensor, per_token: int) -> Routing:
+            found = route(router[1:], h, per_token)
+            return replace(found, experts=found.experts + 1, counts=(0, *found.counts))
+
+        monkeypatch.setattr(blocks, "route", among_others)
+    source = {linear.key: block.weights[linear.key] for linears in first_linears(block).values() for linear in linears}
+    generator = torch.Generator().manual_seed(1)
+    for key, w in source.items():
+        block.set_weight(key, w + 0.05 * torch.randn(w.shape, generator=generator) * w.std())
+    settings = Settings(batch_rows=2)
+    plain, after = second_sums(block, x, other, source, settings, check_states)
+    stored = dict(block.weights)
+    monkeypatch.setattr(ExpertBank, "runs_pay", lambda self, slots, device: True)
+    found, after_runs = second_sums(block, x, other, source, settings, check_states)
+    assert all(block.weights[key] is w for key, w in stored.items())
+    assert torch.allclose(after, after_runs, rtol=1e-4, atol=1e-5)
+    assert found.keys() == plain.keys()
+    assert (min(s.hessian.tokens for s in plain.values()) == 0) == starved
+    for group, own in found.items():
+        for a, b in ((own.hessian, plain[group].hessian), (own.cross, plain[group].cross)):
+            assert (a.rows, a.tokens, a.routed) == (b.rows, b.tokens, b.routed)
+            assert torch.allclose(a.h, b.h, rtol=1e-4, atol=1e-5 * max(1.0, float(b.h.abs().max()))), group
 
 
 def test_heads_keep_their_targets(tiny: Callable[[str], Path]) -> None:
