@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -27,15 +27,26 @@ from exl2ray.terminal.flags import (
 )
 from exl2ray.terminal.program import Invocation, cli, command, present
 from exl2ray.terminal.reference_flags import is_given
-from exl2ray.terminal.streams import leave_threads, open_missing
+from exl2ray.terminal.streams import end, leave_threads, open_missing
 
 __all__ = ["cli", "cli_models", "main"]
 argument, flag = click.argument, click.option
 dry_run_flag = flag("--dry-run", is_flag=True, help="check everything that can be checked before work starts, and stop")
 
 
+def program() -> NoReturn:
+    """The ``exl2ray`` program: `main`, and the end of the process (`exl2ray.terminal.streams.end`)."""
+    try:
+        main()
+    except SystemExit as e:
+        if not isinstance(e.code, (int, type(None))):
+            raise
+        end(e.code or 0)
+    end(0)
+
+
 def main() -> None:
-    """Entry point of the ``exl2ray`` program."""
+    """Runs the command line; raises SystemExit with the exit code."""
     open_missing()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -275,4 +286,4 @@ def version() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program()

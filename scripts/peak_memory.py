@@ -26,7 +26,7 @@ from typing import Any
 
 FIELDS = {"Pss": "all", "Pss_Anon": "own", "Pss_File": "files", "Pss_Shmem": "shared"}
 GPU_EVERY_SECONDS = 1.0
-PROGRAM = "import sys; from exl2ray.cli import main; main()"
+PROGRAM = "import sys; from exl2ray.cli import program; program()"
 
 
 @dataclass

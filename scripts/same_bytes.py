@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ROWS = ["-r", "9", "-mr", "4", "-l", "128", "-ml", "128"]
 QUALITIES, PROPAGATION = ("reference", "balanced"), ("quantized", "reference")
-PROGRAM = [sys.executable, "-c", "from exl2ray.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from exl2ray.cli import program; program()"]
 
 
 def cases(models: list[Path], quick: bool) -> list[tuple[Path, str, str, int]]:

@@ -61,7 +61,7 @@ def timeline(model: Path, flags: list[str], patience: float) -> dict[str, Any]:
     """One run, up to the first module."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "work"
-        program = "import sys; from exl2ray.cli import main; main()"
+        program = "import sys; from exl2ray.cli import program; program()"
         command = [sys.executable, "-c", program, "convert", "-i", str(model), "-o", str(work), "-b", "4", *flags]
         begin = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
