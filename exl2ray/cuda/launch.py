@@ -62,8 +62,9 @@ def launch(kernel: Any, grid: Grid, block: int, *args: Any) -> None:
     Parameters of the same types are filled in again, by each thread in its own: to make them takes 70 us, and a layer of 128
     experts has five thousand such launches.
     """
-    tensor = next(a for a in args if isinstance(a, Tensor))
-    key = (kernel, tensor.device.index, tuple(map(_kind_of, args)))
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    tensor = next((t for t in tensors if t.is_cuda), tensors[0])
+    key = (kernel, block, tensor.device.index, tuple(map(_kind_of, args)))
     known: dict[Any, Launch] = _made.__dict__.setdefault("launches", {})
     found = known.get(key)
     if found is None:
@@ -72,8 +73,10 @@ def launch(kernel: Any, grid: Grid, block: int, *args: Any) -> None:
             known[key] = found
     else:
         found.fill(grid, args)
-    found(stream_of(tensor))
-    found.let_go()
+    try:
+        found(stream_of(tensor))
+    finally:
+        found.let_go()
 
 
 _made = threading.local()

@@ -84,9 +84,16 @@ def first_sums(block: Block, x: Tensor, other: Tensor, settings: Settings) -> di
             (only,) = sums.values()
             only.add(n, f - n, rows)
             continue
-        for expert, (own, behind), routed in _routed(block, block.route(n), settings, n, f - n):
-            sums[expert.gate.input_group].add(own, behind, rows, routed)
+        _add_first(block, n, f - n, rows, settings, sums)
     return sums
+
+
+def _add_first(
+    block: ExpertBlock, n: Tensor, behind: Tensor, rows: int, settings: Settings, sums: dict[str, Sums]
+) -> None:
+    """Of a mixture of experts. By itself, so that nothing of what was gathered outlives it."""
+    for expert, (own, missing), routed in _routed(block, block.route(n), settings, n, behind):
+        sums[expert.gate.input_group].add(own, missing, rows, routed)
 
 
 def second_sums(

@@ -278,11 +278,13 @@ def solve_and_pack(
     size = 1 if lanes == 1 else ROUNDS * lanes
     for start in range(0, len(own), size):
         decoded = Decoded()
+        before = [block.weights[x.key] for g in own[start : start + size] for x in sums.inputs[g]] if lanes > 1 else []
         with Streams(device_of(block), lanes) as side_by_side:
             for group in own[start : start + size]:
                 with side_by_side.turn():
                     linears = sums.inputs[group]
                     packed[group] = pack_input(block, _solve_input(block, linears, group, owned, params, settings), decoded)
+        del before  # other streams may have been reading them when they were replaced
         decoded.check()
         for group in own[start : start + size]:
             sink.add(packed[group])
@@ -291,19 +293,24 @@ def solve_and_pack(
 
 
 class Decoded:
-    """Whether packed tensors decode to the weights that were chosen. Asking waits for the GPU: once for several inputs."""
+    """Whether packed tensors decode to the weights that were chosen, and these to numbers. Asking waits for the GPU: once for
+    several inputs."""
 
     def __init__(self) -> None:
-        self._wrong: dict[str, Tensor] = {}  # linear -> weights that differ
+        self._counts: dict[str, Tensor] = {}  # linear -> weights that differ, weights that are no finite numbers
 
     def add(self, key: str, loaded: Tensor, chosen: Tensor) -> None:
-        """NaN differs from all."""
-        self._wrong[key] = (loaded != chosen).sum()
+        self._counts[key] = torch.stack([(loaded != chosen).sum(), (~torch.isfinite(loaded)).sum()])
 
     def check(self) -> None:
         """Raises NumericError for the first linear with such weights."""
-        counts = torch.stack(list(self._wrong.values())).tolist() if self._wrong else []
-        for key, wrong in zip(self._wrong, counts, strict=True):
+        counts = torch.stack(list(self._counts.values())).tolist() if self._counts else []
+        for key, (wrong, infinite) in zip(self._counts, counts, strict=True):
+            if infinite:
+                raise NumericError(
+                    f"{key}: {infinite} of the quantised weights are beyond float16, or not numbers",
+                    "its weights are near 65504: EXL2 stores steps as float16; more bits may represent them",
+                )
             if wrong:
                 raise NumericError(
                     f"{key}: the packed tensors decode to other weights than were chosen ({wrong} differ)",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from exl2_numpy import dequantize_numpy
-from quant_helpers import load, measured, quantized, states
+from quant_helpers import Packed, load, measured, quantized, states
 from torch import Tensor
 
 from exl2ray.errors import NumericError
@@ -23,7 +23,7 @@ from exl2ray.quant import module as module_room
 from exl2ray.quant.gptq import feedback_factor, quantize_reference
 from exl2ray.quant.hessian import HessianAccumulator, prepare
 from exl2ray.quant.pack import pad_columns
-from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.quant.qparams import attention_options, head_option, mlp_options, parse
 from exl2ray.quant.rows import reference_pass
 
 CASES = [("Llama", 1), ("Llama", 2), ("Qwen2", 3), ("Mixtral", 2), ("Cohere", 1)]
@@ -105,21 +105,37 @@ def test_same_input_same_bytes(tiny: Callable[[str], Path]) -> None:
         assert all(torch.equal(t, b.tensors()[name]) for name, t in a.tensors().items())
 
 
+@pytest.mark.parametrize("bit", [5, 6, 7])  # of one code: larger or smaller weights
 def test_packed_that_decodes_to_something_else_is_an_error(
-    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, bit: int
 ) -> None:
     spec, block = load(tiny("Llama"), 2)
-    original = module_room.pack
+    original, written = module_room.pack, list[str]()
 
     def damaged(*linear: Any, **how: Any) -> Any:
         packed = original(*linear, **how)
         word = packed.q_weight.clone()
-        word[1, 3] ^= 1 << 5
+        word[1, 3] ^= 1 << bit
         return dataclasses.replace(packed, q_weight=word)
 
     monkeypatch.setattr(module_room, "pack", damaged)
+    monkeypatch.setattr(Packed, "add", lambda self, packed: written.extend(packed))
     with pytest.raises(NumericError, match=r"model\.layers\.0\.mlp\.gate_proj: the packed tensors decode to other"):
         quantized(block, states(spec), options(block), Settings())
+    assert not written, "nothing that has not been checked"
+
+
+@pytest.mark.parametrize(("module", "role"), [(6, "lm_head"), (2, "down_proj"), (1, "o_proj")])
+def test_weights_that_their_width_does_not_hold_are_an_error(tiny: Callable[[str], Path], module: int, role: str) -> None:
+    """A step of 3 bits that has to reach -65500 is rounded to more than float16 has, by quantiser and loader alike."""
+    spec, block = load(tiny("Llama"), module)
+    key = next(linear.key for linear in block.module.linears if role in linear.key)
+    weight = block.weights[key].clone()
+    weight[5, 7] = -65500.0
+    block.set_weight(key, weight)
+    params = {linear.key: parse("1:8b_32g" if linear.key != key else "1:2b_32g") for linear in block.module.linears}
+    with pytest.raises(NumericError, match=f"{role}.*: 1 of the quantised weights are beyond float16"):
+        quantized(block, states(spec), params, Settings())
 
 
 def test_nan_states_are_refused_with_the_place(tiny: Callable[[str], Path]) -> None:

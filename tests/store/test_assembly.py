@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -72,6 +73,22 @@ def test_parts_are_written_whole_however_little_a_call_takes(
         write_parts(f.fileno(), [memoryview(p) for p in parts], 3)
         assert (tmp_path / "file").read_bytes() == bytes(3) + b"".join(parts)
     assert max(calls) == 1024  # more than the system takes in one call
+
+
+def test_files_that_cannot_be_put_into_shards(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = made()
+    assembly = Assembly(store, KIND, HASH, entries({"item1": files["item1"]}), 0)
+    assembly.open()
+    ref = put_tensors(store, f"{KIND}/tensors/item2.safetensors", files["item2"])
+    with pytest.raises(StoreError, match=r"item2\.safetensors: item2\.\d is no tensor of the output"):
+        assembly.put_file(ref, files["item2"])
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        assembly.put_file(ref, files["item1"])
 
 
 def test_neighbours_are_told_from_others() -> None:
