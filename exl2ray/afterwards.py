@@ -49,10 +49,12 @@ def _evaluated(
     from exl2ray.publish.card import add_evaluation
     from exl2ray.report.ladder import plot_ladder
     from exl2ray.store.open import open_store
+    from exl2ray.tune.rows import naming
 
     with find_tokenizer([recipe.in_dir]) as tokenizer:
         builtin = recipe.eval_text is None
-        rows = heldout_rows(tokenizer) if builtin else load_tokens(recipe.eval_text or "", tokenizer)
+        with naming("--eval-text"):
+            rows = heldout_rows(tokenizer) if builtin else load_tokens(recipe.eval_text or "", tokenizer)
         kinds = heldout_kinds(tokenizer, rows) if builtin else {}
     store, identity = open_store(recipe.out_dir), _identity(recipe, outputs, rows)
     results = _stored(store, identity)
@@ -77,8 +79,11 @@ def _evaluated(
         out.append(replace(o, heldout_perplexity=e.perplexity.value, kl=e.kl.value, top1=e.top1.value))
     if len(results) > 1 and "://" not in recipe.out_dir and not drawn:
         labels = [(f"{o.bits:g}", by_model[path]) for o in outputs if (path := str(Path(o.directory or ""))) in by_model]
-        plot_ladder(labels, Path(store.root) / PLOT, title=Path(recipe.in_dir).name)
-        reporter.event("note", message=f"size against quality: {Path(store.root) / PLOT}")
+        try:
+            plot_ladder(labels, Path(store.root) / PLOT, title=Path(recipe.in_dir).name)
+            reporter.event("note", message=f"size against quality: {Path(store.root) / PLOT}")
+        except Exl2RayError as e:  # the figures are there without it
+            reporter.event("warning", message=f"no plot of size against quality: {e.message}")
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -39,7 +40,10 @@ def evaluate(run: Invocation, /, **settings: Any) -> None:
     """
     from exl2ray.commands import evaluate as command
 
-    present(run, lambda: command.evaluate(**settings, quiet=run.json), command.show, command.results_json)
+    later = list[Callable[[], None]]()
+    present(run, lambda: command.evaluate(**settings, quiet=run.json, later=later), command.show, command.results_json)
+    for draw in later:
+        draw()
 
 
 @command(

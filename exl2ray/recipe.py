@@ -17,7 +17,7 @@ from typing import Any, Literal
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import WIDTHS as HEAD_BITS
 from exl2ray.quality import ALLOCATIONS, Allocated, Numerics, Quality, ScaleSearch, resolve
-from exl2ray.recipe_fields import Rule, Setting, setting, settings_of, too_long
+from exl2ray.recipe_fields import Rule, Setting, refuse_address, setting, settings_of, too_long
 from exl2ray.units import parse_count, parse_size
 
 USUAL_HEAD_BITS = 6
@@ -199,6 +199,8 @@ class Recipe:
             why = too_long(path) if path and "://" not in path else ""
             if path and why:
                 raise UsageError(f"{flag} {path[:60]}...: {why}", "give a shorter one")
+        for flag, path in (("-cf", self.compile_full), ("-om", self.output_measurement)):
+            refuse_address(flag, path or "")
         parse_size(self.source_cache, "--source-cache")
         if not self.bits:
             raise UsageError("-b: no bitrate given")

@@ -109,6 +109,14 @@ def wanted(hint: Any) -> str:
     return "a text" if kind is Literal else _WORDS[hint]
 
 
+def refuse_address(flag: str, path: str) -> None:
+    """Raises UsageError for an address of a store in the place of what is written on this machine: it would become a folder
+    called ``s3:``, which is gone with the machine."""
+    if "://" in path:
+        hint = "give a path; a work directory may be an address, and `exl2ray publish` uploads models to the Hub"
+        raise UsageError(f"{flag} {path}: an address, where a place on this machine is needed", hint)
+
+
 def too_long(path: str) -> str:
     """Why no file system takes this path, in words; empty if one may."""
     raw = os.fsencode(path)

@@ -172,7 +172,7 @@ class OutputWriter:
         """The shards of a record if they, and no others, are in the output as they were written."""
         target = self.target(plan)
         try:
-            shards = [Shard(**s) for s in stored.payload["shards"]]
+            shards = [Shard.parse(s) for s in stored.payload["shards"]]
         except (KeyError, TypeError):  # not of this form: written again
             return None
         if existing_shards(target) != sorted(s.name for s in shards):

@@ -201,8 +201,8 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
-def _checked(entry: Mapping[str, Any], where: str) -> tuple[dict[str, float], NDArray[np.float64] | None]:
-    losses, shape = entry.get("losses"), entry.get("shape")
+def _checked(entry: Any, where: str) -> tuple[dict[str, float], NDArray[np.float64] | None]:
+    losses, shape = (entry.get("losses"), entry.get("shape")) if isinstance(entry, Mapping) else (None, None)
     if not isinstance(losses, Mapping) or not losses:
         raise FormatError(f"{where}: no losses of options", "measure again without -m")
     numbers = [*losses.values(), *(shape if isinstance(shape, list) else [])]

@@ -12,6 +12,7 @@ from exl2ray.calibration.rows import Rows
 from exl2ray.calibration.tokenizer import ModelTokenizer
 
 FIRST_TOKENS = 48  # decoded for the preview
+PREVIEW_CHARACTERS = 4000  # of a text that are looked at: a decoder may make megabytes of a few tokens
 PREVIEW_COLUMNS = 44  # what a table of 80 columns has left for the preview
 
 
@@ -41,7 +42,7 @@ class RowsView:
 def preview(text: str, words: int, columns: int = PREVIEW_COLUMNS) -> str:
     """The first ``words`` words of ``text`` on one line, at most ``columns`` wide on a terminal, "..." where cut."""
     # Cut between tokens, a character of several bytes decodes to U+FFFD.
-    line = " ".join(text.rstrip("\ufffd").split()[:words])
+    line = " ".join(text[:PREVIEW_CHARACTERS].rstrip("\ufffd").split()[:words])
     if sum(map(_columns, line)) <= columns:
         return line
     room, kept = columns - 3, ""

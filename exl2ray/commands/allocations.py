@@ -97,9 +97,9 @@ def solve(
     check_against(found, *expected_measurement(spec))
     if allocation is None:
         allocation = "linear" if has_sensitivities(spec, found) else "module"
-    settings: dict[str, Any] = {"allocation": allocation, "objective": objective, "objective_power": objective_power}
-    if allocation == "linear":
-        settings["head_bits"] = head_bits
+    settings: dict[str, Any] = {
+        "allocation": allocation, "objective": objective, "objective_power": objective_power, "head_bits": head_bits,
+    }  # fmt: skip
     solutions = [_solution(spec, found, Recipe("", "", (b,), **settings)) for b in bits]
     warnings, _ = origin_findings(found, source)
     return [replace(s, warnings=(*warnings, *s.warnings)) for s in solutions]

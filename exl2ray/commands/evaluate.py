@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from exl2ray.report.ladder import plot_ladder
 from exl2ray.report.plot_files import check_plot, is_plot
 from exl2ray.terminal.console import clean, duration, file_size, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
+from exl2ray.tune.rows import naming
 
 PLOT = "ladder.png"
 
@@ -51,12 +53,14 @@ def evaluate(
     ladder: bool,
     plot: str | None,
     quiet: bool,
+    later: list[Callable[[], None]] | None = None,
 ) -> list[EvalResult]:
     """Results of ``models``, ``directories`` and ``gguf`` files in order, on the built-in held-out text unless ``tokens`` or
     ``text`` is given.
 
     ``positions``: a .npz file for the figures of every prediction, see `write_positions`. ``ladder``: draws them over the
-    size of the files, to ``plot``, else to ladder.png. Raises UsageError if both texts are given or a file cannot be written.
+    size of the files, to ``plot``, else to ladder.png. ``later``: gets what draws, to be called when the results are out.
+    Raises UsageError if both texts are given or a file cannot be written.
     """
     models = [*models, *directories]
     drawn = (plot or PLOT) if ladder or plot else None
@@ -85,7 +89,8 @@ def evaluate(
         kinds = heldout_kinds(tokenizer, ids)
     else:
         kinds = {}
-        ids = load_tokens(tokens or text or "", tokenizer, rows, length, stride)
+        with naming("--text"):
+            ids = load_tokens(tokens or text or "", tokenizer, rows, length, stride)
     if tokenizer is not None:
         tokenizer.close()
     options = RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha)
@@ -103,7 +108,8 @@ def evaluate(
             sound = [r for r in results if math.isfinite(r.perplexity.value)]
             labels = [r.model.name.removesuffix(".gguf") for r in sound]
             found = [parse_evaluation(r.to_json(), named(str(r.model))) for r in sound]
-            plot_ladder(list(zip(labels, found, strict=True)), drawn)
+            draw = partial(plot_ladder, list(zip(labels, found, strict=True)), drawn)
+            draw() if later is None else later.append(draw)
         return list(results)
     finally:
         reporter.close()

@@ -57,8 +57,8 @@ def convert(recipe: Recipe, wishes: Wishes, reporter: Reporter) -> None:
     """Raises what conversions and uploads raise; before anything is computed, UsageError and HubError for a token or a
     repository that will not do.
     """
-    if recipe.output_measurement is not None or "://" in (recipe.compile_full or ""):
-        raise UsageError("--publish: there is no model to publish with -om, or with -cf elsewhere", "drop one of them")
+    if recipe.output_measurement is not None:
+        raise UsageError("--publish: there is no model to publish with -om", "drop one of them")
     store, identity = open_store(recipe.out_dir), _identity(recipe, wishes)
     noted = None if recipe.no_resume else _noted(store, identity)
     if noted is None:

@@ -17,7 +17,7 @@ from exl2ray.evaluate.metrics import Estimate, Quantile, Scores
 from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES
 from exl2ray.model.spec import LinearSpec
 
-FLOAT_BITS = {"F16": 16, "BF16": 16, "F32": 32}
+FLOAT_BITS = {"F16": 16, "BF16": 16, "F32": 32, "F64": 64}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _bits(model: OpenModel, linear: LinearSpec) -> float:
     dtype = source.dtype(linear.weight.name)
     if dtype not in FLOAT_BITS:
         error = FormatError if model.quantized else SourceError
-        raise error(f"{model.path}: tensor {linear.weight.name} has dtype {dtype}; F16, BF16 or F32 is needed")
+        raise error(f"{model.path}: tensor {linear.weight.name} has dtype {dtype}; F16, BF16, F32 or F64 is needed")
     return FLOAT_BITS[dtype] * (linear.in_features * linear.padded_out + biases)
 
 

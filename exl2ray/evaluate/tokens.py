@@ -118,6 +118,9 @@ def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) ->
         text = read_bounded(file, TEXT_BYTES, CalibrationError).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         raise CalibrationError(f"{file}: not UTF-8 text: {e}", "token ids are recognised by the ending .npy") from e
+    if "\0" in text:
+        what = f"{file}: holds zero bytes, as a text does not"
+        raise CalibrationError(what, "texts are UTF-8; Parquet and JSON lines are recognised by their endings")
     return tokenizer.encode(text)
 
 

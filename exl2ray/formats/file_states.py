@@ -125,7 +125,13 @@ def compare_states(before: Sequence[FileState], now: Sequence[FileState], direct
 
 
 def from_json(values: Iterable[Mapping[str, Any]]) -> tuple[FileState, ...]:
-    return tuple(FileState(**v) for v in values)
+    """What records say of files. Raises TypeError for anything else."""
+    states = tuple(FileState(**v) for v in values)
+    for s in states:
+        types = ((s.name, str), (s.size, int), (s.stamp, str), (s.sha256, (str, type(None))))
+        if not all(isinstance(found, wanted) for found, wanted in types):
+            raise TypeError(f"no state of a file: {s!r}")
+    return states
 
 
 def file_sha256(path: Path, stop: threading.Event | None = None) -> str:

@@ -90,6 +90,15 @@ class Shard:
     sha256: str
     mtime_ns: int
 
+    @classmethod
+    def parse(cls, value: Any) -> Shard:
+        """What a record says of one. Raises TypeError for anything else."""
+        shard = cls(**value)
+        types = ((shard.name, str), (shard.size, int), (shard.sha256, str), (shard.mtime_ns, int))
+        if not all(isinstance(found, wanted) for found, wanted in types):
+            raise TypeError(f"no shard: {value!r}")
+        return shard
+
     def is_intact(self, directory: Path) -> bool:
         """Whether the file in ``directory`` has the content that was written. It is hashed only if it was touched, copied
         or moved since.

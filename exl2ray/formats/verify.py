@@ -62,6 +62,7 @@ def verify_directory(path: str | Path, expected: Mapping[str, LinearShape] | Non
     verify_rules.check_layers(d)
     verify_rules.check_routers(d)
     verify_rules.check_fused(d)
+    verify_rules.check_sizes(d)
     verify_rules.check_plain(d)
     verify_rules.check_head(d)
     if expected is not None:

@@ -215,6 +215,20 @@ def check_fused(d: Directory) -> None:
             d.add("fused", "left over from the source: loaders would use it and ignore the quantised tensors", name)
 
 
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+
+def check_sizes(d: Directory) -> None:
+    """Sizes in config.json that no loader can read; lists of one for each layer are left to the loader."""
+    for name in SIZES:
+        value = config_value(d.config, name)
+        if value is not None and not isinstance(value, list) and not (_is_size(value) and value < 1 << 31):
+            d.add("config", f"{name} is {str(value)[:40]}, not a size", file="config.json")
+
+
 def check_plain(d: Directory) -> None:
     """Unquantised tensors of the text model: a dtype the loader casts, and values that survive the cast to float16."""
     hidden = config_value(d.config, "hidden_size", "d_model", "n_embd")
@@ -230,9 +244,12 @@ def check_plain(d: Directory) -> None:
             d.add("plain", f"has dtype {info.dtype}; loaders read {', '.join(LOADABLE)}", name)
             continue
         if key.endswith(("embed_tokens", "norm")) and suffix == "weight" and info.shape:
-            width, what = (head_dim, "head_dim") if key.endswith(("q_norm", "k_norm")) else (hidden, "hidden_size")
+            of_heads, embedding = key.endswith(("q_norm", "k_norm")), key.endswith("embed_tokens")
+            width, what = (head_dim, "head_dim") if of_heads else (hidden, "hidden_size")
             if isinstance(width, int) and info.shape[-1] != width:
                 d.add("plain", f"has shape {list(info.shape)}; {what} is {width}", name)
+            elif len(info.shape) not in ((2,) if embedding else (1, 2) if of_heads else (1,)):
+                d.add("plain", f"has shape {list(info.shape)}, which is {len(info.shape)} dimensions", name)
         _check_values(d, name, info)
 
 

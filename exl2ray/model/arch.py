@@ -162,7 +162,7 @@ def _misfits(
     found = missing_tensors(arch, source, [n for n in wanted if n not in source], layers, tied)
     for name, s in wanted.items():
         if name in source and not shape_fits(source.shape(name), s.shape):
-            found[f"{name} has shape {source.shape(name)}, expected {s.shape}"] = INCOMPLETE
+            found[f"{name} has shape {source.shape(name)}, expected {shown_shape(s.shape)}"] = INCOMPLETE
     if found:
         return found
     hint = f"EXL2 needs multiples of 32, and at most {MAX_IN_FEATURES} input features"
@@ -185,6 +185,11 @@ def _raise_any(source: SourceModel, found: Mapping[str, str]) -> None:
 def shape_fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a stored shape is the wanted one; -1 in ``wanted`` fits any size."""
     return len(found) == len(wanted) and all(w in (-1, f) for f, w in zip(found, wanted, strict=True))
+
+
+def shown_shape(wanted: tuple[int, ...]) -> str:
+    """A wanted shape for people."""
+    return str(wanted) if -1 not in wanted else f"({', '.join('any' if n == -1 else str(n) for n in wanted)})"
 
 
 def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import FLOAT16_MAX, pad32
 from exl2ray.formats.readahead import ReadAhead
 from exl2ray.formats.shards import TensorEntry
-from exl2ray.model.arch import shape_fits
+from exl2ray.model.arch import shape_fits, shown_shape
 from exl2ray.model.spec import CopiedTensor, LinearSpec, ModelSpec, ModuleSpec, PlainTensor, Stored
 
 READERS = min(8, max(4, (os.cpu_count() or 1) // 2))  # threads that read ahead for a GPU: one is slower than a forward pass
@@ -138,7 +138,7 @@ def read_stored(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
     found = source.shape(name)
     if not shape_fits(found, stored.shape):
         raise SourceError(
-            f"{source.path}: tensor {name} has shape {found}, expected {stored.shape}",
+            f"{source.path}: tensor {name} has shape {found}, expected {shown_shape(stored.shape)}",
             "config.json does not belong to these weights",
         )
     tensor = _cut(stored, source)

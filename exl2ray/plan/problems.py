@@ -18,14 +18,14 @@ import torch
 
 from exl2ray.allocation.knapsack import check_reachable
 from exl2ray.allocation.overrides import Override, parse_overrides
-from exl2ray.allocation.planning import linear_groups, reachable_slots
+from exl2ray.allocation.planning import has_sensitivities, linear_groups, reachable_slots
 from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.datasets import check_tuning_text, pass_rows, reported_rows, sources_of
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
-from exl2ray.errors import CalibrationError, Exl2RayError, SourceError, StoreError, UsageError
+from exl2ray.errors import CalibrationError, Exl2RayError, FormatError, SourceError, StoreError, UsageError
 from exl2ray.evaluate.tokens import load_tokens
 from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.hf import SourceModel, weight_files
@@ -269,8 +269,11 @@ def _measurement(recipe: Recipe, spec: ModelSpec | None) -> Measurement:
     if spec is not None:
         check_against(measurement, *expected_measurement(spec))
         check_rotation(measurement, spec, recipe.measurement or "")
-        if recipe.allocation == "linear":
-            linear_groups(spec, measurement)
+        if recipe.allocation == "linear" or has_sensitivities(spec, measurement):
+            try:
+                linear_groups(spec, measurement)
+            except FormatError as e:
+                raise FormatError(f"-m {recipe.measurement}: {e.message.removeprefix('measurement: ')}", e.hint) from e
     return measurement
 
 
@@ -322,13 +325,14 @@ def _check_eval_text(path: str, tokenizer: ModelTokenizer) -> None:
         load_tokens(path, tokenizer, rows=1)
     except (CalibrationError, UsageError) as e:
         hint = "a text, Parquet or .jsonl file, or a .npy array of token ids, of 2048 tokens or more"
-        raise type(e)(f"--eval-text {e.message}", hint) from e
+        raise type(e)(f"--eval-text {e.message.removeprefix('-c ')}", hint) from e
 
 
 # ---- directories and machine ------------------------------------------------------------------------------------------
 
 
 def _examine_directories(found: Examination, recipe: Recipe) -> None:
+    found.attempt("output", lambda: _check_apart(recipe))
     for bits in recipe.bits:
         directory = recipe.output_dir(bits)
         if directory is not None:
@@ -337,6 +341,16 @@ def _examine_directories(found: Examination, recipe: Recipe) -> None:
     if wanted is not None:
         found.attempt("output", lambda: check_measurement_target(wanted))
     found.attempt("work directory", lambda: _check_work(recipe))
+
+
+def _check_apart(recipe: Recipe) -> None:
+    """UsageError for two bitrates whose directories are one, by links or by another way to write its name."""
+    known: dict[str, str] = {}
+    for directory in (recipe.output_dir(bits) for bits in recipe.bits):
+        if directory is not None:
+            other = known.setdefault(os.path.realpath(directory), directory)
+            if other != directory:
+                raise UsageError(f"-cf {other} and {directory} are one directory", "name another with -cf, with {bpw} in it")
 
 
 def _check_target(recipe: Recipe, directory: str, source: SourceModel | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,16 +18,21 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+_shown_by = os.environ.pop("MPLBACKEND", None)  # a notebook's, say, that is not installed here; we only write files
+import matplotlib.style  # noqa: E402
+from matplotlib import rc_context  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # noqa: E402
 
-from exl2ray.formats.files import atomic_file
-from exl2ray.report.plot_files import check_plot
-from exl2ray.terminal.console import clean
+if _shown_by is not None:
+    os.environ["MPLBACKEND"] = _shown_by
+
+from exl2ray.errors import Exl2RayError, StoreError  # noqa: E402
+from exl2ray.formats.files import atomic_file  # noqa: E402
+from exl2ray.report.plot_files import check_plot  # noqa: E402
+from exl2ray.terminal.console import clean  # noqa: E402
 
 ACCENT = "#3f7fd0"
 SERIES = (ACCENT, "#d98a1f", "#1f9e9a", "#d1495b", "#8a63d2", "#7a7a7a")
@@ -76,7 +82,7 @@ def write_plots(plots: Sequence[Plot], path: str | Path, title: str = "") -> Non
     check_plot(path)
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
-    with _drawing(THEMES["light"]):
+    with _refused(path), _drawing(THEMES["light"]):
         figure = Figure(figsize=(WIDTH * len(plots), max(p.height for p in plots)), layout="constrained")
         for plot, ax in zip(plots, figure.subplots(1, len(plots), squeeze=False)[0], strict=True):
             plot.draw(ax)
@@ -84,6 +90,17 @@ def write_plots(plots: Sequence[Plot], path: str | Path, title: str = "") -> Non
         figure.suptitle(clean_label(title) if title else "", fontsize=10)
         with atomic_file(path) as f:
             figure.savefig(f, format=kind, dpi=150, metadata={} if kind == "png" else {DATES[kind]: None})
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """What matplotlib cannot do, with its settings and fonts as they are here, is an error of ours."""
+    try:
+        yield
+    except (Exl2RayError, OSError, MemoryError):
+        raise
+    except Exception as e:
+        raise StoreError(f"{path}: cannot be drawn: {type(e).__name__}: {str(e)[:200]}", "see matplotlib's settings") from e
 
 
 @contextmanager

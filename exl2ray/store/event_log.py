@@ -51,9 +51,15 @@ def read_events(store: Store) -> tuple[list[dict[str, Any]], int]:
             event = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict) and {"time", "host", "pid", "name", "fields"} <= event.keys():
+        if _is_event(event):
             events.append(event)
     return events, len(lines) - len(events)
+
+
+def _is_event(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"time", "host", "pid", "name", "fields"} <= value.keys():
+        return False
+    return isinstance(value["fields"], dict) and all(isinstance(value[name], str) for name in ("time", "host", "name"))
 
 
 def _printable(value: Any) -> Any:

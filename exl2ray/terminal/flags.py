@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.recipe import RUN, SECTIONS, SETTINGS, Recipe
-from exl2ray.recipe_fields import fits, shown, too_long, wanted
+from exl2ray.recipe_fields import fits, refuse_address, shown, too_long, wanted
 from exl2ray.remote.address import is_remote, parse
 from exl2ray.terminal.pasted import missing_folder
 from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out
@@ -26,6 +26,7 @@ CONVERT_ONLY = tuple(name for name, s in SETTINGS.items() if not s.measured)
 MEASURE_FIELDS = tuple(name for name, s in SETTINGS.items() if s.measured)
 REMEMBERED = f"{__name__}.remembered"  # in the context: the flags that a resume takes from its job, and nothing made shows
 PLACES = frozenset({"DIR", "FILE", "MODEL", "OUT", "PATH", "PLACE", "WORKDIR"})  # metavars of paths
+WRITTEN_HERE = frozenset({"compile_full", "output_measurement", "output", "positions", "plot"})  # parameters, of all commands
 
 
 def trust_flag(function: F) -> F:
@@ -87,7 +88,8 @@ def _attributes(name: str) -> dict[str, Any]:
 
 
 class CheckedCommand(click.Command):
-    """A command that takes no path that cannot be one: empty text would be the current directory."""
+    """A command that takes no path that cannot be one: empty text would be the current directory, and an address a folder
+    called s3: in it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
@@ -97,6 +99,8 @@ class CheckedCommand(click.Command):
                 value = ctx.params.get(param.name or "")
                 for path in value if isinstance(value, tuple) else (value,):
                     _check_path(str(name), path)
+            if param.name in WRITTEN_HERE and (path := ctx.params.get(param.name)):
+                refuse_address(param.opts[0], path)
         return rest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from exl2ray.calibration import show
 from exl2ray.calibration.rows import Rows
 from exl2ray.calibration.show import describe_rows, preview
 from exl2ray.calibration.tokenizer import ModelTokenizer
@@ -39,3 +40,10 @@ def test_summary(tokenizer: ModelTokenizer) -> None:
 )
 def test_preview_fits_the_table(text: str, line: str) -> None:
     assert preview(text, words=3, columns=44) == line
+
+
+def test_preview_looks_at_the_beginning_of_a_long_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(show, "_columns", lambda char: seen.append(char) or 1)
+    assert preview("b" * 10_000_000, words=3, columns=44) == "b" * 41 + "..."
+    assert len(seen) < 10_000

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 from bounded import exl2ray
+from safetensors.torch import load_file, save_file
 
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.commands.evaluate import write_positions
+from exl2ray.errors import SourceError
+from exl2ray.evaluate.forward import open_model, run_model
 from exl2ray.evaluate.heldout import KINDS, heldout_kinds, heldout_rows, heldout_text
 from exl2ray.evaluate.record import CLASSES, judged, parse_evaluation, parse_evaluations, verdict
+from exl2ray.evaluate.result import model_size
 from exl2ray.report.plot_files import is_plot
 from exl2ray.report.style import Plot, write_plots
 
@@ -27,8 +31,6 @@ SCHEMA = json.loads(resources.files("exl2ray.evaluate").joinpath("results.schema
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the demo model, and twice with noise on its linears, much and little."""
-    from safetensors.torch import load_file, save_file
-
     root = tmp_path_factory.mktemp("noisy")
     for name, amount in (("much", 0.2), ("little", 0.02)):
         (root / name).mkdir()
@@ -152,3 +154,25 @@ def test_what_a_divergence_means() -> None:
 def test_older_results_without_the_new_figures_are_read() -> None:
     found = parse_evaluation({"model": "m", "perplexity": {"value": 5, "standard_error": None}, "rows": 2}, "x")
     assert (found.kl, found.kl_tail, found.kinds, found.head_bpw) == (None, {}, {}, None)
+
+
+def test_a_source_in_float64_is_evaluated_too(tmp_path: Path) -> None:
+    """`convert` takes it as well."""
+    for file in DEMO.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file({k: t.double() for k, t in load_file(DEMO / "model.safetensors").items()}, tmp_path / "model.safetensors")
+    size, half = (model_size(open_model(directory)) for directory in (tmp_path, DEMO))
+    assert size.linears_bpw == 64
+    assert size.head_bpw == 4 * half.head_bpw
+
+
+def test_a_shape_of_any_size_is_shown_to_people(tmp_path: Path) -> None:
+    for file in DEMO.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(DEMO / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:, :100].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(SourceError, match=r"embed_tokens.weight has shape \(\d+, 100\), expected \(any, 128\)"):
+        run_model(tmp_path, torch.zeros(1, 8, dtype=torch.int64), "cpu")

@@ -128,3 +128,12 @@ def test_a_missing_file_and_binary_text(tmp_path: Path, bytes_tokenizer: Tokeniz
     (tmp_path / "text.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CalibrationError, match=r"text\.txt: not UTF-8"):
         load_tokens(tmp_path / "text.txt", find_tokenizer([model]))
+
+
+def test_zero_bytes_are_no_text(tmp_path: Path, bytes_tokenizer: Tokenizer, twins: tuple[Path, Path]) -> None:
+    model = shutil.copytree(twins[0], tmp_path / "model")
+    bytes_tokenizer.save(str(model / "tokenizer.json"))
+    zeros = tmp_path / "zeros.txt"
+    zeros.write_bytes(bytes(5000))
+    with pytest.raises(CalibrationError, match=r"zeros\.txt: holds zero bytes, as a text does not"):
+        load_tokens(zeros, find_tokenizer([model]), rows=1, length=28)

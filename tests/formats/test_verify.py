@@ -161,6 +161,14 @@ CASES = {
     "fused experts": ("mixtral", put(f"{L0}.block_sparse_moe.experts.w1", zeros(288, 64)), "fused", "w1", "left over"),
     "norm float64": ("llama", replace("model.norm.weight", torch.Tensor.double), "plain", "model.norm", "F64"),
     "norm width": ("llama", put("model.norm.weight", zeros(32)), "plain", "model.norm", "hidden_size is 64"),
+    "norm of two dimensions": ("llama", put("model.norm.weight", zeros(1, 64)), "plain", "model.norm", "2 dimensions"),
+    "embedding of three": (
+        "llama", put("model.embed_tokens.weight", zeros(1, 100, 64)), "plain", "embed_tokens", "3 dimensions",
+    ),
+    "a size beyond all": ("llama", settings(intermediate_size=1e300), "config", "config.json", "intermediate_size is 1e+300"),
+    "a size of text": (
+        "llama", settings(num_hidden_layers="2"), "config", "config.json", "num_hidden_layers is 2, not a size",
+    ),
     "head_dim": (
         "llama",
         lambda m: m.tensors.update({f"model.layers.{i}.self_attn.q_norm.weight": zeros(64) for i in range(2)}),

@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "a line of 100 MB": (raw("a.jsonl", b'{"text": "' + b"a" * (100 * MB)), "longer than"),
     "deep JSON line": (raw("a.jsonl", b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n"), "nested too deeply"),
     "deep JSON": (raw("a.json", b"[" * 200_000 + b"]" * 200_000), "nested too deeply"),
-    "a number of 100 000 digits": (raw("a.jsonl", b'{"text": ' + b"1" * 100_000 + b"}\n"), "line 1 is not JSON"),
+    "a number of 100 000 digits": (raw("a.jsonl", b'{"text": ' + b"1" * 100_000 + b"}\n"), "a number of more digits"),
     "no JSON lines": (raw("a.jsonl", b"hello\nworld\n"), "line 1 is not JSON"),
     "Latin-1": (raw("a.txt", "café ".encode("latin-1") * 1000), "not UTF-8 at byte 3"),
     "Latin-1 in JSON lines": (raw("a.jsonl", b'{"text": "caf\xe9"}\n'), "line 1: not UTF-8"),

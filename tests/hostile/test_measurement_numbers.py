@@ -93,6 +93,13 @@ def _losses(**changes: Any) -> Callable[[Json], None]:
     return change
 
 
+def _linear(value: Any) -> Callable[[Json], None]:
+    def change(m: Json) -> None:
+        m["exl2ray"][MLP]["linears"]["up_proj"] = value
+
+    return change
+
+
 def _named(name: str) -> Callable[[Json], None]:
     return _losses(losses={"1:4b_128g s4": 0.1, name: 0.2})
 
@@ -169,6 +176,8 @@ LINEAR: dict[str, tuple[Callable[[Json], None], str]] = {  # --allocation linear
     "loss huge": (_losses(losses={"1:4b_128g s4": 1e300}), "a loss or shape is not a number from 0"),
     "loss a text": (_losses(losses={"1:4b_128g s4": "0"}), "a loss or shape is not a number from 0"),
     "no losses": (_losses(losses={}), "no losses of options"),
+    "a linear a text": (_linear("x"), "up_proj: no losses of options"),
+    "a linear nothing": (_linear(None), "up_proj: no losses of options"),
     "losses a list": (_losses(losses=[1, 2]), "no losses of options"),
     "losses of many options": (_losses(losses={f"1:4b_{32 * i}g s4": 0.1 for i in range(1, 2000)}), "there are at most"),
     "shape of zeros": (_losses(shape=[0, 0]), "all of it is 0"),
@@ -229,17 +238,31 @@ def test_solve_refuses_it(allocation: str, case: str, model: Path, sound: Json, 
     assert "Warning" not in run.text
 
 
-@pytest.mark.parametrize("case", ["sensitivities 0", "loss negative"])
-def test_a_dry_run_refuses_it(case: str, model: Path, sound: Json, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [["--allocation", "linear"], []], ids=["asked for", "by default"])
+@pytest.mark.parametrize("case", ["sensitivities 0", "loss negative", "a linear a text", "option of no form"])
+def test_a_dry_run_refuses_it(case: str, flags: list[str], model: Path, sound: Json, tmp_path: Path) -> None:
     change, words = LINEAR[case]
     spoiled = copy.deepcopy(sound)
     change(spoiled)
     (tmp_path / "m.json").write_text(json.dumps(spoiled))
     run = exl2ray(
-        "convert", "-i", model, "-o", tmp_path / "w", "-b", "4", "-m", tmp_path / "m.json", "--allocation", "linear",
+        "convert", "-i", model, "-o", tmp_path / "w", "-b", "4", "-m", tmp_path / "m.json", *flags,
         "--device", "cpu", "--executor", "inline", "-l", "128", "-ml", "128", "--dry-run",
     )  # fmt: skip
-    run.ends_with(8, words)
+    run.ends_with(8, words, *([f"-m {tmp_path / 'm.json'}: "] if case != "sensitivities 0" else []))
+
+
+@pytest.mark.parametrize("allocation", ["linear", "module"])
+def test_bits_of_the_head_count_for_every_allocation(allocation: str, model: Path, sound: Json, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(json.dumps(sound))
+
+    def solved(bits: str) -> Any:
+        return exl2ray("solve", "-i", model, "-m", tmp_path / "m.json", "-b", "4", "--allocation", allocation, "-hb", bits)
+
+    found = {bits: solved(bits).text.partition("in the decoder, ")[2].split()[0] for bits in ("3", "8")}
+    assert 3 < float(found["3"]) < 4, found
+    assert 8 < float(found["8"]) < 9, found
+    solved("99").ends_with(2, "-hb 99: the head can have")
 
 
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -356,9 +356,12 @@ def test_torn_lines_of_the_event_log_are_skipped_and_counted(tmp_path: Path, job
     with open_work(tmp_path, job) as work:
         with open(tmp_path / "events.jsonl", "ab") as f:
             f.write(b'{"time": "2025\n[1]\n"x"\n\xff\n')
+            for fields in (b"null", b"[1]", b'"x"'):
+                f.write(b'{"time": "2026", "host": "h", "pid": 1, "name": "n", "fields": ' + fields + b"}\n")
+            f.write(b'{"time": 2026, "host": "h", "pid": 1, "name": "n", "fields": {}}\n')
         work.event("after")
         assert [e["name"] for e in read_events(work.store)[0]] == ["opened", "after"]
-        assert work.status().problems == ("4 unreadable lines in the event log",)
+        assert work.status().problems == ("8 unreadable lines in the event log",)
 
 
 def test_events_stop_when_the_lock_is_lost(tmp_path: Path, job: Job) -> None:

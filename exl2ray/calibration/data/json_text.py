@@ -139,6 +139,8 @@ def _parsed(data: bytes, where: str) -> Any:
     except UnicodeDecodeError as e:
         raise DataError(f"{where}: not UTF-8 at its byte {e.start}", "iconv -f LATIN1 -t UTF-8 FILE > NEW") from e
     except ValueError as e:
+        if "integer string conversion" in str(e):
+            raise DataError(f"{where} holds a number of more digits than can be read", "write it as text, in quotes") from e
         raise DataError(f"{where} is not JSON: {_short(e)}", "JSON lines have one object per line") from e
     except RecursionError as e:
         raise DataError(f"{where} is nested too deeply", FLAT) from e

@@ -1,0 +1,86 @@
+"""Places that are written to and are none, plots that cannot be drawn: told before the work, and nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from bounded import exl2ray
+from matplotlib.figure import Figure
+from small_sources import write_exl2, write_source
+from workdir_cases import PLACES, Conversion
+
+from exl2ray.cli import cli
+
+ADDRESS = "s3://bucket/there"
+NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_that_is_not_here"}
+COMMANDS = {
+    "convert": ["convert", "-i", "m", "-o", "w", "-b", "4", "-cf", ADDRESS, "--device", "cpu"],
+    "a dry run": ["convert", "-i", "m", "-o", "w", "-b", "4", "-cf", ADDRESS, "--device", "cpu", "--dry-run"],
+    "plan": ["plan", "-i", "m", "-b", "4", "-cf", ADDRESS],
+    "measuring": ["convert", "-i", "m", "-o", "w", "-b", "4", "-om", ADDRESS, "--device", "cpu"],
+    "measure": ["measure", "-i", "m", "-o", "w", "-om", ADDRESS, "--device", "cpu"],
+    "patch": ["patch", "-o", "w", "-cf", "gs://bucket/x", "--set", "lm_head=6"],
+    "tune": ["tune", "e", "--reference", "m", "-o", "hf://me/x"],
+    "report": ["report", "w", "-o", ADDRESS],
+    "positions": ["eval", "e", "--positions", f"{ADDRESS}.npz"],
+    "plot": ["eval", "e", "--ladder", "--plot", f"{ADDRESS}.png"],
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_an_address_is_no_place_on_this_machine(case: str, tmp_path: Path) -> None:
+    write_source(tmp_path / "m")
+    write_exl2(tmp_path / "e")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    exl2ray(*COMMANDS[case], cwd=tmp_path).ends_with(2, "an address, where a place on this machine is needed")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before, "no folder called s3:"
+
+
+def test_two_bitrates_by_links_into_one_folder(tmp_path: Path) -> None:
+    write_source(tmp_path / "m")
+    (tmp_path / "real").mkdir()
+    for name in ("3.0", "4.0"):
+        (tmp_path / name).symlink_to("real")
+    for target in ("{bpw}", "real/{bpw}/../x"):
+        run = exl2ray("convert", "-i", "m", "-o", "w", "-b", "3", "-b", "4", "-cf", target, "--device", "cpu", "-l", "128",
+                      "-ml", "128", "--dry-run", cwd=tmp_path)  # fmt: skip
+        run.ends_with(2, "are one directory")
+
+
+def test_a_backend_of_matplotlib_that_is_not_here(made: Conversion, tmp_path: Path) -> None:
+    """A notebook exports the name of its own to every command."""
+    exl2ray("report", made.copy_of_work(tmp_path / "w"), env=NOTEBOOK).ends_with(0)
+    plot = tmp_path / "plot.png"
+    flags = ["--rows", "1", "--length", "32", "--plot", plot, "--device", "cpu"]
+    exl2ray("eval", made.target, made.target5, "--reference", made.model, *flags, env=NOTEBOOK).ends_with(0)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_come_before_a_plot_that_cannot_be_drawn(
+    made: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr(Figure, "savefig", broken)
+    plot = tmp_path / "x.svg"
+    flags = ["--rows", "1", "--length", "32", "--device", "cpu", "--json", "--plot", str(plot)]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", str(made.target), str(made.target5), "--reference", str(made.model), *flags])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 7
+    assert f"{plot}: cannot be drawn: ValueError: no font" in err
+    assert not plot.exists()
+    assert len(json.loads(out.splitlines()[0])["results"]) == 2
+
+
+def test_a_ladder_that_cannot_be_drawn_costs_no_figures(made: Conversion, tmp_path: Path) -> None:
+    work, target = made.copy_of_work(tmp_path / "w"), tmp_path / "out"
+    flags = made.arguments(work, target / "{bpw}", "-b", "4", "-b", "5", "--evaluate", "always")
+    exl2ray(*flags, seconds=120, memory=6 << 30).ends_with(0, "held-out perplexity")
+    (work / "ladder.png").unlink()
+    (work / "ladder.png").mkdir()
+    run = exl2ray("convert", "-o", work, *PLACES[:4], seconds=60, memory=6 << 30)
+    run.ends_with(0, "no plot of size against quality", "held-out perplexity")
