@@ -114,7 +114,7 @@ def refuse_address(flag: str, path: str) -> None:
     called ``s3:``, which is gone with the machine."""
     if "://" in path:
         hint = "give a path; a work directory may be an address, and `exl2ray publish` uploads models to the Hub"
-        raise UsageError(f"{flag} {path}: an address, where a place on this machine is needed", hint)
+        raise UsageError(f"{flag} {path}: an address, where a path is needed", hint)
 
 
 def too_long(path: str) -> str:

@@ -48,7 +48,7 @@ from exl2ray.quant.group import Comm, Solo
 from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor, prepare_borrowing
 from exl2ray.quant.measure import measure_halves, measure_head
 from exl2ray.quant.measure_moe import describe_coverage, measure_experts, shares_of
-from exl2ray.quant.pack import dequantize, pack, pad_columns
+from exl2ray.quant.pack import Decoded, dequantize, pack, pad_columns
 from exl2ray.quant.rows import (
     Arrivals,
     TreeSum,
@@ -290,32 +290,6 @@ def solve_and_pack(
             sink.add(packed[group])
     sink.flush()
     return packed
-
-
-class Decoded:
-    """Whether packed tensors decode to the weights that were chosen, and these to numbers. Asking waits for the GPU: once for
-    several inputs."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, Tensor] = {}  # linear -> weights that differ, weights that are no finite numbers
-
-    def add(self, key: str, loaded: Tensor, chosen: Tensor) -> None:
-        self._counts[key] = torch.stack([(loaded != chosen).sum(), (~torch.isfinite(loaded)).sum()])
-
-    def check(self) -> None:
-        """Raises NumericError for the first linear with such weights."""
-        counts = torch.stack(list(self._counts.values())).tolist() if self._counts else []
-        for key, (wrong, infinite) in zip(self._counts, counts, strict=True):
-            if infinite:
-                raise NumericError(
-                    f"{key}: {infinite} of the quantised weights are beyond float16, or not numbers",
-                    "its weights are near 65504: EXL2 stores steps as float16; more bits may represent them",
-                )
-            if wrong:
-                raise NumericError(
-                    f"{key}: the packed tensors decode to other weights than were chosen ({wrong} differ)",
-                    "this is a defect of exl2ray or of the GPU: please report it with the log",
-                )
 
 
 def _solve_input(

@@ -34,7 +34,7 @@ def test_an_address_is_no_place_on_this_machine(case: str, tmp_path: Path) -> No
     write_source(tmp_path / "m")
     write_exl2(tmp_path / "e")
     before = sorted(p.name for p in tmp_path.iterdir())
-    exl2ray(*COMMANDS[case], cwd=tmp_path).ends_with(2, "an address, where a place on this machine is needed")
+    exl2ray(*COMMANDS[case], cwd=tmp_path).ends_with(2, "an address, where a path is needed")
     assert sorted(p.name for p in tmp_path.iterdir()) == before, "no folder called s3:"
 
 

@@ -27,7 +27,8 @@ from exl2ray.quant.correct import (
     solve_damped,
 )
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare, round_to_nearest
-from exl2ray.quant.module import Decoded, cut, pack_input, quantize_module, solve_input
+from exl2ray.quant.module import cut, pack_input, quantize_module, solve_input
+from exl2ray.quant.pack import Decoded
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.rows import reference_pass
 
