@@ -55,7 +55,7 @@ def program(*words: str) -> int:
         (["-i", "/s/m", "-o", "/s/w", "-m", "m.json"], "-m m.json: a relative path"),
         (["-i", "/s/m", "-o", "file://w"], "-o file://w: a relative path"),
         (["-i", "/s/m", "-o", "/s/w", "-m", "s3://bucket/m.json"], "-m s3://bucket/m.json: "),
-        (["-i", "/s/m", "-o", "s3://bucket/w", "-cf", "gs://bucket/out"], "-cf gs://bucket/out: an address, where a path is needed"),
+        (["-i", "/s/m", "-o", "s3://bucket/w", "-cf", "gs://bucket/out"], "-cf gs://bucket/out: an address"),
         (["-i", "/s/m", "-o", "/s/w", "--ray-address", "h:6379"], "--ray-address has no place"),
         (["-i", "/s/m", "-o", "/s/w", "-b", "99"], "-b 99: bits per weight lie between"),
         (["-i", "/s/m", "-o", "/s/w", "--nonsense"], "No such option"),
