@@ -13,6 +13,7 @@ there does nothing. Kill the process at any time, run the same command again, an
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -85,6 +86,12 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
         raise Interrupted("stopped; everything finished so far is in the work directory", _resume_hint(recipe)) from e
 
 
+def _places(recipe: Recipe, compile_full: str | None) -> set[str]:
+    """The directories of all bitrates with this -cf, links resolved."""
+    single = (replace(recipe, bits=(bits,), compile_full=compile_full) for bits in recipe.bits)
+    return {os.path.realpath(directory) for r in single if (directory := r.output_dir(*r.bits)) is not None}
+
+
 def patch(
     recipe: Recipe,
     overrides: Sequence[str],
@@ -105,7 +112,9 @@ def patch(
     from exl2ray.steps.producing import produce
 
     start = time.monotonic()
-    if recipe.tune is not None and compile_full is None:
+    if recipe.tune is not None and (
+        compile_full is None or not _places(recipe, compile_full).isdisjoint(_places(recipe, recipe.compile_full))
+    ):
         raise UsageError(
             f"{recipe.compile_full} was tuned (--tune {recipe.tune}); a patch would put a model there that is not",
             "name another directory with -cf, and tune what comes of it with `exl2ray tune`",

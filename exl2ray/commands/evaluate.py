@@ -59,7 +59,7 @@ def evaluate(
     ``text`` is given.
 
     ``positions``: a .npz file for the figures of every prediction, see `write_positions`. ``ladder``: draws them over the
-    size of the files, to ``plot``, else to ladder.png. ``later``: gets what draws, to be called when the results are out.
+    size of the files, to ``plot``, else to ladder.png. ``later``: gets what writes both, to be called when results are out.
     Raises UsageError if both texts are given or a file cannot be written.
     """
     models = [*models, *directories]
@@ -103,7 +103,8 @@ def evaluate(
         results = evaluate_many(opened, reference, ids, device, stride, options, keep, progress=progress.show, kinds=kinds)
         progress.end()
         if positions is not None:
-            write_positions(Path(positions), results)
+            write = partial(write_positions, Path(positions), results)
+            write() if later is None else later.append(write)
         if drawn is not None:
             sound = [r for r in results if math.isfinite(r.perplexity.value)]
             labels = [r.model.name.removesuffix(".gguf") for r in sound]

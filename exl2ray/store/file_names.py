@@ -40,13 +40,13 @@ _OURS = re.compile(
     r"|report\.html|evaluation\.json|ladder\.png"
     r"|output(-\d{5}-of-\d{5})?\.safetensors"
     r"|(measure|quant/[^/]+)/(records/[^/]+\.json|(states|tensors)/[^/]+\.safetensors)"
-    r"|quant/[^/]+/(solved/(additional_chat_templates/)?[^/]+|tune/[^/]+|tune\.json)"
+    r"|quant/[^/]+/(solved/(additional_chat_templates/)?[^/]+|tune/((states|nonce|homes|written)/(.+/)?)?[^/]+|tune\.json)"
     r"|source\.json|source/[^/]+|source/(additional_chat_templates|blocks)/[^/]+"
     r"|events/[^/]+\.jsonl|nonce/[^/]+\.json|logs/(.+/)?[^/]+\.(log|out|err|txt|json|jsonl)"
 )
 
 _FOLDERS_OF_OURS = re.compile(
-    r"measure|quant|events|logs|nonce|source(/(additional_chat_templates|blocks))?|(measure|quant/[^/]+)(/(records|states|tensors))?|quant/[^/]+/(output|tune|solved(/additional_chat_templates)?)"
+    r"measure|quant|events|logs|nonce|source(/(additional_chat_templates|blocks))?|(measure|quant/[^/]+)(/(records|states|tensors))?|quant/[^/]+/(output|tune(/(states|nonce|homes|written)(/.+)?)?|solved(/additional_chat_templates)?)"
 )
 
 

@@ -45,7 +45,8 @@ def trained(
         settings.directory, store.root, str(device), None, None, 0.0, settings.checkpoint_seconds, ROWS, file.sha256, 0,
         threads=threads, nonce=(rel, token), versions=versions(),
     )  # fmt: skip
-    plain = replace(settings, sources=(), directory=os.path.abspath(settings.directory), reference=settings.reference)
+    directory, reference = _absolute(settings.directory), _absolute(settings.reference)  # workers may run elsewhere
+    plain = replace(settings, sources=(), directory=directory, reference=reference)
 
     def part(choices: Choices, pieces: tuple[int, ...]) -> TunePass:
         return TunePass(settings=plain, identity=identity, held_kinds=rows.held_kinds, steps=steps, pieces=pieces)
@@ -59,6 +60,10 @@ def trained(
     told.end()
     assert told.decision is not None
     return told.decision
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
 
 
 @contextmanager

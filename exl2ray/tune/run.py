@@ -88,11 +88,13 @@ def tune(
     record = work.with_name(f"{work.name}.json")
     owner = owner or Owner(pair.exl2.fingerprint(), str(pair.start.path), identity, os.path.abspath(work), flag="-o")
     with locked(target, owner):
-        done = finished(record, identity, pair.start.path, target)
+        done = _told(finished(record, identity, pair.start.path, target), settings.output)
         if done is not None:
-            release_target(target)  # a run that was killed at its very end left the claim
+            release_target(target)  # a run that was killed at its very end left the claim, and what it had worked with
+            if work.is_dir():
+                _clear(work)
             reporter.event("note", message=f"{target} has the tuned model already")
-            return Tuned(**{**done, "directory": settings.output, "worse": tuple(done["worse"])})
+            return done
         if settings.work is None:
             refuse_another(record, identity, target)
         elif is_of_another(record, identity):
@@ -107,6 +109,21 @@ def tune(
         write_record(record, identity, target, asdict(result), shards)
         _clear(work)
     return result
+
+
+def _told(found: Mapping[str, Any] | None, directory: str) -> Tuned | None:
+    """What a record says of a finished tuning; None if it is none."""
+    try:
+        if found is None:
+            return None
+        out = Tuned(**{**found, "directory": directory, "worse": tuple(map(str, found["worse"]))})
+        means = (out.before["mean"], out.after["mean"])
+        numbers = (*means, *out.before.values(), *out.after.values(), *out.seconds.values(), out.changed)
+        sizes = (out.tokens, out.file_bytes, out.peak_bytes)
+        sound = all(isinstance(v, (int, float)) for v in numbers) and all(isinstance(v, int) for v in sizes)
+    except (TypeError, KeyError, AttributeError):
+        return None
+    return out if sound else None
 
 
 def _clear(work: Path) -> None:

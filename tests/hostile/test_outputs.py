@@ -12,6 +12,8 @@ from small_sources import write_exl2, write_source
 from workdir_cases import PLACES, Conversion
 
 from exl2ray.cli import cli
+from exl2ray.commands import evaluate
+from exl2ray.errors import StoreError
 
 ADDRESS = "s3://bucket/there"
 NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_that_is_not_here"}
@@ -74,6 +76,20 @@ def test_figures_come_before_a_plot_that_cannot_be_drawn(
     assert f"{plot}: cannot be drawn: ValueError: no font" in err
     assert not plot.exists()
     assert len(json.loads(out.splitlines()[0])["results"]) == 2
+
+
+def test_figures_come_before_positions_that_cannot_be_written(
+    made: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, _: object) -> None:
+        raise StoreError(f"{path}: No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_positions", full)
+    flags = ["--rows", "1", "--length", "32", "--device", "cpu", "--json", "--positions", str(tmp_path / "p.npz")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", str(made.target), "--reference", str(made.model), *flags])
+    assert ended.value.code == 7
+    assert len(json.loads(capsys.readouterr().out.splitlines()[0])["results"]) == 1
 
 
 def test_a_ladder_that_cannot_be_drawn_costs_no_figures(made: Conversion, tmp_path: Path) -> None:

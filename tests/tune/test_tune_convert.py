@@ -13,11 +13,12 @@ import torch
 from bounded import exl2ray
 from tiny_models import write_model
 
-from exl2ray.convert import convert
+from exl2ray.convert import convert, patch
 from exl2ray.errors import Exl2RayError, UsageError
 from exl2ray.events import OutputSummary, Silent
 from exl2ray.formats.verify import verify_directory
 from exl2ray.recipe import Recipe
+from exl2ray.store.file_names import is_ours, is_place_of_ours
 from exl2ray.tune import state
 
 BITS = (4.0, 5.0)
@@ -165,3 +166,25 @@ def test_a_changed_setting_is_refused(
 ) -> None:
     with pytest.raises(Exl2RayError, match="--tune"):
         convert(recipe(model, whole[0], text, tune="32k"), Silent())
+
+
+def test_a_patch_does_not_take_the_place_of_a_tuned_model(
+    model: Path, text: Path, whole: tuple[Path, tuple[OutputSummary, ...], Silent], tmp_path: Path
+) -> None:
+    root, _, _ = whole
+    before = contents(root)
+    (tmp_path / "link").symlink_to(root / "out-4.0")
+    for place in (None, str(root / "out-{bpw}"), str(tmp_path / "link"), f"{root}/x/../out-5.0"):
+        with pytest.raises(UsageError, match=r"was tuned \(--tune 16k\); a patch would put a model there that is not"):
+            patch(recipe(model, root, text), ("*.v_proj=8",), Silent(), compile_full=place)
+    assert contents(root) == before
+
+
+KEPT = ["states/4-1-0-0.safetensors", "nonce/ab.json", "homes/0/x", "written/records/piece-0.json", "state.json"]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_tuning_keeps_in_a_work_directory_is_ours(name: str) -> None:
+    assert is_ours(f"quant/4.0/tune/{name}")
+    assert is_place_of_ours(f"quant/4.0/tune/{name}".rpartition("/")[0])
+    assert not is_ours(f"quant/4.0/other/{name}")

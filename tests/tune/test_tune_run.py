@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +23,10 @@ from exl2ray.evaluate.compare import evaluate
 from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
 from exl2ray.formats.verify import verify_directory
-from exl2ray.tune import judge, state
+from exl2ray.tune import driving, judge, state
 from exl2ray.tune.run import WORK, Tuned, tune
 from exl2ray.tune.settings import Settings
+from exl2ray.tune.worker import TunePass
 
 Pairs = Callable[..., tuple[Path, Path]]
 SMALL: dict[str, Any] = {"tokens": 8192, "length": 64, "step_tokens": 512, "rate": 2e-2, "gain_rate": 5e-3}
@@ -196,7 +199,7 @@ def test_a_module_at_a_time_the_numbers_are_the_same(
     assert same(tmp_path / "whole", tmp_path / "streamed")
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "numbers", "fields", "elsewhere"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "bytes", "numbers", "fields", "elsewhere", "step"])
 def test_a_damaged_checkpoint_costs_what_was_trained(
     pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -220,9 +223,14 @@ def test_a_damaged_checkpoint_costs_what_was_trained(
         one.write_bytes(one.read_bytes()[:-100])
     elif damage == "gone":
         one.unlink()
+    elif damage == "bytes":  # a whole file of safetensors still
+        data = bytearray(one.read_bytes())
+        data[-200:-100] = bytes(b ^ 0x11 for b in data[-200:-100])
+        one.write_bytes(data)
     else:
         forged: dict[str, dict[str, Any]] = {
             "numbers": {"best": 99}, "fields": {"scores": None}, "elsewhere": {"files": {"x": ["../x"]}},
+            "step": {"step": facts["step"] + 1},
         }  # fmt: skip
         (work / state.FILE).write_text(json.dumps({**facts, **forged[damage]}))
     reporter = Silent()
@@ -243,6 +251,46 @@ def test_another_tuning_does_not_take_the_place_of_a_finished_one(
     assert "another -o" in e.value.hint
     assert sha256_of(out / "output.safetensors") == before
     tuned(settings(pair, text, out, tokens=2048))
+
+
+@pytest.mark.parametrize(
+    "change", [{"result": {}}, {"before": 5}, {"after": {}}, {"seconds": None}, {"worse": None}, {"changed": "x"}], ids=str
+)
+def test_a_damaged_record_of_a_finished_tuning_counts_for_nothing(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    tuned(settings(pair, text, out, tokens=2048))
+    before, record = sha256_of(out / "output.safetensors"), out / f"{WORK}.json"
+    facts = json.loads(record.read_text())
+    record.write_text(json.dumps({**facts, "result": change.get("result", {**facts["result"], **change})}))
+    assert tuned(settings(pair, text, out, tokens=2048)).after["mean"] == facts["result"]["after"]["mean"]
+    assert sha256_of(out / "output.safetensors") == before
+    assert json.loads(record.read_text())["result"].keys() == facts["result"].keys()
+
+
+def test_what_a_kill_at_the_very_end_left_goes_with_the_next_run(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    tuned(settings(pair, text, out, tokens=2048))
+    (out / WORK / state.FOLDER).mkdir(parents=True)
+    (out / WORK / state.FOLDER / "5-1-0-0.safetensors").write_bytes(bytes(1000))
+    tuned(settings(pair, text, out, tokens=2048))
+    assert not (out / WORK).exists()
+
+
+def test_workers_find_models_that_are_named_from_here(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may run in another directory."""
+    seen: list[Settings] = []
+    given = settings(pair, text, tmp_path / "out", tokens=2048)
+    monkeypatch.chdir(Path(given.reference).parent)
+    here = replace(given, reference=Path(given.reference).name, directory=os.path.relpath(given.directory))
+    monkeypatch.setattr(driving, "TunePass", lambda **made: seen.append(made["settings"]) or TunePass(**made))
+    tuned(here)
+    assert {(s.reference, s.directory) for s in seen} == {(given.reference, given.directory)}
 
 
 def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:
