@@ -29,7 +29,7 @@ from exl2ray.terminal.program import Invocation, cli, command, present
 from exl2ray.terminal.reference_flags import is_given
 from exl2ray.terminal.streams import end, leave_threads, open_missing
 
-__all__ = ["cli", "cli_models", "main"]
+__all__ = ["cli", "cli_models", "main", "program"]
 argument, flag = click.argument, click.option
 dry_run_flag = flag("--dry-run", is_flag=True, help="check everything that can be checked before work starts, and stop")
 

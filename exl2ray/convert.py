@@ -13,7 +13,6 @@ there does nothing. Kill the process at any time, run the same command again, an
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -88,8 +87,10 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
 
 def _places(recipe: Recipe, compile_full: str | None) -> set[str]:
     """The directories of all bitrates with this -cf, links resolved."""
+    from exl2ray.targets import places
+
     single = (replace(recipe, bits=(bits,), compile_full=compile_full) for bits in recipe.bits)
-    return {os.path.realpath(directory) for r in single if (directory := r.output_dir(*r.bits)) is not None}
+    return {directory for r in single for directory in places(r)["targets"]}
 
 
 def patch(

@@ -88,7 +88,7 @@ def tune(
     record = work.with_name(f"{work.name}.json")
     owner = owner or Owner(pair.exl2.fingerprint(), str(pair.start.path), identity, os.path.abspath(work), flag="-o")
     with locked(target, owner):
-        done = _told(finished(record, identity, pair.start.path, target), settings.output)
+        done = _as_told(finished(record, identity, pair.start.path, target), settings.output)
         if done is not None:
             release_target(target)  # a run that was killed at its very end left the claim, and what it had worked with
             if work.is_dir():
@@ -111,7 +111,7 @@ def tune(
     return result
 
 
-def _told(found: Mapping[str, Any] | None, directory: str) -> Tuned | None:
+def _as_told(found: Mapping[str, Any] | None, directory: str) -> Tuned | None:
     """What a record says of a finished tuning; None if it is none."""
     try:
         if found is None:
