@@ -28,10 +28,31 @@ class Threads:
         return _Member(self, rank)
 
 
+class _Underway:
+    def __init__(
+        self, member: _Member, number: int, sent: list[tuple[Tensor, Tensor]], receives: list[tuple[Tensor, int]]
+    ) -> None:
+        self._member, self._number, self._sent, self._receives = member, number, sent, receives
+        for t, _ in receives:
+            assert t.is_contiguous()
+            t.zero_()  # not there yet
+
+    def wait(self) -> None:
+        member = self._member
+        assert self._number == member.waited, "exchanges are waited for in the order in which they were started"
+        member.waited += 1
+        for t, as_sent in self._sent:
+            assert torch.equal(t, as_sent), "what is on its way must not change"
+        for t, source in self._receives:
+            t.copy_(member._mail[source, member.rank].get(timeout=WAITING_SECONDS))
+            member.received += t.nbytes
+
+
 class _Member:
     def __init__(self, threads: Threads, rank: int) -> None:
         self.rank, self.size, self.received, self._mail = rank, threads.size, 0, threads.mail
         self._threads = threads
+        self._started = self.waited = 0
 
     def gather(self, value: Any) -> list[Any]:
         self._threads.said[self.rank] = value
@@ -41,13 +62,15 @@ class _Member:
         return said
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
-        for t, to in sends:
+        self.start(sends, receives).wait()
+
+    def start(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> _Underway:
+        sent = [(t, t.clone()) for t, _ in sends]
+        for (t, copy), (_, to) in zip(sent, sends, strict=True):
             assert t.is_contiguous()
-            self._mail[self.rank, to].put(t.clone())
-        for t, source in receives:
-            assert t.is_contiguous()
-            t.copy_(self._mail[source, self.rank].get(timeout=WAITING_SECONDS))
-            self.received += t.nbytes
+            self._mail[self.rank, to].put(copy)
+        self._started += 1
+        return _Underway(self, self._started - 1, sent, list(receives))
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
         others = [r for r in range(self.size) if r != source]

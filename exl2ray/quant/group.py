@@ -12,6 +12,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
+class Exchange(Protocol):
+    """Tensors on their way."""
+
+    def wait(self) -> None:
+        """Until what was received may be read, and what was sent be changed, by what is computed from now on."""
+        ...
+
+
 class Comm(Protocol):
     """The connection of one member. All members make the same calls in the same order."""
 
@@ -28,6 +36,11 @@ class Comm(Protocol):
 
         What two members send each other arrives in the order in which it is listed.
         """
+        ...
+
+    def start(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Exchange:
+        """`exchange` that goes on while other things are computed. All members wait for their exchanges in the order in
+        which they were started."""
         ...
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
@@ -50,8 +63,12 @@ class Solo:
         return [value]
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        self.start(sends, receives)
+
+    def start(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Exchange:
         if sends or receives:
             raise AssertionError("a group of one has no other members")
+        return Arrived()
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
         return t
@@ -60,4 +77,11 @@ class Solo:
         return t[None]
 
     def close(self) -> None:
+        pass
+
+
+class Arrived:
+    """An `Exchange` with nothing to wait for."""
+
+    def wait(self) -> None:
         pass

@@ -20,6 +20,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from exl2ray.quant.group import Arrived, Exchange
 from exl2ray.team.messages import GroupBroken
 
 RENDEZVOUS_SECONDS = 120
@@ -56,14 +57,16 @@ class Group:
         return out
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        self.start(sends, receives).wait()
+
+    def start(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Exchange:
         plan = [torch_dist.P2POp(torch_dist.isend, _bytes_of(t), to) for t, to in sends if t.numel()]
         plan += [torch_dist.P2POp(torch_dist.irecv, _bytes_of(t), source) for t, source in receives if t.numel()]
         if not plan:
-            return
-        with _broken_if_it_fails():
-            for work in torch_dist.batch_isend_irecv(plan):
-                work.wait()
+            return Arrived()
         self.received += sum(t.nbytes for t, _ in receives)
+        with _broken_if_it_fails():
+            return _Underway(torch_dist.batch_isend_irecv(plan), plan)
 
     def broadcast(self, t: Tensor, source: int) -> Tensor:
         with _broken_if_it_fails():
@@ -89,6 +92,19 @@ class Group:
         if torch_dist.is_initialized():
             with suppress(RuntimeError):
                 torch_dist.destroy_process_group()
+
+
+class _Underway:
+    """``plan``: has the tensors, which have to stay until they have arrived."""
+
+    def __init__(self, works: Sequence[Any], plan: Sequence[Any]) -> None:
+        self._works, self._plan = list(works), list(plan)
+
+    def wait(self) -> None:
+        with _broken_if_it_fails():
+            for work in self._works:
+                work.wait()
+        self._works, self._plan = [], []
 
 
 def _bytes_of(t: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ every number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from exl2ray.quant.group import Comm
+from exl2ray.quant.group import Comm, Exchange
 
 SHARES = 4  # of a step's rows; a power of two, the largest group of workers
 Node = tuple[int, int]  # (level, position): covers shares position * 2^level .. (position + 1) * 2^level - 1
@@ -64,10 +64,11 @@ def owners_of(sizes: Sequence[int], members: int) -> list[int]:
 
 def bring_to_owners(
     comm: Comm, tree: TreeOfSums, leaves: Sequence[Tensor], owners: Sequence[int], count: int
-) -> list[Tensor | None]:
-    """All members call it, for the same leaves. The sums over all ``count`` shares of those that this member owns."""
+) -> Callable[[], list[Tensor | None]]:
+    """All members call it, for the same leaves, and what they get, which waits for the others: the sums over all ``count``
+    shares of the leaves that this member owns."""
     if comm.size == 1:
-        return list(tree.total())
+        return lambda: list(tree.total())
     runs = [_nodes_of(shares_of(rank, comm.size, count)) for rank in range(comm.size)]
     mine = [i for i, owner in enumerate(owners) if owner == comm.rank]
     whole, sends, receives = TreeOfSums(), [], []
@@ -81,19 +82,24 @@ def bring_to_owners(
                 found = [torch.empty(leaves[i].shape, device=leaves[i].device) for i in mine]
                 receives += [(t, rank) for t in found]
                 arrived.append((node, found))
-    comm.exchange(sends, receives)
-    for node, found in arrived:
-        whole.add_node(node, found)
-    total = dict(zip(mine, whole.total(), strict=True))
-    return [total.get(i) for i in range(len(leaves))]
+    underway = comm.start(sends, receives)
+
+    def sums() -> list[Tensor | None]:
+        underway.wait()
+        for node, found in arrived:
+            whole.add_node(node, found)
+        total = dict(zip(mine, whole.total(), strict=True))
+        return [total.get(i) for i in range(len(leaves))]
+
+    return sums
 
 
-def give_to_others(comm: Comm, leaves: Sequence[Tensor], owners: Sequence[int]) -> None:
-    """All members call it: every leaf becomes that of its owner, in place."""
+def give_to_others(comm: Comm, leaves: Sequence[Tensor], owners: Sequence[int]) -> Exchange:
+    """All members call it: when it has been waited for, every leaf is that of its owner, in place."""
     values = [leaf.detach() for leaf in leaves]
     others = [rank for rank in range(comm.size) if rank != comm.rank]
     sends = [(t, to) for t, owner in zip(values, owners, strict=True) if owner == comm.rank for to in others]
-    comm.exchange(sends, [(t, owner) for t, owner in zip(values, owners, strict=True) if owner != comm.rank])
+    return comm.start(sends, [(t, owner) for t, owner in zip(values, owners, strict=True) if owner != comm.rank])
 
 
 def _nodes_of(shares: range) -> list[Node]:

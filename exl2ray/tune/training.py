@@ -4,7 +4,8 @@ A step's rows are cut into shares (`exl2ray.tune.sums`), each computed by itself
 along a tree. So the results do not depend on who computes which share. On the way forward the states before every module are
 kept; on the way back a module is computed once more with gradients, unless there is memory to keep what that takes the first
 time (the same numbers, earlier). A module is updated as soon as the gradients of all shares are there: those of one exist at
-a time. So modules may come and go (`exl2ray.tune.shelves`); then the states wait on the host.
+a time, or in a group those of the next ones too, while the first are on their way (`exl2ray.tune.updates`). So modules may
+come and go (`exl2ray.tune.shelves`); then the states wait on the host.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from exl2ray.quant.group import Comm, Solo
 from exl2ray.tune.divergence import divergence_backward
 from exl2ray.tune.module import TunedModule
 from exl2ray.tune.recording import RecordedStep
-from exl2ray.tune.sums import SHARES, Gradients, TreeOfSums, bring_to_owners, give_to_others, shares_of
+from exl2ray.tune.sums import SHARES, Gradients, TreeOfSums, shares_of
+from exl2ray.tune.updates import Updates
 
 TRIED_TOKENS = 1024  # of a row, to see whether attention gives the same gradients twice
 GRAPH_BYTES = 6  # kept for the way back by a token in a module, for each input and output of its linears
@@ -71,8 +73,13 @@ class Trainer:
     def step(self, ids: Tensor, rates: Rates) -> Tensor:
         """ids (R, T), the same on all members -> what the rows of this one add to the mean divergence before the step,
         float64 on the device; the model is updated."""
-        self._rates.copy_(torch.tensor([rates.factor * rates.latents, rates.factor * rates.gains]))
-        return self.recording(ids.to(self.device))
+        now = torch.tensor([rates.factor * rates.latents, rates.factor * rates.gains])
+        self._rates.copy_(self._to_be_copied(now), non_blocking=True)
+        return self.recording(self._to_be_copied(ids).to(self.device, non_blocking=True))
+
+    def _to_be_copied(self, t: Tensor) -> Tensor:
+        """In memory that a GPU reads when the steps before are done, while the host goes on."""
+        return t.pin_memory() if self.device.type == "cuda" else t
 
     def _step(self, ids: Tensor) -> Tensor:
         shares = [share for share in ids.tensor_split(min(SHARES, len(ids))) if len(share)]
@@ -113,6 +120,7 @@ class Trainer:
     ) -> Tensor:  # fmt: skip
         """``shares``: the numbers of those that are computed here, of ``count``."""
         head, total = self.modules[-1], torch.zeros((), dtype=torch.float64, device=self.device)
+        updates = Updates(self.comm, self._rates, count, behind=not self.streamed)
         gradients, sums, source_head = [], TreeOfSums(), self.source[-1]
         for share, after, theirs in zip(shares, last, source, strict=True):
             states = after[:, self.skip :]
@@ -124,22 +132,16 @@ class Trainer:
             gradients.append(whole)
             sums.add(share, of_leaves)
             total += kl
-        self._update(head, sums, count)
+        updates.add(head, sums)
         for i in range(len(self.modules) - 2, self.first - 1, -1):
             module, passes, sums = self.modules[i], kept.pop(), TreeOfSums()
             with self._attention(module):
                 for s, p in enumerate(passes):
                     gradients[s], of_leaves = _backward(module, p, gradients[s], i > self.first)
                     sums.add(shares[s], of_leaves)
-            self._update(module, sums, count)
+            updates.add(module, sums)
+        updates.finish()
         return total
-
-    def _update(self, module: TunedModule, sums: TreeOfSums, count: int) -> None:
-        if module.trained:
-            mine = bring_to_owners(self.comm, sums, module.leaves, module.owners, count)
-            module.update(mine, self._rates[0], self._rates[1])
-            give_to_others(self.comm, module.leaves, module.owners)
-            module.updated(module)
 
     def _attention(self, module: TunedModule) -> AbstractContextManager[None]:
         return _reproducible(self.fused) if _attends(module) else nullcontext()
