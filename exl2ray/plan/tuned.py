@@ -6,6 +6,7 @@ import torch
 
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
+from exl2ray.quant.memory import device_bytes
 from exl2ray.tune.estimate import a_module_at_a_time, as_a_whole
 from exl2ray.tune.memory import fits_whole
 from exl2ray.units import parse_count
@@ -20,7 +21,7 @@ def of_tuning(tokens: str, spec: ModelSpec, bitrates: int, device: torch.device 
     other += f", {_gb(streamed.file_bytes)} in files" if streamed.file_bytes else ""
     words = f"the time leaves out --tune {tokens}, which takes {one}, or {other} and {_minutes(streamed.seconds)}"
     if device is not None and device.type == "cuda" and torch.cuda.is_available():
-        fits = fits_whole(spec, torch.cuda.get_device_properties(device).total_memory)
+        fits = fits_whole(spec, device_bytes(device))
         words += f"; here it is {'as a whole' if fits else 'a module at a time'}"
     return f"{words} (expected of an H200, not measured; small models and GPUs take longer)"
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from exl2ray.cuda.small_batches import GRAPH_SHARE, device_bytes
+from exl2ray.cuda.small_batches import GRAPH_SHARE
+from exl2ray.cuda.small_batches import device_bytes as device_bytes
 from exl2ray.formats import roles
 from exl2ray.formats.layout import pad32
 from exl2ray.quality import DAMPING, Settings

@@ -12,6 +12,7 @@ import torch
 from exl2ray.errors import UsageError
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
+from exl2ray.quant.memory import device_bytes
 
 TRAINED_BYTES = 12  # a weight: latent and two moments, float32
 WEIGHT_BYTES = 2 + 2 + 2  # as it is computed with, the source's, and the gradient of what is being updated at most
@@ -70,7 +71,7 @@ def check_memory(spec: ModelSpec, device: torch.device, flag: str = "tuning") ->
     """UsageError if the memory of a GPU is certainly too small."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return
-    needed, total = streamed_bytes(spec), torch.cuda.get_device_properties(device).total_memory
+    needed, total = streamed_bytes(spec), device_bytes(device)
     if needed > total:
         raise UsageError(
             f"{flag}: {needed / 1e9:.1f} GB of GPU memory are needed, a module at a time; the GPU has {total / 1e9:.1f} GB",
@@ -84,7 +85,7 @@ def room_for(spec: ModelSpec, device: torch.device, streamed: bool | None, shrin
     check_memory(spec, device)
     memory = usable_memory_bytes()
     if device.type == "cuda":
-        whole = fits_whole(spec, torch.cuda.get_device_properties(device).total_memory)
+        whole = fits_whole(spec, device_bytes(device))
     else:
         whole = weights_of(spec) * (TRAINED_BYTES + 3 * 4) <= memory  # weights, the source's, gradients: float32
     streamed = streamed or shrink >= SMALLER or (streamed is None and not whole)

@@ -68,7 +68,8 @@ class TunedModule:
         deltas = {f"{name}.delta": g.delta for name, g in self.gains.items() if name in own}
         self.optimisers = (Adam(latents), Adam(deltas))
         self.owned = own
-        self.updated: Callable[[TunedModule], None] = lambda module: None  # called after every step
+        self.updating: Callable[[TunedModule], None] = lambda module: None  # called before every step
+        self.updated: Callable[[TunedModule], None] = lambda module: None  # and after it
 
     @property
     def names(self) -> list[str]:
@@ -98,9 +99,10 @@ class TunedModule:
 
     @torch.no_grad()
     def take(self, state: Mapping[str, Tensor], others: Mapping[str, Tensor], steps: int) -> None:
-        """Takes up this worker's `state` after ``steps`` steps and the leaves of others."""
+        """Takes up this worker's `state` after ``steps`` steps and the leaves of others. What ``state`` lacks stays."""
         for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+            if name in state:
+                tensor.copy_(state[name], non_blocking=True)
         for optimiser in self.optimisers:
             optimiser.count(steps)
         self.refresh()
@@ -139,6 +141,7 @@ class TunedModule:
 
     def update(self, gradients: Sequence[Tensor | None], rate: Tensor, gain_rate: Tensor) -> None:
         """One step of Adam. gradients: float32, in the order of ``leaves``; None for those of other workers."""
+        self.updating(self)
         latents, deltas = self.optimisers
         found = {name: g for name, g in zip(self.names, gradients, strict=True) if g is not None}
         latents.step([found[key] for key, x in self.linears.items() if x.latents is not None], rate)

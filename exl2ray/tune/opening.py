@@ -93,7 +93,8 @@ def load_tuned(
         if latents is None:
             mine: Tensor | None = grid.latents(grid.integers(packed), _weight(pair, linear, device, ahead), reach)
         else:
-            mine = latents[linear.key].to(device, copy=True) if linear.key in latents else None
+            kept = latents.get(linear.key)
+            mine = None if kept is None else kept.to(device, copy=True, non_blocking=True)
         linears[linear.key] = TunedLinear(packed, grid, mine)
         if packed.bias is not None:
             gains.append(_bias_gain(linear, packed.bias, device))

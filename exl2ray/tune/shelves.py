@@ -22,6 +22,7 @@ from exl2ray.store.faults import translated
 from exl2ray.tune.module import TunedModule
 
 T = TypeVar("T")
+NOW, LATENTS = "now/", ".latents"  # begin and end the names of latents in `TunedModule.state`
 
 
 class Shelf(Sequence[T], Generic[T]):
@@ -80,23 +81,33 @@ class Homes:
         if mine is None:
             mine = self._states[module.key] = self._allocated(state)
         for name, tensor in state.items():
-            mine[name].copy_(tensor)
+            mine[name].copy_(tensor, non_blocking=mine[name].is_pinned())
         self._others[module.key] = {name: leaf.detach().cpu().clone() for name, leaf in module.of_others().items()}
 
     @torch.no_grad()
     def back(self, module: TunedModule, steps: int) -> None:
-        """Gives a module what was kept of it after ``steps`` steps, and keeps what comes of it."""
-        module.take(self._states[module.key], self._others[module.key], steps)
-        module.updated = self.keep
+        """Gives a module that has its latents the rest of what was kept of it after ``steps`` steps, and keeps what comes of
+        it. Moments are two thirds of that and come when there is a step to take: the way forward needs none."""
+        state = self._states[module.key]
+        deltas = {n: t for n, t in state.items() if n.startswith(NOW) and not _is_latent(n)}
+        module.take(deltas, self._others[module.key], steps)
+        module.updating, module.updated = self._with_moments, self.keep
+
+    def _with_moments(self, module: TunedModule) -> None:
+        kept = self._states[module.key]
+        for name, tensor in module.state().items():
+            if not name.startswith(NOW):
+                tensor.copy_(kept[name], non_blocking=True)
 
     def state(self, key: str) -> dict[str, Tensor]:
+        """What was kept of a module, for the host to read."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies into pinned memory are not waited for
         return self._states[key]
 
     def latents(self, key: str) -> dict[str, Tensor]:
         """Of the linears of a module that this worker owns, by linear."""
-        ends = ("now/", ".latents")
-        return {n[len(ends[0]) : -len(ends[1])]: t for n, t in self._states[key].items()
-                if n.startswith(ends[0]) and n.endswith(ends[1])}  # fmt: skip
+        return {n[len(NOW) : -len(LATENTS)]: t for n, t in self._states[key].items() if _is_latent(n)}
 
     def _allocated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         shapes = {name: tuple(t.shape) for name, t in state.items()}
@@ -115,3 +126,7 @@ class Homes:
         with translated("write", str(self._folder)), tempfile.NamedTemporaryFile(dir=self._folder, prefix=".tmp-") as file:
             os.posix_fallocate(file.fileno(), 0, 4 * count)  # a full disk is told now, and not by a signal later
             return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
+
+
+def _is_latent(name: str) -> bool:
+    return name.startswith(NOW) and name.endswith(LATENTS)

@@ -136,7 +136,7 @@ class _Tuning:
         self.ids, self.held = rows["ids"].clone(), rows["held"].clone()
         shrink = max(self.part.shrink.values(), default=1)
         self.room = room_for(self.pair.start.spec, self.device, self.settings.streamed, shrink)
-        self._ahead = Ahead(self.pair.source, self.device, wanted=not self.room.streamed)
+        self._ahead = Ahead(self.pair.source, self.device, again=self.room.streamed)
         self.source = self._shelf(lambda i: load_source(self.pair, self.modules_of[i], self.device, self._ahead.at(i)))
         self.saved = state.restore(self.store, self.comm, self.part.identity, self.notes)
         self.progress = self.saved.progress if self.saved else state.Progress(self.part.identity)

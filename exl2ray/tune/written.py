@@ -27,6 +27,7 @@ from exl2ray.evaluate.chat import stop_ids
 from exl2ray.evaluate.forward import OpenModel
 from exl2ray.evaluate.generate import Draft, Generator
 from exl2ray.events import Reporter
+from exl2ray.quant.memory import device_bytes
 from exl2ray.store.fs import Store
 from exl2ray.store.records import Record, Records, hash_inputs, item_file
 from exl2ray.store.tensors import get_tensors, put_tensors
@@ -60,7 +61,7 @@ def self_written(
     states that are not finite, StoreError for a piece that cannot be kept, UsageError for a model that a GPU has no room for.
     """
     if device.type == "cuda":
-        check_weights(model, torch.cuda.get_device_properties(device).total_memory)
+        check_weights(model, device_bytes(device))
     rows = rows_at_once(model, length, device)
     records = Records(store)
     inputs = {
@@ -100,7 +101,7 @@ def rows_at_once(model: OpenModel, length: int, device: torch.device) -> int:
     """Rows whose keys and values have room; by shapes and the device's total memory alone."""
     h = model.spec.hyper
     size = 2 * h.num_layers * h.kv_heads * h.head_dim * length * (4 if device.type == "cpu" else 2)
-    room = CACHE_BYTES if device.type == "cpu" else int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    room = CACHE_BYTES if device.type == "cpu" else int(GPU_SHARE * device_bytes(device))
     return max(LEAST_ROWS, min(MOST_ROWS, room // size))
 
 

@@ -1,0 +1,88 @@
+"""Modules that come and go: what is kept of them, when it comes back, and what is read meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from exl2ray.evaluate import forward
+from exl2ray.evaluate.forward import Ahead
+from exl2ray.tune import memory
+from exl2ray.tune.module import TunedModule
+from exl2ray.tune.opening import load_tuned, open_pair
+from exl2ray.tune.shelves import Homes
+
+CPU = torch.device("cpu")
+Pairs = Callable[..., tuple[Path, Path]]
+
+
+def gradients(module: TunedModule, seed: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(leaf.shape, generator=g) for leaf in module.leaves]
+
+
+@pytest.mark.parametrize("room", [1 << 30, 0], ids=["memory", "file"])
+def test_a_module_that_was_away_takes_the_steps_of_one_that_stayed(pair: Pairs, tmp_path: Path, room: int) -> None:
+    source, exl2 = pair("Qwen2")
+    found = open_pair(exl2, source)
+    spec = found.start.spec.modules[1]
+    rate = torch.tensor(0.05)
+    stayed, homes = load_tuned(found, spec, CPU, torch.float32), Homes(tmp_path, room)
+    homes.keep(load_tuned(found, spec, CPU, torch.float32))
+    for step in range(3):
+        module = load_tuned(found, spec, CPU, torch.float32, latents=homes.latents(stayed.key))
+        homes.back(module, step)
+        for ours, plain in zip(module.leaves, stayed.leaves, strict=True):
+            assert torch.equal(ours, plain)
+        for each in (stayed, module):
+            each.update(gradients(each, step), rate, rate)
+            each.updated(each)
+    assert stayed.state().keys() == homes.state(stayed.key).keys()
+    for name, tensor in homes.state(stayed.key).items():
+        assert torch.equal(tensor, stayed.state()[name]), name
+
+
+def test_moments_come_back_only_for_a_step(pair: Pairs, tmp_path: Path) -> None:
+    source, exl2 = pair("Llama")
+    found = open_pair(exl2, source)
+    spec = found.start.spec.modules[1]
+    homes, rate = Homes(tmp_path, 1 << 30), torch.tensor(0.05)
+    first = load_tuned(found, spec, CPU, torch.float32)
+    first.update(gradients(first, 0), rate, rate)
+    homes.keep(first)
+    module = load_tuned(found, spec, CPU, torch.float32, latents=homes.latents(first.key))
+    homes.back(module, 1)
+    moments = [name for name in module.state() if not name.startswith("now/")]
+    assert moments
+    assert not any(module.state()[name].any() for name in moments)
+    module.updating(module)
+    assert all(torch.equal(module.state()[name], first.state()[name]) for name in moments)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_the_first_modules_are_read_behind_the_last(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sequence[str]] = []
+    monkeypatch.setattr(forward, "read_ahead", lambda source, pin: SimpleNamespace(fetch=asked.append))
+    monkeypatch.setattr(forward, "whole_tensors", lambda module: [module])
+    model: Any = SimpleNamespace(spec=SimpleNamespace(modules=["a", "b", "c", "d"]), quantized=False, source=None)
+    ahead = Ahead(model, torch.device("cuda"), again=again)
+    for index in range(4):
+        ahead.at(index)
+    assert [list(names) for names in asked] == [
+        ["a", "b", "c"], ["b", "c", "d"], ["c", "d", *("a" * again)], ["d", *("ab" if again else "")]
+    ]  # fmt: skip
+
+
+def test_a_part_of_a_gpu_is_as_small_as_a_small_gpu(pair: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, exl2 = pair("Llama")
+    spec = open_pair(exl2, source).start.spec
+    least = memory.needed_bytes(spec)
+    for total, streamed in ((least, False), (least - 1, True)):
+        monkeypatch.setattr(memory, "device_bytes", lambda device, total=total: total)
+        assert memory.room_for(spec, torch.device("cuda"), None).streamed is streamed
