@@ -12,6 +12,7 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, MoeBlock, NormBlock
 from exl2ray.model.half import Norm
 from exl2ray.model.spec import LinearSpec, ModuleSpec
+from exl2ray.team.packed_files import HostCopies, recorded
 from exl2ray.tune.adam import Adam
 from exl2ray.tune.gains import Gain
 from exl2ray.tune.grid import Grid
@@ -149,10 +150,12 @@ class TunedModule:
         self.refresh()
 
     @torch.no_grad()
-    def snapshot(self) -> Snapshot:
-        """Of what this worker owns."""
+    def snapshot(self, before: Snapshot | None = None, copies: HostCopies | None = None) -> Snapshot:
+        """Of what this worker owns. before: an earlier one, whose memory may be used again. copies: those of a GPU."""
         latents = {key: (x.grid, x.latents) for key, x in self.linears.items() if x.latents is not None}
-        codes = {key: grid.codes(grid.rounded(found)).cpu() for key, (grid, found) in latents.items()}
+        codes = {key: grid.codes(grid.rounded(found)) for key, (grid, found) in latents.items()}
+        if copies is not None:
+            codes = copies.copy(codes, recorded(), before.codes if before is not None else None)
         return Snapshot(codes, {name: g.value().cpu() for name, g in self.gains.items() if name in self.owned})
 
 

@@ -28,6 +28,7 @@ from exl2ray.store.open import open_store
 from exl2ray.store.tensors import get_tensors
 from exl2ray.team.comm import Group
 from exl2ray.team.messages import Begun, ItemResult, Meeting, Pass, Ready, WorkerSetup
+from exl2ray.team.packed_files import HostCopies
 from exl2ray.tune import judge, state
 from exl2ray.tune.deciding import decided
 from exl2ray.tune.evaluating import Evaluator
@@ -205,6 +206,7 @@ class _Tuning:
         self.evaluate = self._evaluator()
         size = self.settings.rows_of_a_step(len(self.ids))
         self.order = batches(len(self.ids), size, self.part.steps, self.settings.seed)
+        self._copies = HostCopies(self.device) if self.device.type == "cuda" else None
         self._state_bytes = weights_of(self.pair.start.spec) * (TRAINED_BYTES + SNAPSHOT_BYTES)
         self._saved_at, self._saving = time.monotonic(), self._state_bytes / comm.size / SAVING_BYTES
         attention, place = "fused" if self.trainer.fused else "plain", "a module at a time" if homes else "as a whole"
@@ -313,7 +315,7 @@ class _Tuning:
         progress.scores.append((progress.step, *standing))
         if standing < best or progress.best < 0:
             progress.best = len(progress.scores) - 1
-            progress.snapshots = {m.key: m.snapshot() for m in self.modules}
+            progress.snapshots = {m.key: m.snapshot(progress.snapshots.get(m.key), self._copies) for m in self.modules}
         progress.over = judge.is_over([score for *_, score in progress.scores])
         ratio = math.exp(standing[1] - progress.scores[0][2])
         lost = judge.worse(start, found, kinds)

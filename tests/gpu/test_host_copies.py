@@ -8,15 +8,9 @@ import time
 import pytest
 import torch
 
-from exl2ray.team.packed_files import BUFFER_BYTES, HostCopies
+from exl2ray.team.packed_files import BUFFER_BYTES, HostCopies, recorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
-
-
-def recorded() -> torch.cuda.Event:
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 def test_values_arrive() -> None:
@@ -34,6 +28,16 @@ def test_values_arrive() -> None:
         assert found[name].shape == t.shape
         assert found[name].dtype == t.dtype
         assert torch.equal(found[name], t.cpu()), name
+
+
+def test_memory_that_was_used_before() -> None:
+    device = torch.device("cuda")
+    tensors = {name: torch.arange(1000, dtype=torch.uint8, device=device) for name in ("again", "of another size", "new")}
+    old = {"again": torch.zeros(1000, dtype=torch.uint8), "of another size": torch.zeros(999, dtype=torch.uint8)}
+    found = HostCopies(device).copy(tensors, recorded(), old)
+    assert all(torch.equal(found[name], t.cpu()) for name, t in tensors.items())
+    assert found["again"] is old["again"]
+    assert not old["of another size"].any()
 
 
 def test_many_small_ones_and_one_that_does_not_fit_beside_them() -> None:
