@@ -164,6 +164,14 @@ class Exl2Model(SourceModel):
         """Module names of the quantised linears, sorted."""
         return sorted(n.removesuffix(".q_weight") for n in self.names() if n.endswith(".q_weight"))
 
-    def linear(self, key: str) -> PackedLinear:
-        """Load and check one quantised linear."""
-        return PackedLinear.from_tensors(key, lambda name: self.load(name) if name in self else None)
+    def linear(self, key: str, integers: bool = True) -> PackedLinear:
+        """Load and check one quantised linear. integers: whether they are read; if not, q_weight is on the meta device."""
+
+        def load(name: str) -> Tensor | None:
+            if name not in self:
+                return None
+            if integers or name != f"{key}.q_weight":
+                return self.load(name)
+            return torch.empty(self.shape(name), dtype=torch.int32, device="meta")
+
+        return PackedLinear.from_tensors(key, load)

@@ -88,7 +88,7 @@ def load_tuned(
     for linear in module.linears:
         if f"{linear.key}.q_weight" not in pair.exl2:
             continue  # kept in float16, as a head may be
-        packed = pair.exl2.linear(linear.key)
+        packed = pair.exl2.linear(linear.key, integers=latents is None or linear.key not in latents)
         grid = Grid.of(packed, linear.out_features, device)
         if latents is None:
             mine: Tensor | None = grid.latents(grid.integers(packed), _weight(pair, linear, device, ahead), reach)

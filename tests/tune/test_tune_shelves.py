@@ -86,3 +86,23 @@ def test_a_part_of_a_gpu_is_as_small_as_a_small_gpu(pair: Pairs, monkeypatch: py
     for total, streamed in ((least, False), (least - 1, True)):
         monkeypatch.setattr(memory, "device_bytes", lambda device, total=total: total)
         assert memory.room_for(spec, torch.device("cuda"), None).streamed is streamed
+
+
+def test_integers_that_are_latents_are_not_read_again(pair: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, exl2 = pair("Llama")
+    found = open_pair(exl2, source)
+    spec = found.start.spec.modules[1]
+    key = spec.linears[0].key
+    whole, without = found.exl2.linear(key), found.exl2.linear(key, integers=False)
+    assert without.q_weight.is_meta
+    assert (without.layout, without.out_features) == (whole.layout, whole.out_features)
+    module = load_tuned(found, spec, CPU, torch.float32)
+    latents = {name: x.latents for name, x in module.linears.items() if x.latents is not None}
+    read: list[str] = []
+    plain = found.exl2.load
+    monkeypatch.setattr(found.exl2, "load", lambda name, *given, **named: read.append(name) or plain(name, *given, **named))
+    again = load_tuned(found, spec, CPU, torch.float32, latents=latents)
+    assert read
+    assert not [name for name in read if name.endswith("q_weight")]
+    for ours, theirs in zip(again.leaves, module.leaves, strict=True):
+        assert torch.equal(ours, theirs)
