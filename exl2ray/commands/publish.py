@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from exl2ray import __version__
 from exl2ray.errors import HubError, Interrupted, StoreError, UsageError
 from exl2ray.evaluate.record import EVALUATION, Evaluation, read_evaluations
+from exl2ray.evaluate.standing import EARLIER, standing
 from exl2ray.formats.measurement import MAX_MEASUREMENT_BYTES, parse_measurement
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.publish.base_model import MAX_CARD_BYTES, REPOSITORY, original_card
@@ -28,6 +29,7 @@ from exl2ray.publish.card import (
     with_branches,
     with_evaluation,
     with_loading,
+    without_evaluation,
 )
 from exl2ray.publish.file_kinds import CARD
 from exl2ray.publish.frontmatter import Value, read_fields, split_card, with_fields
@@ -121,6 +123,9 @@ def publish(
             evaluations = [store.full_name(EVALUATION)]
         results = [e for path in evaluations for e in read_evaluations(path)]
         figures = match_evaluations(folders, evaluations, results)
+        outdated = _outdated(folders, figures)
+        results = [e for e in results if e not in outdated.values()]
+        figures = [None if f.path in outdated else e for f, e in zip(folders, figures, strict=True)]
         shared = shared_files(store, results if any(figures) else [], repo) if extras else {}
         uploads = []
         for f, b, e in zip(folders, branches, figures, strict=True):
@@ -130,6 +135,7 @@ def publish(
             if extras and e is not None:
                 own[EVALUATION] = published_results([e], {e.model: b}, base_model)
             card = card_text(f, repo, b, base_model, e, PLOT if PLOT in own else "")
+            card = without_evaluation(card) if f.path in outdated else card
             uploads.append(Upload(f, b, card, e, {n: c for n, c in own.items() if n not in f.files}))
         if dry_run:
             return [_result(u, repo) for u in uploads]
@@ -318,6 +324,15 @@ def match_evaluations(
         names = ", ".join(sorted({e.model for e in results})[:5]) or "nothing"
         raise UsageError(f"--eval {paths[0]}: is about {names}, not about what is published", "evaluate those directories")
     return [found.get(f.path) for f in folders]
+
+
+def _outdated(folders: Sequence[Folder], figures: Sequence[Evaluation | None]) -> dict[Path, Evaluation]:
+    """Results of what directories held before they were written again, by a patch for one. They are not published."""
+    pairs = zip(folders, figures, strict=True)
+    found = {f.path: e for f, e in pairs if e is not None and standing(e, [f.path]) == EARLIER}
+    for path in found:
+        _say(f"{path}: written again since its evaluation, so no figures go along: exl2ray eval {path} --json > FILE")
+    return found
 
 
 # ---- shown ----------------------------------------------------------------------------------------------------------
