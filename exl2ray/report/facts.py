@@ -115,7 +115,7 @@ def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
     rates = sorted({*recorded_bitrates(store), *log.allocated})
     if len(rates) > MAX_BITRATES:
         problems.append(f"there are {len(rates)} bitrates; shown are the lowest {MAX_BITRATES}")
-    chains = [read_chain(store, bits, problems) for bits in rates[:MAX_BITRATES]]
+    chains = [read_chain(store, bits, problems, *log.written.get(bits, ())) for bits in rates[:MAX_BITRATES]]
     shapes = linear_shapes(store, chains, problems)
     linears = {m.key: tuple(m.options) for chain in chains for m in chain.modules}
     evaluations = _evaluations(store, evaluation_files, problems)
@@ -180,6 +180,7 @@ class _Log:
     def __init__(self, events: Iterable[Mapping[str, Any]]) -> None:
         self.allocated: dict[float, Mapping[str, Any]] = {}
         self.directory: dict[float, str] = {}
+        self.written: dict[float, tuple[frozenset[str], int]] = {}  # hashes of modules, bytes
         self.items: dict[str, int] = {}  # stage -> items
         self.notes: list[tuple[str, str]] = []  # (place, text)
         self.warnings: dict[str, None] = {}
@@ -192,6 +193,7 @@ class _Log:
             self.allocated[bits] = f
         elif name == "written" and bits is not None:
             self.directory[bits] = str(f.get("directory") or "")
+            self.written[bits] = (frozenset(texts(f.get("modules"))), int(as_number(f.get("bytes")) or 0))
         elif name == "stage":
             self.items[str(f.get("stage"))] = int(as_number(f.get("items")) or 0)
         elif name == "lost":
