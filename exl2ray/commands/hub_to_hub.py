@@ -25,6 +25,7 @@ from exl2ray.events import Reporter
 from exl2ray.publish.base_model import REPOSITORY
 from exl2ray.publish.selection import OWN
 from exl2ray.recipe import Recipe
+from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.store.file_names import EVENTS, FOLDERS, is_ours
 from exl2ray.store.fs import Store
 from exl2ray.store.job_file import JOB_FILE
@@ -80,6 +81,7 @@ def convert(recipe: Recipe, wishes: Wishes, reporter: Reporter) -> None:
 
 
 def _ready(wishes: Wishes) -> None:
+    need_hub_library("--publish")
     from exl2ray.publish.upload import Hub, stored_token
 
     ready_repository(Hub(wishes.repo, stored_token()), create=True, private=wishes.private)

@@ -35,6 +35,7 @@ from exl2ray.publish.file_kinds import CARD
 from exl2ray.publish.frontmatter import Value, read_fields, split_card, with_fields
 from exl2ray.publish.selection import Folder, branch_names, read_folder, refuse_secret
 from exl2ray.recipe import bpw_name
+from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.remote.token import read_token
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.store.file_names import MEASUREMENT
@@ -153,10 +154,9 @@ def _send(
     uploads: Sequence[Upload], repo: str, private: bool, create: bool, message: str | None, token_file: str | None,
     base_model: str | None, shared: Mapping[str, bytes], results: Sequence[Evaluation],
 ) -> list[Published]:  # fmt: skip
-    try:
-        from exl2ray.publish.upload import Hub, stored_token
-    except ModuleNotFoundError as e:
-        raise UsageError(f"publishing needs a package that is missing: {e.name}", 'pip install "exl2ray[hub]"') from e
+    need_hub_library("publishing")
+    from exl2ray.publish.upload import Hub, stored_token
+
     token = read_token(token_file) if token_file is not None else stored_token()
     for u in uploads:
         refuse_secret(u.folder, token.value)
