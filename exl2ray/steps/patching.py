@@ -20,7 +20,7 @@ from exl2ray.errors import UsageError
 from exl2ray.formats.layout import pad32
 from exl2ray.steps.allocating import missing
 from exl2ray.store.file_names import PATCHES, quant_kind
-from exl2ray.store.records import Record, hash_inputs
+from exl2ray.store.records import Record, Records, hash_inputs
 from exl2ray.store.workdir import WorkDir
 from exl2ray.writing import target_of
 
@@ -58,7 +58,9 @@ def kept(job: Job, plan: Plan, target: Path) -> Plan:
     texts, work = remembered(job.work, plan.bits, target), shlex.quote(job.recipe.out_dir)
     if not texts:
         if not (target / "config.json").is_file():
-            for directory, other in _elsewhere(job.work, plan.bits):
+            for directory, other in patches_of(job.work.records, plan.bits):
+                if not os.path.isdir(directory):
+                    continue
                 _say(job, plan, f"{directory} was patched ({_flags(other)}); {target} is written without that")
         return plan
     if missing(job, plan):
@@ -128,11 +130,10 @@ def _texts(record: Record) -> tuple[str, ...]:
     return tuple(t for t in found if isinstance(t, str)) if isinstance(found, list) else ()
 
 
-def _elsewhere(work: WorkDir, bits: float) -> list[tuple[str, tuple[str, ...]]]:
-    """Directories with models of this bitrate that were patched, as far as they are still there, and with what."""
-    records = work.records.scan(quant_kind(bits), f"{PATCHES}.").values()
-    found = [(str(r.payload.get("directory")), _texts(r)) for r in records]
-    return [(directory, texts) for directory, texts in found if texts and os.path.isdir(directory)]
+def patches_of(records: Records, bits: float) -> list[tuple[str, tuple[str, ...]]]:
+    """Directories with models of this bitrate that were patched, and with what."""
+    found = records.scan(quant_kind(bits), f"{PATCHES}.").values()
+    return sorted((str(r.payload.get("directory")), texts) for r in found if (texts := _texts(r)))
 
 
 def warn_of_lost(job: Job, plan: Plan, target: Path) -> None:
