@@ -165,8 +165,9 @@ def solve(run: Invocation, /, **settings: Any) -> None:
 
 @command(
     flag("-o", "--out-dir", metavar="DIR", required=True, help="work directory of a finished conversion"),
-    flag("--set", "overrides", metavar="PATTERN=BITS", multiple=True, required=True, callback=read_overrides,
-         help="as of convert; repeatable"),
+    flag("--set", "overrides", metavar="PATTERN=BITS", multiple=True, callback=read_overrides,
+         help="as of convert; repeatable; added to what earlier patches set"),
+    flag("--undo", is_flag=True, help="drop what earlier patches set; alone: back to what was converted"),
     flag("-b", "--bits", type=float, multiple=True, help="only these of its bitrates"),
     flag("-cf", "--compile-full", metavar="DIR", help="write here; over the conversion's own output if absent"),
     recipe_flags(("device", "gpus", "ray_address", "executor"), required=()),
@@ -175,7 +176,8 @@ def solve(run: Invocation, /, **settings: Any) -> None:
 def patch(run: Invocation, /, **settings: Any) -> None:
     """Change single linears of a finished conversion.
 
-    Quantises again only what --set changes, on what the model produces as it is, and writes the model anew.
+    Quantises again only what --set changes, on what the model produces as it is, and writes the model anew. Patches of a
+    model add up, and convert leaves a patched model as it is.
     """
     from exl2ray.commands import converting
 

@@ -99,17 +99,19 @@ def patch(
     reporter: Reporter,
     bits: Sequence[float] | None = None,
     compile_full: str | None = None,
+    undo: bool = False,
 ) -> Summary:
     """Quantises again only what ``overrides`` (texts of --set) change in the finished conversion of ``recipe``.
 
-    All other choices stay, so the model grows or shrinks by what was asked for. bits: bitrates to patch; None: all.
-    compile_full: where to write; None: over the output of the recipe. Raises UsageError if a bitrate is not finished, or an
-    override matches nothing.
+    All other choices stay, so the model grows or shrinks by what was asked for; what it was patched with earlier stays, too,
+    unless that is to be undone. bits: bitrates to patch; None: all. compile_full: where to write; None: over the output of
+    the recipe. Raises UsageError if a bitrate is not finished, or an override matches nothing.
     """
     from exl2ray.allocation.overrides import parse_overrides
-    from exl2ray.steps.allocating import allocate, patched
+    from exl2ray.steps.allocating import allocate
     from exl2ray.steps.job import Job
     from exl2ray.steps.measuring import measure
+    from exl2ray.steps.patching import Wanted
     from exl2ray.steps.producing import produce
 
     start = time.monotonic()
@@ -125,10 +127,11 @@ def patch(
     writes = replace(recipe, bits=tuple(bits or recipe.bits), compile_full=compile_full or recipe.compile_full)
     try:
         with interruptible(), Job(recipe, reporter, writes=writes) as job:
-            wanted = parse_overrides(overrides, job.spec)
+            parse_overrides(overrides, job.spec)
+            wanted = Wanted(tuple(dict.fromkeys(overrides)), undo)
             measurement = measure(job)
-            plans = [patched(job, allocate(job, measurement, b), wanted) for b in bits or recipe.bits]
-            outputs = produce(job, plans, overrides, compile_full)
+            plans = [allocate(job, measurement, b) for b in bits or recipe.bits]
+            outputs = produce(job, plans, compile_full, wanted)
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; finished modules are in the work directory", "run the same command again") from e

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from exl2ray.errors import UsageError
+from exl2ray.formats.files import file_size
 from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, local_directory, sound_files
 from exl2ray.run.linear import Exl2Linear, check_device
@@ -176,7 +177,7 @@ def _check_memory(tensors: dict[str, TensorInfo], device_map: Any) -> None:
     free, total = torch.cuda.mem_get_info(gpus[0])
     if needed > free:
         raise UsageError(
-            f"the model has {needed / 1e9:.1f} GB of weights; {gpus[0]} has {free / 1e9:.1f} GB free of {total / 1e9:.1f}",
+            f"the model has {file_size(needed)} of weights; {gpus[0]} has {file_size(free)} free of {file_size(total)}",
             'several GPUs: device_map="auto"; otherwise a model with fewer bits per weight',
         )
 

@@ -47,8 +47,8 @@ WRITTEN = 1  # how a model is written; another number when the same tensors woul
 
 @dataclass(frozen=True)
 class OutputWriter:
-    """Writes the files of a bitrate. ``fingerprint``: of the source. ``calibration_rows`` of the quantisation pass and texts
-    of --set: for config.json. ``warnings``: for the card.
+    """Writes the files of a bitrate. ``fingerprint``: of the source. ``calibration_rows`` of the quantisation pass: for
+    config.json. ``warnings``: for the card.
     """
 
     recipe: Recipe
@@ -57,7 +57,6 @@ class OutputWriter:
     work: WorkDir
     fingerprint: str
     calibration_rows: int
-    overrides: tuple[str, ...] = ()
     warnings: ResultWarnings | None = None
     side_files: Mapping[str, bytes] = field(default_factory=dict)  # in place of the source's, or beside them
     targets: Targets = field(default_factory=Targets)  # locked for this conversion
@@ -203,9 +202,8 @@ class OutputWriter:
 
     def _card(self, plan: Plan, records: Mapping[int, Record], shards: Sequence[Shard]) -> CardInfo:
         paths, rows = [self.target(plan) / s.name for s in shards], self.calibration_rows
-        name, patches = self.spec.arch.name, self.overrides[len(self.recipe.overrides) :]
-        perplexities = self._perplexities(records)
-        info = converted(self.recipe, plan.bits, plan.achieved_bpw, name, rows, paths, *perplexities, patches)
+        name, perplexities = self.spec.arch.name, self._perplexities(records)
+        info = converted(self.recipe, plan.bits, plan.achieved_bpw, name, rows, paths, *perplexities, plan.patches)
         warnings = () if self.warnings is None else self.warnings.of(plan.bits)
         return replace(info, head_bits=head_bits(self.recipe, self.spec, plan), warnings=warnings)
 
@@ -215,8 +213,9 @@ class OutputWriter:
             loader_config(self.spec.arch, self.source.config), plan.bits, head_bits(self.recipe, self.spec, plan),
             self.calibration_rows, self.recipe.length, self.recipe.calibration_name,
         )  # fmt: skip
-        if self.overrides:  # loaders ignore what they do not know
-            config["quantization_config"]["overrides"] = list(self.overrides)
+        overrides = [*self.recipe.overrides, *plan.patches]
+        if overrides:  # loaders ignore what they do not know
+            config["quantization_config"]["overrides"] = overrides
         if self.spec.rotation is not None:
             config["quantization_config"]["rotation"] = self.spec.rotation.identity()
             if self.spec.hyper.tie_embeddings:  # the head is no longer the embedding's transpose
@@ -232,15 +231,18 @@ class OutputWriter:
 
     def target(self, plan: Plan) -> Path:
         """The directory of the shards."""
-        directory = self.recipe.output_dir(plan.bits)
-        return Path(directory) if directory is not None else self._bare_output(plan)
+        return target_of(self.recipe, self.work, plan.bits)
 
-    def _bare_output(self, plan: Plan) -> Path:
-        """Where the shards go without -cf: the work directory, one folder per bitrate if there are several."""
-        if not self.work.store.is_local:
-            raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
-        root = Path(self.work.store.root)
-        return root if len(self.recipe.bits) == 1 else root / "quant" / bpw_name(plan.bits) / "output"
+
+def target_of(recipe: Recipe, work: WorkDir, bits: float) -> Path:
+    """The directory of the shards: without -cf the work directory, one folder per bitrate if there are several."""
+    directory = recipe.output_dir(bits)
+    if directory is not None:
+        return Path(directory)
+    if not work.store.is_local:
+        raise UsageError("-cf is needed when the work directory is not a local path", "give -cf DIR")
+    root = Path(work.store.root)
+    return root if len(recipe.bits) == 1 else root / "quant" / bpw_name(bits) / "output"
 
 
 def _identity(card: CardInfo) -> str:

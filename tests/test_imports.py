@@ -24,7 +24,7 @@ ROOMS = {
     "transformers": {"formats", "run"},
     "vllm": {"formats", "run"},
     "evaluate": {"calibration", "formats", "model", "quant"},
-    "allocation": {"formats", "model", "quant", "recipe"},
+    "allocation": {"calibration", "formats", "model", "quant", "recipe"},
     "publish": {"evaluate", "formats", "recipe", "remote", "terminal"},
     "report": {"evaluate", "formats", "recipe", "store", "terminal"},
     "team": {"formats", "model", "quality", "quant", "remote", "store"},

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from exl2ray.calibration.limited import ChildError, LimitedProcess
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import WIDTHS, QParams, pad32
 from exl2ray.quant.qparams import distinct_options, head_option, parse
@@ -22,21 +24,20 @@ if TYPE_CHECKING:  # the command line reads --set before anything heavy is loade
 
 LIKE, LIKE_OPTION = "as in --set 'model.layers.*.v_proj=6'", "as in --set 'model.layers.*.v_proj=0.1:4b_128g/0.9:3b_128g'"
 
+MATCHING_SECONDS, MATCHING_BYTES = 3.0, 512 << 20  # of a regular expression, for all linears: 100,000 take 0.1 s
+
 
 @dataclass(frozen=True)
 class Override:
-    """One ``--set``. Exactly one of ``minimum`` (bits) and ``option`` is given."""
+    """One ``--set``. Exactly one of ``minimum`` (bits) and ``option`` is given. keys: of the linears of a model that it is
+    about, once that is known (`parse_overrides`).
+    """
 
     text: str
     pattern: str
     minimum: int | None = None
     option: QParams | None = None
-
-    def matches(self, key: str) -> bool:
-        """Whether this override is about the linear with this key."""
-        if self.pattern.startswith("re:"):
-            return re.fullmatch(self.pattern[3:], key) is not None
-        return fnmatchcase(key, self.pattern)
+    keys: frozenset[str] = frozenset()
 
 
 def parse_override(text: str) -> Override:
@@ -66,17 +67,37 @@ def parse_override(text: str) -> Override:
 
 def parse_overrides(texts: Iterable[str], spec: ModelSpec) -> tuple[Override, ...]:
     """All of them; UsageError for one that matches no linear of the model."""
-    found = tuple(parse_override(text) for text in texts)
-    keys = [x.key for x in spec.linears]
+    keys = tuple(x.key for x in spec.linears)
+    found = [replace(o, keys=_matching(o.text, o.pattern, keys)) for o in map(parse_override, texts)]
     for override in found:
-        if not any(override.matches(key) for key in keys):
+        if not override.keys:
             raise UsageError(f"--set {override.text}: matches none of {len(keys)} linears", f"they look like {keys[0]}")
-    return found
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)  # asked for every bitrate
+def _matching(flag: str, pattern: str, keys: tuple[str, ...]) -> frozenset[str]:
+    """The keys that a pattern matches. A regular expression may take for ever, so it gets a process and a time of its own.
+
+    Raises UsageError for one that takes longer.
+    """
+    if not pattern.startswith("re:"):
+        return frozenset(key for key in keys if fnmatchcase(key, pattern))
+    child = LimitedProcess("pattern")
+    try:
+        request = {"op": "match", "pattern": pattern[3:], "texts": keys}
+        answer, _ = child.ask(request, cpu_seconds=MATCHING_SECONDS, memory_bytes=MATCHING_BYTES)
+    except ChildError as e:
+        hint = "a repetition inside of a repetition, as in (a+)+, can take for ever: simplify it, or use a glob"
+        raise UsageError(f"--set {flag}: the regular expression {e.reason}", hint) from e
+    finally:
+        child.close()
+    return frozenset(answer["matching"])
 
 
 def counting(overrides: Sequence[Override], linear: LinearSpec) -> Override | None:
     """The override that counts for a linear, if any."""
-    return next((o for o in reversed(overrides) if o.matches(linear.key)), None)
+    return next((o for o in reversed(overrides) if linear.key in o.keys), None)
 
 
 def overridden(overrides: Sequence[Override], linear: LinearSpec, option: QParams) -> QParams:

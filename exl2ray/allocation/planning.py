@@ -37,7 +37,9 @@ FEW_GROUPS = 24  # linears up to which every option that is not dominated is tri
 
 @dataclass(frozen=True)
 class Plan:
-    """What one bitrate quantises each linear with. ``hashes[i]`` identifies module i and all choices before it."""
+    """What one bitrate quantises each linear with. ``hashes[i]`` identifies module i and all choices before it. patches:
+    texts of --set that were applied to what was allocated.
+    """
 
     bits: float
     params: Mapping[str, QParams]  # linear key -> option
@@ -45,6 +47,7 @@ class Plan:
     achieved_bpw: float
     predicted_bytes: int  # of all quantised tensors, head included
     predicted_kl: float | None = None  # nats per token, where sensitivities were measured
+    patches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

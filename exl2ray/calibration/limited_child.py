@@ -35,7 +35,7 @@ def main(kind: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     threading.stack_size(0)
     handlers = {"template": template_handlers, "tokenizer": tokenizer_handlers, "convert": convert_handlers,
-                "data": data_handlers}[kind]()  # fmt: skip
+                "data": data_handlers, "pattern": pattern_handlers}[kind]()  # fmt: skip
     if kind != "convert":
         _limit_files()
     while True:
@@ -192,6 +192,19 @@ def convert_handlers() -> dict[str, Handler]:
         return {"differing": differing}, [text.encode()]
 
     return {"convert": convert}
+
+
+# ---- regular expressions ------------------------------------------------------------------------------------------------
+
+
+def pattern_handlers() -> dict[str, Handler]:
+    import re
+
+    def match(request: dict[str, Any], blobs: list[bytes]) -> Answer:
+        pattern = re.compile(request["pattern"])
+        return {"matching": [text for text in request["texts"] if pattern.fullmatch(text)]}, []
+
+    return {"match": match}
 
 
 # ---- calibration data ---------------------------------------------------------------------------------------------------

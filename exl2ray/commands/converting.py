@@ -48,10 +48,12 @@ def convert(
 
 
 def patch(
-    run: Invocation, out_dir: str, overrides: Sequence[str], bits: Sequence[float], compile_full: str | None,
+    run: Invocation, out_dir: str, overrides: Sequence[str], undo: bool, bits: Sequence[float], compile_full: str | None,
     trust_work_dir: bool, **place: Any,
 ) -> None:  # fmt: skip
     """Changes single linears of the conversion in ``out_dir``. ``place``: where to compute, as fields of a recipe."""
+    if not overrides and not undo:
+        raise UsageError("nothing to change", "give --set PATTERN=BITS, or --undo to drop what earlier patches set")
     if not open_store(out_dir).exists(JOB_FILE):
         raise StoreError(f"{out_dir} is not a work directory: it has no {JOB_FILE}", "give that of a finished conversion")
     other = {"out_dir": out_dir, "evaluate": "never", "output_measurement": None}
@@ -63,7 +65,7 @@ def patch(
     stored = Recipe(**settings)
 
     def work(reporter: Reporter) -> None:
-        story.patch(stored, overrides, reporter, bits or stored.bits, compile_full)
+        story.patch(stored, overrides, reporter, bits or stored.bits, compile_full, undo)
 
     run.command, run.out_dir = "patch", out_dir
     _reported(run, work)

@@ -25,11 +25,12 @@ from exl2ray.events import Reporter
 from exl2ray.publish.base_model import REPOSITORY
 from exl2ray.publish.selection import OWN
 from exl2ray.recipe import Recipe
+from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.store.file_names import EVENTS, FOLDERS, is_ours
 from exl2ray.store.fs import Store
 from exl2ray.store.job_file import JOB_FILE
 from exl2ray.store.open import open_store
-from exl2ray.store.records import hash_inputs
+from exl2ray.store.records import Records, hash_inputs
 
 BRANCH = "{bpw}bpw"
 NOTED = "logs/published.json"  # in the work directory
@@ -59,7 +60,8 @@ def convert(recipe: Recipe, wishes: Wishes, reporter: Reporter) -> None:
     """
     if recipe.output_measurement is not None:
         raise UsageError("--publish: there is no model to publish with -om", "drop one of them")
-    store, identity = open_store(recipe.out_dir), _identity(recipe, wishes)
+    store = open_store(recipe.out_dir)
+    identity = _identity(recipe, wishes, store)
     noted = None if recipe.no_resume else _noted(store, identity)
     if noted is None:
         _ready(wishes)
@@ -80,6 +82,7 @@ def convert(recipe: Recipe, wishes: Wishes, reporter: Reporter) -> None:
 
 
 def _ready(wishes: Wishes) -> None:
+    need_hub_library("--publish")
     from exl2ray.publish.upload import Hub, stored_token
 
     ready_repository(Hub(wishes.repo, stored_token()), create=True, private=wishes.private)
@@ -104,9 +107,15 @@ class _Held:
         self._reporter.close()
 
 
-def _identity(recipe: Recipe, wishes: Wishes) -> str:
+def _identity(recipe: Recipe, wishes: Wishes, store: Store) -> str:
+    """Of what is published: a model that was patched is another one."""
+    from exl2ray.steps.patching import patches_of
+
     settings = {n: v for n, v in asdict(recipe).items() if n not in PLACES}
-    return hash_inputs(recipe=json.loads(json.dumps(settings, default=str)), repo=wishes.repo)
+    found = {f"{bits:g}": patches_of(Records(store), bits) for bits in recipe.bits}
+    patches = {bits: [list(texts) for _, texts in some] for bits, some in found.items() if some}
+    more = {"patches": patches} if patches else {}
+    return hash_inputs(recipe=json.loads(json.dumps(settings, default=str)), repo=wishes.repo, **more)
 
 
 def _noted(store: Store, identity: str) -> list[dict[str, Any]] | None:

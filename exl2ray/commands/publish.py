@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from exl2ray import __version__
 from exl2ray.errors import HubError, Interrupted, StoreError, UsageError
 from exl2ray.evaluate.record import EVALUATION, Evaluation, read_evaluations
+from exl2ray.evaluate.standing import EARLIER, standing
 from exl2ray.formats.measurement import MAX_MEASUREMENT_BYTES, parse_measurement
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.publish.base_model import MAX_CARD_BYTES, REPOSITORY, original_card
@@ -28,11 +29,13 @@ from exl2ray.publish.card import (
     with_branches,
     with_evaluation,
     with_loading,
+    without_evaluation,
 )
 from exl2ray.publish.file_kinds import CARD
 from exl2ray.publish.frontmatter import Value, read_fields, split_card, with_fields
 from exl2ray.publish.selection import Folder, branch_names, read_folder, refuse_secret
 from exl2ray.recipe import bpw_name
+from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.remote.token import read_token
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.store.file_names import MEASUREMENT
@@ -121,6 +124,9 @@ def publish(
             evaluations = [store.full_name(EVALUATION)]
         results = [e for path in evaluations for e in read_evaluations(path)]
         figures = match_evaluations(folders, evaluations, results)
+        outdated = _outdated(folders, figures)
+        results = [e for e in results if e not in outdated.values()]
+        figures = [None if f.path in outdated else e for f, e in zip(folders, figures, strict=True)]
         shared = shared_files(store, results if any(figures) else [], repo) if extras else {}
         uploads = []
         for f, b, e in zip(folders, branches, figures, strict=True):
@@ -130,6 +136,7 @@ def publish(
             if extras and e is not None:
                 own[EVALUATION] = published_results([e], {e.model: b}, base_model)
             card = card_text(f, repo, b, base_model, e, PLOT if PLOT in own else "")
+            card = without_evaluation(card) if f.path in outdated else card
             uploads.append(Upload(f, b, card, e, {n: c for n, c in own.items() if n not in f.files}))
         if dry_run:
             return [_result(u, repo) for u in uploads]
@@ -147,10 +154,9 @@ def _send(
     uploads: Sequence[Upload], repo: str, private: bool, create: bool, message: str | None, token_file: str | None,
     base_model: str | None, shared: Mapping[str, bytes], results: Sequence[Evaluation],
 ) -> list[Published]:  # fmt: skip
-    try:
-        from exl2ray.publish.upload import Hub, stored_token
-    except ModuleNotFoundError as e:
-        raise UsageError(f"publishing needs a package that is missing: {e.name}", 'pip install "exl2ray[hub]"') from e
+    need_hub_library("publishing")
+    from exl2ray.publish.upload import Hub, stored_token
+
     token = read_token(token_file) if token_file is not None else stored_token()
     for u in uploads:
         refuse_secret(u.folder, token.value)
@@ -318,6 +324,15 @@ def match_evaluations(
         names = ", ".join(sorted({e.model for e in results})[:5]) or "nothing"
         raise UsageError(f"--eval {paths[0]}: is about {names}, not about what is published", "evaluate those directories")
     return [found.get(f.path) for f in folders]
+
+
+def _outdated(folders: Sequence[Folder], figures: Sequence[Evaluation | None]) -> dict[Path, Evaluation]:
+    """Results of what directories held before they were written again, by a patch for one. They are not published."""
+    pairs = zip(folders, figures, strict=True)
+    found = {f.path: e for f, e in pairs if e is not None and standing(e, [f.path]) == EARLIER}
+    for path in found:
+        _say(f"{path}: written again since its evaluation, so no figures go along: exl2ray eval {path} --json > FILE")
+    return found
 
 
 # ---- shown ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ kept per block and added in block order, so results do not depend on the number 
 
 from __future__ import annotations
 
+import os
+
 import numba
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from exl2ray.cuda.backend import (
     blocks_of,
     shrink_grid,
 )
+from exl2ray.errors import UsageError
 
 _MAGIC = np.float32(0.75)  # ulp of [0.5, 1) is 2^-24, the spacing of subnormal halves
 _SMALLEST_NORMAL = np.float32(2.0**-14)
@@ -236,7 +239,11 @@ class CpuGroups:
         # Numba's threads come from the OpenMP library that torch uses too, and starting them sets torch's number of
         # threads, on which the sums of the forward passes depend.
         threads = torch.get_num_threads()
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        try:
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        except ValueError as e:  # a layer that is not installed
+            layer = os.environ.get("NUMBA_THREADING_LAYER", "")
+            raise UsageError(f"environment variable NUMBA_THREADING_LAYER is {layer!r}: {e}", "unset it") from e
         torch.set_num_threads(threads)
         self.ws = ws
         self.blocks, first = blocks_of(ws.bounds, BLOCK)

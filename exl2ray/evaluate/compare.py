@@ -30,6 +30,7 @@ from exl2ray.evaluate.forward import (
     open_model,
     run_model,
 )
+from exl2ray.evaluate.gguf_model import GgufModel
 from exl2ray.evaluate.metrics import Estimate, Scores, counted_predictions, mean_over_rows, score, tail
 from exl2ray.evaluate.result import EvalResult, KindResult, model_size
 
@@ -108,6 +109,7 @@ def evaluate_many(
                 positions=scores if keep_positions else None,
                 kl_tail={} if scores.kl is None else tail(scores.kl, counted),
                 kinds={name: _kind(scores, counted & tokens[:, 1:]) for name, tokens in (kinds or {}).items()},
+                weights=None if isinstance(model.source, GgufModel) else model.source.weights_fingerprint(),
             )
         )
     return tuple(results)

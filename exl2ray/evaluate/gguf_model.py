@@ -126,6 +126,8 @@ class GgufModel(SourceModel):
             if twice:
                 raise FormatError(f"{f.path}: tensor {min(twice)!r} is in another part, too")
             tensors |= f.tensors
+        if not tensors:
+            raise SourceError(f"{self.path}: holds no tensors", "give a GGUF with weights: one of a vocabulary has none")
         self._places = _places(self.path, tensors, arch.source, family, hyper)
         self._tensors = {name: place.info(name) for name, place in self._places.items()}
 
@@ -154,7 +156,8 @@ def open_gguf(path: str | Path, like: OpenModel, options: RunOptions | None = No
     try:
         spec = load_spec(source, options.rope_scale, options.rope_alpha)
     except SourceError as e:
-        raise SourceError(f"not a GGUF of the model in {like.path}: {e.message}", SAME) from e
+        what = e.message.removeprefix(f"{source.path}: ")
+        raise SourceError(f"{source.path}: not a GGUF of the model in {like.path}: {what}", SAME) from e
     opened = OpenModel(source.path, source, spec, like.bos_id, notes=_doubts(source, spec))
     ours, theirs = (read_stored(m.spec.modules[-2].plain[0].stored, m.source).float() for m in (opened, like))
     if not torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4):

@@ -54,7 +54,8 @@ class Evaluation:
 
     kl: KL(source || model), nats per token; top1, top5: agreement with the source, 0 to 1. kl_tail: percentiles of the KL of
     single predictions by the names of ``TAIL``. decoder_bpw, head_bpw: stored bits per weight of linears and head; file_bpw:
-    of the files, per parameter. kinds: by kind of text, where the text has kinds.
+    of the files, per parameter. kinds: by kind of text, where the text has kinds. weights: hash of the model's tensors, ""
+    from earlier versions and for GGUF files.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Evaluation:
     head_bpw: float | None = None
     file_bpw: float | None = None
     warnings: tuple[str, ...] = ()
+    weights: str = ""
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # as it was read
 
     @property
@@ -123,7 +125,8 @@ def parse_evaluation(result: Mapping[str, Any], where: str) -> Evaluation:
         {str(k): _kind(v, f"{where}: {k}") for k, v in kinds.items()} if isinstance(kinds, Mapping) else {},
         file_bytes, as_number(result.get("linears_bpw")), as_number(result.get("head_bpw")),
         as_number(result.get("file_bpw")),
-        tuple(w for w in warnings if isinstance(w, str)) if isinstance(warnings, list) else (), result,
+        tuple(w for w in warnings if isinstance(w, str)) if isinstance(warnings, list) else (),
+        _text(result, "weights"), result,
     )  # fmt: skip
 
 
@@ -145,6 +148,11 @@ def _figure(result: Mapping[str, Any], name: str, where: str) -> Figure | None:
     if value is None:
         raise FormatError(f"{where}: {name!r} has no finite 'value'", HINT)
     return Figure(value, None if error is None else abs(error), as_number(fields.get("low")), as_number(fields.get("high")))
+
+
+def _text(result: Mapping[str, Any], name: str) -> str:
+    found = result.get(name)
+    return found if isinstance(found, str) else ""
 
 
 def _count(result: Mapping[str, Any], name: str, where: str) -> int:

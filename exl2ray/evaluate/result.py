@@ -97,7 +97,8 @@ class EvalResult:
     BOS was put in front of each row. predictions: tokens that count. seconds: of this model's own forward pass and of
     comparing it; reference_seconds: of the reference's forward pass, shared by all models compared with it. positions:
     the figures of every single prediction, if asked for. kl_tail: quantiles of the KL of single predictions. kinds: by kind
-    of text, where the rows have kinds.
+    of text, where the rows have kinds. weights: hash of the model's tensors (`SourceModel.weights_fingerprint`), which tells
+    what the figures are of; None for GGUF files.
     """
 
     model: Path
@@ -119,6 +120,7 @@ class EvalResult:
     positions: Scores | None = field(default=None, repr=False, compare=False)
     kl_tail: Mapping[str, Quantile] = field(default_factory=dict)
     kinds: Mapping[str, KindResult] = field(default_factory=dict)
+    weights: str | None = None
 
     @property
     def perplexity(self) -> Estimate:
@@ -154,6 +156,7 @@ class EvalResult:
             "linears_bpw": self.size.linears_bpw,
             "head_bpw": self.size.head_bpw,
             "file_bpw": self.size.file_bpw,
+            "weights": self.weights,
             "seconds": self.seconds,
             "reference_seconds": self.reference_seconds,
             "warnings": list(self.warnings),

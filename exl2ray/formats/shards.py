@@ -23,7 +23,7 @@ import torch
 
 from exl2ray.beneath import fsync_directory, make_directories
 from exl2ray.errors import FormatError, StoreError, UsageError
-from exl2ray.formats.files import atomic_file, sha256_of, write_error
+from exl2ray.formats.files import atomic_file, file_size, sha256_of, write_error
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES, header_bytes, tensor_bytes
 
 T = TypeVar("T")
@@ -190,7 +190,7 @@ def _check_room(directory: Path, needed: int, reusable: int) -> None:
     free = _made(directory, lambda: shutil.disk_usage(directory).free)
     if needed > free + reusable:
         raise StoreError(
-            f"{directory}: the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            f"{directory}: the output needs {file_size(needed)}, {file_size(free)} are free",
             "free space or write to another disk, then run the same command again",
         )
 

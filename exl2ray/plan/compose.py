@@ -14,6 +14,7 @@ from exl2ray.allocation.planning import choose, decoder_bpw, reachable_slots, wi
 from exl2ray.calibration.data.sources import WRITTEN
 from exl2ray.calibration.data.taken import PASSES, described_passes
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError
+from exl2ray.formats.files import file_size
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
@@ -153,8 +154,8 @@ def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
         report.warnings.append(of_tuning(recipe.tune, spec, len(recipe.bits), found.device))
     for need in found.disks:
         if need.free_bytes is not None and need.least_bytes <= need.free_bytes < need.bytes:
-            free, most = need.free_bytes / 1e9, need.bytes / 1e9
-            report.warnings.append(f"{need.path}: {free:.2f} GB free; with saved hidden states it may need {most:.2f} GB")
+            free, most = file_size(need.free_bytes), file_size(need.bytes)
+            report.warnings.append(f"{need.path}: {free} free; with saved hidden states it may need {most}")
 
 
 def _not_estimated(recipe: Recipe) -> list[str]:
@@ -271,11 +272,11 @@ def _too_much(device: DeviceMemory, main_memory: int) -> list[str]:
     out = []
     for p in device.peaks:
         if device.total_bytes is not None and p.gpu_bytes is not None and p.gpu_bytes > device.total_bytes:
-            need = f"{device.device}: {p.stage} of {p.module} may need {p.gpu_bytes / 1e9:.1f} GB"
+            need = f"{device.device}: {p.stage} of {p.module} may need {file_size(p.gpu_bytes)}"
             out.append(f"{need}; a module that runs out of memory is tried once more with smaller batches")
     most = max(p.ram_bytes for p in device.peaks)
     if device.total_bytes is None and most > main_memory:
-        out.append(f"main memory: a CPU worker may need {most / 1e9:.1f} GB, there are {main_memory / 1e9:.1f} GB")
+        out.append(f"main memory: a CPU worker may need {file_size(most)}, there are {file_size(main_memory)}")
     return out
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from exl2ray.beneath import existing_parent
 from exl2ray.errors import StoreError
+from exl2ray.formats.files import file_size
 from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
@@ -79,11 +80,11 @@ def check_disks(needs: Sequence[DiskNeed]) -> list[StoreError]:
         here = [n for n in needs if n.device == device]
         needed, free = sum(n.least_bytes for n in here), here[0].free_bytes or 0
         if needed > free:
-            places = " and ".join(f"{n.path} ({n.what}, {n.least_bytes / 1e9:.2f} GB)" for n in here)
+            places = " and ".join(f"{n.path} ({n.what}, {file_size(n.least_bytes)})" for n in here)
             errors.append(
                 StoreError(
                     f"too little disk space: {places} {'need' if len(here) == 1 else 'together need'} "
-                    f"{needed / 1e9:.2f} GB or more, {free / 1e9:.2f} GB are free",
+                    f"{file_size(needed)} or more, {file_size(free)} are free",
                     "free space, or put the work directory (-o) or the output (-cf) on another disk",
                 )
             )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from exl2ray.allocation.knapsack import budget, reachable_range
 from exl2ray.allocation.planning import reachable_slots, slot_weights
 from exl2ray.errors import BudgetError, UsageError
+from exl2ray.formats.files import file_size
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import pad32
 from exl2ray.model.hyper import Hyper
@@ -82,8 +83,8 @@ def check_fit(fit: Fit, low: float) -> None:
     if fit.bits is None:
         needed = fit.weight_bytes + fit.cache_bytes + fit.allowance_bytes
         raise BudgetError(
-            f"--fit {fit.memory_bytes / 1e9:.2f} GB: the smallest weights ({low:.4f} bits per weight) take "
-            f"{fit.weight_bytes / 1e9:.2f} GB, the cache {fit.cache_bytes / 1e9:.2f} GB, {needed / 1e9:.2f} GB with all",
+            f"--fit {file_size(fit.memory_bytes, 4)}: the smallest weights ({low:.4f} bits per weight) take "
+            f"{file_size(fit.weight_bytes, 4)}, the cache {file_size(fit.cache_bytes, 4)}, {file_size(needed, 4)} with all",
             "a shorter --context, a smaller --cache (q4), a lower -hb, or several GPUs",
         )
 

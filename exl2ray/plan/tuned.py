@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from exl2ray.formats.files import file_size
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
 from exl2ray.quant.memory import device_bytes
@@ -16,18 +17,14 @@ def of_tuning(tokens: str, spec: ModelSpec, bitrates: int, device: torch.device 
     """A sentence. ``tokens``: of --tune, for each of ``bitrates``. device: that it will run on; None: not known."""
     count, memory = parse_count(tokens, "--tune") * bitrates, usable_memory_bytes()
     whole, streamed = as_a_whole(spec, count), a_module_at_a_time(spec, count, memory)
-    one = f"as a whole {_gb(whole.gpu_bytes)} of GPU memory and {_minutes(whole.seconds)}"
-    other = f"a module at a time {_gb(streamed.gpu_bytes)} of it, {_gb(streamed.host_bytes)} of main memory"
-    other += f", {_gb(streamed.file_bytes)} in files" if streamed.file_bytes else ""
+    one = f"as a whole {file_size(whole.gpu_bytes)} of GPU memory and {_minutes(whole.seconds)}"
+    other = f"a module at a time {file_size(streamed.gpu_bytes)} of it, {file_size(streamed.host_bytes)} of main memory"
+    other += f", {file_size(streamed.file_bytes)} in files" if streamed.file_bytes else ""
     words = f"the time leaves out --tune {tokens}, which takes {one}, or {other} and {_minutes(streamed.seconds)}"
     if device is not None and device.type == "cuda" and torch.cuda.is_available():
         fits = fits_whole(spec, device_bytes(device))
         words += f"; here it is {'as a whole' if fits else 'a module at a time'}"
     return f"{words} (expected of an H200, not measured; small models and GPUs take longer)"
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 def _minutes(seconds: float) -> str:

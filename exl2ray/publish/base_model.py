@@ -27,7 +27,10 @@ REPOSITORY = re.compile(
 )  # as huggingface_hub has it
 CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)")
 ADDRESS = re.compile(r"hf://(?P<id>[^/@]+/[^/@]+)")
-GIT_REMOTE = re.compile(r"^\s*url\s*=\s*\S*?\b(?:huggingface\.co|hf\.co)[/:](?P<id>[^/\s]+/[^/\s]+?)(?:\.git)?/?\s*$", re.M)
+GIT_REMOTE = re.compile(
+    r"^[ \t]*url[ \t]*=[ \t]*\S*?\b(?:huggingface\.co|hf\.co)[/:](?P<id>[^/\s]{1,96}/[^/\s]{1,96}?)(?:\.git)?/?[ \t\r]*$",
+    re.MULTILINE,
+)  # linear in what it reads: these files come with a model
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ TUNING_MARKS = ("<!-- exl2ray: tuning -->", "<!-- exl2ray: end of tuning -->")
 BRANCH_MARKS = ("<!-- exl2ray: branches -->", "<!-- exl2ray: end of branches -->")
 LOADING_MARKS = ("<!-- exl2ray: loading -->", "<!-- exl2ray: end of loading -->")
 HEAD = "| branch | decoder bpw | head bpw | size | perplexity | KL (nats) | KL, 99 % | flipped top-1 |\n" + "|---" * 8 + "|"
+OUTDATED = "## Evaluation\n\nThe model was written again after its last evaluation: there are no figures of it as it is."
 ROW = re.compile(r"^\| \[(?P<branch>[^\]|]+)\]\(.*\|$", re.MULTILINE)
 
 
@@ -146,6 +147,12 @@ def loading_section(repo: str = "", branch: str = "") -> str:
 def with_evaluation(card: str, evaluation: Evaluation, plot: str = "") -> str:
     """``card`` with its evaluation replaced; below everything else on a card that has no place for one."""
     section = _marked(EVALUATION_MARKS, evaluation_section(evaluation, plot))
+    return _replaced(card, EVALUATION_MARKS, section) or f"{card.rstrip()}\n\n{section}\n"
+
+
+def without_evaluation(card: str) -> str:
+    """``card`` saying, in place of figures, that those there are were made of what the model was before."""
+    section = _marked(EVALUATION_MARKS, OUTDATED)
     return _replaced(card, EVALUATION_MARKS, section) or f"{card.rstrip()}\n\n{section}\n"
 
 

@@ -23,6 +23,7 @@ from exl2ray.formats.source.model_shards import INDEX, MAX_INDEX_BYTES
 from exl2ray.remote.address import Address, redacted
 from exl2ray.remote.block_cache import Blocks
 from exl2ray.remote.hub_errors import Failure, Refused, explained
+from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.remote.listing import MAX_NAMES, Listing, folders_of
 from exl2ray.remote.retry import Passing, patiently
 
@@ -48,10 +49,7 @@ class Repository:
         self.address, self._blocks = address, blocks
         self._places: dict[str, Place] = {}  # by name; several threads that read one file get different signatures
         self._lock = threading.Lock()
-        try:
-            import huggingface_hub  # noqa: F401
-        except ImportError as e:
-            raise UsageError(f"-i {address}: huggingface_hub is not installed", "pip install 'exl2ray[hub]'") from e
+        need_hub_library(f"-i {address}")
 
     def listing(self) -> Listing:
         """Of the commit that the revision is now; offline of what the cache has of it."""

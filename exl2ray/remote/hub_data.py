@@ -18,6 +18,7 @@ from pathlib import Path
 from exl2ray.calibration.data.sources import HUB, DataFile, Source, choose_files, kind_by_name
 from exl2ray.errors import CalibrationError, Exl2RayError, HubError, UsageError
 from exl2ray.remote.hub_errors import Failure, explained
+from exl2ray.remote.hub_library import need_hub_library
 
 ADDRESS = re.compile(
     r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(/(?P<path>[^:]*))?(:(?P<column>.+))?"
@@ -52,10 +53,7 @@ def hub_source(text: str) -> Source:
     the Hub does not have or show, HubError where it does not answer.
     """
     address = parse_address(text)
-    try:
-        import huggingface_hub  # noqa: F401
-    except ImportError as e:
-        raise UsageError(f"-c {text}: huggingface_hub is not installed", "pip install 'exl2ray[hub]'") from e
+    need_hub_library(f"-c {text}")
     commit, names = _files(address, address.revision)
     chosen, notes = _chosen(address, names, text)
     if not chosen and address.revision is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from exl2ray.errors import StoreError
@@ -80,18 +80,21 @@ def recorded_bitrates(store: Store) -> list[float]:
     return sorted(found)
 
 
-def read_chain(store: Store, bits: float, problems: list[str]) -> Chain:
-    """The quantised modules of one bitrate. Of several records of a module, from other settings or a patch, the newest."""
+def read_chain(store: Store, bits: float, problems: list[str], written: Collection[str] = (), file_bytes: int = 0) -> Chain:
+    """The quantised modules of one bitrate. Of several records of a module, from other settings or a patch, that of the model
+    that was written last (``written``: what hashes of its modules begin with; ``file_bytes``: its size), else the newest.
+    """
     best: dict[str, Record] = {}
     separate: list[Record] = []
-    superseded = file_bytes = 0
-    for record in sorted(read_records(store, quant_kind(bits), problems), key=created):
+    superseded, known = 0, file_bytes
+    records = read_records(store, quant_kind(bits), problems)
+    for record in sorted(records, key=lambda r: (r.inputs_hash[:16] in written, created(r))):
         if record.key == PERPLEXITY:
             separate.append(record)
         elif record.key == OUTPUT:
             shards = record.payload.get("shards")
             sizes = [as_number(mapping(s).get("size")) for s in shards] if isinstance(shards, list) else []
-            file_bytes = int(sum(size or 0 for size in sizes))
+            file_bytes = known or int(sum(size or 0 for size in sizes))
         elif not NOT_MODULES.fullmatch(record.key):
             superseded += record.key in best
             best[record.key] = record

@@ -11,6 +11,7 @@ from typing import Any
 
 from exl2ray.errors import FormatError
 from exl2ray.evaluate.record import EVALUATION, MAX_BYTES, Evaluation, parse_evaluations, read_evaluations
+from exl2ray.evaluate.standing import EARLIER, standing
 from exl2ray.formats.json_file import as_number
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.measurement import ModuleProfile
@@ -40,7 +41,8 @@ class Bitrate:
     """One target. decoder_bpw, gap (to the proven optimum, a share), predicted_kl (nats per token): of the last allocation,
     None if there was none. head_bpw: of the quantised head, None if not known.
 
-    modules: to quantise, 0 if not known. directory: of the written model, "" if none. evaluation: of that model.
+    modules: to quantise, 0 if not known. directory: of the written model, "" if none. evaluation: of that model as it is.
+    was_evaluated: only before it was written again.
     """
 
     chain: Chain
@@ -52,6 +54,7 @@ class Bitrate:
     directory: str
     allocation: Allocation
     evaluation: Evaluation | None
+    was_evaluated: bool = False
 
     @property
     def bits(self) -> float:
@@ -79,6 +82,8 @@ class Note:
 
 @dataclass(frozen=True)
 class Facts:
+    """earlier: evaluations of models that have been written again since, by a patch for one."""
+
     root: str
     state: str  # "running", "crashed", "stopped"
     job: StoredJob | None
@@ -90,6 +95,7 @@ class Facts:
     warnings: tuple[str, ...]  # that concern the result, as the last run found them
     notes: tuple[Note, ...]
     problems: tuple[str, ...]
+    earlier: tuple[Evaluation, ...] = ()
 
 
 def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
@@ -109,23 +115,27 @@ def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
     rates = sorted({*recorded_bitrates(store), *log.allocated})
     if len(rates) > MAX_BITRATES:
         problems.append(f"there are {len(rates)} bitrates; shown are the lowest {MAX_BITRATES}")
-    chains = [read_chain(store, bits, problems) for bits in rates[:MAX_BITRATES]]
+    chains = [read_chain(store, bits, problems, *log.written.get(bits, ())) for bits in rates[:MAX_BITRATES]]
     shapes = linear_shapes(store, chains, problems)
     linears = {m.key: tuple(m.options) for chain in chains for m in chain.modules}
     evaluations = _evaluations(store, evaluation_files, problems)
-    own = _own_evaluations({c.bits: log.directory.get(c.bits, "") for c in chains}, evaluations)
+    directories = {c.bits: log.directory.get(c.bits, "") for c in chains}
+    sizes = {c.bits: c.file_bytes for c in chains if job.get("output", {}).get("tune") is None}  # of a tuned one, before it
+    evaluations, earlier = _by_standing(directories, sizes, evaluations)
+    own, before = _own_evaluations(directories, evaluations), _own_evaluations(directories, earlier)
     return Facts(
         root=status.root,
         state=status.state,
         job=status.job,
         curves=tuple(with_weights(curves_of(profiles), linears, shapes)),
-        bitrates=tuple(_bitrate(c, log, shapes, own.get(c.bits)) for c in chains),
+        bitrates=tuple(_bitrate(c, log, shapes, own.get(c.bits), c.bits in before) for c in chains),
         experts=_experts(profiles, chains),
         evaluations=tuple(evaluations),
         timeline=read_timeline(events),
         warnings=tuple(log.warnings),
         notes=tuple(group_notes([*log.notes, *measured_notes(profiles), *_chain_notes(chains)])),
         problems=tuple(dict.fromkeys(problems)),
+        earlier=tuple(earlier),
     )
 
 
@@ -140,6 +150,19 @@ def _evaluations(store: Store, files: Sequence[str], problems: list[str]) -> lis
     except FormatError as e:
         problems.append(e.message)
         return []
+
+
+def _by_standing(
+    directories: Mapping[float, str], sizes: Mapping[float, int], evaluations: Iterable[Evaluation]
+) -> tuple[list[Evaluation], list[Evaluation]]:
+    """(of models as they are now, or as far as can be told; of what they were before they were written again)"""
+    found: tuple[list[Evaluation], list[Evaluation]] = ([], [])
+    for e in evaluations:
+        bits = next(iter(_own_evaluations(directories, [e])), None)
+        written = "" if bits is None else directories[bits]
+        places = [p for p in (written, e.model) if p and not e.is_gguf]
+        found[standing(e, places, sizes.get(bits or 0.0, 0)) == EARLIER].append(e)
+    return found
 
 
 def _own_evaluations(directories: Mapping[float, str], evaluations: Iterable[Evaluation]) -> dict[float, Evaluation]:
@@ -157,6 +180,7 @@ class _Log:
     def __init__(self, events: Iterable[Mapping[str, Any]]) -> None:
         self.allocated: dict[float, Mapping[str, Any]] = {}
         self.directory: dict[float, str] = {}
+        self.written: dict[float, tuple[frozenset[str], int]] = {}  # hashes of modules, bytes
         self.items: dict[str, int] = {}  # stage -> items
         self.notes: list[tuple[str, str]] = []  # (place, text)
         self.warnings: dict[str, None] = {}
@@ -169,6 +193,7 @@ class _Log:
             self.allocated[bits] = f
         elif name == "written" and bits is not None:
             self.directory[bits] = str(f.get("directory") or "")
+            self.written[bits] = (frozenset(texts(f.get("modules"))), int(as_number(f.get("bytes")) or 0))
         elif name == "stage":
             self.items[str(f.get("stage"))] = int(as_number(f.get("items")) or 0)
         elif name == "lost":
@@ -184,12 +209,14 @@ class _Log:
             self.notes += [("", text) for text in texts(f.get("notes"))]
 
 
-def _bitrate(chain: Chain, log: _Log, shapes: Mapping[str, LinearShape], evaluation: Evaluation | None) -> Bitrate:
+def _bitrate(
+    chain: Chain, log: _Log, shapes: Mapping[str, LinearShape], evaluation: Evaluation | None, before: bool
+) -> Bitrate:
     event, bits = log.allocated.get(chain.bits, {}), chain.bits
     return Bitrate(
         chain, as_number(event.get("bpw")), _head_bpw(chain, event, shapes), as_number(event.get("gap")),
         as_number(event.get("predicted_kl")), log.items.get(f"quantize {bits!r}", 0), log.directory.get(bits, ""),
-        allocation_of(bits, chain.options, shapes), evaluation,
+        allocation_of(bits, chain.options, shapes), evaluation, before and evaluation is None,
     )  # fmt: skip
 
 

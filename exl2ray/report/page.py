@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from exl2ray.evaluate.record import TAIL, TAIL_NAMES, Figure, judged
+from exl2ray.evaluate.record import TAIL, TAIL_NAMES, Evaluation, Figure, judged
 from exl2ray.recipe import JOB_FLAGS, RUN
 from exl2ray.report import figures
 from exl2ray.report.chains import ModuleResult
@@ -71,7 +71,8 @@ def _hider(facts: Facts) -> Any:
     """A function that leaves only the last part of absolute paths: those of the job exactly, others by their form."""
     settings = facts.job.job.values() if facts.job is not None else ()
     given = [str(v) for s in settings for v in s.values() if str(v).startswith("/")]
-    given += [b.directory for b in facts.bitrates] + [x for e in facts.evaluations for x in (e.model, e.reference)]
+    evaluations = (*facts.evaluations, *facts.earlier)
+    given += [b.directory for b in facts.bitrates] + [x for e in evaluations for x in (e.model, e.reference)]
     known = sorted({p for p in [facts.root, *given] if p.startswith("/") and p.strip("/")}, key=len, reverse=True)
 
     def hide(text: str) -> str:
@@ -127,6 +128,8 @@ def _card(b: Bitrate, overrides: bool) -> dict[str, Any]:
     else:
         word, sentence = judged(b.chain.perplexity, b.chain.reference_perplexity, None)
         note = "Judged by calibration rows alone, which is a rough measure; exl2ray eval has a better one, see below."
+    if b.was_evaluated:
+        note = f"Written again since its evaluation, by a patch for one: that is left out here. {note}".rstrip()
     bits = [(n, v) for n, v in (("decoder", b.decoder_bpw), ("head", b.head_bpw), ("whole file", e and e.file_bpw)) if v]
     spare = b.decoder_bpw is not None and b.decoder_bpw > b.bits + 0.02 and not overrides
     return {
@@ -146,19 +149,25 @@ def _quality(facts: Facts) -> dict[str, Any] | None:
         [f"{b.bits:g}", perplexity(p), _number(r), "-" if not r else f"{p / r - 1:+.2%}"]
         for b in facts.bitrates if (p := b.chain.perplexity) is not None for r in [b.chain.reference_perplexity]
     ]  # fmt: skip
-    if not facts.evaluations and not facts.bitrates:
+    if not (facts.evaluations or facts.earlier or facts.bitrates):
         return None
-    out: dict[str, Any] = {"calibration": known, "plots": [], "warnings": [], "tables": []}
+    out: dict[str, Any] = {"calibration": known, "plots": [], "warnings": [], "tables": [], "unbound": "", "earlier": None}
     if facts.evaluations:
         labels = [(_number(e.decoder_bpw, ".2f"), e) for e in facts.evaluations]
         out["plots"] = ladder_plots([m for m in labels if m[1].file_bytes])
         out["warnings"] = list(dict.fromkeys(w for e in facts.evaluations for w in e.warnings))
-        out["tables"] = _evaluation_tables(facts)
+        out["tables"] = _evaluation_tables(facts.evaluations)
+        unbound = [e.model for e in facts.evaluations if not e.weights and not e.is_gguf]
+        if unbound:
+            some = ", ".join(unbound[:4]) + (f" and {len(unbound) - 4} more" if len(unbound) > 4 else "")
+            out["unbound"] = f"An earlier version of exl2ray made these, and did not note of what state of the model: {some}."
         out["predictions"] = f"{facts.evaluations[0].predictions} predictions in {facts.evaluations[0].rows} rows"
+    if facts.earlier:
+        out["earlier"] = _evaluation_tables(facts.earlier)[0][1:]
     return out
 
 
-def _evaluation_tables(facts: Facts) -> list[tuple[str, list[str], list[list[str]]]]:
+def _evaluation_tables(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, rows)"""
 
     def percent(f: Figure | None) -> str:
@@ -169,20 +178,20 @@ def _evaluation_tables(facts: Facts) -> list[tuple[str, list[str], list[list[str
         [e.model, _number(e.decoder_bpw, ".3f"), _number(e.head_bpw, ".3f"), _number(e.file_bpw, ".3f"),
          file_size(e.file_bytes) if e.file_bytes else "-", f"{e.perplexity.value:.4f}",
          "-" if e.kl is None else e.kl.text(".5f"), percent(e.top1), percent(e.top5)]
-        for e in facts.evaluations
+        for e in evaluations
     ]  # fmt: skip
-    first = facts.evaluations[0]
+    first = evaluations[0]
     if first.reference_perplexity is not None:
         rows.append([f"{first.reference} (source)", *["-"] * 4, f"{first.reference_perplexity.value:.4f}", *["-"] * 3])
     used = [i for i, cells in enumerate(zip(*rows, strict=True)) if set(cells) != {"-"}]
     tables = [("", [columns[i] for i in used], [[row[i] for i in used] for row in rows])]
     tails = [[e.model, *[_number(f.value if (f := e.kl_tail.get(n)) else None, ".4f") for n in TAIL]]
-             for e in facts.evaluations if e.kl_tail]  # fmt: skip
+             for e in evaluations if e.kl_tail]  # fmt: skip
     if tails:
         tables.append(("The tail: KL divergence of single tokens, nats", ["model", *[TAIL_NAMES[n] for n in TAIL]], tails))
     kinds = [[e.model, name, f"{k.predictions}", k.perplexity.text(".4g", ".2g"),
               k.kl.text(".5f") if k.kl else "-", f"{1 - k.top1.value:.1%}" if k.top1 else "-"]
-             for e in facts.evaluations for name, k in e.kinds.items()]  # fmt: skip
+             for e in evaluations for name, k in e.kinds.items()]  # fmt: skip
     if kinds:
         tables.append(("By kind of text", ["model", "text", "tokens", "perplexity", "KL, nats", "flipped top-1"], kinds))
     return tables

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from exl2ray.allocation.overrides import Override, overridden, parse_overrides
+from exl2ray.allocation.overrides import parse_overrides
 from exl2ray.allocation.planning import Plan, choose, insensitive, slot_weights, total_bits
-from exl2ray.errors import UsageError
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModuleSpec
@@ -47,41 +46,6 @@ def allocate(job: Job, measurement: Measurement, bits: float) -> Plan:
         job.warnings.add(few_scores_warning(measurement.scores))  # of every bitrate; told at the start where it was known
     job.warnings.add(unspent_warning(bits, achieved, allocation.unspent, bool(overrides)), bits)
     return Plan(bits, params, hashes, achieved, sum(size.values()) // 8, chosen.predicted_kl)
-
-
-def patched(job: Job, plan: Plan, overrides: Sequence[Override]) -> Plan:
-    """``plan`` with ``overrides`` on top, and nothing else changed: no other linear pays for them.
-
-    Modules with another option get hashes of their own, so that only they are quantised again, on what the model
-    produces as it is; the head too, for the perplexity that comes with it. Raises UsageError for an unfinished model.
-    """
-    unfinished = missing(job, plan)
-    if unfinished:
-        raise UsageError(
-            f"{plan.bits:g} bpw: {len(unfinished)} modules are not quantised yet, {unfinished[0].profile_key} first",
-            f"finish the conversion before patching it: exl2ray convert -o {job.recipe.out_dir}",
-        )
-    params = {x.key: overridden(overrides, x, plan.params[x.key]) for x in job.spec.linears}
-    if params == plan.params:
-        job.reporter.event("note", message=f"{plan.bits:g} bpw: every linear is as --set asks already")
-        return plan
-    hashes, before = [], ""
-    for module in job.spec.modules:
-        chosen = {x.key: params[x.key].desc for x in module.linears}
-        value = plan.hashes[module.index]
-        changed = [x.key for x in module.linears if params[x.key] != plan.params[x.key]]
-        if changed or (module.kind == "head" and before):
-            before = value = hash_inputs(patched=value, before=before, options=chosen)
-            for key in changed:
-                message = f"{plan.bits:g} bpw: {key} from {plan.params[key].desc} to {params[key].desc}"
-                job.reporter.event("note", message=message)
-        hashes.append(value)
-    weights, total = slot_weights(job.spec), 0
-    for x in job.spec.linears:
-        total += params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias)
-    head = job.spec.modules[-1].linears[0]
-    head_bits = params[head.key].total_bits(head.in_features, pad32(head.out_features), head.has_bias)
-    return Plan(plan.bits, params, tuple(hashes), (total - head_bits) / weights, total // 8)
 
 
 def plan_hashes(job: Job, params: Mapping[str, QParams]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from exl2ray.recipe import bpw_name
 from exl2ray.result_warnings import is_broken, show
 from exl2ray.steps.allocating import missing
 from exl2ray.steps.job import Stage
+from exl2ray.steps.patching import Wanted, kept, remember, warn_of_lost
 from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.messages import Begun, Choices, ItemResult, PerplexityPass, ReferencePass
@@ -39,30 +40,31 @@ WRITERS = 3
 
 
 def produce(
-    job: Job, plans: Sequence[Plan], patches: Sequence[str] = (), compile_full: str | None = None
+    job: Job, plans: Sequence[Plan], compile_full: str | None = None, patch: Wanted | None = None
 ) -> list[OutputSummary]:
     """Quantises and writes all bitrates. A bitrate is written as soon as it is complete, while others go on; one whose
     files are there already is left alone.
 
-    ``patches``: texts of --set that were applied to the plans, for config.json. ``compile_full``: in place of -cf.
+    ``compile_full``: in place of -cf. ``patch``: what a patch wants; without one, a model that was patched stays so.
     """
-    chosen = (*job.recipe.overrides, *patches)
     recipe = job.recipe
     if compile_full is not None:
         recipe = replace(recipe, compile_full=compile_full, bits=tuple(p.bits for p in plans))
     fingerprint, rows = job.job["identity"]["fingerprint"], len(job.rows["quantize"].ids)
     writer = OutputWriter(
-        recipe, job.spec, job.source, job.work, fingerprint, rows, chosen, job.warnings, job.tokenizer_files,
-        job.targets,
-    )  # fmt: skip
+        recipe, job.spec, job.source, job.work, fingerprint, rows, job.warnings, job.tokenizer_files, job.targets
+    )
     for plan in plans:
         writer.check(plan)
+    plans = [(kept if patch is None else patch.of)(job, plan, writer.target(plan)) for plan in plans]
+    for plan in plans:
+        warn_of_lost(job, plan, writer.target(plan))
     job.targets.lock(recipe, [p.bits for p in plans], writer.owner)
     placing: dict[float, dict[int, Future[None]]] = {plan.bits: {} for plan in plans}  # by module; at -1 the rest
     with _Writers(writer.filling) as pool:
         filling = writer.filling
         writing: dict[float, Future[OutputSummary]] = {}
-        kept: dict[float, OutputSummary] = {}
+        there: dict[float, OutputSummary] = {}
 
         def done(plan: Plan, index: int) -> None:
             own = placing[plan.bits]
@@ -81,7 +83,7 @@ def produce(
             _examine_records(job, plan, records)
             found = writer.finished(plan, records)
             if found is not None:
-                kept[plan.bits] = found
+                there[plan.bits] = found
                 where = found.directory or job.work.store.root
                 job.reporter.event("note", message=f"{plan.bits:g} bpw: {where} has the model already")
                 return
@@ -102,9 +104,12 @@ def produce(
                 outputs.append(writing[plan.bits].result())
                 job.reporter.event("end", stage=_compile_stage(plan), seconds=time.monotonic() - start)
             else:
-                outputs.append(kept[plan.bits])
+                outputs.append(there[plan.bits])
+            remember(job.work, plan, writer.target(plan))
             names = [Path(f).name for f in outputs[-1].files]
-            job.work.event("written", bits=plan.bits, directory=outputs[-1].directory, files=names)
+            hashes = [plan.hashes[m.index][:16] for m in job.spec.modules if m.linears]
+            where = {"directory": outputs[-1].directory, "files": names, "bytes": outputs[-1].file_bytes}
+            job.work.event("written", bits=plan.bits, modules=hashes, **where)
         job.source_state.check()
         job.warnings.add(job.source_state.warnings)
         return outputs

@@ -32,7 +32,8 @@ SOURCE_KEY = "source"  # key of the record of the source's files
 SOLVED = "solved"  # below a bitrate: the model before it is tuned
 REFERENCE_KIND = "quant/reference"  # kind of the checkpoints of the source model's states on the quantisation rows
 # Keys of records that are no module's.
-NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|source|perplexity|output")
+PATCHES = "patches"  # key of the records of what models were patched with
+NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|source|perplexity|output|patches")
 FOLDERS = ("measure", "quant", "events", "logs", "nonce", "source")
 
 _OURS = re.compile(

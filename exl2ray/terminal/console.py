@@ -17,6 +17,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
 from exl2ray.formats.elsewhere import named
+from exl2ray.formats.files import file_size as file_size
 from exl2ray.store.pace import Pace
 
 Clock = Callable[[], float]
@@ -133,15 +134,6 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def file_size(size_bytes: float) -> str:
-    """``812 B``, ``4.70 MB``, ``13.1 GB``: decimal units, as disks and model hubs count."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        count = size_bytes / power
-        if count >= 0.9995:
-            return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
-    return f"{size_bytes:.0f} B"
 
 
 def job_lines(f: Mapping[str, Any]) -> list[str]:

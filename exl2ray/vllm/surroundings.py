@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from exl2ray.errors import FormatError, UsageError
+from exl2ray.formats.files import file_size
 from exl2ray.run.norms import HEAD_NORM, single_row
 from exl2ray.vllm.files import PackedFiles
 
@@ -25,8 +26,8 @@ def check_memory(files: PackedFiles, device: torch.device, vllm_config: Any) -> 
     free, total = torch.cuda.mem_get_info(device)
     if packed / ranks > free:
         raise UsageError(
-            f"the model has {packed / 1e9:.1f} GB of packed weights for {ranks} GPUs; {device} has {free / 1e9:.1f} GB free "
-            f"of {total / 1e9:.1f}",
+            f"the model has {file_size(packed)} of packed weights for {ranks} GPUs; {device} has {file_size(free)} free "
+            f"of {file_size(total)}",
             "more of them: --tensor-parallel-size; otherwise a model with fewer bits per weight",
         )
 

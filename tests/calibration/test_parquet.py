@@ -169,3 +169,26 @@ def test_ids_beyond_the_embedding(tokenizer: ModelTokenizer, tmp_path: Path) -> 
     path = write(tmp_path / "a.parquet", {"t": ["some words here"] * 1000})
     with pytest.raises(SourceError, match="the model has 20 embedding rows"):
         read(path, tokenizer, vocab_size=20)
+
+
+def test_columns_of_one_name(tokenizer: ModelTokenizer, tmp_path: Path) -> None:
+    """Text that is joined is read as it stands; where it matters which one is meant, the file is refused by its name."""
+    text, number = pa.array(["a quiet harbour at night " * 20] * 40), pa.array(range(40))
+    said = pa.array([[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes, well " * 30}]] * 40)
+
+    def table(columns: list[pa.Array], *names: str) -> Path:
+        pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+
+    once = read(table([text], "text"), tokenizer)
+    assert not torch.equal(read(table([text, text], "text", "text"), tokenizer).ids, once.ids)
+    assert torch.equal(read(table([text, pa.nulls(40)], "text", "text"), tokenizer).ids, once.ids)
+    assert torch.equal(read(table([text, number, said], "text", "x", "x"), tokenizer).ids, once.ids)
+    for columns, names in (
+        ([text, number], ("text", "text")), ([number, text], ("text", "text")), ([text, said], ("text", "text")),
+        ([said, said], ("messages", "messages")), ([text, text, text, number], ("question", "answer", "answer", "k")),
+    ):  # fmt: skip
+        path = table(columns, *names)
+        with pytest.raises(CalibrationError, match=rf"-c {path}: several columns are called '{names[1]}'") as e:
+            read(path, tokenizer)
+        assert "rename" in str(e.value.hint)

@@ -93,6 +93,15 @@ def test_patterns(llama: Path) -> None:
     assert overridden(overrides, spec.linears[0], parse("1:8b_128g")) == parse("1:8b_128g"), "wide enough as it is"
 
 
+def test_a_pattern_that_takes_for_ever_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exl2ray.allocation.overrides.MATCHING_SECONDS", 0.5)
+    spec = load_spec(SourceModel(llama))
+    with pytest.raises(UsageError, match=r"--set re:\(\.\+\)\+z=6: the regular expression did not finish within") as e:
+        parse_overrides(["re:(.+)+z=6"], spec)
+    assert "simplify it" in str(e.value.hint)
+    assert parse_overrides(["re:(.+)+j=6"], spec)[0].keys
+
+
 def test_the_smallest_option_that_will_do(llama: Path) -> None:
     linears = {x.role: x for x in load_spec(SourceModel(llama)).modules[1].linears}
     assert smallest_option(linears["v_proj"], 5) == parse("1:5b_64g")

@@ -229,6 +229,7 @@ def test_other_models_are_named(tmp_path: Path, twins: Twins, other: Path) -> No
     refused(SourceError, "not a GGUF of the model in", "up_proj.weight", model=edit(less))
     write_gguf(file, edit({**tensors, "model.norm.weight": tensors["model.norm.weight"] * 1.1}))
     assert "not that of" in open_gguf(file, like).notes[0]
+    refused(SourceError, "holds no tensors", model=edit({}))
     cohere = tiny_models.write_model(tmp_path / "cohere", "Cohere")
     with pytest.raises(UnknownArchitectureError, match="supported: Llama"):
         open_gguf(file, open_model(cohere))

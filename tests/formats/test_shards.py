@@ -145,7 +145,7 @@ def test_duplicate_names_are_refused(tmp_path: Path) -> None:
 def test_disk_too_small_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage(10, 0, 10))
-    with pytest.raises(StoreError, match="GB are free"):
+    with pytest.raises(StoreError, match="the output needs 32 B, 10 B are free"):
         write_shards(tmp_path, [TensorEntry.of("t", torch.zeros(8))])
     assert list(tmp_path.iterdir()) == []
 

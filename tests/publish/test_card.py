@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl2ray.evaluate.record import Evaluation, Figure, Kind
+from exl2ray.formats.source.folder import Folder
 from exl2ray.publish import base_model
 from exl2ray.publish.base_model import base_model_of, command, original_card, read_original
 from exl2ray.publish.card import CardInfo, Making, add_evaluation, model_card, with_evaluation
@@ -297,3 +299,27 @@ def test_blocks_come_back_as_they_were_written(block: dict[str, Any], name: str,
 def test_any_text_is_a_card(text: str) -> None:
     kept = original_card(f"---\n{text}\n---\n")
     json.dumps([kept.fields, kept.tags])  # nothing but texts
+
+
+SPACES = 1 << 16  # as many characters as are read
+
+
+@pytest.mark.parametrize("text", ["\n" * SPACES, "url=" + "-hf.co:" * (SPACES // 8) + "a/b c", "url" + " " * SPACES])
+def test_a_git_config_takes_no_time(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text(text[:SPACES])
+    start = time.process_time()
+    assert base_model_of(tmp_path) is None
+    assert time.process_time() - start < 1
+
+
+def test_a_card_takes_no_time(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    start = time.process_time()
+    for text in ("base_model:" + " " * SPACES, "base_model:\n" + "\t" * SPACES):
+        card.write_text(text)
+        assert Folder(tmp_path).base_model() is None
+    assert time.process_time() - start < 1
+    for text in ("base_model: a/b", "base_model: 'a/b'", "base_model:\n- a/b", 'base_model: \r\n  -  "a/b"'):
+        card.write_text(text)
+        assert Folder(tmp_path).base_model() == "a/b"

@@ -128,6 +128,24 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hubs: tuple[ModelHub
     job("--private").ends_with(2, "exists and is public")
 
 
+def test_a_model_that_was_patched_since_is_published_again(
+    hubs: tuple[ModelHub, FakeHub], job: Callable[..., Run], tmp_path: Path
+) -> None:
+    _, target = hubs
+    job().ends_with(0)
+    before = target.repos[REPO].branches["4.0bpw"].files["output.safetensors"]
+    work = next(tmp_path.rglob("job.json")).parent
+    job().ends_with(0, "published already")
+    place = {"HF_ENDPOINT": target.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
+    chosen = ("--set", "*.0.*.o_proj=8", "-b", "4", "--device", "cpu")
+    exl2ray("patch", "-o", work, *chosen, cwd=tmp_path / "here", env=place, seconds=60).ends_with(0)
+    again = job()
+    again.ends_with(0, "was patched and stays so")
+    assert "published already" not in again.out
+    assert target.repos[REPO].branches["4.0bpw"].files["output.safetensors"] != before
+    job().ends_with(0, "published already")
+
+
 def test_flags_that_need_a_repository(tmp_path: Path) -> None:
     for flag in ("--clean", "--private"):
         exl2ray("convert", "-i", "m", "-o", "w", flag, cwd=tmp_path).ends_with(2, "are for --publish")

@@ -96,8 +96,8 @@ class DataReader:
 
         table = ParquetTable(file)
         choice = choose(table.kinds, column, joins_strings=True)
+        table.check(choice)
         self._describe("Parquet", choice)
-        # Two columns of one name are read as two.
         return chain.from_iterable(self._row(where, cells, choice) for where, cells in table.rows(choice))
 
     def _json(self, source: plain.Source, kind: str, column: str | None) -> Iterator[Piece]:

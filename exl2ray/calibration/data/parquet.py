@@ -14,12 +14,15 @@ from exl2ray.calibration.data.problem import DataError
 
 BATCH_ROWS, BATCH_BYTES = 64, 4 * MIB  # of a read, by what the file says; a row may be a whole book
 THRIFT_STRING_BYTES, THRIFT_ITEMS = 64 * MIB, 1_000_000  # of the file's own description
+KINDS: tuple[Kind, ...] = ("text", "messages", "binary", "lists", "number", "other", "null")
 MAX_NESTING = 32  # of a column's type
 BROKEN = (OSError, pa.ArrowException, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
 
 
 class ParquetTable:
-    """``kinds``: of the columns, less a stored index of pandas. Raises DataError."""
+    """``kinds``: of the columns, less a stored index of pandas; of columns of one name, that which is nearest to text.
+    ``twice``: names of several columns, and whether all of them are of that kind. Raises DataError.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         pa.set_cpu_count(1)
@@ -30,7 +33,12 @@ class ParquetTable:
             )  # fmt: skip
             schema = self._file.schema_arrow
             index = _pandas_index(schema)
-            self.kinds: Mapping[str, Kind] = {f.name: kind_of(f.type) for f in schema if f.name not in index}
+            found: dict[str, list[Kind]] = {}
+            for f in schema:
+                if f.name not in index:
+                    found.setdefault(f.name, []).append(kind_of(f.type))
+            self.kinds: Mapping[str, Kind] = {name: min(kinds, key=KINDS.index) for name, kinds in found.items()}
+            self.twice = {n: set(kinds) <= {self.kinds[n], "null"} for n, kinds in found.items() if len(kinds) > 1}
         except BROKEN as e:
             raise DataError(f"not a readable Parquet file: {_short(e)}", "is the download complete?") from e
 
@@ -57,6 +65,12 @@ class ParquetTable:
                     size = 1  # once more from where it was
                 except BROKEN as e:
                     raise DataError(f"reading failed at data row {number}: {_short(e)}", "fetch the file again") from e
+
+    def check(self, choice: Choice) -> None:
+        """Raises DataError for columns of one name, unless they are all of text that is joined, as it stands."""
+        for name in choice.columns:
+            if name in self.twice and not (self.twice[name] and choice.form == "text"):
+                raise DataError(f"several columns are called {name!r}", "rename all but one, or name another: -c FILE:COLUMN")
 
     def _group(self, group: int, choice: Choice, size: int, skip: int) -> Iterator[list[Any]]:
         names = list(choice.columns)

@@ -73,6 +73,6 @@ class Folder:
         """The model that this one was made from, as an adapter's config, the card or config.json name it."""
         named = [self.json("adapter_config.json").get("base_model_name_or_path")]
         card = self.head("README.md", CARD_BYTES).decode("utf-8", "replace")
-        found = re.search(r"^base_model:[ \t]*(?:\r?\n[ \t]*-)?[ \t]*[\"']?([^\s\"']+)", card, re.MULTILINE)
+        found = re.search(r"^base_model:[ \t]*(?:\r?\n[ \t]*-[ \t]*)?[\"']?([^\s\"']+)", card, re.MULTILINE)
         named += [found and found[1], self.json("config.json").get("_name_or_path")]
         return next((n for n in named if isinstance(n, str) and len(n) < 100 and REPOSITORY.fullmatch(n)), None)
