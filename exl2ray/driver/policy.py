@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from exl2ray.errors import ClusterError, StoreError
+from exl2ray.errors import ClusterError, JobMismatchError, StoreError
 from exl2ray.team.messages import GroupBroken, WorkerOutOfMemory
 
 MAX_SHRINK = 64  # of the batches of a module that ran out of memory; then a single row does not fit
@@ -72,7 +72,7 @@ class Policy:
         if isinstance(fault, GroupBroken):
             self._broken(call, key)
             return 0.0
-        if not isinstance(fault, (Lost, StoreError)):
+        if not isinstance(fault, (Lost, StoreError)) or isinstance(fault, JobMismatchError):
             raise fault
         self._breaks = 0
         reason = fault.reason if isinstance(fault, Lost) else fault.message

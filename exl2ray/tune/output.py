@@ -22,12 +22,14 @@ Produce = Callable[[], Tensor]
 
 
 def write_tuned(
-    start: Exl2Model, target: Path, owner: Owner, tuned: Mapping[str, Produce], facts: Mapping[str, Any]
-) -> list[Shard]:
+    start: Exl2Model, target: Path, owner: Owner, tuned: Mapping[str, Produce], facts: Mapping[str, Any],
+    check: Callable[[], None],
+) -> list[Shard]:  # fmt: skip
     """Writes ``start`` with the tensors of ``tuned`` in place of its own, and what lies beside them; the shards.
 
-    facts: kept in config.json as ``quantization_config.tuned``, where loaders pass them over. Raises what
-    `exl2ray.formats.target` and `exl2ray.formats.shards` raise.
+    facts: kept in config.json as ``quantization_config.tuned``, where loaders pass them over. check: raises if ``start`` is
+    not what it was, before config.json makes a model of the output. Raises what `exl2ray.formats.target` and
+    `exl2ray.formats.shards` raise.
     """
     order = sorted(start.names(), key=lambda name: (start.file(name).name, start.info(name).begin))
     entries = [_entry(start, name, tuned) for name in order]
@@ -39,6 +41,7 @@ def write_tuned(
     shards = write_shards(target, entries, limit, existing_shards(target), lambda: withdraw(target))
     copy_side_files(start.path, target)
     check_claim(target, owner)
+    check()
     config = {**start.config, "quantization_config": {**start.config["quantization_config"], "tuned": dict(facts)}}
     with atomic_file(target / "config.json") as f:
         f.write(config_bytes(config))

@@ -13,7 +13,8 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,17 @@ from exl2ray.events import Reporter
 from exl2ray.formats.shards import Shard
 from exl2ray.formats.target import Owner, locked, release_target
 from exl2ray.quant.group import Solo
+from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
 from exl2ray.store.records import hash_inputs
 from exl2ray.tune import judge, state
 from exl2ray.tune.documents import Kind
 from exl2ray.tune.driving import trained
 from exl2ray.tune.grid import Grid
+from exl2ray.tune.inputs import Inputs
 from exl2ray.tune.memory import weights_of
 from exl2ray.tune.module import NORMS, part_of
-from exl2ray.tune.opening import Pair, open_pair
+from exl2ray.tune.opening import Pair
 from exl2ray.tune.output import Produce, finished, is_of_another, refuse_another, write_record, write_tuned
 from exl2ray.tune.rows import TuningRows, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
@@ -74,7 +77,8 @@ def tune(
     computes and writes nothing. owner: who writes into the output (`exl2ray.formats.target`); None: this tuning. where: None:
     in this process. The bytes do not depend on the number of workers."""
     clock = _Clock()
-    pair = open_pair(settings.directory, settings.reference)
+    inputs = Inputs(settings.directory, settings.reference)
+    pair = inputs.pair
     settings = settings.for_model(weights_of(pair.start.spec))
     with naming(settings.text_flag):
         rows = _rows(settings, pair, device, reporter)
@@ -101,14 +105,34 @@ def tune(
             message = f"{target} was tuned with other settings, or by an earlier version: it is tuned again"
             reporter.event("note", message=message)
         store = open_store(os.path.abspath(work))
-        decision = trained(settings, rows, identity, store, device, where or Where(), reporter)
-        clock.lap("train")
-        clock.laps["decide"] = decision.seconds
-        clock.laps["train"] -= decision.seconds
-        result, shards = _finish(pair, settings, rows, decision.payload, state.restore(store, Solo(), identity), owner, clock)
+        with _watched(inputs, store, identity, reporter) as check:
+            decision = trained(settings, rows, identity, store, device, where or Where(), reporter, inputs)
+            clock.lap("train")
+            clock.laps["decide"] = decision.seconds
+            clock.laps["train"] -= decision.seconds
+            check()
+            saved = state.restore(store, Solo(), identity)
+            result, shards = _finish(pair, settings, rows, decision.payload, saved, owner, clock, check)
         write_record(record, identity, target, asdict(result), shards)
         _clear(work)
     return result
+
+
+@contextmanager
+def _watched(inputs: Inputs, store: Store, identity: str, reporter: Reporter) -> Iterator[Callable[[], None]]:
+    """Yields what raises JobMismatchError if a model is another one by now. What cannot be decided is told once."""
+    told: set[str] = set()
+
+    def tell(notes: list[str]) -> None:
+        for note in dict.fromkeys(n for n in notes if n not in told):
+            told.add(note)
+            reporter.event("warning", message=note)
+
+    try:
+        tell(inputs.begin(store, identity))
+        yield lambda: tell(inputs.check())
+    finally:
+        inputs.close()
 
 
 def _as_told(found: Mapping[str, Any] | None, directory: str) -> Tuned | None:
@@ -188,7 +212,7 @@ def _digest(rows: TuningRows) -> str:
 
 def _finish(
     pair: Pair, settings: Settings, rows: TuningRows, decision: Mapping[str, Any], saved: state.Saved | None, owner: Owner,
-    clock: _Clock,
+    clock: _Clock, check: Callable[[], None],
 ) -> tuple[Tuned, list[Shard]]:  # fmt: skip
     assert saved is not None
     kinds, steps, tokens = rows.held_kinds, int(decision["steps"]), len(rows.ids) * rows.ids.shape[1]
@@ -196,7 +220,7 @@ def _finish(
     mean = [float(rows[judge.counted(kinds)].mean()) for rows in (before, after)]
     facts = {"kept": decision["words"], "steps": steps, "tokens": tokens, "kl_before": mean[0], "kl_after": mean[1]}
     tensors, changed, total = _tensors(pair, saved, decision["kept"])
-    shards = write_tuned(pair.exl2, Path(settings.output), owner, tensors, facts)
+    shards = write_tuned(pair.exl2, Path(settings.output), owner, tensors, facts, check)
     clock.lap("write")
     result = Tuned(
         settings.output, decision["words"], decision["ratio"], steps, tokens, _figures(before, kinds), _figures(after, kinds),

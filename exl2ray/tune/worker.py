@@ -28,12 +28,12 @@ from exl2ray.store.open import open_store
 from exl2ray.store.tensors import get_tensors
 from exl2ray.team.comm import Group
 from exl2ray.team.messages import Begun, ItemResult, Meeting, Pass, Ready, WorkerSetup
-from exl2ray.tune import judge, state
+from exl2ray.tune import inputs, judge, state
 from exl2ray.tune.deciding import decided
 from exl2ray.tune.evaluating import Evaluator
 from exl2ray.tune.memory import SNAPSHOT_BYTES, TRAINED_BYTES, room_for, weights_of
 from exl2ray.tune.module import TunedModule
-from exl2ray.tune.opening import load_source, load_tuned, open_pair
+from exl2ray.tune.opening import load_source, load_tuned
 from exl2ray.tune.rows import batches
 from exl2ray.tune.settings import RATE, Settings
 from exl2ray.tune.shelves import Homes, Shelf
@@ -56,6 +56,7 @@ class TunePass(Pass):
     held_kinds: tuple[str, ...]
     steps: int
     pieces: tuple[int, ...]
+    inputs: inputs.Begun
 
 
 def ends_of(steps: int) -> list[int]:
@@ -130,7 +131,9 @@ class _Tuning:
         begin = time.monotonic()
         self.comm = self.worker.group(self.part.meeting)
         rows = get_tensors(self.store, self.worker.setup.calibration)
-        self.pair = open_pair(self.settings.directory, self.settings.reference)
+        self.inputs = inputs.Inputs(self.settings.directory, self.settings.reference)
+        self.inputs.follow(self.part.inputs)
+        self.pair = self.inputs.pair
         self.modules_of = self.pair.start.spec.modules
         self.skip = int(self.pair.start.bos_id is not None)
         self.ids, self.held = rows["ids"].clone(), rows["held"].clone()
@@ -152,6 +155,7 @@ class _Tuning:
             begin = time.monotonic()
             saved = state.restore(self.store, self.comm, self.part.identity)
             assert saved is not None
+            self.inputs.check()
             payload = decided(self.pair, saved, self._evaluator(), self.part.held_kinds, self.device, self._shelf)
             seconds, detail = time.monotonic() - begin, f"kept: {payload['words']}"
             yield ItemResult(self.part.pieces[-1], "decision", seconds, detail, payload, BITS, self._told())
@@ -256,6 +260,7 @@ class _Tuning:
         return max(every, SAVING_SHARE * self._saving) if every or math.isinf(self._saving) else 0.0
 
     def _save(self) -> None:
+        self.inputs.check()
         begin = time.monotonic()
         if not self.progress.over and any(self.comm.gather(self._lacks_room())):
             self._saved_at, self._saving = begin, math.inf
