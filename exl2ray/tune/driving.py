@@ -27,7 +27,7 @@ from exl2ray.tune.inputs import Inputs
 from exl2ray.tune.rows import TuningRows
 from exl2ray.tune.settings import Settings, Where
 from exl2ray.tune.sums import SHARES
-from exl2ray.tune.worker import BITS, TunePass, TuningWorker, ends_of
+from exl2ray.tune.worker import BITS, WAIT, TunePass, TuningWorker, ends_of
 
 ROWS = "rows.safetensors"
 STAGE = "tune"
@@ -84,6 +84,7 @@ class _Told:
 
     def __init__(self, reporter: Reporter, pieces: int, inputs: Inputs) -> None:
         self._reporter, self._pieces, self._inputs, self._done = reporter, pieces, inputs, 0
+        self._waits = ""
         self._begin = 0.0  # of the steps: models that are refused when they are loaded have none
         self.decision: ItemResult | None = None
 
@@ -105,6 +106,10 @@ class _Told:
         if name == "started" and fields["method"] == "steps" and not self._begin:
             self._begin = time.monotonic()
             self._reporter.event("stage", stage=STAGE, items=self._pieces, done=0)
+        elif name == "started" and fields["method"] == WAIT:
+            if fields["key"] != self._waits:  # each member of a group says it, and again and again
+                self._reporter.event("warning", message=fields["key"])
+            self._waits = fields["key"]
         elif name == "lost":
             message = f"a worker was lost at {fields['key']} ({fields['reason']}); going on from the last checkpoint"
             self._reporter.event("warning", message=message)

@@ -159,7 +159,7 @@ def test_a_full_disk_costs_the_checkpoints_and_nothing_else(
 
     monkeypatch.setattr(state, "save", noted)
     disk = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr("exl2ray.tune.worker.shutil", disk)
+    monkeypatch.setattr("exl2ray.tune.keeping.shutil", disk)
     reporter = Silent()
     tune(settings(pair, text, tmp_path / "full", checkpoint_seconds=0, **few), torch.device("cpu"), reporter)
     notes = [fields.get("message", "") for _, fields in reporter.events]
@@ -171,7 +171,7 @@ def test_a_full_disk_costs_the_checkpoints_and_nothing_else(
 def test_large_checkpoints_are_rare_from_the_first_on(
     pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exl2ray.tune.worker.SAVING_BYTES", 1000)
+    monkeypatch.setattr("exl2ray.tune.keeping.SAVING_BYTES", 1000)
     saved: list[bool] = []
     monkeypatch.setattr(state, "save", lambda *given, save=state.save: (saved.append(given[2].over), save(*given)))
     reporter = Silent()
