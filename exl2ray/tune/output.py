@@ -49,10 +49,13 @@ def write_tuned(
     return shards
 
 
-def write_record(path: Path, identity: str, target: Path, result: Mapping[str, Any], shards: Sequence[Shard]) -> None:
-    """Says that ``target`` holds the finished tuning of this identity: what came of it, and what the files are."""
+def write_record(
+    path: Path, names: Mapping[str, str], target: Path, result: Mapping[str, Any], shards: Sequence[Shard]
+) -> None:
+    """Says that ``target`` holds a finished tuning: what came of it, and what the files are. names: "identity", and "asked":
+    what of it is known before there is text."""
     config = sha256_of(target / "config.json")
-    facts = {"identity": identity, "config": config, "shards": [asdict(s) for s in shards], "result": dict(result)}
+    facts = {**names, "config": config, "shards": [asdict(s) for s in shards], "result": dict(result)}
     with atomic_file(path) as f:
         f.write(json.dumps(facts, indent=1).encode())
 
@@ -80,13 +83,13 @@ def is_of_another(path: Path, identity: str) -> bool:
         return False
 
 
-def refuse_another(path: Path, identity: str, target: Path) -> None:
-    """StoreError if ``target`` holds the finished tuning of another identity: it may be the better one."""
+def refuse_another(path: Path, name: str, value: str, target: Path) -> None:
+    """StoreError if ``target`` holds a finished tuning whose record says otherwise of ``name``: it may be the better one."""
     try:
         found = json.loads(path.read_bytes())
-        other = found["identity"] != identity and sha256_of(target / "config.json") == found["config"]
+        other = found.get(name, value) != value and sha256_of(target / "config.json") == found["config"]
         kept = f"{float(found['result']['after']['mean']):.4g}" if other else ""
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return
     if other:
         raise StoreError(

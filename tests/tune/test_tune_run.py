@@ -280,6 +280,24 @@ def test_what_a_kill_at_the_very_end_left_goes_with_the_next_run(
     assert not (out / WORK).exists()
 
 
+def test_temporary_files_of_a_killed_run_go_with_the_next_one(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    name = ".tmp-exl2ray-4711-0123456789ab"
+    left = [out / WORK / folder / name for folder in (state.FOLDER, "homes", "written/tensors", ".")]
+    left.append(out / f".{WORK}.json.0123abcd.tmp")
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+    seen: list[list[Path]] = []
+    kept = driving.put_tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driving, "put_tensors", lambda *given: (seen.append([p for p in left if p.exists()]), kept(*given))[1])
+        tuned(settings(pair, text, out, tokens=2048))
+    assert seen == [[]], "before there is any more"
+
+
 def test_workers_find_models_that_are_named_from_here(
     pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
