@@ -33,7 +33,7 @@ from exl2ray.tune.keeping import Keeper
 from exl2ray.tune.memory import SNAPSHOT_BYTES, TRAINED_BYTES, room_for, weights_of
 from exl2ray.tune.module import TunedModule
 from exl2ray.tune.opening import load_source, load_tuned
-from exl2ray.tune.rows import batches
+from exl2ray.tune.rows import Batches
 from exl2ray.tune.settings import RATE, Settings
 from exl2ray.tune.shelves import Homes, Shelf
 from exl2ray.tune.training import Rates, Trainer, schedule
@@ -207,7 +207,7 @@ class _Tuning:
         )  # fmt: skip
         self.evaluate = self._evaluator()
         size = self.settings.rows_of_a_step(len(self.ids))
-        self.order = batches(len(self.ids), size, self.part.steps, self.settings.seed)
+        self.order = Batches(len(self.ids), size, self.part.steps, self.settings.seed)
         weights, last = weights_of(self.pair.start.spec), self.saved.progress.step if self.saved is not None else None
         state_bytes, every = weights * (TRAINED_BYTES + SNAPSHOT_BYTES), self.settings.checkpoint_seconds
         self.keeper = Keeper(self.store, comm, self.notes, every, state_bytes, weights * SNAPSHOT_BYTES, last)
