@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from exl2ray.errors import UsageError
+from exl2ray.errors import Interrupted, UsageError
 from exl2ray.evaluate.compare import evaluate_many
 from exl2ray.evaluate.forward import OpenModel, RunOptions, open_model
 from exl2ray.evaluate.gguf_model import open_gguf
@@ -112,6 +112,8 @@ def evaluate(
             draw = partial(plot_ladder, list(zip(labels, found, strict=True)), drawn)
             draw() if later is None else later.append(draw)
         return list(results)
+    except KeyboardInterrupt as e:
+        raise Interrupted("stopped; an evaluation keeps nothing", "run the same command again: it begins anew") from e
     finally:
         reporter.close()
 

@@ -27,7 +27,7 @@ from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import SourceError
 from exl2ray.events import Reporter
-from exl2ray.formats.claim import read_claim
+from exl2ray.formats.claim import TUNING, read_claim
 from exl2ray.formats.shards import LEFTOVER_NAME, Shard
 from exl2ray.formats.target import Owner, check_target, locked, release_target
 from exl2ray.quant.group import Solo
@@ -48,7 +48,7 @@ from exl2ray.tune.settings import PLACES, Settings, Where
 from exl2ray.tune.written import self_written
 
 VERSION = 7  # of what equal settings come to
-WORK = ".exl2ray-tune"  # in the output directory, until it is complete
+WORK = TUNING  # in the output directory, until it is complete
 
 
 @dataclass(frozen=True)

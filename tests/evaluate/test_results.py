@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from bounded import exl2ray
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.cli import cli
+from exl2ray.commands import evaluate as command
 from exl2ray.commands.evaluate import write_positions
 from exl2ray.errors import SourceError
 from exl2ray.evaluate.forward import open_model, run_model
@@ -176,3 +179,14 @@ def test_a_shape_of_any_size_is_shown_to_people(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(SourceError, match=r"embed_tokens.weight has shape \(\d+, 100\), expected \(any, 128\)"):
         run_model(tmp_path, torch.zeros(1, 8, dtype=torch.int64), "cpu")
+
+
+def test_an_evaluation_that_is_stopped_says_that_it_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "evaluate_many", stop)
+    ran = CliRunner().invoke(cli, ["eval", str(DEMO), "--device", "cpu", "--rows", "2"])
+    assert (ran.exit_code, ran.stderr) == (
+        130, "stopped; an evaluation keeps nothing\n  hint: run the same command again: it begins anew\n"
+    )  # fmt: skip

@@ -6,6 +6,10 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -320,6 +324,26 @@ def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> No
     run.ends_with(0, "KL (nats) on held-out text", "letters.txt", "kept: ", "of the integers changed in")
     as_json = json.loads(exl2ray(*arguments, "--json", seconds=20).out)
     assert as_json["after"]["mean"] < as_json["before"]["mean"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_stopped_says_how_it_goes_on(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    source, exl2 = pair("Llama")
+    work = tmp_path / "out" / WORK
+    words = ["tune", exl2, "--reference", source, "-o", tmp_path / "out", "--tokens", "1G", "--length", "64", "--step-tokens",
+             "64", "--text", text[0], "--device", "cpu"]  # fmt: skip
+    code = "from exl2ray.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE, text=True) as running:
+        while not (work / driving.ROWS).exists():
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(number)
+        told = running.communicate(timeout=120)[1]
+    assert running.returncode == 130
+    assert f"stopped; what has been trained is kept in {tmp_path / 'out'}" in told
+    assert "run the same command again: it goes on from the last checkpoint" in told
 
 
 @pytest.mark.parametrize(
