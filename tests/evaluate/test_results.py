@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,27 @@ def test_an_evaluation_that_is_stopped_says_that_it_keeps_nothing(monkeypatch: p
     assert (ran.exit_code, ran.stderr) == (
         130, "stopped; an evaluation keeps nothing\n  hint: run the same command again: it begins anew\n"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", ["replaced", "gone"])
+def test_a_model_that_is_changed_meanwhile_has_no_figures(
+    noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    """Modules are read one after another: the first of one model, the others of another one."""
+    model = Path(shutil.copytree(noisy / "little", tmp_path / "model"))
+    run, weights = command.evaluate_many, model / "model.safetensors"
+
+    def running(*given: Any, **more: Any) -> Any:
+        found = run(*given, **more)
+        if harm == "replaced":
+            shutil.copy(noisy / "much" / weights.name, tmp_path / "new")
+            os.replace(tmp_path / "new", weights)
+        else:
+            weights.unlink()
+        return found
+
+    monkeypatch.setattr(command, "evaluate_many", running)
+    ran = CliRunner().invoke(cli, ["eval", str(model), "--reference", str(DEMO), "--device", "cpu", "--rows", "2"])
+    assert ran.exit_code == SourceError.exit_code
+    assert "model.safetensors was changed while it was evaluated" in ran.stderr or harm == "gone"
+    assert "was changed while it was evaluated" in ran.stderr
