@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exl2ray.calibration.data.sources import BUILTIN, HUB, WRITTEN, Source, local_source
-from exl2ray.errors import CalibrationError
+from exl2ray.errors import CalibrationError, UsageError
 from exl2ray.recipe import Recipe
 from exl2ray.units import parse_count
 
@@ -37,11 +37,18 @@ def source_of(place: str) -> Source:
 
 def text_source(place: str, files: Callable[[str], Source] = source_of) -> Source:
     """What one place of text to tune on names: "builtin", "self" or "self:COUNT" (tokens that the source model writes), or
-    files, as -c has them. The first two have no files. Raises UsageError for a count that is none, and as ``files``."""
-    name, _, count = place.partition(":")
+    files, as -c has them. The first two have no files. Raises UsageError for a count that is none, of -c like ``files``, and
+    as that does."""
+    name, colon, count = place.partition(":")
     if name not in (BUILTIN, WRITTEN) or (name == BUILTIN and count):
         return files(place)
-    return Source(f"{name}:{parse_count(count, 'self:COUNT')}" if count else name, name, (), None)
+    if not colon:
+        return Source(name, name, (), None)
+    try:
+        return Source(f"{name}:{parse_count(count, place)}", name, (), None)
+    except UsageError as e:
+        why = e.message.removeprefix(f"{place} {count[:40]}: ")
+        raise UsageError(f"-c {place[:60]}: {why}", f"self:COUNT, {e.hint}") from e
 
 
 def tuning_text(recipe: Recipe) -> tuple[str, tuple[Source, ...]]:

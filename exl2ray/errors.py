@@ -20,6 +20,7 @@ class's code; library code only raises.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 # The hint where this user may not read something.
@@ -95,3 +96,14 @@ class HubError(Exl2RayError):
 
 class Interrupted(Exl2RayError):
     exit_code = 130
+
+
+_NO_HOST_MEMORY = ("std::bad_alloc", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """Whether Python, or torch in words of its own, was granted no more main memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_HOST_MEMORY)
+    return told or isinstance(error, MemoryError)

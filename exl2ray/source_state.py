@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 
-from exl2ray.errors import JobMismatchError, SourceError
-from exl2ray.formats.file_states import HASHED_BYTES, FileState, Hashing, compare_states, file_states, from_json, with_hashes
+from exl2ray.errors import JobMismatchError
+from exl2ray.formats.file_states import HASHED_BYTES, FileState, Hashing, compare_states, file_states, from_json, some
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.side_files import NEEDED, examine_side_files
+from exl2ray.formats.side_files import needed_files
 from exl2ray.store.file_names import MEASURE, SOURCE_KEY
 from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
@@ -61,7 +58,7 @@ class SourceState:
             states, self._hashing = self._hashing.result(), None
         written = [s.name for s, now in zip(self._states, file_states(self._paths), strict=True) if not now.is_as(s)]
         if written:
-            raise JobMismatchError(f"{self._source.path}: {_some(written)} was changed {MEANWHILE}", HINT)
+            raise JobMismatchError(f"{self._source.path}: {some(written)} was changed {MEANWHILE}", HINT)
         if states != self._states:
             self._states = states
             self._commit()
@@ -78,16 +75,16 @@ class SourceState:
         now = needed_files(self._source.path)
         altered = {state.name for state in set(self._beside) ^ set(now)}
         if altered:
-            raise JobMismatchError(f"{self._source.path}: {_some(sorted(altered))} was changed {MEANWHILE}", HINT)
+            raise JobMismatchError(f"{self._source.path}: {some(sorted(altered))} was changed {MEANWHILE}", HINT)
 
     def _compare(self, before: tuple[FileState, ...], now: tuple[FileState, ...], when: str) -> None:
         found = compare_states(before, now, self._source.path)
         if found.altered:
-            raise JobMismatchError(f"{self._source.path}: {_some(found.altered)} was changed {when}", HINT)
+            raise JobMismatchError(f"{self._source.path}: {some(found.altered)} was changed {when}", HINT)
         self._states = found.states
         if found.unproven:
             text = (
-                f"weights were written again after the conversion had begun ({_some(found.unproven)}); samples of them are "
+                f"weights were written again after the conversion had begun ({some(found.unproven)}); samples of them are "
                 "as before, but their content was not hashed then: if they were edited, the result mixes two models"
             )
             self.warnings += [] if text in self.warnings else [text]
@@ -97,19 +94,3 @@ class SourceState:
     def _commit(self) -> None:
         payload = {"files": [asdict(s) for s in self._states], "warnings": self.warnings}
         self._work.records.commit(Record(MEASURE, SOURCE_KEY, self._key, payload))
-
-
-def needed_files(directory: str | Path) -> tuple[FileState, ...]:
-    """Config, tokenizer and whatever else the model is another one without, as they are now, by their content; none where
-    they cannot be read. Between runs they may change: what depends on them has their content in its hash.
-    """
-    try:
-        sizes = {"config.json": os.stat(Path(directory) / "config.json").st_size, **examine_side_files(directory).sizes}
-        paths = [Path(directory) / name for name, size in sizes.items() if size <= NEEDED.get(name, -1)]
-        return tuple(replace(s, stamp="") for s in with_hashes(file_states(paths), Path(directory)))
-    except (OSError, SourceError):
-        return ()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from exl2ray.errors import UsageError
+from exl2ray.errors import Interrupted, UsageError
 from exl2ray.evaluate.compare import evaluate_many
 from exl2ray.evaluate.forward import OpenModel, RunOptions, open_model
 from exl2ray.evaluate.gguf_model import open_gguf
@@ -22,6 +22,7 @@ from exl2ray.evaluate.metrics import TAIL, Estimate, Quantile
 from exl2ray.evaluate.record import judged, parse_evaluation
 from exl2ray.evaluate.result import EvalResult
 from exl2ray.evaluate.tokens import check_flags, find_tokenizer, load_tokens
+from exl2ray.evaluate.unchanged import Unchanged
 from exl2ray.events import Reporter, Silent
 from exl2ray.formats.elsewhere import named
 from exl2ray.formats.files import atomic_file, refuse_other, refuse_special
@@ -77,13 +78,11 @@ def evaluate(
     check_flags(rows, length, stride)
     models = [local(m, flag="--model") for m in models]
     reference = None if reference is None else local(reference, flag="--reference")
-    for path in (*models, *([reference] if reference is not None else [])):
-        refused = refusal(path)
-        if refused is not None:
-            raise refused
-    tokenizer = None
-    if tokens is None:
-        tokenizer = find_tokenizer([*models, *([reference] if reference is not None else [])])
+    folders = [*models, *([] if reference is None else [reference])]
+    refused = next(filter(None, map(refusal, folders)), None)
+    if refused is not None:
+        raise refused
+    tokenizer = find_tokenizer(folders) if tokens is None else None
     if tokens is None and text is None and tokenizer is not None:
         ids = _builtin(heldout_rows(tokenizer, length or DEFAULT_LENGTH), rows, stride)
         kinds = heldout_kinds(tokenizer, ids)
@@ -94,6 +93,7 @@ def evaluate(
     if tokenizer is not None:
         tokenizer.close()
     options = RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha)
+    unchanged = Unchanged.of([*folders, *gguf])
     like = open_model(reference or models[0], options) if gguf else None
     opened: list[str | OpenModel] = [*models, *(open_gguf(f, like, options) for f in gguf if like is not None)]
     reporter = Silent() if quiet or not is_terminal(sys.stdout) else human_reporter()
@@ -102,6 +102,7 @@ def evaluate(
         keep = positions is not None
         results = evaluate_many(opened, reference, ids, device, stride, options, keep, progress=progress.show, kinds=kinds)
         progress.end()
+        unchanged.check()
         if positions is not None:
             write = partial(write_positions, Path(positions), results)
             write() if later is None else later.append(write)
@@ -112,6 +113,8 @@ def evaluate(
             draw = partial(plot_ladder, list(zip(labels, found, strict=True)), drawn)
             draw() if later is None else later.append(draw)
         return list(results)
+    except KeyboardInterrupt as e:
+        raise Interrupted("stopped; an evaluation keeps nothing", "run the same command again: it begins anew") from e
     finally:
         reporter.close()
 

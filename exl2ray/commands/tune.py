@@ -9,7 +9,7 @@ from typing import Any
 from exl2ray.calibration.data.sources import local_source
 from exl2ray.datasets import text_source
 from exl2ray.devices import pick_device
-from exl2ray.errors import UsageError
+from exl2ray.errors import Interrupted, UsageError
 from exl2ray.evaluate.forward import open_model
 from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
@@ -39,7 +39,7 @@ def run(
     **place: Any,
 ) -> Tuned:
     """Writes the tuned model. place: fields of a recipe that say where to compute. Raises UsageError naming the flag, and
-    what `exl2ray.tune.run.tune` raises."""
+    what `exl2ray.tune.run.tune` raises; KeyboardInterrupt becomes Interrupted, with a hint."""
     if length < 16:
         raise UsageError(f"--length {length}: at least 16 tokens a row are needed", "1024 is usual")
     if step_tokens is not None and step_tokens < length:
@@ -59,6 +59,9 @@ def run(
     reporter = Silent() if quiet else human_reporter()
     try:
         return tune(settings, chosen, reporter, where=where)
+    except KeyboardInterrupt as e:
+        hint = "run the same command again: it goes on from the last checkpoint"
+        raise Interrupted(f"stopped; what has been trained is kept in {output}", hint) from e
     finally:
         reporter.close()
 

@@ -5,6 +5,7 @@
 | `Lost`: worker killed, crashed, hung, CUDA error, node gone | another process takes its place; counted |
 | `WorkerOutOfMemory` | the module is tried again with batches a quarter as large, down to a single row |
 | `StoreError` | the worker rests, each time twice as long; others take over; counted |
+| `JobMismatchError`, `GaveUpError` (of the store, too) | trying again would not help: raised, the job stops |
 | `GroupBroken`: another member of the group is gone | this worker keeps what it has and joins the next group |
 | anything else | it would happen again: raised, the job stops |
 
@@ -19,7 +20,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from exl2ray.errors import ClusterError, StoreError
+from exl2ray.errors import ClusterError, JobMismatchError, StoreError
+from exl2ray.store.faults import GaveUpError
 from exl2ray.team.messages import GroupBroken, WorkerOutOfMemory
 
 MAX_SHRINK = 64  # of the batches of a module that ran out of memory; then a single row does not fit
@@ -72,7 +74,7 @@ class Policy:
         if isinstance(fault, GroupBroken):
             self._broken(call, key)
             return 0.0
-        if not isinstance(fault, (Lost, StoreError)):
+        if not isinstance(fault, (Lost, StoreError)) or isinstance(fault, (JobMismatchError, GaveUpError)):
             raise fault
         self._breaks = 0
         reason = fault.reason if isinstance(fault, Lost) else fault.message

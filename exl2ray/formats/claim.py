@@ -20,6 +20,8 @@ from exl2ray.formats.files import atomic_file, write_error
 from exl2ray.formats.shards import OUTPUT_NAME
 
 CLAIM = ".exl2ray.json"
+LOCK = ".exl2ray.lock"
+TUNING = ".exl2ray-tune"  # in the output of a tuning, until it is complete
 MAX_BYTES = 1 << 20
 
 

@@ -11,11 +11,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exl2ray.beneath import make_directories
 from exl2ray.errors import SourceError
+from exl2ray.formats.file_states import FileState, file_states, with_hashes
 from exl2ray.formats.files import atomic_file, write_error
 from exl2ray.formats.json_file import LIMITS, MIB
 from exl2ray.formats.links import link_error, outside_links
@@ -137,6 +138,18 @@ def stale_side_files(source: str | Path, target: str | Path) -> list[str]:
             return False
 
     return [name for name, size in examine_side_files(source).sizes.items() if not same(name, size)]
+
+
+def needed_files(directory: str | Path) -> tuple[FileState, ...]:
+    """Config, tokenizer and whatever else the model is another one without, as they are now, by their content; none where
+    they cannot be read. Between runs they may change: what depends on them has their content in its hash.
+    """
+    try:
+        sizes = {"config.json": os.stat(Path(directory) / "config.json").st_size, **examine_side_files(directory).sizes}
+        paths = [Path(directory) / name for name, size in sizes.items() if size <= NEEDED.get(name, -1)]
+        return tuple(replace(s, stamp="") for s in with_hashes(file_states(paths), Path(directory)))
+    except (OSError, SourceError):
+        return ()
 
 
 def _found(source: Path) -> Iterator[tuple[str, int, str]]:

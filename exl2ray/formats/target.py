@@ -19,13 +19,12 @@ from pathlib import Path
 
 from exl2ray import beneath
 from exl2ray.errors import StoreError, UsageError
-from exl2ray.formats.claim import CLAIM, Claim, existing_shards, present, read_claim, write_claim
+from exl2ray.formats.claim import CLAIM, LOCK, Claim, existing_shards, present, read_claim, write_claim
 from exl2ray.formats.files import write_error
 from exl2ray.formats.shards import LEFTOVER_NAME, OUTPUT_NAME
 from exl2ray.formats.side_files import side_files
 
 CONFIG, CARD = "config.json", "README.md"
-LOCK = ".exl2ray.lock"
 INDEX_NAME = re.compile(r".*\.(safetensors|bin)\.index\.json", re.IGNORECASE)
 # What version control, file managers and file systems leave in a directory: no part of any model.
 HARMLESS = re.compile(

@@ -26,6 +26,7 @@ from exl2ray.driver.supervise import Supervisor
 from exl2ray.driver.workers import Workers
 from exl2ray.events import Reporter
 from exl2ray.formats.elsewhere import place_of
+from exl2ray.formats.side_files import needed_files
 from exl2ray.job_opening import allowed_changes, falls_back, job_of
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.problems import examine
@@ -34,7 +35,7 @@ from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.recipe import JOB_FLAGS, RUN, Recipe
 from exl2ray.remote.source import keep
 from exl2ray.result_warnings import ResultWarnings
-from exl2ray.source_state import SourceState, needed_files
+from exl2ray.source_state import SourceState
 from exl2ray.stopping import shielded
 from exl2ray.store.file_names import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY
 from exl2ray.store.job_file import StoredJob

@@ -31,6 +31,10 @@ class MissingFileError(StoreError):
     """A file that was asked for by name does not exist in the work directory."""
 
 
+class GaveUpError(StoreError):
+    """What waiting has not mended: whoever hears of it does not try again."""
+
+
 @contextmanager
 def translated(action: str, path: str) -> Iterator[None]:
     """Turn an OSError of the body into ``cannot <action> <path>: ...``: MissingFileError or StoreError with a hint."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from exl2ray.errors import ClusterError
+from exl2ray.errors import ClusterError, is_out_of_host_memory
 from exl2ray.formats.layout import QParams
 from exl2ray.quality import PLAIN, Numerics
 
@@ -201,8 +201,8 @@ def translate(error: Exception) -> Exception:
     """torch's, Numba's and Python's errors that call for a reaction, as one of the classes above; others as they are."""
     name = type(error).__name__
     text = str(error).strip().splitlines()[0] if str(error).strip() else name
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
-        where = "host" if isinstance(error, MemoryError) else "GPU"
+    if is_out_of_host_memory(error) or name == "OutOfMemoryError":
+        where = "host" if is_out_of_host_memory(error) else "GPU"
         return WorkerOutOfMemory(
             f"the {where} ran out of memory: {text}",
             "close other programs, use a device with more memory, shorter rows (-l, -ml), or --quality reference",

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from exl2ray import __version__, stopping
-from exl2ray.errors import Exl2RayError, Interrupted, UsageError
+from exl2ray.errors import Exl2RayError, Interrupted, UsageError, is_out_of_host_memory
 from exl2ray.terminal import streams
 from exl2ray.terminal.console import clean, json_line, reserved_stdout
 from exl2ray.terminal.flags import CheckedCommand, SectionedCommand, trust_flag
@@ -137,7 +137,7 @@ def _limit(error: Exception) -> tuple[str, str] | None:
     again = "; then the same command again goes on where it was"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "the system grants no more threads", f"raise ulimit -u or -v, or the container's limit of processes{again}"
-    if isinstance(error, MemoryError):
+    if is_out_of_host_memory(error):
         return "the system grants no more memory", f"raise ulimit -v or the container's memory, or free some{again}"
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return "the system grants no more open files", f"raise ulimit -n{again}"

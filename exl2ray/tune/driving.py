@@ -23,18 +23,20 @@ from exl2ray.store.fs import Store
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.tensors import put_tensors
 from exl2ray.team.messages import Choices, ItemResult, WorkerSetup
+from exl2ray.tune.inputs import Inputs
 from exl2ray.tune.rows import TuningRows
 from exl2ray.tune.settings import Settings, Where
 from exl2ray.tune.sums import SHARES
-from exl2ray.tune.worker import BITS, TunePass, TuningWorker, ends_of
+from exl2ray.tune.worker import BITS, WAIT, TunePass, TuningWorker, ends_of
 
 ROWS = "rows.safetensors"
 STAGE = "tune"
 
 
 def trained(
-    settings: Settings, rows: TuningRows, identity: str, store: Store, device: torch.device, where: Where, reporter: Reporter
-) -> ItemResult:
+    settings: Settings, rows: TuningRows, identity: str, store: Store, device: torch.device, where: Where, reporter: Reporter,
+    inputs: Inputs,
+) -> ItemResult:  # fmt: skip
     """Has workers do all steps; what is decided in the end (`exl2ray.tune.worker`)."""
     steps = settings.steps(len(rows.ids))
     names = [f"step {end}" for end in ends_of(steps)] + ["decision"]
@@ -49,9 +51,11 @@ def trained(
     plain = replace(settings, sources=(), directory=directory, reference=reference)
 
     def part(choices: Choices, pieces: tuple[int, ...]) -> TunePass:
-        return TunePass(settings=plain, identity=identity, held_kinds=rows.held_kinds, steps=steps, pieces=pieces)
+        return TunePass(
+            settings=plain, identity=identity, held_kinds=rows.held_kinds, steps=steps, pieces=pieces, inputs=inputs.begun()
+        )
 
-    told = _Told(reporter, len(names) - 1)
+    told = _Told(reporter, len(names) - 1, inputs)
     with _workers(setup, where) as workers:
         items = [Item(k, name, 1.0) for k, name in enumerate(names)]
         work = Sequential([(Choices(BITS, {}, ()), items)], workers, Limits(), told.result, make=part, largest=SHARES)
@@ -78,12 +82,14 @@ def _workers(setup: WorkerSetup, where: Where) -> Iterator[Workers]:
 class _Told:
     """What workers tell, for whoever watches."""
 
-    def __init__(self, reporter: Reporter, pieces: int) -> None:
-        self._reporter, self._pieces, self._done = reporter, pieces, 0
+    def __init__(self, reporter: Reporter, pieces: int, inputs: Inputs) -> None:
+        self._reporter, self._pieces, self._inputs, self._done = reporter, pieces, inputs, 0
+        self._waits = ""
         self._begin = 0.0  # of the steps: models that are refused when they are loaded have none
         self.decision: ItemResult | None = None
 
     def result(self, result: ItemResult) -> None:
+        self._inputs.settle()
         if result.index == self._pieces:
             self.decision = result
         elif result.detail:
@@ -100,6 +106,10 @@ class _Told:
         if name == "started" and fields["method"] == "steps" and not self._begin:
             self._begin = time.monotonic()
             self._reporter.event("stage", stage=STAGE, items=self._pieces, done=0)
+        elif name == "started" and fields["method"] == WAIT:
+            if fields["key"] != self._waits:  # each member of a group says it, and again and again
+                self._reporter.event("warning", message=fields["key"])
+            self._waits = fields["key"]
         elif name == "lost":
             message = f"a worker was lost at {fields['key']} ({fields['reason']}); going on from the last checkpoint"
             self._reporter.event("warning", message=message)

@@ -22,12 +22,14 @@ Produce = Callable[[], Tensor]
 
 
 def write_tuned(
-    start: Exl2Model, target: Path, owner: Owner, tuned: Mapping[str, Produce], facts: Mapping[str, Any]
-) -> list[Shard]:
+    start: Exl2Model, target: Path, owner: Owner, tuned: Mapping[str, Produce], facts: Mapping[str, Any],
+    check: Callable[[], None],
+) -> list[Shard]:  # fmt: skip
     """Writes ``start`` with the tensors of ``tuned`` in place of its own, and what lies beside them; the shards.
 
-    facts: kept in config.json as ``quantization_config.tuned``, where loaders pass them over. Raises what
-    `exl2ray.formats.target` and `exl2ray.formats.shards` raise.
+    facts: kept in config.json as ``quantization_config.tuned``, where loaders pass them over. check: raises if ``start`` is
+    not what it was, before config.json makes a model of the output. Raises what `exl2ray.formats.target` and
+    `exl2ray.formats.shards` raise.
     """
     order = sorted(start.names(), key=lambda name: (start.file(name).name, start.info(name).begin))
     entries = [_entry(start, name, tuned) for name in order]
@@ -39,6 +41,7 @@ def write_tuned(
     shards = write_shards(target, entries, limit, existing_shards(target), lambda: withdraw(target))
     copy_side_files(start.path, target)
     check_claim(target, owner)
+    check()
     config = {**start.config, "quantization_config": {**start.config["quantization_config"], "tuned": dict(facts)}}
     with atomic_file(target / "config.json") as f:
         f.write(config_bytes(config))
@@ -46,10 +49,13 @@ def write_tuned(
     return shards
 
 
-def write_record(path: Path, identity: str, target: Path, result: Mapping[str, Any], shards: Sequence[Shard]) -> None:
-    """Says that ``target`` holds the finished tuning of this identity: what came of it, and what the files are."""
+def write_record(
+    path: Path, names: Mapping[str, str], target: Path, result: Mapping[str, Any], shards: Sequence[Shard]
+) -> None:
+    """Says that ``target`` holds a finished tuning: what came of it, and what the files are. names: "identity", and "asked":
+    what of it is known before there is text."""
     config = sha256_of(target / "config.json")
-    facts = {"identity": identity, "config": config, "shards": [asdict(s) for s in shards], "result": dict(result)}
+    facts = {**names, "config": config, "shards": [asdict(s) for s in shards], "result": dict(result)}
     with atomic_file(path) as f:
         f.write(json.dumps(facts, indent=1).encode())
 
@@ -77,13 +83,13 @@ def is_of_another(path: Path, identity: str) -> bool:
         return False
 
 
-def refuse_another(path: Path, identity: str, target: Path) -> None:
-    """StoreError if ``target`` holds the finished tuning of another identity: it may be the better one."""
+def refuse_another(path: Path, name: str, value: str, target: Path) -> None:
+    """StoreError if ``target`` holds a finished tuning whose record says otherwise of ``name``: it may be the better one."""
     try:
         found = json.loads(path.read_bytes())
-        other = found["identity"] != identity and sha256_of(target / "config.json") == found["config"]
+        other = found.get(name, value) != value and sha256_of(target / "config.json") == found["config"]
         kept = f"{float(found['result']['after']['mean']):.4g}" if other else ""
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return
     if other:
         raise StoreError(

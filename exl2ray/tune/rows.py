@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -162,9 +163,42 @@ def naming(flag: str) -> Iterator[None]:
         raise type(e)(flag + e.message.removeprefix("-c"), hint) from e
 
 
-def batches(rows: int, size: int, steps: int, seed: int) -> list[Tensor]:
-    """Row numbers (size,) of every step: all rows in random order, again in another one when they are through."""
-    generator = torch.Generator().manual_seed(seed)
-    passes = -(-steps * size // rows)
-    order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(passes)])
-    return [order[i * size : (i + 1) * size] for i in range(steps)]
+class Batches(Sequence[Tensor]):
+    """Row numbers (size,) of every step: all rows in random order, again in another one when they are through. The orders are
+    made as they are come to: of all steps together they would take gigabytes."""
+
+    def __init__(self, rows: int, size: int, steps: int, seed: int) -> None:
+        self._rows, self._size, self._steps, self._seed = rows, size, steps, seed
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._generator, self._pass = torch.Generator().manual_seed(self._seed), -1
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    @overload
+    def __getitem__(self, step: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, step: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, step: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(step, slice):
+            return [self[i] for i in range(self._steps)[step]]
+        at = range(self._steps)[step] * self._size
+        end, parts = at + self._size, []
+        while at < end:
+            number, first = divmod(at, self._rows)
+            last = min(self._rows, first + end - at)
+            parts.append(self._of_pass(number)[first:last])
+            at += last - first
+        return torch.cat(parts)
+
+    def _of_pass(self, number: int) -> Tensor:
+        if number < self._pass:
+            self._begin_anew()
+        while self._pass < number:
+            self._order, self._pass = torch.randperm(self._rows, generator=self._generator), self._pass + 1
+        return self._order

@@ -13,7 +13,8 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,25 +27,28 @@ from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import SourceError
 from exl2ray.events import Reporter
-from exl2ray.formats.shards import Shard
-from exl2ray.formats.target import Owner, locked, release_target
+from exl2ray.formats.claim import TUNING, read_claim
+from exl2ray.formats.shards import LEFTOVER_NAME, Shard
+from exl2ray.formats.target import Owner, check_target, locked, release_target
 from exl2ray.quant.group import Solo
+from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
 from exl2ray.store.records import hash_inputs
 from exl2ray.tune import judge, state
 from exl2ray.tune.documents import Kind
 from exl2ray.tune.driving import trained
 from exl2ray.tune.grid import Grid
-from exl2ray.tune.memory import weights_of
+from exl2ray.tune.inputs import Inputs
+from exl2ray.tune.memory import check_memory, weights_of
 from exl2ray.tune.module import NORMS, part_of
-from exl2ray.tune.opening import Pair, open_pair
+from exl2ray.tune.opening import Pair
 from exl2ray.tune.output import Produce, finished, is_of_another, refuse_another, write_record, write_tuned
-from exl2ray.tune.rows import TuningRows, naming, tuning_rows
+from exl2ray.tune.rows import TuningRows, check_text, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
 from exl2ray.tune.written import self_written
 
 VERSION = 7  # of what equal settings come to
-WORK = ".exl2ray-tune"  # in the output directory, until it is complete
+WORK = TUNING  # in the output directory, until it is complete
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,31 @@ def tune(
     computes and writes nothing. owner: who writes into the output (`exl2ray.formats.target`); None: this tuning. where: None:
     in this process. The bytes do not depend on the number of workers."""
     clock = _Clock()
-    pair = open_pair(settings.directory, settings.reference)
+    inputs = Inputs(settings.directory, settings.reference)
+    pair = inputs.pair
     settings = settings.for_model(weights_of(pair.start.spec))
-    with naming(settings.text_flag):
-        rows = _rows(settings, pair, device, reporter)
-    settings = settings.for_rows(len(rows.ids))
-    for note in rows.notes:
-        reporter.event("note", message=note)
-    clock.lap("text")
-    identity = _identity(settings, pair, rows, device)
+    check_memory(pair.start.spec, device)
     target = Path(settings.output)
     work = Path(settings.work or target / WORK)
-    record = work.with_name(f"{work.name}.json")
-    owner = owner or Owner(pair.exl2.fingerprint(), str(pair.start.path), identity, os.path.abspath(work), flag="-o")
-    with locked(target, owner):
+    record, asked = work.with_name(f"{work.name}.json"), _asked(settings, pair, device)
+
+    def owned(identity: str) -> Owner:
+        return owner or Owner(pair.exl2.fingerprint(), str(pair.start.path), identity, os.path.abspath(work), flag="-o")
+
+    # Text that the source writes takes minutes: what can be refused without it is refused before.
+    claim = read_claim(target)
+    with locked(target, owned(claim.job if claim is not None else "")):
+        if settings.work is None:
+            refuse_another(record, "asked", asked, target)
+        _sweep(work, record)
+        with naming(settings.text_flag):
+            rows = _rows(settings, pair, device, reporter)
+        settings = settings.for_rows(len(rows.ids))
+        for note in rows.notes:
+            reporter.event("note", message=note)
+        clock.lap("text")
+        identity = _identity(settings, pair, rows, device)
+        check_target(target, owned(identity))
         done = _as_told(finished(record, identity, pair.start.path, target), settings.output)
         if done is not None:
             release_target(target)  # a run that was killed at its very end left the claim, and what it had worked with
@@ -96,19 +111,49 @@ def tune(
             reporter.event("note", message=f"{target} has the tuned model already")
             return done
         if settings.work is None:
-            refuse_another(record, identity, target)
+            refuse_another(record, "identity", identity, target)
         elif is_of_another(record, identity):
             message = f"{target} was tuned with other settings, or by an earlier version: it is tuned again"
             reporter.event("note", message=message)
         store = open_store(os.path.abspath(work))
-        decision = trained(settings, rows, identity, store, device, where or Where(), reporter)
-        clock.lap("train")
-        clock.laps["decide"] = decision.seconds
-        clock.laps["train"] -= decision.seconds
-        result, shards = _finish(pair, settings, rows, decision.payload, state.restore(store, Solo(), identity), owner, clock)
-        write_record(record, identity, target, asdict(result), shards)
+        with _watched(inputs, store, identity, reporter) as check:
+            decision = trained(settings, rows, identity, store, device, where or Where(), reporter, inputs)
+            clock.lap("train")
+            clock.laps["decide"] = decision.seconds
+            clock.laps["train"] -= decision.seconds
+            check()
+            saved = state.restore(store, Solo(), identity)
+            result, shards = _finish(pair, settings, rows, decision.payload, saved, owned(identity), clock, check)
+        write_record(record, {"identity": identity, "asked": asked}, target, asdict(result), shards)
         _clear(work)
     return result
+
+
+@contextmanager
+def _watched(inputs: Inputs, store: Store, identity: str, reporter: Reporter) -> Iterator[Callable[[], None]]:
+    """Yields what raises JobMismatchError if a model is another one by now. What cannot be decided is told once."""
+    told: set[str] = set()
+
+    def tell(notes: list[str]) -> None:
+        for note in dict.fromkeys(n for n in notes if n not in told):
+            told.add(note)
+            reporter.event("warning", message=note)
+
+    try:
+        tell(inputs.begin(store, identity))
+        yield lambda: tell(inputs.check())
+    finally:
+        inputs.close()
+
+
+def _sweep(work: Path, record: Path) -> None:
+    """Removes the temporary files of runs that were killed."""
+    store = open_store(os.path.abspath(work))
+    store.sweep(store.entries())
+    with suppress(OSError):
+        for path in record.parent.glob(f".{record.name}.*"):
+            if LEFTOVER_NAME.fullmatch(path.name):
+                path.unlink()
 
 
 def _as_told(found: Mapping[str, Any] | None, directory: str) -> Tuned | None:
@@ -143,6 +188,9 @@ def _rows(settings: Settings, pair: Pair, device: torch.device, reporter: Report
             f"{pair.start.path} and {pair.source.path} have no tokenizer.json", "copy it into one of them: text needs it"
         )
     with load_tokenizer(folder.path, folder.source.config, folder.vocab_size) as tokenizer:
+        if _tokens_to_write(settings):  # minutes would go by before other text is refused
+            start = pair.start
+            check_text(settings.sources, tokenizer, settings.length, start.vocab_size, start.bos_id, settings.text_flag)
         written = _written(settings, pair, tokenizer, device, reporter)
         return tuning_rows(
             settings.sources, tokenizer, settings.tokens, settings.length, pair.start.vocab_size, pair.start.bos_id,
@@ -154,11 +202,10 @@ def _written(
     settings: Settings, pair: Pair, tokenizer: ModelTokenizer, device: torch.device, reporter: Reporter
 ) -> list[Kind]:
     """What the source writes itself, if the text asks for it: as many tokens as are named, and no more than are tuned on."""
-    counts = [s.given.partition(":")[2] for s in settings.sources if s.name == WRITTEN and not s.files]
-    if not counts:
+    tokens = _tokens_to_write(settings)
+    if not tokens:
         return []
-    asked = sum(int(c) if c else settings.tokens for c in counts)
-    tokens = min(asked, settings.tokens)
+    asked = sum(_counts(settings))
     if asked > tokens:
         reporter.event("note", message=f"the source writes {tokens} tokens: as many as are tuned on, and not {asked}")
     work = settings.work or os.path.join(settings.output, WORK)
@@ -168,10 +215,33 @@ def _written(
     )
 
 
+def _counts(settings: Settings) -> list[int]:
+    """Tokens that the source is asked to write, by place of text."""
+    counts = [s.given.partition(":")[2] for s in settings.sources if s.name == WRITTEN and not s.files]
+    return [int(c) if c else settings.tokens for c in counts]
+
+
+def _tokens_to_write(settings: Settings) -> int:
+    return min(sum(_counts(settings)), settings.tokens)
+
+
+def _asked(settings: Settings, pair: Pair, device: torch.device) -> str:
+    """Of what two tunings with other values of cannot be the same, whatever their text; known before there is any."""
+    kept = {k: v for k, v in _kept(settings, device).items() if k not in ("rate", "gain_rate")}  # text may decide on them
+    return hash_inputs(
+        version=VERSION, settings=kept, start=pair.exl2.fingerprint(), source=pair.source.source.fingerprint(),
+        written=_tokens_to_write(settings), device=device.type,
+    )  # fmt: skip
+
+
+def _kept(settings: Settings, device: torch.device) -> dict[str, Any]:
+    kept = {k: v for k, v in asdict(settings).items() if k not in PLACES}
+    return {**kept, "dtype": str(settings.compute_dtype(device)), "checkpoint_seconds": None}
+
+
 def _identity(settings: Settings, pair: Pair, rows: TuningRows, device: torch.device) -> str:
     """Of all that the bytes of the result depend on."""
-    kept = {k: v for k, v in asdict(settings).items() if k not in PLACES}
-    kept = {**kept, "dtype": str(settings.compute_dtype(device)), "checkpoint_seconds": None}
+    kept = _kept(settings, device)
     return hash_inputs(
         version=VERSION, settings=kept, start=pair.exl2.fingerprint(), source=pair.source.source.fingerprint(),
         rows=_digest(rows), device=device.type,
@@ -188,7 +258,7 @@ def _digest(rows: TuningRows) -> str:
 
 def _finish(
     pair: Pair, settings: Settings, rows: TuningRows, decision: Mapping[str, Any], saved: state.Saved | None, owner: Owner,
-    clock: _Clock,
+    clock: _Clock, check: Callable[[], None],
 ) -> tuple[Tuned, list[Shard]]:  # fmt: skip
     assert saved is not None
     kinds, steps, tokens = rows.held_kinds, int(decision["steps"]), len(rows.ids) * rows.ids.shape[1]
@@ -196,7 +266,7 @@ def _finish(
     mean = [float(rows[judge.counted(kinds)].mean()) for rows in (before, after)]
     facts = {"kept": decision["words"], "steps": steps, "tokens": tokens, "kl_before": mean[0], "kl_after": mean[1]}
     tensors, changed, total = _tensors(pair, saved, decision["kept"])
-    shards = write_tuned(pair.exl2, Path(settings.output), owner, tensors, facts)
+    shards = write_tuned(pair.exl2, Path(settings.output), owner, tensors, facts, check)
     clock.lap("write")
     result = Tuned(
         settings.output, decision["words"], decision["ratio"], steps, tokens, _figures(before, kinds), _figures(after, kinds),

@@ -9,16 +9,17 @@ they lie. The numbers are those of a model that is on the device as a whole.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Generic, TypeVar, overload
+from typing import BinaryIO, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from exl2ray.store.faults import translated
+from exl2ray.store.fs import temp_name
 from exl2ray.tune.module import TunedModule
 
 T = TypeVar("T")
@@ -121,11 +122,21 @@ class Homes:
         return torch.empty(count, pin_memory=torch.cuda.is_available())
 
     def _mapped(self, count: int) -> Tensor:
-        self._folder.mkdir(parents=True, exist_ok=True)
         self.file_bytes += 4 * count
-        with translated("write", str(self._folder)), tempfile.NamedTemporaryFile(dir=self._folder, prefix=".tmp-") as file:
+        with translated("write", str(self._folder)), self._nameless() as file:
             os.posix_fallocate(file.fileno(), 0, 4 * count)  # a full disk is told now, and not by a signal later
             return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
+
+    @contextmanager
+    def _nameless(self) -> Iterator[BinaryIO]:
+        """A file that has a name while somebody maps it; what a kill leaves is known as temporary (`Store.sweep`)."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / temp_name()
+        with open(path, "xb+") as file:
+            try:
+                yield file
+            finally:
+                path.unlink()
 
 
 def _is_latent(name: str) -> bool:

@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -77,29 +78,52 @@ class Saved:
 
 
 def save(store: Store, comm: Comm, progress: Progress, states: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
-    """All members of a group call it together. states: of all modules, `TunedModule.state`; empty if no steps are to come."""
-    files, checked = {}, {}
-    for number, (key, state) in enumerate(states):
-        tensors = dict(state)
-        if key in progress.snapshots:
-            tensors.update({f"codes/{name}": t for name, t in progress.snapshots[key].codes.items()})
-            tensors.update({f"values/{name}": t for name, t in progress.snapshots[key].values.items()})
-        if tensors:
-            which = f"{progress.step}{'-over' if progress.over else ''}-{comm.size}-{comm.rank}-{number}"
-            files[key] = f"{FOLDER}/{which}.safetensors"
-            checked[files[key]] = _put(store, files[key], tensors)
-    told = comm.gather((files, checked))
+    """All members of a group call it together. states: of all modules, `TunedModule.state`; empty if no steps are to come.
+    Raises StoreError, in all members, if one of them cannot write; what was saved before is untouched then."""
+    files, checked, problem = dict[str, str](), dict[str, int](), None
+    try:
+        for number, (key, state) in enumerate(states):
+            tensors = dict(state)
+            if key in progress.snapshots:
+                tensors.update({f"codes/{name}": t for name, t in progress.snapshots[key].codes.items()})
+                tensors.update({f"values/{name}": t for name, t in progress.snapshots[key].values.items()})
+            if tensors:
+                which = f"{progress.step}{'-over' if progress.over else ''}-{comm.size}-{comm.rank}-{number}"
+                files[key] = f"{FOLDER}/{which}.safetensors"
+                checked[files[key]] = _put(store, files[key], tensors)
+    except StoreError as e:
+        problem = e
+    told = comm.gather((files, checked, problem))
+    problem = next((p for *_, p in told if p is not None), None)
     if comm.rank == 0:
-        every, sums = [f for f, _ in told], {name: crc for _, of in told for name, crc in of.items()}
-        named = {key: [f[key] for f in every if key in f] for key in dict.fromkeys(k for f in every for k in f)}
-        facts = {k: v for k, v in asdict(replace(progress, snapshots={})).items() if k != "snapshots"}
-        facts |= {"files": named, "checksums": sums}
-        store.put(FILE, json.dumps({**facts, "sha256": _digest(facts)}).encode())
-        known = {file for files_of in named.values() for file in files_of}
+        sums = {name: crc for _, of, _ in told for name, crc in of.items()}
+        try:
+            if problem is None:
+                _name_files(store, progress, [f for f, *_ in told], sums)
+        except StoreError as e:
+            problem = e
+        _delete_unnamed(store)
+    problem = comm.gather(problem)[0]
+    if problem is not None:
+        raise problem
+
+
+def _name_files(store: Store, progress: Progress, every: list[dict[str, str]], sums: Mapping[str, int]) -> None:
+    named = {key: [f[key] for f in every if key in f] for key in dict.fromkeys(k for f in every for k in f)}
+    facts = {k: v for k, v in asdict(replace(progress, snapshots={})).items() if k != "snapshots"}
+    facts |= {"files": named, "checksums": sums}
+    store.put(FILE, json.dumps({**facts, "sha256": _digest(facts)}).encode())
+
+
+def _delete_unnamed(store: Store) -> None:
+    """Frees the room of files that are of no use: older ones, and those of a checkpoint that could not be made."""
+    with suppress(StoreError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        known: set[str] = set()
+        with suppress(MissingFileError):
+            known = {file for files in json.loads(store.get(FILE))["files"].values() for file in files}
         for old in store.list(FOLDER):
             if old not in known:
                 store.delete(old)
-    comm.gather(None)
 
 
 def _put(store: Store, rel: str, tensors: Mapping[str, Tensor]) -> int:

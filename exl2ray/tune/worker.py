@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,21 +27,21 @@ from exl2ray.store.tensors import get_tensors
 from exl2ray.team.comm import Group
 from exl2ray.team.messages import Begun, ItemResult, Meeting, Pass, Ready, WorkerSetup
 from exl2ray.team.packed_files import HostCopies
-from exl2ray.tune import judge, state
+from exl2ray.tune import inputs, judge, state
 from exl2ray.tune.deciding import decided
 from exl2ray.tune.evaluating import Evaluator
+from exl2ray.tune.keeping import Keeper
 from exl2ray.tune.memory import SNAPSHOT_BYTES, TRAINED_BYTES, room_for, weights_of
 from exl2ray.tune.module import TunedModule
-from exl2ray.tune.opening import load_source, load_tuned, open_pair
-from exl2ray.tune.rows import batches
+from exl2ray.tune.opening import load_source, load_tuned
+from exl2ray.tune.rows import Batches
 from exl2ray.tune.settings import RATE, Settings
 from exl2ray.tune.shelves import Homes, Shelf
 from exl2ray.tune.training import Rates, Trainer, schedule
 
 EVALUATIONS = 8
-SAVING_SHARE = 10  # of the time at least this many times as much goes by between two checkpoints as one takes
-SAVING_BYTES = 1e9  # a second: of the first one
 PIECES = 50  # of a tuning, each told when it is done
+WAIT = "wait"  # method: of what is told at once
 BITS = 0.0  # the one chain of a tuning
 NOWHERE = 1 << 62
 
@@ -57,6 +55,7 @@ class TunePass(Pass):
     held_kinds: tuple[str, ...]
     steps: int
     pieces: tuple[int, ...]
+    inputs: inputs.Begun
 
 
 def ends_of(steps: int) -> list[int]:
@@ -131,7 +130,9 @@ class _Tuning:
         begin = time.monotonic()
         self.comm = self.worker.group(self.part.meeting)
         rows = get_tensors(self.store, self.worker.setup.calibration)
-        self.pair = open_pair(self.settings.directory, self.settings.reference)
+        self.inputs = inputs.Inputs(self.settings.directory, self.settings.reference)
+        self.inputs.follow(self.part.inputs)
+        self.pair = self.inputs.pair
         self.modules_of = self.pair.start.spec.modules
         self.skip = int(self.pair.start.bos_id is not None)
         self.ids, self.held = rows["ids"].clone(), rows["held"].clone()
@@ -148,11 +149,13 @@ class _Tuning:
             self._open()
         yield Ready("join", time.monotonic() - begin)
         yield from self._steps(together)
-        if self.progress.over and self.part.pieces[-1] == len(ends_of(self.part.steps)):
+        kept = self.was_over or self.keeper.is_done
+        if self.progress.over and kept and self.part.pieces[-1] == len(ends_of(self.part.steps)):
             yield Begun("decide", self.part.pieces[-1], "decision", BITS, together=together)
             begin = time.monotonic()
             saved = state.restore(self.store, self.comm, self.part.identity)
             assert saved is not None
+            self.inputs.check()
             payload = decided(self.pair, saved, self._evaluator(), self.part.held_kinds, self.device, self._shelf)
             seconds, detail = time.monotonic() - begin, f"kept: {payload['words']}"
             yield ItemResult(self.part.pieces[-1], "decision", seconds, detail, payload, BITS, self._told())
@@ -174,7 +177,7 @@ class _Tuning:
             begin, loss, counts = time.monotonic(), torch.zeros(()), self.progress.step < ends[k]
             while self.progress.step < ends[k] and not self.progress.over:
                 if self.worker.is_to_end(self.comm):
-                    self._save()
+                    yield from self._leave(k, together)
                     return
                 begun = time.monotonic()
                 loss = self._step()
@@ -185,11 +188,11 @@ class _Tuning:
             yield Begun("join", self.part.pieces[-1], "the last steps once more", BITS, together=together)
         while not self.progress.over:
             if self.worker.is_to_end(self.comm):
-                self._save()
+                yield from self._leave(self.part.pieces[-1], together)
                 return
             self._step()
             yield Ready("step", 0.0)
-        self._close()
+        yield from self._close(together)
 
     def _open(self) -> None:
         """The model that is trained, from where it was left, or from the start."""
@@ -205,19 +208,20 @@ class _Tuning:
         )  # fmt: skip
         self.evaluate = self._evaluator()
         size = self.settings.rows_of_a_step(len(self.ids))
-        self.order = batches(len(self.ids), size, self.part.steps, self.settings.seed)
         self._copies = HostCopies(self.device) if self.device.type == "cuda" else None
-        self._state_bytes = weights_of(self.pair.start.spec) * (TRAINED_BYTES + SNAPSHOT_BYTES)
-        self._saved_at, self._saving = time.monotonic(), self._state_bytes / comm.size / SAVING_BYTES
+        self.order = Batches(len(self.ids), size, self.part.steps, self.settings.seed)
+        weights, last = weights_of(self.pair.start.spec), self.saved.progress.step if self.saved is not None else None
+        state_bytes, every = weights * (TRAINED_BYTES + SNAPSHOT_BYTES), self.settings.checkpoint_seconds
+        self.keeper = Keeper(self.store, comm, self.notes, every, state_bytes, weights * SNAPSHOT_BYTES, last)
         attention, place = "fused" if self.trainer.fused else "plain", "a module at a time" if homes else "as a whole"
         self.notes.append(f"tuning {place}, {str(dtype).removeprefix('torch.')}, {attention} attention")
         for _ in self.modules if homes is not None else ():
             pass  # each is made once, so that all that is trained has its place
         if homes is not None and homes.file_bytes:
             self.notes.append(f"{homes.file_bytes / 1e9:.2g} GB of what is trained lie in files, for want of main memory")
-        if self._patience() > self.settings.checkpoint_seconds:
-            minutes = self._patience() / 60
-            self.notes.append(f"checkpoints are of {self._state_bytes / 1e9:.2g} GB: one about every {minutes:.0f} minutes")
+        if self.keeper.patience() > every:
+            minutes = self.keeper.patience() / 60
+            self.notes.append(f"checkpoints are of {state_bytes / 1e9:.2g} GB: one about every {minutes:.0f} minutes")
         if self.saved is not None:
             self.notes.append(f"going on from step {self.progress.step}")
         if not self.progress.scores:
@@ -244,51 +248,40 @@ class _Tuning:
         self.progress.step = step = step + 1
         if step % max(1, -(-steps // EVALUATIONS)) == 0 or step == steps:
             self._judge()
-        due = time.monotonic() - self._saved_at >= self._patience()
         if step == steps or self.progress.over:
             self._finite(loss)
             self.progress.over = True
-        elif self.comm.gather(due)[0]:
-            self._save()
+        elif self.keeper.is_due():
+            self.keeper.checkpoint(step, self._save)
         return loss
 
-    def _patience(self) -> float:
-        """Seconds from one checkpoint to the next."""
-        every = self.settings.checkpoint_seconds
-        return max(every, SAVING_SHARE * self._saving) if every or math.isinf(self._saving) else 0.0
-
     def _save(self) -> None:
-        begin = time.monotonic()
-        if not self.progress.over and any(self.comm.gather(self._lacks_room())):
-            self._saved_at, self._saving = begin, math.inf
-            size = f"{self._state_bytes / 1e9:.2g} GB"
-            self.notes.append(f"{self.store.root} has no room for a checkpoint of {size}: none is made any more")
-            return
+        self.inputs.check()
         nothing: dict[str, Tensor] = {}
         keys = [m.profile_key for m in self.modules_of]
         states = ((k, nothing if self.progress.over else self._state(i, k)) for i, k in enumerate(keys))
         state.save(self.store, self.comm, self.progress, states)
-        self._saved_at = time.monotonic()
-        self._saving = self._saved_at - begin
 
-    def _lacks_room(self) -> bool:
-        """Whether all that is trained would fill the disk; the last checkpoint stays until the next one is whole."""
-        with suppress(OSError):
-            return shutil.disk_usage(self.store.root).free < self._state_bytes
-        return False
+    def _leave(self, piece: int, together: bool) -> Iterator[Begun]:
+        """Somebody asked for an end."""
+        problem = self.keeper.checkpoint(self.progress.step, self._save)
+        if problem:
+            yield Begun(WAIT, piece, f"{problem}: {self.keeper.next()}", BITS, together=together)
 
     def _state(self, index: int, key: str) -> dict[str, Tensor]:
         return self.modules[index].state() if self._homes is None else self._homes.state(key)
 
     def _told(self) -> tuple[str, ...]:
         """Notes since the last time; all members of a group have the same, and the driver hears the first that comes."""
-        notes, self.notes = tuple(self.notes), []
+        notes = tuple(self.notes)
+        self.notes.clear()
         return notes
 
-    def _close(self) -> None:
+    def _close(self, together: bool) -> Iterator[Begun]:
         """After the last step: the best state is in the store, and what was trained need not be in memory any more."""
         if not self.was_over:
-            self._save()
+            for words in self.keeper.at_last(self._save, lambda: self.worker.is_to_end(self.comm)):
+                yield Begun(WAIT, self.part.pieces[-1], words, BITS, together=together)
         problem = self.trainer.recording.problem if hasattr(self, "trainer") else ""
         if problem:
             self.notes.append(f"steps could not be recorded for replay, and were launched one by one: {problem}")

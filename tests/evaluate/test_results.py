@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from bounded import exl2ray
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.cli import cli
+from exl2ray.commands import evaluate as command
 from exl2ray.commands.evaluate import write_positions
 from exl2ray.errors import SourceError
 from exl2ray.evaluate.forward import open_model, run_model
@@ -176,3 +181,38 @@ def test_a_shape_of_any_size_is_shown_to_people(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(SourceError, match=r"embed_tokens.weight has shape \(\d+, 100\), expected \(any, 128\)"):
         run_model(tmp_path, torch.zeros(1, 8, dtype=torch.int64), "cpu")
+
+
+def test_an_evaluation_that_is_stopped_says_that_it_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "evaluate_many", stop)
+    ran = CliRunner().invoke(cli, ["eval", str(DEMO), "--device", "cpu", "--rows", "2"])
+    assert (ran.exit_code, ran.stderr) == (
+        130, "stopped; an evaluation keeps nothing\n  hint: run the same command again: it begins anew\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", ["replaced", "gone"])
+def test_a_model_that_is_changed_meanwhile_has_no_figures(
+    noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    """Modules are read one after another: the first of one model, the others of another one."""
+    model = Path(shutil.copytree(noisy / "little", tmp_path / "model"))
+    run, weights = command.evaluate_many, model / "model.safetensors"
+
+    def running(*given: Any, **more: Any) -> Any:
+        found = run(*given, **more)
+        if harm == "replaced":
+            shutil.copy(noisy / "much" / weights.name, tmp_path / "new")
+            os.replace(tmp_path / "new", weights)
+        else:
+            weights.unlink()
+        return found
+
+    monkeypatch.setattr(command, "evaluate_many", running)
+    ran = CliRunner().invoke(cli, ["eval", str(model), "--reference", str(DEMO), "--device", "cpu", "--rows", "2"])
+    assert ran.exit_code == SourceError.exit_code
+    assert "model.safetensors was changed while it was evaluated" in ran.stderr or harm == "gone"
+    assert "was changed while it was evaluated" in ran.stderr

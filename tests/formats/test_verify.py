@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from exl2ray.errors import FormatError
+from exl2ray.errors import FormatError, SourceError
+from exl2ray.evaluate.forward import open_model
+from exl2ray.formats.claim import LOCK, TUNING, Claim, write_claim
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.summary import inspect_directory
@@ -281,6 +284,33 @@ def test_what_only_a_lost_shard_held_is_counted_beside_it(tiny_llama, tmp_path: 
 def test_a_folder_without_weights_has_one_problem(tmp_path: Path) -> None:
     (problem,) = verify_directory(tmp_path)
     assert str(problem).startswith(f"[file] {tmp_path}: an empty folder; ")
+
+
+@pytest.mark.parametrize(
+    ("claim", "also", "words"),
+    [
+        (Claim("x", job="j", work="/my/work dir"), "output-00001-of-00002.safetensors",
+         ("the output of a conversion that is not finished", "exl2ray convert -o '/my/work dir'")),
+        (Claim("x", job="j"), "", ("the output of a conversion that is not finished", "run the same command again")),
+        (None, f"{TUNING}/state.json", ("the output of a tuning that is not finished", "goes on from the last checkpoint")),
+        (Claim("x", job="j", work="/out"), f"{TUNING}/state.json", ("of a tuning that is not finished", "wait for it")),
+        (Claim("x"), "", ("holds no model (yet)", "run the command that writes there")),
+        (None, LOCK, ("holds no model (yet)", "run the command that writes there")),
+    ],
+)  # fmt: skip
+def test_an_output_that_is_not_finished_is_called_so(
+    tmp_path: Path, claim: Claim | None, also: str, words: tuple[str, str]
+) -> None:
+    if claim is not None:
+        write_claim(tmp_path, claim)
+    if also:
+        (tmp_path / also).parent.mkdir(exist_ok=True)
+        (tmp_path / also).write_bytes(b"")
+    (problem,) = verify_directory(tmp_path)
+    assert all(w in str(problem) for w in words)
+    with pytest.raises(SourceError, match=re.escape(words[0])) as caught:
+        open_model(tmp_path)
+    assert words[1] in caught.value.hint
 
 
 def test_layer_numbers_cannot_exhaust_memory(tiny_llama, tmp_path: Path) -> None:

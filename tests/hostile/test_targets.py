@@ -19,8 +19,8 @@ from workdir_cases import Conversion, Victim, contents, snapshot
 from exl2ray.convert import dry_run, patch
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.events import Silent
-from exl2ray.formats.claim import CLAIM
-from exl2ray.formats.target import LOCK, Owner, locked
+from exl2ray.formats.claim import CLAIM, LOCK
+from exl2ray.formats.target import Owner, locked
 from exl2ray.formats.verify import verify_directory
 
 SHARD = "output-00001-of-00002.safetensors"

@@ -420,6 +420,9 @@ def test_whose_directories_a_plain_user_trusts(uid: int, gid: int, mode: int, re
 @pytest.mark.parametrize(("error", "words"), [
     (RuntimeError("can't start new thread"), ("threads", "ulimit -u")),
     (MemoryError(), ("memory", "ulimit -v")),
+    (RuntimeError("std::bad_alloc"), ("memory", "ulimit -v")),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), ("memory", "ulimit -v")),
+    (OSError(12, "Cannot allocate memory"), ("memory", "ulimit -v")),
     (OSError(24, "Too many open files"), ("open files", "ulimit -n")),
 ])  # fmt: skip
 def test_limits_of_the_system_are_named(error: Exception, words: tuple[str, str]) -> None:

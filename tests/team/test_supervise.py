@@ -11,7 +11,7 @@ from scripted_passes import Measuring
 
 from exl2ray.driver.policy import Limits, Lost
 from exl2ray.errors import ClusterError, NumericError, StoreError
-from exl2ray.team.messages import Begun, WorkerOutOfMemory
+from exl2ray.team.messages import Begun, WorkerOutOfMemory, translate
 
 
 def test_a_module_that_loses_three_workers_stops_the_job() -> None:
@@ -117,3 +117,10 @@ def test_the_second_interrupt_ends_at_once() -> None:
         m.supervisor.run(m.work, tick)
     assert len(ticks) == 9
     assert m.workers.calls
+
+
+@pytest.mark.parametrize("words", ["std::bad_alloc", "[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"])
+def test_torch_without_main_memory_is_a_worker_out_of_memory(words: str) -> None:
+    found = translate(RuntimeError(words))
+    assert isinstance(found, WorkerOutOfMemory)
+    assert "the host ran out of memory" in found.message

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,15 @@ from tokenizers import Tokenizer
 from exl2ray.calibration.data.sources import local_source
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.datasets import text_source
-from exl2ray.errors import UsageError
+from exl2ray.errors import CalibrationError, StoreError, UsageError
 from exl2ray.evaluate.forward import open_model
 from exl2ray.evaluate.generate import Draft, Generator
 from exl2ray.events import Silent
+from exl2ray.formats.target import Owner, locked
 from exl2ray.store.open import open_store
 from exl2ray.tune import run
 from exl2ray.tune.documents import Kind
+from exl2ray.tune.rows import naming
 from exl2ray.tune.run import Settings, tune
 from exl2ray.tune.written import check_weights, self_written
 
@@ -120,9 +124,62 @@ def test_a_model_is_tuned_on_a_mixture(model: Path, tmp_path: Path) -> None:
     check_weights(opened, 1 << 30)
     with pytest.raises(UsageError, match=r"all of its weights on one GPU: 0\.0 GB, of 0\.0"):
         check_weights(opened, 100_000)
-    for wrong in ("self:some", "self:-1"):
-        with pytest.raises(UsageError, match="self:COUNT"):
-            text_source(wrong, local_source)
+
+
+@pytest.mark.parametrize("wrong", ["self:some", "self:-1", "self:0", "self:", "self:11G"])
+def test_a_count_that_is_none_is_told_with_its_flag(wrong: str) -> None:
+    with pytest.raises(UsageError, match=f"^--tune-text {wrong}: ") as caught, naming("--tune-text"):
+        text_source(wrong, local_source)
+    assert caught.value.hint.startswith("self:COUNT, ")
+
+
+@pytest.fixture
+def unwritten(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """Settings of a tuning whose source must not begin to write."""
+
+    def written(*_: Any) -> list[Kind]:
+        raise AssertionError("text was written before what is cheap was checked")
+
+    monkeypatch.setattr(run, "self_written", written)
+    exl2 = write_rounded(model, tmp_path / "exl2")
+    shutil.copy(model / "tokenizer_config.json", exl2)
+
+    def get(*places: str, **changes: Any) -> Settings:
+        sources = tuple(text_source(place, local_source) for place in places or ("self:6k",))
+        small = {"tokens": 3000, "length": 48, "step_tokens": 480, **changes}
+        return Settings(str(exl2), str(model), str(tmp_path / "out"), sources, **small)
+
+    return get
+
+
+def test_nothing_is_written_for_an_output_that_is_not_ours(unwritten: Callable[..., Settings], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"-o .*out: holds notes\.txt"):
+        tune(unwritten(), CPU, Silent())
+
+
+def test_nothing_is_written_for_an_output_where_another_one_writes(
+    unwritten: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = unwritten()
+    owner = Owner(open_model(settings.directory).source.fingerprint(), settings.directory, flag="-o")
+    with locked(tmp_path / "out", owner), pytest.raises(StoreError, match="another conversion is writing there"):
+        tune(settings, CPU, Silent())
+
+
+def test_nothing_is_written_where_a_tuning_with_other_settings_is_finished(unwritten: Callable[..., Settings]) -> None:
+    tune(unwritten("builtin"), CPU, Silent())
+    for other in (unwritten(), unwritten(seed=1), unwritten("builtin", "self:1k")):
+        with pytest.raises(StoreError, match="tuned with other settings"):
+            tune(other, CPU, Silent())
+
+
+def test_nothing_is_written_beside_text_that_is_too_little(unwritten: Callable[..., Settings], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(CalibrationError, match=r"bad\.jsonl"):
+        tune(unwritten("self", str(tmp_path / "bad.jsonl")), CPU, Silent())
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_more_is_written_than_is_tuned_on(monkeypatch: pytest.MonkeyPatch) -> None:

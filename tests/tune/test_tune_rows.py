@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import write_model
 
 from exl2ray.calibration.data.sources import local_source
@@ -15,7 +16,7 @@ from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.formats.hf import SourceModel
 from exl2ray.tune.documents import Kind, builtin_kinds, part
 from exl2ray.tune.judge import WATCHED
-from exl2ray.tune.rows import tuning_rows
+from exl2ray.tune.rows import Batches, tuning_rows
 from exl2ray.tune.settings import Settings
 
 LENGTH = 64
@@ -125,3 +126,23 @@ def test_steps_and_rates_follow_from_model_and_text(
     assert settings.rate == pytest.approx(rate)
     assert settings.gain_rate == pytest.approx(2e-3 * min(1, tokens / 8192) ** 0.5)
     assert settings.for_model(10**12).for_rows(10**6) == settings, "what is decided stays"
+
+
+@pytest.mark.parametrize(("rows", "size", "steps"), [(7, 3, 40), (5, 5, 9), (1, 1, 4), (10, 4, 2), (64, 7, 33)])
+def test_the_order_of_rows_is_that_of_all_passes_at_once(rows: int, size: int, steps: int) -> None:
+    """What is trained goes on with the same rows, whoever made its checkpoint."""
+    generator = torch.Generator().manual_seed(3)
+    passes = -(-steps * size // rows)
+    order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(passes)])
+    expected = [order[i * size : (i + 1) * size].tolist() for i in range(steps)]
+    found = Batches(rows, size, steps, 3)
+    assert [t.tolist() for t in found] == expected
+    assert [found[i].tolist() for i in reversed(range(steps))] == expected[::-1]
+    assert Batches(rows, size, steps, 3)[steps - 1].tolist() == expected[-1], "in the middle of a tuning that goes on"
+    with pytest.raises(IndexError):
+        found[steps]
+
+
+def test_the_order_of_many_steps_is_made_as_it_is_come_to() -> None:
+    found = Batches(1000, 8, 10**12, 0)
+    assert len({int(i) for step in range(125) for i in found[step]}) == 1000

@@ -6,6 +6,10 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +163,7 @@ def test_a_full_disk_costs_the_checkpoints_and_nothing_else(
 
     monkeypatch.setattr(state, "save", noted)
     disk = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr("exl2ray.tune.worker.shutil", disk)
+    monkeypatch.setattr("exl2ray.tune.keeping.shutil", disk)
     reporter = Silent()
     tune(settings(pair, text, tmp_path / "full", checkpoint_seconds=0, **few), torch.device("cpu"), reporter)
     notes = [fields.get("message", "") for _, fields in reporter.events]
@@ -171,7 +175,7 @@ def test_a_full_disk_costs_the_checkpoints_and_nothing_else(
 def test_large_checkpoints_are_rare_from_the_first_on(
     pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exl2ray.tune.worker.SAVING_BYTES", 1000)
+    monkeypatch.setattr("exl2ray.tune.keeping.SAVING_BYTES", 1000)
     saved: list[bool] = []
     monkeypatch.setattr(state, "save", lambda *given, save=state.save: (saved.append(given[2].over), save(*given)))
     reporter = Silent()
@@ -280,6 +284,24 @@ def test_what_a_kill_at_the_very_end_left_goes_with_the_next_run(
     assert not (out / WORK).exists()
 
 
+def test_temporary_files_of_a_killed_run_go_with_the_next_one(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    name = ".tmp-exl2ray-4711-0123456789ab"
+    left = [out / WORK / folder / name for folder in (state.FOLDER, "homes", "written/tensors", ".")]
+    left.append(out / f".{WORK}.json.0123abcd.tmp")
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+    seen: list[list[Path]] = []
+    kept = driving.put_tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driving, "put_tensors", lambda *given: (seen.append([p for p in left if p.exists()]), kept(*given))[1])
+        tuned(settings(pair, text, out, tokens=2048))
+    assert seen == [[]], "before there is any more"
+
+
 def test_workers_find_models_that_are_named_from_here(
     pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +324,26 @@ def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> No
     run.ends_with(0, "KL (nats) on held-out text", "letters.txt", "kept: ", "of the integers changed in")
     as_json = json.loads(exl2ray(*arguments, "--json", seconds=20).out)
     assert as_json["after"]["mean"] < as_json["before"]["mean"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_stopped_says_how_it_goes_on(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    source, exl2 = pair("Llama")
+    work = tmp_path / "out" / WORK
+    words = ["tune", exl2, "--reference", source, "-o", tmp_path / "out", "--tokens", "1G", "--length", "64", "--step-tokens",
+             "64", "--text", text[0], "--device", "cpu"]  # fmt: skip
+    code = "from exl2ray.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE, text=True) as running:
+        while not (work / driving.ROWS).exists():
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(number)
+        told = running.communicate(timeout=120)[1]
+    assert running.returncode == 130
+    assert f"stopped; what has been trained is kept in {tmp_path / 'out'}" in told
+    assert "run the same command again: it goes on from the last checkpoint" in told
 
 
 @pytest.mark.parametrize(

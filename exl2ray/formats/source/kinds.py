@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from exl2ray.errors import PERMISSIONS, Exl2RayError, SourceError
+from exl2ray.formats.claim import LOCK, TUNING, read_claim
 from exl2ray.formats.source import training
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.training import PICKLES, SAVE, Finding
@@ -38,7 +40,7 @@ def look(path: Path) -> Finding | None:
 
 def look_at_output(path: Path) -> Finding | None:
     """What `look` finds of a path where an EXL2 directory should be, whose files are checked by themselves."""
-    return _unreadable(path) or _work_directory(Folder(path))
+    return _unreadable(path) or _work_directory(Folder(path)) or _unfinished(Folder(path))
 
 
 def _unreadable(path: Path) -> Finding | None:
@@ -77,6 +79,24 @@ def _empty(folder: Folder) -> Finding | None:
     if folder.files or folder.folders:
         return None
     return "an empty folder", "is the download complete, and the path right? " + COMPLETE
+
+
+def _unfinished(folder: Folder) -> Finding | None:
+    """The output of a conversion or a tuning that runs, or was killed: config.json comes last (`exl2ray.formats.target`)."""
+    if "config.json" in folder:
+        return None
+    if (folder.path / TUNING).is_dir():
+        more = "wait for it, or run the same command again: it goes on from the last checkpoint"
+        return "the output of a tuning that is not finished, not a model", more
+    claim = None
+    with suppress(Exl2RayError):  # a link in its place
+        claim = read_claim(folder.path)
+    if claim is not None and claim.job:
+        again = f"run it again: exl2ray convert -o {shlex.quote(claim.work)}" if claim.work else "run the same command again"
+        return "the output of a conversion that is not finished, not a model", f"wait for it, or {again}"
+    if (claim is not None or (folder.path / LOCK).is_file()) and not (folder.files or folder.folders):
+        return "an output of exl2ray that holds no model (yet)", "run the command that writes there (again)"
+    return None
 
 
 def _hub_cache(folder: Folder) -> Finding | None:
@@ -227,6 +247,6 @@ def _original(folder: Folder) -> str:
 
 
 KINDS: tuple[Callable[[Folder], Finding | None], ...] = (
-    _empty, _hub_cache, _work_directory, _diffusion, _adapter, _pointers, _gguf, _other_runtime, _consolidated,
+    _unfinished, _empty, _hub_cache, _work_directory, _diffusion, _adapter, _pointers, _gguf, _other_runtime, _consolidated,
     _training, _no_safetensors, _no_config,
 )  # fmt: skip
