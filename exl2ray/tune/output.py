@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from exl2ray.formats.side_files import copy_side_files, stale_side_files
 from exl2ray.formats.target import CARD, Owner, check_claim, claim_target, release_target, withdraw
 
 Produce = Callable[[], Tensor]
+SIDE_BY_SIDE = min(8, os.cpu_count() or 1)  # tensors that are unpacked and packed
 
 
 def write_tuned(
@@ -38,7 +42,8 @@ def write_tuned(
         limit = max(sum(start.nbytes(n) for n in order if start.file(n).name == f) for f in start.files)
     names = shard_names(len(plan_shards([e.nbytes for e in entries], limit)))
     claim_target(target, owner, names)
-    shards = write_shards(target, entries, limit, existing_shards(target), lambda: withdraw(target))
+    with ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="pack") as pool:
+        shards = write_shards(target, ahead(entries, pool), limit, existing_shards(target), lambda: withdraw(target))
     copy_side_files(start.path, target)
     check_claim(target, owner)
     check()
@@ -47,6 +52,19 @@ def write_tuned(
         f.write(config_bytes(config))
     release_target(target)
     return shards
+
+
+def ahead(entries: Sequence[TensorEntry], pool: ThreadPoolExecutor) -> list[TensorEntry]:
+    """The same entries: while one is written, those behind it are made by the pool."""
+    begun: dict[int, Future[Tensor]] = {}
+
+    def load(index: int) -> Tensor:
+        for i in range(index, min(index + 1 + SIDE_BY_SIDE, len(entries))):
+            if i not in begun:
+                begun[i] = pool.submit(entries[i].load)
+        return begun.pop(index).result()
+
+    return [replace(e, load=partial(load, i)) for i, e in enumerate(entries)]
 
 
 def write_record(

@@ -14,8 +14,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,10 @@ from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import SourceError
 from exl2ray.events import Reporter
 from exl2ray.formats.claim import TUNING, read_claim
+from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.shards import LEFTOVER_NAME, Shard
 from exl2ray.formats.target import Owner, check_target, locked, release_target
+from exl2ray.model.spec import LinearSpec
 from exl2ray.quant.group import Solo
 from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
@@ -42,7 +46,7 @@ from exl2ray.tune.inputs import Inputs
 from exl2ray.tune.memory import check_memory, weights_of
 from exl2ray.tune.module import NORMS, part_of
 from exl2ray.tune.opening import Pair
-from exl2ray.tune.output import Produce, finished, is_of_another, refuse_another, write_record, write_tuned
+from exl2ray.tune.output import SIDE_BY_SIDE, Produce, finished, is_of_another, refuse_another, write_record, write_tuned
 from exl2ray.tune.rows import TuningRows, check_text, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
 from exl2ray.tune.written import self_written
@@ -278,26 +282,35 @@ def _finish(
 def _tensors(pair: Pair, saved: state.Saved, parts: list[str]) -> tuple[dict[str, Produce], int, int]:
     """Name in the file -> what makes the tuned tensor; integers that changed, and all that there are."""
     out: dict[str, Produce] = {}
-    changed = total = 0
-    cpu = torch.device("cpu")
+    given: list[tuple[LinearSpec, Tensor, bool]] = []
+    values: dict[str, Tensor] = {}
     for module in pair.start.spec.modules:
         found = saved.best(module.profile_key)
-        for linear in module.linears:
-            codes = found.codes.get(linear.key)
-            if codes is None:
-                continue
-            packed = pair.exl2.linear(linear.key)
-            grid = Grid.of(packed, linear.out_features, cpu)
+        values.update(found.values)
+        tuned = {x.key: part_of(module, x) in parts for x in module.linears}
+        given += [(x, found.codes[x.key], tuned[x.key]) for x in module.linears if x.key in found.codes]
+    changed = total = 0
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        compared = pool.map(partial(_compared, pair), given)
+        for (linear, codes, is_tuned), (packed, grid, count) in zip(given, compared, strict=True):
             total += codes.numel()
-            if part_of(module, linear) in parts:
-                changed += int((codes != grid.codes(grid.integers(packed))).sum())
+            changed += count
+            if is_tuned:
                 out[f"{linear.key}.q_weight"] = lambda g=grid, p=packed, c=codes: g.packed(p, c).q_weight  # type: ignore[misc]
             if packed.bias is not None and NORMS in parts:
-                value = found.values[f"{linear.key}.bias"]
+                value = values[f"{linear.key}.bias"]
                 out[f"{linear.key}.bias"] = lambda v=value, b=packed.bias: torch.cat([v, b[len(v) :]])  # type: ignore[misc]
-        if NORMS in parts:
-            out.update({n: lambda v=v: v for n, v in found.values.items() if n not in out})  # type: ignore[misc]
+    if NORMS in parts:
+        out.update({n: lambda v=v: v for n, v in values.items() if n not in out})  # type: ignore[misc]
     return out, changed, total
+
+
+def _compared(pair: Pair, given: tuple[LinearSpec, Tensor, bool]) -> tuple[PackedLinear, Grid, int]:
+    """A linear as it was packed, its grid, and how many integers are others now if it ``is_tuned``."""
+    linear, codes, is_tuned = given
+    packed = pair.exl2.linear(linear.key)
+    grid = Grid.of(packed, linear.out_features, torch.device("cpu"))
+    return packed, grid, int((codes != grid.codes(grid.integers(packed))).sum()) if is_tuned else 0
 
 
 def _figures(rows: Tensor, kinds: tuple[str, ...]) -> dict[str, float]:
