@@ -144,7 +144,7 @@ def _flags(value: Any) -> dict[str, bool]:
 
 def _chat_template(root: Path, settings: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else ``chat_template`` of tokenizer_config.json: a string, or a list with one "default"; else
-    additional_chat_templates/default.jinja.
+    additional_chat_templates/default.jinja; else that of chat_template.json, where models that see have theirs.
     """
     file = _template_file(root / "chat_template.jinja")
     if file is not None:
@@ -154,13 +154,15 @@ def _chat_template(root: Path, settings: Mapping[str, Any]) -> str | None:
         template = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     if isinstance(template, str) and template.strip():
         return template
-    return _template_file(root / "additional_chat_templates" / "default.jinja")
+    file = _template_file(root / "additional_chat_templates" / "default.jinja")
+    template = optional_json(root / "chat_template.json").get("chat_template") if file is None else file
+    return template if isinstance(template, str) and template.strip() else None
 
 
 def _template_file(path: Path) -> str | None:
     if not (path.exists() or path.is_symlink()):
         return None
-    data = read_bounded(path, MAX_TEMPLATE_BYTES)
+    data = read_bounded(path, MAX_TEMPLATE_BYTES, hint=AGAIN)
     refuse_substitute(data, str(path), SourceError)
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")

@@ -123,6 +123,15 @@ def refuse_others(head: bytes) -> None:
         raise DataError("is a tar archive", "unpack it and name the folder")
 
 
+def looks_like_text(head: bytes) -> bool:
+    """Whether the first bytes of a file are UTF-8 text, the last character of which may be cut."""
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as e:
+        return e.start > len(head) - 4 and len(head) == HEAD
+    return b"\0" not in head
+
+
 def checked_text(data: bytes, position: int) -> bytes:
     """``data`` if it is UTF-8 text; DataError with the byte otherwise. ``position``: of its first byte."""
     zero = data.find(0)

@@ -21,7 +21,7 @@ KINDS = {  # file name endings
     "Parquet": (".parquet", ".pq", ".parq"),
     "JSON lines": (".jsonl", ".ndjson", ".jsonlines"),
     "JSON": (".json",),
-    "text": (".txt", ".text"),
+    "text": (".txt", ".text", ".raw", ".tokens"),  # the last two: WikiText
     "Markdown": (".md", ".markdown", ".rst"),
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
