@@ -35,8 +35,8 @@ SECONDS, SECONDS_PER_MIB = 10.0, 4.0  # of which three go to importing transform
 
 def vocabulary_files(root: Path) -> list[str]:
     """Names of files in ``root`` that a tokenizer could be made of."""
-    found = [name for name in (*SENTENCEPIECE, *OTHERS) if (root / name).exists()]
-    return found + (["merges.txt"] if (root / "merges.txt").exists() else [])
+    found = [name for name in (*SENTENCEPIECE, *OTHERS) if os.path.lexists(root / name)]
+    return found + (["merges.txt"] if os.path.lexists(root / "merges.txt") else [])
 
 
 def converted_json(root: Path) -> tuple[bytes, list[str]]:

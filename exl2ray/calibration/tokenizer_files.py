@@ -7,6 +7,7 @@ reads all of them, ExLlamaV2 ``tokenizer.json`` and ``added_tokens.json``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class TokenizerFiles:
 def read_tokenizer_files(root: Path) -> TokenizerFiles:
     """Raises SourceError naming the file that is missing, too large, or not what it should be."""
     path = root / "tokenizer.json"
-    converted = not (path.exists() or path.is_symlink())
+    converted = not os.path.lexists(path)
     content, warnings = converted_json(root) if converted else (read_content(path), [])
     settings = optional_json(root / "tokenizer_config.json")
     special_map = optional_json(root / "special_tokens_map.json")
@@ -64,7 +65,7 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
 
 def has_tokenizer(root: Path) -> bool:
     """Whether a folder has a tokenizer.json, or what one can be made of."""
-    return (root / "tokenizer.json").exists() or bool(vocabulary_files(root))
+    return os.path.lexists(root / "tokenizer.json") or bool(vocabulary_files(root))
 
 
 def read_content(path: Path) -> bytes:
@@ -86,7 +87,7 @@ def read_content(path: Path) -> bytes:
 
 def optional_json(path: Path) -> dict[str, Any]:
     """The object in a file that not every model has; empty if it is not there."""
-    return read_json_object(path, hint=AGAIN) if path.exists() or path.is_symlink() else {}
+    return read_json_object(path, hint=AGAIN) if os.path.lexists(path) else {}
 
 
 def token_text(value: Any) -> str | None:
@@ -160,7 +161,7 @@ def _chat_template(root: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _template_file(path: Path) -> str | None:
-    if not (path.exists() or path.is_symlink()):
+    if not os.path.lexists(path):
         return None
     data = read_bounded(path, MAX_TEMPLATE_BYTES, hint=AGAIN)
     refuse_substitute(data, str(path), SourceError)

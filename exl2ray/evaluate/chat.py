@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ def stop_ids(model: OpenModel, tokenizer: ModelTokenizer) -> frozenset[int]:
     found: list[Any] = [tokenizer.eos_id]
     settings: list[Mapping[str, Any]] = [model.source.config]
     generation = model.path / "generation_config.json"
-    if generation.is_file():
+    if os.path.isfile(generation):
         settings.append(read_json_object(generation))
     for one in settings:
         value = one.get("eos_token_id")

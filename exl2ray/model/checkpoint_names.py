@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,7 +136,7 @@ def incomplete(source: SourceModel) -> SourceError | None:
 
 def _where_they_are(source: SourceModel, lost: Sequence[str]) -> str:
     """What to do about files that an index names and that do not lie beside it."""
-    below = [f for f in lost if "/" in f and ".." not in f and not f.startswith("/") and (source.path / f).is_file()]
+    below = [f for f in lost if "/" in f and ".." not in f and not f.startswith("/") and os.path.isfile(source.path / f)]
     if below:
         return f"move what is in {posixpath.dirname(below[0])[:80]}/ beside config.json: files in folders below are not read"
     return "the download is incomplete: fetch the missing shards"

@@ -46,7 +46,9 @@ def _unreadable(path: Path) -> Finding | None:
     hint = "give the folder that holds config.json and *.safetensors"
     try:
         os.scandir(path).close()
-        return None
+        if os.access(path, os.X_OK):
+            return None
+        return "may be listed, but nothing in it may be read", PERMISSIONS  # a folder without the right to enter it
     except NotADirectoryError:
         return _no_folder(path, hint)
     except FileNotFoundError:
@@ -58,7 +60,7 @@ def _unreadable(path: Path) -> Finding | None:
 
 
 def _no_folder(path: Path, hint: str) -> Finding:
-    if not path.exists():
+    if not os.path.exists(path):
         return "does not exist", hint
     name = path.name.lower()
     if name.endswith(".gguf"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ def own_files(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def read_index(directory: Path, error: type[Exl2RayError]) -> dict[str, str]:
     """Tensor -> file of the index; empty if there is none. Raises ``error`` for a file that is no index."""
     path = directory / INDEX
-    if not path.exists():
+    if not os.path.exists(path):
         return {}
     weight_map = read_json_object(path, error, "delete it: the weights are found without", MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict):
