@@ -15,14 +15,17 @@ from typing import Any
 
 from exl2ray.calibration.conversion import converted_json, vocabulary_files
 from exl2ray.calibration.limited_child import quoted, shown
+from exl2ray.calibration.vocabulary_forms import begins_as_vocabulary
 from exl2ray.errors import SourceError
 from exl2ray.formats.json_file import MIB, read_bounded, read_json_object, refuse_substitute
+from exl2ray.formats.regular import open_regular
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 MAX_TOKENIZER_BYTES = 96 * MIB  # three times the largest that is published
 MAX_TEMPLATE_BYTES = 1 * MIB  # published ones have up to 30 kB
 MAX_ID = 1 << 31
+HEAD_BYTES = 4096  # that tell a vocabulary from something else
 AGAIN = "download the file again"
 
 
@@ -44,7 +47,7 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
     """Raises SourceError naming the file that is missing, too large, or not what it should be."""
     path = root / "tokenizer.json"
     converted = not os.path.lexists(path)
-    content, warnings = converted_json(root) if converted else (read_content(path), [])
+    content, warnings = converted_json(root) if converted else (read_content(path), _other_vocabulary(root))
     settings = optional_json(root / "tokenizer_config.json")
     special_map = optional_json(root / "special_tokens_map.json")
     if "added_tokens_decoder" in settings:  # transformers reads the older file only without the newer entry
@@ -61,6 +64,22 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
         converted=converted,
         warnings=tuple(warnings),
     )
+
+
+def _other_vocabulary(root: Path) -> list[str]:
+    """A warning about a tokenizer.model beside tokenizer.json that is none."""
+    path = root / "tokenizer.model"
+    try:
+        with open_regular(path) as f:
+            head = f.read(HEAD_BYTES)
+    except OSError:
+        return []
+    if begins_as_vocabulary(head):
+        return []
+    return [
+        f"{path}: neither a SentencePiece model nor a file of tiktoken; ExLlamaV2 takes it where it is there, and not "
+        "tokenizer.json: download it again, or delete it"
+    ]
 
 
 def has_tokenizer(root: Path) -> bool:

@@ -6,6 +6,7 @@ the checks of a whole directory.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,4 +167,8 @@ class Exl2Model(SourceModel):
 
     def linear(self, key: str) -> PackedLinear:
         """Load and check one quantised linear."""
-        return PackedLinear.from_tensors(key, lambda name: self.load(name) if name in self else None)
+        try:
+            return PackedLinear.from_tensors(key, lambda name: self.load(name) if name in self else None)
+        except FormatError as e:
+            hint = f"fetch the model again; `exl2ray verify {shlex.quote(str(self.path))}` lists all that is wrong with it"
+            raise FormatError(f"{self.path}: {e.message}", e.hint or hint) from e

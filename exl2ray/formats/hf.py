@@ -63,6 +63,9 @@ class SourceModel:
     def _open_source(self) -> None:
         own, notes = model_shards.own_files(weight_files(self.path, self.error))
         files = open_files(own, self.error)
+        if not any(f.tensors for f in files.values()):
+            names = ", ".join(sorted(files)[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+            raise self.error(f"{self.path}: {names}: no tensor in there", "saved without its weights? fetch or save it again")
         index = model_shards.read_index(self.path, self.error)
         table, kept, copies = model_shards.merged(files, index, self.error)
         self.files = {name: files[name] for name in kept}

@@ -50,6 +50,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,  # never a weight: frequencies of RoPE, as some trainers store them
 }
+CODED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # further types of the format, of quantised weights
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -210,6 +211,9 @@ def _tensor_info(
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise error(f"{where}: the header entry must hold exactly dtype, shape and data_offsets", BROKEN)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype in CODED:
+        text = f"{where}: dtype {dtype}, in which weights are quantised already, is not read"
+        raise error(text, "start from the original weights, in bfloat16 or float16")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise error(f"{where}: dtype {str(dtype)[:40]!r} is not one of {', '.join(DTYPES)}", BROKEN)
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):

@@ -155,14 +155,14 @@ def _misfits(
     arch: Arch, modules: tuple[ModuleSpec, ...], source: SourceModel, layers: Layers, converted: bool, tied: bool
 ) -> dict[str, str]:
     """What is wrong -> hint: tensors missing or of another shape; without any, linears of sizes that EXL2 cannot hold."""
-    wanted: dict[str, Stored] = {}  # a fused tensor is part of several linears
-    for module in modules:
-        for s in [p.stored for p in module.plain] if converted else _stored(module):
-            wanted.setdefault(s.name, s)
-    found = missing_tensors(arch, source, [n for n in wanted if n not in source], layers, tied)
-    for name, s in wanted.items():
-        if name in source and not shape_fits(source.shape(name), s.shape):
-            found[f"{name} has shape {source.shape(name)}, expected {shown_shape(s.shape)}"] = INCOMPLETE
+    # A fused tensor is part of several linears. One that embedding and head share has to fit both of them.
+    stored = [s for m in modules for s in ([p.stored for p in m.plain] if converted else _stored(m))]
+    wanted = list(dict.fromkeys((s.name, s.shape) for s in stored))
+    found = missing_tensors(arch, source, list(dict.fromkeys(n for n, _ in wanted if n not in source)), layers, tied)
+    for name, shape in wanted:
+        if name in source and not shape_fits(source.shape(name), shape):
+            hint = _resized(arch, source, name, shape) or INCOMPLETE
+            found[f"{name} has shape {source.shape(name)}, expected {shown_shape(shape)}"] = hint
     if found:
         return found
     hint = f"EXL2 needs multiples of 32, and at most {MAX_IN_FEATURES} input features"
@@ -173,6 +173,16 @@ def _misfits(
             if x.out_features % 32 and module.kind != "head":
                 found[f"{x.key} has {x.out_features} output features"] = hint
     return found
+
+
+def _resized(arch: Arch, source: SourceModel, name: str, wanted: tuple[int, ...]) -> str:
+    """What to do where embedding and head have more or fewer rows than config.json says, both alike; else nothing."""
+    embedding, shape = f"{arch.source.embed}.weight", source.shape(name)
+    if name not in (f"{arch.source.head}.weight", embedding) or len(shape) != 2 or shape[1:] != wanted[1:]:
+        return ""
+    if embedding not in source or source.shape(embedding)[:1] != shape[:1]:
+        return ""
+    return f'embedding and head were resized: set "vocab_size": {shape[0]} in config.json'
 
 
 def _raise_any(source: SourceModel, found: Mapping[str, str]) -> None:
@@ -226,6 +236,13 @@ def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers)
         out.append(layers.surplus)
     # Layers beyond those of config.json have been named above, or are of MTP.
     dropped = [n for n in unused if not n.endswith(BUFFERS) and layers.number(n) < layers.configured]
+    biases = [n for n in dropped if n.endswith("_proj.bias")]
+    if biases:
+        out.append(
+            f"{len(biases)} biases are stored, e.g. {biases[0]}, and by config.json there are none: they are left out, as in "
+            "transformers; if the model was trained with them, set attention_bias or mlp_bias to true"
+        )
+        dropped = [n for n in dropped if n not in set(biases)]
     if dropped:
         out.append(f"{len(dropped)} tensors of the source have no place in the output, e.g. {dropped[0]}")
     return tuple(out)

@@ -13,7 +13,7 @@ from exl2ray.calibration.data.sources import local_source
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.text import Conversation
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
-from exl2ray.errors import CalibrationError
+from exl2ray.errors import CalibrationError, UsageError
 
 TEXTS = [f"document {i} says: a quiet harbour, {'boats and gulls, ' * (i % 5)}evening." for i in range(60)]
 OBJECTS = [{"id": i, "text": t} for i, t in enumerate(TEXTS)]
@@ -75,3 +75,11 @@ def test_text_under_a_name_that_is_not_read(
     with pytest.raises(CalibrationError) as e:
         first_row(model, tmp_path / name)
     assert ("a file called *.txt" in e.value.hint) == named
+
+
+@pytest.mark.parametrize("place", ["https://example.com/x.parquet", "s3://bucket/x.jsonl"])
+def test_an_address_that_is_not_read(place: str) -> None:
+    """It did not exist in the current directory."""
+    with pytest.raises(UsageError, match="an address; of those hf://datasets/") as e:
+        local_source(place)
+    assert "fetch it" in e.value.hint

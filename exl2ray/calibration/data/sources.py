@@ -26,6 +26,7 @@ KINDS = {  # file name endings
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 HUB = "hf://"
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 BUILTIN, WRITTEN = "builtin", "self"  # names of sources that are no files: of what is tuned on
 MAX_FILES = 100_000  # looked at in a folder
 NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"})
@@ -85,6 +86,8 @@ def check_place(text: str) -> None:
         return
     place, _ = split_column(text)
     if not place or not is_there(place):
+        if ADDRESS.match(place):
+            raise UsageError(f"-c {text}: an address; of those {HUB}datasets/... alone is read", "fetch it and give the file")
         _check_permission(text, place)
         where = f" (in {os.getcwd()})" if place and not os.path.isabs(place) else ""
         raise UsageError(f"-c {text}: does not exist{where}", "give a Parquet, .jsonl, .json or .txt file, or a folder")

@@ -191,7 +191,12 @@ def _no_safetensors(folder: Folder) -> Finding | None:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         return f"holds PyTorch pickles ({found[0]}{more}), and no *.safetensors file", SAVE
     inside = [n for n in folder.folders if Folder(folder.path / n).ending(".safetensors")]
-    if inside and "config.json" not in folder:
+    if inside and "config.json" in folder:
+        place = shlex.quote(str(folder.path / inside[0]))
+        whole = "config.json" in Folder(folder.path / inside[0])
+        hint = f"give that folder: {place}" if whole else f"move what is in {place} beside config.json"
+        return f"no *.safetensors file beside config.json; its folder {inside[0]} has some", hint
+    if inside:
         more = f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
         names = ", ".join(inside[:SHOWN]) + more
         place = shlex.quote(str(folder.path / inside[0]))
