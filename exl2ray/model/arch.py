@@ -93,6 +93,7 @@ def load_spec(
     copied = _copied(arch, source)
     layers = count_layers(stored, source, hyper.num_layers)
     found = _misfits(stored, modules, source, layers, converted, builder.tied)
+    found |= _short_tables(modules, source, hyper)
     if misfits is None:
         _raise_any(source, found)
     else:
@@ -172,6 +173,19 @@ def _misfits(
                 found[f"{x.key} has {x.in_features} input features"] = hint
             if x.out_features % 32 and module.kind != "head":
                 found[f"{x.key} has {x.out_features} output features"] = hint
+    return found
+
+
+def _short_tables(modules: tuple[ModuleSpec, ...], source: SourceModel, hyper: Hyper) -> dict[str, str]:
+    """What is wrong -> hint, of tables that end before the tokens or positions of config.json do: what is beyond has no row.
+    More rows than that are padding.
+    """
+    found = {}
+    needed = {"embedding": ("vocab_size", hyper.vocab_size), "positions": ("the longest text", hyper.max_seq_len)}
+    for plain in (p for m in modules[:2] for p in m.plain if p.role in needed and p.stored.name in source):
+        (what, count), shape = needed[plain.role], source.shape(plain.stored.name)
+        if shape_fits(shape, plain.stored.shape) and shape[0] < count:
+            found[f"{plain.stored.name} has {shape[0]} rows, but {what} in config.json is {count}"] = INCOMPLETE
     return found
 
 

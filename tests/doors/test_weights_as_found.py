@@ -273,3 +273,18 @@ def test_figures_of_a_model_that_config_cuts_say_so(folder: Path, tmp_path: Path
     np.save(tmp_path / "ids.npy", np.arange(3, 243).reshape(2, 120))
     run = exl2ray("eval", folder, "--tokens", tmp_path / "ids.npy", "--device", "cpu", "--json", seconds=60)
     run.ends_with(0, f"{folder}: the weights have 2 layers, config.json says 1")
+
+
+def test_a_table_that_ends_before_its_tokens_do(folder: Path) -> None:
+    """Tokens without a row were read as token 0: another model, and no word."""
+    edited(lambda t: t.update({EMBED: t[EMBED][:200]}))(folder)
+    assert f"{EMBED} has 200 rows, but vocab_size in config.json is 272" in refusal(folder).message
+    edited(lambda t: t.update({EMBED: torch.cat([t[EMBED], t[EMBED]])}))(folder)  # 400 rows: padding
+    load_spec(SourceModel(folder))
+
+
+def test_a_table_of_positions_that_ends_early(families: Callable[..., Path]) -> None:
+    folder = families("GPTBigCode", num_attention_heads=2, n_inner=96)
+    load_spec(SourceModel(folder))
+    edited(lambda t: t.update({"transformer.wpe.weight": t["transformer.wpe.weight"][:100]}))(folder)
+    assert "wpe.weight has 100 rows, but the longest text in config.json is 256" in refusal(folder).message
