@@ -11,7 +11,8 @@ from typing import Any
 
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.json_file import shown
+from exl2ray.formats.hfconfig import config_value, legacy_config
+from exl2ray.formats.json_file import as_number, shown
 from exl2ray.formats.source.architecture_name import unknown_hint
 from exl2ray.formats.source.model_shards import index_note
 from exl2ray.model.checkpoint_names import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in
@@ -100,7 +101,7 @@ def load_spec(
         misfits += [SourceError(f"{source.path}: {text}", hint) for text, hint in found.items()]
     used = {s.name for m in modules for s in _stored(m)} | {c.source_name for c in copied}
     unused = () if converted else tuple(n for n in source.names() if n not in used)
-    warnings = (*source.notes, *_warnings(arch, hyper, unused, layers))
+    warnings = (*source.notes, *_warnings(arch, hyper, unused, layers), *_unread_scaling(arch, source.config))
     if source.absent and not found:
         warnings = (*warnings, *index_note(source.absent, list(source.files)))
     return ModelSpec(arch, hyper, modules, copied, builder.tied, warnings, unused)
@@ -214,6 +215,19 @@ def shape_fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 def shown_shape(wanted: tuple[int, ...]) -> str:
     """A wanted shape for people."""
     return str(wanted) if -1 not in wanted else f"({', '.join('any' if n == -1 else str(n) for n in wanted)})"
+
+
+def _unread_scaling(arch: Arch, config: Mapping[str, Any]) -> list[str]:
+    """A warning about RoPE that config.json wants longer without saying in which way: nobody applies that."""
+    scaling = config_value(legacy_config(config), "rope_scaling", "rope_parameters")
+    if arch.rope == "none" or not isinstance(scaling, Mapping) or as_number(scaling.get("factor")) in (None, 1.0):
+        return []
+    if {scaling.get("type"), scaling.get("rope_type")} - {None, "", "default"}:
+        return []
+    return [
+        f"rope_scaling has a factor, {shown(scaling['factor'])}, and no type (linear, yarn, ...): it is not applied, "
+        "neither by transformers nor by ExLlamaV2; add the type if the model was trained with it"
+    ]
 
 
 def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers) -> tuple[str, ...]:

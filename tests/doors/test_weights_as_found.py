@@ -288,3 +288,16 @@ def test_a_table_of_positions_that_ends_early(families: Callable[..., Path]) -> 
     load_spec(SourceModel(folder))
     edited(lambda t: t.update({"transformer.wpe.weight": t["transformer.wpe.weight"][:100]}))(folder)
     assert "wpe.weight has 100 rows, but the longest text in config.json is 256" in refusal(folder).message
+
+
+@pytest.mark.parametrize(
+    ("scaling", "told"),
+    [({"factor": 4.0}, True), ({"factor": 4.0, "type": None}, True), ({"factor": 4.0, "rope_type": "default"}, True),
+     ({"factor": 1.0}, False), ({}, False), ({"factor": 4.0, "type": "linear"}, False),
+     ({"factor": 4.0, "rope_type": "dynamic"}, False), ({"factor": "x"}, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_a_factor_of_rope_without_a_type(key: str, scaling: dict[str, Any], told: bool, folder: Path) -> None:
+    """Nobody applies it, and nobody said so."""
+    edit_config(folder, **{"rope_parameters": None, key: {"rope_theta": 10000.0, **scaling}})
+    assert any("a factor" in w and "no type" in w for w in load_spec(SourceModel(folder)).warnings) == told
