@@ -117,3 +117,18 @@ def test_a_pointer_of_git_beside_the_weights(folder: Path, tmp_path: Path) -> No
     assert found.warnings == ("not copied into the output, Git LFS pointers in place of the files: picture.png",)
     (folder / "tokenizer.model").write_text(POINTER)
     exl2ray("plan", "-i", folder, *FAST[:6]).ends_with(3, "tokenizer.model: a Git LFS pointer", "git lfs pull")
+
+
+def test_a_program_that_cannot_be_run(closed: Path, tmp_path: Path) -> None:
+    """`with`: a script without a first line, and one in a folder that may not be entered."""
+    script = tmp_path / "script"
+    script.write_bytes(b"\0\1 no program\n")
+    script.chmod(0o755)
+    exl2ray("with", script).ends_with(2, str(script), "cannot be run", "as in #!/bin/sh")
+    exl2ray("with", closed / "p.py", ordinary=True).ends_with(2, "no such program")
+
+
+def test_what_may_not_be_looked_at_is_not_said_to_be_there(folder: Path, closed: Path) -> None:
+    run = exl2ray("eval", folder, "--plot", closed / "p.png", ordinary=True)
+    run.ends_with(7, "--plot", "cannot be written", DENIED)
+    assert "is there already" not in run.text
