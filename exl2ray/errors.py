@@ -25,6 +25,14 @@ from collections.abc import Sequence
 
 # The hint where this user may not read something.
 PERMISSIONS = "look at the permissions of it and of the folders above it: namei -l DIR"
+BAD_DISK = "a fault of the disk, or of the network that it is behind: dmesg may say more"
+
+
+def reading_hint(e: OSError, otherwise: str = "") -> str:
+    """What to do about a file that cannot be read."""
+    if isinstance(e, PermissionError):
+        return PERMISSIONS
+    return BAD_DISK if e.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN) else otherwise
 
 
 class Exl2RayError(Exception):

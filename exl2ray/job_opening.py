@@ -105,12 +105,12 @@ def measurement_target(wanted: str) -> Path:
 def check_measurement_target(wanted: str) -> None:
     """StoreError if the file that -om asks for could not be written after measuring."""
     path = measurement_target(wanted)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise StoreError(f"-om {wanted}: {path} is a directory", "name a file that ends in .json, or another directory")
-    refuse_other(path, "-om", "measurement", _is_measurement)
     place = existing_parent(path.parent)
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
         raise StoreError(f"-om {wanted}: {place} is not a directory that can be written", "choose another place with -om")
+    refuse_other(path, "-om", "measurement", _is_measurement)
 
 
 def _is_measurement(content: bytes) -> bool:

@@ -77,7 +77,7 @@ class Targets:
 def check_output(recipe: Recipe, directory: Path, source: SourceModel | None) -> None:
     """Refuses an output directory that holds anything else, or that cannot be written. ``source``: None if unusable."""
     existing = existing_parent(directory)
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not os.path.isdir(existing) or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         what = f"{existing.name or existing} is not a directory that can be written"
         raise StoreError(f"-cf {directory}: {what}", "choose another -cf")
     if recipe.out_dir and "://" not in recipe.out_dir and os.path.realpath(directory) == os.path.realpath(recipe.out_dir):

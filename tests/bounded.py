@@ -28,6 +28,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ordinary_user import give_up_privileges
+
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, MEMORY = 10.0, 2 << 30  # of a command that only looks: plan, --dry-run, inspect, verify, solve
 WAITING = 30.0  # times the limit that a run may wait where other processes have the machine
@@ -72,6 +74,7 @@ def exl2ray(
     cwd: str | Path | None = None,
     env: Mapping[str, str] | None = None,  # in addition to this process's
     output: str = "",  # a file to write to in place of what the Run keeps; CLOSED: a pipe that nobody reads any more
+    ordinary: bool = False,  # permissions count, even if this is root
 ) -> Run:
     """Runs the command line with ``arguments`` in a process of its own.
 
@@ -80,7 +83,7 @@ def exl2ray(
     """
     server = _server()
     request = {"arguments": [str(a) for a in arguments], "seconds": seconds, "memory": memory,
-               "cwd": str(cwd or os.getcwd()), "env": dict(env or {}), "output": output}  # fmt: skip
+               "cwd": str(cwd or os.getcwd()), "env": dict(env or {}), "output": output, "ordinary": ordinary}  # fmt: skip
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(json.dumps(request) + "\n")
@@ -156,6 +159,8 @@ def _child(request: dict[str, Any], out: int, err: int) -> NoReturn:
     try:
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
+        if request["ordinary"]:
+            give_up_privileges()
         sys.argv = ["exl2ray", *request["arguments"]]
         from exl2ray.cli import main
 

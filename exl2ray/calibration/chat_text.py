@@ -54,22 +54,31 @@ class ChatRenderer:
             raise CalibrationError(f"chat template: {type(e).__name__}: {e}") from e
 
     def render(self, conversation: Conversation, reply: bool = False) -> str:
-        """The templated text. A template without a system role gets the system message inside the first user turn.
+        """The templated text. A template without a system role gets the system message inside the first user turn; one that
+        wants the parts of a message, as those of models that see do, gets each as one part of text.
 
         ``reply``: with what begins the assistant's next turn. Raises CalibrationError if the template fails on this
         conversation or drops a user's message.
         """
-        try:
-            return self._render(conversation.messages, reply)
-        except CalibrationError:
-            if conversation.messages[0][0] != "system":
-                raise
-        (_, system), (_, first), *rest = conversation.messages
-        return self._render((("user", f"{system}\n\n{first}"), *rest), reply)
+        ways = [conversation.messages]
+        if conversation.messages[0][0] == "system" and len(conversation.messages) > 1:
+            (_, system), (_, first), *rest = conversation.messages
+            ways.append((("user", f"{system}\n\n{first}"), *rest))
+        problems = []
+        for in_parts in (False, True):
+            for messages in ways:
+                try:
+                    return self._render(messages, reply, in_parts)
+                except CalibrationError as e:
+                    problems.append(e)
+        raise problems[len(ways) - 1]  # of messages as they mostly are
 
-    def _render(self, messages: tuple[tuple[str, str], ...], reply: bool) -> str:
+    def _render(self, messages: tuple[tuple[str, str], ...], reply: bool, in_parts: bool) -> str:
         context: dict[str, Any] = {
-            "messages": [{"role": role, "content": content} for role, content in messages],
+            "messages": [
+                {"role": role, "content": [{"type": "text", "text": content}] if in_parts else content}
+                for role, content in messages
+            ],
             "add_generation_prompt": reply,
             "tools": None,
             "documents": None,
@@ -174,6 +183,8 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """Jinja's own filter escapes for HTML, which no chat format wants."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter escapes for HTML, which no chat format wants. The arguments are those that transformers gives it."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -35,8 +35,8 @@ SECONDS, SECONDS_PER_MIB = 10.0, 4.0  # of which three go to importing transform
 
 def vocabulary_files(root: Path) -> list[str]:
     """Names of files in ``root`` that a tokenizer could be made of."""
-    found = [name for name in (*SENTENCEPIECE, *OTHERS) if (root / name).exists()]
-    return found + (["merges.txt"] if (root / "merges.txt").exists() else [])
+    found = [name for name in (*SENTENCEPIECE, *OTHERS) if os.path.lexists(root / name)]
+    return found + (["merges.txt"] if os.path.lexists(root / "merges.txt") else [])
 
 
 def converted_json(root: Path) -> tuple[bytes, list[str]]:
@@ -60,6 +60,9 @@ def converted_json(root: Path) -> tuple[bytes, list[str]]:
             cpu_seconds=SECONDS + SECONDS_PER_MIB * size / MIB, memory_bytes=MEMORY_BYTES, answer_bytes=256 * MIB,
         )  # fmt: skip
     except ChildError as e:
+        if "mistral-common" in e.reason:  # transformers is there
+            text = f"{what}, of Mistral; converting it needs that publisher's package"
+            raise SourceError(text, _install_hint(root, "mistral-common")) from e
         if e.reason.startswith(("ModuleNotFoundError", "ImportError")):
             raise SourceError(f"{what}; converting it needs transformers: {e.reason}", _install_hint(root)) from e
         if "`tiktoken` is required" in e.reason:

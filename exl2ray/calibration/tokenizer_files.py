@@ -7,6 +7,7 @@ reads all of them, ExLlamaV2 ``tokenizer.json`` and ``added_tokens.json``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,17 @@ from typing import Any
 
 from exl2ray.calibration.conversion import converted_json, vocabulary_files
 from exl2ray.calibration.limited_child import quoted, shown
+from exl2ray.calibration.vocabulary_forms import begins_as_vocabulary
 from exl2ray.errors import SourceError
 from exl2ray.formats.json_file import MIB, read_bounded, read_json_object, refuse_substitute
+from exl2ray.formats.regular import open_regular
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 MAX_TOKENIZER_BYTES = 96 * MIB  # three times the largest that is published
 MAX_TEMPLATE_BYTES = 1 * MIB  # published ones have up to 30 kB
 MAX_ID = 1 << 31
+HEAD_BYTES = 4096  # that tell a vocabulary from something else
 AGAIN = "download the file again"
 
 
@@ -42,8 +46,8 @@ class TokenizerFiles:
 def read_tokenizer_files(root: Path) -> TokenizerFiles:
     """Raises SourceError naming the file that is missing, too large, or not what it should be."""
     path = root / "tokenizer.json"
-    converted = not (path.exists() or path.is_symlink())
-    content, warnings = converted_json(root) if converted else (read_content(path), [])
+    converted = not os.path.lexists(path)
+    content, warnings = converted_json(root) if converted else (read_content(path), _other_vocabulary(root))
     settings = optional_json(root / "tokenizer_config.json")
     special_map = optional_json(root / "special_tokens_map.json")
     if "added_tokens_decoder" in settings:  # transformers reads the older file only without the newer entry
@@ -62,9 +66,25 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
     )
 
 
+def _other_vocabulary(root: Path) -> list[str]:
+    """A warning about a tokenizer.model beside tokenizer.json that is none."""
+    path = root / "tokenizer.model"
+    try:
+        with open_regular(path) as f:
+            head = f.read(HEAD_BYTES)
+    except OSError:
+        return []
+    if begins_as_vocabulary(head):
+        return []
+    return [
+        f"{path}: neither a SentencePiece model nor a file of tiktoken; ExLlamaV2 takes it where it is there, and not "
+        "tokenizer.json: download it again, or delete it"
+    ]
+
+
 def has_tokenizer(root: Path) -> bool:
     """Whether a folder has a tokenizer.json, or what one can be made of."""
-    return (root / "tokenizer.json").exists() or bool(vocabulary_files(root))
+    return os.path.lexists(root / "tokenizer.json") or bool(vocabulary_files(root))
 
 
 def read_content(path: Path) -> bytes:
@@ -86,7 +106,7 @@ def read_content(path: Path) -> bytes:
 
 def optional_json(path: Path) -> dict[str, Any]:
     """The object in a file that not every model has; empty if it is not there."""
-    return read_json_object(path, hint=AGAIN) if path.exists() or path.is_symlink() else {}
+    return read_json_object(path, hint=AGAIN) if os.path.lexists(path) else {}
 
 
 def token_text(value: Any) -> str | None:
@@ -144,7 +164,7 @@ def _flags(value: Any) -> dict[str, bool]:
 
 def _chat_template(root: Path, settings: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else ``chat_template`` of tokenizer_config.json: a string, or a list with one "default"; else
-    additional_chat_templates/default.jinja.
+    additional_chat_templates/default.jinja; else that of chat_template.json, where models that see have theirs.
     """
     file = _template_file(root / "chat_template.jinja")
     if file is not None:
@@ -154,13 +174,15 @@ def _chat_template(root: Path, settings: Mapping[str, Any]) -> str | None:
         template = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     if isinstance(template, str) and template.strip():
         return template
-    return _template_file(root / "additional_chat_templates" / "default.jinja")
+    file = _template_file(root / "additional_chat_templates" / "default.jinja")
+    template = optional_json(root / "chat_template.json").get("chat_template") if file is None else file
+    return template if isinstance(template, str) and template.strip() else None
 
 
 def _template_file(path: Path) -> str | None:
-    if not (path.exists() or path.is_symlink()):
+    if not os.path.lexists(path):
         return None
-    data = read_bounded(path, MAX_TEMPLATE_BYTES)
+    data = read_bounded(path, MAX_TEMPLATE_BYTES, hint=AGAIN)
     refuse_substitute(data, str(path), SourceError)
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")

@@ -34,6 +34,12 @@ def check_form(path: Path, data: bytes) -> None:
             raise SourceError(f"{path}: not UTF-8 (byte {e.start})", AGAIN) from e
 
 
+def begins_as_vocabulary(head: bytes) -> bool:
+    """Whether the first bytes of a tokenizer.model are those of a SentencePiece model, or of a file of tiktoken."""
+    first = head.partition(b"\n")[0].strip()
+    return _sentencepiece(head)[0] > 0 or TIKTOKEN_LINE.fullmatch(first) is not None
+
+
 def _is_tiktoken(data: bytes) -> bool:
     """Whether each line is a token in base64 and its rank."""
     lines = data.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ def evaluate(
         raise UsageError("no model to evaluate", "name directories, or give --model")
     if not models and reference is None:
         raise UsageError("--gguf needs the model that the file was made from", "give it as --reference MODEL")
-    misplaced = next((m for m in (*models, reference or "") if m.lower().endswith(".gguf") and Path(m).is_file()), None)
+    misplaced = next((m for m in (*models, reference or "") if m.lower().endswith(".gguf") and os.path.isfile(m)), None)
     if misplaced is not None:
         raise UsageError(f"{misplaced}: a GGUF file, not a directory", "give it as --gguf FILE, its source as --reference")
     _check_files(positions, drawn)
@@ -123,7 +124,7 @@ def _check_files(positions: str | None, drawn: str | None) -> None:
     """Raises UsageError or StoreError where what is asked for cannot be written, or would take another file's place."""
     if drawn is not None:
         check_plot(drawn)
-    if positions is not None and (not positions.endswith(".npz") or not Path(positions).parent.is_dir()):
+    if positions is not None and (not positions.endswith(".npz") or not os.path.isdir(Path(positions).parent)):
         raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
     for flag, file, kind, is_earlier in (
         ("--positions", positions, "file of figures by position", _is_positions), ("--plot", drawn, "plot of ours", is_plot),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,11 @@ def report(work_dir: str, output: str | None, evaluations: Sequence[str], show_p
     Raises StoreError if there is no work directory, the page cannot be written or would take the place of something else
     than an earlier one, FormatError for an unusable evaluation.
     """
-    target = None if output is None else Path(output) / REPORT if Path(output).is_dir() else Path(output)
+    target = None if output is None else Path(output) / REPORT if os.path.isdir(output) else Path(output)
     if target is not None:
         refuse_special(target, "-o")
         refuse_other(target, "-o", "report", is_page)
-        if not target.parent.is_dir():
+        if not os.path.isdir(target.parent):
             raise StoreError(f"{target}: there is no directory {target.parent}", "create it, or choose another -o")
     facts = read_facts(work_dir, evaluations)
     page, sections = render(facts, show_paths)

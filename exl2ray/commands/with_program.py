@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from exl2ray.errors import UsageError
+from exl2ray.errors import UsageError, reading_hint
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -22,7 +22,7 @@ def command_line(program: Sequence[str]) -> list[str]:
     first = program[0]
     if first in ("python", "python3"):
         return [sys.executable, *program[1:]]
-    if first.startswith("-") or (first.endswith(".py") and Path(first).is_file()):
+    if first.startswith("-") or (first.endswith(".py") and os.path.isfile(first)):
         return [sys.executable, *program]
     found = shutil.which(first, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
     if found is None:
@@ -39,4 +39,8 @@ def run(program: Sequence[str]) -> NoReturn:
     args = command_line(program)
     paths = [str(PACKAGE / "run" / "site"), str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     sys.stdout.flush()
-    os.execvpe(args[0], args, {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)})
+    try:
+        os.execvpe(args[0], args, {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)})
+    except OSError as e:  # a script without a first line that says by what, a program for another machine
+        hint = "a script begins with the program that runs it, as in #!/bin/sh"
+        raise UsageError(f"{args[0]}: cannot be run: {e.strerror or e}", reading_hint(e, hint)) from e

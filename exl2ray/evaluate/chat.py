@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,8 +97,8 @@ def stop_ids(model: OpenModel, tokenizer: ModelTokenizer) -> frozenset[int]:
     found: list[Any] = [tokenizer.eos_id]
     settings: list[Mapping[str, Any]] = [model.source.config]
     generation = model.path / "generation_config.json"
-    if generation.is_file():
-        settings.append(read_json_object(generation))
+    if os.path.isfile(generation):
+        settings.append(read_json_object(generation, hint="fetch it again, or delete it: config.json has end tokens, too"))
     for one in settings:
         value = one.get("eos_token_id")
         found += value if isinstance(value, list) else [value]

@@ -34,6 +34,7 @@ from exl2ray.quant.pack import dequantize
 
 BATCH_TOKENS = 8192  # tokens that pass through a module at once; at least one row
 LOGITS_AT_ONCE = 1 << 26  # of one model: 256 MiB in float32
+CUT = ("layers, config.json says", "biases are stored")  # in warnings of what config.json leaves out of the weights
 GPU_STATES_SHARE = 0.25  # of the free GPU memory that states may take; more stay in main memory
 
 Progress = Callable[[Path, int, int], None]  # (model directory, modules done, modules of the model)
@@ -92,7 +93,10 @@ def open_model(path: str | Path, options: RunOptions | None = None) -> OpenModel
         raise refused
     source = _opened(root)
     spec = load_spec(source, options.rope_scale, options.rope_alpha)
-    return OpenModel(root, source, spec, _bos_id(root, source, spec) if spec.arch.needs_bos else None)
+    bos_id = _bos_id(root, source, spec) if spec.arch.needs_bos else None
+    # Figures of a model that config.json cuts are those of another one, and nothing in them shows it.
+    notes = [f"{root}: {text}" for text in spec.warnings if any(words in text for words in CUT)]
+    return OpenModel(root, source, spec, bos_id, tuple(notes))
 
 
 def _opened(root: Path) -> SourceModel:
@@ -135,6 +139,12 @@ def linear_reader(device: torch.device) -> LinearReader:
     def read(spec: ModelSpec, linear: LinearSpec, source: SourceModel | ReadAhead) -> tuple[Tensor, Tensor | None]:
         if isinstance(source, Exl2Model) and f"{linear.key}.q_weight" in source:
             packed = source.linear(linear.key)
+            found, needed = (packed.in_features, packed.out_features), (linear.in_features, linear.padded_out)
+            if found != needed:
+                raise FormatError(
+                    f"{source.path}: {linear.key} has {found} rows and columns, by config.json it has {needed}",
+                    "config.json is of another model: put back the one that came with these weights",
+                )
             return dequantize(packed, device), packed.bias
         return read_linear(spec, linear, source)
 

@@ -8,6 +8,7 @@ Gemma's norms, which have the 1 added that transformers adds.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -200,7 +201,7 @@ def _parts(path: Path) -> list[GgufFile]:
     paths = [path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
     if path != paths[0]:
         raise SourceError(f"{path}: part {int(name[2])} of {count}", f"give the first one: --gguf {paths[0]}")
-    missing = [p.name for p in paths if not p.exists()]
+    missing = [p.name for p in paths if not os.path.exists(p)]
     if missing:
         raise SourceError(f"{path}: {len(missing)} of {count} parts are missing, e.g. {missing[0]}", "fetch all parts")
     return [first, *map(read_gguf, paths[1:])]

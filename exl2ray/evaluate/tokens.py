@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from tokenize import TokenError
@@ -16,7 +18,7 @@ from exl2ray.calibration.data.sources import COMPRESSED, kind_by_name, local_sou
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
-from exl2ray.errors import CalibrationError, SourceError, UsageError
+from exl2ray.errors import PERMISSIONS, CalibrationError, SourceError, UsageError
 from exl2ray.evaluate.forward import open_model
 from exl2ray.formats.json_file import read_bounded
 
@@ -57,7 +59,13 @@ def load_tokens(
     """
     file = Path(path)
     check_flags(rows, length, stride)
-    if not file.is_file():
+    try:
+        regular = stat.S_ISREG(os.stat(file).st_mode)
+    except PermissionError as e:
+        raise CalibrationError(f"{file}: cannot be read: {e.strerror}", PERMISSIONS) from e
+    except (OSError, ValueError):
+        regular = False
+    if not regular:
         raise CalibrationError(f"{file}: missing or not a regular file", "--tokens and --text take a file")
     if file.suffix == ".npy":
         ids = _load_array(file, rows, length or DEFAULT_LENGTH, stride)

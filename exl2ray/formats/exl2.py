@@ -6,6 +6,7 @@ the checks of a whole directory.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,4 +175,8 @@ class Exl2Model(SourceModel):
                 return self.load(name)
             return torch.empty(self.shape(name), dtype=torch.int32, device="meta")
 
-        return PackedLinear.from_tensors(key, load)
+        try:
+            return PackedLinear.from_tensors(key, load)
+        except FormatError as e:
+            hint = f"fetch the model again; `exl2ray verify {shlex.quote(str(self.path))}` lists all that is wrong with it"
+            raise FormatError(f"{self.path}: {e.message}", e.hint or hint) from e

@@ -64,7 +64,8 @@ def refuse_other(path: str | Path, flag: str, kind: str, is_earlier: Callable[[b
     except FileNotFoundError:
         return
     except OSError as e:
-        raise StoreError(f"{flag} {path} is there already, and cannot be read: {e.strerror or e}", hint) from e
+        there = "is there already, and cannot be read" if os.path.lexists(path) else "cannot be written"
+        raise StoreError(f"{flag} {path} {there}: {e.strerror or e}", hint) from e
     if content.strip() and not is_earlier(content):
         raise StoreError(f"{flag} {path} is there already, and is no {kind}: it would be overwritten", hint)
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.errors import PERMISSIONS, Exl2RayError, SourceError, reading_hint
 from exl2ray.formats.elsewhere import NEAR_BYTES, THREADS, mount_at, open_binary, remote_file
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.source import architecture_name, dequantise, model_shards, quantised, wrapped_names
@@ -61,6 +63,9 @@ class SourceModel:
     def _open_source(self) -> None:
         own, notes = model_shards.own_files(weight_files(self.path, self.error))
         files = open_files(own, self.error)
+        if not any(f.tensors for f in files.values()):
+            names = ", ".join(sorted(files)[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+            raise self.error(f"{self.path}: {names}: no tensor in there", "saved without its weights? fetch or save it again")
         index = model_shards.read_index(self.path, self.error)
         table, kept, copies = model_shards.merged(files, index, self.error)
         self.files = {name: files[name] for name in kept}
@@ -195,18 +200,28 @@ def weight_files(directory: Path, error: type[Exl2RayError] = SourceError) -> li
         mount = mount_at(directory)
         entries = sorted([*directory.iterdir(), *(directory / n for n in (mount.files if mount is not None else ()))])
     except OSError as e:
-        raise error(f"{directory}: cannot be listed: {e.strerror or e}") from e
+        raise error(f"{directory}: cannot be listed: {e.strerror or e}", reading_hint(e)) from e
     for p in entries:
-        if not p.name.lower().endswith(".safetensors") or p.name.startswith(".") or p.is_dir():
+        if not p.name.lower().endswith(".safetensors") or p.name.startswith(".") or os.path.isdir(p):
             continue
-        if not p.is_file() and remote_file(p) is None:
-            raise error(f"{p}: not a regular file (a dangling link?)", "fetch the shard again")
+        if not os.path.isfile(p) and remote_file(p) is None:
+            _refuse_shard(p, error)
         found.append(p)
     if len(found) > MAX_FILES:
         raise error(f"{directory}: {len(found)} safetensors files; at most {MAX_FILES} can be read", "no model has as many")
     if not found:
         raise refusal(directory, error) or error(f"{directory}: no *.safetensors file", "fetch the weights")
     return found
+
+
+def _refuse_shard(path: Path, error: type[Exl2RayError]) -> NoReturn:
+    try:
+        os.stat(path)
+    except PermissionError as e:  # a link to where this user may not look
+        raise error(f"{path}: cannot be read: {e.strerror}", PERMISSIONS) from e
+    except OSError:
+        pass
+    raise error(f"{path}: not a regular file (a dangling link?)", "fetch the shard again")
 
 
 def merge_shards(files: Iterable[TensorFile], error: type[Exl2RayError] = SourceError) -> dict[str, TensorInfo]:
@@ -235,7 +250,8 @@ def _content_samples(info: TensorInfo, error: type[Exl2RayError]) -> bytes:
                 f.seek(info.begin + p)
                 out.append(f.read(size))
     except OSError as e:
-        raise error(f"{info.file}: tensor {info.name!r}: cannot be read: {e.strerror or e}") from e
+        where = f"{info.file}: tensor {info.name!r}"
+        raise error(f"{where}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
     if any(len(s) != size for s in out):
         raise error(f"{info.file}: tensor {info.name!r}: the file ends early; it was longer when opened")
     return b"".join(out)

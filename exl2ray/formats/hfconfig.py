@@ -94,6 +94,8 @@ def _add_legacy_keys(level: dict[str, Any], architecture: str) -> None:
             _add(level, key, old.get(key), "rope_scaling")
         level["rope_scaling"] = {k: v for k, v in old.items() if k not in ("rope_theta", "partial_rotary_factor")}
     rope = level.get("rope_parameters")
+    if rope is not None and not isinstance(rope, Mapping):
+        raise SourceError(f"config.json: rope_parameters is {shown(rope)}; an object is needed", BROKEN)
     if isinstance(rope, Mapping):
         if isinstance(rope.get("full_attention"), Mapping):  # one entry per layer type, as in Gemma 3
             rope = rope["full_attention"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.errors import Exl2RayError, SourceError, reading_hint
 from exl2ray.formats.regular import NotRegularError, open_regular
 
 Error: TypeAlias = type[Exl2RayError]
@@ -76,8 +76,8 @@ def read_bounded(path: str | Path, max_bytes: int, error: Error = SourceError, h
     except NotRegularError as e:
         raise error(f"{path}: {e.strerror}", hint) from e
     except OSError as e:
-        missing = "missing" if e.errno == errno.ENOENT and not path.is_symlink() else f"cannot be read: {e.strerror or e}"
-        raise error(f"{path}: {missing}", hint) from e
+        missing = "missing" if e.errno == errno.ENOENT and not os.path.islink(path) else f"cannot be read: {e.strerror or e}"
+        raise error(f"{path}: {missing}", reading_hint(e, hint)) from e
     except ValueError as e:  # a NUL in the name
         raise error(f"{str(path)!r}: not a file name", hint) from e
     if max(size, len(raw)) > max_bytes:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exl2ray.beneath import make_directories
-from exl2ray.errors import SourceError
+from exl2ray.errors import PERMISSIONS, SourceError, reading_hint
 from exl2ray.formats.file_states import FileState, file_states, with_hashes
 from exl2ray.formats.files import atomic_file, write_error
-from exl2ray.formats.json_file import LIMITS, MIB
+from exl2ray.formats.json_file import LFS_POINTER, LIMITS, MIB
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.regular import file_kind, open_regular
 from exl2ray.formats.shards import refuse_same_directory
@@ -40,6 +40,7 @@ NEEDED: dict[str, int] = {
 OTHER_BYTES = 32 * MIB  # of a file that none of these is: papers, pictures, code
 TOTAL_BYTES = 1 << 30
 MOST_FILES = 1000
+POINTER_BYTES = (60, 1024)  # of a Git LFS pointer
 SHOWN = 3
 PIECE_BYTES = 1 << 20
 
@@ -60,10 +61,23 @@ def examine_side_files(source: str | Path) -> SideFiles:
     refused: list[SourceError] = []
     no_files: list[str] = []
     large: list[str] = []
+    denied: list[str] = []
+    pointers: list[str] = []
     for name, size, what in sorted(_found(source)):
         most = NEEDED.get(name, OTHER_BYTES)
         if what:
             no_files.append(f"{name} ({what})")
+        elif not os.access(source / name, os.R_OK):
+            if name in NEEDED:
+                refused.append(SourceError(f"{source / name}: cannot be read: Permission denied", PERMISSIONS))
+            else:
+                denied.append(name)
+        elif _is_pointer(source / name, size):
+            if name in NEEDED:
+                text = f"{source / name}: a Git LFS pointer, not the file itself"
+                refused.append(SourceError(text, "run `git lfs pull` in the model's folder"))
+            else:
+                pointers.append(name)
         elif size <= most:
             sizes[name] = size
         elif name in NEEDED:
@@ -75,6 +89,8 @@ def examine_side_files(source: str | Path) -> SideFiles:
         _left_out(large, f"larger than {OTHER_BYTES >> 20} MiB"),
         _left_out(beyond, f"beyond {MOST_FILES} files or {TOTAL_BYTES >> 20} MiB together"),
         _left_out(no_files, "not regular files"),
+        _left_out(pointers, "Git LFS pointers in place of the files"),
+        _left_out(denied, "this user may not read them"),
     ]
     kept = {name: size for name, size in sizes.items() if name not in beyond}
     return SideFiles(kept, tuple(refused), tuple(filter(None, warnings)))
@@ -167,6 +183,17 @@ def _found(source: Path) -> Iterator[tuple[str, int, str]]:
                 yield entry.name, found.st_size, "" if stat.S_ISREG(found.st_mode) else file_kind(found.st_mode)
 
 
+def _is_pointer(path: Path, size: int) -> bool:
+    """Whether git left its pointer in the place of a file: the model would go into the output without it."""
+    if not POINTER_BYTES[0] <= size <= POINTER_BYTES[1]:
+        return False
+    try:
+        with open_regular(path) as f:
+            return f.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
 def _beyond_total(sizes: dict[str, int]) -> list[str]:
     """Names that are more than an output takes; what a model needs goes first, then the smallest."""
     out, total, count = [], 0, 0
@@ -201,6 +228,7 @@ def _pieces(path: Path, size: int) -> Iterator[bytes]:
                     break
                 yield piece
     except OSError as e:
-        raise SourceError(f"{path}: cannot be read: {e.strerror or e}", "was the model changed meanwhile?") from e
+        hint = reading_hint(e, "was the model changed meanwhile?")
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}", hint) from e
     if left:
         raise SourceError(f"{path}: was written to while it was copied", "run the same command again")

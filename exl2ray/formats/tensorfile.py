@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.errors import Exl2RayError, SourceError, reading_hint
 from exl2ray.formats.elsewhere import HEAD_BYTES, open_binary
 from exl2ray.formats.json_file import BINARIES, parse_json_object, refuse_substitute
 
@@ -50,6 +50,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,  # never a weight: frequencies of RoPE, as some trainers store them
 }
+CODED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # further types of the format, of quantised weights
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -80,7 +81,7 @@ class TensorFile:
                 f.seek(0)
                 header, data_start = _read_header(f, self.path, self.file_bytes, error)
         except OSError as e:
-            raise error(f"{self.path}: cannot be read: {e.strerror or e}") from e
+            raise error(f"{self.path}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
         self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", {}), self.path, error)
         if len(header) > MAX_TENSORS:
             raise error(f"{self.path}: header: {len(header)} tensors; at most {MAX_TENSORS} can be read", BROKEN)
@@ -131,7 +132,8 @@ def read_tensor(
             f.seek(begin)
             _read_into(f, out.numpy().data, info, error)
     except OSError as e:
-        raise error(f"{info.file}: tensor {info.name!r}: cannot be read: {e.strerror or e}") from e
+        where = f"{info.file}: tensor {info.name!r}"
+        raise error(f"{where}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
     return out.view(DTYPES[info.dtype]).reshape(shape)
 
 
@@ -209,6 +211,9 @@ def _tensor_info(
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise error(f"{where}: the header entry must hold exactly dtype, shape and data_offsets", BROKEN)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype in CODED:
+        text = f"{where}: dtype {dtype}, in which weights are quantised already, is not read"
+        raise error(text, "start from the original weights, in bfloat16 or float16")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise error(f"{where}: dtype {str(dtype)[:40]!r} is not one of {', '.join(DTYPES)}", BROKEN)
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):

@@ -22,6 +22,7 @@ everything smaller by content as well, so a check reads little more than the emb
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def _check_side_files(d: Directory) -> None:
     if (isinstance(vision, dict) and "model_type" in vision) or d.architecture in NEEDS_PREPROCESSOR:
         names.append("preprocessor_config.json")
     for name in names:
-        if not (d.path / name).is_file():
+        if not os.path.isfile(d.path / name):
             d.add("side-file", "missing", file=name)
 
 

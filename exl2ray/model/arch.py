@@ -11,7 +11,8 @@ from typing import Any
 
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.json_file import shown
+from exl2ray.formats.hfconfig import config_value, legacy_config
+from exl2ray.formats.json_file import as_number, shown
 from exl2ray.formats.source.architecture_name import unknown_hint
 from exl2ray.formats.source.model_shards import index_note
 from exl2ray.model.checkpoint_names import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in
@@ -93,13 +94,14 @@ def load_spec(
     copied = _copied(arch, source)
     layers = count_layers(stored, source, hyper.num_layers)
     found = _misfits(stored, modules, source, layers, converted, builder.tied)
+    found |= _short_tables(modules, source, hyper)
     if misfits is None:
         _raise_any(source, found)
     else:
         misfits += [SourceError(f"{source.path}: {text}", hint) for text, hint in found.items()]
     used = {s.name for m in modules for s in _stored(m)} | {c.source_name for c in copied}
     unused = () if converted else tuple(n for n in source.names() if n not in used)
-    warnings = (*source.notes, *_warnings(arch, hyper, unused, layers))
+    warnings = (*source.notes, *_warnings(arch, hyper, unused, layers), *_unread_scaling(arch, source.config))
     if source.absent and not found:
         warnings = (*warnings, *index_note(source.absent, list(source.files)))
     return ModelSpec(arch, hyper, modules, copied, builder.tied, warnings, unused)
@@ -155,14 +157,14 @@ def _misfits(
     arch: Arch, modules: tuple[ModuleSpec, ...], source: SourceModel, layers: Layers, converted: bool, tied: bool
 ) -> dict[str, str]:
     """What is wrong -> hint: tensors missing or of another shape; without any, linears of sizes that EXL2 cannot hold."""
-    wanted: dict[str, Stored] = {}  # a fused tensor is part of several linears
-    for module in modules:
-        for s in [p.stored for p in module.plain] if converted else _stored(module):
-            wanted.setdefault(s.name, s)
-    found = missing_tensors(arch, source, [n for n in wanted if n not in source], layers, tied)
-    for name, s in wanted.items():
-        if name in source and not shape_fits(source.shape(name), s.shape):
-            found[f"{name} has shape {source.shape(name)}, expected {shown_shape(s.shape)}"] = INCOMPLETE
+    # A fused tensor is part of several linears. One that embedding and head share has to fit both of them.
+    stored = [s for m in modules for s in ([p.stored for p in m.plain] if converted else _stored(m))]
+    wanted = list(dict.fromkeys((s.name, s.shape) for s in stored))
+    found = missing_tensors(arch, source, list(dict.fromkeys(n for n, _ in wanted if n not in source)), layers, tied)
+    for name, shape in wanted:
+        if name in source and not shape_fits(source.shape(name), shape):
+            hint = _resized(arch, source, name, shape) or INCOMPLETE
+            found[f"{name} has shape {source.shape(name)}, expected {shown_shape(shape)}"] = hint
     if found:
         return found
     hint = f"EXL2 needs multiples of 32, and at most {MAX_IN_FEATURES} input features"
@@ -173,6 +175,29 @@ def _misfits(
             if x.out_features % 32 and module.kind != "head":
                 found[f"{x.key} has {x.out_features} output features"] = hint
     return found
+
+
+def _short_tables(modules: tuple[ModuleSpec, ...], source: SourceModel, hyper: Hyper) -> dict[str, str]:
+    """What is wrong -> hint, of tables that end before the tokens or positions of config.json do: what is beyond has no row.
+    More rows than that are padding.
+    """
+    found = {}
+    needed = {"embedding": ("vocab_size", hyper.vocab_size), "positions": ("the longest text", hyper.max_seq_len)}
+    for plain in (p for m in modules[:2] for p in m.plain if p.role in needed and p.stored.name in source):
+        (what, count), shape = needed[plain.role], source.shape(plain.stored.name)
+        if shape_fits(shape, plain.stored.shape) and shape[0] < count:
+            found[f"{plain.stored.name} has {shape[0]} rows, but {what} in config.json is {count}"] = INCOMPLETE
+    return found
+
+
+def _resized(arch: Arch, source: SourceModel, name: str, wanted: tuple[int, ...]) -> str:
+    """What to do where embedding and head have more or fewer rows than config.json says, both alike; else nothing."""
+    embedding, shape = f"{arch.source.embed}.weight", source.shape(name)
+    if name not in (f"{arch.source.head}.weight", embedding) or len(shape) != 2 or shape[1:] != wanted[1:]:
+        return ""
+    if embedding not in source or source.shape(embedding)[:1] != shape[:1]:
+        return ""
+    return f'embedding and head were resized: set "vocab_size": {shape[0]} in config.json'
 
 
 def _raise_any(source: SourceModel, found: Mapping[str, str]) -> None:
@@ -190,6 +215,19 @@ def shape_fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 def shown_shape(wanted: tuple[int, ...]) -> str:
     """A wanted shape for people."""
     return str(wanted) if -1 not in wanted else f"({', '.join('any' if n == -1 else str(n) for n in wanted)})"
+
+
+def _unread_scaling(arch: Arch, config: Mapping[str, Any]) -> list[str]:
+    """A warning about RoPE that config.json wants longer without saying in which way: nobody applies that."""
+    scaling = config_value(legacy_config(config), "rope_scaling", "rope_parameters")
+    if arch.rope == "none" or not isinstance(scaling, Mapping) or as_number(scaling.get("factor")) in (None, 1.0):
+        return []
+    if {scaling.get("type"), scaling.get("rope_type")} - {None, "", "default"}:
+        return []
+    return [
+        f"rope_scaling has a factor, {shown(scaling['factor'])}, and no type (linear, yarn, ...): it is not applied, "
+        "neither by transformers nor by ExLlamaV2; add the type if the model was trained with it"
+    ]
 
 
 def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers) -> tuple[str, ...]:
@@ -226,6 +264,13 @@ def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers)
         out.append(layers.surplus)
     # Layers beyond those of config.json have been named above, or are of MTP.
     dropped = [n for n in unused if not n.endswith(BUFFERS) and layers.number(n) < layers.configured]
+    biases = [n for n in dropped if n.endswith("_proj.bias")]
+    if biases:
+        out.append(
+            f"{len(biases)} biases are stored, e.g. {biases[0]}, and by config.json there are none: they are left out, as in "
+            "transformers; if the model was trained with them, set attention_bias or mlp_bias to true"
+        )
+        dropped = [n for n in dropped if n not in set(biases)]
     if dropped:
         out.append(f"{len(dropped)} tensors of the source have no place in the output, e.g. {dropped[0]}")
     return tuple(out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +17,8 @@ from exl2ray.model.rules import Arch, Names
 Layout = tuple[tuple[str, str], ...]  # (start of a name in the table, what stands there), first match applies
 # Keys for layers that are stored after the others and predict further tokens; loaders leave them out.
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
+HEADS = ("lm_head", "output", "embed_out", "output_layer")  # what a head is called, in other places or families
+FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?$")  # of all experts of a layer
 INCOMPLETE = "the weights do not fit config.json, or are incomplete"
 
 
@@ -135,7 +139,7 @@ def incomplete(source: SourceModel) -> SourceError | None:
 
 def _where_they_are(source: SourceModel, lost: Sequence[str]) -> str:
     """What to do about files that an index names and that do not lie beside it."""
-    below = [f for f in lost if "/" in f and ".." not in f and not f.startswith("/") and (source.path / f).is_file()]
+    below = [f for f in lost if "/" in f and ".." not in f and not f.startswith("/") and os.path.isfile(source.path / f)]
     if below:
         return f"move what is in {posixpath.dirname(below[0])[:80]}/ beside config.json: files in folders below are not read"
     return "the download is incomplete: fetch the missing shards"
@@ -163,6 +167,12 @@ def missing_tensors(
                 "set num_hidden_layers in config.json to the layers of these weights, or fetch the weights that are missing"
             )
             names = [n for n in names if n not in whole]
+    fused = [n for n in source.names() if FUSED_EXPERTS.search(n)] if arch.moe and not arch.experts_fused and names else []
+    if fused:
+        found[f"the experts of a layer are stored as one tensor, {fused[0]}, as transformers 5 holds them in memory"] = (
+            "load the model there, and write it with save_pretrained(NEW, save_original_format=True)"
+        )
+        names = [n for n in names if layers.number(n) < 0]
     for name in names:
         head = name == f"{arch.source.head}.weight" and not tied and not lost
         found[f"{name} is missing"] = _headless(source, name) if head else hint
@@ -172,4 +182,9 @@ def missing_tensors(
 def _headless(source: SourceModel, name: str) -> str:
     if any(n.split(".")[-2:-1] in (["score"], ["classifier"], ["v_head"]) for n in source.names()):
         return "the model has a head that gives scores, not one for words: convert the language model that it was made from"
+    rows = source.config.get("vocab_size")
+    alike = [n for n in source.names() if n.split(".")[-2:-1] and n.split(".")[-2] in HEADS and n.endswith(".weight")]
+    alike = [n for n in alike if len(source.shape(n)) == 2 and (type(rows) is not int or source.shape(n)[0] == rows)]
+    if alike:
+        return f"{alike[0]} looks like the head: if it is, rename it to {name}"
     return f'if the head shares the embedding, set "tie_word_embeddings": true in config.json; else {name} was lost'

@@ -31,6 +31,7 @@ SIZES = (HIDDEN_KEYS, ("head_dim",), HEADS_KEYS, KV_HEADS_KEYS, EXPERTS_KEYS, ML
 SLACK = 4  # times what exists may be described, and listed as missing: more is no download that misses some shards
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,6})\.")
 HINT = "config.json is broken, or of another model than the weights"
+VOCABULARY = f"{HINT}; or tokens were added to it without resizing the embedding, whose rows vocab_size counts"
 
 
 def check_counts(arch: Arch, config: Mapping[str, Any], source: SourceModel) -> None:
@@ -42,10 +43,11 @@ def check_counts(arch: Arch, config: Mapping[str, Any], source: SourceModel) -> 
         value = c.positive(*keys, default=None)
         if value is not None and value > longest:
             absent = next((k for k in keys if k in defaults), None)
+            hint = VOCABULARY if keys == ("vocab_size",) else HINT
             said = f"{absent} is absent, and {value} by default" if absent else f"{c.name(*keys)} is {value}"
             raise SourceError(
                 f"config.json: {said}, but no tensor of the weights is larger than {longest}",
-                f"add {absent}, as the config.json of the model has it that these weights were made from" if absent else HINT,
+                f"add {absent}, as the config.json of the model has it that these weights were made from" if absent else hint,
             )
     layers = c.positive(*LAYER_KEYS)
     experts = c.positive(*EXPERTS_KEYS) if arch.moe else 0

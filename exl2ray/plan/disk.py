@@ -120,4 +120,7 @@ def _on_one_disk(*places: str) -> bool:
 
 
 def _bytes_in(directory: Path, pattern: str) -> int:
-    return sum(p.stat().st_size for p in directory.glob(f"{pattern}.safetensors"))
+    try:
+        return sum(p.stat().st_size for p in directory.glob(f"{pattern}.safetensors"))
+    except OSError:  # a folder that this user may not enter: told by others
+        return 0

@@ -370,7 +370,7 @@ def _check_work(recipe: Recipe) -> None:
     if os.path.realpath(recipe.in_dir) == os.path.realpath(recipe.out_dir):
         raise UsageError(f"{recipe.out_dir}: the work directory (-o) is the source model (-i)", "choose another directory")
     place = existing_parent(Path(recipe.out_dir))
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
         what = f"{place.name or place} is not a directory that can be written"
         raise StoreError(f"-o {recipe.out_dir}: {what}", "choose another -o")
     if recipe.no_resume:

@@ -171,9 +171,9 @@ def writable_root(path: str) -> str:
     if "://" in path and not path.startswith("file://"):
         return path
     place = Path(path.removeprefix("file://"))
-    while not place.exists() and place.parent != place:
+    while not os.path.exists(place) and place.parent != place:
         place = place.parent
-    if not place.is_dir():
+    if not os.path.isdir(place):
         raise StoreError(f"{place} is not a directory", "choose another path")
     return str(place)
 

@@ -14,13 +14,14 @@ from typing import Any
 from exl2ray.calibration.data import plain
 from exl2ray.calibration.data.columns import Choice, Kind, choose, common_kind, conversation_of, flat, kind_of_value, pair_of
 from exl2ray.calibration.data.json_text import records_of_json, records_of_lines
-from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE, DataError
+from exl2ray.calibration.data.problem import CALLED_TXT, HOW_TO_MAKE_ONE, DataError
 from exl2ray.calibration.data.sources import KINDS, kind_by_name
 
 MOST_PIECES = 4096  # in one answer
 SAMPLE, SAMPLE_BYTES = 64, 4 << 20  # records that show which columns there are
 MAX_CHAT = 512 << 10  # characters of a conversation that a template is given
 TEXT, CHAT = "text", "chat"
+TABLES = (".csv", ".tsv", ".psv")  # text, but read as such it would be separators between scraps
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,17 @@ class DataReader:
         if named == "Parquet":
             raise DataError("is no Parquet file (those begin with PAR1)", f"is the download complete? {HOW_TO_MAKE_ONE}")
         if named in ("JSON", "JSON lines"):
-            return self._json(source, named, column)
+            return self._json(path, source, named, column)
         if named in ("text", "Markdown"):
             if column is not None:
                 raise DataError("a text file has no columns", f"leave out :{column}", True)
             self.described: dict[str, Any] = {"format": "text", "columns": [], "ignored": [], "form": "text", "note": ""}
             return self._text(source)
         if source.head.lstrip().startswith(b"{"):
-            return self._json(source, "JSON lines", column)
+            return self._json(path, source, "JSON lines", column)
         endings = ", ".join(e for endings in KINDS.values() for e in endings)
-        raise DataError(f"is of a kind that is not read ({endings} are)", HOW_TO_MAKE_ONE)
+        as_text = f"{CALLED_TXT}; else " if not path.lower().endswith(TABLES) and plain.looks_like_text(source.head) else ""
+        raise DataError(f"is of a kind that is not read ({endings} are)", as_text + HOW_TO_MAKE_ONE)
 
     def next(self, size: int) -> tuple[list[tuple[str, bool]], list[bytes], bool]:
         """Some pieces, ``size`` bytes or a little more; whether that was all. What came before a fault is served first."""
@@ -100,8 +102,15 @@ class DataReader:
         self._describe("Parquet", choice)
         return chain.from_iterable(self._row(where, cells, choice) for where, cells in table.rows(choice))
 
-    def _json(self, source: plain.Source, kind: str, column: str | None) -> Iterator[Piece]:
+    def _json(self, path: str, source: plain.Source, kind: str, column: str | None) -> Iterator[Piece]:
         records = records_of_lines(source) if kind == "JSON lines" else records_of_json(source)
+        if kind == "JSON lines" and source.head.lstrip().startswith(b"["):
+            first = _first_line(records)
+            if first is None:
+                kind, source = "JSON", plain.Source(path)
+                records = records_of_json(source)
+            else:
+                records = chain([first], records)
         sample: list[tuple[str, Any]] = []
         for record in records:
             sample.append(record)
@@ -160,6 +169,7 @@ class DataReader:
             position += len(data)
 
     def _conversation(self, said: Sequence[tuple[str, str]]) -> Iterator[Piece]:
+        said = [(_whole(role), _whole(content)) for role, content in said]
         if not said:
             self.skipped += 1
         elif sum(len(content) for _, content in said) > MAX_CHAT:  # too much for a template
@@ -168,6 +178,15 @@ class DataReader:
                 yield Piece(TEXT, i == 0, data)
         else:
             yield Piece(CHAT, True, json.dumps(said).encode())
+
+
+def _first_line(records: Iterator[tuple[str, Any]]) -> tuple[str, Any] | None:
+    """The first record of JSON lines that begin with a list; None where the file is one list, whatever its name says."""
+    try:
+        first = next(records)
+    except (DataError, StopIteration):
+        return None
+    return None if kind_of_value(first[1]) == "other" else first
 
 
 def _kinds(values: Sequence[Any]) -> dict[str, Kind] | None:
@@ -189,6 +208,11 @@ def _bytes(cell: Any) -> bytes | memoryview | None:
     if isinstance(cell, dict):
         return None
     return str(cell).encode("utf-8", "replace")
+
+
+def _whole(text: str) -> str:
+    """``text`` without halves of characters, which JSON can write (a lone surrogate) and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _string(cell: Any, where: str) -> bytes:

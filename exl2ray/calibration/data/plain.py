@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE, DataError
+from exl2ray.errors import reading_hint
 
 MIB = 1 << 20
 HEAD = 4096  # bytes that are looked at
@@ -37,7 +38,7 @@ def open_regular(path: str) -> BinaryIO:
         file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
         info = os.fstat(file.fileno())
     except OSError as e:
-        raise DataError(f"cannot be read: {e.strerror}", "are path and permissions right?") from e
+        raise DataError(f"cannot be read: {e.strerror}", reading_hint(e, "is the path right?")) from e
     if not stat.S_ISREG(info.st_mode):
         raise DataError("not a regular file", "what a pipe gives must be written to a file first")
     if info.st_size == 0:
@@ -121,6 +122,15 @@ def refuse_others(head: bytes) -> None:
             raise DataError(f"is {name}, which is not read", HOW_TO_MAKE_ONE)
     if head[257:262] == b"ustar":
         raise DataError("is a tar archive", "unpack it and name the folder")
+
+
+def looks_like_text(head: bytes) -> bool:
+    """Whether the first bytes of a file are UTF-8 text, the last character of which may be cut."""
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as e:
+        return e.start > len(head) - 4 and len(head) == HEAD
+    return b"\0" not in head
 
 
 def checked_text(data: bytes, position: int) -> bytes:

@@ -6,6 +6,7 @@ HOW_TO_MAKE_ONE = (
     "a file that is taken, in two lines: import pyarrow as pa, pyarrow.parquet as pq; "
     "pq.write_table(pa.table({'text': LIST_OF_STRINGS}), 'data.parquet')"
 )
+CALLED_TXT = "plain text is read from a file called *.txt: ln -s FILE NAME.txt"
 
 
 class DataError(Exception):

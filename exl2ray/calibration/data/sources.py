@@ -15,17 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE
-from exl2ray.errors import CalibrationError, UsageError
+from exl2ray.errors import PERMISSIONS, CalibrationError, UsageError, reading_hint
 
 KINDS = {  # file name endings
     "Parquet": (".parquet", ".pq", ".parq"),
     "JSON lines": (".jsonl", ".ndjson", ".jsonlines"),
     "JSON": (".json",),
-    "text": (".txt", ".text"),
+    "text": (".txt", ".text", ".raw", ".tokens"),  # the last two: WikiText
     "Markdown": (".md", ".markdown", ".rst"),
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 HUB = "hf://"
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 BUILTIN, WRITTEN = "builtin", "self"  # names of sources that are no files: of what is tuned on
 MAX_FILES = 100_000  # looked at in a folder
 NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"})
@@ -85,8 +86,22 @@ def check_place(text: str) -> None:
         return
     place, _ = split_column(text)
     if not place or not is_there(place):
+        if ADDRESS.match(place):
+            raise UsageError(f"-c {text}: an address; of those {HUB}datasets/... alone is read", "fetch it and give the file")
+        _check_permission(text, place)
         where = f" (in {os.getcwd()})" if place and not os.path.isabs(place) else ""
         raise UsageError(f"-c {text}: does not exist{where}", "give a Parquet, .jsonl, .json or .txt file, or a folder")
+
+
+def _check_permission(text: str, place: str) -> None:
+    """UsageError for what may be there, as far as this user may see; so with a column behind it."""
+    for i in (len(place), *(i for i, c in enumerate(place) if c == ":")):
+        try:
+            os.lstat(place[:i])
+        except PermissionError as e:
+            raise UsageError(f"-c {text}: cannot be read: {e.strerror}", PERMISSIONS) from e
+        except (OSError, ValueError):
+            continue
 
 
 def local_source(text: str) -> Source:
@@ -150,7 +165,8 @@ def _regular(path: Path) -> Path:
     try:
         mode = os.stat(path).st_mode
     except OSError as e:
-        raise CalibrationError(f"-c {path}: cannot be read: {e.strerror}", "give a file that can be read") from e
+        hint = reading_hint(e, "give a file that can be read")
+        raise CalibrationError(f"-c {path}: cannot be read: {e.strerror}", hint) from e
     if not stat.S_ISREG(mode):
         what = "a FIFO" if stat.S_ISFIFO(mode) else "a folder" if stat.S_ISDIR(mode) else "a device or socket"
         raise CalibrationError(f"-c {path}: {what}, not a regular file", "write the data to a file first")

@@ -23,7 +23,7 @@ from exl2ray.errors import Exl2RayError, SourceError
 from exl2ray.formats.tensorfile import DTYPES, TensorInfo, read_tensor
 
 FP8 = ("F8_E4M3", "F8_E5M2")
-SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+SCALE_DTYPES = ("F32", "F64", "BF16", "F16", "F8_E8M0", "U8")
 MX_COLUMNS = 32  # that share a scale in MXFP4
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 CHUNK_NUMBERS = 1 << 22  # computed at once, in float32
@@ -117,9 +117,10 @@ def dequantised(
     """
     block = _block_size(config)
     made: dict[str, Scaled] = {}
+    strange = {n.rpartition(".")[0]: n for n in tensors if "scale" in n.rpartition(".")[2] and not BESIDE.search(n)}
     for name, info in tensors.items():
         if info.dtype in FP8 and not IS_SCALE.search(name):
-            made[name] = _fp8(info, tensors, block, config, error)
+            made[name] = _fp8(info, tensors, block, config, strange, error)
         elif info.dtype == "U8":
             found = _mxfp4(info, tensors, config)
             if found is not None:
@@ -144,22 +145,29 @@ def summary(made: Mapping[str, Scaled]) -> str:
 
 def _fp8(
     info: TensorInfo, tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None, config: Mapping[str, Any],
-    error: type[Exl2RayError],
+    strange: Mapping[str, str], error: type[Exl2RayError],
 ) -> Scaled:  # fmt: skip
+    """``strange``: by module, or tensor, a tensor there that is called a scale."""
     where = f"{info.file}: tensor {info.name!r}"
     candidates = [info.name + "_scale_inv", info.name + "_scale", info.name.removesuffix("weight") + "scale"]
     scale = next((tensors[c] for c in candidates if c in tensors), None)
     if not info.shape or 0 in info.shape:
-        raise error(f"{where}: an FP8 tensor of shape {list(info.shape)} holds no weights")
+        raise error(f"{where}: an FP8 tensor of shape {list(info.shape)} holds no weights", "fetch the file again")
     if scale is None:
-        if isinstance(config.get("quantization_config"), Mapping):
+        other = strange.get(info.name) or strange.get(info.name.rpartition(".")[0])
+        if other is not None or _quantization(config):
+            wanted = " or ".join(c.rsplit(".", 1)[-1] for c in candidates[:2])
+            beside = f"; {other} is not known as one" if other is not None else ""
             raise error(
-                f"{where} is {info.dtype}, but there is no {' or '.join(c.rsplit('.', 1)[-1] for c in candidates[:2])}",
-                "its scale is missing: is the download complete?",
+                f"{where} is {info.dtype}, but there is no {wanted}{beside}",
+                "start from weights in bfloat16" if other else "its scale is missing: is the download complete?",
             )
         return Scaled(_result(info, info.shape, None, config), info, None)
     if scale.dtype not in SCALE_DTYPES:
-        raise error(f"{where}: its scale {scale.name!r} has dtype {scale.dtype}; one of {', '.join(SCALE_DTYPES)} is known")
+        raise error(
+            f"{where}: its scale {scale.name!r} has dtype {scale.dtype}; one of {', '.join(SCALE_DTYPES)} is known",
+            "fetch the file again, or start from weights in bfloat16",
+        )
     result = _result(info, info.shape, scale, config)
     if math.prod(scale.shape) == 1:
         return Scaled(result, info, scale)
@@ -213,11 +221,20 @@ def _result(
     return TensorInfo(name or info.name, info.file, dtype, shape, info.begin, math.prod(shape) * DTYPES[dtype].itemsize)
 
 
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of it, for the model or for the text part of a larger one; empty: nothing."""
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("quantization_config", "compression_config"):
+            found = level.get(key)
+            if isinstance(found, Mapping) and found:
+                return found
+    return {}
+
+
 def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """``weight_block_size``, or the block_structure of compressed-tensors."""
-    said = config.get("quantization_config")
-    if not isinstance(said, Mapping):
-        return None
+    said = _quantization(config)
     groups = said.get("config_groups")
     weights = [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
     for found in (said.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, Mapping))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,7 @@ class Folder:
         mount = mount_at(self.path)
         away = () if mount is None else mount.folders if folders else (*mount.files, *mount.others)
         try:
-            here = {p.name for p in self.path.iterdir() if p.is_dir() == folders}
+            here = {p.name for p in self.path.iterdir() if os.path.isdir(p) == folders}
             return sorted(n for n in here.union(away) if not n.startswith("."))
         except OSError:
             return []
@@ -50,7 +51,7 @@ class Folder:
         """The first ``size`` bytes of a regular file; fewer where it is shorter, none where it cannot be read."""
         path = self.path / name
         try:
-            if not path.is_file() and remote_file(path) is None:
+            if not os.path.isfile(path) and remote_file(path) is None:
                 return b""
             with open_binary(path) as f:
                 return f.read(size)

@@ -48,7 +48,9 @@ def _unreadable(path: Path) -> Finding | None:
     hint = "give the folder that holds config.json and *.safetensors"
     try:
         os.scandir(path).close()
-        return None
+        if os.access(path, os.X_OK):
+            return None
+        return "may be listed, but nothing in it may be read", PERMISSIONS  # a folder without the right to enter it
     except NotADirectoryError:
         return _no_folder(path, hint)
     except FileNotFoundError:
@@ -60,7 +62,7 @@ def _unreadable(path: Path) -> Finding | None:
 
 
 def _no_folder(path: Path, hint: str) -> Finding:
-    if not path.exists():
+    if not os.path.exists(path):
         return "does not exist", hint
     name = path.name.lower()
     if name.endswith(".gguf"):
@@ -209,7 +211,12 @@ def _no_safetensors(folder: Folder) -> Finding | None:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         return f"holds PyTorch pickles ({found[0]}{more}), and no *.safetensors file", SAVE
     inside = [n for n in folder.folders if Folder(folder.path / n).ending(".safetensors")]
-    if inside and "config.json" not in folder:
+    if inside and "config.json" in folder:
+        place = shlex.quote(str(folder.path / inside[0]))
+        whole = "config.json" in Folder(folder.path / inside[0])
+        hint = f"give that folder: {place}" if whole else f"move what is in {place} beside config.json"
+        return f"no *.safetensors file beside config.json; its folder {inside[0]} has some", hint
+    if inside:
         more = f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
         names = ", ".join(inside[:SHOWN]) + more
         place = shlex.quote(str(folder.path / inside[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from exl2ray.formats.tensorfile import TensorFile, TensorInfo
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 MAX_INDEX_BYTES = 64 << 20
-NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+NUMBERED = re.compile(r"(.*)-(\d{5,6})-of-(\d{5,6})\.safetensors")  # DeepSeek counts "00001-of-000163"
 # Beside a model: weights in the publisher's own layout, and adapters, which transformers does not apply by itself either.
 FOREIGN = re.compile(r"consolidated.*\.safetensors|adapter(_model|s)?\.safetensors|(optimizer|training_args).*\.safetensors")
 
@@ -37,7 +38,7 @@ def own_files(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def read_index(directory: Path, error: type[Exl2RayError]) -> dict[str, str]:
     """Tensor -> file of the index; empty if there is none. Raises ``error`` for a file that is no index."""
     path = directory / INDEX
-    if not path.exists():
+    if not os.path.exists(path):
         return {}
     weight_map = read_json_object(path, error, "delete it: the weights are found without", MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -104,14 +105,14 @@ def index_note(index: Mapping[str, str], files: Sequence[str]) -> list[str]:
 
 def gaps(files: Sequence[str]) -> list[str]:
     """Files that the numbers in the names of the others miss: model-00002-of-00003.safetensors beside 1 and 3."""
-    found: dict[tuple[str, int], set[int]] = {}
+    found: dict[tuple[str, int, str], set[int]] = {}
     for name in files:
         m = NUMBERED.fullmatch(name)
         if m:
-            found.setdefault((m[1], int(m[3])), set()).add(int(m[2]))
+            found.setdefault((m[1], len(m[2]), m[3]), set()).add(int(m[2]))
     return [
-        f"{stem}-{i:05d}-of-{count:05d}.safetensors"
-        for (stem, count), have in found.items()
-        for i in range(1, min(count, 1000) + 1)
+        f"{stem}-{i:0{digits}d}-of-{count}.safetensors"
+        for (stem, digits, count), have in found.items()
+        for i in range(1, min(int(count), 1000) + 1)
         if i not in have
     ]
