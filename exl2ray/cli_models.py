@@ -49,7 +49,8 @@ def evaluate(run: Invocation, /, **settings: Any) -> None:
 @command(
     argument("models", metavar="MODEL...", nargs=-1, required=True),
     flag("--prompt", "prompts", metavar="TEXT", multiple=True, help="a question; may be given several times"),
-    flag("--prompts", "prompts_file", metavar="FILE", help="questions: a line each, or a JSON array of strings"),
+    flag("--prompts", "prompts_file", metavar="FILE",
+         help="questions: a line each, or a JSON array of strings; - reads standard input"),
     flag("--system", metavar="TEXT", help="system message in front of every question"),
     flag("--max-tokens", type=int, default=200, show_default=True, help="longest answer"),
     flag("--engine", type=click.Choice(("exl2ray", "transformers", "exllamav2")), default="exl2ray", show_default=True,

@@ -60,7 +60,7 @@ def _chat(
         raise UsageError(f"--max-tokens {max_tokens}: at most {MOST_PROMPT_TOKENS} can be asked for", "give fewer")
     questions = [*prompts, *(read_prompts(Path(prompts_file)) if prompts_file is not None else [])]
     if not questions and (out is not None or not is_terminal(sys.stdin)):
-        raise UsageError("there is nothing to ask", "give --prompt TEXT or --prompts FILE; in a terminal, type")
+        raise UsageError("there is nothing to ask", "give --prompt TEXT, --prompts FILE, or --prompts - for standard input")
     for question in (*questions, *([system] if system is not None else [])):
         _check_text(question)
     models = [local(m, flag="MODEL") for m in models]
@@ -94,10 +94,11 @@ def _check_text(text: str) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Questions of a file: a JSON array of strings, or one on each line that is not empty."""
+    """Questions of a file, or of standard input for "-": a JSON array of strings, or one on each line that is not empty."""
     hint = "give a text file with a question a line"
     try:
-        text = read_bounded(path, PROMPTS_BYTES, UsageError, hint).decode("utf-8-sig")
+        data = _piped(hint) if str(path) == "-" else read_bounded(path, PROMPTS_BYTES, UsageError, hint)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UsageError(f"--prompts {path}: not UTF-8 text: {e}", hint) from e
     if not text.lstrip().startswith("["):
@@ -112,6 +113,16 @@ def read_prompts(path: Path) -> list[str]:
     if not found:
         raise UsageError(f"--prompts {path}: holds no question", hint)
     return found
+
+
+def _piped(hint: str) -> bytes:
+    """What standard input has; UsageError if it is closed, or has more than questions."""
+    if sys.stdin is None:
+        raise UsageError("--prompts -: standard input is closed", hint)
+    data = sys.stdin.buffer.read(PROMPTS_BYTES + 1)
+    if len(data) > PROMPTS_BYTES:
+        raise UsageError(f"--prompts -: more than {PROMPTS_BYTES >> 20} MiB come from standard input", hint)
+    return data
 
 
 def _typed() -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,21 @@ def test_prompts_from_an_array_and_from_no_file(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "q.json") == ["one\ntwo", "three"]
     with pytest.raises(UsageError, match="missing"):
         read_prompts(tmp_path / "none")
+
+
+def test_prompts_that_are_piped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def piped(data: bytes) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        return read_prompts(Path("-"))
+
+    assert piped(b"one\n\ntwo\n") == ["one", "two"]
+    assert piped(b'["one\\ntwo"]') == ["one\ntwo"]
+    for data, words in ((b"", "holds no question"), (b"\xff\n", "not UTF-8"), (b"a" * ((1 << 20) + 1), "more than 1 MiB")):
+        with pytest.raises(UsageError, match=words):
+            piped(data)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="closed"):
+        read_prompts(Path("-"))
 
 
 def test_what_people_see() -> None:
