@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from bounded import exl2ray
 from model_folders import read_weights, write_sharded
+from rounded_models import write_rounded
 
 from exl2ray.formats.side_files import examine_side_files
 
@@ -132,3 +133,11 @@ def test_what_may_not_be_looked_at_is_not_said_to_be_there(folder: Path, closed:
     run = exl2ray("eval", folder, "--plot", closed / "p.png", ordinary=True)
     run.ends_with(7, "--plot", "cannot be written", DENIED)
     assert "is there already" not in run.text
+
+
+def test_a_link_beside_a_model_that_is_published(folder: Path, closed: Path, tmp_path: Path) -> None:
+    """It ended in a traceback."""
+    model = write_rounded(folder, tmp_path / "exl2")
+    (model / "notes.md").symlink_to(closed / "notes.md")
+    run = exl2ray("publish", model, "--repo", "somebody/model", "--dry-run", ordinary=True)
+    run.ends_with(0, "notes.md", "left out")
