@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Plots KL divergence over file size, a curve for each way to quantise a model: of a table in a log, or of results.
 
-    python scripts/kl_over_bytes.py --log docs/log.md --output docs/kl-over-bytes.svg
-    python scripts/kl_over_bytes.py --log docs/log.md --entry "Gemma 3 270M and EXL3" --output docs/kl-over-bytes-gemma.svg
+    python scripts/kl_over_bytes.py --log docs/log.md --entry "KL over bytes, fifteen kinds" --output docs/kl-over-bytes.svg
+    python scripts/kl_over_bytes.py --log docs/log.md --entry "EXL3 with fewer bits" --output docs/kl-over-bytes-gemma.svg
     python scripts/kl_over_bytes.py results.jsonl --model smollm2 --output kl.svg
 
 In a log, the table is the first one, of the entry if one is named, whose second column is "file, MB"; every further column
@@ -85,7 +85,7 @@ def plot(curves: Curves, path: Path, title: str = "") -> None:
         ax.set(xlabel="size of the file, MB", ylabel="KL from the source, nats per token")
         plain_log_axis(ax, "y")
         ax.margins(x=0.08, y=0.25)
-        ax.legend(loc="best")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)  # above: curves cross all of the plot
 
     write_plots([Plot(title, draw, height=3.6)], path, title)
 
