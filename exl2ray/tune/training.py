@@ -11,6 +11,7 @@ come and go (`exl2ray.tune.shelves`); then the states wait on the host.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from exl2ray.model.blocks import Block, MoeBlock
 from exl2ray.model.half import AttentionHalf
 from exl2ray.quant.group import Comm, Solo
+from exl2ray.team.packed_files import recorded
 from exl2ray.tune.divergence import divergence_backward
 from exl2ray.tune.module import TunedModule
 from exl2ray.tune.recording import RecordedStep
@@ -33,6 +35,7 @@ TRIED_TOKENS = 1024  # of a row, to see whether attention gives the same gradien
 GRAPH_BYTES = 6  # kept for the way back by a token in a module, for each input and output of its linears
 GRAPH_SHARE = 0.35  # of the free memory of a GPU that may be used so
 GRAPH_BYTES_ON_CPU = 1 << 30
+STEPS_AHEAD = 2  # that the host may be in front of a GPU: enough to keep it busy, and a stop does not wait for more
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Trainer:
         self.fused = self._fused_attention_is_reproducible()
         self._fitting: dict[tuple[int, int], bool] = {}
         self._rates = torch.zeros(2, device=device)
+        self._running: deque[torch.cuda.Event] = deque()
         wanted = record and device.type == "cuda" and not streamed and self.comm.size == 1 and not self._waits_for_the_gpu()
         self.recording = RecordedStep(self._step, wanted)
 
@@ -75,7 +79,12 @@ class Trainer:
         float64 on the device; the model is updated."""
         now = torch.tensor([rates.factor * rates.latents, rates.factor * rates.gains])
         self._rates.copy_(self._to_be_copied(now), non_blocking=True)
-        return self.recording(self._to_be_copied(ids).to(self.device, non_blocking=True))
+        result = self.recording(self._to_be_copied(ids).to(self.device, non_blocking=True))
+        if self.device.type == "cuda":
+            self._running.append(recorded())
+            if len(self._running) > STEPS_AHEAD:
+                self._running.popleft().synchronize()
+        return result
 
     def _to_be_copied(self, t: Tensor) -> Tensor:
         """In memory that a GPU reads when the steps before are done, while the host goes on."""
