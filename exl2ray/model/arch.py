@@ -267,8 +267,8 @@ def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers)
     biases = [n for n in dropped if n.endswith("_proj.bias")]
     if biases:
         out.append(
-            f"{len(biases)} biases are stored, e.g. {biases[0]}, and by config.json there are none: they are left out, as in "
-            "transformers; if the model was trained with them, set attention_bias or mlp_bias to true"
+            f"biases are stored, {biases[0]} and {len(biases) - 1} more, and by config.json there are none: they are left "
+            "out, as in transformers; if the model was trained with them, set attention_bias or mlp_bias to true"
         )
         dropped = [n for n in dropped if n not in set(biases)]
     if dropped:
