@@ -128,7 +128,8 @@ def tune(
             check()
             saved = state.restore(store, Solo(), identity)
             result, shards = _finish(pair, settings, rows, decision.payload, saved, owned(identity), clock, check)
-        write_record(record, {"identity": identity, "asked": asked}, target, asdict(result), shards)
+        names = {"identity": identity, "asked": asked, "start": pair.exl2.fingerprint()}
+        write_record(record, names, target, asdict(result), shards)
         _clear(work)
     return result
 
