@@ -286,4 +286,5 @@ def test_a_variable_that_makes_kernels_crawl_is_a_warning(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-    assert any(w.startswith("NUMBA_DISABLE_JIT=1: kernels are not compiled") for w in examine(recipe(tiny, tmp_path)).warnings)
+    warnings = examine(recipe(tiny, tmp_path)).warnings
+    assert any(w.startswith("NUMBA_DISABLE_JIT=1: kernels are not compiled") for w in warnings)
