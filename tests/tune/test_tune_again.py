@@ -77,7 +77,7 @@ def test_names_that_are_no_folder(pair: Pairs, tmp_path: Path, monkeypatch: pyte
         (exl2, "hf://owner/name", 2, "--reference hf://owner/name: is an address"),
         ("hf://owner/name", source, 2, "error: hf://owner/name: is an address"),
         (exl2, "owner/name", 3, "a repository on the Hub is hf://owner/name"),
-        (exl2, "~/name", 3, "~/name: does not exist"),
+        (exl2, "~/name", 2, "--reference ~/name: does not exist as it stands"),
     ):
         exl2ray("tune", model, "--reference", reference, "-o", str(tmp_path / "out"), seconds=20).ends_with(status, words)
     (tmp_path / "home" / "model").mkdir(parents=True)
