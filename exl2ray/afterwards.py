@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +40,31 @@ def evaluate_outputs(
     except Exl2RayError as e:
         hint = f" ({e.hint})" if e.hint else ""
         reporter.event("warning", message=f"the models are complete, but could not be evaluated: {e.message}{hint}")
+        drop_outdated(recipe, outputs, reporter)
         return list(outputs)
+
+
+def drop_outdated(recipe: Recipe, outputs: Sequence[OutputSummary], reporter: Reporter) -> None:
+    """Once models were written without being evaluated, by a patch for one: says that evaluation.json is of what they were
+    before, if it is, and removes the plot, which nobody can tell that from."""
+    from exl2ray.evaluate.record import EVALUATION, MAX_BYTES, parse_evaluations
+    from exl2ray.evaluate.standing import EARLIER, standing
+    from exl2ray.store.open import open_store
+
+    written = {os.path.realpath(o.directory) for o in outputs if o.directory is not None}
+    with suppress(Exl2RayError):
+        store = open_store(recipe.out_dir)
+        if not store.exists(EVALUATION) or store.size(EVALUATION) > MAX_BYTES:
+            return
+        found = parse_evaluations(store.get(EVALUATION), store.full_name(EVALUATION))
+        earlier = [e.model for e in found if os.path.realpath(e.model) in written and standing(e, [e.model]) == EARLIER]
+        if not earlier:
+            return
+        removed = f", and {PLOT} is removed" if store.exists(PLOT) else ""
+        store.delete(PLOT)
+        again = f"again with: exl2ray convert -o {shlex.quote(recipe.out_dir)} --evaluate always"
+        text = f"{store.full_name(EVALUATION)} is of {', '.join(earlier)} before this{removed}; {again}"
+        reporter.event("note", message=text)
 
 
 def _evaluated(

@@ -80,6 +80,8 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
             outputs = tuning.tune_outputs(job, outputs, reporter)
             if recipe.evaluates:
                 outputs = afterwards.evaluate_outputs(recipe, outputs, job.device.type, reporter)
+            else:
+                afterwards.drop_outdated(recipe, outputs, reporter)
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; everything finished so far is in the work directory", _resume_hint(recipe)) from e
@@ -107,6 +109,7 @@ def patch(
     unless that is to be undone. bits: bitrates to patch; None: all. compile_full: where to write; None: over the output of
     the recipe. Raises UsageError if a bitrate is not finished, or an override matches nothing.
     """
+    from exl2ray.afterwards import drop_outdated
     from exl2ray.allocation.overrides import parse_overrides
     from exl2ray.steps.allocating import allocate
     from exl2ray.steps.job import Job
@@ -132,6 +135,7 @@ def patch(
             measurement = measure(job)
             plans = [allocate(job, measurement, b) for b in bits or recipe.bits]
             outputs = produce(job, plans, compile_full, wanted)
+        drop_outdated(recipe, outputs, reporter)
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; finished modules are in the work directory", "run the same command again") from e

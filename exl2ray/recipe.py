@@ -17,7 +17,7 @@ from typing import Any, Literal
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import WIDTHS as HEAD_BITS
 from exl2ray.quality import ALLOCATIONS, Allocated, Numerics, Quality, ScaleSearch, resolve
-from exl2ray.recipe_fields import Rule, Setting, refuse_address, setting, settings_of, too_long
+from exl2ray.recipe_fields import Rule, Setting, refuse_address, refuse_unfit, setting, settings_of
 from exl2ray.units import parse_count, parse_size
 
 USUAL_HEAD_BITS = 6
@@ -195,10 +195,9 @@ class Recipe:
             object.__setattr__(self, "tune_text", self.tune_text or None)
         for name, about in SETTINGS.items():
             about.check(getattr(self, name))
-        for flag, path in (("-i", self.in_dir), ("-o", self.out_dir), ("-cf", self.compile_full)):
-            why = too_long(path) if path and "://" not in path else ""
-            if path and why:
-                raise UsageError(f"{flag} {path[:60]}...: {why}", "give a shorter one")
+        folders = (("-i", self.in_dir), ("-o", self.out_dir), ("-cf", self.compile_full))
+        for flag, path in (*folders, ("-m", self.measurement), ("-om", self.output_measurement)):
+            refuse_unfit(flag, path or "")
         for flag, path in (("-cf", self.compile_full), ("-om", self.output_measurement)):
             refuse_address(flag, path or "")
         parse_size(self.source_cache, "--source-cache")

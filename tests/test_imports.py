@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "exl2ray"
 # Numerics and files know nothing of what is above them. Everything else (commands, the steps) may use every room but cuda.
 ROOMS = {
     "formats": set(),
-    "cuda": {"quality"},
+    "cuda": {"environment", "quality"},
     "store": {"formats"},
     "calibration": {"formats"},
     "model": {"cuda", "formats"},

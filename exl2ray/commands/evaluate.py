@@ -33,6 +33,7 @@ from exl2ray.report.ladder import plot_ladder
 from exl2ray.report.plot_files import check_plot, is_plot
 from exl2ray.terminal.console import clean, duration, file_size, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
+from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
 
 PLOT = "ladder.png"
@@ -80,9 +81,7 @@ def evaluate(
     models = [local(m, flag="--model") for m in models]
     reference = None if reference is None else local(reference, flag="--reference")
     folders = [*models, *([] if reference is None else [reference])]
-    refused = next(filter(None, map(refusal, folders)), None)
-    if refused is not None:
-        raise refused
+    _refuse_others(folders)
     tokenizer = find_tokenizer(folders) if tokens is None else None
     if tokens is None and text is None and tokenizer is not None:
         ids = _builtin(heldout_rows(tokenizer, length or DEFAULT_LENGTH), rows, stride)
@@ -118,6 +117,14 @@ def evaluate(
         raise Interrupted("stopped; an evaluation keeps nothing", "run the same command again: it begins anew") from e
     finally:
         reporter.close()
+
+
+def _refuse_others(folders: Sequence[str]) -> None:
+    """Raises what there is against folders that hold no model."""
+    check_models(*folders)
+    refused = next(filter(None, map(refusal, folders)), None)
+    if refused is not None:
+        raise refused
 
 
 def _check_files(positions: str | None, drawn: str | None) -> None:

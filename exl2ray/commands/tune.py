@@ -13,8 +13,10 @@ from exl2ray.errors import Interrupted, UsageError
 from exl2ray.evaluate.forward import open_model
 from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
+from exl2ray.remote.address import is_remote, redacted
 from exl2ray.terminal.console import clean, duration, file_size
 from exl2ray.terminal.live import human_reporter, show_table
+from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.memory import weights_of
 from exl2ray.tune.rows import naming
 from exl2ray.tune.run import Tuned, tune
@@ -40,6 +42,13 @@ def run(
 ) -> Tuned:
     """Writes the tuned model. place: fields of a recipe that say where to compute. Raises UsageError naming the flag, and
     what `exl2ray.tune.run.tune` raises; KeyboardInterrupt becomes Interrupted, with a hint."""
+    for flag, model in (("", directory), ("--reference ", reference)):
+        if is_remote(model):
+            raise UsageError(
+                f"{flag}{redacted(model)}: is an address; tuning reads weights again and again, so in a folder",
+                "fetch it first, for one with: hf download OWNER/NAME --local-dir FOLDER",
+            )
+    check_models(directory, reference)
     if length < 16:
         raise UsageError(f"--length {length}: at least 16 tokens a row are needed", "1024 is usual")
     if step_tokens is not None and step_tokens < length:

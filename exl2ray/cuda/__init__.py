@@ -4,12 +4,11 @@ Compiled kernels are cached per user and machine: a package folder may be read-o
 """
 
 import os
-import re
 import stat
 import tempfile
 from contextlib import suppress
 
-from exl2ray.errors import UsageError
+from exl2ray.environment import check_environment
 
 
 def _cache_folder() -> str:
@@ -32,23 +31,6 @@ def _cache_folder() -> str:
         return beside
 
 
-# What Numba and OpenMP read when they are loaded, and end with or pass over where it makes no sense.
-_COUNTS = re.compile(r"NUMBA_NUM_THREADS=0*[1-9]\d*|OMP_NUM_THREADS=\d+(,\s*\d+)*", re.ASCII)  # OpenMP: one a level
-_LAYERS = ("default", "safe", "threadsafe", "forksafe", "tbb", "omp", "workqueue")
-
-
-def _check_environment() -> None:
-    """Raises UsageError for a variable that would end the first kernel, or count for nothing."""
-    for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
-        value = os.environ.get(name, "").strip()
-        if value and not _COUNTS.fullmatch(f"{name}={value}"):
-            raise UsageError(f"environment variable {name} is {value[:40]!r}, not a number of threads", f"unset {name}")
-    layer = os.environ.get("NUMBA_THREADING_LAYER", "").strip()
-    if layer and layer not in _LAYERS:
-        text = f"environment variable NUMBA_THREADING_LAYER is {layer[:40]!r}, not one of {', '.join(_LAYERS)}"
-        raise UsageError(text, "unset NUMBA_THREADING_LAYER")
-
-
-_check_environment()
+check_environment()
 if "NUMBA_CACHE_DIR" not in os.environ:
     os.environ["NUMBA_CACHE_DIR"] = _cache_folder()

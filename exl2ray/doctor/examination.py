@@ -21,9 +21,10 @@ from pathlib import Path
 from exl2ray.beneath import existing_parent, resolved
 from exl2ray.doctor.diagnosis import OPEN_FILES, Finding, Level, problem
 from exl2ray.doctor.gpu_checks import driver_fix, gpus, kernels
-from exl2ray.doctor.probes import KERNEL, RAY, TORCH, nvidia_smi, run_probe
+from exl2ray.doctor.probes import KERNEL, LAYER, RAY, TORCH, nvidia_smi, run_probe
 from exl2ray.doctor.ray_start import ray_cluster, ray_start
-from exl2ray.errors import StoreError
+from exl2ray.environment import check_environment, slow_variables
+from exl2ray.errors import StoreError, UsageError
 from exl2ray.formats.regular import file_kind
 from exl2ray.host import SHARED_MEMORY_FIX, container_limit_bytes, main_memory_bytes, nccl_bytes, shared_memory_bytes
 from exl2ray.store.open import local_path
@@ -49,6 +50,7 @@ def examine(out_dir: str) -> list[Finding]:
         cards, driver_error = nvidia_smi()
         torch_found, kernel_found = torch_probe.result(), kernel_probe.result()
         ray_found = {} if ray_probe is None else ray_probe.result()
+    found += _guarded("environment", environment)
     usable = len(torch_found.get("gpus") or [])
     if driver_error:
         found += problem("GPU driver", driver_error, driver_fix(driver_error))
@@ -103,6 +105,21 @@ def versions() -> list[Finding]:
             found.append(Finding(name, version))
         else:
             found += problem(name, f"{version}, but exl2ray needs {needed}", fix)
+    return found
+
+
+def environment() -> list[Finding]:
+    """Variables that would end the first kernel, or leave it uncompiled."""
+    topic = "environment"
+    try:
+        check_environment()
+    except UsageError as e:
+        return problem(topic, e.message, e.hint)
+    found = [Finding(topic, text, "warning", f"unset {name}") for name, text in slow_variables().items()]
+    layer = os.environ.get("NUMBA_THREADING_LAYER", "").strip()
+    error = str(run_probe(LAYER).get("error", "")) if layer else ""  # it may not be installed
+    if error:
+        found += problem(topic, f"NUMBA_THREADING_LAYER={layer}: {error}", "unset NUMBA_THREADING_LAYER")
     return found
 
 

@@ -57,6 +57,16 @@ if not np.array_equal(x.copy_to_host(), 2 * np.arange(64, dtype=np.float32)):
 print(json.dumps({"package": package, "built_in": built_in}))
 """
 
+LAYER = """
+import json
+import numba
+try:
+    numba.set_num_threads(1)
+except ValueError as e:
+    raise SystemExit(" ".join(str(e).split()))
+print(json.dumps({"layer": numba.config.THREADING_LAYER}))
+"""
+
 RAY = """
 import json, time
 begin = time.monotonic()

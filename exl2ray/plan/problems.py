@@ -25,6 +25,7 @@ from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.datasets import check_tuning_text, pass_rows, reported_rows, sources_of
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
+from exl2ray.environment import slow_variables
 from exl2ray.errors import CalibrationError, Exl2RayError, FormatError, SourceError, StoreError, UsageError
 from exl2ray.evaluate.tokens import load_tokens
 from exl2ray.formats.elsewhere import mount_at
@@ -83,7 +84,7 @@ def _examine_all(found: Examination, recipe: Recipe, samples: Samples) -> None:
     with step("checks: device"):
         device = found.device = found.attempt("device", lambda: pick_device(recipe))
     idle = None if device is None else idle_gpu(device, recipe)
-    found.warnings += [] if idle is None else [idle]
+    found.warnings += [*slow_variables().values(), *([] if idle is None else [idle])]
     _examine_directories(found, recipe)
     spec, source = found.spec, found.source
     if spec is not None and recipe.output_measurement is None and not found.has("tensors"):  # else linears have no options

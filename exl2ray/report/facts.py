@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -26,6 +26,7 @@ from exl2ray.report.curves import (
     with_weights,
 )
 from exl2ray.report.time_spent import Timeline, read_timeline
+from exl2ray.report.tuned import Tuning, is_solved, read_tuning
 from exl2ray.report.values import mapping, nominal_bpw, parse_option, texts
 from exl2ray.store.event_log import read_events
 from exl2ray.store.fs import Store
@@ -41,8 +42,9 @@ class Bitrate:
     """One target. decoder_bpw, gap (to the proven optimum, a share), predicted_kl (nats per token): of the last allocation,
     None if there was none. head_bpw: of the quantised head, None if not known.
 
-    modules: to quantise, 0 if not known. directory: of the written model, "" if none. evaluation: of that model as it is.
-    was_evaluated: only before it was written again.
+    modules: to quantise, 0 if not known. directory: of the written model, the tuned one with --tune; "" if none. evaluation:
+    of that model as it is. was_evaluated: only before it was written again. tuning: None if it was not tuned. untuned: it is
+    to be, and is not yet.
     """
 
     chain: Chain
@@ -55,6 +57,8 @@ class Bitrate:
     allocation: Allocation
     evaluation: Evaluation | None
     was_evaluated: bool = False
+    tuning: Tuning | None = None
+    untuned: bool = False
 
     @property
     def bits(self) -> float:
@@ -68,6 +72,8 @@ class Bitrate:
     @property
     def file_bytes(self) -> int:
         """Of the written model; 0 if there is none."""
+        if self.tuning is not None and self.tuning.file_bytes:
+            return self.tuning.file_bytes
         return self.chain.file_bytes or (self.evaluation.file_bytes if self.evaluation is not None else 0)
 
 
@@ -120,7 +126,10 @@ def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
     linears = {m.key: tuple(m.options) for chain in chains for m in chain.modules}
     evaluations = _evaluations(store, evaluation_files, problems)
     directories = {c.bits: log.directory.get(c.bits, "") for c in chains}
-    sizes = {c.bits: c.file_bytes for c in chains if job.get("output", {}).get("tune") is None}  # of a tuned one, before it
+    solved = [bits for bits, directory in directories.items() if is_solved(directory, bits)]
+    tuned = {bits: found for bits in solved if (found := read_tuning(store, bits, problems)) is not None}
+    directories |= {bits: found.directory for bits, found in tuned.items()}
+    sizes = {c.bits: tuned[c.bits].file_bytes if c.bits in tuned else c.file_bytes for c in chains}
     evaluations, earlier = _by_standing(directories, sizes, evaluations)
     own, before = _own_evaluations(directories, evaluations), _own_evaluations(directories, earlier)
     return Facts(
@@ -128,7 +137,13 @@ def read_facts(root: str, evaluation_files: Sequence[str] = ()) -> Facts:
         state=status.state,
         job=status.job,
         curves=tuple(with_weights(curves_of(profiles), linears, shapes)),
-        bitrates=tuple(_bitrate(c, log, shapes, own.get(c.bits), c.bits in before) for c in chains),
+        bitrates=tuple(
+            replace(
+                _bitrate(c, log, shapes, own.get(c.bits), c.bits in before), directory=directories[c.bits],
+                tuning=tuned.get(c.bits), untuned=c.bits in solved and c.bits not in tuned,
+            )
+            for c in chains
+        ),
         experts=_experts(profiles, chains),
         evaluations=tuple(evaluations),
         timeline=read_timeline(events),
@@ -215,7 +230,7 @@ def _bitrate(
     event, bits = log.allocated.get(chain.bits, {}), chain.bits
     return Bitrate(
         chain, as_number(event.get("bpw")), _head_bpw(chain, event, shapes), as_number(event.get("gap")),
-        as_number(event.get("predicted_kl")), log.items.get(f"quantize {bits!r}", 0), log.directory.get(bits, ""),
+        as_number(event.get("predicted_kl")), log.items.get(f"quantize {bits!r}", 0), "",
         allocation_of(bits, chain.options, shapes), evaluation, before and evaluation is None,
     )  # fmt: skip
 

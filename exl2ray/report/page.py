@@ -19,6 +19,7 @@ from exl2ray.report.facts import Bitrate, Facts
 from exl2ray.report.ladder import ladder_plots
 from exl2ray.report.style import svg_uris
 from exl2ray.report.time_spent import busy_share
+from exl2ray.report.tuned import Tuning
 from exl2ray.terminal.console import clean, duration, file_size, is_numeric, perplexity, plural
 
 TITLES = {
@@ -130,6 +131,10 @@ def _card(b: Bitrate, overrides: bool) -> dict[str, Any]:
         note = "Judged by calibration rows alone, which is a rough measure; exl2ray eval has a better one, see below."
     if b.was_evaluated:
         note = f"Written again since its evaluation, by a patch for one: that is left out here. {note}".rstrip()
+    if b.untuned:
+        note = f"Only solved so far: --tune is still to come, with the same command again. {note}".rstrip()
+    elif b.tuning is not None and e is None and word:
+        note = f"This is of the model before it was tuned. {note}".rstrip()
     bits = [(n, v) for n, v in (("decoder", b.decoder_bpw), ("head", b.head_bpw), ("whole file", e and e.file_bpw)) if v]
     spare = b.decoder_bpw is not None and b.decoder_bpw > b.bits + 0.02 and not overrides
     return {
@@ -138,9 +143,19 @@ def _card(b: Bitrate, overrides: bool) -> dict[str, Any]:
         "tensors": file_size(b.chain.nbytes) if b.chain.nbytes else "",
         "bits": [f"{name} {value:.2f}" for name, value in bits],
         "spare": "the head needs less than usual, the decoder got the rest: the size is as asked for" if spare else "",
-        "directory": b.directory, "predicted": "" if b.predicted_kl is None else f"{b.predicted_kl:.2g} nats per token",
+        "tuned": "" if b.tuning is None else _gained(b.tuning), "directory": b.directory,
+        "predicted": "" if b.predicted_kl is None else f"{b.predicted_kl:.2g} nats per token",
         "gap": f"{b.gap:.2%} from the optimum" if b.gap is not None and b.gap > 5e-4 else "",
     }  # fmt: skip
+
+
+def _gained(t: Tuning) -> str:
+    """What tuning brought, as `exl2ray tune` says it."""
+    if t.kept == "nothing":
+        why = f"worse on {', '.join(t.worse)}, so all was rolled back" if t.worse else "nothing gained"
+        return f"{why}: the model is as it was, KL {t.before:.4f} nats on held-out text"
+    share = f" ({t.after / t.before:.3f} times)" if t.before else ""
+    return f"KL {t.before:.4f} -> {t.after:.4f} nats on held-out text{share}; kept: {t.kept}"
 
 
 def _quality(facts: Facts) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from exl2ray.errors import PERMISSIONS, StoreError, UsageError
 from exl2ray.recipe import RUN, SECTIONS, SETTINGS, Recipe
-from exl2ray.recipe_fields import fits, refuse_address, shown, too_long, wanted
+from exl2ray.recipe_fields import fits, refuse_address, refuse_unexpanded, refuse_unfit, shown, wanted
 from exl2ray.remote.address import is_remote, parse
 from exl2ray.terminal.pasted import missing_folder
 from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out
@@ -107,9 +107,9 @@ class CheckedCommand(click.Command):
 def _check_path(name: str, path: str | None) -> None:
     if path == "":
         raise UsageError(f"{name} is empty", "is a variable of the shell not set?")
-    why = too_long(path) if path and "://" not in path else ""
-    if path and why:
-        raise UsageError(f"{name} {path[:60]}...: {why}", "give a shorter one")
+    if path:
+        refuse_unfit(name, path)
+        refuse_unexpanded(name, path)
 
 
 class SectionedCommand(CheckedCommand):

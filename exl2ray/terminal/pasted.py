@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 
-from exl2ray.errors import PERMISSIONS, UsageError
+from exl2ray.errors import PERMISSIONS, SourceError, UsageError
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # hyphens and dashes of print, and the minus sign
 FOLDER = "give the folder that holds config.json and *.safetensors"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def usage_hint(argv: Sequence[str], command: str) -> str:
@@ -34,9 +36,23 @@ def missing_folder(path: str) -> UsageError:
     return UsageError(f"-i {path}: does not exist", missing_folder_hint(path))
 
 
+def check_models(*given: str) -> None:
+    """Raises SourceError for folders of models that do not exist, with what the shell or a name of the Hub made of them."""
+    for path in given:
+        try:
+            os.stat(path)
+        except FileNotFoundError as e:
+            if "://" not in path and not os.path.islink(path):
+                raise SourceError(f"{path}: does not exist", missing_folder_hint(path)) from e
+        except (OSError, ValueError):  # whoever opens it says it better
+            pass
+
+
 def missing_folder_hint(path: str) -> str:
     """The hint for a source folder that does not exist."""
     expanded = os.path.expanduser(os.path.expandvars(path))
     if expanded != path and os.path.isdir(expanded):
         return f"the shell leaves ~ and variables as they are within quotes and after '=': give {shlex.quote(expanded)}"
+    if _REPOSITORY.fullmatch(path) and not os.path.isdir(os.path.dirname(path)):
+        return f"{FOLDER}; a repository on the Hub is hf://{path}"
     return FOLDER

@@ -70,8 +70,8 @@ def ahead(entries: Sequence[TensorEntry], pool: ThreadPoolExecutor) -> list[Tens
 def write_record(
     path: Path, names: Mapping[str, str], target: Path, result: Mapping[str, Any], shards: Sequence[Shard]
 ) -> None:
-    """Says that ``target`` holds a finished tuning: what came of it, and what the files are. names: "identity", and "asked":
-    what of it is known before there is text."""
+    """Says that ``target`` holds a finished tuning: what came of it, and what the files are. names: "identity"; "asked":
+    what of it is known before there is text; "start": fingerprint of the model that was tuned."""
     config = sha256_of(target / "config.json")
     facts = {**names, "config": config, "shards": [asdict(s) for s in shards], "result": dict(result)}
     with atomic_file(path) as f:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from torch import Tensor
 from exl2ray.calibration.data.sources import WRITTEN
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
-from exl2ray.errors import SourceError
+from exl2ray.errors import JobMismatchError, SourceError, UsageError
 from exl2ray.events import Reporter
 from exl2ray.formats.claim import TUNING, read_claim
 from exl2ray.formats.exl2 import PackedLinear
@@ -88,6 +89,7 @@ def tune(
     check_memory(pair.start.spec, device)
     target = Path(settings.output)
     work = Path(settings.work or target / WORK)
+    _refuse_inputs(pair, target, "-cf" if owner is not None else "-o")
     record, asked = work.with_name(f"{work.name}.json"), _asked(settings, pair, device)
 
     def owned(identity: str) -> Owner:
@@ -116,6 +118,7 @@ def tune(
             return done
         if settings.work is None:
             refuse_another(record, "identity", identity, target)
+            _refuse_unfinished(work, identity, target)
         elif is_of_another(record, identity):
             message = f"{target} was tuned with other settings, or by an earlier version: it is tuned again"
             reporter.event("note", message=message)
@@ -128,9 +131,29 @@ def tune(
             check()
             saved = state.restore(store, Solo(), identity)
             result, shards = _finish(pair, settings, rows, decision.payload, saved, owned(identity), clock, check)
-        write_record(record, {"identity": identity, "asked": asked}, target, asdict(result), shards)
+        names = {"identity": identity, "asked": asked, "start": pair.exl2.fingerprint()}
+        write_record(record, names, target, asdict(result), shards)
         _clear(work)
     return result
+
+
+def _refuse_inputs(pair: Pair, target: Path, flag: str) -> None:
+    """UsageError if the output is one of the models that it is made from."""
+    for model, what in ((pair.start, "the model to be tuned"), (pair.source, "the reference")):
+        if os.path.realpath(target) == os.path.realpath(model.path):
+            hint = "give another folder: what is tuned is written beside it, and the model stays as it is"
+            raise UsageError(f"{flag} {target}: is {what} itself", hint)
+
+
+def _refuse_unfinished(work: Path, identity: str, target: Path) -> None:
+    """JobMismatchError if steps of another tuning are kept there: they may have taken hours, and would be overwritten."""
+    steps = state.steps_of_another(work / state.FILE, identity)
+    if steps:
+        raise JobMismatchError(
+            f"{target}: holds a tuning that is not finished ({steps} steps), with other settings or other text, of another "
+            "start or by an earlier version",
+            f"its own command goes on with it; else give another -o, or remove {shlex.quote(str(work))} to begin anew",
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -149,6 +150,17 @@ def _digest(facts: Mapping[str, Any]) -> str:
 def _is_whole(store: Store, rel: str, checksum: Any) -> bool:
     with store.reader(rel) as f:
         return bool(_checksum(iter(lambda: f.read(CHUNK_BYTES), b"")) == checksum)
+
+
+def steps_of_another(path: Path, identity: str) -> int:
+    """Steps that were done and kept of a tuning with another identity; 0 if there are none that anything could go on from."""
+    try:
+        facts = json.loads(path.read_bytes())
+        other, steps, own = facts.pop("identity"), facts["step"], facts.get("sha256")
+        whole = own == _digest({k: v for k, v in facts.items() if k != "sha256"} | {"identity": other})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0
+    return steps if whole and other != identity and type(steps) is int else 0
 
 
 def restore(store: Store, comm: Comm, identity: str, notes: list[str] | None = None) -> Saved | None:

@@ -304,6 +304,39 @@ def test_the_kernel_probe_runs_a_kernel(monkeypatch):
     assert "package" in found, found
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "level", "says"),
+    [
+        ("NUMBA_NUM_THREADS", "abc", "problem", "environment variable NUMBA_NUM_THREADS is 'abc', not a number of threads"),
+        ("OMP_NUM_THREADS", "-1", "problem", "environment variable OMP_NUM_THREADS is '-1', not a number of threads"),
+        ("NUMBA_THREADING_LAYER", "ttb", "problem", "environment variable NUMBA_THREADING_LAYER is 'ttb', not one of"),
+        ("NUMBA_DISABLE_JIT", "1", "warning", "NUMBA_DISABLE_JIT=1: kernels are not compiled"),
+        ("CUDA_LAUNCH_BLOCKING", "1", "warning", "CUDA_LAUNCH_BLOCKING=1: every kernel is waited for"),
+    ],
+)
+def test_doctor_names_variables_that_stop_or_slow(run, quick_probes, monkeypatch, name, value, level, says):
+    monkeypatch.setenv(name, value)
+    result = run("doctor")
+    assert result.exit_code == (level == "problem")
+    assert f"{level}: environment: {says}" in result.stdout
+    assert f"  unset {name}" in result.stdout
+
+
+def test_a_threading_layer_that_is_not_installed(quick_probes, monkeypatch):
+    monkeypatch.setenv("NUMBA_THREADING_LAYER", "tbb")
+    quick_probes[probes.LAYER] = {}
+    assert doctor.environment() == []
+    quick_probes[probes.LAYER] = {"error": "No threading layer could be loaded."}
+    assert only(doctor.environment()).value == "NUMBA_THREADING_LAYER=tbb: No threading layer could be loaded."
+
+
+def test_the_layer_probe(monkeypatch):
+    monkeypatch.setenv("NUMBA_THREADING_LAYER", "workqueue")
+    assert "error" not in probes.run_probe(probes.LAYER)
+    monkeypatch.setenv("NUMBA_THREADING_LAYER", "none")
+    assert "error" in probes.run_probe(probes.LAYER)
+
+
 def test_the_torch_probe_describes_torch():
     found = probes.run_probe(probes.TORCH)
     assert set(found) == {"version", "cuda", "hip", "gpus", "broken", "reason"}, found

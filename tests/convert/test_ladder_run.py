@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from convert_helpers import Quiet, messages, run
+from convert_helpers import Quiet, messages, recipe, run
 
 from exl2ray.calibration.text import builtin_documents
+from exl2ray.convert import patch
 from exl2ray.errors import CalibrationError
 from exl2ray.evaluate.compare import evaluate
 from exl2ray.evaluate.heldout import heldout_rows, heldout_text
 from exl2ray.evaluate.tokens import find_tokenizer
+from exl2ray.events import Silent
 from exl2ray.terminal.console import outputs_table
 
 
@@ -95,3 +98,24 @@ def _rows(path: Path):  # type: ignore[no-untyped-def]
     import torch
 
     return torch.from_numpy(np.load(path))
+
+
+def test_a_plot_of_what_a_model_was_before_is_removed(quiet: Quiet, tokens: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"bits": (4.0, 5.0), "compile_full": str(tmp_path / "out-{bpw}"), "eval_text": str(tokens)}
+    work, out = tmp_path / "work", tmp_path / "out-5.0"
+    run(quiet.model, work, evaluate="auto", **settings)
+    plot, base = work / "ladder.png", recipe(quiet.model, work, **settings)
+    elsewhere, nothing, changed = Silent(), Silent(), Silent()
+    patch(base, ("*.0.*.o_proj=8",), elsewhere, bits=(5.0,), compile_full=str(tmp_path / "other"))
+    patch(base, (), nothing, bits=(5.0,), undo=True)
+    assert plot.exists()
+    assert not [m for m in messages(nothing, "note") + messages(elsewhere, "note") if "ladder.png" in m]
+    patch(base, ("*.0.*.o_proj=8",), changed, bits=(5.0,))
+    assert not plot.exists()
+    said = next(m for m in messages(changed, "note") if "ladder.png" in m)
+    assert f"evaluation.json is of {out} before this, and ladder.png is removed; again with: exl2ray convert -o" in said
+    summary, _ = run(quiet.model, work, evaluate="auto", **settings)
+    assert plot.exists()
+    assert json.loads((work / "evaluation.json").read_text())["results"][1]["kl"]["value"] == summary.outputs[1].kl
+    run(quiet.model, work, evaluate="never", **{**settings, "head_bits": 8, "reuse": True})
+    assert not plot.exists()

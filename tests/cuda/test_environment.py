@@ -9,9 +9,9 @@ from typing import cast
 
 import pytest
 
-from exl2ray.cuda import _check_environment
 from exl2ray.cuda.backend import Workspace
 from exl2ray.cuda.cpu import CpuGroups
+from exl2ray.environment import check_environment, slow_variables
 from exl2ray.errors import UsageError
 
 WRONG = [
@@ -28,14 +28,23 @@ RIGHT = [
 def test_what_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=f"environment variable {name} is '{value}'") as e:
-        _check_environment()
+        check_environment()
     assert e.value.hint == f"unset {name}"
 
 
 @pytest.mark.parametrize(("name", "value"), RIGHT)
 def test_what_makes_sense_is_taken(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    _check_environment()
+    check_environment()
+
+
+@pytest.mark.parametrize("name", ["NUMBA_DISABLE_JIT", "NUMBA_ENABLE_CUDASIM", "CUDA_LAUNCH_BLOCKING"])
+@pytest.mark.parametrize(("value", "slow"), [("1", True), (" 2", True), ("0", False), ("", False), ("no", False)])
+def test_what_makes_it_crawl(monkeypatch: pytest.MonkeyPatch, name: str, value: str, slow: bool) -> None:
+    for other in ("NUMBA_DISABLE_JIT", "NUMBA_ENABLE_CUDASIM", "CUDA_LAUNCH_BLOCKING"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    assert list(slow_variables()) == [name] * slow
 
 
 def test_whatever_loads_a_kernel_first() -> None:

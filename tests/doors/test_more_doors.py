@@ -29,12 +29,15 @@ from model_folders import (
 )
 from tiny_models import write_text
 
+from exl2ray.errors import UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.source.architecture_name import BY_MODEL_TYPE
 from exl2ray.model.arch import load_spec
 from exl2ray.model.class_defaults import CLASS_DEFAULTS
 from exl2ray.model.hyper import Hyper, loader_config, resolve_hyper
 from exl2ray.model.table import ARCHITECTURES
+from exl2ray.recipe import Recipe
+from exl2ray.recipe_fields import refuse_unexpanded
 from exl2ray.terminal.pasted import missing_folder_hint, usage_hint
 
 Change = Callable[[Path], Any]
@@ -264,6 +267,46 @@ def test_places_that_cannot_be(case: str, folder: Path) -> None:
     arguments, words = PLACES[case]
     run = exl2ray("convert", *arguments, "-b", "4", "--dry-run", cwd=folder.parent, env={"HOME": str(folder.parent)})
     run.ends_with(2, words)
+
+
+UNEXPANDED = [
+    (("status", "~/w"), "WORKDIR ~/w", "give {home}/w"), (("status", "$HOME/w"), "WORKDIR $HOME/w", "give {home}/w"),
+    (("plan", "-i", "{home}", "-o", "~/w"), "-o ~/w", "give {home}/w"),
+    (("plan", "-i", "{home}", "-o", "w", "-cf", "${{HOME}}/o"), "-cf ${{HOME}}/o", "give {home}/o"),
+    (("solve", "-i", "{home}", "-m", "~/m.json"), "-m ~/m.json", "give {home}/m.json"),
+    (("eval", "M", "--text", "~/t.txt"), "--text ~/t.txt", "give {home}/t.txt"),
+    (("tune", "M", "--reference", "$HOME", "-o", "o"), "--reference $HOME", "give {home}"),
+    (("convert", "-i", "{home}", "-o", "C:\\My w", "-b", "4"), "-o C:\\My w: a path of Windows", "in WSL give '/mnt/c/My w'"),
+    (("verify", "d:/models/x"), "d:/models/x: a path of Windows", "in WSL give /mnt/d/models/x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says", "hint"), UNEXPANDED, ids=lambda x: x[0] if isinstance(x, tuple) else "")
+def test_what_the_shell_did_not_expand_becomes_no_folder(
+    arguments: tuple[str, ...], says: str, hint: str, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    given = [a.format(home=home) for a in arguments]
+    run = exl2ray(*given, cwd=tmp_path, env={"HOME": str(home)})
+    run.ends_with(2, says.format(home=home), hint.format(home=home))
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
+def test_what_is_there_under_such_a_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("~", "$HOME", "c:"):
+        (tmp_path / name).mkdir()
+    for path in ("~/w", "$HOME/w", "c:/w", "c:", "a~/b", "w$", "$UNSET/x", "hf://a/$HOME", "{bpw}"):
+        refuse_unexpanded("-o", path)
+
+
+@pytest.mark.parametrize(("path", "why"), [("a\0b", "zero byte"), ("a\ud800", "half a character"), ("x" * 300, "300 bytes")])
+def test_what_no_file_system_takes(path: str, why: str) -> None:
+    for name in ("in_dir", "out_dir", "compile_full", "output_measurement", "measurement"):
+        with pytest.raises(UsageError, match=why):
+            Recipe(**{"in_dir": "m", "out_dir": "w", name: path})
 
 
 def test_hints_for_pasted_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,3 +280,11 @@ def test_a_stop_waits_for_no_samples_that_are_yet_to_begin(
     with pytest.raises(KeyboardInterrupt):
         examine(recipe(tiny, tmp_path))
     assert seen == [True]  # what had begun is over
+
+
+def test_a_variable_that_makes_kernels_crawl_is_a_warning(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    warnings = examine(recipe(tiny, tmp_path)).warnings
+    assert any(w.startswith("NUMBA_DISABLE_JIT=1: kernels are not compiled") for w in warnings)

@@ -17,8 +17,10 @@ from tiny_models import write_model
 from exl2ray.convert import convert, patch
 from exl2ray.errors import Exl2RayError, UsageError
 from exl2ray.events import OutputSummary, Silent
+from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.verify import verify_directory
 from exl2ray.recipe import Recipe
+from exl2ray.report.facts import read_facts
 from exl2ray.store.file_names import is_ours, is_place_of_ours
 from exl2ray.tune import state
 
@@ -79,6 +81,19 @@ def test_every_bitrate_is_tuned_into_its_directory(whole: tuple[Path, tuple[Outp
         assert f"| mean | {output.tuned['before']['mean']:.4f} | {output.tuned['after']['mean']:.4f} |" in card
         assert "--tune 16k" in card
     assert any(o.tuned is not None and o.tuned["kept"] != "nothing" for o in outputs)
+
+
+def test_the_report_is_of_the_tuned_models(whole: tuple[Path, tuple[OutputSummary, ...], Silent]) -> None:
+    root, outputs, _ = whole
+    found = {b.bits: b for b in read_facts(str(root / "work")).bitrates}
+    for output in outputs:
+        tuning, tuned = found[output.bits].tuning, output.tuned
+        assert tuning is not None
+        assert tuned is not None
+        assert (found[output.bits].directory, found[output.bits].file_bytes) == (output.directory, output.file_bytes)
+        assert (tuning.before, tuning.after) == (tuned["before"]["mean"], tuned["after"]["mean"])
+        record = json.loads((root / "work" / "quant" / f"{output.bits}" / "tune.json").read_text())
+        assert record["start"] == Exl2Model(root / "work" / "quant" / f"{output.bits}" / "solved").fingerprint()
 
 
 def test_again_it_computes_and_writes_nothing(

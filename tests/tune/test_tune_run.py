@@ -357,8 +357,8 @@ def test_a_command_that_is_stopped_says_how_it_goes_on(
         ({"--rate": "0"}, 2, "a number between 0 and 1"),
         ({"--text": "/nowhere.txt"}, 2, "--text /nowhere.txt: does not exist"),
         ({"--length": "100000"}, 4, "at least 20 rows of 100000 are needed"),
-        ({"output": "exl2"}, 2, "holds"),
-        ({"output": "source"}, 2, "holds"),
+        ({"output": "exl2"}, 2, "is the model to be tuned itself"),
+        ({"output": "source"}, 2, "is the reference itself"),
     ],
 )
 def test_what_cannot_be_tuned(
@@ -375,7 +375,7 @@ def test_what_cannot_be_tuned(
     run.ends_with(status, words)
     assert "-cf" not in run.err, "a flag of convert"
     if "output" in change:
-        assert f"-o {given['output']}: holds" in run.err
+        assert f"-o {given['output']}: is the" in run.err
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
