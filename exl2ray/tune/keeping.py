@@ -7,6 +7,7 @@ is room, and give up once, after `WAIT_SECONDS`, with the last checkpoint untouc
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -88,8 +89,7 @@ class Keeper:
             except StoreError as e:
                 if self._comm.gather(time.monotonic() >= until)[0]:
                     raise self._given_up(e) from e
-                words = f"what was trained cannot be kept: {e.message}; {_size(self._last_bytes)} are needed there: free some"
-                words += f", it is tried again until {when}"
+                words = f"what was trained cannot be kept: {e.message}; {self._remedy(e)}, it is tried again until {when}"
             else:
                 self.is_done = True
                 self._notes += ["what was trained is kept now"] if words else []
@@ -104,8 +104,14 @@ class Keeper:
                 yield words
 
     def _given_up(self, e: StoreError) -> GaveUpError:
-        hint = f"free {_size(self._last_bytes)} there (or mend what is wrong), and run the same command again: {self.next()}"
+        hint = f"{self._remedy(e)}, and run the same command again: {self.next()}"
         return GaveUpError(f"what was trained cannot be kept: {e.message}", hint)
+
+    def _remedy(self, e: StoreError) -> str:
+        cause = e.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return "make it writable again"
+        return f"{_size(self._last_bytes)} are needed there: free some"
 
     def next(self) -> str:
         """What the next run does, in words."""

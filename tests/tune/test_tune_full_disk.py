@@ -32,7 +32,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tries: list[str] = []
         self.full: Callable[[int, str], bool] = lambda number, name: False
-        self.steps = 0
+        self.steps, self.error = 0, errno.ENOSPC
         put, step = LocalStore.put_parts, training.Trainer.step
 
         def putting(store: LocalStore, rel: str, parts: Sequence[bytes]) -> None:
@@ -40,7 +40,7 @@ class Disk:
                 self.tries += [rel] if rel.endswith("-1.safetensors") else []
                 if rel.endswith("-2.safetensors") and self.full(len(self.tries), rel):  # after some that were written
                     with translated("write", store.full_name(rel)):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                        raise OSError(self.error, os.strerror(self.error))
             put(store, rel, parts)
 
         def stepping(*given: Any) -> Any:
@@ -79,18 +79,22 @@ def test_a_checkpoint_that_cannot_be_made_costs_nothing(
     assert same(tmp_path / "whole", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"), [(errno.ENOSPC, "MB are needed there: free some"), (errno.EROFS, "make it writable again")]
+)
 def test_the_end_of_training_waits_for_room(
-    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: int, remedy: str, pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned(settings(pair, text, tmp_path / "whole", **FEW))
     disk, reporter = Disk(monkeypatch), Silent()
+    disk.error = error
     disk.full = lambda number, name: 8 <= number <= 11
     tune(settings(pair, text, tmp_path / "out", **FEW), torch.device("cpu"), reporter)
     told = messages(reporter)
     waits = [m for m in told if "what was trained cannot be kept" in m]
     assert len(waits) == 1
-    assert "No space left on device" in waits[0]
-    assert "MB are needed there: free some, it is tried again until" in waits[0]
+    assert os.strerror(error) in waits[0]
+    assert f"{remedy}, it is tried again until" in waits[0]
     assert "what was trained is kept now" in told
     assert not any("worker was lost" in m for m in told)
     assert (disk.steps, len(disk.tries)) == (8, 12)
