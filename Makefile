@@ -16,7 +16,7 @@ TORCH_PIP ?=
 VLLM   := .vllm
 OUT    := demo-out
 SPEAK  := speak-out
-TEST_PROCESSES := 2
+TEST_PROCESSES := 3
 
 .PHONY: demo speak test test-cluster test-vllm check lint types quick docs clean
 

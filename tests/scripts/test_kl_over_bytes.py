@@ -42,7 +42,10 @@ def test_draws_are_averaged(tmp_path: Path) -> None:
     assert kl_over_bytes.main(["--output", str(tmp_path / "x.svg")]) == 2
 
 
-@pytest.mark.parametrize(("name", "entry", "count"), [("kl-over-bytes", "", 5), ("kl-over-bytes-gemma", "EXL3 on Gemma", 4)])
+@pytest.mark.parametrize(
+    ("name", "entry", "count"),
+    [("kl-over-bytes", "KL over bytes, fifteen kinds", 5), ("kl-over-bytes-gemma", "EXL3 with fewer bits", 6)],
+)
 def test_the_plots_are_those_of_the_log(tmp_path: Path, name: str, entry: str, count: int) -> None:
     made = tmp_path / "made.svg"
     assert kl_over_bytes.main(["--log", str(ROOT / "docs/log.md"), "--entry", entry, "--output", str(made)]) == 0
