@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from exl2ray.errors import JobMismatchError, StoreError
+from exl2ray.formats.files import file_size
 from exl2ray.quant.group import Comm
 from exl2ray.store.faults import GaveUpError, MissingFileError
 from exl2ray.store.fs import Store
@@ -55,7 +56,7 @@ class Keeper:
         JobMismatchError."""
         begin, problem = time.monotonic(), ""
         if any(self._comm.gather(self._lacks_room())):
-            problem = f"{self._store.root} has no room for a checkpoint of {_size(self._state_bytes)}"
+            problem = f"{self._store.root} has no room for a checkpoint of {file_size(self._state_bytes)}"
         else:
             try:
                 write()
@@ -111,7 +112,7 @@ class Keeper:
         cause = e.__cause__
         if isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return "make it writable again"
-        return f"{_size(self._last_bytes)} are needed there: free some"
+        return f"{file_size(self._last_bytes)} are needed there: free some"
 
     def next(self) -> str:
         """What the next run does, in words."""
@@ -125,6 +126,3 @@ class Keeper:
             return shutil.disk_usage(self._store.root).free < self._state_bytes
         return False
 
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2g} GB" if count >= 1e7 else f"{count / 1e6:.2g} MB"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from exl2ray.errors import NumericError
 from exl2ray.evaluate.forward import Ahead
+from exl2ray.formats.files import file_size
 from exl2ray.quant.group import Comm, Solo
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.store.open import open_store
@@ -218,10 +219,10 @@ class _Tuning:
         for _ in self.modules if homes is not None else ():
             pass  # each is made once, so that all that is trained has its place
         if homes is not None and homes.file_bytes:
-            self.notes.append(f"{homes.file_bytes / 1e9:.2g} GB of what is trained lie in files, for want of main memory")
+            self.notes.append(f"{file_size(homes.file_bytes)} of what is trained lie in files, for want of main memory")
         if self.keeper.patience() > every:
             minutes = self.keeper.patience() / 60
-            self.notes.append(f"checkpoints are of {state_bytes / 1e9:.2g} GB: one about every {minutes:.0f} minutes")
+            self.notes.append(f"checkpoints are of {file_size(state_bytes)}: one about every {minutes:.0f} minutes")
         if self.saved is not None:
             self.notes.append(f"going on from step {self.progress.step}")
         if not self.progress.scores:

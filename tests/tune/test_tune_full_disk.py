@@ -80,7 +80,7 @@ def test_a_checkpoint_that_cannot_be_made_costs_nothing(
 
 
 @pytest.mark.parametrize(
-    ("error", "remedy"), [(errno.ENOSPC, "MB are needed there: free some"), (errno.EROFS, "make it writable again")]
+    ("error", "remedy"), [(errno.ENOSPC, "kB are needed there: free some"), (errno.EROFS, "make it writable again")]
 )
 def test_the_end_of_training_waits_for_room(
     error: int, remedy: str, pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

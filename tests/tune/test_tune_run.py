@@ -182,7 +182,7 @@ def test_large_checkpoints_are_rare_from_the_first_on(
     found = settings(pair, text, tmp_path / "rare", checkpoint_seconds=1e-6, tokens=2048)
     tune(found, torch.device("cpu"), reporter)
     notes = " ".join(fields.get("message", "") for _, fields in reporter.events)
-    assert re.search(r"checkpoints are of .* GB: one about every \d+ minutes", notes)
+    assert re.search(r"checkpoints are of [\d.]+ [kMG]?B: one about every \d+ minutes", notes)
     assert saved == [True]
 
 
