@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -38,7 +39,7 @@ class Kind:
 
     @property
     def tokens(self) -> int:
-        return sum(map(len, self.documents))
+        return _length(self.documents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,25 @@ class Parted:
 
 
 def kinds_of_files(sources: Sequence[Source], tokenizer: ModelTokenizer, tokens: int) -> list[Kind]:
-    """The first ``tokens`` tokens of each source, which is a kind of its own; what comes of it may be less."""
+    """``tokens`` tokens of all sources together, as many of each as far as they have so much text; a source is a kind."""
+    with ExitStack() as stack:
+        data = [stack.enter_context(CalibrationData([s], tokenizer, most_tokens=tokens)) for s in sources]
+        level, found = 0, [list[Ids]() for _ in data]
+        while (missing := tokens - sum(map(_length, found))) > 0:
+            longer = [i for i, documents in enumerate(found) if _length(documents) == level]
+            if not longer:
+                break
+            level += -(-missing // len(longer))
+            for i in longer:
+                found[i] = data[i].documents(level)
     out: dict[str, list[Ids]] = {}
-    for source in sources:
-        with CalibrationData([source], tokenizer, most_tokens=tokens) as data:
-            out.setdefault(source.name, []).extend(data.documents(tokens))
+    for source, documents in zip(sources, found, strict=True):
+        out.setdefault(source.name, []).extend(documents)
     return [Kind(name, documents) for name, documents in out.items()]
+
+
+def _length(documents: Sequence[Ids]) -> int:
+    return sum(map(len, documents))
 
 
 def builtin_kinds(tokenizer: ModelTokenizer, seed: int, least: int | None = None) -> list[Kind]:

@@ -27,6 +27,7 @@ HELD_OUT = 10  # a tenth of every kind
 MOST_HELD_TOKENS = 1 << 17  # beyond, a held-out row says little more
 LEAST_HELD_ROWS = 4
 WATCHED_ROWS = 4  # at most, of each kind of built-in text: a few percent of the time that tuning takes
+PASSES = 4  # of a kind with little text, where others have more: it may come so many times (docs/quality.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +59,19 @@ def tuning_rows(
     held = max(LEAST_HELD_ROWS, min(rows // (HELD_OUT - 1), MOST_HELD_TOKENS // length))
     wanted = (rows + 3 * held) * text  # held-out documents may be longer than what is wanted of them
     files = [s for s in sources if s.files]
-    kinds = kinds_of_files(files, tokenizer, -(-wanted // len(sources))) if files else []
     builtin = not sources or any(s.name == BUILTIN and not s.files for s in sources)
-    kinds += builtin_kinds(tokenizer, seed) if builtin else []
-    kinds += written
+    beside = [*(builtin_kinds(tokenizer, seed) if builtin else []), *written]
+    of_files = max(wanted * len(files) // max(1, len(sources)), wanted - sum(kind.tokens for kind in beside))
+    kinds = [*(kinds_of_files(files, tokenizer, of_files) if files else []), *beside]
     _check_enough(kinds, text, length, flag)
     trained, kept, notes = _in_two(kinds, held, text, seed)
     chosen = _even(trained, rows)
-    if sum(map(len, chosen)) < rows:
-        have = sum(map(len, chosen)) * length
+    if (have := sum(map(len, trained)) * length) < rows * length:
         notes.append(f"the text has {have} tokens to tune on; {tokens} were asked for")
-    beside = [] if builtin else _watched(tokenizer, held, text, vocab_size, seed)
-    ids, held_ids = (torch.from_numpy(np.concatenate(parts)) for parts in (chosen, [*kept, *(x for _, x in beside)]))
+    watched = [] if builtin else _watched(tokenizer, held, text, vocab_size, seed)
+    ids, held_ids = (torch.from_numpy(np.concatenate(parts)) for parts in (chosen, [*kept, *(x for _, x in watched)]))
     names = tuple(kind.name for kind, stack in zip(kinds, kept, strict=True) for _ in stack)
-    names += tuple(name for name, stack in beside for _ in stack)
+    names += tuple(name for name, stack in watched for _ in stack)
     for part_ids, of in ((ids, [k.name for k, stack in zip(kinds, chosen, strict=True) for _ in stack]), (held_ids, names)):
         check_ids(part_ids, vocab_size, tokenizer, of)
     if bos_id is not None:
@@ -85,7 +85,7 @@ def check_text(
     """Raises what `tuning_rows` would for text in files; of each it reads as much as could be enough alone. Other text is
     always enough."""
     files, text = [s for s in sources if s.files], length - (bos_id is not None)
-    kinds = kinds_of_files(files, tokenizer, 2 * HELD_OUT * text) if files else []
+    kinds = kinds_of_files(files, tokenizer, len(files) * 2 * HELD_OUT * text) if files else []
     for kind in kinds:
         rows = torch.from_numpy(_rows(kind.documents, text))
         if len(rows):
@@ -137,11 +137,14 @@ def _rows(documents: Sequence[Ids], length: int) -> Ids:
 
 
 def _even(stacks: Sequence[Ids], most: int) -> list[Ids]:
-    """Rows of each kind, ``most`` in all, as even as their numbers allow."""
+    """Rows of each kind, ``most`` in all, as even as their numbers allow; those of a kind with few come up to `PASSES` times.
+    Where that is not enough all are as they are, and are gone through again and again."""
+    if PASSES * sum(map(len, stacks)) < most:
+        return list(stacks)
     left, out, room = sorted(range(len(stacks)), key=lambda k: len(stacks[k])), list(stacks), most
     for n, k in enumerate(left):
-        share = min(len(stacks[k]), -(-room // (len(left) - n)))
-        out[k] = stacks[k][:share]
+        share = min(PASSES * len(stacks[k]), -(-room // (len(left) - n)))
+        out[k] = stacks[k][np.arange(share) % max(1, len(stacks[k]))]
         room -= share
     return out
 

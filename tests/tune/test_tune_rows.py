@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from tiny_models import write_model
 from exl2ray.calibration.data.sources import local_source
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.formats.hf import SourceModel
-from exl2ray.tune.documents import Kind, builtin_kinds, part
+from exl2ray.tune.documents import Kind, builtin_kinds, kinds_of_files, part
 from exl2ray.tune.judge import WATCHED
-from exl2ray.tune.rows import Batches, tuning_rows
+from exl2ray.tune.rows import PASSES, Batches, tuning_rows
 from exl2ray.tune.settings import Settings
 
 LENGTH = 64
@@ -94,6 +95,40 @@ def test_rows_of_files(model: Path, tmp_path: Path) -> None:
             numbers = {n for n in text.split() if len(n) == 5}
             assert numbers, repr(text)
             assert not numbers & set(trained.split())
+
+
+def numbered(folder: Path, **lines: int) -> list[Any]:
+    """Text files whose lines are all different, so many in each."""
+    for name, count in lines.items():
+        (folder / f"{name}.txt").write_text("\n".join(f"{name} line {i} of {count}" for i in range(count)))
+    return [local_source(str(folder / f"{name}.txt")) for name in lines]
+
+
+def test_what_one_source_lacks_comes_from_the_others(model: Path, tmp_path: Path) -> None:
+    """A half for each of two was read, and the longer one gone through twice where there was more of it."""
+    sources, source = numbered(tmp_path, small=20, large=2000), SourceModel(model)
+    with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
+        small, large = kinds_of_files(sources, tokenizer, 10_000)
+        both = kinds_of_files(sources, tokenizer, 200)
+        all_there_is = kinds_of_files(sources, tokenizer, 10**7)
+    assert small.tokens + large.tokens == 10_000
+    assert small.tokens == all_there_is[0].tokens < 1000, "all of it"
+    assert [kind.tokens for kind in both] == [100, 100]
+    assert 10_000 < all_there_is[1].tokens < 10**6
+
+
+def test_a_kind_with_little_text_comes_several_times(model: Path, tmp_path: Path) -> None:
+    sources, source = numbered(tmp_path, small=100, large=4000), SourceModel(model)
+    with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
+        rows = tuning_rows(sources, tokenizer, 512 * LENGTH, LENGTH, source.config["vocab_size"])
+        few = tuning_rows(sources, tokenizer, 20 * LENGTH, LENGTH, source.config["vocab_size"])
+        decoded = [text_of(tokenizer.process.decode(row)) for row in rows.ids.tolist()]
+    assert rows.ids.shape == (512, LENGTH)
+    times = Counter(text for text in decoded if "small" in text)
+    assert set(times.values()) == {PASSES}
+    assert set(Counter(text for text in decoded if "large" in text).values()) == {1}, "nothing else does"
+    assert len({tuple(row) for row in few.ids.tolist()}) == len(few.ids), "nor what there is enough of"
+    assert not any("were asked for" in note for note in rows.notes)
 
 
 def test_the_builtin_text_by_kind(model: Path) -> None:
