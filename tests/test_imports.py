@@ -41,7 +41,7 @@ ONLY_IN = {
 EXTERNAL_OF_CUDA = {"llvmlite", "numba", "numpy", "torch"}  # llvmlite: the code generator of numba
 # What a weight may meet knows nothing of what plans, shows, publishes and submits: they may be left out of a copy.
 COMPANIONS = (
-    "cli", "cli_models", "commands", "doctor", "plan", "publish", "report", "submit",
+    "__main__", "cli", "cli_models", "commands", "doctor", "plan", "publish", "report", "submit",
 )  # fmt: skip
 STILL_USED = {  # companions that the core imports all the same: to be moved, not to be added to
     "afterwards": {"publish.card", "report.ladder"},

@@ -32,6 +32,12 @@ def test_help_of_every_command(run, command):
     assert "--help" in result.stdout
 
 
+def test_the_program_as_a_module():
+    """``python -m exl2ray``, for those whose PATH does not have the folder of programs."""
+    found = subprocess.run([sys.executable, "-m", "exl2ray", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout == f"exl2ray {__version__}\n"
+
+
 def test_help_lists_the_commands_with_whole_sentences(run):
     for args in ([], ["--help"]):
         result = run(*args)
