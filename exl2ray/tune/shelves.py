@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar, overload
 
@@ -23,6 +22,7 @@ from exl2ray.store.fs import temp_name
 from exl2ray.tune.module import TunedModule
 
 T = TypeVar("T")
+BLOCK = 1 << 29  # numbers in a block of memory at most: 2 GiB, a dozen matrices of a 7B model
 NOW, LATENTS = "now/", ".latents"  # begin and end the names of latents in `TunedModule.state`
 
 
@@ -69,6 +69,7 @@ class Homes:
         self._folder, self._room = folder, memory_bytes
         self._states: dict[str, dict[str, Tensor]] = {}
         self._others: dict[str, dict[str, Tensor]] = {}
+        self._block, self._largest = torch.empty(0), 0
         self.file_bytes = 0
 
     def __contains__(self, key: str) -> bool:
@@ -111,15 +112,22 @@ class Homes:
         return {n[len(NOW) : -len(LATENTS)]: t for n, t in self._states[key].items() if _is_latent(n)}
 
     def _allocated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        shapes = {name: tuple(t.shape) for name, t in state.items()}
-        count = sum(prod(shape) for shape in shapes.values())
-        whole = self._memory(count) if 4 * count <= self._room else self._mapped(count)
-        parts = torch.split(whole, [prod(shape) for shape in shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return {name: self._place(t.numel()).view(t.shape) for name, t in state.items()}
 
-    def _memory(self, count: int) -> Tensor:
-        self._room -= 4 * count
-        return torch.empty(count, pin_memory=torch.cuda.is_available())
+    def _place(self, count: int) -> Tensor:
+        """Room for ``count`` numbers, in the block in hand, in a new one or in a file."""
+        if count > len(self._block):
+            size = next((n for n in (self._next_block(count), _power_of_two(count)) if 4 * n <= self._room), 0)
+            if not size:
+                return self._mapped(count)
+            self._room -= 4 * size
+            self._block, self._largest = torch.empty(size, pin_memory=torch.cuda.is_available()), size
+        found, self._block = self._block[:count], self._block[count:]
+        return found
+
+    def _next_block(self, count: int) -> int:
+        """Numbers in the next one: torch rounds page-locked memory up to powers of two, and what is larger wastes less."""
+        return max(_power_of_two(count), min(2 * self._largest, BLOCK))
 
     def _mapped(self, count: int) -> Tensor:
         self.file_bytes += 4 * count
@@ -137,6 +145,10 @@ class Homes:
                 yield file
             finally:
                 path.unlink()
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
 
 
 def _is_latent(name: str) -> bool:
