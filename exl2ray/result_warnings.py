@@ -16,6 +16,7 @@ from exl2ray.formats.measurement import Measurement
 from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.store.records import Record
 from exl2ray.store.workdir import WorkDir
+from exl2ray.wording import some
 
 HIGH_PERPLEXITY, BROKEN_PERPLEXITY, BROKEN_RATIO = 30.0, 1000.0, 10.0
 # Of the perplexity that frequencies of tokens have on the built-in rows, a language model that works has 2 to 4 %
@@ -101,10 +102,9 @@ def insensitive_warning(names: Sequence[str], count: int) -> list[str]:
     """``names``: linears, of ``count``, whose error has no effect on the model by the measurement."""
     if not names:
         return []
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return [
         f"the measurement says that {len(names)} of {count} linears have no effect on the model (sensitivity 0), so they get "
-        f"the fewest bits: {shown}; unless they are empty, it is wrong: measure again without -m"
+        f"the fewest bits: {some(names, 5)}; unless they are empty, it is wrong: measure again without -m"
     ]
 
 

@@ -13,8 +13,9 @@ from exl2ray.plan.compose import Report, Wishes, compose
 from exl2ray.plan.fit import Fit
 from exl2ray.plan.sizes import OutputSize
 from exl2ray.recipe import Recipe
-from exl2ray.terminal.console import clean, duration, file_size, is_terminal, plural
+from exl2ray.terminal.console import clean, is_terminal
 from exl2ray.terminal.live import show_table
+from exl2ray.wording import duration, file_size, plural
 
 SHOWN_PROBLEMS = 30  # of one topic; --json has all
 WIDEST = 110  # of running text

@@ -41,7 +41,8 @@ from exl2ray.report.ladder import plot_ladder
 from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
-from exl2ray.terminal.console import clean, file_size, plural, text_table
+from exl2ray.terminal.console import clean, text_table
+from exl2ray.wording import file_size, plural, some
 
 if TYPE_CHECKING:
     from exl2ray.publish.upload import Branch, Hub
@@ -219,9 +220,8 @@ def _stale(hub: Hub, branch: Branch, folder: Folder) -> list[str]:
     others = [name for name in branch.files if name not in folder.files and "/" not in name and WEIGHTS.fullmatch(name)]
     foreign = [name for name in others if not OUTPUT_NAME.fullmatch(name)]
     if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UsageError(
-            f"{hub.repo}, branch {branch.name}: holds weights of another model: {foreign[0]}{more}",
+            f"{hub.repo}, branch {branch.name}: holds weights of another model: {some(foreign, 1)}",
             "publish to a repository or branch of its own",
         )
     return others

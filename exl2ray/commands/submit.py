@@ -15,7 +15,8 @@ from exl2ray.errors import UsageError
 from exl2ray.recipe import SETTINGS
 from exl2ray.submit import submission as jobs
 from exl2ray.submit.jobs import Cluster, JobState
-from exl2ray.terminal.console import clean, duration, json_line, reserved_stdout
+from exl2ray.terminal.console import clean, json_line, reserved_stdout
+from exl2ray.wording import duration
 
 ITEM = re.compile(r"\[[^\]]{1,40}\] \d+/\d+  ")  # a line of `exl2ray.terminal.console.Plain` about an item
 

@@ -14,7 +14,7 @@ from exl2ray.evaluate.forward import open_model
 from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import is_remote, redacted
-from exl2ray.terminal.console import clean, duration, file_size
+from exl2ray.terminal.console import clean
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.memory import weights_of
@@ -23,6 +23,7 @@ from exl2ray.tune.run import Tuned, tune
 from exl2ray.tune.settings import Settings
 from exl2ray.tuning import place_of_tuning
 from exl2ray.units import parse_count
+from exl2ray.wording import duration, file_size
 
 
 def run(

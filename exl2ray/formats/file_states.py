@@ -146,8 +146,3 @@ def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
     return digest.hexdigest()
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of them, for messages."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

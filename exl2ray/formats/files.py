@@ -19,15 +19,6 @@ from exl2ray.formats.regular import file_kind, open_regular
 REPLACED_BYTES = 32 << 20  # of a file that are looked at before another one takes its place; as many as a measurement has
 
 
-def file_size(size_bytes: float, digits: int = 3) -> str:
-    """``812 B``, ``4.7 MB``, ``13.1 GB``: decimal units, as disks and model hubs count."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        count = size_bytes / power
-        if count >= 0.9995:
-            return f"{count:.{digits}g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
-    return f"{size_bytes:.0f} B"
-
-
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's content, read in pieces. Raises OSError."""
     digest = hashlib.sha256()

@@ -26,6 +26,7 @@ from exl2ray.formats.source import architecture_name, dequantise, model_shards, 
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import TensorFile, TensorInfo, open_files, read_tensor
+from exl2ray.wording import some
 
 SAMPLE_BYTES = 1024  # bytes per content sample of a tensor
 SAMPLES = 8  # samples per tensor
@@ -64,8 +65,8 @@ class SourceModel:
         own, notes = model_shards.own_files(weight_files(self.path, self.error))
         files = open_files(own, self.error)
         if not any(f.tensors for f in files.values()):
-            names = ", ".join(sorted(files)[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-            raise self.error(f"{self.path}: {names}: no tensor in there", "saved without its weights? fetch or save it again")
+            text = f"{self.path}: {some(sorted(files))}: no tensor in there"
+            raise self.error(text, "saved without its weights? fetch or save it again")
         index = model_shards.read_index(self.path, self.error)
         table, kept, copies = model_shards.merged(files, index, self.error)
         self.files = {name: files[name] for name in kept}

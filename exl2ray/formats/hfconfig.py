@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import Exl2RayError, SourceError
-from exl2ray.formats.json_file import LIMITS, read_json_object, shown
+from exl2ray.formats.json_file import LIMITS, read_json_object
+from exl2ray.wording import shown
 
 BROKEN = "config.json is broken; fetch it again"  # the hint where a value is none that a model could have
 

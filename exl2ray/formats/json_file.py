@@ -142,12 +142,6 @@ def parse_json_object(
     return obj
 
 
-def shown(value: Any) -> str:
-    """A value as it may stand in a message: cut, without control characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 # ---- what it is that is not JSON ----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from exl2ray.beneath import existing_parent
 from exl2ray.errors import StoreError
-from exl2ray.formats.files import file_size
 from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
@@ -19,6 +18,7 @@ from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.remote.source import cached_bytes
 from exl2ray.store.file_names import quant_kind
 from exl2ray.tune.estimate import a_module_at_a_time
+from exl2ray.wording import file_size
 
 FILE_BYTES = 4096  # of a record, and of the header of a file of packed tensors: more than most take
 CHECKPOINT_BYTES = 13  # a weight, of a tuning: latent and moments in float32, the best integers so far

@@ -31,7 +31,6 @@ from exl2ray.evaluate.tokens import load_tokens
 from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
-from exl2ray.formats.json_file import shown
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.measurement import Measurement, check_against, read_measurement
@@ -59,6 +58,7 @@ from exl2ray.targets import check_output
 from exl2ray.terminal.pasted import missing_folder
 from exl2ray.timeline import step
 from exl2ray.tune.memory import check_memory
+from exl2ray.wording import shown, some
 
 BUILTIN_ROWS = tuple(sum(getattr(s, plan) for s in ROW_SETS) for plan in ("measure", "quantize"))
 UNKNOWN_TENSORS = 4096  # whose values are looked at in a model of which no architecture is known
@@ -213,9 +213,8 @@ def _examine_side_files(found: Examination, recipe: Recipe) -> None:
         found.add("source", [link_error(source.path, name, real) for name, real in copied.items()])
     weights = outside_links(source.path, source.files)
     if weights:
-        name, real = next(iter(weights.items()))
-        more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
-        found.warnings.append(f"weights are links out of the model's folder: {name} to {real}{more}")
+        links = some([f"{name} to {real}" for name, real in weights.items()], 1)
+        found.warnings.append(f"weights are links out of the model's folder: {links}")
 
 
 def _broken_files(directory: Path) -> list[Exl2RayError]:

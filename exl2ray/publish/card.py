@@ -32,7 +32,7 @@ from exl2ray.publish.base_model import (
 )
 from exl2ray.publish.frontmatter import Value, write_block
 from exl2ray.recipe import Recipe, bpw_name
-from exl2ray.terminal.console import file_size
+from exl2ray.wording import file_size
 
 TAGS = ("exl2", "exllamav2", "quantized")
 PROGRAM = "exl2ray"  # quantized_by, until somebody publishes the model

@@ -17,8 +17,8 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
 from exl2ray.formats.elsewhere import named
-from exl2ray.formats.files import file_size as file_size
 from exl2ray.store.pace import Pace
+from exl2ray.wording import duration, file_size, plural
 
 Clock = Callable[[], float]
 
@@ -121,21 +121,6 @@ def clean_lines(text: str) -> str:
     return "\n".join(map(clean, text.split("\n")))
 
 
-def duration(seconds: float) -> str:
-    """``0.04 s``, ``1.4 s``, ``12 s``, ``1 min 02 s``, ``3 h 07 min``."""
-    if seconds < 0.1:
-        return f"{seconds:.1g} s"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def job_lines(f: Mapping[str, Any]) -> list[str]:
     """The fields of a "start" event in words, one line or two."""
     bits = ", ".join(f"{b:g}" for b in f.get("bits", ()))
@@ -170,11 +155,6 @@ def done_text(f: Mapping[str, Any]) -> str:
     """The last line of a conversion, from the fields of "done"."""
     count = len(f.get("warnings") or ())
     return f"done in {duration(f['seconds'])}" + (f", with {plural(count, 'warning')}: read above" if count else "")
-
-
-def plural(count: int, noun: str) -> str:
-    """A count with its noun: ``1 file``, ``3 files``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -13,10 +13,11 @@ from click.core import ParameterSource
 
 from exl2ray.errors import PERMISSIONS, StoreError, UsageError
 from exl2ray.recipe import RUN, SECTIONS, SETTINGS, Recipe
-from exl2ray.recipe_fields import fits, refuse_address, refuse_unexpanded, refuse_unfit, shown, wanted
+from exl2ray.recipe_fields import fits, refuse_address, refuse_unexpanded, refuse_unfit, wanted
 from exl2ray.remote.address import is_remote, parse
 from exl2ray.terminal.pasted import missing_folder
 from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out
+from exl2ray.wording import shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from exl2ray.errors import NumericError
 from exl2ray.evaluate.forward import Ahead
-from exl2ray.formats.files import file_size
 from exl2ray.quant.group import Comm, Solo
 from exl2ray.store.nonce import verify_nonce
 from exl2ray.store.open import open_store
@@ -39,6 +38,7 @@ from exl2ray.tune.rows import Batches
 from exl2ray.tune.settings import RATE, Settings
 from exl2ray.tune.shelves import Homes, Shelf
 from exl2ray.tune.training import Rates, Trainer, schedule
+from exl2ray.wording import file_size
 
 EVALUATIONS = 8
 PIECES = 50  # of a tuning, each told when it is done
