@@ -65,7 +65,7 @@ def disk_needs(recipe: Recipe, spec: ModelSpec, sizes: Sequence[OutputSize], row
             linked = recipe.tune is None and _on_one_disk(recipe.out_dir, directory)
             outputs.append(_need(f"output {bpw_name(size.bits)}", directory, *_output(recipe, directory, size, linked)))
         if recipe.tune is not None:
-            most += STATE_COPIES * CHECKPOINT_BYTES * sum(x.in_features * x.out_features for x in spec.linears)
+            most += STATE_COPIES * CHECKPOINT_BYTES * spec.weights
             most += a_module_at_a_time(spec, 1, usable_memory_bytes()).file_bytes
             least, most = least + side_bytes(recipe.in_dir), most + side_bytes(recipe.in_dir)
     most += cached_bytes(recipe.in_dir)

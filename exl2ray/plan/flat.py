@@ -65,14 +65,8 @@ def needed_parts(spec: ModelSpec) -> list[Part]:
         for plain in module.plain:
             if not plain.role.endswith(".bias"):
                 norm = plain.role.endswith("norm")
-                out[Part(plain.stored, where, _zero(spec, plain.role) if norm else None)] = None
+                out[Part(plain.stored, where, -spec.arch.norm_offset(plain.role) if norm else None)] = None
     return list(out)
-
-
-def _zero(spec: ModelSpec, role: str) -> float:
-    """The stored weight of a norm that multiplies with 0."""
-    head = spec.arch.head_norm
-    return -(head.offset if head is not None and role in ("q_norm", "k_norm") else spec.arch.norm.offset)
 
 
 def flat_parts(source: SourceModel, parts: Sequence[Part], seed: int = 0) -> list[Flat]:

@@ -279,7 +279,7 @@ def _measurement(recipe: Recipe, spec: ModelSpec | None) -> Measurement:
 
 def check_rotation(measurement: Measurement, spec: ModelSpec, path: str) -> None:
     """UsageError unless the measured model is rotated like the one that is to be quantised: their linears differ."""
-    wanted = None if spec.rotation is None else spec.rotation.identity()
+    wanted = spec.rotation_entry.get("rotation")
     if measurement.rotation == wanted:
         return
     if measurement.rotation is None:

@@ -31,7 +31,7 @@ from exl2ray.tune import inputs, judge, state
 from exl2ray.tune.deciding import decided
 from exl2ray.tune.evaluating import Evaluator
 from exl2ray.tune.keeping import Keeper
-from exl2ray.tune.memory import SNAPSHOT_BYTES, TRAINED_BYTES, room_for, weights_of
+from exl2ray.tune.memory import SNAPSHOT_BYTES, TRAINED_BYTES, room_for
 from exl2ray.tune.module import TunedModule
 from exl2ray.tune.opening import load_source, load_tuned
 from exl2ray.tune.rows import Batches
@@ -211,7 +211,7 @@ class _Tuning:
         size = self.settings.rows_of_a_step(len(self.ids))
         self._copies = HostCopies(self.device) if self.device.type == "cuda" else None
         self.order = Batches(len(self.ids), size, self.part.steps, self.settings.seed)
-        weights, last = weights_of(self.pair.start.spec), self.saved.progress.step if self.saved is not None else None
+        weights, last = self.pair.start.spec.weights, self.saved.progress.step if self.saved is not None else None
         state_bytes, every = weights * (TRAINED_BYTES + SNAPSHOT_BYTES), self.settings.checkpoint_seconds
         self.keeper = Keeper(self.store, comm, self.notes, every, state_bytes, weights * SNAPSHOT_BYTES, last)
         attention, place = "fused" if self.trainer.fused else "plain", "a module at a time" if homes else "as a whole"
