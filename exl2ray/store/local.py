@@ -6,7 +6,6 @@ Names are reached as `exl2ray.beneath` does it: through no link, whoever put it 
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -129,16 +128,16 @@ class LocalStore(Store):
         return []
 
     def irregular(self, prefixes: Iterable[str]) -> Names:
-        names: Names = []
-        with translated("list", self.root), suppress(FileNotFoundError):
-            with beneath.folder(self._real_root(), listed=True) as folder:
-                top = beneath.listed(folder, "")
-            names += top.others
-            for prefix in prefixes:
-                if prefix in top.folders:
-                    for found in beneath.walk(self._real_root(), [prefix]):
-                        names += [found.path(n) for n in found.others]
-        return sorted(names)
+        with translated("list", self.root):
+            return sorted(found.path(n) for found in self._listings(prefixes) for n in found.others)
+
+    def _listings(self, prefixes: Iterable[str]) -> Iterator[beneath.Listing]:
+        """The root, then all folders at and below those of ``prefixes`` that are there; each open while it is in hand."""
+        with suppress(FileNotFoundError), beneath.folder(self._real_root(), listed=True) as folder:
+            top = beneath.listed(folder, "")
+            yield top
+            for prefix in (p for p in prefixes if p in top.folders):
+                yield from beneath.walk(self._real_root(), [prefix])
 
     def delete(self, rel: str) -> None:
         with translated("delete", str(self._path(rel))), suppress(FileNotFoundError):
@@ -185,16 +184,8 @@ class LocalStore(Store):
             return []
 
     def sweep(self, prefixes: Iterable[str]) -> Names:
-        stale: Names = []
-        with translated("delete", self.root), suppress(FileNotFoundError):
-            with beneath.folder(self._real_root(), listed=True) as folder:
-                top = beneath.listed(folder, "")
-                stale += _unlink_temporary(top)
-            for prefix in prefixes:
-                if prefix in top.folders:
-                    for found in beneath.walk(self._real_root(), [prefix]):
-                        stale += _unlink_temporary(found)
-        return stale
+        with translated("delete", self.root):
+            return [name for found in self._listings(prefixes) for name in _unlink_temporary(found)]
 
     def flush(self) -> None:
         """Nothing is collected: every line is written at once."""
@@ -210,10 +201,6 @@ class LocalStore(Store):
                         _remove_empty(found.handle, name)
                 with beneath.folder(root) as folder:
                     _remove_empty(folder, prefix)
-
-    def disk_free(self) -> int:
-        with translated("read", self.root):
-            return shutil.disk_usage(self.root).free
 
 
 def _write_all(fd: int, data: bytes | memoryview) -> None:

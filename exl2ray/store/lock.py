@@ -43,6 +43,9 @@ class LockTiming:
     settle: float = 1.0
 
 
+DEFAULT_TIMING = LockTiming()
+
+
 @dataclass(frozen=True)
 class Holder:
     """Content of a lock file: ``since`` in seconds since 1970, ``token`` unique to one acquisition, ``kernel``: whether the
@@ -126,8 +129,8 @@ def heartbeat_age(store: Store, clock: Callable[[], float] = time.time) -> float
     return None if holder is not None and holder.kernel else max(0.0, clock() - written)
 
 
-def is_held(store: Store, timing: LockTiming | None = None, clock: Callable[[], float] = time.time) -> bool:
-    """Whether a driver is at work. Writes nothing, unless ``clock`` does."""
+def is_held(store: Store, timing: LockTiming = DEFAULT_TIMING) -> bool:
+    """Whether a driver is at work. Writes nothing, so the age of a lock is told by this machine's clock."""
     if not store.exists(LOCK_FILE):
         return False
     with suppress(MissingFileError):
@@ -139,7 +142,7 @@ def is_held(store: Store, timing: LockTiming | None = None, clock: Callable[[], 
             finally:
                 os.close(handle)
     try:
-        return _is_fresh(store, store.get(LOCK_FILE), timing or LockTiming(), clock)
+        return _is_fresh(store, store.get(LOCK_FILE), timing, time.time)
     except MissingFileError:
         return False
 
@@ -153,10 +156,10 @@ def _is_fresh(store: Store, data: bytes, timing: LockTiming, clock: Callable[[],
     return age is not None and age <= timing.stale
 
 
-def check_lock(store: Store, timing: LockTiming | None = None) -> None:
-    """StoreError if another driver has the lock now. Writes nothing, so the age of a lock is told by this machine's clock."""
-    if is_held(store, timing):
-        raise _in_use(store, read_holder(store), timing or LockTiming())
+def check_lock(store: Store) -> None:
+    """StoreError if another driver has the lock now, as `is_held` tells."""
+    if is_held(store):
+        raise _in_use(store, read_holder(store), DEFAULT_TIMING)
 
 
 def _in_use(store: Store, holder: Holder | None, timing: LockTiming) -> StoreError:
@@ -172,10 +175,10 @@ class DriverLock:
     """Held from ``acquire`` to ``release``. ``on_beat`` is called where the lock has to be written again, each time."""
 
     def __init__(
-        self, store: Store, timing: LockTiming | None = None, on_beat: Callable[[], None] = lambda: None
+        self, store: Store, timing: LockTiming = DEFAULT_TIMING, on_beat: Callable[[], None] = lambda: None
     ) -> None:
         self.store = store
-        self.timing = timing or LockTiming()
+        self.timing = timing
         self.taken_over: Holder | None = None  # the dead driver whose lock was replaced
         self._on_beat = on_beat
         self._mine = Holder.here()

@@ -30,11 +30,10 @@ from exl2ray.store.job_file import (
     normalise,
     stored_id,
 )
-from exl2ray.store.lock import LOCK_FILE, DriverLock, LockTiming, check_lock
+from exl2ray.store.lock import DEFAULT_TIMING, LOCK_FILE, DriverLock, LockTiming, check_lock
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
-from exl2ray.store.status import WorkStatus, read_status
 from exl2ray.wording import some
 
 REUSABLE = frozenset({"quantize", "output"})  # sections whose change leaves the measurement valid
@@ -70,7 +69,7 @@ class WorkDir:
         versions: Mapping[str, str],
         allow_changed: Collection[str] = (),
         flags: Mapping[str, str] | None = None,
-        timing: LockTiming | None = None,
+        timing: LockTiming = DEFAULT_TIMING,
         begin: Callable[[], None] = lambda: None,
     ) -> WorkDir:
         """Open ``root`` for ``job`` (sections as in ``job.py``).
@@ -160,15 +159,6 @@ class WorkDir:
         rel, token = write_nonce(self.store, self._versions)
         self._nonces.append(rel)
         return rel, token
-
-    def disk_free(self) -> int | None:
-        """Bytes free under the directory; None on object stores."""
-        return self.store.disk_free()
-
-    def status(self) -> WorkStatus:
-        """As ``read_status``, which needs no lock."""
-        self.store.flush()
-        return read_status(self.store.root)
 
     def close(self) -> None:
         """Write out events, remove nonces, release the lock. Twice is once."""
