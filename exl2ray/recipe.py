@@ -264,6 +264,11 @@ class Recipe:
         return given if isinstance(given, tuple) else self.calibration_data if given is None else (given,)
 
     @property
+    def cluster(self) -> str | None:
+        """Address of the Ray to attach to, as --ray-address or the environment says; None: nobody names one."""
+        return self.ray_address or os.environ.get("RAY_ADDRESS") or None
+
+    @property
     def shard_bytes(self) -> int:
         """Largest size of an output file in bytes; 0 for a single one."""
         return int(self.shard_size * 2**20)

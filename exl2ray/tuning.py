@@ -71,7 +71,7 @@ def place_of_tuning(recipe: Recipe, device: torch.device, weights: int) -> Where
 
     executor = pick_executor(recipe, device)
     if executor == "ray" and device.type == "cuda" and recipe.gpus is None and weights < SMALL_WEIGHTS:
-        remote = recipe.executor == "ray" or recipe.ray_address or os.environ.get("RAY_ADDRESS")
+        remote = recipe.executor == "ray" or recipe.cluster is not None
         return Where("ray", 1, recipe.ray_address) if remote else Where()
     return Where(executor, recipe.gpus, recipe.ray_address)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from exl2ray.beneath import FILE_MODE, fsync_handle
+from exl2ray.beneath import FILE_MODE, closing, fsync_handle
 from exl2ray.errors import StoreError
 from exl2ray.formats.regular import file_kind, open_regular
 
@@ -70,16 +70,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     hint when the disk is full or the directory not writable.
     """
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with closing(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+            with replacing(folder, path.name, f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") as f:
+                yield f
     except OSError as e:
         raise write_error(path, e) from e
-    try:
-        with replacing(folder, path.name, f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") as f:
-            yield f
-    except OSError as e:
-        raise write_error(path, e) from e
-    finally:
-        os.close(folder)
 
 
 @contextmanager

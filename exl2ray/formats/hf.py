@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import torch
 
-from exl2ray.errors import PERMISSIONS, Exl2RayError, SourceError, reading_hint
+from exl2ray.errors import Exl2RayError, SourceError, not_permitted, reading_hint, unreadable
 from exl2ray.formats.elsewhere import NEAR_BYTES, THREADS, mount_at, open_binary, remote_file
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.source import architecture_name, dequantise, model_shards, quantised, wrapped_names
@@ -216,12 +216,9 @@ def weight_files(directory: Path, error: type[Exl2RayError] = SourceError) -> li
 
 
 def _refuse_shard(path: Path, error: type[Exl2RayError]) -> NoReturn:
-    try:
-        os.stat(path)
-    except PermissionError as e:  # a link to where this user may not look
-        raise error(f"{path}: cannot be read: {e.strerror}", PERMISSIONS) from e
-    except OSError:
-        pass
+    denied = not_permitted(path)
+    if denied is not None:  # a link to where this user may not look
+        raise unreadable(error, path, denied) from denied
     raise error(f"{path}: not a regular file (a dangling link?)", "fetch the shard again")
 
 
@@ -251,8 +248,7 @@ def _content_samples(info: TensorInfo, error: type[Exl2RayError]) -> bytes:
                 f.seek(info.begin + p)
                 out.append(f.read(size))
     except OSError as e:
-        where = f"{info.file}: tensor {info.name!r}"
-        raise error(f"{where}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
+        raise unreadable(error, f"{info.file}: tensor {info.name!r}", e) from e
     if any(len(s) != size for s in out):
         raise error(f"{info.file}: tensor {info.name!r}: the file ends early; it was longer when opened")
     return b"".join(out)

@@ -199,9 +199,11 @@ def config_value(config: Mapping[str, Any], *keys: str) -> Any:
 
     The lookup rule of architectures section 4.
     """
+    found = (level[key] for level in levels(config) for key in keys if level.get(key) is not None)
+    return next(found, None)
+
+
+def levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config, and its part for text where it has one."""
     text = config.get("text_config")
-    for level in (config, text if isinstance(text, Mapping) else {}):
-        for key in keys:
-            if level.get(key) is not None:
-                return level[key]
-    return None
+    return [config, text] if isinstance(text, Mapping) else [config]

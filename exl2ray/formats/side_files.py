@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exl2ray.beneath import make_directories
-from exl2ray.errors import PERMISSIONS, SourceError, reading_hint
+from exl2ray.errors import PERMISSIONS, SourceError, unreadable
 from exl2ray.formats.file_states import FileState, file_states, with_hashes
 from exl2ray.formats.files import atomic_file, write_error
 from exl2ray.formats.json_file import LFS_POINTER, LIMITS, MIB
@@ -227,7 +227,6 @@ def _pieces(path: Path, size: int) -> Iterator[bytes]:
                     break
                 yield piece
     except OSError as e:
-        hint = reading_hint(e, "was the model changed meanwhile?")
-        raise SourceError(f"{path}: cannot be read: {e.strerror or e}", hint) from e
+        raise unreadable(SourceError, path, e, "was the model changed meanwhile?") from e
     if left:
         raise SourceError(f"{path}: was written to while it was copied", "run the same command again")

@@ -82,8 +82,7 @@ class LocalStore(Store):
 
         Raises OSError; without a trace where the file system has no hard links, or is another one.
         """
-        target = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with beneath.closing(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as target:
             with self._folder_of(rel) as (folder, own):
                 with suppress(FileNotFoundError):  # renaming a name of a file to another of its names would do nothing
                     there = os.stat(name, dir_fd=target, follow_symlinks=False)
@@ -91,8 +90,6 @@ class LocalStore(Store):
                         return
                 os.link(own, temporary, src_dir_fd=folder, dst_dir_fd=target, follow_symlinks=False)
             os.replace(temporary, name, src_dir_fd=target, dst_dir_fd=target)
-        finally:
-            os.close(target)
 
     def get(self, rel: str) -> bytes:
         with translated("read", str(self._path(rel))), self.reader(rel) as f:
@@ -161,16 +158,13 @@ class LocalStore(Store):
     def append_line(self, rel: str, line: str) -> None:
         path = self._path(rel)
         with translated("write", str(path)), self._folder_of(rel, create=True) as (folder, name):
-            fd = beneath.open_file(folder, name, path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            try:
+            with beneath.closing(beneath.open_file(folder, name, path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as fd:
                 if os.fstat(fd).st_nlink > 1:
                     raise beneath.IrregularFileError(
                         f"{path} is known under other names too (hard links): a line would be added there as well",
                         f"move it away; a copy of the work directory should not share it (cp -r, not cp -l): {path}",
                     )
                 _write_all(fd, line.encode() + b"\n")
-            finally:
-                os.close(fd)
 
     def read_lines(self, rel: str) -> Names:
         """The lines; of a file beyond all measure those at its end."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from exl2ray.beneath import open_locked, try_flock
+from exl2ray.beneath import closing, open_locked, try_flock
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError, translated
 from exl2ray.store.fs import Store
@@ -136,11 +136,9 @@ def is_held(store: Store, timing: LockTiming = DEFAULT_TIMING) -> bool:
     with suppress(MissingFileError):
         handle = store.descriptor(LOCK_FILE)
         if handle is not None:
-            try:
+            with closing(handle):
                 if try_flock(handle, shared=True) is None:
                     return True
-            finally:
-                os.close(handle)
     try:
         return _is_fresh(store, store.get(LOCK_FILE), timing, time.time)
     except MissingFileError:
@@ -222,17 +220,15 @@ class DriverLock:
         if _is_fresh(self.store, data, self.timing, self.store.clock):
             raise _in_use(self.store, Holder.from_bytes(data), self.timing)
         self._mine, self.taken_over = replace(self._mine, kernel=True), Holder.from_bytes(data)
-        writable = self._opened(os.O_RDWR)
-        try:
-            if not os.path.samestat(os.fstat(handle), os.fstat(writable)):
-                return False
-            os.ftruncate(writable, 0)
-            os.pwrite(writable, self._mine.to_bytes(), 0)
-        except OSError:
-            self.store.delete(LOCK_FILE)
-            raise
-        finally:
-            os.close(writable)
+        with closing(self._opened(os.O_RDWR)) as writable:
+            try:
+                if not os.path.samestat(os.fstat(handle), os.fstat(writable)):
+                    return False
+                os.ftruncate(writable, 0)
+                os.pwrite(writable, self._mine.to_bytes(), 0)
+            except OSError:
+                self.store.delete(LOCK_FILE)
+                raise
         return True
 
     def _opened(self, flags: int) -> int:
@@ -272,11 +268,9 @@ class DriverLock:
             return
         handle, self._handle = self._handle, None
         if handle is not None:
-            try:
+            with closing(handle):
                 if self._is_lock_file(handle):  # removed while it is locked: who opened it meanwhile sees that it is gone
                     self.store.delete(LOCK_FILE)
-            finally:
-                os.close(handle)
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
@@ -286,13 +280,10 @@ class DriverLock:
 
     def _is_lock_file(self, handle: int) -> bool:
         try:
-            now = self._opened(os.O_RDONLY)
+            with closing(self._opened(os.O_RDONLY)) as now:
+                return os.path.samestat(os.fstat(handle), os.fstat(now))
         except MissingFileError:
             return False
-        try:
-            return os.path.samestat(os.fstat(handle), os.fstat(now))
-        finally:
-            os.close(now)
 
     def _lose(self, holder: Holder | None) -> None:
         self._lost = f"the lock of this driver was {f'taken over by {holder}' if holder else 'removed'}"
