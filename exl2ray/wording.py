@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,11 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def perplexity(value: float | None) -> str:
+    """As messages and tables have it; None: it is no number."""
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def plural(count: int, noun: str) -> str:

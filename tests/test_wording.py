@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from exl2ray.wording import duration, file_size, plural, shown, some, some_lines
+from exl2ray.wording import duration, file_size, perplexity, plural, shown, some, some_lines
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,10 @@ def test_some_of_many():
     assert some([]) == ""
     assert some_lines(["a", "b", "c"], 2) == ["a", "b", "and 1 more"]
     assert some_lines(["a", "b"], 2) == ["a", "b"]
+
+
+def test_perplexities():
+    assert [perplexity(v) for v in (7.5, 12345.6, None, float("nan"))] == ["7.5", "1.235e+04", "not finite", "not finite"]
 
 
 def test_values_are_cut():

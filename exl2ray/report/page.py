@@ -20,8 +20,8 @@ from exl2ray.report.ladder import ladder_plots
 from exl2ray.report.style import svg_uris
 from exl2ray.report.time_spent import busy_share
 from exl2ray.report.tuned import Tuning
-from exl2ray.terminal.console import clean, is_numeric, perplexity
-from exl2ray.wording import duration, file_size, plural, some, some_lines
+from exl2ray.terminal.console import clean, is_numeric
+from exl2ray.wording import duration, file_size, perplexity, plural, some, some_lines
 
 TITLES = {
     "summary": "Summary", "warnings": "Warnings that concern the result", "quality": "Perplexity and KL divergence",

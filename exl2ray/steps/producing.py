@@ -21,7 +21,7 @@ from exl2ray.errors import NumericError
 from exl2ray.events import OutputSummary
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.recipe import bpw_name
-from exl2ray.result_warnings import is_broken, show
+from exl2ray.result_warnings import is_broken
 from exl2ray.steps.allocating import missing
 from exl2ray.steps.job import Stage
 from exl2ray.steps.patching import Wanted, kept, remember, warn_of_lost
@@ -29,6 +29,7 @@ from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.messages import Begun, Choices, ItemResult, PerplexityPass, ReferencePass
 from exl2ray.team.perplexity import PERPLEXITY
+from exl2ray.wording import perplexity
 from exl2ray.writing import OutputWriter
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def judge(outputs: list[OutputSummary]) -> None:
     for out in outputs:
         after, before = out.calibration_perplexity, out.reference_perplexity
         if is_broken(after, before):
-            both = f"calibration perplexity {show(after)}, of the source model {show(before)}"
+            both = f"calibration perplexity {perplexity(after)}, of the source model {perplexity(before)}"
             raise NumericError(
                 f"{out.bits:g} bpw: {both}: the quantised model is broken",
                 f"the files are kept ({', '.join(out.files)}); check the source model and the calibration data",

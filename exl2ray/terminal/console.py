@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from exl2ray.formats.elsewhere import named
 from exl2ray.store.pace import Pace
-from exl2ray.wording import duration, file_size, plural
+from exl2ray.wording import duration, file_size, perplexity, plural
 
 Clock = Callable[[], float]
 
@@ -175,11 +175,6 @@ def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
 
 def _figure(out: Mapping[str, Any], name: str, form: str) -> str:
     return "-" if out.get(name) is None else format(out[name], form)
-
-
-def perplexity(value: float | None) -> str:
-    """A perplexity as tables have it."""
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
