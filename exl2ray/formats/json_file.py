@@ -37,7 +37,7 @@ LIMITS: Mapping[str, int] = {
     "tokenizer.json": 256 * MIB,
 }
 OTHER_LIMIT = 8 * MIB
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs"  # begins a file that stands for another one
 ENCODINGS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 BINARIES = ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a ZIP file"), (b"GGUF", "a GGUF file"), (b"%PDF", "a PDF"))
 
