@@ -121,6 +121,11 @@ def clean_lines(text: str) -> str:
     return "\n".join(map(clean, text.split("\n")))
 
 
+def aside(text: str) -> None:
+    """A line on standard error: what a command is at, beside what it is asked for."""
+    print(clean(text), file=sys.stderr, flush=True)
+
+
 def job_lines(f: Mapping[str, Any]) -> list[str]:
     """The fields of a "start" event in words, one line or two."""
     bits = ", ".join(f"{b:g}" for b in f.get("bits", ()))
