@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exl2ray.errors import Exl2RayError, StoreError
+from exl2ray.errors import Exl2RayError, StoreError, unreadable
 from exl2ray.events import OutputSummary, Reporter
 from exl2ray.recipe import Recipe
 
@@ -156,7 +156,7 @@ def _identity(recipe: Recipe, outputs: Sequence[OutputSummary], rows: Tensor) ->
             try:
                 found = path.stat()
             except OSError as e:
-                raise StoreError(f"{path}: cannot be read: {e.strerror}", "the same command writes it again") from e
+                raise unreadable(StoreError, path, e, "the same command writes it again") from e
             files.append([str(path), found.st_size, found.st_mtime_ns])
     tokens = [list(rows.shape), hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
     return hash_inputs(files=files, tokens=tokens, rope=[recipe.rope_scale, recipe.rope_alpha])

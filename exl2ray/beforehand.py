@@ -49,15 +49,10 @@ def _will_use_ray(recipe: Recipe) -> bool:
     """Whether workers will be processes of a private Ray, without asking torch."""
     from exl2ray.driver.starting import expected_workers
 
-    address = recipe.ray_address or os.environ.get("RAY_ADDRESS")
-    if address not in (None, "", "local"):
+    if recipe.cluster not in (None, "local"):
         return False
-    several = bool(address) or expected_workers(recipe.device, recipe.gpus) > 1
+    several = recipe.cluster is not None or expected_workers(recipe.device, recipe.gpus) > 1
     return recipe.executor == "ray" or (recipe.executor == "auto" and several)
-
-
-def _has_cluster(recipe: Recipe) -> bool:
-    return recipe.executor != "inline" and bool(recipe.ray_address or os.environ.get("RAY_ADDRESS"))
 
 
 def _is_new(recipe: Recipe) -> bool:
@@ -77,7 +72,8 @@ def begin_device(recipe: Recipe) -> None:
 
 
 def _set_up(recipe: Recipe) -> None:
-    compiling = None if _will_use_ray(recipe) or _has_cluster(recipe) else precompiling.begin(recipe.numerics)
+    elsewhere = _will_use_ray(recipe) or (recipe.executor != "inline" and recipe.cluster is not None)
+    compiling = None if elsewhere else precompiling.begin(recipe.numerics)
     with step("import torch"):
         from exl2ray.devices import pick_device, pick_executor
         from exl2ray.quant.warm import begin_warm_up

@@ -51,6 +51,15 @@ def refused(where: str | Path, mode: int) -> IrregularFileError:
     )
 
 
+@contextmanager
+def closing(handle: int) -> Iterator[int]:
+    """A descriptor that is closed in the end."""
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
 # ---- the directory itself ---------------------------------------------------------------------------------------------
 
 
@@ -173,11 +182,8 @@ def _make_folder(handle: int, name: str) -> None:
         os.mkdir(name, FOLDER_MODE, dir_fd=handle)
     except FileExistsError:
         return
-    listed = os.open(".", _LISTED, dir_fd=handle)
-    try:
+    with closing(os.open(".", _LISTED, dir_fd=handle)) as listed:
         fsync_handle(listed)
-    finally:
-        os.close(listed)
 
 
 def open_file(handle: int | None, name: str | Path, where: str | Path, flags: int = os.O_RDONLY) -> int:
@@ -288,11 +294,8 @@ def reserve(handle: int, nbytes: int) -> None:
 
 def fsync_directory(directory: str | Path) -> None:
     """Makes new, renamed and removed names in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with closing(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as handle:
         fsync_handle(handle)
-    finally:
-        os.close(handle)
 
 
 def fsync_handle(handle: int) -> None:

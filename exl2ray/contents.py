@@ -12,7 +12,6 @@ from exl2ray.allocation.planning import Plan
 from exl2ray.errors import FormatError, StoreError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import pad32
 from exl2ray.formats.shards import TensorEntry
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import OutputEntry, linear_entries, output_tensors, plain_shape, read_plain
@@ -61,7 +60,7 @@ class Contents:
 
     def check(self, plan: Plan, linear: LinearSpec, record: Record, tensors: Mapping[str, Tensor]) -> None:
         """Raises StoreError if what a record leads to is another module's or bitrate's. tensors: of its files."""
-        expected = plan.params[linear.key].total_bits(linear.in_features, pad32(linear.out_features), linear.has_bias) // 8
+        expected = plan.params[linear.key].bits_of(linear) // 8
         try:
             packed = PackedLinear.from_tensors(linear.key, tensors.get).tensors()
             problem = f"takes {n} bytes" if (n := sum(t.nbytes for t in packed.values())) != expected else ""

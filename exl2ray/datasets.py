@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exl2ray.calibration.data.sources import BUILTIN, HUB, WRITTEN, Source, local_source
-from exl2ray.errors import CalibrationError, UsageError
+from exl2ray.errors import CalibrationError, UsageError, unreadable
 from exl2ray.recipe import Recipe
 from exl2ray.units import parse_count
 
@@ -120,5 +120,5 @@ def data_hashes(recipe: Recipe, rows: Mapping[str, Rows]) -> tuple[str | None, s
     try:
         found = sha256_of(Path(one))
     except OSError as e:
-        raise CalibrationError(f"-c {one}: cannot be read: {e.strerror}", "give a Parquet file with text") from e
+        raise unreadable(CalibrationError, f"-c {one}", e, "give a Parquet file with text") from e
     return found, found

@@ -7,7 +7,6 @@ conversion then runs in the process of the command. What is lost with it is the 
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
 from typing import Literal
@@ -28,7 +27,7 @@ def pick_device(recipe: Recipe) -> torch.device:
     """
     if recipe.device == "cpu":
         return torch.device("cpu")
-    remote = recipe.executor != "inline" and bool(recipe.ray_address or os.environ.get("RAY_ADDRESS"))
+    remote = recipe.executor != "inline" and recipe.cluster is not None
     available = torch.cuda.is_available()
     if recipe.device == "cuda" and remote:
         return torch.device("cuda")
@@ -41,7 +40,7 @@ def pick_executor(recipe: Recipe, device: torch.device) -> Literal["ray", "inlin
     """Ray where there are workers to share the work out to, which is on a cluster or with more than one GPU; else inline."""
     if recipe.executor != "auto":
         return recipe.executor
-    if recipe.ray_address or os.environ.get("RAY_ADDRESS") or (recipe.gpus or 1) > 1:
+    if recipe.cluster is not None or (recipe.gpus or 1) > 1:
         return "ray"
     several = device.type == "cuda" and recipe.gpus is None and torch.cuda.device_count() > 1
     return "ray" if several else "inline"

@@ -21,7 +21,10 @@ class's code; library code only raises.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
 
 # The hint where this user may not read something.
 PERMISSIONS = "look at the permissions of it and of the folders above it: namei -l DIR"
@@ -56,6 +59,25 @@ class Exl2RayError(Exception):
     def __reduce__(self) -> tuple[type[Exl2RayError], tuple[str, str, tuple[str, ...]]]:
         # Errors cross process boundaries (Ray); the default reduction would drop the hint.
         return (type(self), (self.lines[0], self.hint, self.lines[1:]))
+
+
+E = TypeVar("E", bound=Exl2RayError)
+
+
+def unreadable(error: type[E], where: object, e: OSError, otherwise: str = "") -> E:
+    """The error for what cannot be read. otherwise: hint where the system's reason has none of its own."""
+    return error(f"{where}: cannot be read: {e.strerror or e}", reading_hint(e, otherwise))
+
+
+def not_permitted(path: str | Path) -> PermissionError | None:
+    """Why this user may not see whether there is anything at a path; None where that can be seen."""
+    try:
+        os.stat(path)
+    except PermissionError as e:
+        return e
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 class UsageError(Exl2RayError):

@@ -49,8 +49,7 @@ class Filling:
         """Shards of a bitrate, for an output. Raises FormatError for two tensors of one name."""
         if plan.bits not in self._known:
             spec, kind, store = self.contents.spec, quant_kind(plan.bits), self.work.store
-            rotation = {} if spec.rotation is None else {"rotation": spec.rotation.identity()}
-            inputs = hash_inputs(filled=FILLED, source=self.fingerprint, modules=list(plan.hashes), **rotation)
+            inputs = hash_inputs(filled=FILLED, source=self.fingerprint, modules=list(plan.hashes), **spec.rotation_entry)
             entries = self.contents.entries(plan)
             check_names(target, entries)
             made = Assembly(store, kind, inputs, entries, self.shard_bytes)

@@ -32,8 +32,8 @@ FILES, QUANTISE, CALIBRATE, AFTER, PLACE = SECTIONS = (  # of the help text
 )  # fmt: skip
 
 
-def _between(low: float, high: float) -> Rule:
-    return lambda v: low <= v <= high, f"must lie between {low:g} and {high:g}"
+def _up_to(most: float) -> Rule:
+    return lambda v: 0 <= v <= most, f"must lie between 0 and {most:g}"
 
 
 _POWER: Rule = (lambda v: 0.05 <= v <= 50, "must be from 0.05 to 50")  # beyond, powers of errors leave the numbers' range
@@ -138,14 +138,14 @@ class Recipe:
     target_correction: float | None = field(default=None, metadata=setting(
         "--target-correction",
         "how far weights are fitted to the source model's states, 0 to 1; as --quality says if absent.",
-        QUANTISE, rule=_between(0, 1), job="quantize.target_correction", measured=False))
+        QUANTISE, rule=_up_to(1), job="quantize.target_correction", measured=False))
     scale_search: ScaleSearch | None = field(default=None, metadata=setting(
         "--scale-search",
         "choose scales by rounding error, or also by the loss after error feedback; else as --quality says.",
         QUANTISE, job="quantize.scale_search", measured=False))
     sweeps: int | None = field(default=None, metadata=setting(
         "--sweeps", "passes of coordinate descent over the rounded weights; as --quality says if absent.",
-        QUANTISE, rule=_between(0, 20), job="quantize.sweeps", measured=False))
+        QUANTISE, rule=_up_to(20), job="quantize.sweeps", measured=False))
     damping: float = field(default=0.12, metadata=setting(
         "--damping", "added to the Hessian's diagonal, as a share of its mean.",
         QUANTISE, rule=_DAMPING, job="measure.damping"))
@@ -262,6 +262,11 @@ class Recipe:
         """Every place of text to tune on; empty for the built-in text."""
         given = self.tune_text
         return given if isinstance(given, tuple) else self.calibration_data if given is None else (given,)
+
+    @property
+    def cluster(self) -> str | None:
+        """Address of the Ray to attach to, as --ray-address or the environment says; None: nobody names one."""
+        return self.ray_address or os.environ.get("RAY_ADDRESS") or None
 
     @property
     def shard_bytes(self) -> int:

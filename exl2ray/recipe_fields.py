@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from exl2ray.errors import UsageError
+from exl2ray.wording import shown
 
 NAME_BYTES, PATH_BYTES = 255, 4095  # of Linux; other systems have less room for paths, none has more for names
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
@@ -153,9 +154,3 @@ def too_long(path: str) -> str:
     if longest > NAME_BYTES:
         return f"a name in it has {longest} bytes; file systems take {NAME_BYTES}"
     return f"has {len(raw)} bytes; paths have at most {PATH_BYTES}" if len(raw) > PATH_BYTES else ""
-
-
-def shown(value: Any) -> str:
-    """A value as messages have it: as Python writes it, cut at 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -16,6 +16,7 @@ from exl2ray.formats.measurement import Measurement
 from exl2ray.quant.measure_moe import starved_experts
 from exl2ray.store.records import Record
 from exl2ray.store.workdir import WorkDir
+from exl2ray.wording import perplexity, some
 
 HIGH_PERPLEXITY, BROKEN_PERPLEXITY, BROKEN_RATIO = 30.0, 1000.0, 10.0
 # Of the perplexity that frequencies of tokens have on the built-in rows, a language model that works has 2 to 4 %
@@ -50,7 +51,7 @@ def output_warnings(after: float | None, before: float | None, baseline: Baselin
     """What the perplexity of a quantised model says, where it does not show that the model is broken."""
     if after is None:
         return []
-    both = f"calibration perplexity {show(after)}, of the source model {show(before)}"
+    both = f"calibration perplexity {perplexity(after)}, of the source model {perplexity(before)}"
     if after > HIGH_PERPLEXITY and (before is None or before <= HIGH_PERPLEXITY):
         return [f"{both}: above {HIGH_PERPLEXITY:g} is suspicious"]
     limit = min(baseline.vocabulary, baseline.unigram or baseline.vocabulary)
@@ -66,11 +67,6 @@ def is_broken(after: float | None, before: float | None) -> bool:
         return True
     source_is_fine = before is not None and before <= BROKEN_PERPLEXITY
     return (before is not None and after > BROKEN_RATIO * before) or (after > BROKEN_PERPLEXITY and source_is_fine)
-
-
-def show(value: float | None) -> str:
-    """A perplexity as messages have it."""
-    return "not a number" if value is None else f"{value:.4g}"
 
 
 def unspent_warning(bits: float, achieved: float, unspent: float, overridden: bool) -> list[str]:
@@ -101,10 +97,9 @@ def insensitive_warning(names: Sequence[str], count: int) -> list[str]:
     """``names``: linears, of ``count``, whose error has no effect on the model by the measurement."""
     if not names:
         return []
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return [
         f"the measurement says that {len(names)} of {count} linears have no effect on the model (sensitivity 0), so they get "
-        f"the fewest bits: {shown}; unless they are empty, it is wrong: measure again without -m"
+        f"the fewest bits: {some(names, 5)}; unless they are empty, it is wrong: measure again without -m"
     ]
 
 

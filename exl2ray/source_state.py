@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from exl2ray.errors import JobMismatchError
-from exl2ray.formats.file_states import HASHED_BYTES, FileState, Hashing, compare_states, file_states, from_json, some
+from exl2ray.formats.file_states import HASHED_BYTES, FileState, Hashing, compare_states, file_states, from_json
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.side_files import needed_files
 from exl2ray.store.file_names import MEASURE, SOURCE_KEY
 from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
 from exl2ray.timeline import step
+from exl2ray.wording import some
 
 MEANWHILE = "while it was converted, so the result mixes two models"
 HINT = "restore the files, or measure anew: another -o, or -nr"

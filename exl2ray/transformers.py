@@ -18,13 +18,13 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from exl2ray.errors import UsageError
-from exl2ray.formats.files import file_size
 from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, local_directory, sound_files
 from exl2ray.run.linear import Exl2Linear, check_device
 from exl2ray.run.modules import Exl2Experts, insert_linears
 from exl2ray.run.names import TEXT_MODEL, packed_keys
 from exl2ray.run.norms import insert_norms
+from exl2ray.wording import file_size
 
 SPARSE = ".block_sparse_moe."  # what Mixtral's files call an mlp of experts
 logger = logging.get_logger(__name__)

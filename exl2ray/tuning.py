@@ -41,10 +41,9 @@ def tune_outputs(job: Job, outputs: Sequence[OutputSummary], reporter: Reporter)
     if job.recipe.tune is None:
         return list(outputs)
     from exl2ray.publish.card import add_tuning
-    from exl2ray.tune.memory import weights_of
     from exl2ray.tune.run import tune
 
-    where = place_of_tuning(job.recipe, job.device, weights_of(job.spec))
+    where = place_of_tuning(job.recipe, job.device, job.spec.weights)
     if where.executor == "inline" and job.device.type == "cuda" and not torch_has_gpu():
         raise ClusterError(
             f"--tune: no GPU on this machine; the solved models are complete in {job.recipe.out_dir}/quant/*/{SOLVED}",
@@ -72,7 +71,7 @@ def place_of_tuning(recipe: Recipe, device: torch.device, weights: int) -> Where
 
     executor = pick_executor(recipe, device)
     if executor == "ray" and device.type == "cuda" and recipe.gpus is None and weights < SMALL_WEIGHTS:
-        remote = recipe.executor == "ray" or recipe.ray_address or os.environ.get("RAY_ADDRESS")
+        remote = recipe.executor == "ray" or recipe.cluster is not None
         return Where("ray", 1, recipe.ray_address) if remote else Where()
     return Where(executor, recipe.gpus, recipe.ray_address)
 

@@ -186,10 +186,10 @@ class OutputWriter:
     def _hash(self, records: Mapping[int, Record]) -> str:
         """Hash of all that the shards contain."""
         tensors = [[ref.sha256 for ref in records[i].files] for i in sorted(records)]
-        rotation = {} if self.spec.rotation is None else {"rotation": self.spec.rotation.identity()}
         return hash_inputs(
-            written=WRITTEN, source=self.fingerprint, tensors=tensors, shard_size=self.recipe.shard_size, **rotation
-        )
+            written=WRITTEN, source=self.fingerprint, tensors=tensors, shard_size=self.recipe.shard_size,
+            **self.spec.rotation_entry,
+        )  # fmt: skip
 
     def _stored(self, plan: Plan, records: Mapping[int, Record]) -> Record | None:
         """The record of having written these shards; where, it does not say: they may have been moved."""
@@ -216,10 +216,9 @@ class OutputWriter:
         overrides = [*self.recipe.overrides, *plan.patches]
         if overrides:  # loaders ignore what they do not know
             config["quantization_config"]["overrides"] = overrides
-        if self.spec.rotation is not None:
-            config["quantization_config"]["rotation"] = self.spec.rotation.identity()
-            if self.spec.hyper.tie_embeddings:  # the head is no longer the embedding's transpose
-                config["tie_word_embeddings"] = False
+        config["quantization_config"].update(self.spec.rotation_entry)
+        if self.spec.rotation is not None and self.spec.hyper.tie_embeddings:
+            config["tie_word_embeddings"] = False  # the head is no longer the embedding's transpose
         return config
 
     def _summary(self, plan: Plan, records: Mapping[int, Record], shards: Sequence[Shard]) -> OutputSummary:

@@ -19,10 +19,6 @@ from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
 
 REPO = "me/tiny-exl2"
-NOTHING: dict[str, Any] = {
-    "branch": None, "private": False, "create": False, "message": None, "token_file": None, "base_model": None,
-    "evaluations": (), "include": (), "dry_run": False,
-}  # fmt: skip
 SOURCE_CARD = """\
 ---
 license: other
@@ -80,4 +76,4 @@ def hub_on_loopback(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[F
 
 def send(*directories: Path, repo: str = REPO, **settings: Any) -> Any:
     """Publishes; ``settings`` in place of what the flags are if none is given."""
-    return publish([str(d) for d in directories], repo, **{**NOTHING, **settings})
+    return publish([str(d) for d in directories], repo, **settings)

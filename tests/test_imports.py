@@ -33,7 +33,7 @@ ROOMS = {
     "tune": {"calibration", "devices", "driver", "evaluate", "events", "formats", "host", "model", "quant", "store", "team"},
     "remote": {"calibration", "formats", "recipe", "store", "units"},
 }
-EVERYWHERE = {"errors", "beneath", "stopping", "timeline", "__version__"}
+EVERYWHERE = {"errors", "beneath", "stopping", "timeline", "wording", "__version__"}
 ONLY_IN = {
     "gguf": {"formats"}, "ray": {"driver", "submit"}, "numba": {"cuda"}, "matplotlib": {"report"},
     "huggingface_hub": {"publish", "remote", "run"},

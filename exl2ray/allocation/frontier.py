@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl2ray.errors import FormatError, UsageError
-from exl2ray.formats.json_file import shown
 from exl2ray.formats.layout import WIDTHS, QParams
 from exl2ray.formats.measurement_rules import AGAIN, MOST, is_amount
 from exl2ray.quant.measure import USELESS, piece_rows
 from exl2ray.quant.qparams import attention_options, head_option, low_options, mlp_options, parse
+from exl2ray.wording import shown
 
 # Squared error with this width and group size, relative to 4 bits in groups of 128.
 RELATIVE = {

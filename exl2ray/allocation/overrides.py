@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from exl2ray.calibration.limited import ChildError, LimitedProcess
 from exl2ray.errors import UsageError
-from exl2ray.formats.layout import WIDTHS, QParams, pad32
+from exl2ray.formats.layout import WIDTHS, QParams
 from exl2ray.quant.qparams import distinct_options, head_option, parse
 
 if TYPE_CHECKING:  # the command line reads --set before anything heavy is loaded
@@ -117,4 +117,4 @@ def smallest_option(linear: LinearSpec, bits: int) -> QParams:
     if not options:
         return head_option(min(b for b in WIDTHS if b >= bits and min(head_option(b).bits) >= bits))
     fitting = [option for option in options if min(option.bits) >= bits]
-    return min(fitting, key=lambda q: q.total_bits(linear.in_features, pad32(linear.out_features), linear.has_bias))
+    return min(fitting, key=lambda q: q.bits_of(linear))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 from exl2ray.allocation.frontier import ALL, NEAR, Candidate, LossCurve, all_options, flat_loss, frontier
@@ -23,7 +22,7 @@ from exl2ray.allocation.knapsack import Allocation, Slot, budget, nearest_reacha
 from exl2ray.allocation.overrides import Override, counting, overridden, parse_overrides
 from exl2ray.errors import Exl2RayError, FormatError
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import WIDTHS, QParams, pad32
+from exl2ray.formats.layout import WIDTHS, QParams
 from exl2ray.formats.measurement import Measurement, OptionProfile
 from exl2ray.formats.measurement_rules import checked_pair
 from exl2ray.model.arch import load_spec
@@ -103,7 +102,7 @@ def allocate_linears(
     ]
     total = budget(slot_weights(spec), bits)
     if free_head:
-        total += _bits(spec.modules[-1].linears[0], head_option(USUAL_HEAD_BITS))
+        total += head_option(USUAL_HEAD_BITS).bits_of(spec.modules[-1].linears[0])
     allocation = solve(slots, total)
     params = {}
     for group, options, choice in zip(groups, found, allocation.choice, strict=True):
@@ -189,7 +188,7 @@ class _Sizes:
         if kinds not in self._known:
             options = self._options(linears)
             bits = [
-                sum(len(xs) * _bits(xs[0], overridden(self._overrides, xs[0], q)) for xs in alike.values()) for q in options
+                sum(len(xs) * overridden(self._overrides, xs[0], q).bits_of(xs[0]) for xs in alike.values()) for q in options
             ]
             self._known[kinds] = options, bits
         return self._known[kinds]
@@ -231,7 +230,7 @@ def allocate(
             ]
             linears = {x.key: x for x in module.linears}
             costs = [
-                sum(_bits(linears[key], q) for key, q in row.items()) if overrides else o.total_bits
+                sum(q.bits_of(linears[key]) for key, q in row.items()) if overrides else o.total_bits
                 for o, row in zip(options, rows, strict=True)
             ]
             slots.append(Slot(module.profile_key, tuple(costs), tuple(1 - o.accuracy for o in options)))
@@ -257,7 +256,7 @@ def scored_options(module: ModuleSpec, measurement: Measurement, low: bool) -> l
         for q in low_options() if low else ():
             worse = sum(flat_loss(q, x.in_features) for x in linears) / known
             error = (1 - least.accuracy) * worse**0.5
-            more.append(OptionProfile(1 - error, sum(_bits(x, q) for x in linears), dict.fromkeys(least.params, q)))
+            more.append(OptionProfile(1 - error, sum(q.bits_of(x) for x in linears), dict.fromkeys(least.params, q)))
         out.append([*measured, *more])
     return out
 
@@ -270,19 +269,24 @@ def below_tables(spec: ModelSpec, bits: float, overrides: Sequence[Override] = (
 
 def slot_weights(spec: ModelSpec) -> int:
     """Weights that a bitrate counts: all linears of the decoder layers, padded, without head and embedding."""
-    return sum(x.in_features * pad32(x.out_features) for m in spec.modules if m.quantized for x in m.linears)
+    return sum(x.padded_weights for m in spec.modules if m.quantized for x in m.linears)
 
 
 def decoder_bpw(spec: ModelSpec, params: Mapping[str, QParams]) -> float:
     """Bits per weight of the decoder layers with these options, overheads included."""
     linears = [x for m in spec.modules if m.quantized for x in m.linears]
-    return sum(_bits(x, params[x.key]) for x in linears) / slot_weights(spec)
+    return sum(params[x.key].bits_of(x) for x in linears) / slot_weights(spec)
 
 
 def head_bpw(spec: ModelSpec, params: Mapping[str, QParams]) -> float:
     """Bits per weight of the output head with its option, overheads included."""
     head = spec.modules[-1].linears[0]
-    return _bits(head, params[head.key]) / (head.in_features * pad32(head.out_features))
+    return params[head.key].bits_of(head) / head.padded_weights
+
+
+def packed_bytes(spec: ModelSpec, params: Mapping[str, QParams]) -> int:
+    """Of all quantised tensors with these options, head included."""
+    return sum(params[x.key].bits_of(x) for x in spec.linears) // 8
 
 
 def option_bits(
@@ -300,11 +304,11 @@ def option_bits(
         alike = list(_alike([x for x in module.linears if x.role in names], overrides).values())
 
         def cost(row: tuple[QParams, ...], xs: list[LinearSpec], names: tuple[str, ...] = names) -> int:
-            return len(xs) * _bits(xs[0], overridden(overrides, xs[0], row[names.index(xs[0].role)]))
+            return len(xs) * overridden(overrides, xs[0], row[names.index(xs[0].role)]).bits_of(xs[0])
 
         rows = [*table.rows, *((q,) * len(names) for q in low_options() if low)]
         bits = [sum(cost(row, xs) for xs in alike) for row in rows]
-        out.append((bits, sum(len(xs) * xs[0].in_features * pad32(xs[0].out_features) for xs in alike)))
+        out.append((bits, sum(len(xs) * xs[0].padded_weights for xs in alike)))
     return out
 
 
@@ -318,20 +322,10 @@ def _alike(
     return out
 
 
-def _bits(linear: LinearSpec, params: QParams) -> int:
-    return total_bits(params, linear.in_features, pad32(linear.out_features), linear.has_bias)
-
-
-@cache
-def total_bits(params: QParams, in_features: int, out_features: int, has_bias: bool) -> int:
-    """`QParams.total_bits`, remembered: a model has few sizes and many linears."""
-    return params.total_bits(in_features, out_features, has_bias)
-
-
 def module_cost(module: ModuleSpec) -> float:
     """Weights of a module's linears: what deadlines and the balance of workers go by. Few rows run through the head."""
     share = HEAD_SHARE if module.kind == "head" else 1.0
-    return share * float(sum(x.in_features * x.out_features for x in module.linears))
+    return share * float(module.weights)
 
 
 def reachable_slots(spec: ModelSpec, overrides: Sequence[Override] = ()) -> list[tuple[list[int], int]]:

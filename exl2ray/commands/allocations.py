@@ -18,7 +18,7 @@ from exl2ray.allocation.planning import (
     scored_options,
 )
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import QParams, pad32
+from exl2ray.formats.layout import QParams
 from exl2ray.formats.measurement import Measurement, OptionProfile, check_against, read_measurement
 from exl2ray.formats.origin import origin_findings
 from exl2ray.model.arch import load_spec
@@ -137,8 +137,8 @@ def _slots(spec: ModelSpec, measurement: Measurement, low: bool) -> list[tuple[M
 def _linear_choices(chosen: Chosen) -> Iterator[LinearChoice]:
     for group in chosen.groups:
         q = chosen.params[group.linears[0].key]
-        size = sum(q.total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in group.linears)
-        weights = sum(x.in_features * pad32(x.out_features) for x in group.linears)
+        size = sum(q.bits_of(x) for x in group.linears)
+        weights = sum(x.padded_weights for x in group.linears)
         yield LinearChoice(group.key, q.desc, size / weights, group.sensitivity * group.curve.loss(q))
 
 
@@ -157,7 +157,7 @@ def _choice(module: ModuleSpec, options: Sequence[OptionProfile], index: int) ->
 
 
 def _weights(module: ModuleSpec, params: Mapping[str, QParams]) -> int:
-    return sum(x.in_features * pad32(x.out_features) for x in module.linears if x.role in params)
+    return sum(x.padded_weights for x in module.linears if x.role in params)
 
 
 def show(solutions: Sequence[Solution]) -> None:

@@ -31,10 +31,11 @@ from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.report.plot_files import check_plot, is_plot
-from exl2ray.terminal.console import clean, duration, file_size, is_terminal
+from exl2ray.terminal.console import clean, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
+from exl2ray.wording import duration, file_size
 
 PLOT = "ladder.png"
 

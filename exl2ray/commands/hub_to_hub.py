@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray import convert as story
-from exl2ray.commands.publish import Published, publish, ready_repository
+from exl2ray.commands.publish import publish
 from exl2ray.errors import UsageError
 from exl2ray.events import Reporter
 from exl2ray.publish.base_model import REPOSITORY
 from exl2ray.publish.selection import OWN
+from exl2ray.publish.sending import Published, ready_repository
 from exl2ray.recipe import Recipe
 from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.store.file_names import EVENTS, FOLDERS, is_ours
@@ -68,9 +69,7 @@ def convert(recipe: Recipe, wishes: Wishes, reporter: Reporter) -> None:
         held = _Held(reporter)
         done = story.convert(recipe, held)
         directories = [o.directory for o in done.outputs if o.directory is not None]
-        published = publish(
-            directories, wishes.repo, BRANCH, False, False, None, None, None, (), (), dry_run=False, work=recipe.out_dir
-        )
+        published = publish(directories, wishes.repo, branch=BRANCH, work=recipe.out_dir)
         noted = [asdict(p) for p in published]
         store.put(NOTED, json.dumps({"inputs": identity, "published": noted}, indent=1).encode())
         _say(reporter, published)
@@ -83,7 +82,7 @@ def convert(recipe: Recipe, wishes: Wishes, reporter: Reporter) -> None:
 
 def _ready(wishes: Wishes) -> None:
     need_hub_library("--publish")
-    from exl2ray.publish.upload import Hub, stored_token
+    from exl2ray.publish.hub import Hub, stored_token
 
     ready_repository(Hub(wishes.repo, stored_token()), create=True, private=wishes.private)
 

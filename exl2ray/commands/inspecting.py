@@ -12,8 +12,9 @@ from exl2ray.formats.verify import verify_directory
 from exl2ray.formats.verify_rules import Problem
 from exl2ray.model.arch import load_spec
 from exl2ray.remote.source import local
-from exl2ray.terminal.console import clean, file_size, plural
+from exl2ray.terminal.console import clean
 from exl2ray.terminal.live import show_table
+from exl2ray.wording import file_size, plural
 
 MOST_SHOWN = 1000  # problems of one directory
 

@@ -7,8 +7,9 @@ from typing import Any
 from exl2ray.recipe import JOB_FLAGS
 from exl2ray.store.passes import PassStatus
 from exl2ray.store.status import WorkStatus
-from exl2ray.terminal.console import clean, duration, plural
+from exl2ray.terminal.console import clean
 from exl2ray.terminal.live import show_table
+from exl2ray.wording import duration, plural
 
 
 def show(s: WorkStatus) -> None:

@@ -13,8 +13,9 @@ from exl2ray.plan.compose import Report, Wishes, compose
 from exl2ray.plan.fit import Fit
 from exl2ray.plan.sizes import OutputSize
 from exl2ray.recipe import Recipe
-from exl2ray.terminal.console import clean, duration, file_size, is_terminal, plural
+from exl2ray.terminal.console import aside, clean, is_terminal
 from exl2ray.terminal.live import show_table
+from exl2ray.wording import duration, file_size, plural
 
 SHOWN_PROBLEMS = 30  # of one topic; --json has all
 WIDEST = 110  # of running text
@@ -23,7 +24,7 @@ STAGES = {"measure": "measure", "sensitivity": "find sensitivities", "quantize":
 
 def plan(recipe: Recipe, wishes: Wishes, bits_given: bool, notes: Sequence[str] = ()) -> Report:
     """See `exl2ray.plan.compose.compose`. What the probe is at goes to standard error. ``notes`` head its own."""
-    report = compose(recipe, wishes, bits_given, lambda text: print(clean(text), file=sys.stderr, flush=True))
+    report = compose(recipe, wishes, bits_given, aside)
     report.warnings[:0] = notes
     return report
 

@@ -13,7 +13,8 @@ from exl2ray.formats.files import atomic_file, refuse_other, refuse_special
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import is_page, render
 from exl2ray.store.open import open_store
-from exl2ray.terminal.console import clean, file_size
+from exl2ray.terminal.console import clean
+from exl2ray.wording import file_size
 
 REPORT = "report.html"
 

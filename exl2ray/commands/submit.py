@@ -15,7 +15,8 @@ from exl2ray.errors import UsageError
 from exl2ray.recipe import SETTINGS
 from exl2ray.submit import submission as jobs
 from exl2ray.submit.jobs import Cluster, JobState
-from exl2ray.terminal.console import clean, duration, json_line, reserved_stdout
+from exl2ray.terminal.console import aside, clean, json_line, reserved_stdout
+from exl2ray.wording import duration
 
 ITEM = re.compile(r"\[[^\]]{1,40}\] \d+/\d+  ")  # a line of `exl2ray.terminal.console.Plain` about an item
 
@@ -102,7 +103,7 @@ class Screen:
         if self.as_json:
             self._event("note", message=text)
         else:
-            print(clean(text), file=sys.stderr, flush=True)
+            aside(text)
 
     def output(self, text: str) -> None:
         """Text that the job printed. With JSON only its events: Ray and libraries print into the same log."""

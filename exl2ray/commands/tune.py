@@ -14,15 +14,15 @@ from exl2ray.evaluate.forward import open_model
 from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import is_remote, redacted
-from exl2ray.terminal.console import clean, duration, file_size
+from exl2ray.terminal.console import clean
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
-from exl2ray.tune.memory import weights_of
 from exl2ray.tune.rows import naming
 from exl2ray.tune.run import Tuned, tune
 from exl2ray.tune.settings import Settings
 from exl2ray.tuning import place_of_tuning
 from exl2ray.units import parse_count
+from exl2ray.wording import duration, file_size
 
 
 def run(
@@ -64,7 +64,7 @@ def run(
     chosen = pick_device(recipe)
     count = parse_count(tokens, "--tokens")
     settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, reach, seed=seed)
-    where = place_of_tuning(recipe, chosen, weights_of(open_model(directory).spec))
+    where = place_of_tuning(recipe, chosen, open_model(directory).spec.weights)
     reporter = Silent() if quiet else human_reporter()
     try:
         return tune(settings, chosen, reporter, where=where)

@@ -28,8 +28,9 @@ from exl2ray.errors import StoreError, UsageError
 from exl2ray.formats.regular import file_kind
 from exl2ray.host import SHARED_MEMORY_FIX, container_limit_bytes, main_memory_bytes, nccl_bytes, shared_memory_bytes
 from exl2ray.store.open import local_path
-from exl2ray.terminal.console import clean, file_size, is_terminal, plural
+from exl2ray.terminal.console import clean, is_terminal
 from exl2ray.terminal.live import show_table
+from exl2ray.wording import file_size, plural
 
 PACKAGES = ("torch", "numpy", "numba", "numba-cuda", "ray", "safetensors", "tokenizers", "pyarrow", "click", "rich")
 OPTIONAL = ("numba-cuda", "huggingface-hub")

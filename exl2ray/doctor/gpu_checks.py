@@ -9,7 +9,7 @@ from pathlib import Path
 from exl2ray.doctor.diagnosis import Finding, Remedies, problem, remedy
 from exl2ray.doctor.probes import Probe
 from exl2ray.host import nvidia_cards, nvidia_device_files, nvidia_driver_loaded
-from exl2ray.terminal.console import plural
+from exl2ray.wording import plural
 
 DRIVERS = {11: (450, 80), 12: (525, 60), 13: (580, 65)}  # CUDA of torch -> oldest driver (CUDA release notes, Linux)
 CARD_FIXES: Remedies = {

@@ -11,7 +11,7 @@ from exl2ray.doctor.diagnosis import OPEN_FILES, Finding, Level, Remedies, probl
 from exl2ray.doctor.probes import Probe
 from exl2ray.driver.private import TEMP_PREFIX
 from exl2ray.driver.starting import trusted_folder
-from exl2ray.terminal.console import duration
+from exl2ray.wording import duration
 
 
 def ray_start(found: Probe, gpus: int) -> list[Finding]:

@@ -1,7 +1,7 @@
 """Chains of modules, one per bitrate, each run by a group of workers: who belongs to which group, and when it is formed.
 
 Chains are independent, modules of a chain are not: so several bitrates share the workers out, and the workers of one chain
-share each module (`exl2ray.team.quantize`). After a loss the survivors wait a little for a replacement, form a new group, and
+share each module (`exl2ray.team.chain`). After a loss the survivors wait a little for a replacement, form a new group, and
 go on at the first module without a record. A group takes in workers that have become free: it is asked to end after the
 module in hand, and formed anew with them; its members keep their states meanwhile.
 """

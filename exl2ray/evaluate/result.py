@@ -44,7 +44,7 @@ def model_size(model: OpenModel) -> ModelSize:
 
 def _bpw(model: OpenModel, linears: list[LinearSpec]) -> float:
     """Bits per weight over padded widths, as allocation counts both (converter-algorithm section 10)."""
-    return sum(_bits(model, x) for x in linears) / sum(x.in_features * x.padded_out for x in linears)
+    return sum(_bits(model, x) for x in linears) / sum(x.padded_weights for x in linears)
 
 
 def _bits(model: OpenModel, linear: LinearSpec) -> float:
@@ -57,18 +57,18 @@ def _bits(model: OpenModel, linear: LinearSpec) -> float:
     biases = linear.out_features if linear.has_bias else 0
     if isinstance(source, GgufModel):
         bias = 0.0 if linear.bias is None else linear.out_features * source.stored_bits(linear.bias.name)
-        return linear.in_features * linear.padded_out * source.stored_bits(linear.weight.name) + bias
+        return linear.padded_weights * source.stored_bits(linear.weight.name) + bias
     dtype = source.dtype(linear.weight.name)
     if dtype not in FLOAT_BITS:
         error = FormatError if model.quantized else SourceError
         raise error(f"{model.path}: tensor {linear.weight.name} has dtype {dtype}; F16, BF16, F32 or F64 is needed")
-    return FLOAT_BITS[dtype] * (linear.in_features * linear.padded_out + biases)
+    return FLOAT_BITS[dtype] * (linear.padded_weights + biases)
 
 
 def _parameters(model: OpenModel) -> int:
     spec, source = model.spec, model.source
     linears = [x for x in spec.linears if not (spec.tied and x.input_group == "head")]
-    count = sum(x.in_features * x.out_features + (x.out_features if x.has_bias else 0) for x in linears)
+    count = sum(x.weights + (x.out_features if x.has_bias else 0) for x in linears)
     plain = [p.stored.name for m in spec.modules for p in m.plain] + [c.source_name for c in spec.copied]
     return count + sum(math.prod(source.shape(name)) for name in plain)
 

@@ -18,7 +18,7 @@ from exl2ray.calibration.data.sources import COMPRESSED, kind_by_name, local_sou
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
-from exl2ray.errors import PERMISSIONS, CalibrationError, SourceError, UsageError
+from exl2ray.errors import CalibrationError, SourceError, UsageError, unreadable
 from exl2ray.evaluate.forward import open_model
 from exl2ray.formats.json_file import read_bounded
 
@@ -62,7 +62,7 @@ def load_tokens(
     try:
         regular = stat.S_ISREG(os.stat(file).st_mode)
     except PermissionError as e:
-        raise CalibrationError(f"{file}: cannot be read: {e.strerror}", PERMISSIONS) from e
+        raise unreadable(CalibrationError, file, e) from e
     except (OSError, ValueError):
         regular = False
     if not regular:

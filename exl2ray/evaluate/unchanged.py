@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exl2ray.errors import Exl2RayError, SourceError
-from exl2ray.formats.file_states import FileState, file_states, some
+from exl2ray.formats.file_states import FileState, file_states
 from exl2ray.formats.hf import weight_files
+from exl2ray.wording import some
 
 
 @dataclass(frozen=True)

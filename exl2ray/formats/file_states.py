@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exl2ray.errors import SourceError, reading_hint
+from exl2ray.errors import SourceError, unreadable
 from exl2ray.formats.elsewhere import STAMP, open_binary, remote_file
 
 HASHED_BYTES = 4 << 30  # models up to this size are hashed, while the first modules are measured: they are read anyway
@@ -64,8 +64,7 @@ def file_states(paths: Iterable[Path]) -> tuple[FileState, ...]:
         try:
             found = path.stat()
         except OSError as e:
-            hint = reading_hint(e, "was the model moved or deleted?")
-            raise SourceError(f"{path}: cannot be read: {e.strerror or e}", hint) from e
+            raise unreadable(SourceError, path, e, "was the model moved or deleted?") from e
         out.append(FileState(path.name, found.st_size, str(found.st_mtime_ns)))
     return tuple(out)
 
@@ -144,10 +143,5 @@ def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
             while (count := f.readinto(view)) and not (stop is not None and stop.is_set()):  # type: ignore[attr-defined]
                 digest.update(view[:count])
     except OSError as e:
-        raise SourceError(f"{path}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
+        raise unreadable(SourceError, path, e) from e
     return digest.hexdigest()
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of them, for messages."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,20 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from exl2ray.beneath import FILE_MODE, fsync_handle
+from exl2ray.beneath import FILE_MODE, closing, fsync_handle
 from exl2ray.errors import StoreError
 from exl2ray.formats.regular import file_kind, open_regular
 
 REPLACED_BYTES = 32 << 20  # of a file that are looked at before another one takes its place; as many as a measurement has
-
-
-def file_size(size_bytes: float, digits: int = 3) -> str:
-    """``812 B``, ``4.7 MB``, ``13.1 GB``: decimal units, as disks and model hubs count."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        count = size_bytes / power
-        if count >= 0.9995:
-            return f"{count:.{digits}g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
-    return f"{size_bytes:.0f} B"
 
 
 def sha256_of(path: Path) -> str:
@@ -79,16 +70,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     hint when the disk is full or the directory not writable.
     """
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with closing(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+            with replacing(folder, path.name, f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") as f:
+                yield f
     except OSError as e:
         raise write_error(path, e) from e
-    try:
-        with replacing(folder, path.name, f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") as f:
-            yield f
-    except OSError as e:
-        raise write_error(path, e) from e
-    finally:
-        os.close(folder)
 
 
 @contextmanager

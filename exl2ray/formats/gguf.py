@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exl2ray.errors import FormatError, UsageError, reading_hint
+from exl2ray.errors import FormatError, UsageError, unreadable
 from exl2ray.formats.regular import open_regular
 from exl2ray.formats.tensorfile import MAX_TENSORS, TensorInfo, read_tensor
 
@@ -91,7 +91,7 @@ def read_gguf(path: str | Path) -> GgufFile:
             f.seek(0)
             return _read(_Header(f, path, size))
     except OSError as e:
-        raise FormatError(f"{path}: cannot be read: {e.strerror or e}", reading_hint(e, "give a GGUF file")) from e
+        raise unreadable(FormatError, path, e, "give a GGUF file") from e
 
 
 class _Header:

@@ -19,13 +19,14 @@ from typing import NoReturn
 
 import torch
 
-from exl2ray.errors import PERMISSIONS, Exl2RayError, SourceError, reading_hint
+from exl2ray.errors import Exl2RayError, SourceError, not_permitted, reading_hint, unreadable
 from exl2ray.formats.elsewhere import NEAR_BYTES, THREADS, mount_at, open_binary, remote_file
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.source import architecture_name, dequantise, model_shards, quantised, wrapped_names
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import TensorFile, TensorInfo, open_files, read_tensor
+from exl2ray.wording import some
 
 SAMPLE_BYTES = 1024  # bytes per content sample of a tensor
 SAMPLES = 8  # samples per tensor
@@ -64,8 +65,8 @@ class SourceModel:
         own, notes = model_shards.own_files(weight_files(self.path, self.error))
         files = open_files(own, self.error)
         if not any(f.tensors for f in files.values()):
-            names = ", ".join(sorted(files)[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-            raise self.error(f"{self.path}: {names}: no tensor in there", "saved without its weights? fetch or save it again")
+            text = f"{self.path}: {some(sorted(files))}: no tensor in there"
+            raise self.error(text, "saved without its weights? fetch or save it again")
         index = model_shards.read_index(self.path, self.error)
         table, kept, copies = model_shards.merged(files, index, self.error)
         self.files = {name: files[name] for name in kept}
@@ -215,12 +216,9 @@ def weight_files(directory: Path, error: type[Exl2RayError] = SourceError) -> li
 
 
 def _refuse_shard(path: Path, error: type[Exl2RayError]) -> NoReturn:
-    try:
-        os.stat(path)
-    except PermissionError as e:  # a link to where this user may not look
-        raise error(f"{path}: cannot be read: {e.strerror}", PERMISSIONS) from e
-    except OSError:
-        pass
+    denied = not_permitted(path)
+    if denied is not None:  # a link to where this user may not look
+        raise unreadable(error, path, denied) from denied
     raise error(f"{path}: not a regular file (a dangling link?)", "fetch the shard again")
 
 
@@ -250,8 +248,7 @@ def _content_samples(info: TensorInfo, error: type[Exl2RayError]) -> bytes:
                 f.seek(info.begin + p)
                 out.append(f.read(size))
     except OSError as e:
-        where = f"{info.file}: tensor {info.name!r}"
-        raise error(f"{where}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
+        raise unreadable(error, f"{info.file}: tensor {info.name!r}", e) from e
     if any(len(s) != size for s in out):
         raise error(f"{info.file}: tensor {info.name!r}: the file ends early; it was longer when opened")
     return b"".join(out)

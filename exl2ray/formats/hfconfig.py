@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import Exl2RayError, SourceError
-from exl2ray.formats.json_file import LIMITS, read_json_object, shown
+from exl2ray.formats.json_file import LIMITS, read_json_object
+from exl2ray.wording import shown
 
 BROKEN = "config.json is broken; fetch it again"  # the hint where a value is none that a model could have
 
@@ -198,9 +199,11 @@ def config_value(config: Mapping[str, Any], *keys: str) -> Any:
 
     The lookup rule of architectures section 4.
     """
+    found = (level[key] for level in levels(config) for key in keys if level.get(key) is not None)
+    return next(found, None)
+
+
+def levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config, and its part for text where it has one."""
     text = config.get("text_config")
-    for level in (config, text if isinstance(text, Mapping) else {}):
-        for key in keys:
-            if level.get(key) is not None:
-                return level[key]
-    return None
+    return [config, text] if isinstance(text, Mapping) else [config]

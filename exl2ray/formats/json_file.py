@@ -37,7 +37,7 @@ LIMITS: Mapping[str, int] = {
     "tokenizer.json": 256 * MIB,
 }
 OTHER_LIMIT = 8 * MIB
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs"  # begins a file that stands for another one
 ENCODINGS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 BINARIES = ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a ZIP file"), (b"GGUF", "a GGUF file"), (b"%PDF", "a PDF"))
 
@@ -47,12 +47,11 @@ def read_json_object(
     error: Error = SourceError,
     hint: str = "",  # of errors that have no better one
     max_bytes: int | None = None,  # None: LIMITS of the file's name
-    unique: bool = False,  # refuse keys that appear twice in one object
 ) -> dict[str, Any]:
     """The JSON object in a regular file. Raises ``error`` naming the file, what is wrong and where."""
     path = Path(path)
     limit = LIMITS.get(path.name, OTHER_LIMIT) if max_bytes is None else max_bytes
-    return parse_json_object(read_bounded(path, limit, error, hint), str(path), error, hint, unique)
+    return parse_json_object(read_bounded(path, limit, error, hint), str(path), error, hint)
 
 
 def as_number(value: Any) -> float | None:
@@ -89,7 +88,8 @@ def read_bounded(path: str | Path, max_bytes: int, error: Error = SourceError, h
 def parse_json_object(
     raw: bytes, what: str, error: Error = SourceError, hint: str = "", unique: bool = False
 ) -> dict[str, Any]:
-    """``read_json_object`` for bytes; ``what`` names their origin and opens every message."""
+    """``read_json_object`` for bytes; ``what`` names their origin and opens every message. unique: refuses a key that appears
+    twice in one object, too."""
     text = _text(raw, what, error, hint)
     if _depth_exceeds(raw, MAX_DEPTH):
         raise error(f"{what}: nested too deeply, more than {MAX_DEPTH} lists and objects within each other", hint)
@@ -140,12 +140,6 @@ def parse_json_object(
         except UnicodeEncodeError as e:
             raise error(f"{what}: holds half a character (a lone surrogate, {e.object[e.start]!r})", hint) from e
     return obj
-
-
-def shown(value: Any) -> str:
-    """A value as it may stand in a message: cut, without control characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ---- what it is that is not JSON ----------------------------------------------------------------------------------------

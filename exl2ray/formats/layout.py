@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from operator import mul
-from typing import Any
+from typing import Any, Protocol
 
 from exl2ray.errors import FormatError
 
@@ -77,6 +77,17 @@ class GroupLayout:
         return weights + 16 * g + 32 * g + 4 * g * n + 32 * k + (16 * n if has_bias else 0)
 
 
+class Sized(Protocol):
+    """What decides how many bits a linear takes with an option."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def padded_out(self) -> int: ...
+    @property
+    def has_bias(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class QParams:
     """One quantisation option. ``props[i]`` of the rows get ``bits[i]``, in groups of ``group_sizes[i]`` rows."""
@@ -122,7 +133,12 @@ class QParams:
         return GroupLayout(tuple(widths), tuple(rows))
 
     def total_bits(self, in_features: int, out_features: int, has_bias: bool = False) -> int:
-        return self.layout(in_features).total_bits(out_features, has_bias)
+        """Bits of a linear of this (padded) size; remembered: a model has few sizes and many linears."""
+        return _total_bits(self, in_features, out_features, has_bias)
+
+    def bits_of(self, linear: Sized) -> int:
+        """Bits of a linear with this option, overheads included."""
+        return _total_bits(self, linear.in_features, linear.padded_out, linear.has_bias)
 
     @cached_property
     def desc(self) -> str:
@@ -168,6 +184,11 @@ def _layout(params: QParams, in_features: int) -> GroupLayout:
     return params._laid_out(in_features)
 
 
+@cache
+def _total_bits(params: QParams, in_features: int, out_features: int, has_bias: bool) -> int:
+    return params.layout(in_features).total_bits(out_features, has_bias)
+
+
 @dataclass(frozen=True)
 class LinearShape:
     """Size of one linear layer of a model; ``out_features`` as in the model, before padding."""
@@ -180,6 +201,11 @@ class LinearShape:
     def padded_out(self) -> int:
         """Stored columns (N32)."""
         return pad32(self.out_features)
+
+    @property
+    def padded_weights(self) -> int:
+        """Weights as they are stored, which bitrates count."""
+        return self.in_features * self.padded_out
 
 
 def pad32(n: int) -> int:

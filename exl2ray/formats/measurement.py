@@ -259,7 +259,7 @@ def check_against(
 
 def _check_bits(place: str, option: OptionProfile, roles: Mapping[str, Sequence[LinearShape]], hint: str) -> None:
     linears = [(p, shape) for role, p in option.params.items() for shape in roles[role]]
-    bits = sum(p.total_bits(s.in_features, s.padded_out, s.has_bias) for p, s in linears)
+    bits = sum(p.bits_of(s) for p, s in linears)
     if bits != option.total_bits:
         raise FormatError(f"{place}: total_bits is {option.total_bits}; the model's shapes give {bits}", hint)
 

@@ -23,8 +23,9 @@ import torch
 
 from exl2ray.beneath import fsync_directory, make_directories
 from exl2ray.errors import FormatError, StoreError, UsageError
-from exl2ray.formats.files import atomic_file, file_size, sha256_of, write_error
+from exl2ray.formats.files import atomic_file, sha256_of, write_error
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES, header_bytes, tensor_bytes
+from exl2ray.wording import file_size, some
 
 T = TypeVar("T")
 REFERENCE_VERSION = "0.3.2"  # level of the format that is written; some tools read it from config.json
@@ -179,7 +180,7 @@ def check_place(directory: Path, allowed: set[str], kept: Collection[str] = ()) 
     foreign = sorted(n for n in present if n.endswith(".safetensors") and n not in allowed)
     if foreign:
         raise StoreError(
-            f"{directory}: holds {foreign[0]}{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}, "
+            f"{directory}: holds {some(foreign, 1)}, "
             "which is not of this conversion; loaders would read it as part of the model",
             "choose an empty output directory, or move those files away",
         )

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exl2ray.beneath import make_directories
-from exl2ray.errors import PERMISSIONS, SourceError, reading_hint
+from exl2ray.errors import PERMISSIONS, SourceError, unreadable
 from exl2ray.formats.file_states import FileState, file_states, with_hashes
 from exl2ray.formats.files import atomic_file, write_error
 from exl2ray.formats.json_file import LFS_POINTER, LIMITS, MIB
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.regular import file_kind, open_regular
 from exl2ray.formats.shards import refuse_same_directory
+from exl2ray.wording import some
 
 # Weights in other formats, indexes of the source's shards, and settings of an adapter or of another way of quantising, which
 # loaders would take for the output's; what a conversion leaves, which `publish` would take for this model's. The reference
@@ -41,7 +42,6 @@ OTHER_BYTES = 32 * MIB  # of a file that none of these is: papers, pictures, cod
 TOTAL_BYTES = 1 << 30
 MOST_FILES = 1000
 POINTER_BYTES = (60, 1024)  # of a Git LFS pointer
-SHOWN = 3
 PIECE_BYTES = 1 << 20
 
 
@@ -208,8 +208,7 @@ def _beyond_total(sizes: dict[str, int]) -> list[str]:
 def _left_out(names: list[str], why: str) -> str:
     if not names:
         return ""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"not copied into the output, {why}: {', '.join(names[:SHOWN])}{more}"
+    return f"not copied into the output, {why}: {some(names)}"
 
 
 def _too_large(path: Path, size: int, most: int) -> SourceError:
@@ -228,7 +227,6 @@ def _pieces(path: Path, size: int) -> Iterator[bytes]:
                     break
                 yield piece
     except OSError as e:
-        hint = reading_hint(e, "was the model changed meanwhile?")
-        raise SourceError(f"{path}: cannot be read: {e.strerror or e}", hint) from e
+        raise unreadable(SourceError, path, e, "was the model changed meanwhile?") from e
     if left:
         raise SourceError(f"{path}: was written to while it was copied", "run the same command again")

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from exl2ray.errors import Exl2RayError, SourceError, reading_hint
+from exl2ray.errors import Exl2RayError, SourceError, unreadable
 from exl2ray.formats.elsewhere import HEAD_BYTES, open_binary
 from exl2ray.formats.json_file import BINARIES, parse_json_object, refuse_substitute
 
@@ -81,7 +81,7 @@ class TensorFile:
                 f.seek(0)
                 header, data_start = _read_header(f, self.path, self.file_bytes, error)
         except OSError as e:
-            raise error(f"{self.path}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
+            raise unreadable(error, self.path, e) from e
         self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", {}), self.path, error)
         if len(header) > MAX_TENSORS:
             raise error(f"{self.path}: header: {len(header)} tensors; at most {MAX_TENSORS} can be read", BROKEN)
@@ -132,8 +132,7 @@ def read_tensor(
             f.seek(begin)
             _read_into(f, out.numpy().data, info, error)
     except OSError as e:
-        where = f"{info.file}: tensor {info.name!r}"
-        raise error(f"{where}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
+        raise unreadable(error, f"{info.file}: tensor {info.name!r}", e) from e
     return out.view(DTYPES[info.dtype]).reshape(shape)
 
 

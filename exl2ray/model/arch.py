@@ -12,7 +12,7 @@ from typing import Any
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.hfconfig import config_value, legacy_config
-from exl2ray.formats.json_file import as_number, shown
+from exl2ray.formats.json_file import as_number
 from exl2ray.formats.source.architecture_name import unknown_hint
 from exl2ray.formats.source.model_shards import index_note
 from exl2ray.model.checkpoint_names import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in
@@ -30,6 +30,7 @@ from exl2ray.model.spec import (
     Stored,
 )
 from exl2ray.model.table import ARCHITECTURES
+from exl2ray.wording import shown
 
 __all__ = ["CopiedTensor", "LinearSpec", "ModelSpec", "ModuleSpec", "PlainTensor", "Stored", "find_arch", "load_spec"]
 

@@ -13,6 +13,7 @@ from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.source.model_shards import INDEX, gaps
 from exl2ray.model.rules import Arch, Names
+from exl2ray.wording import some
 
 Layout = tuple[tuple[str, str], ...]  # (start of a name in the table, what stands there), first match applies
 # Keys for layers that are stored after the others and predict further tokens; loaders leave them out.
@@ -130,9 +131,8 @@ def incomplete(source: SourceModel) -> SourceError | None:
     lost = sorted({*source.absent.values()}) or gaps(list(source.files))
     if not lost:
         return None
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     return SourceError(
-        f"{source.path}: {', '.join(f[:80] for f in lost[:3])}{more} {'is' if len(lost) == 1 else 'are'} missing",
+        f"{source.path}: {some(f[:80] for f in lost)} {'is' if len(lost) == 1 else 'are'} missing",
         _where_they_are(source, lost),
     )
 
@@ -153,9 +153,8 @@ def missing_tensors(
     files = sorted({source.absent[n] for n in names if n in source.absent})
     if files:
         count = sum(n in source.absent for n in names)
-        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
         verb = "is" if len(files) == 1 else "are"
-        text = f"{INDEX} names {', '.join(f[:80] for f in files[:3])}{more}, which {verb} missing"
+        text = f"{INDEX} names {some(f[:80] for f in files)}, which {verb} missing"
         found[f"{text}, for {count} tensors"] = _where_they_are(source, files)
     names = [n for n in names if n not in source.absent]
     lost = gaps(list(source.files))

@@ -12,7 +12,8 @@ from typing import Any
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hfconfig import BROKEN
-from exl2ray.formats.json_file import as_number, shown
+from exl2ray.formats.json_file import as_number
+from exl2ray.wording import shown
 
 # Names of one number in the configs of different families; the first that is given counts.
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer")

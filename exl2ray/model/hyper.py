@@ -9,7 +9,6 @@ from typing import Any
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hfconfig import legacy_config
-from exl2ray.formats.json_file import shown
 from exl2ray.model.class_defaults import defaults_of
 from exl2ray.model.config_reader import (
     EXPERTS_KEYS,
@@ -25,6 +24,7 @@ from exl2ray.model.config_reader import (
 from exl2ray.model.counts import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 from exl2ray.model.rope import Rope, resolve_rope, scaling_kind
 from exl2ray.model.rules import Arch
+from exl2ray.wording import shown
 
 TINY = 1e-6  # multipliers and caps below this, 1 / 1e9 included, make everything zero in float16
 MAX_EPS = 0.1  # published models have 1e-12 to 1e-5

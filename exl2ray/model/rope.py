@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import SourceError
-from exl2ray.formats.json_file import as_number, shown
+from exl2ray.formats.json_file import as_number
 from exl2ray.model.config_reader import HINT, MAX_INTEGER, hint_for
 from exl2ray.model.rules import RopeStyle
+from exl2ray.wording import shown
 
 UNSCALED = ("default", "dynamic", "mrope")  # dynamic: only beyond the trained length; mrope: plain RoPE for text
 MIN_THETA, MAX_THETA = 2.0, 1e30  # published models have 1e4 to 1e9

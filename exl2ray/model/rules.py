@@ -134,3 +134,8 @@ class Arch:
     @property
     def moe(self) -> bool:
         return self.output.router is not None
+
+    def norm_offset(self, role: str) -> float:
+        """What the norm of this role adds to its weights; 0 for one that the family does not have."""
+        rule = self.head_norm if role in ("q_norm", "k_norm") else self.norm
+        return 0.0 if rule is None else rule.offset

@@ -7,7 +7,7 @@ linears to quantise and the tensors to store as they are, and where in the sourc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from exl2ray.formats.layout import pad32
 from exl2ray.model.hyper import Hyper
@@ -89,6 +89,15 @@ class LinearSpec:
         """out_features rounded up to a multiple of 32, the width of the quantised tensors."""
         return pad32(self.out_features)
 
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def padded_weights(self) -> int:
+        """Weights as they are stored, which bitrates count."""
+        return self.in_features * self.padded_out
+
 
 @dataclass(frozen=True)
 class ModuleSpec:
@@ -113,6 +122,11 @@ class ModuleSpec:
     def quantized(self) -> bool:
         """Whether the module is measured: attention, mlp, moe and parallel blocks."""
         return self.kind in ("attention", "mlp", "moe", "parallel")
+
+    @property
+    def weights(self) -> int:
+        """Of all its linears."""
+        return sum(x.weights for x in self.linears)
 
     def linear(self, role: str, expert: int | None = None) -> LinearSpec:
         """The linear with this role; KeyError if there is none."""
@@ -152,3 +166,13 @@ class ModelSpec:
     def linears(self) -> tuple[LinearSpec, ...]:
         """Every linear of the model, head included, in module order."""
         return tuple(linear for module in self.modules for linear in module.linears)
+
+    @property
+    def weights(self) -> int:
+        """Of all linears, head included."""
+        return sum(m.weights for m in self.modules)
+
+    @property
+    def rotation_entry(self) -> dict[str, Any]:
+        """{"rotation": what identifies it} of a rotated model, for hashes and files; empty for others."""
+        return {} if self.rotation is None else {"rotation": self.rotation.identity()}

@@ -14,7 +14,6 @@ from exl2ray.allocation.planning import choose, decoder_bpw, reachable_slots, wi
 from exl2ray.calibration.data.sources import WRITTEN
 from exl2ray.calibration.data.taken import PASSES, described_passes
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError
-from exl2ray.formats.files import file_size
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
@@ -34,6 +33,7 @@ from exl2ray.remote.address import redacted
 from exl2ray.remote.source import localised
 from exl2ray.result_warnings import unspent_warning
 from exl2ray.units import parse_size
+from exl2ray.wording import file_size
 
 GIB = 1 << 30
 LEAST_MEMORY = 1 << 20

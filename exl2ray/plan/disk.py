@@ -9,7 +9,6 @@ from pathlib import Path
 
 from exl2ray.beneath import existing_parent
 from exl2ray.errors import StoreError
-from exl2ray.formats.files import file_size
 from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
@@ -19,6 +18,7 @@ from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.remote.source import cached_bytes
 from exl2ray.store.file_names import quant_kind
 from exl2ray.tune.estimate import a_module_at_a_time
+from exl2ray.wording import file_size
 
 FILE_BYTES = 4096  # of a record, and of the header of a file of packed tensors: more than most take
 CHECKPOINT_BYTES = 13  # a weight, of a tuning: latent and moments in float32, the best integers so far
@@ -65,7 +65,7 @@ def disk_needs(recipe: Recipe, spec: ModelSpec, sizes: Sequence[OutputSize], row
             linked = recipe.tune is None and _on_one_disk(recipe.out_dir, directory)
             outputs.append(_need(f"output {bpw_name(size.bits)}", directory, *_output(recipe, directory, size, linked)))
         if recipe.tune is not None:
-            most += STATE_COPIES * CHECKPOINT_BYTES * sum(x.in_features * x.out_features for x in spec.linears)
+            most += STATE_COPIES * CHECKPOINT_BYTES * spec.weights
             most += a_module_at_a_time(spec, 1, usable_memory_bytes()).file_bytes
             least, most = least + side_bytes(recipe.in_dir), most + side_bytes(recipe.in_dir)
     most += cached_bytes(recipe.in_dir)

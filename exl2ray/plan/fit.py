@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from exl2ray.allocation.knapsack import budget, reachable_range
 from exl2ray.allocation.planning import reachable_slots, slot_weights
 from exl2ray.errors import BudgetError, UsageError
-from exl2ray.formats.files import file_size
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import pad32
 from exl2ray.model.hyper import Hyper
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.sizes import Freedom, output_entries, size_range
+from exl2ray.wording import file_size
 
 CACHE_BITS = {"fp16": 16.0, "q8": 8.5, "q6": 6.5, "q4": 4.5}  # per value; quantised ones with a float16 scale for every 32
 CONTEXT_BYTES = 512 << 20  # CUDA context, libraries, fragmentation
@@ -101,7 +100,7 @@ def cache_size(hyper: Hyper, context: int, cache: str, windowed: bool = False) -
 def allowance_bytes(spec: ModelSpec) -> int:
     """What is reserved besides weights and cache: see the top of this file."""
     h = spec.hyper
-    decoded = max(2 * x.in_features * pad32(x.out_features) for m in spec.modules if m.quantized for x in m.linears)
+    decoded = max(2 * x.padded_weights for m in spec.modules if m.quantized for x in m.linears)
     wide = max(h.intermediate_size, h.heads * h.head_dim)
     return CONTEXT_BYTES + decoded + CHUNK_TOKENS * 2 * (4 * h.hidden_size + 3 * wide) + 4 * h.vocab_size
 

@@ -25,6 +25,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.tensorfile import DTYPES, TensorInfo
 from exl2ray.model.spec import ModelSpec, Stored
 from exl2ray.model.weights import FLOAT_DTYPES
+from exl2ray.wording import plural, some
 
 PIECES, PIECE_VALUES = 8, 256  # of a part; fewer on a model with very many
 READS = 16384  # of all parts
@@ -64,14 +65,8 @@ def needed_parts(spec: ModelSpec) -> list[Part]:
         for plain in module.plain:
             if not plain.role.endswith(".bias"):
                 norm = plain.role.endswith("norm")
-                out[Part(plain.stored, where, _zero(spec, plain.role) if norm else None)] = None
+                out[Part(plain.stored, where, -spec.arch.norm_offset(plain.role) if norm else None)] = None
     return list(out)
-
-
-def _zero(spec: ModelSpec, role: str) -> float:
-    """The stored weight of a norm that multiplies with 0."""
-    head = spec.arch.head_norm
-    return -(head.offset if head is not None and role in ("q_norm", "k_norm") else spec.arch.norm.offset)
 
 
 def flat_parts(source: SourceModel, parts: Sequence[Part], seed: int = 0) -> list[Flat]:
@@ -207,14 +202,14 @@ def flat_warnings(source: SourceModel, spec: ModelSpec, seed: int = 0) -> list[s
     partly = [f for f in found if f.value is None]
     out = []
     if constant:
-        names = _names([f"{f.part.stored.name} ({f.value:g})" for f in constant])
+        names = some([f"{f.part.stored.name} ({f.value:g})" for f in constant], SHOWN)
         out.append(
-            f"{_count(len(constant), 'tensor')} of the source with one value throughout: {names}{_layers(constant, spec)}; "
+            f"{plural(len(constant), 'tensor')} of the source with one value throughout: {names}{_layers(constant, spec)}; "
             "the quantised model computes with them too: an incomplete or damaged checkpoint?"
         )
     if partly:
-        names = _names([f"{f.part.stored.name} ({f.share:.0%})" for f in partly])
-        out.append(f"{_count(len(partly), 'tensor')} of the source with one value in long runs (share): {names}")
+        names = some([f"{f.part.stored.name} ({f.share:.0%})" for f in partly], SHOWN)
+        out.append(f"{plural(len(partly), 'tensor')} of the source with one value in long runs (share): {names}")
     return out
 
 
@@ -228,12 +223,4 @@ def _layers(flats: Sequence[Flat], spec: ModelSpec) -> str:
             whole[module.layer] = whole.get(module.layer, True) and empty
     empty_layers = [str(n) for n, empty in whole.items() if empty]
     layers = "layer" if len(empty_layers) == 1 else "layers"
-    return f"; nothing is left of {layers} {_names(empty_layers)}" if empty_layers else ""
-
-
-def _names(texts: Sequence[str]) -> str:
-    return ", ".join(texts[:SHOWN]) + (f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else "")
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+    return f"; nothing is left of {layers} {some(empty_layers, SHOWN)}" if empty_layers else ""

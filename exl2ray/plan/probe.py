@@ -26,7 +26,7 @@ from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.layout import QParams
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.plan.findings import Examination
-from exl2ray.plan.times import Timed, kind_of, weights_of
+from exl2ray.plan.times import Timed, kind_of
 from exl2ray.quant.qparams import head_option, option_tables
 from exl2ray.recipe import Recipe
 from exl2ray.store.file_names import CALIBRATION
@@ -97,7 +97,7 @@ def worst_layer(spec: ModelSpec) -> list[ModuleSpec]:
     for m in spec.modules:
         if m.quantized and m.layer is not None:
             layers.setdefault(m.layer, []).append(m)
-    return max(layers.values(), key=lambda ms: sum(map(weights_of, ms)))
+    return max(layers.values(), key=lambda ms: sum(m.weights for m in ms))
 
 
 def options_near(module: ModuleSpec, bits: float, head_bits: int) -> dict[str, QParams]:
@@ -145,7 +145,7 @@ class _Run:
             count = max(1, min(rows, int(CPU_SECONDS / first)))  # a row more never takes more than the first one
             last = self._once(module, stage, count)
         peak = torch.cuda.max_memory_reserved(self.device) if gpu else None
-        return Probed(Timed(stage, kind_of(module), weights_of(module), count, tokens, last), module.profile_key, first, peak)
+        return Probed(Timed(stage, kind_of(module), module.weights, count, tokens, last), module.profile_key, first, peak)
 
     def _once(self, module: ModuleSpec, stage: RowSet, count: int) -> float:
         """Enters the module with random states and does its item, files included."""

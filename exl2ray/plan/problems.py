@@ -30,8 +30,7 @@ from exl2ray.errors import CalibrationError, Exl2RayError, FormatError, SourceEr
 from exl2ray.evaluate.tokens import load_tokens
 from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.hf import SourceModel, weight_files
-from exl2ray.formats.hfconfig import read_config
-from exl2ray.formats.json_file import shown
+from exl2ray.formats.hfconfig import config_value, read_config
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.measurement import Measurement, check_against, read_measurement
@@ -59,6 +58,7 @@ from exl2ray.targets import check_output
 from exl2ray.terminal.pasted import missing_folder
 from exl2ray.timeline import step
 from exl2ray.tune.memory import check_memory
+from exl2ray.wording import shown, some
 
 BUILTIN_ROWS = tuple(sum(getattr(s, plan) for s in ROW_SETS) for plan in ("measure", "quantize"))
 UNKNOWN_TENSORS = 4096  # whose values are looked at in a model of which no architecture is known
@@ -213,9 +213,8 @@ def _examine_side_files(found: Examination, recipe: Recipe) -> None:
         found.add("source", [link_error(source.path, name, real) for name, real in copied.items()])
     weights = outside_links(source.path, source.files)
     if weights:
-        name, real = next(iter(weights.items()))
-        more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
-        found.warnings.append(f"weights are links out of the model's folder: {name} to {real}{more}")
+        links = some([f"{name} to {real}" for name, real in weights.items()], 1)
+        found.warnings.append(f"weights are links out of the model's folder: {links}")
 
 
 def _broken_files(directory: Path) -> list[Exl2RayError]:
@@ -245,12 +244,8 @@ def _vocabulary(found: Examination) -> int | None:
     """Rows of the model's embedding, also for an architecture that is not known."""
     if found.spec is not None:
         return found.spec.hyper.vocab_size
-    config = found.source.config if found.source is not None else {}
-    text = config.get("text_config")
-    for level in (config, text if isinstance(text, dict) else {}):
-        if type(level.get("vocab_size")) is int:
-            return int(level["vocab_size"])
-    return None
+    size = None if found.source is None else config_value(found.source.config, "vocab_size")
+    return size if type(size) is int else None
 
 
 def expected_measurement(spec: ModelSpec) -> tuple[list[str], dict[str, dict[str, list[LinearShape]]]]:
@@ -280,7 +275,7 @@ def _measurement(recipe: Recipe, spec: ModelSpec | None) -> Measurement:
 
 def check_rotation(measurement: Measurement, spec: ModelSpec, path: str) -> None:
     """UsageError unless the measured model is rotated like the one that is to be quantised: their linears differ."""
-    wanted = None if spec.rotation is None else spec.rotation.identity()
+    wanted = spec.rotation_entry.get("rotation")
     if measurement.rotation == wanted:
         return
     if measurement.rotation is None:
@@ -391,7 +386,6 @@ def _examine_disks(found: Examination, recipe: Recipe) -> None:
 
 def _check_shared_memory(recipe: Recipe, device: torch.device) -> None:
     """Several GPUs of one machine talk through /dev/shm; a cluster's machines are looked at by their own workers."""
-    local = not (recipe.ray_address or os.environ.get("RAY_ADDRESS"))
     gpus = recipe.gpus or (torch.cuda.device_count() if device.type == "cuda" else 0)
-    if local and device.type == "cuda" and gpus > 1 and pick_executor(recipe, device) == "ray":
+    if recipe.cluster is None and device.type == "cuda" and gpus > 1 and pick_executor(recipe, device) == "ray":
         check_shared_memory(gpus)

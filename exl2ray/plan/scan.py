@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from exl2ray.errors import SourceError, reading_hint
+from exl2ray.errors import SourceError, unreadable
 from exl2ray.formats.elsewhere import THREADS, Pieces, remote_file
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.tensorfile import DTYPES, TensorInfo
@@ -77,7 +77,7 @@ def _scan(source: SourceModel, infos: Sequence[TensorInfo], pieces: int, seed: i
     try:
         handle = Pieces(infos[0].file)
     except OSError as e:
-        return [SourceError(f"{infos[0].file}: cannot be read: {e.strerror or e}", reading_hint(e))]
+        return [unreadable(SourceError, infos[0].file, e)]
     with handle:
         for info in infos:
             try:
@@ -101,7 +101,7 @@ def _check(source: SourceModel, info: TensorInfo, handle: Pieces, pieces: int, s
         try:
             piece = handle.read(size, info.begin + start)
         except OSError as e:
-            raise SourceError(f"{where}: cannot be read: {e.strerror or e}", reading_hint(e)) from e
+            raise unreadable(SourceError, where, e) from e
         if len(piece) != size:
             raise SourceError(f"{where}: {info.file} ends early; it was longer when opened")
         raw += piece

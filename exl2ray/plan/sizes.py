@@ -16,9 +16,9 @@ from itertools import pairwise
 from exl2ray.allocation.frontier import all_options
 from exl2ray.allocation.knapsack import budget
 from exl2ray.allocation.overrides import Override, counting, overridden
-from exl2ray.allocation.planning import below_tables, head_bpw, option_bits, slot_weights, total_bits
+from exl2ray.allocation.planning import below_tables, decoder_bpw, head_bpw, option_bits, packed_bytes, slot_weights
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import QParams, pad32
+from exl2ray.formats.layout import QParams
 from exl2ray.formats.shards import TensorEntry, header_of, plan_shards
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import announced, linear_entries, output_tensors, plain_shape
@@ -74,9 +74,7 @@ def exact_size(
     entries = output_entries(spec, source, {x.key: _extent(x, (params[x.key],)) for x in spec.linears})
     plan = plan_shards([e.nbytes for e in entries], limit_bytes)
     files = tuple(_file_bytes([entries[i] for i in indices]) for indices in plan)
-    decoder = [x for m in spec.modules if m.quantized for x in m.linears]
-    packed = sum(_bits(x, params[x.key]) for x in spec.linears) // 8
-    achieved = sum(_bits(x, params[x.key]) for x in decoder) / slot_weights(spec)
+    packed, achieved = packed_bytes(spec, params), decoder_bpw(spec, params)
     return OutputSize(bits, sum(files), sum(files), packed, packed, achieved, files, head_bpw(spec, params))
 
 
@@ -84,7 +82,7 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freed
     """Bounds of the size at a reachable bitrate, from the options that there are."""
     low_bits, high_bits = allocated_range(spec, bits, freedom)
     head = spec.modules[-1].linears[0]
-    fixed = 0 if freedom.head else _bits(head, overridden(freedom.overrides, head, head_option(freedom.head_bits))) // 8
+    fixed = 0 if freedom.head else overridden(freedom.overrides, head, head_option(freedom.head_bits)).bits_of(head) // 8
     packed = (low_bits // 8 + fixed, high_bits // 8 + fixed)
     options = _options(spec, freedom, below_tables(spec, bits, freedom.overrides))
     least, most = (_extents(spec, options, choice) for choice in (min, max))
@@ -95,7 +93,7 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freed
     low_header = len(header_of(small)) if single else _least_headers(small)
     shards = 1 if single else 2 * -(-sizes[1] // limit_bytes) + len(large) * (max(e.nbytes for e in large) > limit_bytes)
     high_header = len(header_of(large)) + (shards - 1) * FILE_OVERHEAD
-    of_head = None if freedom.head else 8 * fixed / (head.in_features * pad32(head.out_features))
+    of_head = None if freedom.head else 8 * fixed / head.padded_weights
     return OutputSize(bits, sizes[0] + low_header, sizes[1] + high_header, *packed, head_bpw=of_head)
 
 
@@ -119,7 +117,7 @@ def allocated_range(spec: ModelSpec, bits: float, freedom: Freedom) -> tuple[int
             alike[key] = _linear_costs(module, freedom, small)
         costs += alike[key]
     if freedom.head:
-        wanted += _bits(spec.modules[-1].linears[0], head_option(USUAL_HEAD_BITS))
+        wanted += head_option(USUAL_HEAD_BITS).bits_of(spec.modules[-1].linears[0])
     floor, ceiling = sum(min(c.values()) for c in costs), sum(max(c.values()) for c in costs)
     # Which options a linear will choose from depends on its losses; at the top it is one of those with 8 bits.
     top = sum(map(_at_the_top, costs))
@@ -148,7 +146,7 @@ def _linear_costs(module: ModuleSpec, freedom: Freedom, low: bool) -> list[dict[
         costs = {}
         for q in all_options(low):
             chosen = [(overridden(freedom.overrides, xs[0], q), xs) for xs in alike.values()]
-            costs[chosen[0][0]] = sum(len(xs) * _bits(xs[0], option) for option, xs in chosen)
+            costs[chosen[0][0]] = sum(len(xs) * option.bits_of(xs[0]) for option, xs in chosen)
         out.append(costs)
     return out
 
@@ -209,10 +207,6 @@ def _extent(
 def _option_extent(params: QParams, in_features: int) -> tuple[int, int]:
     layout = params.layout(in_features)
     return layout.packed_rows, len(layout.bits)
-
-
-def _bits(linear: LinearSpec, params: QParams) -> int:
-    return total_bits(params, linear.in_features, pad32(linear.out_features), linear.has_bias)
 
 
 def _file_bytes(entries: Sequence[TensorEntry]) -> int:

@@ -97,7 +97,7 @@ def estimate(
         wanted, least, most = (rows.measure if stage == "measure" else rows.quantize)[0], 0.0, 0.0
         for m in modules:
             like = _like(timed, stage, m)
-            took = like.seconds * weights_of(m) / like.weights
+            took = like.seconds * m.weights / like.weights
             least += took
             most += took * (max(1.0, wanted / like.rows) if whole else FILES[stage])
         return StageTime(stage, len(modules), least, most)
@@ -121,12 +121,7 @@ def _like(timed: Sequence[Timed], stage: str, module: ModuleSpec) -> Timed:
 def far_below(spec: ModelSpec) -> bool:
     """Whether the first layer is so small that starting kernels, not weights, decides about the time."""
     first = next(m for m in spec.modules if m.quantized).layer
-    return sum(weights_of(m) for m in spec.modules if m.quantized and m.layer == first) < SMALL_LAYER
-
-
-def weights_of(module: ModuleSpec) -> int:
-    """Weights of all linears of a module."""
-    return sum(x.in_features * x.out_features for x in module.linears)
+    return sum(m.weights for m in spec.modules if m.quantized and m.layer == first) < SMALL_LAYER
 
 
 def kind_of(module: ModuleSpec) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from exl2ray.formats.files import file_size
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
 from exl2ray.quant.memory import device_bytes
 from exl2ray.tune.estimate import a_module_at_a_time, as_a_whole
 from exl2ray.tune.memory import fits_whole
 from exl2ray.units import parse_count
+from exl2ray.wording import file_size
 
 
 def of_tuning(tokens: str, spec: ModelSpec, bitrates: int, device: torch.device | None) -> str:

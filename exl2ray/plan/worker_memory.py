@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.layout import pad32
 from exl2ray.formats.tensorfile import DTYPES
 from exl2ray.model.spec import ModelSpec, ModuleSpec
 from exl2ray.quality import Settings
@@ -144,17 +143,17 @@ def _sensitivity(spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu: int 
     """float32 states before every module, the weights of the largest one, and what its way back takes."""
     count, tokens = min(GRADIENT_ROWS, rows.measure[0]), min(GRADIENT_TOKENS, rows.measure[1])
     states = 4 * count * tokens * spec.hyper.hidden_size * (len(spec.modules) - 1)
-    module = max(spec.modules, key=_weight_bytes)
+    module = max(spec.modules, key=lambda m: m.weights)
     share = spec.hyper.experts_per_token / spec.hyper.num_experts if module.kind == "moe" else 1.0
     widths = sum(x.in_features + x.out_features for x in module.linears if module.kind != "head")
     back = int(GRADIENT_BYTES * SHARE_ROWS * tokens * (share * widths + 8 * spec.hyper.hidden_size))
     back = max(back, GRADIENT_BYTES * POSITIONS * spec.modules[-1].linears[0].out_features)
     if gpu is None:
-        ram = CPU_BASE_BYTES + states + 2 * _weight_bytes(module) + back + _source_bytes(source, module)
+        ram = CPU_BASE_BYTES + states + 4 * module.weights + back + _source_bytes(source, module)
         return Peak("sensitivity", module.profile_key, None, ram)
     fits = states_fit_within(spec.modules, states, max(rows.measure[1], rows.quantize[1]), gpu, corrected)
     notes, ram = _kept_on_host(fits, states)
-    most = _weight_bytes(module) + back + (states if fits else 0)
+    most = 2 * module.weights + back + (states if fits else 0)
     return Peak("sensitivity", module.profile_key, most, ram + 2 * _source_bytes(source, module), tuple(notes))
 
 
@@ -172,12 +171,12 @@ def _quantize(
     # In main memory states go as those after the module come, a share at a time; when rows are embedded there are three sets.
     others = states if corrected else others
     held, embedded = 2 * states + states // SHARES + (0 if corrected else others), 3 * states
-    forward = _weight_bytes(module) + hessians + _activations(spec, module, settings, tokens)
-    solve = _weight_bytes(module) + hessians + max(_solving(module, g) for g in {x.input_group for x in module.linears})
+    forward = 2 * module.weights + hessians + _activations(spec, module, settings, tokens)
+    solve = 2 * module.weights + hessians + max(_solving(module, g) for g in {x.input_group for x in module.linears})
     middle = middle_bytes(module, r, tokens, 4 if gpu is None else 2) if corrected else 0
     if gpu is None:
         held += middle if middle <= CPU_KEEP_BYTES else 0
-        twice = forward - hessians if module.kind != "head" else _weight_bytes(module)  # logits are float32 anyway
+        twice = forward - hessians if module.kind != "head" else 2 * module.weights  # logits are float32 anyway
         most = max(embedded, max(forward + partial, solve) + twice + held)
         ram = CPU_BASE_BYTES + most + _source_bytes(source, module)
         return Peak("quantize", module.profile_key, None, ram)
@@ -208,7 +207,7 @@ def _activations(spec: ModelSpec, module: ModuleSpec, settings: Settings, tokens
     if module.kind == "head":
         return LOGIT_BYTES * tokens * module.linears[0].out_features
     share = spec.hyper.experts_per_token / spec.hyper.num_experts if module.kind == "moe" else 1.0
-    outputs = sum(2 * pad32(x.out_features) for x in module.linears)
+    outputs = sum(2 * x.padded_out for x in module.linears)
     return int(settings.batch_rows * tokens * (share * outputs + 16 * spec.hyper.hidden_size))
 
 
@@ -216,12 +215,8 @@ def _solving(module: ModuleSpec, group: str) -> int:
     """Factorisation and solution of the linears on one input, then the check of the largest of them."""
     linears = [x for x in module.linears if x.input_group == group]
     k = linears[0].in_features
-    weights = [k * pad32(x.out_features) for x in linears]
+    weights = [x.padded_weights for x in linears]
     return max(12 * k * k, 4 * k * k + SOLVED_BYTES * sum(weights), COMPARED_BYTES * max(weights) + KEPT_BYTES * sum(weights))
-
-
-def _weight_bytes(module: ModuleSpec) -> int:
-    return sum(2 * x.in_features * x.out_features for x in module.linears)
 
 
 def _hessian_bytes(module: ModuleSpec) -> int:
@@ -237,5 +232,5 @@ def _candidate_bytes(module: ModuleSpec) -> int:
 def _source_bytes(source: SourceModel, module: ModuleSpec) -> int:
     """A module's tensors as stored; those of the next one are read meanwhile."""
     names = {x.weight.name for x in module.linears}
-    used = 4 * sum(x.in_features * x.out_features for x in module.linears)  # of a fused tensor perhaps only a part
+    used = 4 * module.weights  # of a fused tensor perhaps only a part
     return min(used, sum(source.nbytes(name) for name in names if name in source))

@@ -6,7 +6,6 @@ conversion repeated writes the same bytes. What later commands replace stands be
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from exl2ray.publish.base_model import (
 )
 from exl2ray.publish.frontmatter import Value, write_block
 from exl2ray.recipe import Recipe, bpw_name
-from exl2ray.terminal.console import file_size
+from exl2ray.wording import file_size, perplexity
 
 TAGS = ("exl2", "exllamav2", "quantized")
 PROGRAM = "exl2ray"  # quantized_by, until somebody publishes the model
@@ -80,8 +79,6 @@ class CardInfo:
     making: Making | None = None
     base_model: str | None = None  # owner/name on the Hub
     original: OriginalCard = NO_CARD
-    evaluation: Evaluation | None = None
-    quantized_by: str = PROGRAM
     warnings: tuple[str, ...] = ()
 
 
@@ -102,8 +99,8 @@ def model_card(info: CardInfo) -> str:
     source = _link(info.base_model) if info.base_model else "the model below"
     if not info.base_model and not info.original.text:
         source = f"a model of the architecture {info.architecture}"
-    front = front_matter(info.base_model, info.quantized_by, info.original)
-    evaluation = _marked(EVALUATION_MARKS, evaluation_section(info.evaluation))
+    front = front_matter(info.base_model, PROGRAM, info.original)
+    evaluation = _marked(EVALUATION_MARKS, "")
     return _render("card", i=info, front=front, name=name, bits=bpw_name(info.bits), source=source, evaluation=evaluation,
                    loading=_marked(LOADING_MARKS, loading_section()))  # fmt: skip
 
@@ -128,10 +125,8 @@ def front_matter(base_model: str | None, quantized_by: str, original: OriginalCa
     return write_block(fields)
 
 
-def evaluation_section(e: Evaluation | None, plot: str = "") -> str:
-    """Figures and what they mean, "" for None. plot: name of a picture beside the card."""
-    if e is None:
-        return ""
+def evaluation_section(e: Evaluation, plot: str = "") -> str:
+    """Figures and what they mean. plot: name of a picture beside the card."""
     before, kl, top1 = (f.value if f is not None else None for f in (e.reference_perplexity, e.kl, e.top1))
     word, sentence = judged(e.perplexity.value, before, kl, top1) if before is not None else ("", "")
     tail = {n: f"KL divergence, {'maximum' if n == 'max' else label + ' are below'}" for n, label in TAIL_NAMES.items()}
@@ -176,7 +171,7 @@ def _render(template: str, **values: Any) -> str:
         loader=FunctionLoader(lambda n: resources("exl2ray.publish").joinpath(f"{n}.jinja").read_text(encoding="utf-8")),
         undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=template in ("card", "index"),
     )  # fmt: skip
-    environment.filters.update(cell=_cell, prose=_prose, size=file_size, perplexity=_perplexity)
+    environment.filters.update(cell=_cell, prose=_prose, size=file_size, perplexity=perplexity)
     return environment.get_template(template).render(**values)
 
 
@@ -204,10 +199,6 @@ def _prose(text: str) -> str:
 def _cell(text: str) -> str:
     """Text in a cell of a table; names of files may hold anything."""
     return "".join(c if c.isprintable() else "?" for c in text).replace("|", "\\|")
-
-
-def _perplexity(value: float | None) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def _table(repo: str, rows: Sequence[BranchRow], kept: dict[str, str]) -> str:
@@ -239,15 +230,13 @@ def _line(repo: str, row: BranchRow) -> str:
 
 def write_card(directory: str | Path, info: CardInfo) -> Path:
     """README.md of a directory, in the place of the source's that was copied there. Raises StoreError."""
-    return _write(Path(directory), model_card(info))
+    return _write(directory, model_card(info))
 
 
 def add_evaluation(directory: str | Path, evaluation: Evaluation) -> Path:
     """Puts the figures on the card of a directory. Raises StoreError if it cannot be written."""
-    path = Path(directory) / CARD
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    wanted = with_evaluation(text, evaluation)
-    return path if wanted == text else _write(Path(directory), wanted)
+    text = _card_in(directory)
+    return _write(directory, with_evaluation(text, evaluation), text)
 
 
 def add_tuning(
@@ -255,14 +244,13 @@ def add_tuning(
     worse: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Says on the card of a directory what a tuning has brought: KL (nats) by kind of text. Raises StoreError."""
-    path = Path(directory) / CARD
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = _card_in(directory)
     section = _marked(TUNING_MARKS, tuning_section(before, after, kept, tokens, worse))
     wanted = _replaced(text, TUNING_MARKS, section)
     if not wanted:  # in front of the evaluation, which belongs to the tuned model
         head, mark, tail = text.partition(EVALUATION_MARKS[0])
         wanted = f"{head.rstrip()}\n\n{section}\n" + (f"\n{mark}{tail}" if mark else "")
-    return path if wanted == text else _write(Path(directory), wanted)
+    return _write(directory, wanted, text)
 
 
 def tuning_section(
@@ -280,10 +268,18 @@ def tuning_section(
     ])  # fmt: skip
 
 
-def _write(directory: Path, text: str) -> Path:
-    with atomic_file(directory / CARD) as f:
-        f.write(text.encode("utf-8"))
-    return directory / CARD
+def _card_in(directory: str | Path) -> str:
+    path = Path(directory) / CARD
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _write(directory: str | Path, text: str, before: str | None = None) -> Path:
+    """``before``: what is there already."""
+    path = Path(directory) / CARD
+    if text != before:
+        with atomic_file(path) as f:
+            f.write(text.encode("utf-8"))
+    return path
 
 
 def converted(

@@ -25,7 +25,7 @@ from exl2ray.publish.file_kinds import CARD, is_known, is_needed, looks_secret
 from exl2ray.publish.opened import NotSent, Opened, open_file
 from exl2ray.publish.secrets import find_secret
 from exl2ray.recipe import bpw_name
-from exl2ray.terminal.console import plural
+from exl2ray.wording import plural, some_lines
 
 SHOWN = 10  # problems in a message
 OWN = CLAIM.removesuffix(".json")  # our own dot files begin like this, and are not worth a word
@@ -103,12 +103,10 @@ def read_folder(path: str | Path, include: Sequence[str] = ()) -> Folder:
 def _verify(path: Path) -> None:
     problems = verify_directory(path)
     if problems:
-        shown = [f"  {p}" for p in problems[:SHOWN]]
-        more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise FormatError(
             f"{path}: not published: {plural(len(problems), 'rule')} of the format broken:",
             f"all of them: exl2ray verify {path}",
-            [*shown, *more],
+            [f"  {line}" for line in some_lines(list(map(str, problems)), SHOWN)],
         )
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.cuda.solver import CHUNK, Solution
-from exl2ray.formats.layout import QParams, pad32
+from exl2ray.formats.layout import QParams
 from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quality import Settings
 from exl2ray.quant.block import Block, Half, Linear, by_input, device_of
@@ -260,9 +260,5 @@ def branch_errors(half: Half, x: Tensor, out: Tensor, target: Tensor, norm: Tens
 
 def _option_bits(table: OptionTable, linears: Mapping[str, Linear]) -> list[int]:
     return [
-        sum(
-            q.total_bits(linears[r].in_features, pad32(linears[r].out_features), linears[r].has_bias)
-            for r, q in zip(table.roles, row, strict=True)
-        )
-        for row in table.rows
+        sum(q.bits_of(linears[r]) for r, q in zip(table.roles, row, strict=True)) for row in table.rows
     ]

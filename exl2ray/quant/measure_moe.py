@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from exl2ray.cuda.small_batches import Streams
-from exl2ray.formats.layout import pad32
 from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quality import Settings
 from exl2ray.quant.block import ExpertBlock, Routing, device_of
@@ -151,9 +150,7 @@ def _score_experts(
     out = []
     for i in rows:
         params = dict(zip(MOE_TABLE.roles, MOE_TABLE.rows[i], strict=True))
-        bits = sum(
-            params[x.role].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in block.module.linears
-        )
+        bits = sum(params[x.role].bits_of(x) for x in block.module.linears)
         out.append(OptionProfile(accuracy_of(mean[i]), bits, params))
     return out
 

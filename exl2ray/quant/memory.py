@@ -13,7 +13,6 @@ import torch
 from exl2ray.cuda.small_batches import GRAPH_SHARE
 from exl2ray.cuda.small_batches import device_bytes as device_bytes
 from exl2ray.formats import roles
-from exl2ray.formats.layout import pad32
 from exl2ray.quality import DAMPING, Settings
 from exl2ray.quant.block import Module
 from exl2ray.quant.hessian import FLOAT64_ROWS
@@ -157,13 +156,13 @@ def cross_bytes(module: Module) -> int:
         return 0
     second = [x for x in module.linears if x.role in roles.WRITERS]
     first: dict[str, int] = {x.input_group: x.in_features for x in module.linears if x not in second}
-    sizes = [k * k for k in first.values()] + [int(x.in_features * x.out_features) for x in second]
+    sizes = [k * k for k in first.values()] + [x.weights for x in second]
     return 4 * sum(sizes)
 
 
 def _correction_bytes(module: Module) -> int:
     """What corrected targets add to the peak of a module: the products, the targets, the source weights."""
-    return cross_bytes(module) + 4 * sum(int(x.in_features * x.out_features) for x in module.linears)
+    return cross_bytes(module) + 4 * sum(x.weights for x in module.linears)
 
 
 def _hidden(module: Module) -> int:
@@ -179,7 +178,7 @@ def peak_bytes(module: Module, settings: Settings, tokens: int, states_bytes: in
     candidates), "score" (one batch of rows, beside the candidates). The Hessians of experts stay until the end: one that saw
     few tokens borrows from all of them.
     """
-    weights = sum(2 * x.in_features * x.out_features for x in module.linears)
+    weights = sum(2 * x.weights for x in module.linears)
     inputs = {x.input_group: x.in_features for x in module.linears}
     resident = weights + _hessian_bytes(module) + 2 * states_bytes
     candidates = 0 if settings.offload else _candidate_bytes(module)
@@ -188,7 +187,7 @@ def peak_bytes(module: Module, settings: Settings, tokens: int, states_bytes: in
     factor = (8 if largest > FLOAT64_ROWS else 4) * largest * largest + 4 * largest * largest
     one_batch = min(settings.budget_bytes or 0, max((_solver_bytes(module, group) for group in inputs), default=0))
     expert = (settings.expert_tokens or 0) * _expert_bytes_per_token(module)
-    one_candidate = max((2 * x.in_features * pad32(x.out_features) for x in module.linears), default=0)
+    one_candidate = max((2 * x.padded_weights for x in module.linears), default=0)
     return {
         "reference": resident + activations,
         "solve": resident + candidates + max(factor, 4 * largest * largest + one_batch),
@@ -199,10 +198,10 @@ def peak_bytes(module: Module, settings: Settings, tokens: int, states_bytes: in
 def _quantizing(module: Module, settings: Settings, tokens: int) -> int:
     """The most that quantising a module takes, in bytes, beside states and sums that wait: its weights twice (those of the
     source model, and the reconstructed ones), all Hessians, and a batch of a forward pass or what is being solved."""
-    weights = sum(2 * x.in_features * x.out_features for x in module.linears)
+    weights = sum(2 * x.weights for x in module.linears)
     members: dict[str, list[int]] = {}
     for x in module.linears:
-        members.setdefault(x.input_group, []).append(x.in_features * pad32(x.out_features))
+        members.setdefault(x.input_group, []).append(x.padded_weights)
     largest = max((x.in_features for x in module.linears), default=0)
     factor = (8 if largest > FLOAT64_ROWS else 4) * largest * largest + 4 * largest * largest
     solved = SOLVED_BYTES * max((sum(m) for m in members.values()), default=0)
@@ -215,7 +214,7 @@ def _quantizing(module: Module, settings: Settings, tokens: int) -> int:
 def _solver_bytes(module: Module, group: str) -> int:
     """Working memory of the options of the linears on one input, solved in one batch."""
     members = [x for x in module.linears if x.input_group == group]
-    return sum(BYTES_PER_WEIGHT * _options(x.role) * x.in_features * pad32(x.out_features) for x in members)
+    return sum(BYTES_PER_WEIGHT * _options(x.role) * x.padded_weights for x in members)
 
 
 def _expert_tokens(module: Module, total: int) -> int | None:
@@ -238,17 +237,17 @@ def _options(role: str) -> int:
 
 def _candidate_bytes(module: Module) -> int:
     """Reconstructed weights of all distinct options of a module, in half precision."""
-    return sum(2 * _options(x.role) * x.in_features * pad32(x.out_features) for x in module.linears)
+    return sum(2 * _options(x.role) * x.padded_weights for x in module.linears)
 
 
 def _bytes_per_token(module: Module) -> int:
     """Activations of the scoring forward: every distinct option's outputs of the first linears at once, in half precision."""
     widest = 0
     first = [x for x in module.linears if x.role in (*roles.ATTENTION, *roles.MLP) and x.role not in roles.WRITERS]
-    widest += sum(2 * _options(x.role) * pad32(x.out_features) for x in first)
+    widest += sum(2 * _options(x.role) * x.padded_out for x in first)
     if module.kind == "moe":  # sums of every table row in float32; inputs, outputs and weighted outputs of the chosen experts
         widest += (4 * len(MOE_TABLE.rows) + 16) * max(x.in_features for x in module.linears if x.role == "w1")
     if not module.linears:
         return NORM_BYTES_PER_TOKEN
     hidden: int = max(x.in_features for x in module.linears)
-    return widest + 16 * hidden + (8 * pad32(module.linears[0].out_features) if module.kind == "head" else 0)
+    return widest + 16 * hidden + (8 * module.linears[0].padded_out if module.kind == "head" else 0)

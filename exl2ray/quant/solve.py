@@ -180,5 +180,5 @@ def lanes_of(block: Block) -> int:
         return 1
     gate = block.experts.experts[0].gate
     columns = MOE_TABLE.columns()
-    weights = gate.in_features * gate.padded_out * sum(len(columns[role][0]) for role in ("w1", "w3"))
+    weights = gate.padded_weights * sum(len(columns[role][0]) for role in ("w1", "w3"))
     return COUNT if weights <= SMALL else 1

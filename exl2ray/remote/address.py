@@ -37,7 +37,7 @@ class Address:
     @property
     def pinned(self) -> bool:
         """Whether it names one commit."""
-        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
+        return COMMIT.fullmatch(self.revision or "") is not None
 
     def at(self, commit: str) -> Address:
         return replace(self, revision=commit)

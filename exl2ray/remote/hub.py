@@ -26,6 +26,7 @@ from exl2ray.remote.hub_errors import Failure, Refused, explained
 from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.remote.listing import MAX_NAMES, Listing, folders_of
 from exl2ray.remote.retry import Passing, patiently
+from exl2ray.wording import some
 
 ENDPOINT = "https://huggingface.co"
 SECONDS = 30.0  # without an answer, or between two pieces of one
@@ -100,8 +101,7 @@ class Repository:
             wanted = sorted({str(f) for f in index.values()}) if isinstance(index, dict) else []
             absent = [n for n in wanted if not (folder / n).is_file()]
             if absent:
-                text = f"{absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
-                raise HubError(f"{address}: HF_HUB_OFFLINE is set, and the Hub's cache lacks {text}", hint)
+                raise HubError(f"{address}: HF_HUB_OFFLINE is set, and the Hub's cache lacks {some(absent, 1)}", hint)
         self.address = address.at(commit)
         entries = []
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):

@@ -1,6 +1,6 @@
 """What huggingface_hub raises, told apart in one place and without the token; who asked says it in words of its own.
 
-Models (`hub`), calibration data (`hub_data`) and uploads (`exl2ray.publish.upload`) fail in the same ways, which the library
+Models (`hub`), calibration data (`hub_data`) and uploads (`exl2ray.publish.hub`) fail in the same ways, which the library
 tells by class, by status, by a header, or by an error of one of three HTTP libraries.
 """
 

@@ -23,7 +23,7 @@ from exl2ray.formats.elsewhere import Mount, mount_at, register
 from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import parse_json_object
 from exl2ray.recipe import Recipe
-from exl2ray.remote.address import COMMIT, Address, is_remote, parse
+from exl2ray.remote.address import Address, is_remote, parse
 from exl2ray.remote.block_cache import Blocks
 from exl2ray.remote.hub import Repository
 from exl2ray.remote.listing import TEMPLATES, Listing
@@ -143,7 +143,7 @@ def _remembered(asked: Address, work: str, cache_bytes: int) -> Opened | None:
         address = parse(str(found["address"]))
         if (address.scheme, address.place, address.path) != (asked.scheme, asked.place, asked.path):
             return None
-        if address.scheme == "hf" and COMMIT.fullmatch(address.revision or "") is None:
+        if address.scheme == "hf" and not address.pinned:
             return None
         entries = tuple(FileState(**e) for e in found["entries"])
         folders, hashes = tuple(map(str, found["folders"])), dict(found["small"])

@@ -43,7 +43,7 @@ def allocation_of(bits: float, options: Mapping[str, str], shapes: Mapping[str, 
         if exact:
             s = shapes[linear]
             try:
-                total, weights = option.total_bits(s.in_features, s.out_features, s.has_bias), s.in_features * s.out_features
+                total, weights = option.bits_of(s), s.padded_weights
             except FormatError:
                 continue  # an option that does not fit the tensor: the directory is not ours, or damaged
         cell[0] += total

@@ -96,7 +96,7 @@ def with_weights(
         if c.key.endswith(".parallel_decoder"):
             names = [x for x in names if (role_of(x) in ATTENTION_ROLES) == (c.part == "attention")]
         known = [shapes[x] for x in names if x in shapes]
-        weights = sum(s.in_features * s.out_features for s in known) if names and len(known) == len(names) else None
+        weights = sum(s.padded_weights for s in known) if names and len(known) == len(names) else None
         out.append(replace(c, weights=weights))
     return out
 

@@ -245,7 +245,7 @@ def _head_bpw(chain: Chain, event: Mapping[str, Any], shapes: Mapping[str, Linea
     if shape is None:
         return nominal_bpw(option)
     try:
-        return option.total_bits(shape.in_features, shape.padded_out, shape.has_bias) / (shape.in_features * shape.padded_out)
+        return option.bits_of(shape) / shape.padded_weights
     except FormatError:
         return None
 

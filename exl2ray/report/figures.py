@@ -18,7 +18,7 @@ from exl2ray.report.chains import Chain
 from exl2ray.report.curves import Curve, part_of
 from exl2ray.report.style import DEPTH, MARKERS, Plot, clean_label, plain_log_axis
 from exl2ray.report.time_spent import Span, Timeline
-from exl2ray.terminal.console import plural
+from exl2ray.wording import plural
 
 _SMALLEST_ERROR = 1e-6  # on a log axis
 _FEW_LAYERS = 16  # up to here cells carry their numbers

@@ -20,7 +20,8 @@ from exl2ray.report.ladder import ladder_plots
 from exl2ray.report.style import svg_uris
 from exl2ray.report.time_spent import busy_share
 from exl2ray.report.tuned import Tuning
-from exl2ray.terminal.console import clean, duration, file_size, is_numeric, perplexity, plural
+from exl2ray.terminal.console import clean, is_numeric
+from exl2ray.wording import duration, file_size, perplexity, plural, some, some_lines
 
 TITLES = {
     "summary": "Summary", "warnings": "Warnings that concern the result", "quality": "Perplexity and KL divergence",
@@ -41,7 +42,7 @@ def render(facts: Facts, show_paths: bool = False) -> tuple[str, tuple[str, ...]
     reduced to their names.
     """
     found = {
-        "summary": _summary(facts), "warnings": _first(facts.warnings), "quality": _quality(facts),
+        "summary": _summary(facts), "warnings": some_lines(facts.warnings, _MAX_NOTES), "quality": _quality(facts),
         "allocation": _allocation(facts), "curves": figures.curves_plots(facts.curves), "chain": _chain(facts),
         "experts": _experts(facts), "time": _time(facts), "notes": _notes(facts), "settings": _settings(facts),
     }  # fmt: skip
@@ -92,11 +93,6 @@ def _numeric(rows: Sequence[Sequence[str]]) -> set[int]:
 
 def _number(value: float | None, form: str = ".4g") -> str:
     return "-" if value is None else format(value, form)
-
-
-def _first(texts: Sequence[str]) -> list[str]:
-    more = len(texts) - _MAX_NOTES
-    return [*texts[:_MAX_NOTES], *([f"and {more} more"] if more > 0 else [])]
 
 
 # ---- sections ---------------------------------------------------------------------------------------------------------
@@ -174,8 +170,8 @@ def _quality(facts: Facts) -> dict[str, Any] | None:
         out["tables"] = _evaluation_tables(facts.evaluations)
         unbound = [e.model for e in facts.evaluations if not e.weights and not e.is_gguf]
         if unbound:
-            some = ", ".join(unbound[:4]) + (f" and {len(unbound) - 4} more" if len(unbound) > 4 else "")
-            out["unbound"] = f"An earlier version of exl2ray made these, and did not note of what state of the model: {some}."
+            why = "An earlier version of exl2ray made these, and did not note of what state of the model"
+            out["unbound"] = f"{why}: {some(unbound, 4)}."
         out["predictions"] = f"{facts.evaluations[0].predictions} predictions in {facts.evaluations[0].rows} rows"
     if facts.earlier:
         out["earlier"] = _evaluation_tables(facts.earlier)[0][1:]
@@ -280,9 +276,8 @@ def _notes(facts: Facts) -> dict[str, Any]:
     """What was degraded or damaged; a section that says so where there is nothing."""
     rows = []
     for n in facts.notes[:_MAX_NOTES]:
-        more = len(n.places) - _MAX_PLACES
-        rows.append([n.text, ", ".join(n.places[:_MAX_PLACES]) + (f" and {more} more" if more > 0 else ""), f"{n.count}"])
-    return {"problems": _first(facts.problems), "rows": rows, "more": max(0, len(facts.notes) - _MAX_NOTES)}
+        rows.append([n.text, some(n.places, _MAX_PLACES), f"{n.count}"])
+    return {"problems": some_lines(facts.problems, _MAX_NOTES), "rows": rows, "more": max(0, len(facts.notes) - _MAX_NOTES)}
 
 
 def _settings(facts: Facts) -> dict[str, Any] | None:

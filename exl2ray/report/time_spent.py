@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from exl2ray.formats.json_file import as_number
 from exl2ray.recipe import bpw_name
 from exl2ray.report.values import mapping
+from exl2ray.store.event_log import moment
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,10 @@ def read_timeline(events: Iterable[Mapping[str, Any]]) -> Timeline | None:
     """None for a log without a single usable event."""
     reader = _Reader()
     for event in events:
-        moment = _moment(event.get("time"))
-        if moment is not None:
-            reader.take(moment, str(event["time"]), str(event.get("name")), mapping(event.get("fields")))
+        at = moment(event.get("time"))
+        if at is not None:
+            reader.take(at, str(event["time"]), str(event.get("name")), mapping(event.get("fields")))
     return reader.finish()
-
-
-def _moment(text: Any) -> float | None:
-    try:
-        return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
-    except (ValueError, OverflowError, OSError):
-        return None
 
 
 @dataclass
@@ -83,7 +76,7 @@ class _Reader:
     open: dict[str, tuple[str, str, float]] = field(default_factory=dict)  # worker -> (stage, key, begin)
     spans: list[Span] = field(default_factory=list)
 
-    def take(self, moment: float, stamp: str, name: str, f: Mapping[str, Any]) -> None:
+    def take(self, at: float, stamp: str, name: str, f: Mapping[str, Any]) -> None:
         self.first = self.first or stamp
         self.last = stamp
         if name == "opened":
@@ -91,8 +84,8 @@ class _Reader:
             self.begun.clear()
             self.runs.append(self.now)
         elif self.clock is not None:
-            self.now += max(0.0, moment - self.clock)  # clocks of several machines may disagree
-        self.clock = moment
+            self.now += max(0.0, at - self.clock)  # clocks of several machines may disagree
+        self.clock = at
         if name == "stage":
             self._stage(str(f.get("stage")), as_number(f.get("items")))
         elif name == "started":

@@ -8,6 +8,7 @@ from exl2ray.errors import FormatError
 from exl2ray.formats.hf import weight_files
 from exl2ray.formats.tensorfile import TensorFile, TensorInfo
 from exl2ray.formats.verify import verify_directory
+from exl2ray.wording import some_lines
 
 SHOWN = 5  # broken rules in one message
 NOT_NEEDED = "side-file"  # the rule about tokenizer files, which are no business of the model
@@ -27,8 +28,7 @@ def sound_files(root: Path) -> list[Path]:
     """The weight files of an EXL2 model. Raises FormatError with what ``exl2ray verify`` finds wrong with it."""
     problems = [p for p in verify_directory(root) if p.rule != NOT_NEEDED]
     if problems:
-        more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        lines = [*(f"  {p}" for p in problems[:SHOWN]), *more]
+        lines = [f"  {line}" for line in some_lines(list(map(str, problems)), SHOWN)]
         raise FormatError(f"{root}: not a sound EXL2 model:", f"see them all: exl2ray verify {root}", lines)
     return weight_files(root, FormatError)
 

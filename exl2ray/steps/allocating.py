@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from exl2ray.allocation.overrides import parse_overrides
-from exl2ray.allocation.planning import Plan, choose, insensitive, slot_weights, total_bits
-from exl2ray.formats.layout import QParams, pad32
+from exl2ray.allocation.planning import Plan, choose, decoder_bpw, head_bpw, insensitive, packed_bytes
+from exl2ray.formats.layout import QParams
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModuleSpec
 from exl2ray.result_warnings import few_scores_warning, insensitive_warning, unspent_warning
@@ -24,17 +24,12 @@ def allocate(job: Job, measurement: Measurement, bits: float) -> Plan:
     chosen = choose(job.spec, measurement, bits, job.recipe, overrides)
     allocation, params = chosen.allocation, chosen.params
     hashes = plan_hashes(job, params)
-    weights = slot_weights(job.spec)
-    size = {
-        x.key: total_bits(params[x.key], x.in_features, pad32(x.out_features), x.has_bias) for x in job.spec.linears
-    }
-    head = job.spec.modules[-1].linears[0]
-    achieved = (sum(size.values()) - size[head.key]) / weights
+    head, achieved = job.spec.modules[-1].linears[0], decoder_bpw(job.spec, params)
     job.work.event(
         "allocated", bits=bits, bpw=achieved, gap=allocation.gap, choice=list(allocation.choice),
         allocation=job.recipe.allocates, head=params[head.key].desc, predicted_kl=chosen.predicted_kl,
     )  # fmt: skip
-    of_head = size[head.key] / (head.in_features * pad32(head.out_features))
+    of_head = head_bpw(job.spec, params)
     message = f"{bits:g} bpw: allocation uses {achieved:.4f} bits per weight in the decoder, {of_head:.4f} in the head"
     message += f", within {max(0.0, allocation.gap) * 100:.4f} % of the optimum"
     if chosen.predicted_kl is not None:
@@ -45,7 +40,7 @@ def allocate(job: Job, measurement: Measurement, bits: float) -> Plan:
     else:
         job.warnings.add(few_scores_warning(measurement.scores))  # of every bitrate; told at the start where it was known
     job.warnings.add(unspent_warning(bits, achieved, allocation.unspent, bool(overrides)), bits)
-    return Plan(bits, params, hashes, achieved, sum(size.values()) // 8, chosen.predicted_kl)
+    return Plan(bits, params, hashes, achieved, packed_bytes(job.spec, params), chosen.predicted_kl)
 
 
 def plan_hashes(job: Job, params: Mapping[str, QParams]) -> tuple[str, ...]:

@@ -237,9 +237,9 @@ class Job:
 
     def source_hash(self) -> dict[str, Any]:
         """What the source model adds to the hashes of results."""
-        identity, rotation = self.job["identity"], self.spec.rotation
-        found = {"fingerprint": identity["fingerprint"], "rope": [identity["rope_scale"], identity["rope_alpha"]]}
-        return found if rotation is None else {**found, "rotation": rotation.identity()}
+        identity = self.job["identity"]
+        rope = [identity["rope_scale"], identity["rope_alpha"]]
+        return {"fingerprint": identity["fingerprint"], "rope": rope, **self.spec.rotation_entry}
 
     def all_experts(self) -> dict[str, bool]:
         """What --moe-all-experts adds to the hashes of results; nothing for a model without experts."""

@@ -169,7 +169,7 @@ def _assembled(job: Job, profiles: Mapping[int, ModuleProfile]) -> Measurement:
             out.append(profiles[module.index])
         elif mode in ("norm", "linear", "pos_emb"):
             out.append(profiles.get(module.index, ModuleProfile(key, mode)))
-    rotation = None if job.spec.rotation is None else job.spec.rotation.identity()
+    rotation = job.spec.rotation_entry.get("rotation")
     scores = scores_entry(job.score_rows, job.rows["measure"])
     rope = rope_flags(job.recipe.rope_scale, job.recipe.rope_alpha)
     return Measurement(tuple(out), len(job.spec.modules) - 1, rotation, source_identity(job.source, rope), scores)

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exl2ray.allocation.overrides import Override, overridden, parse_overrides
-from exl2ray.allocation.planning import Plan, slot_weights
+from exl2ray.allocation.planning import Plan, decoder_bpw, packed_bytes
 from exl2ray.errors import UsageError
-from exl2ray.formats.layout import pad32
 from exl2ray.steps.allocating import missing
 from exl2ray.store.file_names import PATCHES, quant_kind
 from exl2ray.store.records import Record, Records, hash_inputs
@@ -100,13 +99,8 @@ def patched(job: Job, plan: Plan, texts: Sequence[str]) -> Plan:
             for key in changed:
                 _say(job, plan, f"{key} from {plan.params[key].desc} to {params[key].desc}")
         hashes.append(value)
-    weights, total = slot_weights(job.spec), 0
-    for x in job.spec.linears:
-        total += params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias)
-    head = job.spec.modules[-1].linears[0]
-    head_bits = params[head.key].total_bits(head.in_features, pad32(head.out_features), head.has_bias)
-    achieved = (total - head_bits) / weights
-    return Plan(plan.bits, params, tuple(hashes), achieved, total // 8, patches=tuple(texts))
+    achieved, size = decoder_bpw(job.spec, params), packed_bytes(job.spec, params)
+    return Plan(plan.bits, params, tuple(hashes), achieved, size, patches=tuple(texts))
 
 
 # ---- what is remembered -----------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ class Assembly:
 
         def is_whole(rel: str) -> bool:
             header = self._headers[names[rel]]
-            with closing_handle(opened(rel)) as handle:
+            with beneath.closing(opened(rel)) as handle:
                 if directory is None and not self._is_like(handle):
                     return False
                 return os.fstat(handle).st_size == self._sizes[names[rel]] and os.pread(handle, len(header), 0) == header
@@ -201,11 +201,9 @@ class Assembly:
         except MissingFileError:
             self._new.add(rel)
             return self._made(name, None)
-        try:
+        with beneath.closing(before):
             if os.fstat(before).st_nlink > 1 or not self._is_like(before):
                 return self._made(name, before)
-        finally:
-            os.close(before)
         handle = self._store.descriptor(rel, os.O_RDWR)
         with translated("write", self._store.full_name(rel)), closed_on_error(handle):
             if os.fstat(handle).st_size != size:
@@ -262,10 +260,10 @@ def linkable(store: Store, kind: str, directory: Path) -> Ownership | None:
     probe, name = f"{kind}/tensors/{temp_name()}", temporary_name("probe")
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
-        here = store.descriptor(probe, new)
-        with closing_handle(here), closing_handle(beneath.open_file(None, directory / name, directory / name, new)) as there:
-            wanted = _ownership(there)
-            alike = _ownership(here) == wanted and _attributes(here) == _attributes(there)
+        with beneath.closing(store.descriptor(probe, new)) as here:
+            with beneath.closing(beneath.open_file(None, directory / name, directory / name, new)) as there:
+                wanted = _ownership(there)
+                alike = _ownership(here) == wanted and _attributes(here) == _attributes(there)
         os.unlink(directory / name)
         if not alike:
             return None
@@ -282,14 +280,6 @@ def linkable(store: Store, kind: str, directory: Path) -> Ownership | None:
 def temporary_name(name: str) -> str:
     """Of a file that will be called ``name``; `exl2ray.formats.shards.LEFTOVER_NAME` knows it."""
     return f".{name}.{secrets.token_hex(4)}.tmp"
-
-
-@contextmanager
-def closing_handle(handle: int) -> Iterator[int]:
-    try:
-        yield handle
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -30,6 +30,14 @@ def timestamp() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def moment(text: Any) -> float | None:
+    """The time of an event in seconds since 1970; None if it is none."""
+    try:
+        return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
 def event_line(name: str, fields: Mapping[str, Any]) -> str:
     """One line of the log. Unlike records, events take any value: NaN and infinity as text, objects by str()."""
     event = {

@@ -135,10 +135,6 @@ class Store(ABC):
     def prune(self, prefixes: Iterable[str]) -> None:
         """Remove empty directories at and below ``prefixes``."""
 
-    @abstractmethod
-    def disk_free(self) -> int | None:
-        """Bytes that may still be written; None where there is no such limit."""
-
 
 def check_name(rel: str) -> str:
     """``rel`` if it is a relative POSIX name without ``..``; StoreError otherwise."""

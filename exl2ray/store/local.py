@@ -6,7 +6,6 @@ Names are reached as `exl2ray.beneath` does it: through no link, whoever put it 
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -83,8 +82,7 @@ class LocalStore(Store):
 
         Raises OSError; without a trace where the file system has no hard links, or is another one.
         """
-        target = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with beneath.closing(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as target:
             with self._folder_of(rel) as (folder, own):
                 with suppress(FileNotFoundError):  # renaming a name of a file to another of its names would do nothing
                     there = os.stat(name, dir_fd=target, follow_symlinks=False)
@@ -92,8 +90,6 @@ class LocalStore(Store):
                         return
                 os.link(own, temporary, src_dir_fd=folder, dst_dir_fd=target, follow_symlinks=False)
             os.replace(temporary, name, src_dir_fd=target, dst_dir_fd=target)
-        finally:
-            os.close(target)
 
     def get(self, rel: str) -> bytes:
         with translated("read", str(self._path(rel))), self.reader(rel) as f:
@@ -129,16 +125,16 @@ class LocalStore(Store):
         return []
 
     def irregular(self, prefixes: Iterable[str]) -> Names:
-        names: Names = []
-        with translated("list", self.root), suppress(FileNotFoundError):
-            with beneath.folder(self._real_root(), listed=True) as folder:
-                top = beneath.listed(folder, "")
-            names += top.others
-            for prefix in prefixes:
-                if prefix in top.folders:
-                    for found in beneath.walk(self._real_root(), [prefix]):
-                        names += [found.path(n) for n in found.others]
-        return sorted(names)
+        with translated("list", self.root):
+            return sorted(found.path(n) for found in self._listings(prefixes) for n in found.others)
+
+    def _listings(self, prefixes: Iterable[str]) -> Iterator[beneath.Listing]:
+        """The root, then all folders at and below those of ``prefixes`` that are there; each open while it is in hand."""
+        with suppress(FileNotFoundError), beneath.folder(self._real_root(), listed=True) as folder:
+            top = beneath.listed(folder, "")
+            yield top
+            for prefix in (p for p in prefixes if p in top.folders):
+                yield from beneath.walk(self._real_root(), [prefix])
 
     def delete(self, rel: str) -> None:
         with translated("delete", str(self._path(rel))), suppress(FileNotFoundError):
@@ -162,16 +158,13 @@ class LocalStore(Store):
     def append_line(self, rel: str, line: str) -> None:
         path = self._path(rel)
         with translated("write", str(path)), self._folder_of(rel, create=True) as (folder, name):
-            fd = beneath.open_file(folder, name, path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            try:
+            with beneath.closing(beneath.open_file(folder, name, path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as fd:
                 if os.fstat(fd).st_nlink > 1:
                     raise beneath.IrregularFileError(
                         f"{path} is known under other names too (hard links): a line would be added there as well",
                         f"move it away; a copy of the work directory should not share it (cp -r, not cp -l): {path}",
                     )
                 _write_all(fd, line.encode() + b"\n")
-            finally:
-                os.close(fd)
 
     def read_lines(self, rel: str) -> Names:
         """The lines; of a file beyond all measure those at its end."""
@@ -185,16 +178,8 @@ class LocalStore(Store):
             return []
 
     def sweep(self, prefixes: Iterable[str]) -> Names:
-        stale: Names = []
-        with translated("delete", self.root), suppress(FileNotFoundError):
-            with beneath.folder(self._real_root(), listed=True) as folder:
-                top = beneath.listed(folder, "")
-                stale += _unlink_temporary(top)
-            for prefix in prefixes:
-                if prefix in top.folders:
-                    for found in beneath.walk(self._real_root(), [prefix]):
-                        stale += _unlink_temporary(found)
-        return stale
+        with translated("delete", self.root):
+            return [name for found in self._listings(prefixes) for name in _unlink_temporary(found)]
 
     def flush(self) -> None:
         """Nothing is collected: every line is written at once."""
@@ -210,10 +195,6 @@ class LocalStore(Store):
                         _remove_empty(found.handle, name)
                 with beneath.folder(root) as folder:
                     _remove_empty(folder, prefix)
-
-    def disk_free(self) -> int:
-        with translated("read", self.root):
-            return shutil.disk_usage(self.root).free
 
 
 def _write_all(fd: int, data: bytes | memoryview) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from exl2ray.beneath import open_locked, try_flock
+from exl2ray.beneath import closing, open_locked, try_flock
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError, translated
 from exl2ray.store.fs import Store
@@ -41,6 +41,9 @@ class LockTiming:
     heartbeat: float = 10.0
     stale: float = 60.0
     settle: float = 1.0
+
+
+DEFAULT_TIMING = LockTiming()
 
 
 @dataclass(frozen=True)
@@ -126,20 +129,18 @@ def heartbeat_age(store: Store, clock: Callable[[], float] = time.time) -> float
     return None if holder is not None and holder.kernel else max(0.0, clock() - written)
 
 
-def is_held(store: Store, timing: LockTiming | None = None, clock: Callable[[], float] = time.time) -> bool:
-    """Whether a driver is at work. Writes nothing, unless ``clock`` does."""
+def is_held(store: Store, timing: LockTiming = DEFAULT_TIMING) -> bool:
+    """Whether a driver is at work. Writes nothing, so the age of a lock is told by this machine's clock."""
     if not store.exists(LOCK_FILE):
         return False
     with suppress(MissingFileError):
         handle = store.descriptor(LOCK_FILE)
         if handle is not None:
-            try:
+            with closing(handle):
                 if try_flock(handle, shared=True) is None:
                     return True
-            finally:
-                os.close(handle)
     try:
-        return _is_fresh(store, store.get(LOCK_FILE), timing or LockTiming(), clock)
+        return _is_fresh(store, store.get(LOCK_FILE), timing, time.time)
     except MissingFileError:
         return False
 
@@ -153,10 +154,10 @@ def _is_fresh(store: Store, data: bytes, timing: LockTiming, clock: Callable[[],
     return age is not None and age <= timing.stale
 
 
-def check_lock(store: Store, timing: LockTiming | None = None) -> None:
-    """StoreError if another driver has the lock now. Writes nothing, so the age of a lock is told by this machine's clock."""
-    if is_held(store, timing):
-        raise _in_use(store, read_holder(store), timing or LockTiming())
+def check_lock(store: Store) -> None:
+    """StoreError if another driver has the lock now, as `is_held` tells."""
+    if is_held(store):
+        raise _in_use(store, read_holder(store), DEFAULT_TIMING)
 
 
 def _in_use(store: Store, holder: Holder | None, timing: LockTiming) -> StoreError:
@@ -172,10 +173,10 @@ class DriverLock:
     """Held from ``acquire`` to ``release``. ``on_beat`` is called where the lock has to be written again, each time."""
 
     def __init__(
-        self, store: Store, timing: LockTiming | None = None, on_beat: Callable[[], None] = lambda: None
+        self, store: Store, timing: LockTiming = DEFAULT_TIMING, on_beat: Callable[[], None] = lambda: None
     ) -> None:
         self.store = store
-        self.timing = timing or LockTiming()
+        self.timing = timing
         self.taken_over: Holder | None = None  # the dead driver whose lock was replaced
         self._on_beat = on_beat
         self._mine = Holder.here()
@@ -219,17 +220,15 @@ class DriverLock:
         if _is_fresh(self.store, data, self.timing, self.store.clock):
             raise _in_use(self.store, Holder.from_bytes(data), self.timing)
         self._mine, self.taken_over = replace(self._mine, kernel=True), Holder.from_bytes(data)
-        writable = self._opened(os.O_RDWR)
-        try:
-            if not os.path.samestat(os.fstat(handle), os.fstat(writable)):
-                return False
-            os.ftruncate(writable, 0)
-            os.pwrite(writable, self._mine.to_bytes(), 0)
-        except OSError:
-            self.store.delete(LOCK_FILE)
-            raise
-        finally:
-            os.close(writable)
+        with closing(self._opened(os.O_RDWR)) as writable:
+            try:
+                if not os.path.samestat(os.fstat(handle), os.fstat(writable)):
+                    return False
+                os.ftruncate(writable, 0)
+                os.pwrite(writable, self._mine.to_bytes(), 0)
+            except OSError:
+                self.store.delete(LOCK_FILE)
+                raise
         return True
 
     def _opened(self, flags: int) -> int:
@@ -269,11 +268,9 @@ class DriverLock:
             return
         handle, self._handle = self._handle, None
         if handle is not None:
-            try:
+            with closing(handle):
                 if self._is_lock_file(handle):  # removed while it is locked: who opened it meanwhile sees that it is gone
                     self.store.delete(LOCK_FILE)
-            finally:
-                os.close(handle)
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
@@ -283,13 +280,10 @@ class DriverLock:
 
     def _is_lock_file(self, handle: int) -> bool:
         try:
-            now = self._opened(os.O_RDONLY)
+            with closing(self._opened(os.O_RDONLY)) as now:
+                return os.path.samestat(os.fstat(handle), os.fstat(now))
         except MissingFileError:
             return False
-        try:
-            return os.path.samestat(os.fstat(handle), os.fstat(now))
-        finally:
-            os.close(now)
 
     def _lose(self, holder: Holder | None) -> None:
         self._lost = f"the lock of this driver was {f'taken over by {holder}' if holder else 'removed'}"

@@ -42,8 +42,6 @@ class ObjectStore(Store):
         self._base = path
         with translated("open", self.root):
             self._fs = _s3(bucket, background_writes=True) if scheme == "s3" else _gcs()
-            # Background uploads copy all parts that wait; for large files one part at a time bounds the memory.
-            self._fs_in_order = _s3(bucket, background_writes=False) if scheme == "s3" else self._fs
         self._buffer: dict[str, list[str]] = {}
         self._buffered_since = 0.0
         self._batches = 0
@@ -130,9 +128,6 @@ class ObjectStore(Store):
 
     def prune(self, prefixes: Iterable[str]) -> None:
         """Nothing to do: an object store has no directories."""
-
-    def disk_free(self) -> int | None:
-        return None
 
     def read_lines(self, rel: str) -> Names:
         texts = (self.get(name).decode(errors="replace") for name in self.list(_batch_folder(rel)))

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
+from exl2ray.store.event_log import moment
 from exl2ray.store.pace import Pace
 
 _MEASURE = "measure"
@@ -82,7 +82,7 @@ def passes(
     found: dict[str, _Pass] = {}
     run = 0
     for event in events:
-        when, name, f = _seconds(event.get("time")), event.get("name"), event.get("fields")
+        when, name, f = moment(event.get("time")), event.get("name"), event.get("fields")
         if when is None or not isinstance(f, Mapping):
             continue
         if name == "opened":
@@ -166,11 +166,3 @@ def _workers(p: _Pass, state: str) -> tuple[WorkerStatus, ...]:
 def _counts(f: Mapping[str, Any]) -> bool:
     counts = [f.get(k) for k in ("items", "done")]
     return all(type(n) is int and 0 <= n <= MOST_ITEMS for n in counts) and "stage" in f
-
-
-def _seconds(text: Any) -> float | None:
-    """Time of an event in seconds since 1970; None if it is none."""
-    try:
-        return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return None

@@ -13,7 +13,7 @@ from exl2ray.store.event_log import read_events
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.file_names import CALIBRATION, MEASUREMENT, NOT_MODULES, REFERENCE_KIND
 from exl2ray.store.job_file import JOB_FILE, StoredJob, decode_job
-from exl2ray.store.lock import LOCK_FILE, LockTiming, heartbeat_age, is_held, read_holder
+from exl2ray.store.lock import LOCK_FILE, heartbeat_age, is_held, read_holder
 from exl2ray.store.open import open_store
 from exl2ray.store.passes import PassStatus, passes
 
@@ -43,7 +43,7 @@ class WorkStatus:
     problems: tuple[str, ...]
 
 
-def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
+def read_status(root: str) -> WorkStatus:
     """Status of the directory at ``root``; StoreError if there is no work directory or it cannot be read."""
     store = open_store(root)
     problems = []
@@ -60,7 +60,7 @@ def read_status(root: str, timing: LockTiming | None = None) -> WorkStatus:
     holder = read_holder(store)
     state = "stopped"
     if store.exists(LOCK_FILE):
-        state = "running" if is_held(store, timing) else "crashed"
+        state = "running" if is_held(store) else "crashed"
         if not store.exists(LOCK_FILE):
             state = "stopped"  # meanwhile
     names = store.list("measure") + store.list("quant")

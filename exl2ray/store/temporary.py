@@ -13,6 +13,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from exl2ray.beneath import closing
+
 
 def hold(folder: Path, lock: str) -> int:
     """Marks a folder as in use, for as long as this process lives; the descriptor of its lock. Raises OSError.
@@ -39,9 +41,6 @@ def abandoned(place: Path, prefix: str, lock: str) -> Iterator[Path]:
             facts = folder.lstat()
             if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
                 continue
-            handle = os.open(folder / lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            with closing(os.open(folder / lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)) as handle:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield folder
-            finally:
-                os.close(handle)

@@ -30,11 +30,11 @@ from exl2ray.store.job_file import (
     normalise,
     stored_id,
 )
-from exl2ray.store.lock import LOCK_FILE, DriverLock, LockTiming, check_lock
+from exl2ray.store.lock import DEFAULT_TIMING, LOCK_FILE, DriverLock, LockTiming, check_lock
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
-from exl2ray.store.status import WorkStatus, read_status
+from exl2ray.wording import some
 
 REUSABLE = frozenset({"quantize", "output"})  # sections whose change leaves the measurement valid
 _TOLERATED = frozenset({LOCK_FILE, "lost+found"})  # left by a driver killed before job.json, or by mkfs
@@ -69,7 +69,7 @@ class WorkDir:
         versions: Mapping[str, str],
         allow_changed: Collection[str] = (),
         flags: Mapping[str, str] | None = None,
-        timing: LockTiming | None = None,
+        timing: LockTiming = DEFAULT_TIMING,
         begin: Callable[[], None] = lambda: None,
     ) -> WorkDir:
         """Open ``root`` for ``job`` (sections as in ``job.py``).
@@ -160,15 +160,6 @@ class WorkDir:
         self._nonces.append(rel)
         return rel, token
 
-    def disk_free(self) -> int | None:
-        """Bytes free under the directory; None on object stores."""
-        return self.store.disk_free()
-
-    def status(self) -> WorkStatus:
-        """As ``read_status``, which needs no lock."""
-        self.store.flush()
-        return read_status(self.store.root)
-
     def close(self) -> None:
         """Write out events, remove nonces, release the lock. Twice is once."""
         try:
@@ -212,9 +203,8 @@ def _read_job(store: Store) -> bytes | None:
         return data
     foreign = [e for e in store.entries() if e not in _TOLERATED and not e.startswith(TEMP_PREFIX)]
     if foreign:
-        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise StoreError(
-            f"{store.root} is not empty and not a work directory of exl2ray: it has {shown}",
+            f"{store.root} is not empty and not a work directory of exl2ray: it has {some(foreign, 5)}",
             "give a new or empty directory with -o",
         )
     return None
@@ -227,9 +217,9 @@ def _refuse_or_remove_links(store: Store, remove: bool) -> None:
         for name in found:
             store.delete(name)
     elif found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        names = some(map(store.full_name, found), 1)
         raise StoreError(
-            f"{store.full_name(found[0])}{more}: a link, pipe, socket or device where a file or folder of exl2ray belongs",
+            f"{names}: a link, pipe, socket or device where a file or folder of exl2ray belongs",
             "look who put it there, then remove it (-nr removes it and all else that exl2ray made); "
             "to use another disk, let -o lead there",
         )

@@ -34,6 +34,7 @@ from exl2ray.team.messages import Begun, ChainPass, ItemResult, Ready
 from exl2ray.team.packed_files import PackedFiles
 from exl2ray.team.runner import Runner, option_names, perplexity_of, perplexity_sums
 from exl2ray.team.shared_reading import shared_embedding
+from exl2ray.wording import perplexity
 
 PERPLEXITIES = ("perplexity", "reference_perplexity")  # of the quantised and of the source model, in the head's record
 
@@ -196,7 +197,7 @@ class ChainStates:
         if result.error is None:
             payload["perplexity"] = self._perplexity(block, "x", self.rows)
             self._commit(module, payload, files)
-            quantised, source = ("not a number" if v is None else f"{v:.4g}" for v in (payload[n] for n in PERPLEXITIES))
+            quantised, source = (perplexity(payload[n]) for n in PERPLEXITIES)
             return payload, f"perplexity {quantised} (source {source})"
         payload["error"] = result.error
         self._commit(module, payload, files)

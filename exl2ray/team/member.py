@@ -2,59 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from exl2ray.quant.group import Comm, Solo
+from exl2ray.quant.group import Comm
 from exl2ray.quant.warm import begin_gradients, warm_up
-from exl2ray.store.nonce import verify_nonce
 from exl2ray.team.checkpoints import Checkpoints
-from exl2ray.team.comm import Group
-from exl2ray.team.messages import Begun, ItemResult, Meeting, Ready, RowSet, SourcePass, WorkerSetup
+from exl2ray.team.grouped import Grouped
+from exl2ray.team.messages import Begun, ItemResult, Ready, RowSet, SourcePass, WorkerSetup
 from exl2ray.team.runner import Runner
 from exl2ray.team.source_forward import Found, begin_reading, source_forward
 from exl2ray.team.source_states import SourceStates
 from exl2ray.timeline import step
 
-NOWHERE = 1 << 62  # no module has an index as large
 
-
-class Member:
+class Member(Grouped):
     """A worker as the passes see it. ``kept``: states that a pass leaves for the next one of its kind, or nothing."""
 
     def __init__(self, setup: WorkerSetup) -> None:
-        self.setup = setup
-        self.set_threads()
-        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        super().__init__(setup)
         with step("first weights begun"):
             self.runner = Runner(setup)  # reads the first modules in the background meanwhile
-        warm_up(self.runner.device, setup.numerics)
+        warm_up(self.device, setup.numerics)
         if setup.gradients:
-            begin_gradients(self.runner.device)
-        if setup.nonce is not None:
-            verify_nonce(self.runner.store, *setup.nonce, setup.versions)
+            begin_gradients(self.device)
+        self.check_place(self.runner.store)
         self.checkpoints = Checkpoints(self.runner.records, setup.checkpoint_seconds)
         self.kept: object = None
-        self._comm: Comm = Solo()
-        self._met = Meeting()
-        self._end = NOWHERE
-
-    def end_before(self, index: int) -> None:
-        """The pass ends before it begins item ``index`` or one after it. Called while it runs, from another thread."""
-        self._end = index
-
-    # ---- for the passes ----------------------------------------------------------------------------------------
 
     def until_taken(self, indices: Iterable[int], comm: Comm | None = None) -> Iterator[int]:
         """The items of a pass, up to where `end_before` has it end; the members of a group end at the same one."""
         for index in indices:
-            end = self._end if comm is None else min(comm.gather(self._end))
+            end = self.end if comm is None else min(comm.gather(self.end))
             if index >= end:
                 return
             yield index
@@ -92,30 +74,10 @@ class Member:
         self.kept = states = SourceStates(self.runner, self.checkpoints, rows)
         states.adopt(Found(index, self.runner.place(x, rows), {}))
 
-    def group(self, meeting: Meeting) -> Comm:
-        """The connection to a group; the present one, if it is of this meeting."""
-        if self._met != meeting:
-            self._leave_group()
-            if meeting.place is not None:
-                self._comm = Group(meeting.place, meeting.rank, meeting.size, self.runner.device)
-            self._met = meeting
-        return self._comm
-
     def let_go(self) -> None:
         """Forgets the states of other passes."""
         self.kept = None
 
     def release(self) -> None:
-        """Forgets everything that fills memory, after an error."""
         self.let_go()
-        self._leave_group()
-        if self.runner.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _leave_group(self) -> None:
-        self._comm.close()
-        self._comm, self._met = Solo(), Meeting()
-
-    def set_threads(self) -> None:
-        if self.setup.threads and self.setup.device == "cpu":
-            torch.set_num_threads(self.setup.threads)
+        super().release()

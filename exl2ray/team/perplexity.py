@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from exl2ray import wording
 from exl2ray.errors import ClusterError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.quant.group import Comm
@@ -43,9 +44,8 @@ def perplexity(worker: Member, part: PerplexityPass) -> Iterator[Begun | Ready |
     worker.runner.records.commit(
         Record(quant_kind(bits), PERPLEXITY, choices.hashes[-1], {"perplexity": value}, (), seconds)
     )
-    shown = "not a number" if value is None else f"{value:.4g}"
-    received = comm.received - before
-    yield worker.result(0, PERPLEXITY, begin, shown, {"perplexity": value}, bits=bits, received=received)
+    payload, received = {"perplexity": value}, comm.received - before
+    yield worker.result(0, PERPLEXITY, begin, wording.perplexity(value), payload, bits=bits, received=received)
 
 
 def quantized_perplexity(run: Runner, comm: Comm, choices: Choices) -> float | None:

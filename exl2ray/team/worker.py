@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from exl2ray.team.chain import quantize
-from exl2ray.team.member import NOWHERE, Member
+from exl2ray.team.grouped import NOWHERE
+from exl2ray.team.member import Member
 from exl2ray.team.messages import (
     Begun,
     ChainPass,
@@ -46,4 +47,4 @@ class Worker(Member):
             if part.another and self.setup.alone:  # several take over what others have not done: they may go on reading
                 self.runner.expect_the_first()  # while the driver decides what comes next
         finally:
-            self._end = NOWHERE
+            self.end = NOWHERE

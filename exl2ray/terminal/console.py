@@ -17,8 +17,8 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, TextIO
 
 from exl2ray.formats.elsewhere import named
-from exl2ray.formats.files import file_size as file_size
 from exl2ray.store.pace import Pace
+from exl2ray.wording import duration, file_size, perplexity, plural
 
 Clock = Callable[[], float]
 
@@ -121,19 +121,9 @@ def clean_lines(text: str) -> str:
     return "\n".join(map(clean, text.split("\n")))
 
 
-def duration(seconds: float) -> str:
-    """``0.04 s``, ``1.4 s``, ``12 s``, ``1 min 02 s``, ``3 h 07 min``."""
-    if seconds < 0.1:
-        return f"{seconds:.1g} s"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+def aside(text: str) -> None:
+    """A line on standard error: what a command is at, beside what it is asked for."""
+    print(clean(text), file=sys.stderr, flush=True)
 
 
 def job_lines(f: Mapping[str, Any]) -> list[str]:
@@ -172,11 +162,6 @@ def done_text(f: Mapping[str, Any]) -> str:
     return f"done in {duration(f['seconds'])}" + (f", with {plural(count, 'warning')}: read above" if count else "")
 
 
-def plural(count: int, noun: str) -> str:
-    """A count with its noun: ``1 file``, ``3 files``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of the finished models of a "done" event."""
     columns = ["-b", "decoder bpw", "head bpw", "size", "perplexity", "source perplexity", "where"]
@@ -195,11 +180,6 @@ def outputs_table(outputs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
 
 def _figure(out: Mapping[str, Any], name: str, form: str) -> str:
     return "-" if out.get(name) is None else format(out[name], form)
-
-
-def perplexity(value: float | None) -> str:
-    """A perplexity as tables have it."""
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -11,12 +11,13 @@ from typing import Any, TypeVar, get_origin
 import click
 from click.core import ParameterSource
 
-from exl2ray.errors import PERMISSIONS, StoreError, UsageError
+from exl2ray.errors import StoreError, UsageError, not_permitted, unreadable
 from exl2ray.recipe import RUN, SECTIONS, SETTINGS, Recipe
-from exl2ray.recipe_fields import fits, refuse_address, refuse_unexpanded, refuse_unfit, shown, wanted
+from exl2ray.recipe_fields import fits, refuse_address, refuse_unexpanded, refuse_unfit, wanted
 from exl2ray.remote.address import is_remote, parse
 from exl2ray.terminal.pasted import missing_folder
 from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out
+from exl2ray.wording import shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -239,11 +240,8 @@ def check_files(recipe: Recipe) -> None:
         check_place(place)
     path = recipe.measurement
     if path is not None and not os.path.isfile(path):
+        denied = not_permitted(path)
+        if denied is not None:
+            raise unreadable(UsageError, f"-m {path}", denied) from denied
         what = "is a directory" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "does not exist"
-        try:
-            os.stat(path)
-        except PermissionError as e:
-            raise UsageError(f"-m {path}: cannot be read: {e.strerror}", PERMISSIONS) from e
-        except OSError:
-            pass
         raise UsageError(f"-m {path}: {what}", "give a measurement.json")

@@ -27,15 +27,14 @@ from exl2ray.terminal.console import (
     Plain,
     clean,
     done_text,
-    duration,
     is_numeric,
     is_terminal,
     job_lines,
     outputs_table,
-    plural,
     repeated_warnings,
     stage_text,
 )
+from exl2ray.wording import duration, plural
 
 ONE_LINE_WIDTH = 120  # columns from which the last item stands in the row of the bar
 QUEUE_WIDTH = 76  # columns from which the number of items left is shown

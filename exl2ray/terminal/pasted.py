@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from exl2ray.errors import PERMISSIONS, SourceError, UsageError
+from exl2ray.errors import SourceError, UsageError, not_permitted, unreadable
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # hyphens and dashes of print, and the minus sign
 FOLDER = "give the folder that holds config.json and *.safetensors"
@@ -27,12 +27,9 @@ def usage_hint(argv: Sequence[str], command: str) -> str:
 
 def missing_folder(path: str) -> UsageError:
     """The error for a source folder that does not exist, as far as this user may see."""
-    try:
-        os.stat(path)
-    except PermissionError as e:
-        return UsageError(f"-i {path}: cannot be read: {e.strerror}", PERMISSIONS)
-    except OSError:
-        pass
+    denied = not_permitted(path)
+    if denied is not None:
+        return unreadable(UsageError, f"-i {path}", denied)
     return UsageError(f"-i {path}: does not exist", missing_folder_hint(path))
 
 

@@ -24,10 +24,11 @@ from exl2ray.store.nonce import write_nonce
 from exl2ray.store.tensors import put_tensors
 from exl2ray.team.messages import Choices, ItemResult, WorkerSetup
 from exl2ray.tune.inputs import Inputs
+from exl2ray.tune.messages import BITS, WAIT, TunePass, ends_of
 from exl2ray.tune.rows import TuningRows
 from exl2ray.tune.settings import Settings, Where
 from exl2ray.tune.sums import SHARES
-from exl2ray.tune.worker import BITS, WAIT, TunePass, TuningWorker, ends_of
+from exl2ray.tune.worker import TuningWorker
 
 ROWS = "rows.safetensors"
 STAGE = "tune"

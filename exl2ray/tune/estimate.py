@@ -9,15 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from exl2ray.model.spec import ModelSpec
-from exl2ray.tune.memory import (
-    HOME_SHARE,
-    TRAINED_BYTES,
-    host_bytes,
-    needed_bytes,
-    step_tokens,
-    streamed_bytes,
-    weights_of,
-)
+from exl2ray.tune.memory import HOME_SHARE, TRAINED_BYTES, host_bytes, needed_bytes, step_tokens, streamed_bytes
 
 OPERATIONS = 10  # a weight and token: two forward passes, a backward one
 FORWARD_AGAIN = 2  # the same, of modules that are computed a second time
@@ -38,12 +30,12 @@ class Estimate:
 
 
 def as_a_whole(spec: ModelSpec, tokens: int) -> Estimate:
-    return Estimate(needed_bytes(spec), weights_of(spec), 0, OPERATIONS * weights_of(spec) * tokens / BUSY_GPU)
+    return Estimate(needed_bytes(spec), spec.weights, 0, OPERATIONS * spec.weights * tokens / BUSY_GPU)
 
 
 def a_module_at_a_time(spec: ModelSpec, tokens: int, memory: int) -> Estimate:
     """memory: bytes of main memory of the machine."""
-    weights, steps = weights_of(spec), max(1, tokens // step_tokens(weights_of(spec)))
+    weights, steps = spec.weights, max(1, tokens // step_tokens(spec.weights))
     files = max(0, TRAINED_BYTES * weights - max(0, int(HOME_SHARE * memory) - weights))
     computing = (OPERATIONS + FORWARD_AGAIN) * weights * tokens / BUSY_GPU
     moving = steps * (MOVED_BYTES * weights / LINK_BYTES + 2 * files / DISK_BYTES)

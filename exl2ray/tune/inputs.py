@@ -18,11 +18,12 @@ from typing import Any
 
 from exl2ray.errors import Exl2RayError, JobMismatchError, StoreError
 from exl2ray.evaluate.forward import OpenModel, open_model
-from exl2ray.formats.file_states import FileState, Hashing, compare_states, file_states, from_json, some
+from exl2ray.formats.file_states import FileState, Hashing, compare_states, file_states, from_json
 from exl2ray.formats.hf import weight_files
 from exl2ray.formats.side_files import needed_files
 from exl2ray.store.fs import Store
 from exl2ray.tune.opening import Pair, open_pair
+from exl2ray.wording import some
 
 FILE = "inputs.json"  # in the work directory
 HINT = "put the files back, and the same command goes on from the last checkpoint; or tune the new ones into another folder"

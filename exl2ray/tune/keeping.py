@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from exl2ray.errors import JobMismatchError, StoreError
-from exl2ray.formats.files import file_size
 from exl2ray.quant.group import Comm
 from exl2ray.store.faults import GaveUpError, MissingFileError
 from exl2ray.store.fs import Store
+from exl2ray.wording import file_size
 
 SAVING_SHARE = 10  # of the time at least this many times as much goes by between two checkpoints as one takes
 SAVING_BYTES = 1e9  # a second: of the first one

@@ -13,6 +13,7 @@ from exl2ray.errors import UsageError
 from exl2ray.host import usable_memory_bytes
 from exl2ray.model.spec import ModelSpec
 from exl2ray.quant.memory import device_bytes
+from exl2ray.wording import file_size
 
 TRAINED_BYTES = 12  # a weight: latent and two moments, float32
 WEIGHT_BYTES = 2 + 2 + 2  # as it is computed with, the source's, and the gradient of what is being updated at most
@@ -41,26 +42,22 @@ def step_tokens(weights: int) -> int:
     return SMALL_STEP_TOKENS if weights < SMALL_WEIGHTS else STEP_TOKENS
 
 
-def weights_of(spec: ModelSpec) -> int:
-    return sum(x.in_features * x.out_features for x in spec.linears)
-
-
 def needed_bytes(spec: ModelSpec) -> int:
     """The least memory of a GPU for the model as a whole, without states of a step, which are fitted into what is left."""
     tables = 2 * 2 * spec.hyper.vocab_size * spec.hyper.hidden_size
-    return weights_of(spec) * (TRAINED_BYTES + WEIGHT_BYTES) + tables + _logits(spec)
+    return spec.weights * (TRAINED_BYTES + WEIGHT_BYTES) + tables + _logits(spec)
 
 
 def streamed_bytes(spec: ModelSpec) -> int:
     """The least memory of a GPU for a module at a time."""
-    largest = max(sum(x.in_features * x.out_features for x in m.linears) for m in spec.modules)
+    largest = max(m.weights for m in spec.modules)
     return largest * MODULE_BYTES + STATE_BYTES * STEP_TOKENS // SHARES * spec.hyper.hidden_size + _logits(spec)
 
 
 def host_bytes(spec: ModelSpec) -> int:
     """Main memory and files together for a module at a time: what is trained, the best integers, states of a step."""
     states = 4 * STEP_TOKENS * spec.hyper.hidden_size * len(spec.modules)
-    return weights_of(spec) * (TRAINED_BYTES + SNAPSHOT_BYTES) + states
+    return spec.weights * (TRAINED_BYTES + SNAPSHOT_BYTES) + states
 
 
 def fits_whole(spec: ModelSpec, gpu_bytes: int) -> bool:
@@ -74,7 +71,7 @@ def check_memory(spec: ModelSpec, device: torch.device, flag: str = "tuning") ->
     needed, total = streamed_bytes(spec), device_bytes(device)
     if needed > total:
         raise UsageError(
-            f"{flag}: {needed / 1e9:.1f} GB of GPU memory are needed, a module at a time; the GPU has {total / 1e9:.1f} GB",
+            f"{flag}: {file_size(needed)} of GPU memory are needed, a module at a time; the GPU has {file_size(total)}",
             "use a larger GPU, or leave the model as it was solved",
         )
 
@@ -87,9 +84,9 @@ def room_for(spec: ModelSpec, device: torch.device, streamed: bool | None, shrin
     if device.type == "cuda":
         whole = fits_whole(spec, device_bytes(device))
     else:
-        whole = weights_of(spec) * (TRAINED_BYTES + 3 * 4) <= memory  # weights, the source's, gradients: float32
+        whole = spec.weights * (TRAINED_BYTES + 3 * 4) <= memory  # weights, the source's, gradients: float32
     streamed = streamed or shrink >= SMALLER or (streamed is None and not whole)
-    home = max(0, int(HOME_SHARE * memory) - weights_of(spec) * SNAPSHOT_BYTES)
+    home = max(0, int(HOME_SHARE * memory) - spec.weights * SNAPSHOT_BYTES)
     return Room(streamed, shrink == 1, home)
 
 

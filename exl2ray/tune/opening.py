@@ -72,7 +72,7 @@ def _as_quantised(start: OpenModel, spec: ModelSpec) -> ModelSpec | None:
     if found is None:
         return spec
     turned = rotated(spec)
-    return turned if turned.rotation is not None and turned.rotation.identity() == found else None
+    return turned if turned.rotation_entry.get("rotation") == found else None
 
 
 def load_tuned(
@@ -117,7 +117,7 @@ def _norm_gains(pair: Pair, module: ModuleSpec, device: torch.device) -> list[Ga
     out = []
     for plain in module.plain:
         if _is_gain(plain):
-            offset = 0.0 if plain.role.endswith(".bias") else _offset(pair.start.spec, plain.role)
+            offset = 0.0 if plain.role.endswith(".bias") else pair.start.spec.arch.norm_offset(plain.role)
             stored = read_stored(plain.stored, pair.exl2)
             out.append(Gain.of(plain.stored.name, plain.role, stored, offset, device))
     return out
@@ -166,8 +166,3 @@ def _weight(pair: Pair, linear: LinearSpec, device: torch.device, ahead: ReadAhe
 def _is_gain(plain: PlainTensor) -> bool:
     whole = not plain.stored.ranges and not plain.stored.transpose
     return whole and plain.role.removesuffix(".bias") in NORM_ROLES
-
-
-def _offset(spec: ModelSpec, role: str) -> float:
-    rule = spec.arch.head_norm if role in ("q_norm", "k_norm") else spec.arch.norm
-    return 0.0 if rule is None else rule.offset

@@ -78,15 +78,24 @@ def write_record(
         f.write(json.dumps(facts, indent=1).encode())
 
 
-def finished(path: Path, identity: str, start: Path, target: Path) -> dict[str, Any] | None:
-    """What `write_record` was told of this identity, if the files are still what was written; else None."""
+def _recorded(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote, whoever has changed it since; empty where that is no JSON object."""
     try:
         found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def finished(path: Path, identity: str, start: Path, target: Path) -> dict[str, Any] | None:
+    """What `write_record` was told of this identity, if the files are still what was written; else None."""
+    found = _recorded(path)
+    try:
         if found["identity"] != identity or sha256_of(target / "config.json") != found["config"]:
             return None
         shards = [Shard(**s) for s in found["shards"]]
         result = dict(found["result"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if existing_shards(target) != sorted(s.name for s in shards) or not all(s.is_intact(target) for s in shards):
         return None
@@ -95,19 +104,16 @@ def finished(path: Path, identity: str, start: Path, target: Path) -> dict[str, 
 
 def is_of_another(path: Path, identity: str) -> bool:
     """Whether the record is of a finished tuning of another identity."""
-    try:
-        return bool(json.loads(path.read_bytes())["identity"] != identity)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    return bool(_recorded(path).get("identity", identity) != identity)
 
 
 def refuse_another(path: Path, name: str, value: str, target: Path) -> None:
     """StoreError if ``target`` holds a finished tuning whose record says otherwise of ``name``: it may be the better one."""
+    found = _recorded(path)
     try:
-        found = json.loads(path.read_bytes())
         other = found.get(name, value) != value and sha256_of(target / "config.json") == found["config"]
         kept = f"{float(found['result']['after']['mean']):.4g}" if other else ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return
     if other:
         raise StoreError(

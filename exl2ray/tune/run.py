@@ -44,7 +44,7 @@ from exl2ray.tune.documents import Kind
 from exl2ray.tune.driving import trained
 from exl2ray.tune.grid import Grid
 from exl2ray.tune.inputs import Inputs
-from exl2ray.tune.memory import check_memory, weights_of
+from exl2ray.tune.memory import check_memory
 from exl2ray.tune.module import NORMS, part_of
 from exl2ray.tune.opening import Pair
 from exl2ray.tune.output import SIDE_BY_SIDE, Produce, finished, is_of_another, refuse_another, write_record, write_tuned
@@ -85,7 +85,7 @@ def tune(
     clock = _Clock()
     inputs = Inputs(settings.directory, settings.reference)
     pair = inputs.pair
-    settings = settings.for_model(weights_of(pair.start.spec))
+    settings = settings.for_model(pair.start.spec.weights)
     check_memory(pair.start.spec, device)
     target = Path(settings.output)
     work = Path(settings.work or target / WORK)

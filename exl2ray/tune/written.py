@@ -32,6 +32,7 @@ from exl2ray.store.fs import Store
 from exl2ray.store.records import Record, Records, hash_inputs, item_file
 from exl2ray.store.tensors import get_tensors, put_tensors
 from exl2ray.tune.documents import Ids, Kind
+from exl2ray.wording import file_size
 
 VERSION = 1  # of what equal settings come to
 STAGE = "write text"
@@ -108,10 +109,10 @@ def rows_at_once(model: OpenModel, length: int, device: torch.device) -> int:
 def check_weights(model: OpenModel, total_bytes: int) -> None:
     """UsageError if the weights in 16 bits, beside keys and values, are more than a GPU of ``total_bytes`` holds."""
     h = model.spec.hyper
-    weights = 2 * (sum(x.in_features * x.out_features for x in model.spec.linears) + h.vocab_size * h.hidden_size)
+    weights = 2 * (model.spec.weights + h.vocab_size * h.hidden_size)
     if weights > (0.95 - GPU_SHARE) * total_bytes:
         raise UsageError(
-            f"self: the source writes with all of its weights on one GPU: {weights / 1e9:.1f} GB, of {total_bytes / 1e9:.1f}",
+            f"self: the source writes with all of its weights on one GPU: {file_size(weights)}, of {file_size(total_bytes)}",
             "leave out self, and give files or builtin",
         )
 

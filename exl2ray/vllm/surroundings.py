@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from exl2ray.errors import FormatError, UsageError
-from exl2ray.formats.files import file_size
 from exl2ray.run.norms import HEAD_NORM, single_row
 from exl2ray.vllm.files import PackedFiles
+from exl2ray.wording import file_size
 
 logger = logging.getLogger("vllm.exl2ray")  # below vLLM's own, which are the ones that it shows
 

@@ -1,9 +1,10 @@
-"""A conversion that only reports, and a way to call the program."""
+"""A conversion that only reports, answers of the doctor's probes, and a way to call the program."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -11,6 +12,8 @@ from click.testing import CliRunner, Result
 from exl2ray import convert as conversion
 from exl2ray.cli import cli
 from exl2ray.convert import OutputSummary, Summary
+from exl2ray.doctor import examination as doctor
+from exl2ray.doctor import probes
 from exl2ray.events import Reporter
 from exl2ray.recipe import Recipe
 
@@ -76,3 +79,22 @@ def job_args(tmp_path: Path) -> list[str]:
     """Flags of a conversion whose directories are in ``tmp_path``; the model is an empty folder."""
     (tmp_path / "model").mkdir()
     return ["-i", str(tmp_path / "model"), "-o", str(tmp_path / "work")]
+
+
+@pytest.fixture
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def quick_probes(plain_environment: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """torch works, without GPUs; no kernels. Probing this machine for real takes seconds."""
+    answers: dict[str, dict[str, Any]] = {
+        probes.TORCH: {"version": "2.13.0", "cuda": None, "gpus": [], "reason": ""},
+        probes.KERNEL: {"error": "numba.cuda.cudadrv.error.CudaSupportError: no driver"},
+        probes.RAY: {"version": "2.60.0", "seconds": 7.5},
+    }
+    monkeypatch.setattr(doctor, "run_probe", answers.__getitem__)
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda: ([], ""))
+    return answers

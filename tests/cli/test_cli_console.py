@@ -15,18 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from exl2ray.terminal.console import (
-    JsonLines,
-    Pace,
-    Plain,
-    clean,
-    clean_lines,
-    duration,
-    file_size,
-    is_numeric,
-    json_line,
-    text_table,
-)
+from exl2ray.terminal.console import JsonLines, Pace, Plain, clean, clean_lines, is_numeric, json_line, text_table
 from exl2ray.terminal.live import Live
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -226,23 +215,6 @@ class TestPace:
             pace.finished(i + 1, now)
         eta = pace.eta_seconds(now + later)
         assert eta is None or (eta >= 0 and math.isfinite(eta))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.04, "0.04 s"), (0.4, "0.4 s"), (9.96, "10.0 s"), (12.4, "12 s"), (59.6, "1 min 00 s"), (62, "1 min 02 s"),
-     (3599.7, "1 h 00 min"), (11240, "3 h 07 min")],
-)  # fmt: skip
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(812, "812 B"), (4_703_000, "4.7 MB"), (13_100_000_000, "13.1 GB"), (999_900_000, "1 GB"), (140e9, "140 GB")],
-)
-def test_file_sizes(size, text):
-    assert file_size(size) == text
 
 
 def test_tables_of_text():

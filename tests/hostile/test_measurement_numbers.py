@@ -13,7 +13,6 @@ import pytest
 from bounded import exl2ray
 from small_sources import write_source
 
-from exl2ray.allocation.planning import total_bits
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams
 from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfile
@@ -40,7 +39,7 @@ def profile(module: ModuleSpec) -> ModuleProfile:
     options = []
     for row in table.rows:
         params: dict[str, QParams] = dict(zip(table.roles, row, strict=True))
-        bits = sum(total_bits(params[x.role], x.in_features, x.padded_out, x.has_bias) for x in module.linears)
+        bits = sum(params[x.role].bits_of(x) for x in module.linears)
         weights = sum(x.in_features * x.padded_out for x in module.linears)
         options.append(OptionProfile(1 - 2.0 ** -(bits / weights), bits, params))
     return ModuleProfile(key, mode, tuple(options), extra=extra)

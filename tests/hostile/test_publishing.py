@@ -16,9 +16,10 @@ from bounded import exl2ray
 from fake_hub import FakeHub
 from published import convert_source, hub_on_loopback, write_source
 
-from exl2ray.commands.publish import Published, publish
+from exl2ray.commands.publish import publish
 from exl2ray.errors import Exl2RayError, UsageError
 from exl2ray.publish.file_kinds import NEEDED, is_known, looks_secret
+from exl2ray.publish.sending import Published
 
 REPO = "me/tiny-exl2"
 MARK = b"not for the public: "  # and the name of the file
@@ -26,11 +27,7 @@ OUTSIDE = b"outside of the folder"
 
 
 def send(directory: Path, **settings: Any) -> Published:
-    wishes: dict[str, Any] = {
-        "branch": None, "private": False, "create": True, "message": None, "token_file": None, "base_model": None,
-        "evaluations": (), "include": (), "dry_run": False, **settings,
-    }  # fmt: skip
-    (done,) = publish([str(directory)], REPO, **wishes)
+    (done,) = publish([str(directory)], REPO, create=True, **settings)
     return done
 
 

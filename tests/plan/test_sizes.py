@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import write_model
 
 from exl2ray.allocation.overrides import overridden, parse_overrides
-from exl2ray.allocation.planning import allocate, choose, total_bits
+from exl2ray.allocation.planning import allocate, choose
 from exl2ray.convert import convert
 from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
@@ -87,7 +87,7 @@ def made_up(spec: ModelSpec, errors: list[float]) -> Measurement:
         options = []
         for row in table.rows:
             params = dict(zip(table.roles, row, strict=True))
-            bits = sum(total_bits(params[x.role], x.in_features, x.padded_out, x.has_bias) for x in module.linears)
+            bits = sum(params[x.role].bits_of(x) for x in module.linears)
             options.append((bits, params))
         order = sorted({b for b, _ in options})
         scale, fall = errors[n % len(errors)], 0.3 + 0.6 * errors[(n + 1) % len(errors)]

@@ -36,13 +36,13 @@ INFO = CardInfo(
     ),
     base_model="owner/tiny",
     original=original_card("---\nlicense: mit\nlanguage: no\ntags: [gguf, poetry]\n---\n# Tiny\nIts own card.\n"),
-    evaluation=Evaluation(
-        "tiny-4.0bpw", "tiny", 4, 512, 2044, Figure(7.5, 0.12), Figure(7.0, 0.11), kl=Figure(0.01234, 0.0004),
-        top1=Figure(0.953, 0.002), kl_tail={"p99": Figure(0.12, None, 0.1, 0.15), "max": Figure(3.0)},
-        kinds={"code": Kind(511, Figure(3.0, 0.1), Figure(0.02, 0.001), Figure(0.95))}, file_bytes=4_700_000_000,
-        decoder_bpw=3.988, head_bpw=6.03, file_bpw=4.4,
-    ),
 )
+EVALUATION = Evaluation(
+    "tiny-4.0bpw", "tiny", 4, 512, 2044, Figure(7.5, 0.12), Figure(7.0, 0.11), kl=Figure(0.01234, 0.0004),
+    top1=Figure(0.953, 0.002), kl_tail={"p99": Figure(0.12, None, 0.1, 0.15), "max": Figure(3.0)},
+    kinds={"code": Kind(511, Figure(3.0, 0.1), Figure(0.02, 0.001), Figure(0.95))}, file_bytes=4_700_000_000,
+    decoder_bpw=3.988, head_bpw=6.03, file_bpw=4.4,
+)  # fmt: skip
 
 
 def fields(card: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_front_matter() -> None:
 
 
 def test_everything_is_on_the_card() -> None:
-    card = model_card(INFO)
+    card = with_evaluation(model_card(INFO), EVALUATION)
     for text in (
         "# tiny, EXL2 at 4.0 bits per weight",
         "[owner/tiny](https://huggingface.co/owner/tiny)",
@@ -109,13 +109,12 @@ def test_what_is_unknown_is_left_out() -> None:
 
 
 def test_an_evaluation_is_put_in_its_place_and_replaced() -> None:
-    plain = model_card(CardInfo(**{**INFO.__dict__, "evaluation": None}))
-    assert INFO.evaluation is not None
-    once = with_evaluation(plain, INFO.evaluation)
-    assert once == model_card(INFO)
+    plain = model_card(INFO)
+    once = with_evaluation(plain, EVALUATION)
+    assert once != plain
     other = Evaluation("m", "", 1, 2, 3, Figure(9.9))
     assert "| perplexity | 9.900 | - |" in with_evaluation(once, other)
-    assert with_evaluation(with_evaluation(once, other), INFO.evaluation) == once
+    assert with_evaluation(with_evaluation(once, other), EVALUATION) == once
     by_hand = with_evaluation("# By hand\n", other)
     assert by_hand.startswith("# By hand\n\n<!-- exl2ray: evaluation -->\n## Evaluation\n")
     assert with_evaluation(by_hand, other) == by_hand
@@ -148,8 +147,7 @@ def test_a_conversion_writes_it(source: Path, converted: Path) -> None:
 
 
 def test_figures_are_added_to_a_directory(models: Path) -> None:
-    assert INFO.evaluation is not None
-    add_evaluation(models / "4.0bpw", INFO.evaluation)
+    add_evaluation(models / "4.0bpw", EVALUATION)
     text = (models / "4.0bpw" / "README.md").read_text(encoding="utf-8")
     assert "0.0123 ± 0.0004" in text
     assert text.endswith("Made of noise. --- Really.\n")

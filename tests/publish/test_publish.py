@@ -16,7 +16,7 @@ from published import REPO, send
 
 from exl2ray.cli import cli
 from exl2ray.errors import FormatError, HubError, UsageError
-from exl2ray.terminal.console import file_size
+from exl2ray.wording import file_size
 
 
 def fields(card: bytes) -> dict[str, Any]:

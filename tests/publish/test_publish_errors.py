@@ -14,7 +14,7 @@ import pytest
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from published import NOTHING, REPO, send
+from published import REPO, send
 
 from exl2ray.cli import cli
 from exl2ray.commands.publish import publish
@@ -88,7 +88,7 @@ def test_offline(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_interrupted(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from exl2ray.errors import Interrupted
-    from exl2ray.publish.upload import Hub
+    from exl2ray.publish.hub import Hub
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -150,14 +150,14 @@ def test_names_that_the_hub_refuses_are_refused_before_anything_is_looked_at(rep
     with pytest.raises(HFValidationError):
         validate_repo_id(repo if repo != "me" else "me/")
     with pytest.raises(UsageError, match="not the name of a repository"):
-        publish([str(tmp_path)], repo, **NOTHING)
+        publish([str(tmp_path)], repo)
     assert REPOSITORY.fullmatch("me/x-y_z.1")
 
 
 def test_a_work_directory_that_has_nothing_to_send(models: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "absent"):
         with pytest.raises(StoreError, match="has neither measurement"):
-            publish([str(models / "4.0bpw")], REPO, **{**NOTHING, "dry_run": True}, work=str(place))
+            publish([str(models / "4.0bpw")], REPO, dry_run=True, work=str(place))
 
 
 def test_flags_without_a_token_value() -> None:

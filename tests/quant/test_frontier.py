@@ -14,7 +14,6 @@ from quant_helpers import hessian, weights
 
 from exl2ray.allocation.frontier import KERNEL_SETS, NEAR, RELATIVE, LossCurve, all_options, frontier, relative
 from exl2ray.allocation.knapsack import Slot, solve
-from exl2ray.allocation.planning import total_bits
 from exl2ray.errors import FormatError
 from exl2ray.formats.layout import QParams
 from exl2ray.quant.hessian import prepare
@@ -78,7 +77,7 @@ def test_a_linear_of_random_weights_is_predicted() -> None:
 
 
 def sizes(k: int, options: Sequence[QParams] | None = None, n: int = 256) -> list[int]:
-    return [total_bits(q, k, n, False) for q in options or all_options()]
+    return [q.total_bits(k, n) for q in options or all_options()]
 
 
 @settings(max_examples=20, deadline=None)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store_helpers import status_of
 
 from exl2ray.store.file_names import quant_kind
 from exl2ray.store.passes import PassStatus, passes
@@ -115,11 +116,11 @@ def test_passes_come_in_the_order_of_the_job() -> None:
 def test_the_sensitivities_are_a_pass_where_options_are_chosen_by_them(root: str, job: dict[str, dict[str, Any]]) -> None:
     job["quantize"]["allocates"] = "linear"
     with WorkDir.create_or_resume(root, job, resume=True, versions={}) as work:
-        assert [(p.name, p.state) for p in work.status().passes][:2] == [("measure", "waiting"), ("sensitivity", "waiting")]
+        assert [(p.name, p.state) for p in status_of(work).passes][:2] == [("measure", "waiting"), ("sensitivity", "waiting")]
         work.store.put("measurement.json", b"{}")
-        assert [p.state for p in work.status().passes][:2] == ["finished", "waiting"]
+        assert [p.state for p in status_of(work).passes][:2] == ["finished", "waiting"]
         work.records.commit(Record("measure", "sensitivity-lm_head", hash_inputs(), {}))
-        assert [p.state for p in work.status().passes][:2] == ["finished", "finished"]
+        assert [p.state for p in status_of(work).passes][:2] == ["finished", "finished"]
 
 
 def test_records_count_where_the_log_is_gone() -> None:
@@ -167,7 +168,7 @@ def test_only_modules_are_counted(root: str, job: dict[str, dict[str, Any]]) -> 
                 work.records.commit(Record(kind, key, hash_inputs(), {}))
         work.event("stage", stage="measure", items=2, done=0)
         work.event("item", stage="measure", key="model.layers.0.mlp", done=1, items=2, seconds=1.0, worker="a:1", workers=1)
-        assert work.status().records == {"measure": 1, "quant/4.0": 1}
+        assert status_of(work).records == {"measure": 1, "quant/4.0": 1}
     found = read_status(root)
     assert found.records == {"measure": 1, "quant/4.0": 1}
     assert [(p.name, p.state, p.done) for p in found.passes] == [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_helpers import FAST, JOB, VERSIONS
+from store_helpers import FAST, JOB, VERSIONS, status_of
 
 from exl2ray.errors import JobMismatchError, StoreError
 from exl2ray.store.event_log import read_events
@@ -327,7 +327,7 @@ def test_status_of_a_running_a_stopped_and_a_crashed_job(root: str, job: Job) ->
         work.records.commit(Record(quant_kind(4.125), "lm_head", hash_inputs(), {}))
         work.store.put(MEASUREMENT, b"{}")
         work.event("module_measured", key="lm_head", loss=float("nan"), path=Path("x"), seconds=(1, 2.5))
-        status = work.status()
+        status = status_of(work)
         assert status.state == "running"
         assert status.records == {"measure": 2, "quant/4.125": 1}
         assert (status.has_calibration, status.has_measurement) == (False, True)
@@ -361,7 +361,7 @@ def test_torn_lines_of_the_event_log_are_skipped_and_counted(tmp_path: Path, job
             f.write(b'{"time": 2026, "host": "h", "pid": 1, "name": "n", "fields": {}}\n')
         work.event("after")
         assert [e["name"] for e in read_events(work.store)[0]] == ["opened", "after"]
-        assert work.status().problems == ("8 unreadable lines in the event log",)
+        assert status_of(work).problems == ("8 unreadable lines in the event log",)
 
 
 def test_events_stop_when_the_lock_is_lost(tmp_path: Path, job: Job) -> None:
@@ -370,13 +370,6 @@ def test_events_stop_when_the_lock_is_lost(tmp_path: Path, job: Job) -> None:
     with pytest.raises(StoreError, match="removed"):
         work.event("module_measured")
     work.close()
-
-
-def test_disk_free(root: str, job: Job) -> None:
-    with open_work(root, job) as work:
-        free = work.disk_free()
-        assert (free is None) != work.store.is_local
-        assert free is None or free > 0
 
 
 def test_full_disk_at_the_start_leaves_no_lock(tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

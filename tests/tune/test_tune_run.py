@@ -27,9 +27,9 @@ from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
 from exl2ray.formats.verify import verify_directory
 from exl2ray.tune import driving, judge, state
+from exl2ray.tune.messages import TunePass
 from exl2ray.tune.run import WORK, Tuned, tune
 from exl2ray.tune.settings import Settings
-from exl2ray.tune.worker import TunePass
 
 Pairs = Callable[..., tuple[Path, Path]]
 SMALL: dict[str, Any] = {"tokens": 8192, "length": 64, "step_tokens": 512, "rate": 2e-2, "gain_rate": 5e-3}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE, DataError
+from exl2ray.wording import some
 
 Kind = Literal["text", "binary", "number", "null", "messages", "lists", "other"]
 Form = Literal["text", "messages", "pair"]
@@ -27,7 +28,7 @@ ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "tex
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
          "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "ai": "assistant"}  # fmt: skip
 ALL = "*"  # FILE:* joins every column, as the reference does
-SHOWN = 12  # names in a message
+SHOWN, NAME_CHARACTERS = 12, 60  # names in a message
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def choose(kinds: Mapping[str, Kind], wanted: str | None, joins_strings: bool) -
         or (Choice(tuple(texts)) if texts else None) or _lists(usable)
     )  # fmt: skip
     if found is None:
-        some = _list(f"{name} ({kind})" for name, kind in kinds.items())
-        raise DataError(f"no column holds text: {some}", f"choose one with -c FILE:COLUMN; or {HOW_TO_MAKE_ONE}")
+        there = _list(f"{name} ({kind})" for name, kind in kinds.items())
+        raise DataError(f"no column holds text: {there}", f"choose one with -c FILE:COLUMN; or {HOW_TO_MAKE_ONE}")
     return Choice(found.columns, found.form, found.roles, tuple(n for n in kinds if n not in found.columns))
 
 
@@ -128,9 +129,7 @@ def _same_name(names: Iterable[str], wanted: str) -> str | None:
 
 
 def _list(names: Iterable[str]) -> str:
-    some = list(names)
-    cut = [n if len(n) <= 60 else n[:60] + "..." for n in some[:SHOWN]]
-    return ", ".join(cut) + (f" and {len(some) - SHOWN} more" if len(some) > SHOWN else "")
+    return some(names, SHOWN, NAME_CHARACTERS)
 
 
 # ---- cells --------------------------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from typing import Any, BinaryIO, cast
 
 from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE, DataError
 from exl2ray.errors import reading_hint
+from exl2ray.formats.json_file import ENCODINGS, LFS_POINTER
 
 MIB = 1 << 20
 HEAD = 4096  # bytes that are looked at
 BLOCK = 256 << 10
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 OTHER_FORMATS = {
     b"PK\x03\x04": "a ZIP file (or XLSX, NPZ)", b"%PDF": "a PDF", b"GGUF": "a GGUF file", b"ARROW1": "an Arrow file",
@@ -27,7 +27,6 @@ OTHER_FORMATS = {
     b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
     b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive", b"PARE": "an encrypted Parquet file",
 }  # fmt: skip
-ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)  # what decompressors raise
 AGAIN = "fetch the file again"
 
@@ -114,7 +113,7 @@ def refuse_others(head: bytes) -> None:
         raise DataError("is a Git LFS pointer, not the file itself", "run `git lfs pull` in its folder")
     if re.match(rb"\s*<(!doctype html|html|\?xml)", head[:200], re.IGNORECASE):
         raise DataError("is a web page, not data", f"the server sent a page in place of the file: {AGAIN}")
-    for mark, name in ENCODINGS.items():
+    for mark, name in ENCODINGS:
         if head.startswith(mark):
             raise DataError(f"is {name} text; UTF-8 is needed", f"iconv -f {name} -t UTF-8 FILE > NEW")
     for mark, name in {**OTHER_FORMATS, **COMPRESSIONS}.items():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE
-from exl2ray.errors import PERMISSIONS, CalibrationError, UsageError, reading_hint
+from exl2ray.errors import CalibrationError, UsageError, unreadable
 
 KINDS = {  # file name endings
     "Parquet": (".parquet", ".pq", ".parq"),
@@ -99,7 +99,7 @@ def _check_permission(text: str, place: str) -> None:
         try:
             os.lstat(place[:i])
         except PermissionError as e:
-            raise UsageError(f"-c {text}: cannot be read: {e.strerror}", PERMISSIONS) from e
+            raise unreadable(UsageError, f"-c {text}", e) from e
         except (OSError, ValueError):
             continue
 
@@ -165,8 +165,7 @@ def _regular(path: Path) -> Path:
     try:
         mode = os.stat(path).st_mode
     except OSError as e:
-        hint = reading_hint(e, "give a file that can be read")
-        raise CalibrationError(f"-c {path}: cannot be read: {e.strerror}", hint) from e
+        raise unreadable(CalibrationError, f"-c {path}", e, "give a file that can be read") from e
     if not stat.S_ISREG(mode):
         what = "a FIFO" if stat.S_ISFIFO(mode) else "a folder" if stat.S_ISDIR(mode) else "a device or socket"
         raise CalibrationError(f"-c {path}: {what}, not a regular file", "write the data to a file first")

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from exl2ray.calibration.chat_text import ChatText
 from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE
 from exl2ray.calibration.data.sources import Source
-from exl2ray.calibration.data.taken import Taken, some
+from exl2ray.calibration.data.taken import NAME_CHARACTERS, SHOWN, Taken
 from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.calibration.rows import Rows, check_ids, check_length
 from exl2ray.calibration.text import Conversation
 from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, Exl2RayError, UsageError
+from exl2ray.wording import some
 
 Ids = NDArray[np.int64]
 MEMORY_BYTES = 700 * MIB  # of the process that reads; a cell of 120 MB takes 400
@@ -283,7 +284,7 @@ class CalibrationData:
             notes += [f"-c {stream.source.given}: {d['note']}" for d in stream.described if d["note"]]
             ignored = dict.fromkeys(name for d in stream.described for name in d["ignored"])
             if ignored:
-                notes.append(f"-c {stream.source.given}: columns {some(ignored)} are ignored")
+                notes.append(f"-c {stream.source.given}: columns {some(ignored, SHOWN, NAME_CHARACTERS)} are ignored")
             if stream.skipped:
                 notes.append(f"-c {stream.source.given}: {stream.skipped} records without text are left out")
         return list(dict.fromkeys(notes + self._chats.notes()))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from exl2ray.wording import some
+
+SHOWN, NAME_CHARACTERS = 8, 40  # columns in a message
 PASSES = {"measure": "measurement", "quantize": "quantisation"}
 
 
@@ -27,7 +30,8 @@ class Taken:
 def describe(taken: Taken) -> str:
     """What was taken, on one line."""
     what = {"messages": "conversations", "pair": "questions and answers"}.get(taken.form, "")
-    columns = f"column{'s' if len(taken.columns) > 1 else ''} {some(taken.columns)}" if taken.columns else ""
+    names = some(taken.columns, SHOWN, NAME_CHARACTERS)
+    columns = f"column{'s' if len(taken.columns) > 1 else ''} {names}" if names else ""
     what = " of ".join(part for part in (what, columns) if part)
     what += ", " if what else ""
     one = os.path.basename(taken.source).startswith(taken.file)  # a column may stand behind it
@@ -38,8 +42,3 @@ def describe(taken: Taken) -> str:
 def described_passes(rows: Mapping[str, Any]) -> list[str]:
     """What the rows of each pass were made of; ``rows``: `exl2ray.calibration.rows.Rows` by pass."""
     return [f"{PASSES[name]} calibrates on {describe(taken)}" for name, found in rows.items() for taken in found.taken]
-
-
-def some(names: Iterable[str], most: int = 8) -> str:
-    known = [n if len(n) <= 40 else n[:40] + "..." for n in names]
-    return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")

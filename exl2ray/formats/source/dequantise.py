@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import Exl2RayError, SourceError
+from exl2ray.formats.hfconfig import levels
 from exl2ray.formats.tensorfile import DTYPES, TensorInfo, read_tensor
 
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -223,13 +224,8 @@ def _result(
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What config.json says of it, for the model or for the text part of a larger one; empty: nothing."""
-    text = config.get("text_config")
-    for level in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
-            found = level.get(key)
-            if isinstance(found, Mapping) and found:
-                return found
-    return {}
+    said = (level.get(key) for level in levels(config) for key in ("quantization_config", "compression_config"))
+    return next((found for found in said if isinstance(found, Mapping) and found), {})
 
 
 def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:

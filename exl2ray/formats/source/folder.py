@@ -10,9 +10,8 @@ from typing import Any
 
 from exl2ray.errors import Exl2RayError
 from exl2ray.formats.elsewhere import mount_at, open_binary, remote_file
-from exl2ray.formats.json_file import read_json_object
+from exl2ray.formats.json_file import LFS_POINTER, read_json_object
 
-LFS_START = b"version https://git-lfs"
 CARD_BYTES = 1 << 16
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name on the Hub
 
@@ -59,7 +58,7 @@ class Folder:
             return b""
 
     def is_lfs_pointer(self, name: str) -> bool:
-        return self.head(name, len(LFS_START)) == LFS_START
+        return self.head(name, len(LFS_POINTER)) == LFS_POINTER
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file; empty for anything else."""

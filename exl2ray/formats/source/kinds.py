@@ -13,10 +13,10 @@ from exl2ray.formats.claim import LOCK, TUNING, read_claim
 from exl2ray.formats.source import training
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.training import PICKLES, SAVE, Finding
+from exl2ray.wording import some
 
 COMPLETE = "give a folder with config.json, *.safetensors and tokenizer.json, as the Hub has them"
 MERGE = "merge it first: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW) (package peft)"
-SHOWN = 3
 
 
 def refusal(path: str | Path, error: type[Exl2RayError] = SourceError) -> Exl2RayError | None:
@@ -151,8 +151,7 @@ def _gguf(folder: Folder) -> Finding | None:
     found = folder.ending(".gguf")
     if not found or folder.ending(".safetensors"):
         return None
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return _gguf_text(f"holds GGUF files ({found[0]}{more})"), _original(folder)
+    return _gguf_text(f"holds GGUF files ({some(found, 1)})"), _original(folder)
 
 
 def _other_runtime(folder: Folder) -> Finding | None:
@@ -208,8 +207,7 @@ def _no_safetensors(folder: Folder) -> Finding | None:
         return None
     found = _pickles(folder)
     if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        return f"holds PyTorch pickles ({found[0]}{more}), and no *.safetensors file", SAVE
+        return f"holds PyTorch pickles ({some(found, 1)}), and no *.safetensors file", SAVE
     inside = [n for n in folder.folders if Folder(folder.path / n).ending(".safetensors")]
     if inside and "config.json" in folder:
         place = shlex.quote(str(folder.path / inside[0]))
@@ -217,10 +215,8 @@ def _no_safetensors(folder: Folder) -> Finding | None:
         hint = f"give that folder: {place}" if whole else f"move what is in {place} beside config.json"
         return f"no *.safetensors file beside config.json; its folder {inside[0]} has some", hint
     if inside:
-        more = f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
-        names = ", ".join(inside[:SHOWN]) + more
         place = shlex.quote(str(folder.path / inside[0]))
-        many = f"holds {len(inside)} folders with models ({names}), and no model itself"
+        many = f"holds {len(inside)} folders with models ({some(inside)}), and no model itself"
         text = many if len(inside) > 1 else f"holds no model; its folder {inside[0]} does"
         return text, f"give one of them: {place}"
     if "config.json" in folder:
@@ -232,9 +228,8 @@ def _pointers(folder: Folder) -> Finding | None:
     found = [n for n in (*folder.ending(".safetensors"), "config.json") if folder.is_lfs_pointer(n)]
     if not found:
         return None
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    verb = "are Git LFS pointers" if more else "is a Git LFS pointer"
-    return f"{found[0]}{more} {verb}: text in place of the file", "fetch the files: `git lfs pull` in this folder"
+    verb = "are Git LFS pointers" if len(found) > 1 else "is a Git LFS pointer"
+    return f"{some(found, 1)} {verb}: text in place of the file", "fetch the files: `git lfs pull` in this folder"
 
 
 def _no_config(folder: Folder) -> Finding | None:

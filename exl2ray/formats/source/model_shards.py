@@ -11,6 +11,7 @@ from pathlib import Path
 from exl2ray.errors import Exl2RayError
 from exl2ray.formats.json_file import read_json_object
 from exl2ray.formats.tensorfile import TensorFile, TensorInfo
+from exl2ray.wording import some
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -67,9 +68,8 @@ def merged(
             f"tensor {name!r} is in both {files[first].path} and {files[second].path}",
             "the directory mixes two copies of the weights; keep one of them",
         )
-    more = f" and {len(copies) - 2} more" if len(copies) > 2 else ""
     why = f"{WHOLE} has the same tensors" if WHOLE in chosen else f"{INDEX} names other files with the same tensors"
-    note = f"{', '.join(copies[:2])}{more}: a second copy of the weights, ignored ({why}, and transformers reads that one)"
+    note = f"{some(copies, 2)}: a second copy of the weights, ignored ({why}, and transformers reads that one)"
     return _table(files[f] for f in kept), kept, [note]
 
 
@@ -96,11 +96,10 @@ def absent_tensors(index: Mapping[str, str], files: Sequence[str], tensors: Mapp
 
 def index_note(index: Mapping[str, str], files: Sequence[str]) -> list[str]:
     """A note if the index names files that are not there; whether something is missing is another question."""
-    missing = sorted(set(index.values()) - set(files))
+    missing = [name[:80] for name in sorted(set(index.values()) - set(files))]
     if not missing:
         return []
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return [f"{INDEX} is out of date, ignored: it names {missing[0][:80]}{more}, and no tensor of the model is missing"]
+    return [f"{INDEX} is out of date, ignored: it names {some(missing, 1)}, and no tensor of the model is missing"]
 
 
 def gaps(files: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from exl2ray.formats.hfconfig import levels
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.tensorfile import TensorInfo
 
@@ -69,8 +70,7 @@ OLD_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("h
 
 def settings(config: Mapping[str, Any], folder: Folder) -> tuple[str, Mapping[str, Any]]:
     """(method, settings) of a quantised model, as config.json or a file beside it says; ("", {}) if neither does."""
-    text = config.get("text_config")
-    for level in (config, text if isinstance(text, Mapping) else {}):
+    for level in levels(config):
         for key in ("quantization_config", "compression_config"):
             found = level.get(key)
             if isinstance(found, Mapping):

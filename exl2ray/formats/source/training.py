@@ -6,6 +6,7 @@ import re
 import shlex
 
 from exl2ray.formats.source.folder import Folder
+from exl2ray.wording import some
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SAVE = (
@@ -46,7 +47,7 @@ def look(folder: Folder) -> Finding | None:
     if not found:
         return None
     return (
-        f"holds the state of a training run ({_some(found)}), and no *.safetensors file with its model",
+        f"holds the state of a training run ({some(found, 1)}), and no *.safetensors file with its model",
         "give the folder that the run saved its model to, with trainer.save_model(NEW) or save_pretrained(NEW); "
         "if this is a download, fetch the *.safetensors files",
     )
@@ -63,11 +64,12 @@ def _megatron(folder: Folder) -> Finding | None:
             "a checkpoint of NeMo (weights, context), not a model in safetensors",
             f"export it with NeMo: llm.export_ckpt(path={place}, target='hf', output_path=NEW)",
         )
-    if not (steps or own or inside or "latest_checkpointed_iteration.txt" in folder):
+    marks = steps or own or inside or [n for n in folder.files if n == "latest_checkpointed_iteration.txt"]
+    if not marks:
         return None
     place = str(folder.path / steps[-1] if steps else folder.path)
     return (
-        f"a checkpoint of training with Megatron ({_some(steps or own or inside or ['latest_checkpointed_iteration.txt'])}), "
+        f"a checkpoint of training with Megatron ({some(marks, 1)}), "
         "not a model in safetensors",
         f"export it with Megatron Bridge: AutoBridge.from_hf_pretrained(BASE).export_ckpt({place!r}, NEW)",
     )
@@ -81,7 +83,7 @@ def _deepspeed(folder: Folder) -> Finding | None:
         return None
     tag = folder.path.name if own else max(steps, key=_number)
     root = Folder(folder.path.parent) if own else folder
-    what = f"a checkpoint of training with DeepSpeed ({_some(own or steps)}), not a model in safetensors"
+    what = f"a checkpoint of training with DeepSpeed ({some(own or steps, 1)}), not a model in safetensors"
     if any(PIPELINE_FILE.fullmatch(n) for n in own or Folder(root.path / tag).files):
         return what, "it is cut by layers, for pipelines: convert it with tools/ckpts/convert_neox_to_hf.py of GPT-NeoX"
     which = "" if "latest" in root else f" -t {shlex.quote(tag)}"
@@ -102,7 +104,7 @@ def _distributed(folder: Folder) -> Finding | None:
         return None
     place = shlex.quote(str(folder.path if own else folder.path / others[0]))
     return (
-        f"a distributed checkpoint of PyTorch, as training with FSDP saves it ({_some(own or others)}), "
+        f"a distributed checkpoint of PyTorch, as training with FSDP saves it ({some(own or others, 1)}), "
         "not a model in safetensors",
         f"make safetensors of it: accelerate merge-weights {place} NEW{BESIDE}",
     )
@@ -117,7 +119,7 @@ def _fsdp_file(folder: Folder) -> Finding | None:
     found = [n for n in folder.files if FSDP_FILE.fullmatch(n)]
     if not found:
         return None
-    what = f"holds weights as training with FSDP saves them ({_some(found)}), and no *.safetensors file"
+    what = f"holds weights as training with FSDP saves them ({some(found, 1)}), and no *.safetensors file"
     if "_rank" in found[0]:
         return what, "each file has one rank's part: save again from the same run with fsdp_state_dict_type: FULL_STATE_DICT"
     return what, f"rename {found[0]} to pytorch_model.bin, then {SAVE}"
@@ -127,7 +129,3 @@ def _number(name: str) -> tuple[int, str]:
     """For sorting: the last number in a name."""
     digits = re.findall(r"\d+", name)
     return (int(digits[-1]) if digits else -1, name)
-
-
-def _some(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
