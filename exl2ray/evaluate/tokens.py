@@ -119,7 +119,7 @@ def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) ->
             f"{file}: this is no .npy array of token ids, and a text needs a tokenizer",
             "--text takes texts and data sets, --tokens what numpy.save writes",
         )
-    if kind_by_name(file.name) in ("Parquet", "JSON lines", "JSON") or file.suffix in COMPRESSED:
+    if kind_by_name(file.name) not in (None, "text", "Markdown") or file.suffix in COMPRESSED:
         with CalibrationData([local_source(str(file))], tokenizer) as data:
             return data.tokens(min(wanted or MAX_DATA_TOKENS, MAX_DATA_TOKENS))
     try:
@@ -128,7 +128,7 @@ def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) ->
         raise CalibrationError(f"{file}: not UTF-8 text: {e}", "token ids are recognised by the ending .npy") from e
     if "\0" in text:
         what = f"{file}: holds zero bytes, as a text does not"
-        raise CalibrationError(what, "texts are UTF-8; Parquet and JSON lines are recognised by their endings")
+        raise CalibrationError(what, "texts are UTF-8; Parquet, Arrow and JSON lines are recognised by their endings")
     return tokenizer.encode(text)
 
 
