@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exl2ray.calibration.data.plain import LFS_POINTER
 from exl2ray.calibration.data.sources import COMPRESSED, kind_by_name, local_source
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
-from exl2ray.errors import PERMISSIONS, CalibrationError, SourceError, UsageError
+from exl2ray.errors import PERMISSIONS, CalibrationError, SourceError, UsageError, reading_hint
 from exl2ray.evaluate.forward import open_model
 from exl2ray.formats.json_file import read_bounded
 
@@ -96,7 +97,8 @@ def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -
         # Mapped, so that the dtype is looked at before a huge file is read; it refuses pickled objects, which run code.
         array: NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
     except (OSError, EOFError, *BROKEN_HEADER) as e:
-        raise CalibrationError(f"{file}: not a .npy array: {str(e) or type(e).__name__}", "write it with numpy.save") from e
+        what, hint = _no_array(file, e)
+        raise CalibrationError(f"{file}: not a .npy array: {what}", hint) from e
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise CalibrationError(
             f"{file}: {array.dtype} with shape {array.shape}; token ids are integers, (n,) or (rows, length)",
@@ -110,6 +112,29 @@ def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -
         text = f"{file}: token ids from {array.min()} to {array.max()}"
         raise CalibrationError(text, "ids begin at 0; write it with numpy.save, from what the model's tokenizer gives")
     return np.array(array, dtype=np.int64)
+
+
+def _no_array(file: Path, e: BaseException) -> tuple[str, str]:
+    """(what a file is that numpy does not open, what to do); numpy tells of its own parser."""
+    again, save = "is the download complete? fetch or copy it again", "write it with numpy.save"
+    if isinstance(e, OSError) and e.strerror:
+        return f"cannot be read: {e.strerror}", reading_hint(e, again)
+    with file.open("rb") as f:
+        head, size = f.read(64), os.fstat(f.fileno()).st_size
+    if size == 0:
+        return "is empty", again
+    if head.startswith(b"PK\x03\x04"):
+        return "an archive of arrays (.npz)", "save the one with the ids: numpy.save('ids.npy', numpy.load(FILE)[NAME])"
+    if head.startswith(LFS_POINTER):
+        return "a Git LFS pointer, not the file itself", "run `git lfs pull` in its folder"
+    if not head.startswith(b"\x93NUMPY"):
+        found = "a pickle" if head[:1] == b"\x80" else f"it begins with {head[:6]!r}"
+        return found, f"{save}; a text has another ending"
+    if "mmap length" in str(e) or str(e).startswith("EOF"):
+        return f"it breaks off: its header tells of more than its {size} bytes", again
+    if "Python objects" in str(e):
+        return "it holds Python objects", f"{save}, as integers: array.astype('int64')"
+    return "its header cannot be read", again
 
 
 def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) -> NDArray[np.int64]:
