@@ -85,6 +85,8 @@ def tune(
     clock = _Clock()
     inputs = Inputs(settings.directory, settings.reference)
     pair = inputs.pair
+    for message in pair.source.as_reference():
+        reporter.event("warning", message=message)
     settings = settings.for_model(weights_of(pair.start.spec))
     check_memory(pair.start.spec, device)
     target = Path(settings.output)
