@@ -76,7 +76,7 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
                 return Summary((), path, time.monotonic() - start, tuple(job.warnings.all(())))
             plans = [allocate(job, measurement, bits) for bits in recipe.bits]
             outputs = produce(job, plans, compile_full=tuning.place_of_solved(recipe))
-        with interruptible():  # the workers are gone, their GPUs free
+            job.let_go()
             outputs = tuning.tune_outputs(job, outputs, reporter)
             if recipe.evaluates:
                 outputs = afterwards.evaluate_outputs(recipe, outputs, job.device.type, reporter)

@@ -75,7 +75,7 @@ class Recipe:
         FILES, "DIR", job="output.compile_full", measured=False))
     # a tuple if there are several
     cal_dataset: str | tuple[str, ...] | None = field(default=None, metadata=setting(
-        "-c", "calibration text: Parquet, .jsonl, .json or .txt file, folder, hf://datasets/...; FILE:COLUMN; repeatable.",
+        "-c", "text: Parquet, Arrow, .jsonl, .json, .csv or .txt file, folder, hf://datasets/...; FILE:COLUMN; repeatable.",
         CALIBRATE, "PLACE", decides="identity.cal_dataset measure.cal_dataset quantize.cal_dataset"))
     dataset_rows: int = field(default=100, metadata=setting(
         "-r", "calibration rows of the quantisation pass, with -c.", CALIBRATE, rule=_ROWS, job="quantize.rows"))

@@ -6,6 +6,7 @@ The solved model lies in the work directory, quant/<bpw>/solved, complete: it is
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +37,8 @@ def place_of_solved(recipe: Recipe) -> str | None:
 def tune_outputs(job: Job, outputs: Sequence[OutputSummary], reporter: Reporter) -> list[OutputSummary]:
     """``outputs`` as they are in -cf after tuning; as they are if none is asked for.
 
-    What is finished is left alone. Raises what `exl2ray.tune.run.tune` does. For a job whose workers are gone.
+    What is finished is left alone. Raises what `exl2ray.tune.run.tune` does. For a job whose workers are gone, and that still
+    holds its work directory.
     """
     if job.recipe.tune is None:
         return list(outputs)
@@ -54,7 +56,10 @@ def tune_outputs(job: Job, outputs: Sequence[OutputSummary], reporter: Reporter)
         settings = _settings(job.recipe, output)
         owner = owner_of(job.recipe, job.job["identity"]["fingerprint"], job.work.id, job.tokenizer_files)
         reporter.event("note", message=f"{output.bits:g} bpw: tuning on {job.recipe.tune} tokens")
+        begun, step = time.monotonic(), {"stage": f"tune {output.bits}", "items": 1}
+        job.work.event("stage", **step, done=0)
         found = tune(settings, job.device, reporter, owner, where)
+        job.work.event("item", **step, key="model", done=1, seconds=time.monotonic() - begun)
         add_tuning(settings.output, found.before, found.after, found.kept, found.tokens, found.worse)
         reporter.event("note", message=f"{output.bits:g} bpw: {told(found)}")
         files = tuple(str(Path(settings.output) / Path(f).name) for f in output.files)

@@ -23,7 +23,7 @@ from exl2ray.formats.measurement import Measurement, OptionProfile, check_agains
 from exl2ray.formats.origin import origin_findings
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec, ModuleSpec
-from exl2ray.plan.problems import expected_measurement
+from exl2ray.plan.measured import expected_measurement, naming
 from exl2ray.recipe import SETTINGS, Recipe
 from exl2ray.remote.source import local
 from exl2ray.result_warnings import few_scores_warning, insensitive_warning, unspent_warning
@@ -94,13 +94,15 @@ def solve(
         SETTINGS["bits"].check((b,))
     source = SourceModel(local(in_dir))
     spec, found = load_spec(source), read_measurement(measurement)
-    check_against(found, *expected_measurement(spec))
-    if allocation is None:
-        allocation = "linear" if has_sensitivities(spec, found) else "module"
+    with naming(measurement):
+        check_against(found, *expected_measurement(spec))
+        if allocation is None:
+            allocation = "linear" if has_sensitivities(spec, found) else "module"
     settings: dict[str, Any] = {
         "allocation": allocation, "objective": objective, "objective_power": objective_power, "head_bits": head_bits,
     }  # fmt: skip
-    solutions = [_solution(spec, found, Recipe("", "", (b,), **settings)) for b in bits]
+    with naming(measurement):
+        solutions = [_solution(spec, found, Recipe("", "", (b,), **settings)) for b in bits]
     warnings, _ = origin_findings(found, source)
     return [replace(s, warnings=(*warnings, *s.warnings)) for s in solutions]
 

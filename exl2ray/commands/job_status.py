@@ -43,7 +43,7 @@ def _row(p: PassStatus) -> list[str]:
     if p.queue:
         left = plural(p.queue, "module") + ("" if p.eta_seconds is None else f", {duration(p.eta_seconds)}")
     name = p.name
-    if name.startswith("compile"):
+    if name.startswith(("compile", "tune")):
         count = ""
     return [name, p.state, count, _seconds(p.seconds_per_item), _seconds(p.seconds), left]
 

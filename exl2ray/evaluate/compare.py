@@ -105,7 +105,7 @@ def evaluate_many(
                 size=size,
                 seconds=seconds,
                 reference_seconds=reference_seconds,
-                warnings=_warnings(model, ids, nll),
+                warnings=(*_warnings(model, ids, nll), *(() if reference is None else reference.as_reference())),
                 positions=scores if keep_positions else None,
                 kl_tail={} if scores.kl is None else tail(scores.kl, counted),
                 kinds={name: _kind(scores, counted & tokens[:, 1:]) for name, tokens in (kinds or {}).items()},

@@ -79,6 +79,15 @@ class OpenModel:
     def quantized(self) -> bool:
         return isinstance(self.source, Exl2Model)
 
+    def as_reference(self) -> tuple[str, ...]:
+        """What is to be told where others are compared with it: a model that is quantised itself has errors of its own."""
+        if not self.quantized:
+            return ()
+        return (
+            f"--reference {self.path} is an EXL2 model itself: KL divergence and agreement are with it, errors included, not "
+            "with the model that it was made from",
+        )
+
 
 def open_model(path: str | Path, options: RunOptions | None = None) -> OpenModel:
     """Open an fp16 (Hugging Face) or EXL2 directory; reads no weights.

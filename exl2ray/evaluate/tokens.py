@@ -18,9 +18,9 @@ from exl2ray.calibration.data.sources import COMPRESSED, kind_by_name, local_sou
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
-from exl2ray.errors import CalibrationError, SourceError, UsageError, unreadable
+from exl2ray.errors import CalibrationError, SourceError, UsageError, reading_hint, unreadable
 from exl2ray.evaluate.forward import open_model
-from exl2ray.formats.json_file import read_bounded
+from exl2ray.formats.json_file import LFS_POINTER, read_bounded
 
 DEFAULT_LENGTH = 2048  # tokens of a row
 MOST_TOKENS = 1 << 26  # that one evaluation takes; on the fastest machines more than a day
@@ -96,7 +96,8 @@ def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -
         # Mapped, so that the dtype is looked at before a huge file is read; it refuses pickled objects, which run code.
         array: NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
     except (OSError, EOFError, *BROKEN_HEADER) as e:
-        raise CalibrationError(f"{file}: not a .npy array: {str(e) or type(e).__name__}", "write it with numpy.save") from e
+        what, hint = _no_array(file, e)
+        raise CalibrationError(f"{file}: not a .npy array: {what}", hint) from e
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise CalibrationError(
             f"{file}: {array.dtype} with shape {array.shape}; token ids are integers, (n,) or (rows, length)",
@@ -112,6 +113,29 @@ def _load_array(file: Path, rows: int | None, length: int, stride: int | None) -
     return np.array(array, dtype=np.int64)
 
 
+def _no_array(file: Path, e: BaseException) -> tuple[str, str]:
+    """(what a file is that numpy does not open, what to do); numpy tells of its own parser."""
+    again, save = "is the download complete? fetch or copy it again", "write it with numpy.save"
+    if isinstance(e, OSError) and e.strerror:
+        return f"cannot be read: {e.strerror}", reading_hint(e, again)
+    with file.open("rb") as f:
+        head, size = f.read(64), os.fstat(f.fileno()).st_size
+    if size == 0:
+        return "is empty", again
+    if head.startswith(b"PK\x03\x04"):
+        return "an archive of arrays (.npz)", "save the one with the ids: numpy.save('ids.npy', numpy.load(FILE)[NAME])"
+    if head.startswith(LFS_POINTER):
+        return "a Git LFS pointer, not the file itself", "run `git lfs pull` in its folder"
+    if not head.startswith(b"\x93NUMPY"):
+        found = "a pickle" if head[:1] == b"\x80" else f"it begins with {head[:6]!r}"
+        return found, f"{save}; a text has another ending"
+    if "mmap length" in str(e) or str(e).startswith("EOF"):
+        return f"it breaks off: its header tells of more than its {size} bytes", again
+    if "Python objects" in str(e):
+        return "it holds Python objects", f"{save}, as integers: array.astype('int64')"
+    return "its header cannot be read", again
+
+
 def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) -> NDArray[np.int64]:
     """Ids of a text file, or of a file as -c takes it: its first ``wanted`` tokens, else MAX_DATA_TOKENS at most."""
     if tokenizer is None:
@@ -119,7 +143,7 @@ def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) ->
             f"{file}: this is no .npy array of token ids, and a text needs a tokenizer",
             "--text takes texts and data sets, --tokens what numpy.save writes",
         )
-    if kind_by_name(file.name) in ("Parquet", "JSON lines", "JSON") or file.suffix in COMPRESSED:
+    if kind_by_name(file.name) not in (None, "text", "Markdown") or file.suffix in COMPRESSED:
         with CalibrationData([local_source(str(file))], tokenizer) as data:
             return data.tokens(min(wanted or MAX_DATA_TOKENS, MAX_DATA_TOKENS))
     try:
@@ -128,7 +152,7 @@ def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) ->
         raise CalibrationError(f"{file}: not UTF-8 text: {e}", "token ids are recognised by the ending .npy") from e
     if "\0" in text:
         what = f"{file}: holds zero bytes, as a text does not"
-        raise CalibrationError(what, "texts are UTF-8; Parquet and JSON lines are recognised by their endings")
+        raise CalibrationError(what, "texts are UTF-8; Parquet, Arrow and JSON lines are recognised by their endings")
     return tokenizer.encode(text)
 
 

@@ -178,5 +178,10 @@ class Exl2Model(SourceModel):
         try:
             return PackedLinear.from_tensors(key, load)
         except FormatError as e:
-            hint = f"fetch the model again; `exl2ray verify {shlex.quote(str(self.path))}` lists all that is wrong with it"
-            raise FormatError(f"{self.path}: {e.message}", e.hint or hint) from e
+            raise self.damaged(key, e) from e
+
+    def damaged(self, key: str, e: FormatError) -> FormatError:
+        """``e``, which is of the linear ``key``, with its file and what to do."""
+        name = f"{key}.q_weight"
+        hint = f"fetch the model again; `exl2ray verify {shlex.quote(str(self.path))}` lists all that is wrong with it"
+        return FormatError(f"{self.file(name) if name in self else self.path}: {e.message}", e.hint or hint)

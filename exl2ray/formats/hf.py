@@ -112,7 +112,8 @@ class SourceModel:
 
     def info(self, name: str) -> TensorInfo:
         if name not in self._tensors:
-            raise self.error(f"{self.path}: no tensor {name!r} in its {len(self.files)} safetensors files")
+            text = f"{self.path}: no tensor {name!r} in its {len(self.files)} safetensors files"
+            raise self.error(text, "is a shard missing? fetch the model again")
         return self._tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -128,6 +129,10 @@ class SourceModel:
     def file(self, name: str) -> Path:
         """The shard that holds the tensor."""
         return self.info(name).file
+
+    def where(self, name: str) -> str:
+        """The tensor, for people: with its shard, which is what may have to be fetched again."""
+        return f"{self.file(name)}: tensor {name}"
 
     def load(
         self, name: str, rows: slice | None = None, allocate: Callable[[int], torch.Tensor] | None = None

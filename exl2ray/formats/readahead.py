@@ -69,6 +69,9 @@ class ReadAhead:
             self._checked.add(name)
         return tensor
 
+    def where(self, name: str) -> str:
+        return self.source.where(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.source.shape(name)
 

@@ -123,8 +123,11 @@ def _linear(model: Exl2Model, key: str) -> LinearSummary:
     q_shape, groups = model.shape(f"{key}.q_weight"), model.load(f"{key}.q_groups")
     if len(q_shape) != 2 or 0 in q_shape or groups.dtype != torch.int16 or groups.dim() != 1:
         found = f"q_weight {list(q_shape)}, q_groups {groups.dtype} {list(groups.shape)}"
-        raise FormatError(f"{model.path}: {key}: illegal shapes or dtypes: {found}")
-    layout = groups_layout(groups.tolist(), q_shape[0], key)
+        raise model.damaged(key, FormatError(f"{key}: illegal shapes or dtypes: {found}"))
+    try:
+        layout = groups_layout(groups.tolist(), q_shape[0], key)
+    except FormatError as e:
+        raise model.damaged(key, e) from e
     names = [key + s for s in QUANTIZED_SUFFIXES]
     has_bias = f"{key}.bias" in model
     return LinearSummary(

@@ -69,7 +69,7 @@ def read_linear(
     else:  # writes to it
         weight = spec.rotation.rows(weight, None, device, dtype)
         bias = None if bias is None else spec.rotation.rows(bias[None])[0]
-    check_weights(weight, f"{source.path}: tensor {linear.weight.name}, rotated,")
+    check_weights(weight, f"{source.where(linear.weight.name)}, rotated,")
     return weight, bias
 
 
@@ -110,7 +110,7 @@ def read_tensor(
         return torch.full(tensor.shape, 1.0 - spec.arch.norm.offset, dtype=dtype, device=device)
     scale = None if plain.fold is None else _norm_weight(spec, plain.fold, source)
     out = spec.rotation.rows(tensor, scale, device, dtype)
-    check_weights(out, f"{source.path}: tensor {plain.stored.name}, rotated,")
+    check_weights(out, f"{source.where(plain.stored.name)}, rotated,")
     return out
 
 
@@ -148,7 +148,7 @@ def read_stored(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
             "the model is quantised already? Start from the original weights",
         )
     if not (isinstance(source, ReadAhead) and source.checked(name)):
-        check_weights(tensor, f"{source.path}: tensor {name}")
+        check_weights(tensor, source.where(name))
     return tensor.t() if stored.transpose else tensor
 
 
@@ -157,7 +157,7 @@ def read_ahead(source: SourceModel, pin: bool) -> ReadAhead:
 
     def check(name: str, tensor: Tensor) -> None:
         if tensor.dtype in FLOAT_DTYPES:
-            check_weights(tensor, f"{source.path}: tensor {name}")
+            check_weights(tensor, source.where(name))
 
     return ReadAhead(source, check, pinned, READERS) if pin else ReadAhead(source, check)
 

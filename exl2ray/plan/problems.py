@@ -18,7 +18,7 @@ import torch
 
 from exl2ray.allocation.knapsack import check_reachable
 from exl2ray.allocation.overrides import Override, parse_overrides
-from exl2ray.allocation.planning import has_sensitivities, linear_groups, reachable_slots
+from exl2ray.allocation.planning import reachable_slots
 from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
@@ -26,14 +26,12 @@ from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.datasets import check_tuning_text, pass_rows, reported_rows, sources_of
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
 from exl2ray.environment import slow_variables
-from exl2ray.errors import CalibrationError, Exl2RayError, FormatError, SourceError, StoreError, UsageError
+from exl2ray.errors import CalibrationError, Exl2RayError, SourceError, StoreError, UsageError
 from exl2ray.evaluate.tokens import load_tokens
 from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import config_value, read_config
-from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.links import link_error, outside_links
-from exl2ray.formats.measurement import Measurement, check_against, read_measurement
 from exl2ray.formats.origin import origin_findings, rope_flags
 from exl2ray.formats.shards import refuse_same_directory
 from exl2ray.formats.side_files import examine_side_files
@@ -48,6 +46,7 @@ from exl2ray.plan.disk import check_disks, disk_needs
 from exl2ray.plan.doubts import calibration_doubts, model_doubts, tokenizer_doubts
 from exl2ray.plan.findings import Examination
 from exl2ray.plan.flat import flat_warnings
+from exl2ray.plan.measured import measured
 from exl2ray.plan.scan import scan_values, stored_names
 from exl2ray.plan.sizes import OutputSize, freedom_of, size_range
 from exl2ray.plan.worker_memory import RowSizes
@@ -58,7 +57,7 @@ from exl2ray.targets import check_output
 from exl2ray.terminal.pasted import missing_folder
 from exl2ray.timeline import step
 from exl2ray.tune.memory import check_memory
-from exl2ray.wording import shown, some
+from exl2ray.wording import some
 
 BUILTIN_ROWS = tuple(sum(getattr(s, plan) for s in ROW_SETS) for plan in ("measure", "quantize"))
 UNKNOWN_TENSORS = 4096  # whose values are looked at in a model of which no architecture is known
@@ -93,7 +92,7 @@ def _examine_all(found: Examination, recipe: Recipe, samples: Samples) -> None:
         for bits in recipe.bits:
             found.attempt("bitrate", lambda b=bits: check_reachable(b, tables))  # type: ignore[misc]
     if recipe.measurement is not None:
-        found.measurement = found.attempt("measurement", lambda: _measurement(recipe, spec))
+        found.measurement = found.attempt("measurement", lambda: measured(recipe, spec))
     with step("checks: rows of tokens"):
         _examine_calibration(found, recipe)
     if source is not None and spec is not None and len(found.rows) == 2 and not found.has("work directory", "measurement"):
@@ -246,43 +245,6 @@ def _vocabulary(found: Examination) -> int | None:
         return found.spec.hyper.vocab_size
     size = None if found.source is None else config_value(found.source.config, "vocab_size")
     return size if type(size) is int else None
-
-
-def expected_measurement(spec: ModelSpec) -> tuple[list[str], dict[str, dict[str, list[LinearShape]]]]:
-    """What a measurement of this model must hold: entries, and the linears of each role."""
-    shapes: dict[str, dict[str, list[LinearShape]]] = {}
-    for module in spec.modules:
-        if module.quantized:
-            roles = shapes.setdefault(module.profile_key, {})
-            for x in module.linears:
-                roles.setdefault(x.role, []).append(LinearShape(x.in_features, x.out_features, x.has_bias))
-    return [m.profile_key for m in spec.modules if m.kind != "embedding"], shapes
-
-
-def _measurement(recipe: Recipe, spec: ModelSpec | None) -> Measurement:
-    """The measurement of -m, complete for this model and this kind of allocation."""
-    measurement = read_measurement(recipe.measurement or "")
-    if spec is not None:
-        check_against(measurement, *expected_measurement(spec))
-        check_rotation(measurement, spec, recipe.measurement or "")
-        if recipe.allocation == "linear" or has_sensitivities(spec, measurement):
-            try:
-                linear_groups(spec, measurement)
-            except FormatError as e:
-                raise FormatError(f"-m {recipe.measurement}: {e.message.removeprefix('measurement: ')}", e.hint) from e
-    return measurement
-
-
-def check_rotation(measurement: Measurement, spec: ModelSpec, path: str) -> None:
-    """UsageError unless the measured model is rotated like the one that is to be quantised: their linears differ."""
-    wanted = spec.rotation_entry.get("rotation")
-    if measurement.rotation == wanted:
-        return
-    if measurement.rotation is None:
-        raise UsageError(f"-m {path}: measured without --rotate", "leave out --rotate, or measure again without -m")
-    if wanted is None:
-        raise UsageError(f"-m {path}: measured with --rotate", "give --rotate here too, or measure again without -m")
-    raise UsageError(f"-m {path}: measured with another rotation, {shown(measurement.rotation)}", "measure again without -m")
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def _rows(source: SourceModel, name: str, seed: int) -> list[SourceError]:
     picked = sorted(random.Random(f"{seed}/{name}").sample(range(rows), min(rows, COMPUTED_ROWS)))
     try:
         for row in picked:
-            check_weights(source.load(name, slice(row, row + 1)), f"{source.path}: tensor {name}, row {row}")
+            check_weights(source.load(name, slice(row, row + 1)), f"{source.where(name)}, row {row}")
     except SourceError as e:
         return [e]
     return []
@@ -88,7 +88,7 @@ def _scan(source: SourceModel, infos: Sequence[TensorInfo], pieces: int, seed: i
 
 
 def _check(source: SourceModel, info: TensorInfo, handle: Pieces, pieces: int, seed: int) -> None:
-    where = f"{source.path}: tensor {info.name}"
+    where = f"{info.file}: tensor {info.name}"
     dtype = DTYPES[info.dtype]
     if dtype not in FLOAT_DTYPES:
         raise SourceError(
@@ -103,7 +103,7 @@ def _check(source: SourceModel, info: TensorInfo, handle: Pieces, pieces: int, s
         except OSError as e:
             raise unreadable(SourceError, where, e) from e
         if len(piece) != size:
-            raise SourceError(f"{where}: {info.file} ends early; it was longer when opened")
+            raise SourceError(f"{where}: the file ends early; it was longer when opened")
         raw += piece
     if len(raw) < info.nbytes:
         where += f" ({len(raw) // dtype.itemsize} of its {info.nbytes // dtype.itemsize} values looked at)"

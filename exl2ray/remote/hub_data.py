@@ -1,7 +1,7 @@
 """Calibration data on the Hugging Face Hub: ``hf://datasets/OWNER/NAME[@REVISION][/PATH][:COLUMN]``.
 
 A file is fetched when its text is needed, through the cache of huggingface_hub, so of a large data set only the first files
-come. PATH is a file, a folder or a pattern. Where a data set holds no files that can be read (scripts, CSV), the Hub has
+come. PATH is a file, a folder or a pattern. Where a data set holds no files that can be read (scripts, archives), the Hub has
 made Parquet files of it, in the revision ``refs/convert/parquet``.
 """
 
@@ -62,7 +62,7 @@ def hub_source(text: str) -> Source:
             chosen, notes = _chosen(address, names, text)
     if not chosen:
         raise CalibrationError(
-            f"-c {text}: the data set has no file that is read (Parquet, JSON lines, JSON, text)",
+            f"-c {text}: the data set has no file that is read (Parquet, Arrow, JSON lines, JSON, text, CSV)",
             f"name one of its {len(names)} files: {FORM}" if names else "look at its page on the Hub",
         )
     given = f"{HUB}datasets/{address.repo}@{commit}" + (f"/{address.path}" if address.path else "")

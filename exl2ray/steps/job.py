@@ -150,13 +150,23 @@ class Job:
         with shielded():  # a second signal waits for the locks to be released
             self.source_state.close()
             try:
-                if self._workers is not None:
-                    self._workers.close()
+                self._end_workers()
                 for note in self.work.records.notes:
                     self.reporter.event("note", message=note)
             finally:
                 self.targets.close()
                 self.work.close()
+
+    def let_go(self) -> None:
+        """For what comes after quantising: the workers end, so that GPUs are free, and -cf is let go, which tuning locks
+        itself. The work directory stays this driver's."""
+        self._end_workers()
+        self.targets.close()
+
+    def _end_workers(self) -> None:
+        workers, self._workers, self._supervisor = self._workers, None, None
+        if workers is not None:
+            workers.close()
 
     def _tell_of_start(self, resumed: bool) -> None:
         """Before anything is written: a resume has its source and its targets from a file."""

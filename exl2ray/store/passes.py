@@ -25,7 +25,7 @@ from exl2ray.store.pace import Pace
 _MEASURE = "measure"
 _MEASURING = (_MEASURE, "sensitivity")  # what --reuse keeps
 MOST_ITEMS, MOST_PASSES, MOST_SECONDS = 100_000, 256, 1e9  # that are believed of a log
-_ORDER = (*_MEASURING, "quantize", "compile")  # first words of the names of passes: "quantize 4.0"
+_ORDER = (*_MEASURING, "quantize", "compile", "tune")  # first words of the names of passes: "quantize 4.0"
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ def _wanted(stored: StoredJob | None) -> list[str]:
     if not output.get("measure_only"):
         found = quantize.get("bits")  # the job may be anybody's
         bits = [float(b) for b in found if type(b) in (int, float)] if isinstance(found, list) else []
-        names += [f"{step} {b}" for step in ("quantize", "compile") for b in bits]
+        steps = ("quantize", "compile", "tune") if output.get("tune") else ("quantize", "compile")
+        names += [f"{step} {b}" for step in steps for b in bits]
     return names
 
 

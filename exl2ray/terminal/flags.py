@@ -15,7 +15,7 @@ from exl2ray.errors import StoreError, UsageError, not_permitted, unreadable
 from exl2ray.recipe import RUN, SECTIONS, SETTINGS, Recipe
 from exl2ray.recipe_fields import fits, refuse_address, refuse_unexpanded, refuse_unfit, wanted
 from exl2ray.remote.address import is_remote, parse
-from exl2ray.terminal.pasted import missing_folder
+from exl2ray.terminal.pasted import missing_folder, refuse_read_address
 from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out
 from exl2ray.wording import shown
 
@@ -102,7 +102,17 @@ class CheckedCommand(click.Command):
                     _check_path(str(name), path)
             if param.name in WRITTEN_HERE and (path := ctx.params.get(param.name)):
                 refuse_address(param.opts[0], path)
+            elif _is_read_here(param):
+                values = ctx.params.get(param.name or "") or ()
+                for path in values if isinstance(values, tuple) else (values,):
+                    refuse_read_address(param.opts[0] if isinstance(param, click.Option) else "", path)
         return rest
+
+
+def _is_read_here(param: click.Parameter) -> bool:
+    """Whether a parameter names what lies on this machine: a file, or a folder other than of a job."""
+    metavar = (param.metavar or "").strip("[.]")
+    return metavar == "FILE" or (metavar == "DIR" and isinstance(param, click.Argument))
 
 
 def _check_path(name: str, path: str | None) -> None:

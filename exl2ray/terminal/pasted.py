@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from exl2ray.errors import SourceError, UsageError, not_permitted, unreadable
+from exl2ray.remote.address import redacted
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # hyphens and dashes of print, and the minus sign
 FOLDER = "give the folder that holds config.json and *.safetensors"
@@ -45,8 +46,24 @@ def check_models(*given: str) -> None:
             pass
 
 
+def refuse_read_address(flag: str, path: str) -> None:
+    """Raises UsageError for an address in the place of what is read from this machine: as a path it loses a slash, and is
+    said to be missing."""
+    if "://" in path and not os.path.lexists(path):
+        hint = _without_scheme(path) or "fetch it first, from the Hub with: hf download OWNER/NAME [FILE] --local-dir FOLDER"
+        raise UsageError(f"{flag} {redacted(path)}: is an address, where a path is needed".lstrip(), hint)
+
+
+def _without_scheme(path: str) -> str:
+    """The hint for an address of a file of this machine; empty for others."""
+    scheme, _, rest = path.partition("://")
+    return f"give the path alone: {shlex.quote(rest)}" if scheme.lower() == "file" and rest.startswith("/") else ""
+
+
 def missing_folder_hint(path: str) -> str:
     """The hint for a source folder that does not exist."""
+    if hint := _without_scheme(path):
+        return hint
     expanded = os.path.expanduser(os.path.expandvars(path))
     if expanded != path and os.path.isdir(expanded):
         return f"the shell leaves ~ and variables as they are within quotes and after '=': give {shlex.quote(expanded)}"

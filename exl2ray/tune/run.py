@@ -85,6 +85,8 @@ def tune(
     clock = _Clock()
     inputs = Inputs(settings.directory, settings.reference)
     pair = inputs.pair
+    for message in pair.source.as_reference():
+        reporter.event("warning", message=message)
     settings = settings.for_model(pair.start.spec.weights)
     check_memory(pair.start.spec, device)
     target = Path(settings.output)

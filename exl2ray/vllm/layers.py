@@ -72,7 +72,11 @@ def read_part(files: PackedFiles, part: Part, device: torch.device) -> tuple[Exl
         return read_tensor(tensors[name], error=FormatError) if name in tensors else None
 
     with torch.device("cpu"):
-        p = PackedLinear.from_tensors(part.key, get)
+        try:
+            p = PackedLinear.from_tensors(part.key, get)
+        except FormatError as e:
+            hint = f"fetch the model again; `exl2ray verify {files.root}` lists all that is wrong with it"
+            raise FormatError(f"{files.root}: {e.message}", e.hint or hint) from e
         bias, whole = p.bias, part.first == 0 and pad32(part.width) == p.out_features
         p = PackedLinear(part.key, p.q_weight.to(device), *_moved(p, device))
     with torch.device(device):

@@ -191,7 +191,7 @@ def test_measurement_of_another_model(quiet: Quiet, tmp_path: Path) -> None:
     measurement = str(quiet.work / "measurement.json")
     for changes in ({"num_hidden_layers": 3}, {"intermediate_size": 128}, {"family": "Mixtral"}):
         other = write_model(tmp_path / "other", **changes)  # type: ignore[arg-type]
-        refused(FormatError, r"measurement: .*", other, tmp_path, measurement=measurement)
+        refused(FormatError, r"-m .*measurement\.json: ", other, tmp_path, measurement=measurement)
         shutil.rmtree(other)
 
 

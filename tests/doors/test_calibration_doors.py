@@ -288,7 +288,7 @@ def test_paths_with_colons(
         ("nothing.parquet", UsageError, "does not exist"),
         ("x.parquet:*", UsageError, r"column 'meta' is other, which cannot be joined"),
         ("a.txt:text", UsageError, "a text file has no columns"),
-        ("a.csv", CalibrationError, "is of a kind that is not read"),
+        ("a.xls", CalibrationError, "is of a kind that is not read"),
         ("none/*.parquet", UsageError, "does not exist"),
     ],
 )
@@ -297,7 +297,7 @@ def test_what_cannot_be_is_told(
 ) -> None:
     parquet(tmp_path / "x.parquet", {"text": TEXTS, "n": NUMBERS, "meta": META})
     (tmp_path / "a.txt").write_text(WHOLE)
-    (tmp_path / "a.csv").write_text("text\n" + WHOLE)
+    (tmp_path / "a.xls").write_text("text\n" + WHOLE)
     with pytest.raises(error, match=message):
         rows_of(tokenizer, tmp_path / place)
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from bounded import exl2ray
-from model_folders import edit_config, read_weights, write_json, write_weights
+from model_folders import edit_config, edited, read_weights, write_json, write_weights
 
 from exl2ray.errors import PERMISSIONS, FormatError, SourceError
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.verify import verify_directory
+from exl2ray.model.arch import load_spec
 from exl2ray.publish.selection import read_folder
 from exl2ray.terminal.pasted import missing_folder
 
@@ -316,6 +317,15 @@ def test_what_config_says_is_of_no_account_where_weights_are_plain(folder: Path)
     source = SourceModel(folder)
     assert source.dtype("model.layers.0.mlp.up_proj.weight") == "F16"
     assert any("its weights are plain numbers" in note for note in source.notes)
+
+
+def test_one_table_of_integers_makes_no_quantised_model(folder: Path) -> None:
+    """A plain model was refused for a buffer that nobody reads; what is read as a weight is still told."""
+    edited(lambda t: t.update({"model.buckets.weight": torch.ones(8, 8, dtype=I32)}))(folder)
+    load_spec(SourceModel(folder))
+    edited(lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(96, 64, dtype=I8)}))(folder)
+    run = exl2ray("plan", "-i", folder, "-b", "4", "--device", "cpu", "-l", "128", "-ml", "128")
+    run.ends_with(3, "model.layers.1.mlp.up_proj.weight has dtype I8; floating-point numbers are needed")
 
 
 # ---- other kinds of models ---------------------------------------------------------------------------------------------

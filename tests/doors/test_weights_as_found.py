@@ -31,6 +31,7 @@ from exl2ray.errors import FormatError, SourceError
 from exl2ray.evaluate.forward import linear_reader, open_model
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.summary import inspect_directory
 from exl2ray.model.arch import load_spec
 
 Change = Callable[[Path], Any]
@@ -240,7 +241,8 @@ def packed_linear(folder: Path, rows: int = 64, **changes: torch.Tensor) -> None
     parts = {"q_weight": torch.zeros(rows // 8, 64, dtype=torch.int32), "q_scale": torch.zeros(1, 8, dtype=torch.int32),
              "q_scale_max": torch.ones(1).half(), "q_groups": torch.tensor([4, 0], dtype=torch.int16),
              "q_invperm": torch.arange(rows, dtype=torch.int32), **changes}  # fmt: skip
-    edited(lambda t: t.update({f"{key}.{n}": w for n, w in parts.items()} | {"x": t.pop(f"{key}.weight")}))(folder)
+    spare = torch.ones(1)
+    edited(lambda t: t.update({f"{key}.{n}": w for n, w in parts.items()} | {"x": t.pop(f"{key}.weight", spare)}))(folder)
     edit_config(folder, quantization_config={"quant_method": "exl2", "bits": 4.0})
 
 
@@ -248,8 +250,17 @@ def test_a_damaged_linear_names_its_folder_and_what_shows_more(base: Path, folde
     packed_linear(folder, q_invperm=torch.zeros(64, dtype=torch.int32))
     with pytest.raises(FormatError, match="q_invperm is not a permutation") as e:
         Exl2Model(folder).linear("model.layers.0.self_attn.q_proj")
-    assert e.value.message.startswith(f"{folder}: ")
+    assert e.value.message.startswith(f"{folder / 'model.safetensors'}: ")
     assert f"exl2ray verify {folder}" in e.value.hint
+    packed_linear(folder, q_groups=torch.tensor([9, 0], dtype=torch.int16))
+    with pytest.raises(FormatError, match=r"model\.safetensors: .*group 0 of width 9") as e:
+        inspect_directory(folder)
+    assert f"exl2ray verify {folder}" in e.value.hint
+    packed_linear(folder)
+    edited(lambda t: t.pop("model.layers.0.self_attn.q_proj.q_scale"))(folder)
+    with pytest.raises(FormatError, match=r"no tensor .*q_proj\.q_scale") as e:
+        inspect_directory(folder)
+    assert e.value.hint
 
 
 def test_a_linear_that_is_not_as_config_has_it(base: Path, folder: Path) -> None:

@@ -50,6 +50,14 @@ def test_an_exl2_model_equals_its_dequantised_twin(twins: Twins, ids: torch.Tens
     assert logits.shape == (5, 24, 260)  # stored as 288 columns, of which the padding would count as words
 
 
+def test_a_reference_that_is_quantised_itself_is_told(twins: Twins, other: Path, ids: torch.Tensor) -> None:
+    """Its KL divergence is with the errors of another conversion, and looked like that from the source."""
+    fp16, exl2 = twins
+    told = f"--reference {exl2} is an EXL2 model itself"
+    assert told in "\n".join(evaluate(other, exl2, ids, "cpu").warnings)
+    assert "EXL2 model itself" not in "\n".join(evaluate(exl2, fp16, ids, "cpu").warnings)
+
+
 def test_the_figures_are_those_of_the_logits(twins: Twins, other: Path, ids: torch.Tensor) -> None:
     from transformers import AutoModelForCausalLM
 

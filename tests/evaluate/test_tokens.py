@@ -110,14 +110,27 @@ def test_hostile_arrays_are_refused(tmp_path: Path) -> None:
     pickled = tmp_path / "pickled.npy"
     np.save(pickled, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     huge = good.replace(b"(64,), ", b"(1%s,)," % (b"0" * 30))
-    cases = {"cut": good[:-100], "header": good[:20], "empty": b"", "text": b"not an array", "huge": huge}
-    for name, content in cases.items():
-        (tmp_path / f"{name}.npy").write_bytes(content)
+    code = good.replace(b"(64,)", b"f(4),")
+    cases = {
+        "cut": (good[:-100], "it breaks off: its header tells of more than its"),
+        "header": (good[:20], "it breaks off"),
+        "empty": (b"", "is empty"),
+        "text": (b"not an array", r"it begins with b'not an'"),
+        "huge": (huge, "its header cannot be read"),
+        "code": (code, "its header cannot be read"),  # numpy names an object at an address
+        "lfs": (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        "bare": (b"\x80\x04\x95" + bytes(99), "a pickle"),
+        "zip": (None, r"an archive of arrays \(.npz\)"),
+        "pickled": (None, "it holds Python objects"),
+    }
     with (tmp_path / "zip.npy").open("wb") as f:
         np.savez(f, ids=np.arange(64))
-    for name in (*cases, "zip", "pickled"):
-        with pytest.raises(CalibrationError, match=f"{name}.npy"):
+    for name, (content, words) in cases.items():
+        if content is not None:
+            (tmp_path / f"{name}.npy").write_bytes(content)
+        with pytest.raises(CalibrationError, match=f"{name}.npy: not a .npy array: {words}") as e:
             load_tokens(tmp_path / f"{name}.npy", length=8)
+        assert e.value.hint
 
 
 def test_a_missing_file_and_binary_text(tmp_path: Path, bytes_tokenizer: Tokenizer, twins: tuple[Path, Path]) -> None:

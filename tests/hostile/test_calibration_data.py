@@ -178,7 +178,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "ZIP": (raw("a.jsonl", b"PK\x03\x04" + bytes(100)), "a ZIP file"),
     "pickle": (raw("a.json", b"\x80\x04\x95" + bytes(100)), "a pickle"),
     "SQLite": (raw("a.txt", b"SQLite format 3\0" + bytes(100)), "an SQLite database"),
-    "CSV": (raw("a.csv", b"text\nhello\n"), "pq.write_table"),
+    "CSV": (raw("a.csv", b"id,text\n1,hello, world\n"), "line 2 has 3 cells, the first line 2"),
     "magic alone": (raw("a.parquet", b"PAR1"), "not a readable Parquet file"),
     "footer of 2 GB": (raw("a.parquet", b"PAR1" + bytes(100) + b"\xff\xff\xff\x7fPAR1"), "not a readable Parquet file"),
     "half of it": (cut(0.5), "not a readable Parquet file"),

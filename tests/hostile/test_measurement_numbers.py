@@ -231,7 +231,7 @@ def test_solve_refuses_it(allocation: str, case: str, model: Path, sound: Json, 
     change(spoiled)
     (tmp_path / "m.json").write_text(json.dumps(spoiled))
     run = exl2ray("solve", "-i", model, "-m", tmp_path / "m.json", "-b", "4", "--allocation", allocation)
-    run.ends_with(8, words)
+    run.ends_with(8, words, "m.json")
     assert len(run.err) < 3000
     assert "\x1b" not in run.err
     assert "Warning" not in run.text

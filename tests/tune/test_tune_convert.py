@@ -15,16 +15,21 @@ from bounded import exl2ray
 from tiny_models import write_model
 
 from exl2ray.convert import convert, patch
-from exl2ray.errors import Exl2RayError, UsageError
+from exl2ray.errors import Exl2RayError, StoreError, UsageError
 from exl2ray.events import OutputSummary, Silent
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.verify import verify_directory
 from exl2ray.recipe import Recipe
 from exl2ray.report.facts import read_facts
 from exl2ray.store.file_names import is_ours, is_place_of_ours
+from exl2ray.store.status import read_status
 from exl2ray.tune import state
 
 BITS = (4.0, 5.0)
+
+
+class Stopped(Exception):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,29 @@ def test_the_report_is_of_the_tuned_models(whole: tuple[Path, tuple[OutputSummar
         assert record["start"] == Exl2Model(root / "work" / "quant" / f"{output.bits}" / "solved").fingerprint()
 
 
+def test_the_work_directory_stays_locked_while_it_tunes(
+    whole: tuple[Path, tuple[OutputSummary, ...], Silent], model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second driver could begin, and `status` said that nobody was at it."""
+    work, told = str(whole[0] / "work"), []
+
+    def looking(*_: Any) -> Any:
+        found = read_status(work)
+        told.append((found.state, [(p.name, p.state) for p in found.passes if p.name.startswith("tune")]))
+        with pytest.raises(StoreError, match="in use"):
+            convert(recipe(model, whole[0], text), Silent())
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr("exl2ray.tune.run.tune", looking)
+        with pytest.raises(Stopped):
+            convert(recipe(model, whole[0], text), Silent())
+    assert told == [("running", [("tune 4.0", "running"), ("tune 5.0", "finished")])]
+    assert read_status(work).state == "stopped"
+    convert(recipe(model, whole[0], text), Silent())
+    assert [(p.state, p.done) for p in read_status(work).passes if p.name.startswith("tune")] == [("finished", 1)] * 2
+
+
 def test_again_it_computes_and_writes_nothing(
     whole: tuple[Path, tuple[OutputSummary, ...], Silent], model: Path, text: Path
 ) -> None:
@@ -106,10 +134,6 @@ def test_again_it_computes_and_writes_nothing(
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")} == before
     assert [name for name, _ in again.events if name in ("stage", "item")] == []
     assert sum("has the tuned model already" in fields.get("message", "") for _, fields in again.events) == len(BITS)
-
-
-class Stopped(Exception):
-    pass
 
 
 def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(

@@ -97,6 +97,22 @@ def test_a_model_that_is_replaced_meanwhile(
     assert same(Path(whole.output), Path(given.output))
 
 
+def test_a_reference_that_is_quantised_itself_is_told(
+    own: Callable[..., Settings], other: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integers would move to another conversion's errors, with no word."""
+    reporter = Silent()
+
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "check_memory", stop)
+    for reference in (other[1], other[0]):
+        with pytest.raises(InterruptedError):
+            tune(own("out", reference=str(reference)), torch.device("cpu"), reporter)
+    assert [f["message"].partition(":")[0] for _, f in reporter.events] == [f"--reference {other[1]} is an EXL2 model itself"]
+
+
 def test_a_tokenizer_that_is_replaced_meanwhile(own: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> None:
     given = own("out")
     file = Path(given.directory) / "tokenizer.json"

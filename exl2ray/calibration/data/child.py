@@ -13,6 +13,7 @@ from typing import Any
 
 from exl2ray.calibration.data import plain
 from exl2ray.calibration.data.columns import Choice, Kind, choose, common_kind, conversation_of, flat, kind_of_value, pair_of
+from exl2ray.calibration.data.csv_text import CsvTable, kinds_of
 from exl2ray.calibration.data.json_text import records_of_json, records_of_lines
 from exl2ray.calibration.data.problem import CALLED_TXT, HOW_TO_MAKE_ONE, DataError
 from exl2ray.calibration.data.sources import KINDS, kind_by_name
@@ -21,7 +22,6 @@ MOST_PIECES = 4096  # in one answer
 SAMPLE, SAMPLE_BYTES = 64, 4 << 20  # records that show which columns there are
 MAX_CHAT = 512 << 10  # characters of a conversation that a template is given
 TEXT, CHAT = "text", "chat"
-TABLES = (".csv", ".tsv", ".psv")  # text, but read as such it would be separators between scraps
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,20 @@ class DataReader:
 
     def _open(self, path: str, column: str | None) -> Iterator[Piece]:
         raw = plain.open_regular(path)
-        if raw.read(4) == b"PAR1":
+        named, head = kind_by_name(path), raw.read(6)
+        if head[:4] == b"PAR1" or head == b"ARROW1" or (named == "Arrow" and head[:4] == b"\xff\xff\xff\xff"):
             raw.seek(0)
-            return self._parquet(raw, column)
+            return self._table(raw, "Parquet" if head[:4] == b"PAR1" else "Arrow", column)
         raw.close()
-        named = kind_by_name(path)
         source = plain.Source(path)
         plain.refuse_others(source.head)
         if named == "Parquet":
             raise DataError("is no Parquet file (those begin with PAR1)", f"is the download complete? {HOW_TO_MAKE_ONE}")
+        if named == "Arrow":
+            begins = "those begin with ARROW1, streams with FF FF FF FF"
+            raise DataError(f"is no Arrow file ({begins})", "is the download complete?")
+        if named == "CSV":
+            return self._csv(path, source, column)
         if named in ("JSON", "JSON lines"):
             return self._json(path, source, named, column)
         if named in ("text", "Markdown"):
@@ -61,7 +66,7 @@ class DataReader:
         if source.head.lstrip().startswith(b"{"):
             return self._json(path, source, "JSON lines", column)
         endings = ", ".join(e for endings in KINDS.values() for e in endings)
-        as_text = f"{CALLED_TXT}; else " if not path.lower().endswith(TABLES) and plain.looks_like_text(source.head) else ""
+        as_text = f"{CALLED_TXT}; else " if plain.looks_like_text(source.head) else ""
         raise DataError(f"is of a kind that is not read ({endings} are)", as_text + HOW_TO_MAKE_ONE)
 
     def next(self, size: int) -> tuple[list[tuple[str, bool]], list[bytes], bool]:
@@ -93,14 +98,27 @@ class DataReader:
             yield Piece(TEXT, starts, data)
             starts = False
 
-    def _parquet(self, file: Any, column: str | None) -> Iterator[Piece]:
+    def _table(self, file: Any, kind: str, column: str | None) -> Iterator[Piece]:
+        from exl2ray.calibration.data.arrow import ArrowTable
         from exl2ray.calibration.data.parquet import ParquetTable
 
-        table = ParquetTable(file)
-        choice = choose(table.kinds, column, joins_strings=True)
-        table.check(choice)
-        self._describe("Parquet", choice)
+        table = ParquetTable(file) if kind == "Parquet" else ArrowTable(file)
+        choice = choose(table.columns.kinds, column, joins_strings=True)
+        table.columns.check(choice)
+        self._describe(kind, choice)
         return chain.from_iterable(self._row(where, cells, choice) for where, cells in table.rows(choice))
+
+    def _csv(self, path: str, source: plain.Source, column: str | None) -> Iterator[Piece]:
+        table = CsvTable(path, source)
+        rows = table.rows()
+        sample = list(islice(rows, SAMPLE))
+        if not sample:
+            raise DataError("holds no records", HOW_TO_MAKE_ONE)
+        choice = choose(kinds_of(table.names, [cells for _, cells in sample]), column, joins_strings=False)
+        self._describe("CSV", choice)
+        wanted = [table.names.index(name) for name in choice.columns]
+        records = chain(sample, rows)
+        return chain.from_iterable(self._row(where, [cells[i] for i in wanted], choice) for where, cells in records)
 
     def _json(self, path: str, source: plain.Source, kind: str, column: str | None) -> Iterator[Piece]:
         records = records_of_lines(source) if kind == "JSON lines" else records_of_json(source)

@@ -21,8 +21,8 @@ HEAD = 4096  # bytes that are looked at
 BLOCK = 256 << 10
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 OTHER_FORMATS = {
-    b"PK\x03\x04": "a ZIP file (or XLSX, NPZ)", b"%PDF": "a PDF", b"GGUF": "a GGUF file", b"ARROW1": "an Arrow file",
-    b"FEA1": "a Feather file", b"\x93NUMPY": "a NumPy array", b"SQLite format 3": "an SQLite database", b"ORC": "an ORC file",
+    b"PK\x03\x04": "a ZIP file (or XLSX, NPZ)", b"%PDF": "a PDF", b"GGUF": "a GGUF file", b"ARROW1": "compressed Arrow",
+    b"FEA1": "an old Feather", b"\x93NUMPY": "a NumPy array", b"SQLite format 3": "an SQLite database", b"ORC": "an ORC file",
     b"Obj\x01": "an Avro file", b"\x89HDF": "an HDF5 file", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
     b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
     b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive", b"PARE": "an encrypted Parquet file",

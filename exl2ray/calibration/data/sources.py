@@ -19,9 +19,11 @@ from exl2ray.errors import CalibrationError, UsageError, unreadable
 
 KINDS = {  # file name endings
     "Parquet": (".parquet", ".pq", ".parq"),
+    "Arrow": (".arrow", ".feather"),
     "JSON lines": (".jsonl", ".ndjson", ".jsonlines"),
     "JSON": (".json",),
     "text": (".txt", ".text", ".raw", ".tokens"),  # the last two: WikiText
+    "CSV": (".csv", ".tsv", ".psv"),
     "Markdown": (".md", ".markdown", ".rst"),
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -30,6 +32,7 @@ ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 BUILTIN, WRITTEN = "builtin", "self"  # names of sources that are no files: of what is tuned on
 MAX_FILES = 100_000  # looked at in a folder
 NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"})
+CACHED = ("cache-", "tmp")  # what `datasets` keeps beside its data, for itself
 _TRAIN, _OTHER = (re.compile(rf"(^|[^a-z])({names})([^a-z]|$)") for names in ("train", "test|valid|validation|val|dev|eval"))
 
 
@@ -90,7 +93,7 @@ def check_place(text: str) -> None:
             raise UsageError(f"-c {text}: an address; of those {HUB}datasets/... alone is read", "fetch it and give the file")
         _check_permission(text, place)
         where = f" (in {os.getcwd()})" if place and not os.path.isabs(place) else ""
-        raise UsageError(f"-c {text}: does not exist{where}", "give a Parquet, .jsonl, .json or .txt file, or a folder")
+        raise UsageError(f"-c {text}: does not exist{where}", "give a Parquet, .jsonl, .json, .csv or .txt file, or a folder")
 
 
 def _check_permission(text: str, place: str) -> None:
@@ -134,7 +137,8 @@ def choose_files(names: Iterable[str], what: str) -> tuple[list[str], tuple[str,
     by_kind: dict[str, list[str]] = {}
     for name in names:
         kind = kind_by_name(name)
-        if kind is not None and os.path.basename(name).lower() not in NOT_DATA:
+        base = os.path.basename(name).lower()
+        if kind is not None and base not in NOT_DATA and not (kind == "Arrow" and base.startswith(CACHED)):
             by_kind.setdefault(kind, []).append(name)
     kind = next((k for k in KINDS if k in by_kind), None)
     if kind is None:

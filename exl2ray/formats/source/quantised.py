@@ -64,6 +64,7 @@ MARKS = (
     (".weight_packed", "compressed-tensors"),
 )
 INTEGERS = {"I8": "8-bit integers", "U8": "packed bytes", "I32": "packed integers", "U32": "packed integers"}
+FEW = 8  # of so many matrices one of integers does not make a quantised model
 BIT_KEYS = ("bits", "w_bit", "wbits", "nbits", "num_bits", "w_bits", "weight_bits", "in_group_bits")
 OLD_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt"))
 
@@ -88,11 +89,15 @@ def settings(config: Mapping[str, Any], folder: Folder) -> tuple[str, Mapping[st
 def quantised_by(tensors: Iterable[TensorInfo]) -> str:
     """How the tensors are quantised, as far as their names and dtypes show; empty: they are plain numbers."""
     found: set[str] = set()
-    integers = ""
+    integers, coded, matrices = "", 0, 0
     for info in tensors:
         found |= {method for end, method in MARKS if info.name.endswith(end)}
-        if info.dtype in INTEGERS and info.name.endswith(".weight") and len(info.shape) >= 2:
-            integers = INTEGERS[info.dtype]
+        if info.name.endswith(".weight") and len(info.shape) >= 2:
+            matrices += 1
+            if info.dtype in INTEGERS:
+                integers, coded = INTEGERS[info.dtype], coded + 1
+    if coded * FEW < matrices:  # a table of something, and what a model needs in floating point is asked for by name
+        integers = ""
     return next((method for _, method in MARKS if method in found), integers)
 
 
