@@ -21,6 +21,7 @@ from bounded import exl2ray
 from safetensors import safe_open
 
 from exl2ray.calibration.data.sources import local_source
+from exl2ray.commands.tune import show
 from exl2ray.errors import StoreError
 from exl2ray.evaluate.compare import evaluate
 from exl2ray.events import Silent
@@ -97,11 +98,17 @@ def test_biases_and_experts(pair: Pairs, text: tuple[Path, Path], tmp_path: Path
     assert verify_directory(tmp_path / "out") == []
 
 
-def test_what_does_not_gain_is_left_as_it_was(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_does_not_gain_is_left_as_it_was(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, exl2 = pair("Llama")
     result = tuned(settings(pair, text, tmp_path / "out", rate=0.9, gain_rate=0.9, tokens=1024))
     assert (result.kept, result.ratio, result.changed) == ("nothing", 1.0, 0.0)
     assert result.before == result.after
+    show(result, False)
+    told = capsys.readouterr().out
+    assert "holds the model as it was" in told
+    assert "a lower rate may keep something" in told
     assert sha256_of(exl2 / "output.safetensors") == sha256_of(tmp_path / "out" / "output.safetensors")
 
 
