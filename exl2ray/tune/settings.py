@@ -12,6 +12,7 @@ from exl2ray.tune.grid import REACH
 from exl2ray.tune.memory import STEP_TOKENS, step_tokens
 
 RATE = 2e-3  # for steps of STEP_TOKENS and more
+GAIN_BITS = 4.0  # a weight, up to which norms and biases have the rate of latents
 PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "streamed", "written")  # of no consequence
 
 
@@ -55,11 +56,16 @@ class Settings:
         3.0 bpw 2 % of its KL) and take a large model too long: its optimiser moves 30 bytes a weight and step."""
         return replace(self, step_tokens=self.step_tokens or max(step_tokens(weights), self.length))
 
-    def for_rows(self, rows: int) -> Settings:
+    def for_rows(self, rows: int, bits: float) -> Settings:
         """With the rates that are not given, for so many rows of text: with the square root of a step's tokens (for Adam:
-        Malladi et al. 2022), and no higher than was tried."""
+        Malladi et al. 2022), and no higher than was tried. bits: a weight of the linears but the head.
+
+        Steps between integers halve with every bit, and latents move in these; norms and biases do not, so beyond `GAIN_BITS`
+        the disturbance that they are to a model while the rate is high would double with every bit, relative to its errors.
+        """
         rate = RATE * math.sqrt(min(1.0, self.rows_of_a_step(rows) * self.length / STEP_TOKENS))
-        return replace(self, rate=self.rate or rate, gain_rate=self.gain_rate or rate)
+        gain_rate = rate * 2.0 ** -max(0.0, bits - GAIN_BITS)
+        return replace(self, rate=self.rate or rate, gain_rate=self.gain_rate or gain_rate)
 
     def rows_of_a_step(self, rows: int) -> int:
         """``rows``: that there are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,19 @@ def test_the_builtin_text_by_kind(model: Path) -> None:
 def test_steps_and_rates_follow_from_model_and_text(
     weights: int, given: dict[str, Any], rows: int, tokens: int, rate: float
 ) -> None:
-    settings = Settings("directory", "reference", "output", **given).for_model(weights).for_rows(rows)
+    settings = Settings("directory", "reference", "output", **given).for_model(weights).for_rows(rows, 3.0)
     assert settings.rows_of_a_step(rows) * settings.length == tokens
     assert settings.rate == pytest.approx(rate)
     assert settings.gain_rate == pytest.approx(2e-3 * min(1, tokens / 8192) ** 0.5)
-    assert settings.for_model(10**12).for_rows(10**6) == settings, "what is decided stays"
+    assert settings.for_model(10**12).for_rows(10**6, 8.0) == settings, "what is decided stays"
+
+
+@pytest.mark.parametrize(("bits", "less"), [(2.0, 1), (4.0, 1), (5.0, 2), (6.35, 5.1), (8.0, 16)])
+def test_norms_move_less_where_errors_are_small(bits: float, less: float) -> None:
+    settings = Settings("directory", "reference", "output", step_tokens=8192).for_rows(1000, bits)
+    assert settings.rate == pytest.approx(2e-3)
+    assert settings.gain_rate == pytest.approx(2e-3 / less, rel=0.01)
+    assert replace(settings, gain_rate=0.1).for_rows(1000, bits).gain_rate == 0.1, "what was asked for"
 
 
 @pytest.mark.parametrize(("rows", "size", "steps"), [(7, 3, 40), (5, 5, 9), (1, 1, 4), (10, 4, 2), (64, 7, 33)])
