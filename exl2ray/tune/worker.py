@@ -6,6 +6,7 @@ makes a Ray actor of it or calls it in this process; what comes of a pass is in 
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Generator, Iterator
@@ -107,6 +108,7 @@ class _Tuning:
             for words in self.session.end(lambda: self.worker.is_to_end(self.comm)):
                 yield self._begun(WAIT, last, words)
             self.kept, self.session = self.session.is_kept, None
+            gc.collect()  # a recorded step and what it steps through hold each other
 
     def _steps(self, end: int, piece: int) -> Generator[Begun | Ready, None, bool]:
         """Goes up to a step, if it is not the last one before; True if somebody asked for an end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -28,7 +29,9 @@ from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
 from exl2ray.formats.verify import verify_directory
 from exl2ray.tune import driving, judge, state
+from exl2ray.tune.deciding import decided
 from exl2ray.tune.messages import TunePass
+from exl2ray.tune.module import TunedModule
 from exl2ray.tune.run import WORK, Tuned, tune
 from exl2ray.tune.settings import Settings
 
@@ -110,6 +113,21 @@ def test_what_does_not_gain_is_left_as_it_was(
     assert "holds the model as it was" in told
     assert "a lower rate may keep something" in told
     assert sha256_of(exl2 / "output.safetensors") == sha256_of(tmp_path / "out" / "output.safetensors")
+
+
+def test_what_was_trained_has_left_memory_when_it_is_decided(
+    pair: Pairs, text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models are loaded then, and a GPU that held one with its optimiser has no room for three."""
+    alive = []
+
+    def counted(*given: Any) -> dict[str, Any]:
+        alive.append(sum(type(x) is TunedModule for x in gc.get_objects()))
+        return decided(*given)
+
+    monkeypatch.setattr("exl2ray.tune.worker.decided", counted)
+    tuned(settings(pair, text, tmp_path / "out", tokens=1024))
+    assert alive == [0]
 
 
 class Killed(BaseException):
