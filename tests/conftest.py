@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections import Counter
@@ -13,6 +14,11 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
+
+# Torch's threads wait for each other in a loop that keeps the processor busy, and that longer than a product of a tiny model
+# takes: with more processes than cores it was half of the time of tests that compute. Set before torch is loaded;
+# programs that tests start inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Started under nohup or in the background of a script, the suite inherits signals that are ignored, and so would all the
 # programs that it starts and stops by them.
