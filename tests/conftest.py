@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from slow_tests import slow_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
+
+# Torch's threads wait for each other in a loop that keeps the processor busy, and that longer than a product of a tiny model
+# takes: with more processes than cores it was half of the time of tests that compute. Set before torch is loaded;
+# programs that tests start inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Started under nohup or in the background of a script, the suite inherits signals that are ignored, and so would all the
 # programs that it starts and stops by them.
@@ -52,11 +59,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = slow_tests()
+    seconds: defaultdict[Path, float] = defaultdict(float)
+    for name, took in slow.items():
+        seconds[ROOT / name.partition("::")[0]] += took
     for item in items:
         if item.path.name in CLUSTER_FILES:
             item.add_marker(pytest.mark.cluster)
             item.add_marker(pytest.mark.timeout(CLUSTER_SECONDS))
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):  # one of several processes: a long file that comes last is waited for by the others
-        slow = {item.path for item in items if item.get_closest_marker("slow")}
         sizes = Counter(item.path for item in items)
-        items.sort(key=lambda item: (item.path not in slow, -sizes[item.path]))
+        items.sort(key=lambda item: (-seconds[item.path], -sizes[item.path]))

@@ -6,7 +6,8 @@ wants to convert; but nobody should have to find out afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from exl2ray.model.weights import FLOAT_DTYPES
 COMPARED_BYTES = 512 << 20  # of a head and an embedding: larger ones are compared at places
 PLACES, PLACE_ROWS = 256, 16
 FREQUENT = 512  # tokens whose rows in embedding and head are looked at
+NEAR_BYTES = 1 << 18  # that are read at once to look at some of the rows in them
 LONG_CONTEXT = 8192  # positions from which RoPE without a base of its own is unusual
 DEFAULT_THETA = 10000.0
 LARGE_VOCABULARY = 100_000  # tokens; smaller ones may be of languages that leave no room for English words
@@ -139,7 +141,7 @@ def empty_token_rows(source: SourceModel, spec: ModelSpec, rows: Mapping[str, Ro
     names += [head.name] if head.transpose and not head.ranges and head.name not in names else []
     out = []
     for name in names:
-        empty = [t for t in frequent.tolist() if name in source and _is_zero(source, name, t)]
+        empty = _zero_rows(source, name, frequent.tolist()) if name in source else []
         if empty and len(empty) < len(frequent):  # all of them: a tensor of zeros, which has a warning of its own
             shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
             out.append(
@@ -149,11 +151,15 @@ def empty_token_rows(source: SourceModel, spec: ModelSpec, rows: Mapping[str, Ro
     return out
 
 
-def _is_zero(source: SourceModel, name: str, row: int) -> bool:
-    if row >= source.shape(name)[0]:
-        return False
-    try:
-        values: Tensor = source.load(name, slice(row, row + 1))
-    except SourceError:
-        return False
-    return not bool(values.any())
+def _zero_rows(source: SourceModel, name: str, wanted: Sequence[int]) -> list[int]:
+    """Those of the rows ``wanted``, in order, that have nothing but zeros; rows that lie close together are read at once."""
+    count = source.shape(name)[0]
+    near = max(1, NEAR_BYTES * count // max(1, source.nbytes(name)))
+    left, out = [t for t in wanted if t < count], []
+    while left:
+        first = left[0]
+        together, left = [t for t in left if t < first + near], [t for t in left if t >= first + near]
+        with contextlib.suppress(SourceError):
+            values: Tensor = source.load(name, slice(first, together[-1] + 1))
+            out += [t for t in together if not bool(values[t - first].any())]
+    return out

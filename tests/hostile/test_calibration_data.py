@@ -85,8 +85,8 @@ def dictionary_bomb(rows: int) -> Make:
 
 
 def packed(name: str, compress: Callable[[bytes], bytes], block: bytes, times: int) -> Make:
-    """Many compressed blocks one behind the other: gigabytes in little room."""
-    return raw(name, *([compress(block)] * times))
+    """Many compressed blocks one behind the other: gigabytes in little room. Compressed only where they are needed."""
+    return lambda root: raw(name, *([compress(block)] * times))(root)
 
 
 def damaged(where: float, change: bytes) -> Make:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bounded import exl2ray
 from matplotlib.figure import Figure
@@ -107,7 +108,9 @@ def test_figures_come_before_positions_that_cannot_be_written(
 
 def test_a_ladder_that_cannot_be_drawn_costs_no_figures(made: Conversion, tmp_path: Path) -> None:
     work, target = made.copy_of_work(tmp_path / "w"), tmp_path / "out"
-    flags = made.arguments(work, target / "{bpw}", "-b", "4", "-b", "5", "--evaluate", "always")
+    np.save(tmp_path / "eval.npy", np.random.default_rng(0).integers(3, 259, (3, 64)))
+    judged = ("--evaluate", "always", "--eval-text", tmp_path / "eval.npy")
+    flags = made.arguments(work, target / "{bpw}", "-b", "4", "-b", "5", *judged)
     exl2ray(*flags, seconds=120, memory=6 << 30).ends_with(0, "held-out perplexity")
     (work / "ladder.png").unlink()
     (work / "ladder.png").mkdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import quality
 import quality_peers
@@ -92,9 +93,11 @@ def peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_columns_of_peers_and_what_their_failures_cost(peers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One model by both: the same figures; and whatever a peer does, the other columns are there."""
-    write_rounded(DEMO, peers / "made")
+    source = tiny_models.write_model(peers / "source", hidden_size=128, intermediate_size=256)
+    np.save(source / "eval-tokens.npy", np.random.default_rng(1).integers(3, 259, (2, 64)))
+    write_rounded(source, peers / "made")
     work = peers / "work"
-    arguments = ["--model", f"demo={DEMO}", "--variant", "A:peer:exllamav2 -hb 6", "--variant", "B:peer:exllamav3",
+    arguments = ["--model", f"demo={source}", "--variant", "A:peer:exllamav2 -hb 6", "--variant", "B:peer:exllamav3",
                  "--variant", "C:peer:exllamav4", "--bits", "2.5", "5.0", "--draws", "2", "--work", str(work),
                  "--rows", "2", "--length", "64", "--device", "cpu", "--threads", "1", "--match-bytes"]  # fmt: skip
     threads = torch.get_num_threads()

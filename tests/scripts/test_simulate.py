@@ -87,10 +87,10 @@ def test_bounds(kind: str, costs: Costs, workers: int) -> None:
 @given(all_costs())
 def test_larger_groups_are_never_slower_where_sending_is_free(costs: Costs) -> None:
     free = replace(costs, nccl_gb_s=float("inf"), message_s=0.0)
-    times = [run(free, "quantized", n) for n in range(1, 65)]
+    times = [run(free, "quantized", n) for n in (*range(1, 10), 16, 64)]
     for fewer, more in pairwise(times):
         assert more <= fewer * (1 + 1e-9)
-    assert times[7:] == [times[7]] * 57  # a group has eight members at most
+    assert times[7:] == [times[7]] * 4  # a group has eight members at most
 
 
 def test_enough_is_enough(simulation: simulate.Simulation) -> None:
