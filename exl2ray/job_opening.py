@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.allocation.planning import has_sensitivities
-from exl2ray.beneath import existing_parent
 from exl2ray.calibration.rows import Rows
 from exl2ray.datasets import data_hashes, stored_places
 from exl2ray.errors import SourceError, StoreError
@@ -24,6 +23,7 @@ from exl2ray.result_warnings import few_scores_warning
 from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.job_file import StoredJob
 from exl2ray.store.workdir import WorkDir
+from exl2ray.targets import check_place
 from exl2ray.wording import shown
 
 FEW_SCORES = 4  # rows of the measurement set for scores by which nothing is chosen: they tell how modules differ
@@ -107,9 +107,7 @@ def check_measurement_target(wanted: str) -> None:
     path = measurement_target(wanted)
     if os.path.isdir(path):
         raise StoreError(f"-om {wanted}: {path} is a directory", "name a file that ends in .json, or another directory")
-    place = existing_parent(path.parent)
-    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
-        raise StoreError(f"-om {wanted}: {place} is not a directory that can be written", "choose another place with -om")
+    check_place("-om", wanted, path.parent)
     refuse_other(path, "-om", "measurement", _is_measurement)
 
 

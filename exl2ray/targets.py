@@ -74,12 +74,17 @@ class Targets:
         self._stack.close()
 
 
+def check_place(flag: str, wanted: str | Path, directory: Path, mode: int = os.W_OK | os.X_OK) -> None:
+    """StoreError unless a directory can be written, or made. wanted: what the flag says. mode: of `os.access`."""
+    place = existing_parent(directory)
+    if not os.path.isdir(place) or not os.access(place, mode):
+        what = f"{place.name or place} is not a directory that can be written"
+        raise StoreError(f"{flag} {wanted}: {what}", f"choose another {flag}")
+
+
 def check_output(recipe: Recipe, directory: Path, source: SourceModel | None) -> None:
     """Refuses an output directory that holds anything else, or that cannot be written. ``source``: None if unusable."""
-    existing = existing_parent(directory)
-    if not os.path.isdir(existing) or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        what = f"{existing.name or existing} is not a directory that can be written"
-        raise StoreError(f"-cf {directory}: {what}", "choose another -cf")
+    check_place("-cf", directory, directory, os.R_OK | os.W_OK | os.X_OK)
     if recipe.out_dir and "://" not in recipe.out_dir and os.path.realpath(directory) == os.path.realpath(recipe.out_dir):
         raise UsageError(f"-cf {directory}: is the work directory (-o)", "choose another directory for the model")
     foreign = sorted(p.name for p in directory.glob("*.safetensors") if not OUTPUT_NAME.fullmatch(p.name))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -38,6 +40,16 @@ def shared_dir() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip(f"reference data not found at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def architectures(shared_dir: Path) -> dict[str, Any]:
+    """What the reference knows of each of its architectures."""
+    path = shared_dir / "spec" / "architectures.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    data: dict[str, Any] = json.loads(path.read_text())
+    return data
 
 
 # Whole Ray clusters of several nodes on one machine, with processes killed and stopped at random: minutes each, and

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
 
 import yaml
+from loopback import Server, running
 
 TOKEN = "hf_OnLoopbackOnly0123456789abcdef"
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
@@ -67,16 +67,8 @@ def _blob_oid(data: bytes) -> str:
 
 @contextmanager
 def serving(hub: FakeHub, handler: type[Handler] | None = None) -> Iterator[FakeHub]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (handler or Handler,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with running(Server(type("Bound", (handler or Handler,), {"hub": hub}))) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class Handler(BaseHTTPRequestHandler):

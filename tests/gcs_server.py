@@ -13,16 +13,14 @@ import json
 import re
 import threading
 from datetime import datetime, timezone
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from loopback import Server
+
 _PAGE = 3
 _OBJECTS = re.compile(r"(/upload)?/storage/v1/b/([^/]+)/o(?:/([^/]+))?")
-
-
-class _Http(ThreadingHTTPServer):
-    request_queue_size = 256  # connections that come at once wait, and are not dropped
 
 
 class GcsServer:
@@ -33,10 +31,9 @@ class GcsServer:
         self.uploads: dict[str, tuple[str, str, bytearray]] = {}
         self.lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"gcs": self}))
-        self._http.daemon_threads = True
+        self._http = Server(type("Handler", (_Handler,), {"gcs": self}))
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        self.address = f"http://127.0.0.1:{self._http.server_port}"
+        self.address = self._http.address
 
     def close(self) -> None:
         self._http.shutdown()

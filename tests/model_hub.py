@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote
+
+from loopback import Server, running
 
 TOKEN = "hf_OnLoopbackOnly0123456789abcdef"
 SIGNATURE = "Signature0123456789"
@@ -57,22 +59,11 @@ class ModelHub:
 
 @contextmanager
 def serving(hub: ModelHub) -> Iterator[ModelHub]:
-    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with running(_Server(type("Bound", (_Handler,), {"hub": hub}))) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 256  # connections that come at once wait, and are not dropped
-
+class _Server(Server):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients hang up when they have what they want."""
 

@@ -19,14 +19,13 @@ import torch
 from exl2ray.allocation.knapsack import check_reachable
 from exl2ray.allocation.overrides import Override, parse_overrides
 from exl2ray.allocation.planning import reachable_slots
-from exl2ray.beneath import existing_parent
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.datasets import check_tuning_text, pass_rows, reported_rows, sources_of
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
 from exl2ray.environment import slow_variables
-from exl2ray.errors import CalibrationError, Exl2RayError, SourceError, StoreError, UsageError
+from exl2ray.errors import CalibrationError, Exl2RayError, SourceError, UsageError
 from exl2ray.evaluate.tokens import load_tokens
 from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.hf import SourceModel, weight_files
@@ -53,7 +52,7 @@ from exl2ray.plan.worker_memory import RowSizes
 from exl2ray.recipe import Recipe
 from exl2ray.store.open import local_path
 from exl2ray.store.workdir import WorkDir
-from exl2ray.targets import check_output
+from exl2ray.targets import check_output, check_place
 from exl2ray.terminal.pasted import missing_folder
 from exl2ray.timeline import step
 from exl2ray.tune.memory import check_memory
@@ -327,10 +326,7 @@ def _check_work(recipe: Recipe) -> None:
         return
     if os.path.realpath(recipe.in_dir) == os.path.realpath(recipe.out_dir):
         raise UsageError(f"{recipe.out_dir}: the work directory (-o) is the source model (-i)", "choose another directory")
-    place = existing_parent(Path(recipe.out_dir))
-    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
-        what = f"{place.name or place} is not a directory that can be written"
-        raise StoreError(f"-o {recipe.out_dir}: {what}", "choose another -o")
+    check_place("-o", recipe.out_dir, Path(recipe.out_dir))
     if recipe.no_resume:
         WorkDir.check_opening(recipe.out_dir, {}, resume=False)
     else:

@@ -22,7 +22,9 @@ from exl2ray.quant.memory import (
     PARTIAL_SUMS,
     SOLVED_BYTES,
     STATE_SETS,
+    candidate_bytes,
     cross_bytes,
+    hessian_bytes,
     keep_bytes_within,
     middle_bytes,
     peak_bytes,
@@ -126,7 +128,7 @@ def _measure(
     if gpu is None:
         settings = _cpu_settings(rows, damping)
         # CPUs compute in float32: weights and activations take twice what is counted for GPUs
-        twice = peak_bytes(module, settings, rows[1], 0)["reference"] - _hessian_bytes(module)
+        twice = peak_bytes(module, settings, rows[1], 0)["reference"] - hessian_bytes(module)
         most = max(peak_bytes(module, settings, rows[1], states).values()) + twice
         return Peak("measure", module.profile_key, None, CPU_BASE_BYTES + most + states + _source_bytes(source, module))
     settings = settings_within(module, *rows, gpu, damping)
@@ -135,7 +137,7 @@ def _measure(
     notes, ram = _kept_on_host(fits, STATE_SETS * states)
     if settings.offload:
         notes.append("candidate weights in main memory")
-        ram += _candidate_bytes(module)
+        ram += candidate_bytes(module)
     return Peak("measure", module.profile_key, most, ram + 2 * _source_bytes(source, module), tuple(notes))
 
 
@@ -166,7 +168,7 @@ def _quantize(
     states = state_bytes(spec, rows.quantize)
     others = 2 * state_bytes(spec, (min(r, rows.reported), tokens))  # of the source model, before and after the module
     settings = _cpu_settings(rows.quantize, damping) if gpu is None else settings_within(module, r, tokens, gpu, damping)
-    hessians = _hessian_bytes(module)
+    hessians = hessian_bytes(module)
     partial = PARTIAL_SUMS * (hessians + (cross_bytes(module) if corrected else 0))
     # In main memory states go as those after the module come, a share at a time; when rows are embedded there are three sets.
     others = states if corrected else others
@@ -217,16 +219,6 @@ def _solving(module: ModuleSpec, group: str) -> int:
     k = linears[0].in_features
     weights = [x.padded_weights for x in linears]
     return max(12 * k * k, 4 * k * k + SOLVED_BYTES * sum(weights), COMPARED_BYTES * max(weights) + KEPT_BYTES * sum(weights))
-
-
-def _hessian_bytes(module: ModuleSpec) -> int:
-    return sum(4 * k * k for k in {x.input_group: x.in_features for x in module.linears}.values())
-
-
-def _candidate_bytes(module: ModuleSpec) -> int:
-    """As measuring keeps them: all distinct options of all linears, in half precision."""
-    without_activations = peak_bytes(module, Settings(budget_bytes=0), 0, 0)
-    return without_activations["score"] - without_activations["reference"]
 
 
 def _source_bytes(source: SourceModel, module: ModuleSpec) -> int:

@@ -49,7 +49,7 @@ def settings_for(module: Module, rows: int, tokens: int, device: torch.device, d
 
 def settings_within(module: Module, rows: int, tokens: int, total: int, damping: float) -> Settings:
     """`settings_for` on a GPU of ``total`` bytes."""
-    candidates = _candidate_bytes(module)
+    candidates = candidate_bytes(module)
     offload = candidates > CANDIDATE_SHARE * total
     solver = int(total * SOLVER_SHARE)
     per_row = max(1, tokens * _bytes_per_token(module))
@@ -85,7 +85,7 @@ def room_for_contexts(
 
 def context_bytes(module: Module, state_bytes: int) -> int:
     """What waits for a module's turn: its output states and its Hessians."""
-    return state_bytes + _hessian_bytes(module)
+    return state_bytes + hessian_bytes(module)
 
 
 def room_within(
@@ -102,7 +102,7 @@ def room_within(
     worst = 0
     for module in modules:
         settings = settings_within(module, max(1, state_bytes // (2 * tokens * _hidden(module))), tokens, total, DAMPING)
-        sums = _hessian_bytes(module) + (cross_bytes(module) if corrected else 0)
+        sums = hessian_bytes(module) + (cross_bytes(module) if corrected else 0)
         partial = 0 if sums_on_host_within(module, total, corrected) else PARTIAL_SUMS * sums
         extra = _correction_bytes(module) if corrected else 0
         peak = max(peak_bytes(module, settings, tokens, 0).values())
@@ -135,7 +135,7 @@ def sums_on_host(module: Module, device: torch.device, corrected: bool = False) 
 
 def sums_on_host_within(module: Module, total: int, corrected: bool = False) -> bool:
     """`sums_on_host` on a GPU of ``total`` bytes."""
-    sums = _hessian_bytes(module) + (cross_bytes(module) if corrected else 0)
+    sums = hessian_bytes(module) + (cross_bytes(module) if corrected else 0)
     return PARTIAL_SUMS * sums > SUMS_SHARE * total
 
 
@@ -145,7 +145,7 @@ def recorded_bytes(modules: Sequence[Module], total: int) -> int:
     return min(sum(groups.values()), int(GRAPH_SHARE * total))
 
 
-def _hessian_bytes(module: Module) -> int:
+def hessian_bytes(module: Module) -> int:
     inputs = {x.input_group: x.in_features for x in module.linears}
     return sum(4 * k * k for k in inputs.values())
 
@@ -180,8 +180,8 @@ def peak_bytes(module: Module, settings: Settings, tokens: int, states_bytes: in
     """
     weights = sum(2 * x.weights for x in module.linears)
     inputs = {x.input_group: x.in_features for x in module.linears}
-    resident = weights + _hessian_bytes(module) + 2 * states_bytes
-    candidates = 0 if settings.offload else _candidate_bytes(module)
+    resident = weights + hessian_bytes(module) + 2 * states_bytes
+    candidates = 0 if settings.offload else candidate_bytes(module)
     activations = settings.batch_rows * tokens * _bytes_per_token(module)
     largest = max(inputs.values(), default=0)
     factor = (8 if largest > FLOAT64_ROWS else 4) * largest * largest + 4 * largest * largest
@@ -208,7 +208,7 @@ def _quantizing(module: Module, settings: Settings, tokens: int) -> int:
     if module.kind == "moe":  # some experts are solved side by side, if they are small
         solved = max(solved, min(SOLVED_BYTES * sum(map(sum, members.values())), settings.budget_bytes or 0))
     activations = settings.batch_rows * tokens * _bytes_per_token(module)
-    return 2 * weights + _hessian_bytes(module) + max(activations, factor + solved)
+    return 2 * weights + hessian_bytes(module) + max(activations, factor + solved)
 
 
 def _solver_bytes(module: Module, group: str) -> int:
@@ -235,7 +235,7 @@ def _options(role: str) -> int:
     return max(1, len(distinct_options(role)))
 
 
-def _candidate_bytes(module: Module) -> int:
+def candidate_bytes(module: Module) -> int:
     """Reconstructed weights of all distinct options of a module, in half precision."""
     return sum(2 * _options(x.role) * x.padded_weights for x in module.linears)
 

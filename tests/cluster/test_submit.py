@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import socket
-import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import pytest
 from cluster_helpers import ADDRESS, FakeClient, cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loopback import Server, running
 
 from exl2ray.cli import cli
 from exl2ray.errors import ClusterError, Interrupted, UsageError
@@ -142,15 +142,8 @@ def server(code: int, body: str) -> Iterator[str]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}"
-    finally:
-        running.shutdown()
-        thread.join()
-        running.server_close()
+    with running(Server(Handler)) as url:
+        yield url
 
 
 @pytest.mark.parametrize(

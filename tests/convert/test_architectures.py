@@ -77,15 +77,6 @@ def converted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return get
 
 
-@pytest.fixture(scope="module")
-def reference(shared_dir: Path) -> dict[str, Any]:
-    path = shared_dir / "spec" / "architectures.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    data: dict[str, Any] = json.loads(path.read_text())
-    return data
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_conversion_is_sound_and_close_to_its_source(name: str, converted: Callable[[str], Converted]) -> None:
     c = converted(name)
@@ -100,12 +91,12 @@ def test_conversion_is_sound_and_close_to_its_source(name: str, converted: Calla
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_output_has_the_names_that_the_loader_demands(
-    name: str, converted: Callable[[str], Converted], reference: dict[str, Any]
+    name: str, converted: Callable[[str], Converted], architectures: dict[str, Any]
 ) -> None:
     """Modules as the description says, each with exactly the tensors of its kind, and the copied ones besides."""
     c = converted(name)
     spec = load_spec(SourceModel(c.model))
-    entry = next(a for a in reference["architectures"] if a["arch"] == (ARCHITECTURES[name].loads_as or name))
+    entry = next(a for a in architectures["architectures"] if a["arch"] == (ARCHITECTURES[name].loads_as or name))
     linears = {x.key: x.has_bias for x in spec.linears}
     norm_bias = spec.arch.norm.bias
     wanted = {x.output_name for x in spec.copied}

@@ -1,21 +1,13 @@
-"""Runs the kernels under Numba's CUDA simulator, in a process of its own: the switch must be set before numba loads."""
+"""The kernels under Numba's CUDA simulator."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_simulated import pass_under_the_simulator
 
 
 @pytest.mark.slow
 def test_kernels_under_the_simulator() -> None:
-    checks = Path(__file__).with_name("simulated_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(checks)]
-    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    pass_under_the_simulator(Path(__file__).with_name("simulated_kernels.py"))

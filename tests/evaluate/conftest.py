@@ -11,7 +11,8 @@ import pytest
 import torch
 from exl2_numpy import dequantize_numpy, pack_linear_numpy
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_models import byte_tokenizer
+from tokenizers import Tokenizer
 
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import GroupLayout, pad32
@@ -116,9 +117,4 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def bytes_tokenizer() -> Tokenizer:
-    """One token per byte, three special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return tokenizer
+    return byte_tokenizer()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bad_models import parquet
 from tiny_models import write_model
-from workdir_cases import Conversion, make_conversion
+from workdir_cases import Conversion, Victim, make_conversion
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +16,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     torch.set_num_threads(1)  # sums depend on it
     root = tmp_path_factory.mktemp("made")
     return make_conversion(root, write_model(root / "model", vocab_size=9000))  # the embedding fills a shard
+
+
+@pytest.fixture
+def work(made: Conversion, tmp_path: Path) -> Path:
+    return made.copy_of_work(tmp_path / "work")
+
+
+@pytest.fixture
+def target(made: Conversion, tmp_path: Path) -> Path:
+    return made.copy_of_target(tmp_path / "target")
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Victim:
+    return Victim(tmp_path / "victim")
 
 
 @pytest.fixture(scope="session")

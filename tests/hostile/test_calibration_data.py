@@ -10,7 +10,6 @@ import gzip
 import json
 import lzma
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from bounded import exl2ray
 from small_sources import write_source
+from special_files import make_socket
 
 MB = 1_000_000
 WORDS = "the quick brown fox jumps over the lazy dog and runs on. "
@@ -118,12 +118,7 @@ def special(kind: str) -> Make:
         elif kind == "device.txt":
             path.symlink_to("/dev/zero")
         elif kind == "socket.txt":
-            with socket.socket(socket.AF_UNIX) as s:
-                here = os.open(root, os.O_RDONLY)
-                try:
-                    s.bind(f"/proc/self/fd/{here}/{path.name}")
-                finally:
-                    os.close(here)
+            make_socket(path)
         elif kind == "loop.txt":
             path.symlink_to(path.name)
         else:

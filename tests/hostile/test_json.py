@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from special_files import make_pipe, make_socket
 
 from exl2ray.errors import CalibrationError, FormatError, SourceError
 from exl2ray.formats.json_file import MAX_DEPTH, OTHER_LIMIT, parse_json_object, read_bounded, read_json_object
@@ -117,19 +116,11 @@ def test_a_limit_counts_bytes(tmp_path: Path) -> None:
         read_bounded(path, 7, CalibrationError)
 
 
-def _fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def _socket(path: Path) -> None:
-    socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))
-
-
 SPECIAL = {
     "missing": (lambda p: None, "missing"),
     "directory": (lambda p: p.mkdir(), "a directory, not a regular file"),
-    "FIFO": (_fifo, "a FIFO, not a regular file"),
-    "socket": (_socket, "a socket, not a regular file"),
+    "FIFO": (make_pipe, "a FIFO, not a regular file"),
+    "socket": (make_socket, "a socket, not a regular file"),
     "device without end": (lambda p: p.symlink_to("/dev/zero"), "a device, not a regular file"),
     "standard input": (lambda p: p.symlink_to("/dev/null"), "a device, not a regular file"),
     "dangling link": (lambda p: p.symlink_to("nowhere"), "cannot be read"),

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from bounded import exl2ray
 from safetensors.torch import load_file, save_file
 from small_sources import HIDDEN, LLAMA, weights, write_exl2, write_source
+from special_files import make_socket
 from workdir_cases import Conversion
 
 from exl2ray.store.job_file import decode_job, encode_job
@@ -49,20 +49,10 @@ def sparse(p: Path) -> None:
         f.truncate(6 << 30)
 
 
-def bound_socket(p: Path) -> None:
-    here = os.getcwd()
-    os.chdir(p.parent)  # names of sockets are short
-    try:
-        with socket.socket(socket.AF_UNIX) as s:
-            s.bind(p.name)
-    finally:
-        os.chdir(here)
-
-
 KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "sparse": (sparse, "larger than"),
     "pipe": (os.mkfifo, "FIFO"),
-    "socket": (bound_socket, "socket"),
+    "socket": (make_socket, "socket"),
     "zeros without end": (lambda p: p.symlink_to("/dev/zero"), "device"),
     "a link to itself": (lambda p: p.symlink_to(p.name), "links"),
     "the kernel's log": (lambda p: p.symlink_to("/proc/kmsg"), "/proc/kmsg"),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from bounded import exl2ray
 from fake_hub import FakeHub
 from published import convert_source, hub_on_loopback, write_source
+from special_files import make_pipe, make_socket
 
 from exl2ray.commands.publish import publish
 from exl2ray.errors import Exl2RayError, UsageError
@@ -202,22 +201,12 @@ def test_the_cache_of_another_model_is_outside(hub: FakeHub, model: Path) -> Non
     assert OUTSIDE not in everything(hub)
 
 
-def _fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def _socket(path: Path) -> None:
-    with contextlib.chdir(path.parent) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
-        with socket.socket(socket.AF_UNIX) as s:
-            s.bind(path.name if hasattr(contextlib, "chdir") else str(path))
-
-
 @pytest.mark.parametrize("name", ["vocab.json", "LICENSE", "tokenizer_config.json", "README.md", "model.safetensors"])
 @pytest.mark.parametrize(
     ("kind", "make"),
     [
-        ("a pipe", _fifo),
-        ("a socket", _socket),
+        ("a pipe", make_pipe),
+        ("a socket", make_socket),
         ("a device", lambda p: p.symlink_to("/dev/zero")),
         ("a circle", lambda p: p.symlink_to(p.name)),
         ("nothing", lambda p: p.symlink_to("not-there")),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from bounded import exl2ray
 from kill_steps import killed_at, start
-from test_work_directory import make_pipe
+from special_files import make_pipe
 from workdir_cases import Conversion, Victim, contents, snapshot
 
 from exl2ray.convert import dry_run, patch
@@ -24,21 +24,6 @@ from exl2ray.formats.target import Owner, locked
 from exl2ray.formats.verify import verify_directory
 
 SHARD = "output-00001-of-00002.safetensors"
-
-
-@pytest.fixture
-def work(made: Conversion, tmp_path: Path) -> Path:
-    return made.copy_of_work(tmp_path / "work")
-
-
-@pytest.fixture
-def target(made: Conversion, tmp_path: Path) -> Path:
-    return made.copy_of_target(tmp_path / "target")
-
-
-@pytest.fixture
-def victim(tmp_path: Path) -> Victim:
-    return Victim(tmp_path / "victim")
 
 
 def ways(made: Conversion, work: Path, target: Path) -> list[Callable[[], object]]:

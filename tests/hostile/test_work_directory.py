@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import shutil
-import socket
 import tempfile
 import threading
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from bounded import exl2ray
+from special_files import make_pipe, make_socket
 from workdir_cases import PLACES, Conversion, Victim, contents, snapshot
 
 from exl2ray.beneath import IrregularFileError
@@ -30,21 +30,6 @@ from exl2ray.store.trust import refuse_others
 FOLDER_PLACES = ["logs", "nonce", "measure", "measure/records", "quant", "quant/4.0", "quant/4.0/tensors",
                  "quant/4.0/records"]  # fmt: skip
 FILE_PLACES = ["job.json", "events.jsonl", "measurement.json", "calibration.safetensors", "driver.lock", "report.html"]
-
-
-@pytest.fixture
-def victim(tmp_path: Path) -> Victim:
-    return Victim(tmp_path / "victim")
-
-
-@pytest.fixture
-def work(made: Conversion, tmp_path: Path) -> Path:
-    return made.copy_of_work(tmp_path / "work")
-
-
-@pytest.fixture
-def target(made: Conversion, tmp_path: Path) -> Path:
-    return made.copy_of_target(tmp_path / "target")
 
 
 def plant(place: Path, to: Path) -> None:
@@ -185,20 +170,6 @@ def test_a_folder_that_becomes_a_link_while_files_are_written(tmp_path: Path, vi
 
 
 # ---- pipes, devices, hard links -------------------------------------------------------------------------------------------
-
-
-def make_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_socket(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)  # names of sockets are short
-    try:
-        with socket.socket(socket.AF_UNIX) as s:
-            s.bind(path.name)
-    finally:
-        os.chdir(here)
 
 
 @pytest.mark.parametrize("make", [make_pipe, make_socket])

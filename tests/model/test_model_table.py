@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,30 +32,21 @@ ROLES = {  # field of Names -> name in the reference data
 }
 
 
-@pytest.fixture(scope="module")
-def reference(shared_dir: Path) -> dict[str, Any]:
-    path = shared_dir / "spec" / "architectures.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    data: dict[str, Any] = json.loads(path.read_text())
-    return data
-
-
-def entry(reference: dict[str, Any], name: str) -> dict[str, Any]:
+def entry(architectures: dict[str, Any], name: str) -> dict[str, Any]:
     loaded = ARCHITECTURES[name].loads_as or name
-    found: dict[str, Any] = next(a for a in reference["architectures"] if a["arch"] == loaded)
+    found: dict[str, Any] = next(a for a in architectures["architectures"] if a["arch"] == loaded)
     return found
 
 
-def test_every_architecture_is_in_the_table(reference: dict[str, Any]) -> None:
-    assert {a["arch"] for a in reference["architectures"]} == {
+def test_every_architecture_is_in_the_table(architectures: dict[str, Any]) -> None:
+    assert {a["arch"] for a in architectures["architectures"]} == {
         a.name for a in ARCHITECTURES.values() if not a.loads_as
     }
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_names(name: str, reference: dict[str, Any]) -> None:
-    arch, tensors = ARCHITECTURES[name], entry(reference, name)["tensors"]
+def test_names(name: str, architectures: dict[str, Any]) -> None:
+    arch, tensors = ARCHITECTURES[name], entry(architectures, name)["tensors"]
     layouts = arch.source_layouts or ((("", arch.prefix),),)
     for field, role in ROLES.items():
         output, source = getattr(arch.output, field), getattr(arch.source, field)
@@ -77,8 +66,8 @@ def test_names(name: str, reference: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_rules(name: str, reference: dict[str, Any]) -> None:
-    arch, wanted = ARCHITECTURES[name], entry(reference, name)
+def test_rules(name: str, architectures: dict[str, Any]) -> None:
+    arch, wanted = ARCHITECTURES[name], entry(architectures, name)
     norm, rope, moe = wanted["norm"], wanted["rope"], wanted["moe"]
     assert f"{arch.norm.kind}norm" == norm["type"]
     assert (arch.norm.offset, arch.norm.bias) == (norm["weight_offset"], norm["bias"])
@@ -113,10 +102,10 @@ def test_rules(name: str, reference: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_output_has_exactly_the_names_that_the_loader_demands(
-    name: str, reference: dict[str, Any], oracle: Callable[[str], Oracle]
+    name: str, architectures: dict[str, Any], oracle: Callable[[str], Oracle]
 ) -> None:
     spec = load_spec(SourceModel(oracle(name).path))
-    tensors = entry(reference, name)["tensors"]
+    tensors = entry(architectures, name)["tensors"]
     wanted = set()
     for role, value in tensors.items():
         if value is None or (role in ("q_norm", "k_norm") and not spec.hyper.qk_norm):
@@ -142,18 +131,18 @@ def lookup(config: dict[str, Any], keys: list[str], text: bool) -> Any:
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_loader_reads_the_same_numbers_from_the_written_config(
-    name: str, reference: dict[str, Any], oracle: Callable[[str], Oracle]
+    name: str, architectures: dict[str, Any], oracle: Callable[[str], Oracle]
 ) -> None:
     """Configs of transformers 5 hide most of these values from the loader; loader_config brings them back."""
     source = SourceModel(oracle(name).path)
     hyper, config = load_spec(source).hyper, loader_config(ARCHITECTURES[name], source.config)
-    fields = {f["field"]: f for f in reference["common"]["config_keys"]}
+    fields = {f["field"]: f for f in architectures["common"]["config_keys"]}
 
     def read(field: str) -> Any:
         f = fields[field]
         return lookup(config, f["keys_in_order"], f["text_config_fallback"])
 
-    heads = read("num_attention_heads") or entry(reference, name)["attention"]["default_num_heads"]
+    heads = read("num_attention_heads") or entry(architectures, name)["attention"]["default_num_heads"]
     assert heads == hyper.heads
     assert (read("head_dim") or read("hidden_size") // heads) == hyper.head_dim
     kv_heads = read("num_key_value_heads") or heads
@@ -163,7 +152,7 @@ def test_loader_reads_the_same_numbers_from_the_written_config(
     wide = read("moe_intermediate_size") if ARCHITECTURES[name].moe else None
     assert (wide or read("intermediate_size") or 4 * hyper.hidden_size) == hyper.intermediate_size
     assert (read("num_experts") or 0) == hyper.num_experts
-    eps_key = entry(reference, name)["norm"]["eps_config_key"]
+    eps_key = entry(architectures, name)["norm"]["eps_config_key"]
     assert (lookup(config, [eps_key], True) if eps_key else 1e-5) == hyper.norm_eps
     assert (read("logits_scaling") is not None) or (
         name == "MiniCPMForCausalLM" or (read("logit_scale") or 1.0) == hyper.logit_scale
@@ -177,7 +166,7 @@ def test_loader_reads_the_same_numbers_from_the_written_config(
         assert int(hyper.head_dim * (read("partial_rotary_factor") or 1.0)) == hyper.rope.dim
         theta, linear = read("rope_theta"), (read("rope_scaling") or {}).get("factor", 1.0)
         assert theta ** (-2 / hyper.rope.dim) / linear == pytest.approx(hyper.rope.inv_freq[1])
-    rule = entry(reference, name)["sliding_window"]
+    rule = entry(architectures, name)["sliding_window"]
     if rule["reference"] == "alternating":
         p = read("sliding_window_pattern") or rule["pattern_default"]
         slides = tuple((i + 1) % p != 0 if p > 1 else i % 2 == 0 for i in range(hyper.num_layers))

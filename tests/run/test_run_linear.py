@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import run_checks as checks
 import torch
+from run_simulated import pass_under_the_simulator
 
 from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.layout import GroupLayout
@@ -31,14 +29,7 @@ def _nothing_compiled() -> None:
 
 @pytest.mark.slow
 def test_kernels_under_the_simulator() -> None:
-    """In a process of its own: the switch must be set before numba loads."""
-    checks = Path(__file__).with_name("simulated_run.py")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(checks)]
-    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    pass_under_the_simulator(Path(__file__).with_name("simulated_run.py"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import team_helpers
 import torch
+from team_helpers import digests, recipe
 from tiny_models import write_model
+
+from exl2ray.convert import convert
+from exl2ray.events import Silent
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -35,6 +39,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "mixtral", "Mixtral", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def quiet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Digests of undisturbed conversions by one worker in this process."""
+    out = {}
+    for propagate in ("quantized", "reference"):
+        work = tmp_path_factory.mktemp("quiet") / "work"
+        convert(recipe(model, work, propagate=propagate), Silent())
+        out[propagate] = digests(work)
+    return out
 
 
 @pytest.fixture(scope="module")

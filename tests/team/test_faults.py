@@ -35,16 +35,6 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exl2ray.steps.job, "Limits", lambda: QUICK)
 
 
-@pytest.fixture(scope="module")
-def quiet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    out = {}
-    for propagate in ("quantized", "reference"):
-        work = tmp_path_factory.mktemp("quiet") / "work"
-        convert(recipe(model, work, propagate=propagate), Silent())
-        out[propagate] = digests(work)
-    return out
-
-
 def events(work: Path, name: str) -> list[dict[str, Any]]:
     return [e["fields"] for e in read_events(open_store(str(work)))[0] if e["name"] == name]
 

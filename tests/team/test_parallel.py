@@ -18,17 +18,6 @@ from exl2ray.store.open import open_store
 from exl2ray.store.status import read_status
 
 
-@pytest.fixture(scope="module")
-def quiet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """Digests of undisturbed conversions by one worker in this process."""
-    out = {}
-    for propagate in ("quantized", "reference"):
-        work = tmp_path_factory.mktemp("quiet") / "work"
-        convert(recipe(model, work, propagate=propagate), Silent())
-        out[propagate] = digests(work)
-    return out
-
-
 def started(work: Path) -> list[tuple[str, str]]:
     """(method, key) of all calls that were made."""
     events, _ = read_events(open_store(str(work)))
