@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exl2ray.beforehand import begin_device, begin_workers, end_workers
@@ -116,6 +117,7 @@ def patch(
     from exl2ray.steps.measuring import measure
     from exl2ray.steps.patching import Wanted
     from exl2ray.steps.producing import produce
+    from exl2ray.targets import refuse_within
 
     start = time.monotonic()
     if recipe.tune is not None and (
@@ -128,6 +130,8 @@ def patch(
     _warn_of_others(recipe, reporter)
     recipe = _on_this_disk(recipe)
     writes = replace(recipe, bits=tuple(bits or recipe.bits), compile_full=compile_full or recipe.compile_full)
+    for directory in _places(recipe, compile_full) if compile_full is not None else ():
+        refuse_within("-cf", Path(directory), recipe.out_dir)
     try:
         with interruptible(), Job(recipe, reporter, writes=writes) as job:
             parse_overrides(overrides, job.spec)

@@ -21,6 +21,7 @@ class's code; library code only raises.
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,24 @@ def reading_hint(e: OSError, otherwise: str = "") -> str:
     if isinstance(e, PermissionError):
         return PERMISSIONS
     return BAD_DISK if e.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN) else otherwise
+
+
+_OF_PYTHON = ("unpack", "invalid literal", "could not convert", "dictionary update", "isoformat", "math domain", "limit (")
+
+
+def why_not_read(e: BaseException) -> str:
+    """What is wrong with a JSON file of which ``e`` came, in words: Python names its own types and not the file's."""
+    if isinstance(e, json.JSONDecodeError):
+        return f"it is not JSON at line {e.lineno} column {e.colno}"
+    if isinstance(e, UnicodeDecodeError):
+        return f"it is not UTF-8 at byte {e.start}"
+    if isinstance(e, KeyError):
+        return f"{str(e.args[0])[:80]!r} is missing" if e.args else "something is missing"
+    if isinstance(e, RecursionError):
+        return "it is nested too deeply"
+    if type(e) is ValueError and e.args and not any(words in str(e) for words in _OF_PYTHON):
+        return str(e)[:200]
+    return "what it holds has another form"
 
 
 class Exl2RayError(Exception):

@@ -23,7 +23,7 @@ from exl2ray.result_warnings import few_scores_warning
 from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.job_file import StoredJob
 from exl2ray.store.workdir import WorkDir
-from exl2ray.targets import check_place
+from exl2ray.targets import check_place, refuse_within
 from exl2ray.wording import shown
 
 FEW_SCORES = 4  # rows of the measurement set for scores by which nothing is chosen: they tell how modules differ
@@ -102,9 +102,11 @@ def measurement_target(wanted: str) -> Path:
     return path if path.suffix == ".json" else path / MEASUREMENT
 
 
-def check_measurement_target(wanted: str) -> None:
-    """StoreError if the file that -om asks for could not be written after measuring."""
+def check_measurement_target(wanted: str, work: str = "") -> None:
+    """StoreError if the file that -om asks for could not be written after measuring, UsageError if it would take the place of
+    what is in the work directory ``work``."""
     path = measurement_target(wanted)
+    refuse_within("-om", path, work, MEASUREMENT)
     if os.path.isdir(path):
         raise StoreError(f"-om {wanted}: {path} is a directory", "name a file that ends in .json, or another directory")
     check_place("-om", wanted, path.parent)

@@ -23,6 +23,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.formats.target import Owner, TargetLock, check_target, locked
 from exl2ray.recipe import Recipe
+from exl2ray.store.file_names import is_within_ours
 from exl2ray.store.workdir import work_id
 
 
@@ -82,11 +83,23 @@ def check_place(flag: str, wanted: str | Path, directory: Path, mode: int = os.W
         raise StoreError(f"{flag} {wanted}: {what}", f"choose another {flag}")
 
 
+def refuse_within(flag: str, path: Path, work: str, allowed: str = "") -> None:
+    """UsageError for an output where the work directory keeps what is its own: one would take the other's place, or go with
+    it. allowed: a name that is meant."""
+    if not work or "://" in work:
+        return
+    rel = os.path.relpath(os.path.realpath(path), os.path.realpath(work))
+    if not rel.startswith(os.pardir) and rel != allowed and is_within_ours(rel):
+        where = f"lies where the work directory {work} keeps its own {rel.partition('/')[0]}"
+        raise UsageError(f"{flag} {path}: {where}", f"choose another place with {flag}")
+
+
 def check_output(recipe: Recipe, directory: Path, source: SourceModel | None) -> None:
     """Refuses an output directory that holds anything else, or that cannot be written. ``source``: None if unusable."""
     check_place("-cf", directory, directory, os.R_OK | os.W_OK | os.X_OK)
     if recipe.out_dir and "://" not in recipe.out_dir and os.path.realpath(directory) == os.path.realpath(recipe.out_dir):
         raise UsageError(f"-cf {directory}: is the work directory (-o)", "choose another directory for the model")
+    refuse_within("-cf", directory, recipe.out_dir)
     foreign = sorted(p.name for p in directory.glob("*.safetensors") if not OUTPUT_NAME.fullmatch(p.name))
     if foreign:
         raise StoreError(

@@ -14,7 +14,7 @@ from functools import cache, cached_property, lru_cache
 from operator import mul
 from typing import Any, Protocol
 
-from exl2ray.errors import FormatError
+from exl2ray.errors import FormatError, why_not_read
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bit widths of the format
 FLOAT16_MAX = 65504.0
@@ -167,7 +167,7 @@ class QParams:
             props = tuple(float(p) for p in obj["bits_prop"])
             params = QParams(bits, props, tuple(sizes[b] for b in bits), int(obj["scale_bits"]))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            raise FormatError(f"quantisation parameters {str(obj)[:200]}: {type(e).__name__}: {e}") from e
+            raise FormatError(f"quantisation parameters {str(obj)[:200]}: {why_not_read(e)}") from e
         if not bits or any(b not in WIDTHS for b in bits) or list(bits) != sorted(set(bits), reverse=True):
             raise FormatError(f"bits: widths {str(bits)[:80]} are not strictly falling members of {WIDTHS}")
         if len(props) != len(bits) or any(not p > 0 for p in props) or not abs(sum(props) - 1.0) <= 1e-9:

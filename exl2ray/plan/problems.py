@@ -296,7 +296,7 @@ def _examine_directories(found: Examination, recipe: Recipe) -> None:
             found.attempt("output", lambda d=directory: _check_target(recipe, d, found.source))  # type: ignore[misc]
     wanted = recipe.output_measurement
     if wanted is not None:
-        found.attempt("output", lambda: check_measurement_target(wanted))
+        found.attempt("output", lambda: check_measurement_target(wanted, recipe.out_dir))
     found.attempt("work directory", lambda: _check_work(recipe))
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from exl2ray.errors import StoreError
+from exl2ray.errors import StoreError, why_not_read
 from exl2ray.formats.elsewhere import Mount, mount_at, register
 from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import parse_json_object
@@ -153,7 +153,7 @@ def _remembered(asked: Address, work: str, cache_bytes: int) -> Opened | None:
             if hashlib.sha256(small[name]).hexdigest() != expected:
                 raise StoreError(f"{store.full_name(SOURCE_FOLDER)}/{name}: not as it was fetched", "restore it, or -nr")
     except (KeyError, TypeError, ValueError, AttributeError, MissingFileError) as e:
-        text = f"{store.full_name(SOURCE_FILE)}: broken ({type(e).__name__})"
+        text = f"{store.full_name(SOURCE_FILE)}: broken: {why_not_read(e)}"
         raise StoreError(text, "-nr starts over") from e
     place = _place(address, blocks)
     listing = Listing(address, entries, folders, place.fetch, place.open)

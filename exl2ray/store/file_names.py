@@ -22,6 +22,7 @@ import re
 
 CALIBRATION = "calibration.safetensors"
 MEASUREMENT = "measurement.json"
+LOCK = "driver.lock"
 EVENTS = "events.jsonl"
 LOGS = "logs"
 NONCE = "nonce"
@@ -59,6 +60,12 @@ def is_ours(rel: str) -> bool:
 def is_place_of_ours(rel: str) -> bool:
     """Whether exl2ray keeps a file, or a folder, under this name: nothing else should stand there."""
     return is_ours(rel) or rel.startswith("logs/") or _FOLDERS_OF_OURS.fullmatch(rel) is not None
+
+
+def is_within_ours(rel: str) -> bool:
+    """Whether this path in a work directory lies where exl2ray keeps, and deletes, what is its own."""
+    first = rel.partition("/")[0]
+    return is_place_of_ours(rel) or is_ours(first) or first in (LOCK, *FOLDERS)
 
 
 def quant_kind(bpw: float) -> str:

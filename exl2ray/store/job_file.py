@@ -26,7 +26,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exl2ray.errors import JobMismatchError, StoreError
+from exl2ray.errors import JobMismatchError, StoreError, why_not_read
 from exl2ray.store.records import canonical_json
 
 JOB_FILE = "job.json"
@@ -104,7 +104,7 @@ def decode_job(data: bytes, name: str) -> StoredJob:
         document = json.loads(data)
         version = document[_MARKER]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise StoreError(f"{name} is not a job file of exl2ray: {type(e).__name__}: {e}", hint) from e
+        raise StoreError(f"{name} is not a job file of exl2ray: {why_not_read(e)}", hint) from e
     if version != FORMAT:
         raise StoreError(
             f"{name} has work directory format {version!r}; this exl2ray knows {FORMAT}",
@@ -116,7 +116,7 @@ def decode_job(data: bytes, name: str) -> StoredJob:
             raise StoreError(f"{name} does not match its checksum: it was edited or damaged", hint)
         return StoredJob(normalise(body["job"]), dict(body["versions"]), str(body["created"]), stored_id(data))
     except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise StoreError(f"{name} is damaged: {type(e).__name__}: {e}", hint) from e
+        raise StoreError(f"{name} is damaged: {why_not_read(e)}", hint) from e
 
 
 def compare_jobs(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[Change]:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Mapping
 
-from exl2ray.errors import StoreError
+from exl2ray.errors import StoreError, why_not_read
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.file_names import NONCE
 from exl2ray.store.fs import Store
@@ -58,7 +58,7 @@ def verify_nonce(
         stored = json.loads(data)
         found, expected, driver = stored["token"], dict(stored["versions"]), stored["host"]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise StoreError(f"{store.full_name(rel)} {here} is not what the driver wrote: {type(e).__name__}") from e
+        raise StoreError(f"{store.full_name(rel)} {here} is not what the driver wrote: {why_not_read(e)}") from e
     if found != token:
         raise StoreError(
             f"{store.full_name(rel)} {here} holds another token than the driver's on {driver}",

@@ -15,6 +15,7 @@ Events of other versions may lack fields or have others: what cannot be used is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,11 +81,12 @@ def passes(
     ``now``: seconds since 1970.
     """
     found: dict[str, _Pass] = {}
-    run = 0
+    run, latest = 0, -math.inf
     for event in events:
         when, name, f = moment(event.get("time")), event.get("name"), event.get("fields")
         if when is None or not isinstance(f, Mapping):
             continue
+        when = latest = when if name == "opened" else max(when, latest)  # a clock that is set back stands still
         if name == "opened":
             run += 1
             if f.get("changed"):  # the measurement stays, everything after it begins anew

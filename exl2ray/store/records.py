@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from exl2ray.errors import StoreError
+from exl2ray.errors import StoreError, why_not_read
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store, check_name
 from exl2ray.store.refs import FileRef as FileRef
@@ -220,7 +220,7 @@ class Records:
             files = tuple(_file_ref(**ref) for ref in body.pop("files"))
             return _typed(Record(files=files, **body), _TYPES)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise StoreError(f"{name} is not a record: {type(e).__name__}: {e}", _DAMAGED_HINT) from e
+            raise StoreError(f"{name} is not a record: {why_not_read(e)}", _DAMAGED_HINT) from e
 
 
 def _file_ref(pieces: str = "[]", **fields: Any) -> FileRef:
@@ -237,7 +237,7 @@ def _file_ref(pieces: str = "[]", **fields: Any) -> FileRef:
 def _typed(value: _T, types: Mapping[str, Any]) -> _T:
     wrong = [name for name, kind in types.items() if not isinstance(getattr(value, name), kind)]
     if wrong:
-        raise TypeError(f"{wrong[0]} is a {type(getattr(value, wrong[0])).__name__}")
+        raise ValueError(f"{wrong[0]} is a {type(getattr(value, wrong[0])).__name__}")
     return value
 
 
@@ -248,7 +248,7 @@ def reading(store: Store, record: Record) -> Iterator[dict[str, Any]]:
         yield record.payload
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         name = store.full_name(_record_file(record.kind, record.key, record.inputs_hash))
-        raise StoreError(f"{name} holds no result of {record.key}: {type(e).__name__}: {e}", _DAMAGED_HINT) from e
+        raise StoreError(f"{name} holds no result of {record.key}: {why_not_read(e)}", _DAMAGED_HINT) from e
 
 
 def file_problem(store: Store, ref: FileRef, deep: bool) -> str:

@@ -118,6 +118,8 @@ def _is_read_here(param: click.Parameter) -> bool:
 def _check_path(name: str, path: str | None) -> None:
     if path == "":
         raise UsageError(f"{name} is empty", "is a variable of the shell not set?")
+    if path == "-" and name != "--prompts":
+        raise UsageError(f"{name} -: neither standard input nor output can be given here", "a file called - is ./-")
     if path:
         refuse_unfit(name, path)
         refuse_unexpanded(name, path)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from exl2ray.errors import StoreError
+from exl2ray.errors import StoreError, why_not_read
 from exl2ray.quant.group import Comm
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import CHUNK_BYTES, Store
@@ -204,7 +204,7 @@ def _found(store: Store, identity: str, problems: list[str]) -> tuple[Progress, 
         problems.append(f"the last checkpoint cannot be used, so training begins anew: {e.message}")
         return None
     except (StoreError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
-        text = e.message if isinstance(e, StoreError) else f"{FILE}: {type(e).__name__} {e}"
+        text = e.message if isinstance(e, StoreError) else f"{FILE}: {why_not_read(e)}"
         problems.append(f"the last checkpoint cannot be used, so training begins anew: {text[:300]}")
         return None
     return Progress(identity, step, start, scores, best, over), files

@@ -166,6 +166,15 @@ def test_an_empty_path_is_not_the_current_directory(run, args):
     assert "hint: is a variable of the shell not set?" in result.stderr
 
 
+@pytest.mark.parametrize("args", [args for args in EMPTY if "--prompts" not in args], ids=lambda a: a[0])
+def test_a_dash_is_no_path(run, args):
+    """`report -o -` wrote a file called -."""
+    result = run(*["-" if a == "" else a for a in args])
+    assert result.exit_code == 2
+    assert " -: neither standard input nor output" in result.stderr
+    assert "./-" in result.stderr
+
+
 LONG = "n" * 300
 TOO_LONG = (["inspect", LONG], ["verify", f"x/{LONG}"], ["eval", "x/" * 2100], ["chat", "x", LONG],
             ["report", "x", "-o", LONG], ["tune", "x", "--reference", LONG, "-o", "y"], ["publish", LONG, "--repo", "a/b"],

@@ -75,7 +75,7 @@ MEASUREMENTS: dict[str, tuple[bytes, list[str]]] = {
         measurement(lambda m: json.dumps(m).replace('"bits": [4]', '"bits": [1e999]').encode()),
         [ENTRY, "up_proj"],
     ),
-    "no group size for a width": (params(bits=[5]), [ENTRY, "up_proj", "KeyError"]),
+    "no group size for a width": (params(bits=[5]), [ENTRY, "up_proj", "'5' is missing"]),
     "group size 0": (params(group_size={"4": 0}), [ENTRY, "up_proj", "group_size"]),
     "group size 48": (params(group_size={"4": 48}), [ENTRY, "up_proj", "group_size"]),
     "shares do not sum to 1": (params(bits_prop=[0.5]), [ENTRY, "up_proj", "bits_prop"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,13 @@ from workdir_cases import PLACES, Conversion
 
 from exl2ray.cli import cli
 from exl2ray.commands import evaluate
-from exl2ray.errors import StoreError
+from exl2ray.convert import patch
+from exl2ray.errors import StoreError, UsageError
+from exl2ray.events import Silent
+from exl2ray.job_opening import check_measurement_target
+from exl2ray.recipe import Recipe
+from exl2ray.targets import refuse_within
+from exl2ray.tune import run
 
 ADDRESS = "s3://bucket/there"
 NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_that_is_not_here"}
@@ -116,3 +124,43 @@ def test_a_ladder_that_cannot_be_drawn_costs_no_figures(made: Conversion, tmp_pa
     (work / "ladder.png").mkdir()
     run = exl2ray("convert", "-o", work, *PLACES[:4], seconds=60, memory=6 << 30)
     run.ends_with(0, "no plot of size against quality", "held-out perplexity")
+
+
+KEPT = ["logs", "quant/x", "measure", "nonce/a/b", "job.json", "driver.lock", "source", "events.jsonl"]
+
+
+@pytest.mark.parametrize("place", KEPT)
+def test_a_model_is_not_put_where_the_work_directory_keeps_its_own(place: str, tmp_path: Path) -> None:
+    """-nr took a finished model's config.json and tokenizer away, since files in logs/ are ours."""
+    work = tmp_path / "w"
+    (tmp_path / "link").symlink_to(work)
+    for given in (work / place, tmp_path / "link" / place, work / "x" / ".." / place):
+        with pytest.raises(UsageError, match="keeps its own") as e:
+            refuse_within("-cf", given, str(work))
+        assert "-cf" in e.value.hint
+    for fine in ("out", "logs2", "quantised", "models/logs", "../logs", ".."):
+        refuse_within("-cf", work / fine, str(work))
+
+
+def test_a_measurement_does_not_take_the_place_of_the_job(tmp_path: Path) -> None:
+    """After measuring for hours job.json was replaced, or the file could not be written."""
+    write_source(tmp_path / "m")
+    common = ["-i", "m", "-o", "w", "-b", "4", "--device", "cpu", "-l", "128", "-ml", "128", "--dry-run"]
+    for wanted in ("w/job.json", "w/driver.lock", "w/logs", "w/events.jsonl"):
+        exl2ray("convert", *common, "-om", wanted, cwd=tmp_path).ends_with(2, f"-om w/{wanted[2:]}", "keeps its own")
+    check_measurement_target(str(tmp_path / "w" / "measurement.json"), str(tmp_path / "w"))
+    check_measurement_target(str(tmp_path / "w" / "mine.json"), str(tmp_path / "w"))
+
+
+def test_tuning_and_patching_stay_out_of_it_too(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    work.mkdir()
+    (work / "job.json").write_text("{}")
+    given = SimpleNamespace(path=tmp_path / "other")
+    pair: Any = SimpleNamespace(start=given, source=given)
+    with pytest.raises(UsageError, match="keeps what is its own"):
+        run._refuse_inputs(pair, work / "logs" / "tuned", "-o")
+    run._refuse_inputs(pair, work / "tuned", "-o")
+    recipe = Recipe(str(tmp_path / "m"), str(work), (4.0,), compile_full=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"-cf .* keeps its own logs"):
+        patch(recipe, ("lm_head=6",), Silent(), compile_full=str(work / "logs"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import pytest
 from bounded import exl2ray
 from small_sources import write_source
 
+from exl2ray.errors import StoreError
 from exl2ray.formats.claim import CLAIM, read_claim
+from exl2ray.store.job_file import decode_job
 from exl2ray.store.local import MAX_LINES_BYTES, LocalStore
+from exl2ray.store.open import open_store
+from exl2ray.store.records import Record, Records, hash_inputs
 
 SPOILED: dict[str, Callable[[Path], Any]] = {
     "sparse": lambda p: (p.touch(), os.truncate(p, 6 << 30)),
@@ -37,6 +42,27 @@ def test_going_on_with_a_spoiled_job_is_refused(case: str, tmp_path: Path) -> No
     SPOILED[case](tmp_path / "job.json")
     model = write_source(tmp_path.parent / f"{tmp_path.name}-model")
     exl2ray("convert", "-i", model, "-o", tmp_path, "-b", "4", "--dry-run").ends_with(7, "job.json")
+
+
+FORMS = {
+    b"[]": "another form", b"{}": "is missing", b"null": "another form", b"5": "another form", b'"x"': "another form",
+    b"{": "not JSON at line 1 column 2", b"": "not JSON", b'{"record": 5, "sha256": 1}': "", b"\xff{": "not UTF-8 at byte 0",
+    b'{"record": {"files": "x"}, "sha256": ""}': "does not match its checksum", b"[" * 100_000: "nested too deeply",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", FORMS, ids=lambda data: data[:9].decode("latin-1"))
+def test_what_is_no_job_and_no_record_is_told_in_words(data: bytes, tmp_path: Path) -> None:
+    """Python's own names of its errors (KeyError, TypeError) stood there."""
+    store = open_store(str(tmp_path))
+    records = Records(store)
+    (tmp_path / records.commit(Record("measure", "x", hash_inputs(), {}))).write_bytes(data)
+    with pytest.raises(StoreError, match=FORMS[data]) as of_record:
+        records.find("measure", "x", hash_inputs())
+    with pytest.raises(StoreError) as of_job:
+        decode_job(data, "job.json")
+    for text in (str(of_record.value), str(of_job.value)):
+        assert not re.search(r"[A-Z]\w+Error|indices|subscript|NoneType", text), text
 
 
 def test_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:

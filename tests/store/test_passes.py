@@ -94,6 +94,20 @@ def test_a_finished_job() -> None:
     assert (found["measure"].queue, found["measure"].eta_seconds) == (0, None)
 
 
+def test_a_clock_that_is_set_back_makes_no_negative_times() -> None:
+    """`status` showed -1e+04 s."""
+    story = Story().opened().tell("stage", stage="measure", items=12, done=0).items("measure", 1, 3, 12, 5.0, "a:1")
+    story.now -= 7200.0
+    story.items("measure", 4, 6, 12, 5.0, "a:1")
+    for found in (story.status(True), story.status(False), story.status(True, later=-7200.0)):
+        p = found["measure"]
+        figures = [p.seconds, p.seconds_per_item, p.eta_seconds, *(w.seconds_per_item for w in p.workers)]
+        assert [n for n in figures if n is not None and n < 0] == []
+        assert p.done == 6
+    story.opened().tell("stage", stage="measure", items=12, done=6).items("measure", 7, 7, 12, 5.0, "a:1")
+    assert story.status(True)["measure"].seconds == 5.0
+
+
 def test_other_settings_leave_the_measurement() -> None:
     story = Story().opened().tell("stage", stage="measure", items=2, done=0).items("measure", 1, 2, 2, 5.0, "a:1")
     story.tell("stage", stage="quantize 4.0", items=3, done=0).items("quantize 4.0", 1, 3, 3, 2.0, "a:1")
