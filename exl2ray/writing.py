@@ -35,13 +35,11 @@ from exl2ray.publish.card import CardInfo, converted, model_card, write_card
 from exl2ray.publish.file_kinds import CARD
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.result_warnings import ResultWarnings
-from exl2ray.store.file_names import CALIBRATION, quant_kind
+from exl2ray.store.file_names import CALIBRATION, OUTPUT, PERPLEXITY, quant_kind
 from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import Targets, owner_of
-from exl2ray.team.perplexity import PERPLEXITY
 
-OUTPUT = "output"  # key of the record of a written model
 WRITTEN = 1  # how a model is written; another number when the same tensors would become other files
 
 

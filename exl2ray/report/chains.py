@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from exl2ray.errors import StoreError
 from exl2ray.formats.json_file import as_number
 from exl2ray.report.values import layer_of, mapping, module_order, texts, token_counts
-from exl2ray.store.file_names import NOT_MODULES, quant_kind
+from exl2ray.store.file_names import NOT_MODULES, OUTPUT, PERPLEXITY, quant_kind
 from exl2ray.store.fs import Store
 from exl2ray.store.records import FileRef, Record, Records
 
-PERPLEXITY, OUTPUT = "perplexity", "output"  # keys of records that are not modules
 _WIDEST_BITS = 16.0
 
 

@@ -37,7 +37,7 @@ from exl2ray.remote.source import keep
 from exl2ray.result_warnings import ResultWarnings
 from exl2ray.source_state import SourceState
 from exl2ray.stopping import shielded
-from exl2ray.store.file_names import CALIBRATION, MEASURE, MEASUREMENT, SOURCE_KEY
+from exl2ray.store.file_names import CALIBRATION, CALIBRATION_KEY, MEASURE, MEASUREMENT, SOURCE_KEY
 from exl2ray.store.job_file import StoredJob
 from exl2ray.store.open import open_store
 from exl2ray.store.pace import Pace
@@ -49,8 +49,6 @@ from exl2ray.team.messages import Begun, ItemResult, WorkerSetup
 from exl2ray.team.worker import Worker
 from exl2ray.timeline import step
 from exl2ray.units import parse_size
-
-CALIBRATION_KEY = "calibration"  # record of the rows of tokens; every job has one
 
 
 class Job:

@@ -13,10 +13,9 @@ from exl2ray.model.spec import ModuleSpec
 from exl2ray.recipe import bpw_name
 from exl2ray.steps.allocating import missing
 from exl2ray.steps.job import Stage
-from exl2ray.store.file_names import quant_kind
+from exl2ray.store.file_names import PERPLEXITY, quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.messages import Begun, Choices, ItemResult, PerplexityPass, ReferencePass
-from exl2ray.team.perplexity import PERPLEXITY
 
 if TYPE_CHECKING:
     from exl2ray.steps.background import Outputs

@@ -29,11 +29,14 @@ NONCE = "nonce"
 SOURCE_FILE = "source.json"
 SOURCE_FOLDER = "source"
 MEASURE = "measure"  # kind of the measurement's records
-SOURCE_KEY = "source"  # key of the record of the source's files
 SOLVED = "solved"  # below a bitrate: the model before it is tuned
 REFERENCE_KIND = "quant/reference"  # kind of the checkpoints of the source model's states on the quantisation rows
 # Keys of records that are no module's.
-PATCHES = "patches"  # key of the records of what models were patched with
+CALIBRATION_KEY = "calibration"  # of the rows of tokens; every job has one
+SOURCE_KEY = "source"  # of the source's files
+PERPLEXITY = "perplexity"  # of a finished model, where its head's record has none
+OUTPUT = "output"  # of the files of a written model
+PATCHES = "patches"  # of what models were patched with
 NOT_MODULES = re.compile(r"states-.*|sensitivity-.*|calibration|source|perplexity|output|patches")
 FOLDERS = ("measure", "quant", "events", "logs", "nonce", "source")
 

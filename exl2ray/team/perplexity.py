@@ -17,14 +17,13 @@ from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.quant.group import Comm
 from exl2ray.quant.rows import owner_shares, share_rows
 from exl2ray.quant.sharing import spread
-from exl2ray.store.file_names import quant_kind
+from exl2ray.store.file_names import PERPLEXITY, quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.member import Member
 from exl2ray.team.messages import Begun, Choices, ItemResult, PerplexityPass, Ready
 from exl2ray.team.runner import Runner, perplexity_of, perplexity_sums
 from exl2ray.team.shared_reading import shared_embedding
 
-PERPLEXITY = "perplexity"  # key of a record
 READ_AHEAD = 5  # of the modules that a member reads, each by a thread of its own
 
 
