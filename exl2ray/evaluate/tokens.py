@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exl2ray.calibration.data.plain import LFS_POINTER
+from exl2ray.calibration.data.plain import ENCODINGS, LFS_POINTER
 from exl2ray.calibration.data.sources import COMPRESSED, kind_by_name, local_source
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
@@ -147,10 +147,13 @@ def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) ->
     if kind_by_name(file.name) not in (None, "text", "Markdown") or file.suffix in COMPRESSED:
         with CalibrationData([local_source(str(file))], tokenizer) as data:
             return data.tokens(min(wanted or MAX_DATA_TOKENS, MAX_DATA_TOKENS))
+    raw = read_bounded(file, TEXT_BYTES, CalibrationError)
+    wide = next((name for mark, name in ENCODINGS.items() if raw.startswith(mark)), None)
     try:
-        text = read_bounded(file, TEXT_BYTES, CalibrationError).decode("utf-8").replace("\r\n", "\n")
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")  # as -c reads it, so without a byte order mark
     except UnicodeDecodeError as e:
-        raise CalibrationError(f"{file}: not UTF-8 text: {e}", "token ids are recognised by the ending .npy") from e
+        hint = f"iconv -f {wide or 'LATIN1'} -t UTF-8 FILE > NEW; token ids are recognised by the ending .npy"
+        raise CalibrationError(f"{file}: not UTF-8 text (byte {e.start})", hint) from e
     if "\0" in text:
         what = f"{file}: holds zero bytes, as a text does not"
         raise CalibrationError(what, "texts are UTF-8; Parquet, Arrow and JSON lines are recognised by their endings")
