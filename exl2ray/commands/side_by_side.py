@@ -100,7 +100,7 @@ def read_prompts(path: Path) -> list[str]:
         data = _piped(hint) if str(path) == "-" else read_bounded(path, PROMPTS_BYTES, UsageError, hint)
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UsageError(f"--prompts {path}: not UTF-8 text: {e}", hint) from e
+        raise UsageError(f"--prompts {path}: not UTF-8 text (byte {e.start})", hint) from e
     if not text.lstrip().startswith("["):
         found = [line.strip() for line in text.splitlines() if line.strip()]
     else:

@@ -20,7 +20,7 @@ from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import CalibrationError, SourceError, UsageError, reading_hint, unreadable
 from exl2ray.evaluate.forward import open_model
-from exl2ray.formats.json_file import LFS_POINTER, read_bounded
+from exl2ray.formats.json_file import ENCODINGS, LFS_POINTER, read_bounded
 
 DEFAULT_LENGTH = 2048  # tokens of a row
 MOST_TOKENS = 1 << 26  # that one evaluation takes; on the fastest machines more than a day
@@ -146,10 +146,13 @@ def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) ->
     if kind_by_name(file.name) not in (None, "text", "Markdown") or file.suffix in COMPRESSED:
         with CalibrationData([local_source(str(file))], tokenizer) as data:
             return data.tokens(min(wanted or MAX_DATA_TOKENS, MAX_DATA_TOKENS))
+    raw = read_bounded(file, TEXT_BYTES, CalibrationError)
+    wide = next((name for mark, name in ENCODINGS if raw.startswith(mark)), None)
     try:
-        text = read_bounded(file, TEXT_BYTES, CalibrationError).decode("utf-8").replace("\r\n", "\n")
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")  # as -c reads it, so without a byte order mark
     except UnicodeDecodeError as e:
-        raise CalibrationError(f"{file}: not UTF-8 text: {e}", "token ids are recognised by the ending .npy") from e
+        hint = f"iconv -f {wide or 'LATIN1'} -t UTF-8 FILE > NEW; token ids are recognised by the ending .npy"
+        raise CalibrationError(f"{file}: not UTF-8 text (byte {e.start})", hint) from e
     if "\0" in text:
         what = f"{file}: holds zero bytes, as a text does not"
         raise CalibrationError(what, "texts are UTF-8; Parquet, Arrow and JSON lines are recognised by their endings")

@@ -13,7 +13,7 @@ def check_plot(path: str | Path) -> None:
     """UsageError unless ``path`` ends as plots do and its folder exists."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: a plot ends in {', '.join(FORMATS)}")
+        raise UsageError(f"{path}: a plot ends in {', '.join(FORMATS)}", "the ending says how it is drawn: ladder.png")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path}: there is no folder {path.parent}", "create it, or choose another place")
 

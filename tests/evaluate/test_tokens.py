@@ -139,8 +139,15 @@ def test_a_missing_file_and_binary_text(tmp_path: Path, bytes_tokenizer: Tokeniz
     model = shutil.copytree(twins[0], tmp_path / "model")
     bytes_tokenizer.save(str(model / "tokenizer.json"))
     (tmp_path / "text.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CalibrationError, match=r"text\.txt: not UTF-8"):
-        load_tokens(tmp_path / "text.txt", find_tokenizer([model]))
+    with find_tokenizer([model]) as tokenizer:
+        with pytest.raises(CalibrationError, match=r"text\.txt: not UTF-8 text \(byte 0\)") as e:
+            load_tokens(tmp_path / "text.txt", tokenizer)
+        assert "iconv -f UTF-16" in e.value.hint
+        found = []
+        for mark in (b"", b"\xef\xbb\xbf"):  # which Windows puts in front; it was a token of the text
+            (tmp_path / "text.txt").write_bytes(mark + b"a quiet harbour")
+            found.append(load_tokens(tmp_path / "text.txt", tokenizer, length=12).tolist())
+    assert found[0] == found[1]
 
 
 def test_zero_bytes_are_no_text(tmp_path: Path, bytes_tokenizer: Tokenizer, twins: tuple[Path, Path]) -> None:
