@@ -26,6 +26,7 @@ from observed import Observed
 from schedule_costs import Costs
 from sweeps import HOST_SUMS_GB
 
+from exl2ray.formats.layout import pad32
 from exl2ray.quant.cholesky import block_count
 from exl2ray.quant.factorising import TOGETHER_ROWS
 from exl2ray.quant.memory import room_within
@@ -125,7 +126,9 @@ def room_gb(s: Shape) -> float:
         for i, copy in ((x, copy) for x in inputs for copy in range(x.copies)):
             sizes = {"in_features": i.features, "input_group": (*i.linears, copy)}
             for role, n in i.linears.items():
-                linears.append(SimpleNamespace(role=roles.get(role, f"{role}_proj"), out_features=n, **sizes))
+                sizes |= {"out_features": n, "padded_out": pad32(n)}
+                sizes |= {"weights": i.features * n, "padded_weights": i.features * pad32(n)}
+                linears.append(SimpleNamespace(role=roles.get(role, f"{role}_proj"), **sizes))
         made.append(SimpleNamespace(kind=kind, quantized=True, linears=linears))
     room = room_within(made, 2 * QUANTIZE_ROWS * LENGTH * s.hidden, LENGTH, MEMORY, False)
     return max(0, room) / 1e9

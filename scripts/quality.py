@@ -87,7 +87,7 @@ class Variant:
         """The recipe that `exl2ray convert` would run with these options; UsageError for one that is not a variant's."""
         given = ["-i", str(model), "-o", str(work), "-b", repr(bits), "--device", device, "--executor", "inline"]
         try:
-            own = convert_command.make_context("convert", ["-o", "-", *shlex.split(self.options)])
+            own = convert_command.make_context("convert", ["-o", "work", *shlex.split(self.options)])
             set_by = {n for n in own.params if own.get_parameter_source(n) is ParameterSource.COMMANDLINE} - {"out_dir"}
             for name in sorted(set_by & set(OURS)):
                 raise UsageError(f"--variant {self.name}: {name} is set by this script", "leave it out")

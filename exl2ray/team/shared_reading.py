@@ -76,6 +76,9 @@ class SharedReading:
         comm.exchange([(mine, r) for r in others], [(whole[self._rows(name, r)], r) for r in others])
         return whole
 
+    def where(self, name: str) -> str:
+        return self._source.where(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(name)
 
