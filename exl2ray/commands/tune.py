@@ -11,10 +11,9 @@ from exl2ray.datasets import text_source
 from exl2ray.devices import pick_device
 from exl2ray.errors import Interrupted, UsageError
 from exl2ray.evaluate.forward import open_model
-from exl2ray.events import Silent
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import is_remote, redacted
-from exl2ray.terminal.console import clean
+from exl2ray.terminal.console import Warnings, clean
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
@@ -68,7 +67,7 @@ def run(
     count = parse_count(tokens, "--tokens")
     settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, reach, seed=seed)
     where = place_of_tuning(recipe, chosen, open_model(directory).spec.weights)
-    reporter = Silent() if quiet else human_reporter()
+    reporter = Warnings() if quiet else human_reporter()
     try:
         return tune(settings, chosen, reporter, where=where)
     except KeyboardInterrupt as e:

@@ -36,6 +36,17 @@ class JsonLines:
         pass
 
 
+class Warnings:
+    """Warnings on standard error, and nothing else, where standard output is for a program to read."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        if name == "warning":
+            say(sys.stderr, clean(f"warning: {fields['message']}"))
+
+    def close(self) -> None:
+        pass
+
+
 class Plain:
     """One line per event, without control characters."""
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rounded_models import write_rounded
 from test_tune_run import same, settings
 from tiny_models import write_model
 
-from exl2ray.errors import JobMismatchError
+from exl2ray.cli import cli
+from exl2ray.errors import JobMismatchError, SourceError
 from exl2ray.events import Silent
 from exl2ray.formats import file_states
 from exl2ray.tune import inputs, run, state
@@ -111,6 +113,25 @@ def test_a_reference_that_is_quantised_itself_is_told(
         with pytest.raises(InterruptedError):
             tune(own("out", reference=str(reference)), torch.device("cpu"), reporter)
     assert [f["message"].partition(":")[0] for _, f in reporter.events] == [f"--reference {other[1]} is an EXL2 model itself"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_json_does_without_words_but_warnings(
+    flags: tuple[str, ...], own: Callable[..., Settings], other: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They went nowhere; standard output is for whoever reads JSON."""
+
+    def tuning(*given: Any, **_: Any) -> None:
+        given[2].event("note", message="a note")
+        given[2].event("warning", message="a warning")
+        raise SourceError("ended here", "")
+
+    monkeypatch.setattr("exl2ray.commands.tune.tune", tuning)
+    given = own("out")
+    place = ["--reference", given.reference, "-o", given.output, "--device", "cpu"]
+    found = CliRunner().invoke(cli, ["tune", given.directory, *place, *flags])
+    assert ("a note" in found.stdout) == (not flags)
+    assert "warning: a warning" in (found.stderr if flags else found.stdout)
 
 
 def test_a_tokenizer_that_is_replaced_meanwhile(own: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> None:
