@@ -22,7 +22,7 @@ from exl2ray.errors import CalibrationError, FormatError, SourceError, UsageErro
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.hf import SourceModel, weight_files
 from exl2ray.formats.hfconfig import read_config
-from exl2ray.formats.readahead import ReadAhead
+from exl2ray.formats.readahead import ReadAhead, TensorReader
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.source.quantised import quantised_by
 from exl2ray.formats.tensorfile import TensorFile
@@ -145,7 +145,7 @@ def linear_reader(device: torch.device) -> LinearReader:
     Linears that an EXL2 directory keeps in float16 (a head may be) are read as those of any other model.
     """
 
-    def read(spec: ModelSpec, linear: LinearSpec, source: SourceModel | ReadAhead) -> tuple[Tensor, Tensor | None]:
+    def read(spec: ModelSpec, linear: LinearSpec, source: TensorReader) -> tuple[Tensor, Tensor | None]:
         if isinstance(source, Exl2Model) and f"{linear.key}.q_weight" in source:
             packed = source.linear(linear.key)
             found, needed = (packed.in_features, packed.out_features), (linear.in_features, linear.padded_out)

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from exl2ray.errors import Exl2RayError
 from exl2ray.formats.hf import SourceModel
+
+
+class TensorReader(Protocol):
+    """What weights are read from: a model, one that is read ahead, or one that a group reads together."""
+
+    @property
+    def path(self) -> Path: ...
+    def __contains__(self, name: object) -> bool: ...
+    def load(self, name: str, rows: slice | None = None) -> torch.Tensor: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def where(self, name: str) -> str: ...
 
 
 class ReadAhead:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import CalibrationError, NumericError
-from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import FLOAT16_MAX
-from exl2ray.formats.readahead import ReadAhead
+from exl2ray.formats.readahead import TensorReader
 from exl2ray.model.half import AttentionHalf, Capture, Half, LinearBank, MlpHalf, Norm
 from exl2ray.model.moe import Expert, ExpertBank, Routing, route
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
@@ -205,7 +204,7 @@ class HeadBlock(Block):
 def load_block(
     spec: ModelSpec,
     module: ModuleSpec,
-    source: SourceModel | ReadAhead,
+    source: TensorReader,
     device: torch.device | str,
     dtype: torch.dtype,
     state_dtype: torch.dtype | None = None,

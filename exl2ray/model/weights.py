@@ -18,7 +18,7 @@ from exl2ray.cuda.small_batches import CAPTURING
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import FLOAT16_MAX, pad32
-from exl2ray.formats.readahead import ReadAhead
+from exl2ray.formats.readahead import ReadAhead, TensorReader
 from exl2ray.formats.shards import TensorEntry
 from exl2ray.model.arch import shape_fits, shown_shape
 from exl2ray.model.spec import CopiedTensor, LinearSpec, ModelSpec, ModuleSpec, PlainTensor, Stored
@@ -45,7 +45,7 @@ class OutputEntry:
 def read_linear(
     spec: ModelSpec,
     linear: LinearSpec,
-    source: SourceModel | ReadAhead,
+    source: TensorReader,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +95,7 @@ def read_plain(spec: ModelSpec, plain: PlainTensor, source: SourceModel) -> Tens
 def read_tensor(
     spec: ModelSpec,
     plain: PlainTensor,
-    source: SourceModel | ReadAhead,
+    source: TensorReader,
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -114,7 +114,7 @@ def read_tensor(
     return out
 
 
-def _norm_weight(spec: ModelSpec, norm: Stored, source: SourceModel | ReadAhead) -> Tensor:
+def _norm_weight(spec: ModelSpec, norm: Stored, source: TensorReader) -> Tensor:
     """What a norm multiplies with, (hidden,) float32."""
     return read_stored(norm, source).float() + spec.arch.norm.offset
 
@@ -130,7 +130,7 @@ def whole_tensors(module: ModuleSpec) -> list[str]:
     return list(dict.fromkeys(s.name for s in stored if not s.ranges))
 
 
-def read_stored(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
+def read_stored(stored: Stored, source: TensorReader) -> Tensor:
     """The described part of a source tensor, checked, in the source's dtype; SourceError as ``read_linear``."""
     name = stored.name
     if name not in source:
@@ -178,7 +178,7 @@ def forget_pinned() -> None:
             empty()
 
 
-def _cut(stored: Stored, source: SourceModel | ReadAhead) -> Tensor:
+def _cut(stored: Stored, source: TensorReader) -> Tensor:
     if not stored.ranges:
         return source.load(stored.name)
     if stored.axis == 0 and len(stored.ranges) == 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from exl2ray.errors import StoreError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams
+from exl2ray.formats.readahead import TensorReader
 from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.rotated import rotated
@@ -71,7 +71,7 @@ class Runner:
         self.fetch(coming)
         return block
 
-    def load_from(self, source: Any, module: ModuleSpec) -> Block:
+    def load_from(self, source: TensorReader, module: ModuleSpec) -> Block:
         """The module with its source weights, as ``source`` reads them."""
         return load_block(self.spec, module, source, self.device, self.dtype)
 
