@@ -76,8 +76,21 @@ def pass_rows(
 ) -> Rows:
     """The rows of tokens of one pass: of ``data`` with -c, else of the built-in set. ``spec``: None if it cannot be read.
 
+    For families that need BOS every row begins with it; with --quality reference rows are those of the plain algorithm.
     Raises CalibrationError, naming the flags of the pass, for lengths and numbers of rows that cannot be had.
     """
+    from exl2ray.calibration.rows import begun_with
+
+    rows = _rows(recipe, plan, tokenizer, vocabulary, spec, data)
+    if recipe.quality == "reference" or spec is None or not spec.arch.needs_bos:
+        return rows
+    bos_id = tokenizer.bos_id if spec.hyper.bos_token_id is None else spec.hyper.bos_token_id
+    return rows if bos_id is None or not 0 <= bos_id < vocabulary else begun_with(rows, bos_id)
+
+
+def _rows(
+    recipe: Recipe, plan: Plan, tokenizer: ModelTokenizer, vocabulary: int, spec: ModelSpec | None, data: CalibrationData
+) -> Rows:
     from exl2ray.calibration.rows import builtin_rows
     from exl2ray.calibration.text import builtin_documents
 
