@@ -53,8 +53,11 @@ from exl2ray.quant.rows import (
     Arrivals,
     TreeSum,
     batches,
+    error_rows,
+    error_step,
     forward_rows,
     head_sum,
+    number_of,
     reference_pass,
     relative_error,
     room_for_states,
@@ -85,9 +88,10 @@ class Entered:
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """error: mean over all rows of the relative Frobenius error of the output, None for the head. experts: coverage of a
-    mixture of experts (`measure_moe.shares_of`). x, other: this member's states after the module, in the quantised and in the
-    source model; empty for the head."""
+    """error: mean relative Frobenius error of the output, None for the head; of all rows with corrected targets, which need
+    what it is compared with, else of every fourth (`rows.error_step`). experts: coverage of a mixture of experts
+    (`measure_moe.shares_of`). x, other: this member's states after the module, in the quantised and in the source model; none
+    of the head, and none in x of a module that was entered before."""
 
     error: float | None
     notes: list[str]
@@ -129,13 +133,14 @@ def empty_trees(block: Block, on_host: bool = False) -> dict[str, TreeSum]:
 
 
 def add_share(
-    trees: Mapping[str, TreeSum], share: int, block: Block, x: Tensor, settings: Settings, check: Check, first: int = 0
-) -> Tensor:
+    trees: Mapping[str, TreeSum], share: int, block: Block, x: Tensor, settings: Settings, check: Check, first: int = 0,
+    every: int = 1,
+) -> Tensor:  # fmt: skip
     """States after a module with its source weights, for one share of the rows, whose Hessians are added to ``trees``.
 
-    first: number of the share's first row, for messages.
+    first: number of the share's first row. every: states of rows alone whose number is a multiple of it.
     """
-    y, hessians = reference_pass(block, x, settings, check, first)
+    y, hessians = reference_pass(block, x, settings, check, first, every=every)
     for group, tree in trees.items():
         tree.add(share, hessians.pop(group))
     return y
@@ -203,7 +208,10 @@ def quantize_module(
         notes.insert(0, describe_coverage(experts))
     if block.module.kind == "head":
         return QuantizedModule(None, notes, experts, {}, {})
-    out, error = _quantized_pass(block, x, sums.targets, rows, settings, check, comm, sums.middles)
+    if entered is None:
+        out, error = _quantized_pass(block, x, sums, rows, settings, check, comm)
+    else:
+        out, error = {}, _error_of(entered, check)
     return QuantizedModule(error, notes, experts, out, sums.after)
 
 
@@ -215,7 +223,7 @@ def sum_hessians(
     inputs, ranges = by_input(block.module.linears), share_rows(rows)
     if entered is not None:
         trees = {group: TreeSum.complete(h) for group, h in entered.hessians.items()}
-        yield PartialSums(inputs, trees, targets={} if entered.y is None else cut(entered.y))
+        yield PartialSums(inputs, trees)
     elif block.module.kind == "head":
         trees = empty_trees(block)
         for s, own in sorted(x.items()):
@@ -242,11 +250,12 @@ def sum_hessians(
             yield PartialSums(stage, trees, crosses, dict(after), after, middles)
     else:
         trees, targets, after = empty_trees(block, settings.sums_on_host), dict[int, Tensor](), dict[int, Tensor]()
+        every = error_step(rows)
         for s, own in sorted(x.items()):
-            targets[s] = add_share(trees, s, block, own, settings, check, ranges[s].start)
+            targets[s] = add_share(trees, s, block, own, settings, check, ranges[s].start, every)
             beside = other.pop(s)
             after[s] = forward_rows(block, beside, settings, check, device_of(block)) if len(beside) else beside
-        yield PartialSums(inputs, trees, {}, targets, after)
+        yield PartialSums(inputs, trees, {}, targets, after, every=every)
 
 
 def cut(x: Tensor) -> dict[int, Tensor]:
@@ -346,20 +355,20 @@ def broadcast(
 
 
 def _quantized_pass(
-    block: Block, x: Shares, targets: dict[int, Tensor], rows: int, settings: Settings, check: Check, comm: Comm,
-    middles: dict[int, list[Tensor]],
-) -> tuple[dict[int, Tensor], float]:  # fmt: skip
-    """Output of the quantised block by share, and the mean over all members' rows of its relative error. Uses x, targets and
-    middles up. Where the input of the second linear was kept it is not computed again: the same batches, the same bits."""
-    device, ranges = device_of(block), share_rows(rows)
+    block: Block, x: Shares, sums: PartialSums, rows: int, settings: Settings, check: Check, comm: Comm
+) -> tuple[dict[int, Tensor], float]:
+    """Output of the quantised block by share, and the mean of its relative error over all members' rows that have a target.
+    Uses up x, and targets and middles of the sums. Where the input of the second linear was kept it is not computed again:
+    the same batches, the same bits."""
+    device, ranges, every = device_of(block), share_rows(rows), sums.every
     out: dict[int, Tensor] = {}
     errors: list[tuple[int, float]] = []
     for s in sorted(x):
-        own, target = x.pop(s), targets.pop(s)
+        own, target = x.pop(s), sums.targets.pop(s)
         out[s] = room_for_states(own.shape, own.dtype, own.device, device)
-        first, arrivals = ranges[s].start, Arrivals(check)
+        first, done, arrivals = ranges[s].start, 0, Arrivals(check)
         error = torch.zeros((), dtype=torch.float64, device=device)
-        kept = middles.pop(s, [])
+        kept = sums.middles.pop(s, [])
         for part in batches(len(own), settings.batch_rows):
             batch = own[part].to(device)
             if kept:
@@ -369,8 +378,22 @@ def _quantized_pass(
                 result = block.forward(batch)
             place = f"rows {first + part.start} to {first + part.stop - 1}"
             arrivals.put(out[s], part, result, f"quantised output of {block.module.profile_key}, {place}")
-            error += relative_error(result, target[part].to(device))
+            compared = result[error_rows(first + part.start, every)].contiguous()
+            error += relative_error(compared, target[done : done + len(compared)].to(device))
+            done += len(compared)
         arrivals.end()
         errors.append((s, float(error)))
     total = sum(e for _, e in sorted(found for member in comm.gather(errors) for found in member))
-    return out, total / rows
+    return out, total / number_of(error_rows(0, every), rows)
+
+
+def _error_of(entered: Entered, check: Check) -> float:
+    """The mean of the relative error of an entered module that is quantised now, over the rows that count for it. No other
+    output is needed: what comes behind runs on states of the source model."""
+    if entered.y is None:
+        raise AssertionError("the head has no error")
+    block, chosen = entered.block, error_rows(0, error_step(len(entered.x)))
+    x, y, device = entered.x[chosen].contiguous(), entered.y[chosen].contiguous(), device_of(block)
+    out = forward_rows(block, x, entered.settings, check, device)
+    parts = batches(len(x), entered.settings.batch_rows)
+    return float(sum(relative_error(out[part].to(device), y[part].to(device)) for part in parts)) / len(x)
