@@ -242,12 +242,10 @@ class TreeSum:
                 h.h = to_pinned(h.h)
             self._nodes[node] = h
             return
-        sibling.h = sibling.h.to(h.h.device)
+        if self._on_host:
+            sibling.h = sibling.h.to(h.h.device)
         left, right = (sibling, h) if position % 2 else (h, sibling)
-        left.h += right.h
-        left.rows += right.rows
-        left.tokens += right.tokens
-        left.routed += right.routed
+        left.include(right)
         self.add_node((level + 1, position // 2), left)
 
     def counts(self) -> dict[Node, Counts]:

@@ -197,6 +197,16 @@ def test_hessian_of_half_inputs(seed: int) -> None:
     assert torch.allclose(accumulator.finish().cpu().double(), exact, rtol=1e-5, atol=1e-5 * float(exact.max()))
 
 
+@pytest.mark.parametrize("k", [2048, 4096, 5000])
+def test_wide_hessian_of_half_inputs(k: int, seed: int) -> None:
+    x = torch.randn(3000, k, generator=torch.Generator().manual_seed(seed)).half().cuda()
+    accumulator = HessianAccumulator(k, "cuda")
+    for part in x.split(1100):
+        accumulator.add(part)
+    exact = (x.double().T @ x.double()).float()
+    assert torch.allclose(accumulator.h, exact, rtol=1e-5, atol=1e-5 * float(exact.max()))
+
+
 def test_prepare_on_the_gpu_agrees_with_the_cpu(seed: int) -> None:
     h, _ = checks.problem(512, [32], seed)
     cpu, gpu = prepare(h), prepare(h.cuda())
