@@ -1,7 +1,7 @@
 """What a conversion begins before it is needed, and who waits for it.
 
     command -> (another process) Ray, processes of workers with torch -----------------------------.
-    command -> (another process) kernels of the solver, if none are in the cache ---.
+    command -> (other processes) kernels that are not in the cache -----------------.
     command -> import torch -> CUDA context, kernels (thread) ------------------.
            `-> import exl2ray -> checks, rows of tokens -> work directory -> worker -> first module -> first result
                               |                      |            `-> hashes of the source (threads) -----^
@@ -73,7 +73,7 @@ def begin_device(recipe: Recipe) -> None:
 
 def _set_up(recipe: Recipe) -> None:
     elsewhere = _will_use_ray(recipe) or (recipe.executor != "inline" and recipe.cluster is not None)
-    compiling = None if elsewhere else precompiling.begin(recipe.numerics)
+    compiling = () if elsewhere else precompiling.begin(recipe.numerics)
     with step("import torch"):
         from exl2ray.devices import pick_device, pick_executor
         from exl2ray.quant.warm import begin_warm_up

@@ -254,13 +254,13 @@ def test_plus_behind(elements: int) -> None:
 
 def test_launches_go_around_numba() -> None:
     """The prepared launch is used, does what Numba's own does, and does nothing for tensors without elements."""
-    from exl2ray.cuda import elementwise
+    from exl2ray.cuda import elementwise, elementwise_kernels
     from exl2ray.cuda.launch import Launch, stream_of
 
     x = torch.randn(3, 1000, device="cuda").half()
     direct, ordinary = torch.empty_like(x), torch.empty_like(x)
     for out, through_numba in ((direct, False), (ordinary, True)):
-        call = Launch(elementwise._gated_silu, 3, elementwise.THREADS, x.view(-1), x.view(-1), out.view(-1))
+        call = Launch(elementwise_kernels.gated_silu, 3, elementwise_kernels.THREADS, x.view(-1), x.view(-1), out.view(-1))
         assert call._function, "this version of numba-cuda hides the handles of kernels"
         call._call_numba(stream_of(x), ()) if through_numba else call(stream_of(x))
     assert torch.equal(direct, ordinary)
