@@ -99,7 +99,7 @@ def _run_kernels(device: torch.device, numerics: Numerics, compiled: Callable[[]
 
 
 def _run_forward(device: torch.device, numerics: Numerics) -> Factor:
-    """What Hessians, forward passes and errors need; a Hessian's factor. That of torch first: ours may be compiled meanwhile."""
+    """What Hessians, forward passes and errors need, that of torch first: our kernels may be compiled meanwhile."""
     from exl2ray.cuda import elementwise
 
     x = torch.linspace(-1, 1, TOKENS * ROWS, device=device).view(1, TOKENS, ROWS).half()
