@@ -18,7 +18,7 @@ from torch import Tensor
 from exl2ray.errors import CalibrationError, NumericError
 from exl2ray.formats.layout import FLOAT16_MAX
 from exl2ray.formats.readahead import TensorReader
-from exl2ray.model.half import ALL_ROWS, AttentionHalf, Capture, Half, LinearBank, MlpHalf, Norm
+from exl2ray.model.half import AttentionHalf, Capture, Half, LinearBank, MlpHalf, Norm, chosen
 from exl2ray.model.moe import Expert, ExpertBank, Routing, route
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_linear, read_tensor
@@ -57,10 +57,10 @@ class Block(ABC):
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
         """States before the module -> states after it. capture(input_group, inputs (tokens, K)) is called per group."""
 
-    def forward_some(self, x: Tensor, rows: slice, capture: Capture | None = None) -> Tensor:
-        """States after the module of some of the rows x alone, x[rows]; what is captured is of all. Halves, and experts one
-        by one, make their last product for these rows only."""
-        return self.forward(x, capture)[rows]
+    def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
+        """States after the module of some of the rows x alone (None: of all); what is captured is of all. Halves, and experts
+        one by one, make their last product for these rows only."""
+        return chosen(self.forward(x, capture), rows)
 
 
 class EmbeddingBlock(Block):
@@ -118,20 +118,20 @@ class SequentialBlock(Block):
     """Attention or MLP: one half, residual included."""
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
-        return self.forward_some(x, ALL_ROWS, capture)
+        return self.forward_some(x, None, capture)
 
-    def forward_some(self, x: Tensor, rows: slice, capture: Capture | None = None) -> Tensor:
+    def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
         half = self.halves[0]
-        return half.post(x[rows], half.branch(half.pre(x), capture, rows))
+        return half.post(chosen(x, rows), half.branch(half.pre(x), capture, rows))
 
 
 class ParallelBlock(Block):
     """x + attention(n) + mlp(n) with n = norm(x) (5.19); n is captured once, as "qkv"."""
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
-        return self.forward_some(x, ALL_ROWS, capture)
+        return self.forward_some(x, None, capture)
 
-    def forward_some(self, x: Tensor, rows: slice, capture: Capture | None = None) -> Tensor:
+    def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
         attention, mlp = self.halves
         n = attention.pre(x)
 
@@ -139,7 +139,7 @@ class ParallelBlock(Block):
             if capture is not None and group != attention.first[0].input_group:
                 capture(group, inputs)
 
-        own = x[rows]
+        own = chosen(x, rows)
         a = attention.post(own, attention.branch(n, capture, rows))
         m = mlp.post(own, mlp.branch(n, None if capture is None else without_shared, rows))
         return own + a.to(x.dtype) + m.to(x.dtype)
@@ -180,14 +180,14 @@ class MoeBlock(Block):
         return x + y.reshape(x.shape).to(x.dtype)
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
-        return self.forward_some(x, ALL_ROWS, capture)
+        return self.forward_some(x, None, capture)
 
-    def forward_some(self, x: Tensor, rows: slice, capture: Capture | None = None) -> Tensor:
+    def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
         h = self.pre(x).flatten(0, -2)
         wanted = None
-        if rows != ALL_ROWS:
+        if rows is not None:
             wanted = torch.arange(len(h), device=h.device).view(x.shape[:2])[rows].flatten()
-        return self.post(x[rows], self.experts.forward(h, self.route(h), None, capture, wanted=wanted))
+        return self.post(chosen(x, rows), self.experts.forward(h, self.route(h), None, capture, wanted=wanted))
 
 
 class NormBlock(Block):

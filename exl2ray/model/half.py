@@ -24,7 +24,11 @@ from exl2ray.model.rules import Activation, NormKind
 from exl2ray.model.spec import LinearSpec
 
 Capture = Callable[[str, Tensor], None]  # (input group, inputs (tokens, K) in compute dtype)
-ALL_ROWS = slice(None)
+
+
+def chosen(states: Tensor, rows: slice | None) -> Tensor:
+    """Some of the rows, or the states themselves: a view of all of them is another step of a backward pass."""
+    return states if rows is None else states[rows]
 
 
 class Norm:
@@ -173,8 +177,8 @@ class Half(ABC):
         """Whether ``post`` is nothing but x + out."""
         return self.residual_scale == 1.0 and self.post_norm is None and self.add_residual
 
-    def branch(self, n: Tensor, capture: Capture | None = None, rows: slice = ALL_ROWS) -> Tensor:
-        """Normed input n (R, T, hidden) -> output of the second linear for some of the rows, (R, T, hidden) for all.
+    def branch(self, n: Tensor, capture: Capture | None = None, rows: slice | None = None) -> Tensor:
+        """Normed input n (R, T, hidden) -> output of the second linear of all rows (R, T, hidden), or of some.
 
         capture is called with the inputs of each group of linears, flattened to (tokens, K), of all rows.
         """
@@ -183,7 +187,7 @@ class Half(ABC):
         m = self.mid({x.role: self.linear(x, n) for x in self.first})
         if capture is not None:
             capture(self.second.input_group, m.flatten(0, -2))
-        return self.linear(self.second, m[rows])
+        return self.linear(self.second, chosen(m, rows))
 
 
 def activate(kind: Activation, x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def error_step(rows: int) -> int:
 
 def error_rows(first: int, every: int) -> slice:
     """Those of rows that begin with number ``first`` whose number is a multiple of ``every``."""
-    return slice(-first % every, None, every) if every > 1 else slice(None)
+    return slice(-first % every, None, every)
 
 
 def number_of(rows: slice, count: int) -> int:
@@ -156,7 +156,7 @@ def reference_pass(
             for group, inputs, routed in block.inputs_of_all_experts(xb):
                 hessians[group].add(inputs, xb.shape[0], routed)
         else:
-            out = block.forward_some(xb, wanted, capture)
+            out = block.forward_some(xb, wanted if every > 1 else None, capture)
         place = f"rows {first + part.start} to {first + part.stop - 1}"
         arrivals.put(y, slice(done, done + len(out)), out, f"output of {block.module.profile_key}, {place}")
         done += len(out)
