@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
@@ -99,25 +99,33 @@ def _run_kernels(device: torch.device, numerics: Numerics, compiled: Callable[[]
 
 
 def _run_forward(device: torch.device, numerics: Numerics) -> Factor:
-    """What Hessians, forward passes and errors need, that of torch first: our kernels may be compiled meanwhile."""
+    """What Hessians, forward passes and errors need; a Hessian's factor. torch's part in a thread beside ours, which reads
+    kernels from the disk."""
     from exl2ray.cuda import elementwise
 
     x = torch.linspace(-1, 1, TOKENS * ROWS, device=device).view(1, TOKENS, ROWS).half()
-    torch.matmul(x, _weight(device))
-    accumulator = HessianAccumulator(ROWS, device)
+    with ThreadPoolExecutor(1, f"{EXPENDABLE} libraries") as beside:
+        factor = beside.submit(_run_libraries, x)
+        angles = torch.zeros(TOKENS, ROWS // HEADS // 2, device=device)
+        n = elementwise.rms_norm(x, torch.ones(ROWS, device=device), 1e-5)
+        elementwise.rotate(n.view(1, TOKENS, HEADS, -1), angles, angles, neox=True)
+        branch = elementwise.gated_silu(x, n)
+        elementwise.residual_errors(x, branch, x)
+        elementwise.distances(branch, x)
+        if numerics.target_correction:
+            elementwise.plus_behind(branch, x, n, 1.0)
+        return factor.result()
+
+
+def _run_libraries(x: Tensor) -> Factor:
+    """cuBLAS, cuSOLVER and attention. x: (1, TOKENS, ROWS) float16."""
+    torch.matmul(x, _weight(x.device))
+    accumulator = HessianAccumulator(ROWS, x.device)
     accumulator.add(x, 1)
     factor = prepare(accumulator.finish(), where="warming up")
-    torch.linalg.cholesky_ex(torch.eye(ROWS, dtype=torch.float64, device=device))  # for wide inputs
+    torch.linalg.cholesky_ex(torch.eye(ROWS, dtype=torch.float64, device=x.device))  # for wide inputs
     q = x.view(1, TOKENS, HEADS, -1).transpose(1, 2)
     F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    angles = torch.zeros(TOKENS, ROWS // HEADS // 2, device=device)
-    n = elementwise.rms_norm(x, torch.ones(ROWS, device=device), 1e-5)
-    elementwise.rotate(n.view(1, TOKENS, HEADS, -1), angles, angles, neox=True)
-    branch = elementwise.gated_silu(x, n)
-    elementwise.residual_errors(x, branch, x)
-    elementwise.distances(branch, x)
-    if numerics.target_correction:
-        elementwise.plus_behind(branch, x, n, 1.0)
     return factor
 
 
