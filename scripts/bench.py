@@ -42,8 +42,9 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import check_states, load_block
 from exl2ray.quality import PRESETS, Quality
 from exl2ray.quant import pack as packing
+from exl2ray.quant.entering import Entered, enter_module
 from exl2ray.quant.memory import settings_for, states_fit
-from exl2ray.quant.module import Entered, cut, enter_module, measure_module, quantize_module
+from exl2ray.quant.module import cut, measure_module, quantize_module
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
 from exl2ray.quant.rows import share_rows
 from exl2ray.quant.solve import synchronize

@@ -102,7 +102,8 @@ class HessianAccumulator:
     def include(self, other: HessianAccumulator) -> None:
         """Adds another sum of this shape, on the same device, which is used up."""
         if self._h is not None and other._h is not None and self._one_sided and other._one_sided:
-            self._h += other._h
+            for panel in _panels(len(self._h)):
+                self._h[panel, panel.start :] += other._h[panel, panel.start :]
         else:
             self.h += other.h
         self.rows += other.rows

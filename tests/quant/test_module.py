@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from quant_helpers import Packed, load, states
+from quant_helpers import Packed, load, measured, states
 from thread_comm import together
 from torch import Tensor
 
 from exl2ray.model.blocks import check_states
 from exl2ray.quality import Numerics, Settings
-from exl2ray.quant import factorising
+from exl2ray.quant import factorising, hessian
+from exl2ray.quant.entering import enter_module
 from exl2ray.quant.group import Solo
 from exl2ray.quant.measure_moe import describe_coverage
-from exl2ray.quant.module import QuantizedModule, cut, enter_module, quantize_module
+from exl2ray.quant.module import QuantizedModule, cut, quantize_module
 from exl2ray.quant.qparams import head_option, parse
 from exl2ray.quant.rows import error_rows, error_step, number_of, owner_shares, share_rows
 
@@ -100,6 +101,39 @@ def test_the_reported_error_is_of_every_fourth_row_and_changes_no_byte(
             assert all(torch.equal(w, same[key]) for key, w in weights.items())
             for before, after in ((mine.x, other.x), (mine.other, other.other)):
                 assert all(torch.equal(t, after[s]) for s, t in before.items())
+
+
+@pytest.mark.parametrize("numerics", [Numerics(), CORRECTED], ids=["plain", "corrected"])
+@pytest.mark.parametrize(("family", "index"), [("Llama", 2), ("Mixtral", 2), ("Cohere", 1)])
+def test_factors_made_ahead_of_their_turn_change_nothing(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str, index: int, numerics: Numerics
+) -> None:
+    monkeypatch.setattr("exl2ray.quant.module.lanes_of", lambda block: 1)  # small experts are solved side by side
+    monkeypatch.setattr("exl2ray.quant.measure_moe.lanes_of", lambda block: 1)
+    made: list[str] = []
+    factor = hessian.input_factor
+
+    def noted(block: Any, hessians: Any, group: str, *rest: Any) -> Any:
+        made.append(group)
+        return factor(block, hessians, group, *rest)
+
+    for room in ("module", "measure", "measure_moe"):
+        monkeypatch.setattr(f"exl2ray.quant.{room}.input_factor", noted)
+    found = []
+    for early in (False, True):
+        settings = Settings(batch_rows=2, numerics=numerics, ahead=early)
+        made.clear()
+        ((result, packed, _),) = by_group(tiny(family), index, settings, 1)
+        quantised = list(made)
+        spec, block = load(tiny(family), index)
+        made.clear()
+        profile, _ = measured(block, states(spec, rows=ROWS), settings)
+        found.append((result.error, result.notes, profile.to_json(), dict(profile.extra), quantised, list(made), packed))
+    (*first, packed), (*second, same) = found
+    assert first == second
+    assert packed.keys() == same.keys()
+    for key, p in packed.items():
+        assert all(torch.equal(t, same[key].tensors()[name]) for name, t in p.tensors().items())
 
 
 def test_rows_of_the_reported_error() -> None:
