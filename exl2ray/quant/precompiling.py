@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +30,7 @@ Processes = Sequence["subprocess.Popen[bytes]"]
 
 def begin(numerics: Numerics) -> Processes:
     """The processes, which end with this one; none if there is nothing for them to do, or no GPU."""
-    if not _has_gpu():
+    if not has_gpu():
         return ()
     from exl2ray.cuda import compiling  # makes the folder of the cache
 
@@ -51,6 +51,13 @@ def _begun(names: Sequence[str]) -> subprocess.Popen[bytes] | None:
     return None
 
 
+def begin_context(name: str) -> Callable[[], None]:
+    """`exl2ray.cuda.context.begin`."""
+    from exl2ray.cuda import context
+
+    return context.begin(name)
+
+
 def finish(children: Processes) -> None:
     """Waits for their ends, however they end."""
     last = time.monotonic() + PATIENCE
@@ -62,6 +69,6 @@ def finish(children: Processes) -> None:
             child.wait()
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     """As far as can be told without torch."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(Path("/dev").glob("nvidia[0-9]*"))

@@ -25,7 +25,7 @@ from exl2ray.recipe import Recipe
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine with a GPU and an empty cache, whose folder is given."""
-    monkeypatch.setattr(precompiling, "_has_gpu", lambda: True)
+    monkeypatch.setattr(precompiling, "has_gpu", lambda: True)
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     return tmp_path
 
@@ -112,7 +112,7 @@ def test_it_ends_with_the_program_however_that_ends(gpu: Path) -> None:
 import exl2ray.quant.precompiling as p
 from exl2ray.quality import PLAIN
 from exl2ray.stopping import leave
-p._has_gpu, p.BOOT = (lambda: True), "import time; time.sleep(600)"
+p.has_gpu, p.BOOT = (lambda: True), "import time; time.sleep(600)"
 print(*(child.pid for child in p.begin(PLAIN)), flush=True)
 leave(130)
 """
