@@ -1,8 +1,8 @@
 """What a conversion begins before it is needed, and who waits for it.
 
     command -> (another process) Ray, processes of workers with torch -----------------------------.
-    command -> (another process) kernels of the solver, if none are in the cache ---.
-    command -> import torch -> CUDA context, kernels (thread) ------------------.
+    command -> (other processes) kernels that are not in the cache -----------------.
+    command -> import torch -> kernels (thread; the context beside torch) ------.
            `-> import exl2ray -> checks, rows of tokens -> work directory -> worker -> first module -> first result
                               |                      |            `-> hashes of the source (threads) -----^
                               |                      `-> (in the worker) first weights (threads) --^
@@ -73,16 +73,20 @@ def begin_device(recipe: Recipe) -> None:
 
 def _set_up(recipe: Recipe) -> None:
     elsewhere = _will_use_ray(recipe) or (recipe.executor != "inline" and recipe.cluster is not None)
-    compiling = None if elsewhere else precompiling.begin(recipe.numerics)
+    compiling = () if elsewhere else precompiling.begin(recipe.numerics)
+    let_go = None if elsewhere or not precompiling.has_gpu() else precompiling.begin_context(f"{EXPENDABLE} context")
     with step("import torch"):
         from exl2ray.devices import pick_device, pick_executor
         from exl2ray.quant.warm import begin_warm_up
 
     def device() -> str | None:
+        used = None
         with suppress(Exl2RayError):  # the checks tell of it
             found = pick_device(recipe)
-            return found.type if pick_executor(recipe, found) == "inline" else None
-        return None
+            used = found.type if pick_executor(recipe, found) == "inline" else None
+        if let_go is not None and used != "cuda":
+            let_go()
+        return used
 
     def compiled() -> None:
         with step("wait for compiled kernels"):

@@ -80,6 +80,7 @@ class Settings:
     budget_bytes: int | None = None  # working memory of one solver batch
     offload: bool = False  # keep the candidates of a module in host memory, for GPUs that cannot hold them all
     expert_tokens: int | None = None  # tokens of one expert that are scored at once; None: all
+    ahead: bool = False  # Hessians of the next linears are factorised while the present ones are solved
     keep_bytes: int = 0  # of what enters second linears, for results that would be computed again
     sums_on_host: bool = False  # partial sums of Hessians wait in host memory, for GPUs that cannot hold several
     all_experts: bool = False  # Hessians of every expert from all tokens; the forward pass stays as routed

@@ -34,6 +34,7 @@ from random_models import Shape, build
 from torch.profiler import ProfilerActivity, profile
 
 from exl2ray.allocation.knapsack import Slot, budget, solve
+from exl2ray.datasets import BUILTIN_PERPLEXITY_ROWS
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout, QParams, pad32
@@ -41,9 +42,11 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import check_states, load_block
 from exl2ray.quality import PRESETS, Quality
 from exl2ray.quant import pack as packing
+from exl2ray.quant.entering import Entered, enter_module
 from exl2ray.quant.memory import settings_for, states_fit
-from exl2ray.quant.module import Entered, cut, enter_module, measure_module, quantize_module
+from exl2ray.quant.module import cut, measure_module, quantize_module
 from exl2ray.quant.qparams import attention_options, head_option, mlp_options
+from exl2ray.quant.rows import share_rows
 from exl2ray.quant.solve import synchronize
 
 CALLS = 10  # of a kernel per timing
@@ -160,7 +163,7 @@ class Bench:
 
     def quantize(self, rows: int, tokens: int) -> None:
         x = self.states(rows, tokens)
-        other = (x.float() * 1.01).half()  # of the source model
+        other = (x.float() * 1.01).half()  # of the source model, whose reported rows alone go along without corrected targets
         total = first_total = 0.0
         for index, table in ((1, attention_options()[10]), (2, mlp_options()[9])):
             module = self.spec.modules[index]
@@ -175,10 +178,9 @@ class Bench:
                 for key, weight in o.items():
                     b.weights[key] = weight.to(self.device)
                 params = {y.key: c[y.role] for y in m.linears}
-                if s.numerics.target_correction:
-                    quantize_module(b, cut(x.clone()), cut(other.clone()), len(x), params, s, check_states, Packed())
-                else:
-                    self.quantized(enter_module(b, x, s, check_states), params)
+                beside = other if s.numerics.target_correction else other[:BUILTIN_PERPLEXITY_ROWS]
+                sources = {share: beside[r.start : r.stop].clone() for share, r in enumerate(share_rows(len(beside)))}
+                quantize_module(b, cut(x.clone()), sources, len(x), params, s, check_states, Packed())
 
             seconds, first = self.time(work)
             self.add(f"quantize {module.kind}", seconds, first)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from exl2ray.quality import ScaleSearch
+
+if TYPE_CHECKING:  # kernels are compiled without torch (`exl2ray.cuda.compiling`)
+    from torch import Tensor
 
 GRID_POINTS = 97
 # Refinement of scale codes (`exl2ray.quant.gptq.refine_codes`): least width whose codes are refined (with two bits the loss

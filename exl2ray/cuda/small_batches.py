@@ -135,20 +135,28 @@ def _record(shape: Shape, r: Tensor | None, perm: Tensor, weights: Sequence[Tens
     return _Recorded(batch, graph)
 
 
+def ahead(device: torch.device, wanted: bool = True) -> Streams:
+    """A stream for what is needed next, beside what the current one does; where it is not ``wanted``, the current one."""
+    return Streams(device, int(wanted), COUNT)
+
+
 class Streams:
     """Takes turns: work inside the n-th ``turn()`` runs on stream n modulo their number.
 
     A context manager; work before it is finished for all streams, and on leaving it the current stream waits for all of them.
     Inside, a turn must not use what another turn made. On CPUs, and with one stream, work runs where it would anyway.
+
+    first: number of the first stream. From COUNT on they are nobody else's, so that one of them goes on beside the current
+    stream and those of its turns.
     """
 
-    def __init__(self, device: torch.device, count: int = COUNT) -> None:
+    def __init__(self, device: torch.device, count: int = COUNT, first: int = 0) -> None:
         self._streams: list[torch.cuda.Stream] = []
-        self._turns = 0
-        if device.type == "cuda" and count > 1:
+        self._turns, self._first = 0, first
+        if device.type == "cuda" and (count > 1 or (first and count)):
             made = _streams.setdefault(device, [])
-            made += [torch.cuda.Stream(device) for _ in range(count - len(made))]
-            self._streams = made[:count]
+            made += [torch.cuda.Stream(device) for _ in range(first + count - len(made))]
+            self._streams = made[first : first + count]
 
     def __enter__(self) -> Streams:
         for stream in self._streams:
@@ -168,7 +176,7 @@ class Streams:
             return
         number = self._turns % len(self._streams)
         self._turns += 1
-        before, CACHE.stream = CACHE.stream, number
+        before, CACHE.stream = CACHE.stream, self._first + number
         try:
             with torch.cuda.stream(self._streams[number]):
                 yield

@@ -18,7 +18,7 @@ from torch import Tensor
 from exl2ray.errors import CalibrationError, NumericError
 from exl2ray.formats.layout import FLOAT16_MAX
 from exl2ray.formats.readahead import TensorReader
-from exl2ray.model.half import AttentionHalf, Capture, Half, LinearBank, MlpHalf, Norm
+from exl2ray.model.half import AttentionHalf, Capture, Half, LinearBank, MlpHalf, Norm, chosen
 from exl2ray.model.moe import Expert, ExpertBank, Routing, route
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import read_linear, read_tensor
@@ -56,6 +56,11 @@ class Block(ABC):
     @abstractmethod
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
         """States before the module -> states after it. capture(input_group, inputs (tokens, K)) is called per group."""
+
+    def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
+        """States after the module of some of the rows x alone (None: of all); what is captured is of all. Halves, and experts
+        one by one, make their last product for these rows only."""
+        return chosen(self.forward(x, capture), rows)
 
 
 class EmbeddingBlock(Block):
@@ -113,14 +118,20 @@ class SequentialBlock(Block):
     """Attention or MLP: one half, residual included."""
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
+        return self.forward_some(x, None, capture)
+
+    def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
         half = self.halves[0]
-        return half.post(x, half.branch(half.pre(x), capture))
+        return half.post(chosen(x, rows), half.branch(half.pre(x), capture, rows))
 
 
 class ParallelBlock(Block):
     """x + attention(n) + mlp(n) with n = norm(x) (5.19); n is captured once, as "qkv"."""
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
+        return self.forward_some(x, None, capture)
+
+    def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
         attention, mlp = self.halves
         n = attention.pre(x)
 
@@ -128,9 +139,10 @@ class ParallelBlock(Block):
             if capture is not None and group != attention.first[0].input_group:
                 capture(group, inputs)
 
-        a = attention.post(x, attention.branch(n, capture))
-        m = mlp.post(x, mlp.branch(n, None if capture is None else without_shared))
-        return x + a.to(x.dtype) + m.to(x.dtype)
+        own = chosen(x, rows)
+        a = attention.post(own, attention.branch(n, capture, rows))
+        m = mlp.post(own, mlp.branch(n, None if capture is None else without_shared, rows))
+        return own + a.to(x.dtype) + m.to(x.dtype)
 
 
 class MoeBlock(Block):
@@ -168,8 +180,14 @@ class MoeBlock(Block):
         return x + y.reshape(x.shape).to(x.dtype)
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
+        return self.forward_some(x, None, capture)
+
+    def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
         h = self.pre(x).flatten(0, -2)
-        return self.post(x, self.forward_experts(h, self.route(h), None, capture))
+        wanted = None
+        if rows is not None:
+            wanted = torch.arange(len(h), device=h.device).view(x.shape[:2])[rows].flatten()
+        return self.post(chosen(x, rows), self.experts.forward(h, self.route(h), None, capture, wanted=wanted))
 
 
 class NormBlock(Block):

@@ -26,6 +26,11 @@ from exl2ray.model.spec import LinearSpec
 Capture = Callable[[str, Tensor], None]  # (input group, inputs (tokens, K) in compute dtype)
 
 
+def chosen(states: Tensor, rows: slice | None) -> Tensor:
+    """Some of the rows, or the states themselves: a view of all of them is another step of a backward pass."""
+    return states if rows is None else states[rows]
+
+
 class Norm:
     """RMSNorm or LayerNorm, with or without a weight offset (architectures 5.6, 5.7), of the last dimension in float32.
 
@@ -172,17 +177,17 @@ class Half(ABC):
         """Whether ``post`` is nothing but x + out."""
         return self.residual_scale == 1.0 and self.post_norm is None and self.add_residual
 
-    def branch(self, n: Tensor, capture: Capture | None = None) -> Tensor:
-        """Normed input n (R, T, hidden) -> output of the second linear (R, T, hidden).
+    def branch(self, n: Tensor, capture: Capture | None = None, rows: slice | None = None) -> Tensor:
+        """Normed input n (R, T, hidden) -> output of the second linear of all rows (R, T, hidden), or of some.
 
-        capture is called with the inputs of each group of linears, flattened to (tokens, K).
+        capture is called with the inputs of each group of linears, flattened to (tokens, K), of all rows.
         """
         if capture is not None:
             capture(self.first[0].input_group, n.flatten(0, -2))
         m = self.mid({x.role: self.linear(x, n) for x in self.first})
         if capture is not None:
             capture(self.second.input_group, m.flatten(0, -2))
-        return self.linear(self.second, m)
+        return self.linear(self.second, chosen(m, rows))
 
 
 def activate(kind: Activation, x: Tensor) -> Tensor:

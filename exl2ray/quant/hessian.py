@@ -32,6 +32,7 @@ ATTEMPTS = 10
 _BLOCK_ROWS = 2048
 _FACTOR_SHARE = 0.3  # of a GPU's memory, for a whole matrix of float64
 ALL_EXPERTS = "w13"  # among the inputs of experts: the sum over those of w1 and w3
+TRIANGLE_ROWS = 2048  # of X^T X that a GPU computes at a time, from the diagonal to the right; fewer do not fill it
 FLOAT64_ROWS = 8192  # above this K, float32 loses too much of the small pivots (speed-study, precision)
 
 
@@ -39,11 +40,15 @@ class HessianAccumulator:
     """Sum of X^T X over calibration rows for one distinct input; K x K float32 on ``device``.
 
     Also of X^T Y, K x ``columns``, for products with something else.
+
+    X^T X is symmetric. On a GPU a wide one is summed in panels of TRIANGLE_ROWS rows, each from the diagonal to the right;
+    what is left of them is filled in when the sum is read. That is 0.75 of all products with 4096 inputs, 0.59 with 11008.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu", columns: int | None = None) -> None:
         self._shape, self._device = (in_features, columns or in_features), device
         self._h: Tensor | None = None
+        self._one_sided = False  # what is left of the panels' diagonals is not filled in
         self.rows = 0
         self.tokens = 0
         self.routed = 0  # of these, tokens that the router sent here; all of them but with --moe-all-experts
@@ -53,11 +58,15 @@ class HessianAccumulator:
         """The sum so far."""
         if self._h is None:
             self._h = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+        if self._one_sided:
+            for panel in _panels(len(self._h)):
+                self._h[panel.stop :, panel] = self._h[panel, panel.stop :].T
+            self._one_sided = False
         return self._h
 
     @h.setter
     def h(self, value: Tensor) -> None:
-        self._h = value
+        self._h, self._one_sided = value, False
 
     def add(self, x: Tensor, rows: int = 1, routed: int | None = None, y: Tensor | None = None) -> None:
         """Adds inputs ``x`` (..., K), any float dtype, that stem from ``rows`` calibration rows.
@@ -68,23 +77,57 @@ class HessianAccumulator:
         only the order of summation differs from a float32 product. Float32 inputs are multiplied in float32.
         """
         x = x.reshape(-1, x.shape[-1])
-        y = x if y is None else y.reshape(-1, y.shape[-1])
         self.rows += rows
         self.tokens += x.shape[0]
         self.routed += x.shape[0] if routed is None else routed
         if x.shape[0] == 0:
             return
-        if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-            product = torch.mm(x.T, y, out_dtype=torch.float32)
-            self.h = product if self._h is None else self._h.add_(product)
+        if not _on_tensor_cores(x):
+            self.h.addmm_(x.float().T, (x if y is None else y.reshape(-1, y.shape[-1])).float())
+        elif y is None and x.shape[1] > TRIANGLE_ROWS:
+            self._add_one_side(x)
         else:
-            self.h.addmm_(x.float().T, y.float())
+            product = _product(x, x if y is None else y.reshape(-1, y.shape[-1]))
+            self.h = product if self._h is None else self.h.add_(product)
+
+    def _add_one_side(self, x: Tensor) -> None:
+        """X^T X of half inputs x (tokens, K) on a GPU."""
+        first = self._h is None
+        total = torch.empty(self._shape, dtype=torch.float32, device=x.device) if self._h is None else self._h
+        for panel in _panels(x.shape[1]):
+            place, product = total[panel, panel.start :], _product(x[:, panel], x[:, panel.start :])
+            place.copy_(product) if first else place.add_(product)
+        self._h, self._one_sided = total, True
+
+    def include(self, other: HessianAccumulator) -> None:
+        """Adds another sum of this shape, on the same device, which is used up."""
+        if self._h is not None and other._h is not None and self._one_sided and other._one_sided:
+            for panel in _panels(len(self._h)):
+                self._h[panel, panel.start :] += other._h[panel, panel.start :]
+        else:
+            self.h += other.h
+        self.rows += other.rows
+        self.tokens += other.tokens
+        self.routed += other.routed
 
     def finish(self) -> Tensor:
         """H (K, K) float32, divided by the number of rows; the identity if no token was seen."""
         if self.tokens == 0:
             return torch.eye(self.h.shape[0], dtype=torch.float32, device=self.h.device)
         return self.h / self.rows
+
+
+def _on_tensor_cores(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """X^T Y of halves on a GPU, float32."""
+    return torch.mm(x.T, y, out_dtype=torch.float32)
+
+
+def _panels(rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + TRIANGLE_ROWS, rows)) for start in range(0, rows, TRIANGLE_ROWS))
 
 
 @dataclass(frozen=True)

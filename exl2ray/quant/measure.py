@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl2ray.cuda.small_batches import ahead
 from exl2ray.cuda.solver import CHUNK, Solution
 from exl2ray.formats.layout import QParams
 from exl2ray.formats.measurement import OptionProfile
@@ -185,12 +186,18 @@ def _candidates(
     (table,) = option_tables([linear.role for linear in (*half.first, half.second)])
     columns = table.columns()
     out: dict[str, dict[int, Tensor]] = {}
-    for group, linears in by_input((*half.first, half.second)).items():
+    inputs = by_input((*half.first, half.second))
+    for group, linears in inputs.items():
         if group not in factors:  # parallel halves share an input
             factors[group] = input_factor(block, hessians, group, settings, notes)
         weights = {x.role: pad_columns(block.weights[x.key]) for x in linears}
         options = {x.role: columns[x.role][0] for x in linears}
-        solved = solve_with_losses(factors[group], weights, options, settings.budget_bytes, settings.offload)
+        coming = [g for g in inputs if g not in factors][: int(settings.ahead)]
+        with ahead(device_of(block), bool(coming)) as beside:
+            solved = solve_with_losses(factors[group], weights, options, settings.budget_bytes, settings.offload)
+            for other in coming:
+                with beside.turn():
+                    factors[other] = input_factor(block, hessians, other, settings, notes)
         for role, found in solved.items():
             losses.add(role, options[role], found, factors[group], 1 / tokens)
             out[role] = {j: s.weight for j, s in found.items()}

@@ -34,6 +34,9 @@ PARTIAL_SUMS = 3  # of Hessians that wait for their sibling in the tree of share
 SUMS_SHARE = 0.15
 KEEP_SHARE = 0.1  # what enters second linears, if that much is left
 EXPERT_SHARE = 0.1  # scoring of one expert's tokens
+# A GPU that has room for a factor that is not needed yet, and at most so much of it: 14336 inputs on an H200; 28672 inputs
+# would take the room of states that wait for their module.
+ROOMY_BYTES, AHEAD_SHARE = 40 << 30, 0.02
 # A linear that is being quantised for good, per weight: error float32, sorted copy float32, result twice in half precision,
 # integers twice.
 SOLVED_BYTES = 14
@@ -54,7 +57,8 @@ def settings_within(module: Module, rows: int, tokens: int, total: int, damping:
     solver = int(total * SOLVER_SHARE)
     per_row = max(1, tokens * _bytes_per_token(module))
     batch = max(1, min(rows, int(total * ACTIVATION_SHARE) // per_row))
-    return Settings(damping, batch, solver, offload, _expert_tokens(module, total))
+    ahead = total >= ROOMY_BYTES and not offload and ahead_bytes(module) <= AHEAD_SHARE * total
+    return Settings(damping, batch, solver, offload, _expert_tokens(module, total), ahead)
 
 
 def states_fit(
@@ -145,6 +149,17 @@ def recorded_bytes(modules: Sequence[Module], total: int) -> int:
     return min(sum(groups.values()), int(GRAPH_SHARE * total))
 
 
+def _factor_bytes(k: int) -> int:
+    """What factorising a K x K Hessian takes beside it."""
+    return (8 if k > FLOAT64_ROWS else 4) * k * k + 4 * k * k
+
+
+def ahead_bytes(module: Module) -> int:
+    """At most what factors take that are made while others are used: that of one input, of experts those of one."""
+    widths = {x.in_features for x in module.linears}
+    return sum(map(_factor_bytes, widths)) if module.kind == "moe" else max(map(_factor_bytes, widths), default=0)
+
+
 def hessian_bytes(module: Module) -> int:
     inputs = {x.input_group: x.in_features for x in module.linears}
     return sum(4 * k * k for k in inputs.values())
@@ -184,13 +199,13 @@ def peak_bytes(module: Module, settings: Settings, tokens: int, states_bytes: in
     candidates = 0 if settings.offload else candidate_bytes(module)
     activations = settings.batch_rows * tokens * _bytes_per_token(module)
     largest = max(inputs.values(), default=0)
-    factor = (8 if largest > FLOAT64_ROWS else 4) * largest * largest + 4 * largest * largest
+    factor, coming = _factor_bytes(largest), ahead_bytes(module) if settings.ahead else 0
     one_batch = min(settings.budget_bytes or 0, max((_solver_bytes(module, group) for group in inputs), default=0))
     expert = (settings.expert_tokens or 0) * _expert_bytes_per_token(module)
     one_candidate = max((2 * x.padded_weights for x in module.linears), default=0)
     return {
         "reference": resident + activations,
-        "solve": resident + candidates + max(factor, 4 * largest * largest + one_batch),
+        "solve": resident + candidates + max(factor, 4 * largest * largest + one_batch + coming),
         "score": resident + candidates + activations + expert + (one_candidate if settings.offload else 0),
     }
 
@@ -202,8 +217,9 @@ def _quantizing(module: Module, settings: Settings, tokens: int) -> int:
     members: dict[str, list[int]] = {}
     for x in module.linears:
         members.setdefault(x.input_group, []).append(x.padded_weights)
-    largest = max((x.in_features for x in module.linears), default=0)
-    factor = (8 if largest > FLOAT64_ROWS else 4) * largest * largest + 4 * largest * largest
+    factor = _factor_bytes(max((x.in_features for x in module.linears), default=0))
+    if settings.ahead:
+        factor += ahead_bytes(module)
     solved = SOLVED_BYTES * max((sum(m) for m in members.values()), default=0)
     if module.kind == "moe":  # some experts are solved side by side, if they are small
         solved = max(solved, min(SOLVED_BYTES * sum(map(sum, members.values())), settings.budget_bytes or 0))

@@ -1,10 +1,10 @@
 """One module: what each of its options costs (`measure_module`), and quantising it with the chosen ones (`quantize_module`).
 
 Both begin with the module's source weights on calibration rows, which are cut into shares (`exl2ray.quant.rows`), and so both
-give the same bits whoever holds which of them. `enter_module` runs all rows of a worker alone; it serves measuring, and
-quantising on the states of the source model, where one pass is enough for all bitrates. In a chain every module is entered
-on what the quantised ones before it produce, by a group of workers; a group of one is a group. Then (converter-algorithm
-section 12)
+give the same bits whoever holds which of them. `enter_module` (`exl2ray.quant.entering`) runs all rows of a worker alone; it
+serves measuring, and quantising on the states of the source model, where one pass is enough for all bitrates. In a chain
+every module is entered on what the quantised ones before it produce, by a group of workers; a group of one is a group. Then
+(converter-algorithm section 12)
 
 1. the members sum Hessians over their own shares,
 2. each input gets an owner, and its sum goes there,
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.small_batches import Streams
+from exl2ray.cuda.small_batches import Streams, ahead
 from exl2ray.errors import NumericError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.layout import QParams
@@ -43,9 +43,10 @@ from exl2ray.quant.correct import (
     second_linears,
     second_sums,
 )
+from exl2ray.quant.entering import Entered, add_share, empty_trees, error_of
 from exl2ray.quant.gptq import Quantized
 from exl2ray.quant.group import Comm, Solo
-from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor, prepare_borrowing
+from exl2ray.quant.hessian import Factor, input_factor, prepare_borrowing
 from exl2ray.quant.measure import measure_halves, measure_head
 from exl2ray.quant.measure_moe import describe_coverage, measure_experts, shares_of
 from exl2ray.quant.pack import Decoded, dequantize, pack, pad_columns
@@ -53,13 +54,14 @@ from exl2ray.quant.rows import (
     Arrivals,
     TreeSum,
     batches,
+    error_rows,
+    error_step,
     forward_rows,
     head_sum,
-    reference_pass,
+    number_of,
     relative_error,
     room_for_states,
     share_rows,
-    shared_batches,
 )
 from exl2ray.quant.sharing import Owned, PartialSums, share_out, spread
 from exl2ray.quant.solve import lanes_of, quantize_linears
@@ -70,24 +72,11 @@ Shares = dict[int, Tensor]  # share of the rows -> states (r, T, hidden); shares
 
 
 @dataclass(frozen=True)
-class Entered:
-    """A module that all calibration rows went through with its source weights.
-
-    x, y: (R, T, hidden) states before and after it; the head has no y. hessians: of all inputs, over all rows.
-    """
-
-    block: Block
-    x: Tensor
-    y: Tensor | None
-    hessians: dict[str, HessianAccumulator]
-    settings: Settings
-
-
-@dataclass(frozen=True)
 class QuantizedModule:
-    """error: mean over all rows of the relative Frobenius error of the output, None for the head. experts: coverage of a
-    mixture of experts (`measure_moe.shares_of`). x, other: this member's states after the module, in the quantised and in the
-    source model; empty for the head."""
+    """error: mean relative Frobenius error of the output, None for the head; of all rows with corrected targets, which need
+    what it is compared with, else of every fourth (`rows.error_step`). experts: coverage of a mixture of experts
+    (`measure_moe.shares_of`). x, other: this member's states after the module, in the quantised and in the source model; none
+    of the head, and none in x of a module that was entered before."""
 
     error: float | None
     notes: list[str]
@@ -101,44 +90,6 @@ class PackedSink(Protocol):
 
     def add(self, packed: Mapping[str, PackedLinear]) -> None: ...
     def flush(self) -> object: ...
-
-
-def enter_module(block: Block, x: Tensor, settings: Settings, check: Check) -> Entered:
-    """Runs a module with its source weights on all rows x (R, T, hidden).
-
-    The bits are those of rows that are spread over workers; where partial sums would have to leave the GPU, rows are summed
-    one after another instead. ``check(states, where)`` raises NumericError for NaN and clamps infinities.
-    """
-    if block.module.kind == "head":
-        group = block.module.linears[0].input_group
-        return Entered(block, x, None, {group: head_sum(block, x, settings)}, settings)
-    if settings.sums_on_host:
-        slices = shared_batches(len(x), settings.batch_rows)
-        return Entered(block, x, *reference_pass(block, x, settings, check, slices=slices), settings)
-    trees, y = empty_trees(block), room_for_states(x.shape, x.dtype, x.device, device_of(block))
-    for s, rows in enumerate(share_rows(len(x))):
-        if len(rows):
-            part = slice(rows.start, rows.stop)
-            y[part] = add_share(trees, s, block, x[part], settings, check, rows.start)
-    return Entered(block, x, y, {group: tree.total() for group, tree in trees.items()}, settings)
-
-
-def empty_trees(block: Block, on_host: bool = False) -> dict[str, TreeSum]:
-    """A sum for each input of a module."""
-    return {group: TreeSum(on_host) for group in by_input(block.module.linears)}
-
-
-def add_share(
-    trees: Mapping[str, TreeSum], share: int, block: Block, x: Tensor, settings: Settings, check: Check, first: int = 0
-) -> Tensor:
-    """States after a module with its source weights, for one share of the rows, whose Hessians are added to ``trees``.
-
-    first: number of the share's first row, for messages.
-    """
-    y, hessians = reference_pass(block, x, settings, check, first)
-    for group, tree in trees.items():
-        tree.add(share, hessians.pop(group))
-    return y
 
 
 def measure_module(entered: Entered, report: Callable[[str], None]) -> ModuleProfile:
@@ -203,7 +154,10 @@ def quantize_module(
         notes.insert(0, describe_coverage(experts))
     if block.module.kind == "head":
         return QuantizedModule(None, notes, experts, {}, {})
-    out, error = _quantized_pass(block, x, sums.targets, rows, settings, check, comm, sums.middles)
+    if entered is None:
+        out, error = _quantized_pass(block, x, sums, rows, settings, check, comm)
+    else:
+        out, error = {}, error_of(entered, check)
     return QuantizedModule(error, notes, experts, out, sums.after)
 
 
@@ -215,7 +169,7 @@ def sum_hessians(
     inputs, ranges = by_input(block.module.linears), share_rows(rows)
     if entered is not None:
         trees = {group: TreeSum.complete(h) for group, h in entered.hessians.items()}
-        yield PartialSums(inputs, trees, targets={} if entered.y is None else cut(entered.y))
+        yield PartialSums(inputs, trees)
     elif block.module.kind == "head":
         trees = empty_trees(block)
         for s, own in sorted(x.items()):
@@ -242,11 +196,12 @@ def sum_hessians(
             yield PartialSums(stage, trees, crosses, dict(after), after, middles)
     else:
         trees, targets, after = empty_trees(block, settings.sums_on_host), dict[int, Tensor](), dict[int, Tensor]()
+        every = error_step(rows)
         for s, own in sorted(x.items()):
-            targets[s] = add_share(trees, s, block, own, settings, check, ranges[s].start)
+            targets[s] = add_share(trees, s, block, own, settings, check, ranges[s].start, every)
             beside = other.pop(s)
             after[s] = forward_rows(block, beside, settings, check, device_of(block)) if len(beside) else beside
-        yield PartialSums(inputs, trees, {}, targets, after)
+        yield PartialSums(inputs, trees, {}, targets, after, every=every)
 
 
 def cut(x: Tensor) -> dict[int, Tensor]:
@@ -265,7 +220,8 @@ def solve_and_pack(
 ) -> dict[str, dict[str, PackedLinear]]:
     """Quantises the linears on the inputs that a member owns: packed linears by input, which the sink has got, too.
 
-    Inputs are solved and packed one after another, small experts some at a time side by side.
+    Inputs are solved and packed one after another, small experts some at a time side by side. On a GPU with room the factor
+    for the next input is made meanwhile: that takes most of its time in small blocks, one after another.
     """
     lanes = lanes_of(block)
     if has_experts(block):
@@ -277,13 +233,16 @@ def solve_and_pack(
     packed: dict[str, dict[str, PackedLinear]] = {}
     size = 1 if lanes == 1 else ROUNDS * lanes
     for start in range(0, len(own), size):
-        decoded = Decoded()
+        decoded, coming = Decoded(), own[start + 1 : start + 2] if settings.ahead and lanes == 1 else []
         before = [block.weights[x.key] for g in own[start : start + size] for x in sums.inputs[g]] if lanes > 1 else []
-        with Streams(device_of(block), lanes) as side_by_side:
+        with Streams(device_of(block), lanes) as side_by_side, ahead(device_of(block), bool(coming)) as beside:
             for group in own[start : start + size]:
                 with side_by_side.turn():
                     linears = sums.inputs[group]
                     packed[group] = pack_input(block, _solve_input(block, linears, group, owned, params, settings), decoded)
+            for group in coming:
+                with beside.turn():
+                    owned.factors[group] = _factor(block, group, owned, settings)
         del before  # other streams may have been reading them when they were replaced
         decoded.check()
         for group in own[start : start + size]:
@@ -295,13 +254,18 @@ def solve_and_pack(
 def _solve_input(
     block: Block, linears: Sequence[Linear], group: str, owned: Owned, params: Mapping[str, QParams], settings: Settings
 ) -> dict[str, Quantized]:
-    notes = owned.notes.setdefault(group, [])
-    factor = owned.factors.pop(group, None) or input_factor(block, owned.hessians, group, settings, notes)
+    factor = _factor(block, group, owned, settings)
     targets: Mapping[str, Tensor] = block.weights
     if group in owned.crosses:
         strength = settings.numerics.target_correction
         targets = corrected_weights(block, linears, factor, owned.crosses.pop(group), strength)
     return solve_input(linears, targets, factor, params, settings, side_by_side=lanes_of(block) == 1)
+
+
+def _factor(block: Block, group: str, owned: Owned, settings: Settings) -> Factor:
+    """For the linears on an input; one that was made before is handed out."""
+    notes = owned.notes.setdefault(group, [])
+    return owned.factors.pop(group, None) or input_factor(block, owned.hessians, group, settings, notes)
 
 
 def solve_input(
@@ -346,20 +310,20 @@ def broadcast(
 
 
 def _quantized_pass(
-    block: Block, x: Shares, targets: dict[int, Tensor], rows: int, settings: Settings, check: Check, comm: Comm,
-    middles: dict[int, list[Tensor]],
-) -> tuple[dict[int, Tensor], float]:  # fmt: skip
-    """Output of the quantised block by share, and the mean over all members' rows of its relative error. Uses x, targets and
-    middles up. Where the input of the second linear was kept it is not computed again: the same batches, the same bits."""
-    device, ranges = device_of(block), share_rows(rows)
+    block: Block, x: Shares, sums: PartialSums, rows: int, settings: Settings, check: Check, comm: Comm
+) -> tuple[dict[int, Tensor], float]:
+    """Output of the quantised block by share, and the mean of its relative error over all members' rows that have a target.
+    Uses up x, and targets and middles of the sums. Where the input of the second linear was kept it is not computed again:
+    the same batches, the same bits."""
+    device, ranges, every = device_of(block), share_rows(rows), sums.every
     out: dict[int, Tensor] = {}
     errors: list[tuple[int, float]] = []
     for s in sorted(x):
-        own, target = x.pop(s), targets.pop(s)
+        own, target = x.pop(s), sums.targets.pop(s)
         out[s] = room_for_states(own.shape, own.dtype, own.device, device)
-        first, arrivals = ranges[s].start, Arrivals(check)
+        first, done, arrivals = ranges[s].start, 0, Arrivals(check)
         error = torch.zeros((), dtype=torch.float64, device=device)
-        kept = middles.pop(s, [])
+        kept = sums.middles.pop(s, [])
         for part in batches(len(own), settings.batch_rows):
             batch = own[part].to(device)
             if kept:
@@ -369,8 +333,10 @@ def _quantized_pass(
                 result = block.forward(batch)
             place = f"rows {first + part.start} to {first + part.stop - 1}"
             arrivals.put(out[s], part, result, f"quantised output of {block.module.profile_key}, {place}")
-            error += relative_error(result, target[part].to(device))
+            compared = result[error_rows(first + part.start, every)].contiguous()
+            error += relative_error(compared, target[done : done + len(compared)].to(device))
+            done += len(compared)
         arrivals.end()
         errors.append((s, float(error)))
     total = sum(e for _, e in sorted(found for member in comm.gather(errors) for found in member))
-    return out, total / rows
+    return out, total / number_of(error_rows(0, every), rows)

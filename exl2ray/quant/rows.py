@@ -32,6 +32,7 @@ from exl2ray.quant.hessian import HessianAccumulator
 
 SHARES = 8  # a power of two; the largest group of workers
 WORST_ACCURACY = 1e-6
+ERROR_EVERY, LEAST_ERROR_ROWS = 4, 4  # rows that a reported error is of
 LOCKED_WASTE = 1.3  # torch takes page-locked memory by powers of two
 
 
@@ -51,6 +52,23 @@ def shared_batches(rows: int, size: int) -> Iterator[slice]:
     for share in share_rows(rows):
         for part in batches(len(share), size):
             yield slice(share.start + part.start, share.start + part.stop)
+
+
+def error_step(rows: int) -> int:
+    """Each how many-th calibration row counts for the reported error of a module, where what the source weights make of its
+    input is needed for nothing else: every fourth of them, or what still leaves four rows. Spread over all kinds of text, and
+    the same rows whoever holds them. A quarter of the last products is a thirtieth of what a module of 7B shape costs."""
+    return max(1, min(ERROR_EVERY, rows // LEAST_ERROR_ROWS))
+
+
+def error_rows(first: int, every: int) -> slice:
+    """Those of rows that begin with number ``first`` whose number is a multiple of ``every``."""
+    return slice(-first % every, None, every)
+
+
+def number_of(rows: slice, count: int) -> int:
+    """How many of ``count`` rows these are."""
+    return len(range(*rows.indices(count)))
 
 
 class Arrivals:
@@ -114,30 +132,34 @@ def forward_rows(
 
 
 def reference_pass(
-    block: Block, x: Tensor, settings: Settings, check: Check, first: int = 0, slices: Iterable[slice] | None = None
-) -> tuple[Tensor, dict[str, HessianAccumulator]]:
+    block: Block, x: Tensor, settings: Settings, check: Check, first: int = 0, slices: Iterable[slice] | None = None,
+    every: int = 1,
+) -> tuple[Tensor, dict[str, HessianAccumulator]]:  # fmt: skip
     """Unquantised forward of all rows: output states, and a Hessian per distinct input ("qkv", "down", "w2.3", ...).
 
-    first: number of the first row, for messages. slices: the batches of rows; None: as large ones as ``settings`` has.
+    first: number of the first row. slices: the batches of rows; None: as large ones as ``settings`` has. every: the output of
+    rows alone whose number is a multiple of it.
     """
     sizes = {linear.input_group: linear.in_features for linear in block.module.linears}
     device = device_of(block)
     hessians = {group: HessianAccumulator(k, device) for group, k in sizes.items()}
-    y, arrivals = room_for_states(x.shape, x.dtype, x.device, device), Arrivals(check)
+    count, done = number_of(error_rows(first, every), len(x)), 0
+    y, arrivals = room_for_states((count, *x.shape[1:]), x.dtype, x.device, device), Arrivals(check)
     for part in batches(x.shape[0], settings.batch_rows) if slices is None else slices:
-        xb = x[part].to(device)
+        xb, wanted = x[part].to(device), error_rows(first + part.start, every)
 
         def capture(group: str, inputs: Tensor, rows: int = xb.shape[0]) -> None:
             hessians[group].add(inputs, rows)
 
         if has_experts(block) and settings.all_experts:
-            out = block.forward(xb)
+            out = block.forward(xb[wanted])
             for group, inputs, routed in block.inputs_of_all_experts(xb):
                 hessians[group].add(inputs, xb.shape[0], routed)
         else:
-            out = block.forward(xb, capture)
+            out = block.forward_some(xb, wanted if every > 1 else None, capture)
         place = f"rows {first + part.start} to {first + part.stop - 1}"
-        arrivals.put(y, part, out, f"output of {block.module.profile_key}, {place}")
+        arrivals.put(y, slice(done, done + len(out)), out, f"output of {block.module.profile_key}, {place}")
+        done += len(out)
     arrivals.end()
     return y, hessians
 
@@ -220,12 +242,10 @@ class TreeSum:
                 h.h = to_pinned(h.h)
             self._nodes[node] = h
             return
-        sibling.h = sibling.h.to(h.h.device)
+        if self._on_host:
+            sibling.h = sibling.h.to(h.h.device)
         left, right = (sibling, h) if position % 2 else (h, sibling)
-        left.h += right.h
-        left.rows += right.rows
-        left.tokens += right.tokens
-        left.routed += right.routed
+        left.include(right)
         self.add_node((level + 1, position // 2), left)
 
     def counts(self) -> dict[Node, Counts]:

@@ -30,6 +30,7 @@ class PartialSums:
 
     inputs: input -> the linears on it. trees: Hessians by input; crosses: products for corrected targets, if any.
     targets, after: by share, what the module should produce, and the source model's states after it; with the last sums.
+    every: targets are of rows alone whose number is a multiple of it.
     middles: by share, batch by batch, what enters the second linear of the quantised module, if it was kept.
     """
 
@@ -39,6 +40,7 @@ class PartialSums:
     targets: dict[int, torch.Tensor] = field(default_factory=dict)
     after: dict[int, torch.Tensor] = field(default_factory=dict)
     middles: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    every: int = 1
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ call would do it on the CPU.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quality import PLAIN, Numerics
-from exl2ray.quant.hessian import HessianAccumulator, prepare
+from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare
 from exl2ray.quant.pack import dequantize, pack
 from exl2ray.quant.qparams import parse
 from exl2ray.quant.solve import quantize_linears, solve_options
@@ -40,7 +39,7 @@ _begun: list[Future[tuple[str | None, Numerics]]] = []  # at most one: what a th
 
 def begin_warm_up(device: Callable[[], str | None], numerics: Numerics, compiled: Callable[[], None] = lambda: None) -> None:
     """`warm_up` of the ``device`` found (None: of nothing), in this thread. The next `warm_up` waits for its end, and raises
-    what it raised. compiled: waits for a process that compiles the solver's kernels (`exl2ray.quant.precompiling`)."""
+    what it raised. compiled: waits for processes that compile kernels (`exl2ray.quant.precompiling`)."""
     future: Future[tuple[str | None, Numerics]] = Future()
     _begun[:] = [future]
     try:
@@ -85,55 +84,60 @@ def _run_backward(device: torch.device) -> None:
         # The device is not waited for: that would spoil a graph which another thread records (`exl2ray.cuda.small_batches`).
 
 
-def compile_solver(numerics: str) -> None:
-    """For a process that does nothing else (`exl2ray.quant.precompiling`). numerics: fields of `Numerics`, as JSON."""
-    device = torch.device("cuda")
-    x = torch.linspace(-1, 1, TOKENS * ROWS, device=device).view(1, TOKENS, ROWS).half()
-    _run_solver(x, Numerics(**json.loads(numerics)))
-
-
 def _run_kernels(device: torch.device, numerics: Numerics, compiled: Callable[[], None] = lambda: None) -> None:
     if device.type != "cuda":
         compiled()
         return
     with step("kernels"):
         try:
-            states = _run_forward(device, numerics)
-        except RuntimeError:  # a GPU for one process at a time may be taken by the other one
+            factor = _run_forward(device, numerics)
+        except RuntimeError:  # a GPU for one process at a time may be taken by another one
             compiled()
-            states = _run_forward(device, numerics)
+            factor = _run_forward(device, numerics)
         compiled()
-        _run_solver(states, numerics)
+        _run_solver(factor, numerics)
 
 
-def _run_forward(device: torch.device, numerics: Numerics) -> Tensor:
-    """What forward passes and errors need; states (1, TOKENS, ROWS) float16."""
+def _run_forward(device: torch.device, numerics: Numerics) -> Factor:
+    """What Hessians, forward passes and errors need; a Hessian's factor. torch's part in a thread beside ours, which reads
+    kernels from the disk."""
     from exl2ray.cuda import elementwise
 
     x = torch.linspace(-1, 1, TOKENS * ROWS, device=device).view(1, TOKENS, ROWS).half()
-    angles = torch.zeros(TOKENS, ROWS // HEADS // 2, device=device)
-    n = elementwise.rms_norm(x, torch.ones(ROWS, device=device), 1e-5)
-    q = elementwise.rotate(n.view(1, TOKENS, HEADS, -1), angles, angles, neox=True).transpose(1, 2)
-    branch = F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).reshape(x.shape)
-    branch = elementwise.gated_silu(branch.contiguous(), n)
-    elementwise.residual_errors(x, branch, x)
-    elementwise.distances(branch, x)
-    if numerics.target_correction:
-        elementwise.plus_behind(branch, x, n, 1.0)
-    return n
+    with ThreadPoolExecutor(1, f"{EXPENDABLE} libraries") as beside:
+        factor = beside.submit(_run_libraries, x)
+        angles = torch.zeros(TOKENS, ROWS // HEADS // 2, device=device)
+        n = elementwise.rms_norm(x, torch.ones(ROWS, device=device), 1e-5)
+        elementwise.rotate(n.view(1, TOKENS, HEADS, -1), angles, angles, neox=True)
+        branch = elementwise.gated_silu(x, n)
+        elementwise.residual_errors(x, branch, x)
+        elementwise.distances(branch, x)
+        if numerics.target_correction:
+            elementwise.plus_behind(branch, x, n, 1.0)
+        return factor.result()
 
 
-def _run_solver(x: Tensor, numerics: Numerics) -> None:
-    """What Hessians, solves and packing need. x: (1, TOKENS, ROWS) float16."""
-    device = x.device
-    weight = torch.linspace(-1, 1, ROWS * COLUMNS, device=device).view(ROWS, COLUMNS).half()
-    torch.matmul(x, weight)
-    accumulator = HessianAccumulator(ROWS, device)
+def _run_libraries(x: Tensor) -> Factor:
+    """cuBLAS, cuSOLVER and attention. x: (1, TOKENS, ROWS) float16."""
+    torch.matmul(x, _weight(x.device))
+    accumulator = HessianAccumulator(ROWS, x.device)
     accumulator.add(x, 1)
     factor = prepare(accumulator.finish(), where="warming up")
-    torch.linalg.cholesky_ex(torch.eye(ROWS, dtype=torch.float64, device=device))  # for wide inputs
+    torch.linalg.cholesky_ex(torch.eye(ROWS, dtype=torch.float64, device=x.device))  # for wide inputs
+    q = x.view(1, TOKENS, HEADS, -1).transpose(1, 2)
+    F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    return factor
+
+
+def _run_solver(factor: Factor, numerics: Numerics) -> None:
+    """What solves and packing need."""
+    weight = _weight(factor.perm.device)
     solve_options(factor, {"q_proj": weight}, {"q_proj": [parse("1:4b_128g"), parse("0.5:4b_32g/0.5:3b_32g")]})
     layout = GroupLayout((4, 3), (128, 128))
     solved = quantize_linears(factor, {"warm": weight}, {"warm": layout}, numerics=numerics)
-    dequantize(pack("warm", solved["warm"]), device)
-    torch.cuda.synchronize(device)
+    dequantize(pack("warm", solved["warm"]), weight.device)
+    torch.cuda.synchronize(weight.device)
+
+
+def _weight(device: torch.device) -> Tensor:
+    return torch.linspace(-1, 1, ROWS * COLUMNS, device=device).view(ROWS, COLUMNS).half()

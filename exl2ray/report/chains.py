@@ -17,7 +17,8 @@ _WIDEST_BITS = 16.0
 
 @dataclass(frozen=True)
 class ModuleResult:
-    """One module at one bitrate. error: relative Frobenius error of its output in the chain; None for the head."""
+    """One module at one bitrate. error: relative Frobenius error of its output in the chain, of the calibration rows that
+    `exl2ray.quant.module.QuantizedModule` says; None for the head."""
 
     key: str
     layer: int | None

@@ -118,6 +118,7 @@ class Runner:
             budget_bytes=None if s.budget_bytes is None else s.budget_bytes // shrink,
             expert_tokens=None if s.expert_tokens is None else max(1, s.expert_tokens // shrink),
             offload=self.device.type == "cuda",
+            ahead=False,
         )
 
     @cached_property

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from exl2ray.model.blocks import Block, check_states
+from exl2ray.quant.entering import add_share, empty_trees
 from exl2ray.quant.group import Comm
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.memory import context_bytes
-from exl2ray.quant.module import add_share, empty_trees
 from exl2ray.quant.rows import SHARES, gather_sums, owner_shares, share_rows
 from exl2ray.team.messages import Meeting, RowSet
 from exl2ray.team.runner import Runner

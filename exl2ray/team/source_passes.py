@@ -10,7 +10,8 @@ from typing import Any
 
 from exl2ray.formats.measurement import ModuleProfile
 from exl2ray.model.blocks import check_states
-from exl2ray.quant.module import Entered, cut, measure_module, quantize_module
+from exl2ray.quant.entering import Entered
+from exl2ray.quant.module import cut, measure_module, quantize_module
 from exl2ray.store.file_names import MEASURE, quant_kind
 from exl2ray.store.records import Record
 from exl2ray.team.member import Member

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from exl2ray.model.blocks import check_states
-from exl2ray.quant.module import Entered, enter_module
+from exl2ray.quant.entering import Entered, enter_module
 from exl2ray.store.file_names import MEASURE, REFERENCE_KIND
 from exl2ray.store.records import Record
 from exl2ray.team.checkpoints import Chain, Checkpoints

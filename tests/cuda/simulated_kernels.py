@@ -9,7 +9,7 @@ import pytest
 from numba import config
 from simulator import take_turns
 
-from exl2ray.cuda import elementwise, settle
+from exl2ray.cuda import elementwise_kernels, settle
 from exl2ray.formats.layout import GroupLayout
 
 take_turns()
@@ -55,9 +55,9 @@ def test_packing() -> None:
 
 
 def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "THREADS", 32)
+    monkeypatch.setattr(elementwise_kernels, "THREADS", 32)
     for name, times in (("T", 1), ("T2", 2), ("T3", 3), ("T4", 4)):
-        monkeypatch.setattr(elementwise, name, np.uint64(32 * times))
+        monkeypatch.setattr(elementwise_kernels, name, np.uint64(32 * times))
 
 
 @pytest.mark.parametrize(("rotated", "neox"), [(8, True), (4, True), (8, False)])
@@ -71,13 +71,13 @@ def test_gated_silu() -> None:
 
 def test_residual_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of 32 threads per row: with 64 of 256, the simulator takes minutes."""
-    monkeypatch.setattr(elementwise, "CHUNKS", 2)
+    monkeypatch.setattr(elementwise_kernels, "CHUNKS", 2)
     few_threads(monkeypatch)
     checks.check_residual_errors("cpu", tokens=10)
 
 
 def test_distances(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "CHUNKS", 2)
+    monkeypatch.setattr(elementwise_kernels, "CHUNKS", 2)
     few_threads(monkeypatch)
     checks.check_distances("cpu", tokens=6)
 

@@ -197,6 +197,16 @@ def test_hessian_of_half_inputs(seed: int) -> None:
     assert torch.allclose(accumulator.finish().cpu().double(), exact, rtol=1e-5, atol=1e-5 * float(exact.max()))
 
 
+@pytest.mark.parametrize("k", [2048, 4096, 5000])
+def test_wide_hessian_of_half_inputs(k: int, seed: int) -> None:
+    x = torch.randn(3000, k, generator=torch.Generator().manual_seed(seed)).half().cuda()
+    accumulator = HessianAccumulator(k, "cuda")
+    for part in x.split(1100):
+        accumulator.add(part)
+    exact = (x.double().T @ x.double()).float()
+    assert torch.allclose(accumulator.h, exact, rtol=1e-5, atol=1e-5 * float(exact.max()))
+
+
 def test_prepare_on_the_gpu_agrees_with_the_cpu(seed: int) -> None:
     h, _ = checks.problem(512, [32], seed)
     cpu, gpu = prepare(h), prepare(h.cuda())
@@ -244,13 +254,13 @@ def test_plus_behind(elements: int) -> None:
 
 def test_launches_go_around_numba() -> None:
     """The prepared launch is used, does what Numba's own does, and does nothing for tensors without elements."""
-    from exl2ray.cuda import elementwise
+    from exl2ray.cuda import elementwise, elementwise_kernels
     from exl2ray.cuda.launch import Launch, stream_of
 
     x = torch.randn(3, 1000, device="cuda").half()
     direct, ordinary = torch.empty_like(x), torch.empty_like(x)
     for out, through_numba in ((direct, False), (ordinary, True)):
-        call = Launch(elementwise._gated_silu, 3, elementwise.THREADS, x.view(-1), x.view(-1), out.view(-1))
+        call = Launch(elementwise_kernels.gated_silu, 3, elementwise_kernels.THREADS, x.view(-1), x.view(-1), out.view(-1))
         assert call._function, "this version of numba-cuda hides the handles of kernels"
         call._call_numba(stream_of(x), ()) if through_numba else call(stream_of(x))
     assert torch.equal(direct, ordinary)

@@ -92,6 +92,28 @@ def test_parallel_block_adds_two_branches(oracle: Callable[[str], Oracle]) -> No
     assert torch.equal(total, y)
 
 
+SOME = [*HALVES, ("CohereForCausalLM", "parallel"), ("MixtralForCausalLM", "moe")]
+
+
+@pytest.mark.parametrize(("name", "kind"), SOME)
+def test_states_of_some_rows_alone(name: str, kind: str, oracle: Callable[[str], Oracle]) -> None:
+    """The last product is of these rows; what is captured is of all, bit for bit."""
+    block = open_block(oracle(name).path, kind)
+    x, of_all, of_some = states(), Captured(), Captured()
+    y = block.forward(x, of_all)
+    products: list[tuple[str, int]] = []
+    block.bank.watch = lambda key, out: products.append((key, out[..., 0].numel()))
+    found = block.forward_some(x, slice(1, None, 2), of_some)
+    assert found.shape == (1, LENGTH, HIDDEN)
+    assert torch.allclose(found, y[1::2], atol=1e-5)
+    assert of_all.keys() == of_some.keys()
+    assert all(torch.equal(t, of_some[group]) for group, t in of_all.items())
+    outputs = [block.halves[0].second.key] if block.halves else [e.down.key for e in block.experts.experts]
+    chosen = block.experts.per_token if kind == "moe" else 1
+    assert sum(n for key, n in products if key in outputs) == LENGTH * chosen
+    assert block.forward_some(x, slice(5, None, 4)).shape == (0, LENGTH, HIDDEN)
+
+
 def test_rows_are_independent(oracle: Callable[[str], Oracle]) -> None:
     for name, kind in (*HALVES, ("MixtralForCausalLM", "moe"), ("CohereForCausalLM", "parallel")):
         block = open_block(oracle(name).path, kind)

@@ -16,9 +16,10 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.blocks import Block, check_states, load_block
 from exl2ray.model.spec import ModelSpec
 from exl2ray.quality import Settings
+from exl2ray.quant.entering import enter_module
 from exl2ray.quant.gptq import Quantized, feedback_factor, quantize_reference
 from exl2ray.quant.hessian import Factor
-from exl2ray.quant.module import QuantizedModule, cut, enter_module, measure_module, quantize_module
+from exl2ray.quant.module import QuantizedModule, cut, measure_module, quantize_module
 
 
 def correlated_inputs(k: int, tokens: int = 256, seed: int = 0) -> Tensor:

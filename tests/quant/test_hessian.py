@@ -9,6 +9,7 @@ from torch import Tensor
 
 from exl2ray.errors import NumericError
 from exl2ray.quality import Settings
+from exl2ray.quant import hessian as hessian_room
 from exl2ray.quant.gptq import feedback_factor
 from exl2ray.quant.hessian import (
     Factor,
@@ -30,6 +31,45 @@ def test_accumulator_sums_rows_and_divides_by_their_number() -> None:
     assert (accumulator.rows, accumulator.tokens) == (4, 90)
     exact = x.double().T @ x.double() / 4
     assert torch.allclose(accumulator.finish().double(), exact, rtol=1e-5, atol=1e-4 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("k", [48, 64, 70])
+def test_a_wide_sum_is_of_one_side_until_it_is_read(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: panels from the diagonal to the right. What is read, added up or sent has both sides."""
+    products: list[int] = []
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        products.append(x.shape[1] * y.shape[1])
+        return x.T @ y
+
+    monkeypatch.setattr(hessian_room, "TRIANGLE_ROWS", 16)
+    monkeypatch.setattr(hessian_room, "_on_tensor_cores", lambda x: True)
+    monkeypatch.setattr(hessian_room, "_product", product)
+    x = correlated_inputs(k, 120)
+    exact = x.double().T @ x.double()
+
+    def both_sides(h: Tensor) -> bool:
+        return all(torch.equal(h[start:, :start], h[:start, start:].T) for start in range(16, k, 16))
+
+    def same(h: Tensor) -> bool:
+        return both_sides(h) and torch.allclose(h.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+    whole = HessianAccumulator(k)
+    whole.add(x[:50])
+    assert sum(products) < 0.7 * k * k
+    whole.add(x[50:70])
+    assert both_sides(whole.h)  # in between
+    whole.add(x[70:])
+    assert same(whole.h)
+    for read in (False, True):  # one of the parts was read before
+        parts = [HessianAccumulator(k) for _ in range(3)]  # the last without a token
+        parts[0].add(x[:50])
+        parts[1].add(x[50:])
+        assert not read or parts[0].h.shape == (k, k)
+        for part in parts[1:]:
+            parts[0].include(part)
+        assert (parts[0].rows, parts[0].tokens, parts[0].routed) == (2, 120, 120)
+        assert same(parts[0].h)
 
 
 def test_no_token_gives_the_identity() -> None:

@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from quant_helpers import Packed, load, states
+from quant_helpers import Packed, load, measured, states
 from thread_comm import together
 from torch import Tensor
 
 from exl2ray.model.blocks import check_states
 from exl2ray.quality import Numerics, Settings
-from exl2ray.quant import factorising
+from exl2ray.quant import factorising, hessian
+from exl2ray.quant.entering import enter_module
 from exl2ray.quant.group import Solo
 from exl2ray.quant.measure_moe import describe_coverage
-from exl2ray.quant.module import QuantizedModule, cut, enter_module, quantize_module
+from exl2ray.quant.module import QuantizedModule, cut, quantize_module
 from exl2ray.quant.qparams import head_option, parse
-from exl2ray.quant.rows import owner_shares
+from exl2ray.quant.rows import error_rows, error_step, number_of, owner_shares, share_rows
 
 ROWS = 11
 CORRECTED = Numerics(0.5, "feedback", 1)
@@ -70,6 +71,79 @@ def test_a_group_of_any_size_packs_the_same_bits(
     if family == "Mixtral":
         assert sum(e["tokens"] for e in alone.experts) == 2 * ROWS * 24
         assert alone.notes[0] == describe_coverage(alone.experts)
+
+
+@pytest.mark.parametrize("all_experts", [False, True])
+@pytest.mark.parametrize(("family", "index"), [("Llama", 1), ("Llama", 2), ("Mixtral", 2), ("Cohere", 1)])
+def test_the_reported_error_is_of_every_fourth_row_and_changes_no_byte(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str, index: int, all_experts: bool
+) -> None:
+    rows, settings = 21, Settings(batch_rows=2, all_experts=all_experts)
+    found = {size: by_group(tiny(family), index, settings, size, rows) for size in (1, 4)}
+    ((result, _, _),) = found[1]
+    assert {r.error for r, _, _ in found[4]} == {result.error}
+
+    spec, block = load(tiny(family), index)
+    x = states(spec, rows=rows, tokens=24)
+    target, out = block.forward(x), torch.cat([result.x[s] for s in sorted(result.x)])
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(out.float(), target.float(), strict=True)][::4]
+    assert len(errors) == 6
+    assert result.error == pytest.approx(sum(errors) / len(errors), rel=1e-3)
+
+    monkeypatch.setattr("exl2ray.quant.module.error_step", lambda rows: 1)
+    for size in (1, 4):
+        of_all = by_group(tiny(family), index, settings, size, rows)
+        for (mine, own, weights), (other, theirs, same) in zip(found[size], of_all, strict=True):
+            assert mine.error != other.error
+            assert own.keys() == theirs.keys()
+            for key, p in own.items():
+                assert all(torch.equal(t, theirs[key].tensors()[name]) for name, t in p.tensors().items())
+            assert all(torch.equal(w, same[key]) for key, w in weights.items())
+            for before, after in ((mine.x, other.x), (mine.other, other.other)):
+                assert all(torch.equal(t, after[s]) for s, t in before.items())
+
+
+@pytest.mark.parametrize("numerics", [Numerics(), CORRECTED], ids=["plain", "corrected"])
+@pytest.mark.parametrize(("family", "index"), [("Llama", 2), ("Mixtral", 2), ("Cohere", 1)])
+def test_factors_made_ahead_of_their_turn_change_nothing(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str, index: int, numerics: Numerics
+) -> None:
+    monkeypatch.setattr("exl2ray.quant.module.lanes_of", lambda block: 1)  # small experts are solved side by side
+    monkeypatch.setattr("exl2ray.quant.measure_moe.lanes_of", lambda block: 1)
+    made: list[str] = []
+    factor = hessian.input_factor
+
+    def noted(block: Any, hessians: Any, group: str, *rest: Any) -> Any:
+        made.append(group)
+        return factor(block, hessians, group, *rest)
+
+    for room in ("module", "measure", "measure_moe"):
+        monkeypatch.setattr(f"exl2ray.quant.{room}.input_factor", noted)
+    found = []
+    for early in (False, True):
+        settings = Settings(batch_rows=2, numerics=numerics, ahead=early)
+        made.clear()
+        ((result, packed, _),) = by_group(tiny(family), index, settings, 1)
+        quantised = list(made)
+        spec, block = load(tiny(family), index)
+        made.clear()
+        profile, _ = measured(block, states(spec, rows=ROWS), settings)
+        found.append((result.error, result.notes, profile.to_json(), dict(profile.extra), quantised, list(made), packed))
+    (*first, packed), (*second, same) = found
+    assert first == second
+    assert packed.keys() == same.keys()
+    for key, p in packed.items():
+        assert all(torch.equal(t, same[key].tensors()[name]) for name, t in p.tensors().items())
+
+
+def test_rows_of_the_reported_error() -> None:
+    """Whoever holds which rows, they are the same ones; few rows count all."""
+    for rows in (1, 2, 4, 7, 8, 11, 16, 115):
+        every = error_step(rows)
+        wanted = list(range(0, rows, every))
+        assert [row for share in share_rows(rows) for row in share[error_rows(share.start, every)]] == wanted
+        assert len(wanted) == number_of(error_rows(0, every), rows) >= min(rows, 4)
+        assert every == 4 or len(wanted) < 8
 
 
 def test_members_without_rows_take_part(tiny: Callable[[str], Path]) -> None:

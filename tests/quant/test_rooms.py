@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from exl2ray.model.spec import LinearSpec, ModuleSpec, Stored
-from exl2ray.quant.memory import context_bytes, room_for_contexts, room_within, states_fit_within, sums_on_host_within
+from exl2ray.quant.memory import (
+    ahead_bytes,
+    context_bytes,
+    room_for_contexts,
+    room_within,
+    settings_within,
+    states_fit_within,
+    sums_on_host_within,
+)
 
 GB = 10**9
 HIDDEN, WIDE = 8192, 28672
@@ -76,3 +84,15 @@ def test_states_stay_on_a_gpu_that_has_room_for_quantising_alone() -> None:
     assert not states_fit_within(small, nbytes, 2048, 8 << 30, True, measuring=False)
     for total in (8 * GB, 24 * GB, 80 * GB):  # never less room than while measuring, which quantising does not need
         assert room_within(mixtral, nbytes, 2048, total, True, False) >= room_within(mixtral, nbytes, 2048, total, True)
+
+
+def test_factors_are_made_ahead_where_there_is_room() -> None:
+    dense = module("mlp", ("gate_proj", "gate_up", 4096, 11008), ("down_proj", "down", 11008, 4096))
+    mixtral = experts(8, 4096, 14336)
+    assert ahead_bytes(dense) == 12 * 11008**2  # float64 beside the result
+    assert ahead_bytes(mixtral) == 12 * 14336**2 + 8 * 4096**2
+    for made, total, expected in (
+        (dense, 24 * GB, False), (dense, 80 * GB, True), (mixtral, 150 * GB, True), (mixtral, 80 * GB, False),
+        (ATTENTION, 80 * GB, True), (MLP, 150 * GB, False),
+    ):  # fmt: skip
+        assert settings_within(made, 16, 2048, total, 0.12).ahead == expected

@@ -16,10 +16,10 @@ from torch import Tensor
 import exl2ray.team.shared_reading as reading_module
 import exl2ray.team.source_forward as sweep_module
 from exl2ray.model.blocks import check_states
+from exl2ray.quant.entering import enter_module
 from exl2ray.quant.group import Solo
 from exl2ray.quant.hessian import HessianAccumulator
 from exl2ray.quant.memory import context_bytes
-from exl2ray.quant.module import enter_module
 from exl2ray.quant.rows import SHARES, TreeSum, owner_shares, reduction, share_rows, shared_batches
 from exl2ray.store.open import open_store
 from exl2ray.store.tensors import put_tensors
