@@ -31,7 +31,6 @@ def begin(name: str) -> Callable[[], None]:
     def let_go() -> None:
         thread.join()
         while made:
-            os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch does, and the driver reads it when it is begun
             driver, device = made.pop()
             driver.cuDevicePrimaryCtxRelease_v2(device)
 
