@@ -316,13 +316,13 @@ def _quantized_pass(
     Uses up x, and targets and middles of the sums. Where the input of the second linear was kept it is not computed again:
     the same batches, the same bits."""
     device, ranges, every = device_of(block), share_rows(rows), sums.every
-    out: dict[int, Tensor] = {}
-    errors: list[tuple[int, float]] = []
+    out, arrivals = dict[int, Tensor](), Arrivals(check)
+    errors: dict[int, Tensor] = {}
     for s in sorted(x):
         own, target = x.pop(s), sums.targets.pop(s)
         out[s] = room_for_states(own.shape, own.dtype, own.device, device)
-        first, done, arrivals = ranges[s].start, 0, Arrivals(check)
-        error = torch.zeros((), dtype=torch.float64, device=device)
+        first, done = ranges[s].start, 0
+        errors[s] = torch.zeros((), dtype=torch.float64, device=device)
         kept = sums.middles.pop(s, [])
         for part in batches(len(own), settings.batch_rows):
             batch = own[part].to(device)
@@ -334,9 +334,9 @@ def _quantized_pass(
             place = f"rows {first + part.start} to {first + part.stop - 1}"
             arrivals.put(out[s], part, result, f"quantised output of {block.module.profile_key}, {place}")
             compared = result[error_rows(first + part.start, every)].contiguous()
-            error += relative_error(compared, target[done : done + len(compared)].to(device))
+            errors[s] += relative_error(compared, target[done : done + len(compared)].to(device))
             done += len(compared)
-        arrivals.end()
-        errors.append((s, float(error)))
-    total = sum(e for _, e in sorted(found for member in comm.gather(errors) for found in member))
+    arrivals.end()  # of all shares: each would wait for the GPU
+    mine = [(s, float(error)) for s, error in errors.items()]
+    total = sum(e for _, e in sorted(found for member in comm.gather(mine) for found in member))
     return out, total / number_of(error_rows(0, every), rows)
