@@ -175,7 +175,10 @@ def head_sum(block: Block, x: Tensor, settings: Settings) -> HessianAccumulator:
 
 
 def relative_error(result: Tensor, target: Tensor) -> Tensor:
-    """Sum over the rows of a batch of ||result - target|| / ||target||, a float64 scalar; both (R, T, hidden)."""
+    """Sum over the rows of a batch of ||result - target|| / ||target||, a float64 scalar; both (R, T, hidden). 0 of a batch
+    of which no row is compared."""
+    if not len(result):
+        return torch.zeros((), dtype=torch.float64, device=result.device)
     if result.is_cuda:
         from exl2ray.cuda import elementwise
 

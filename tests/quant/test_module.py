@@ -20,7 +20,7 @@ from exl2ray.quant.group import Solo
 from exl2ray.quant.measure_moe import describe_coverage
 from exl2ray.quant.module import QuantizedModule, cut, quantize_module
 from exl2ray.quant.qparams import head_option, parse
-from exl2ray.quant.rows import error_rows, error_step, number_of, owner_shares, share_rows
+from exl2ray.quant.rows import error_rows, error_step, number_of, owner_shares, relative_error, share_rows
 
 ROWS = 11
 CORRECTED = Numerics(0.5, "feedback", 1)
@@ -203,3 +203,10 @@ def test_an_entered_module_is_quantised_again_and_again(tiny: Callable[[str], Pa
     for name, t in first[1].items():
         assert torch.equal(t, again[1][name])
         assert index == 6 or torch.equal(t, chain[1][name])
+
+
+def test_the_error_of_no_rows_is_zero() -> None:
+    """A batch of two rows may hold none of those that are compared."""
+    x = torch.ones(3, 4, 8, dtype=torch.float16)
+    assert float(relative_error(x[:0], x[:0])) == 0
+    assert float(relative_error(x, 2 * x)) == pytest.approx(1.5)
