@@ -65,7 +65,7 @@ class Folder:
         if name not in self:
             return {}
         try:
-            return read_json_object(self.path / name)
+            return read_json_object(self.path / name, odd=True)
         except Exl2RayError:
             return {}
 
