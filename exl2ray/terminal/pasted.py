@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Sequence
 
 from exl2ray.errors import SourceError, UsageError, not_permitted, unreadable
+from exl2ray.formats.hub_names import is_repository
 from exl2ray.remote.address import redacted
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # hyphens and dashes of print, and the minus sign
 FOLDER = "give the folder that holds config.json and *.safetensors"
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def usage_hint(argv: Sequence[str], command: str) -> str:
@@ -67,6 +66,6 @@ def missing_folder_hint(path: str) -> str:
     expanded = os.path.expanduser(os.path.expandvars(path))
     if expanded != path and os.path.isdir(expanded):
         return f"the shell leaves ~ and variables as they are within quotes and after '=': give {shlex.quote(expanded)}"
-    if _REPOSITORY.fullmatch(path) and not os.path.isdir(os.path.dirname(path)):
+    if is_repository(path) and not os.path.isdir(os.path.dirname(path)):
         return f"{FOLDER}; a repository on the Hub is hf://{path}"
     return FOLDER
