@@ -32,12 +32,12 @@ from tiny_models import write_text
 from exl2ray.errors import UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.source.architecture_name import BY_MODEL_TYPE
+from exl2ray.given_paths import refuse_unexpanded
 from exl2ray.model.arch import load_spec
 from exl2ray.model.class_defaults import CLASS_DEFAULTS
 from exl2ray.model.hyper import Hyper, loader_config, resolve_hyper
 from exl2ray.model.table import ARCHITECTURES
 from exl2ray.recipe import Recipe
-from exl2ray.recipe_fields import refuse_unexpanded
 from exl2ray.terminal.pasted import missing_folder_hint, usage_hint
 
 Change = Callable[[Path], Any]
