@@ -13,7 +13,7 @@ what has one is complete.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class OutputWriter:
     spec: ModelSpec
     source: SourceModel
     work: WorkDir
+    _: KW_ONLY
     fingerprint: str
     calibration_rows: int
     warnings: ResultWarnings | None = None
