@@ -31,7 +31,7 @@ from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.report.plot_files import check_plot, is_plot
-from exl2ray.terminal.console import clean, is_terminal
+from exl2ray.terminal.console import aside, clean, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
@@ -126,11 +126,13 @@ class Files:
         """To be called when the results are out: a disk that is full costs no figures."""
         if self.positions is not None:
             write_positions(Path(self.positions), results)
+            aside(f"{self.positions}: figures of every prediction")
         if self.drawn is not None:
             sound = [r for r in results if math.isfinite(r.perplexity.value)]
             labels = [r.model.name.removesuffix(".gguf") for r in sound]
             found = [parse_evaluation(r.to_json(), named(str(r.model))) for r in sound]
             plot_ladder(list(zip(labels, found, strict=True)), self.drawn)
+            aside(f"{self.drawn}: quality over the size of the files")
 
 
 def evaluate(

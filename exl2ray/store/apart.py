@@ -1,11 +1,12 @@
-"""What people have written for themselves stays apart from what work directories keep as their own."""
+"""Work directories and what lies in them: what people have written for themselves stays apart from what is a job's own."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
-from exl2ray.errors import UsageError
+from exl2ray.errors import StoreError, UsageError
 from exl2ray.formats.regular import open_regular
 from exl2ray.store.file_names import is_within_ours
 from exl2ray.store.job_file import ID_BYTES, JOB_FILE, is_marked
@@ -26,6 +27,14 @@ def refuse_within(flag: str, path: str | Path, work: str = "", allowed: str = ""
         shown = work if place == own else place
         where = f"lies where the work directory {shown} keeps its own {rel.partition(os.sep)[0]}"
         raise UsageError(f"{flag} {path}: {where}", f"a conversion with -nr deletes what lies there: choose another {flag}")
+
+
+def no_work_directory(root: str, hint: str) -> StoreError:
+    """The error for a place without a job, with the work directory that it lies in, if it is a part of one."""
+    above = () if "://" in root else Path(os.path.realpath(root)).parents
+    work = next(filter(_is_work, above), None)
+    what = "a file, not a work directory" if os.path.isfile(root) else f"is not a work directory: it has no {JOB_FILE}"
+    return StoreError(f"{root}: {what}", hint if work is None else f"it is a part of {shlex.quote(str(work))}: give that")
 
 
 def _is_work(folder: Path) -> bool:

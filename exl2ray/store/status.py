@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exl2ray.errors import StoreError
+from exl2ray.store.apart import no_work_directory
 from exl2ray.store.event_log import read_events
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.file_names import CALIBRATION, MEASUREMENT, NOT_MODULES, REFERENCE_KIND
@@ -45,13 +47,15 @@ class WorkStatus:
 
 def read_status(root: str) -> WorkStatus:
     """Status of the directory at ``root``; StoreError if there is no work directory or it cannot be read."""
+    if os.path.isfile(root):
+        raise no_work_directory(root, "give the folder of a job")
     store = open_store(root)
     problems = []
     job = None
     try:
         job = decode_job(store.get(JOB_FILE), store.full_name(JOB_FILE))
     except MissingFileError as e:
-        raise StoreError(f"{store.root} is not a work directory: it has no {JOB_FILE}", "check the path") from e
+        raise no_work_directory(store.root, "check the path") from e
     except StoreError as e:
         problems.append(e.message)
     events, skipped = read_events(store)

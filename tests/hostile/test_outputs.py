@@ -161,6 +161,17 @@ def test_nor_where_another_work_directory_does(tmp_path: Path) -> None:
     refuse_within("-cf", other / "models" / "4.0", str(tmp_path / "w"))
 
 
+def test_a_part_of_a_work_directory_is_told_as_that(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    (work / "quant").mkdir(parents=True)
+    (work / "job.json").write_text(OURS)
+    for command in (("status",), ("report",), ("patch", "--set", "lm_head=6", "-o")):
+        exl2ray(*command, work / "quant").ends_with(7, "quant: is not a work directory", f"it is a part of {work}: give that")
+        exl2ray(*command, tmp_path).ends_with(7, "is not a work directory: it has no job.json")
+    for command in ("status", "report"):
+        exl2ray(command, work / "job.json").ends_with(7, "a file, not a work directory", f"{work}: give that")
+
+
 def test_a_measurement_does_not_take_the_place_of_the_job(tmp_path: Path) -> None:
     """After measuring for hours job.json was replaced, or the file could not be written."""
     write_source(tmp_path / "m")
