@@ -17,6 +17,7 @@ from small_sources import write_source
 from exl2ray.errors import StoreError, UnfitError, why_not_read
 from exl2ray.formats.claim import CLAIM, read_claim
 from exl2ray.formats.file_states import from_json
+from exl2ray.store import status
 from exl2ray.store.job_file import decode_job
 from exl2ray.store.local import MAX_LINES_BYTES, LocalStore
 from exl2ray.store.open import open_store
@@ -45,6 +46,25 @@ def test_going_on_with_a_spoiled_job_is_refused(case: str, tmp_path: Path) -> No
     SPOILED[case](tmp_path / "job.json")
     model = write_source(tmp_path.parent / f"{tmp_path.name}-model")
     exl2ray("convert", "-i", model, "-o", tmp_path, "-b", "4", "--dry-run").ends_with(7, "job.json")
+
+
+class Unreached:
+    """An object store without a network, where each request is tried for 20 s."""
+
+    is_local, root, asked = False, "s3://bucket/w", 0
+
+    def get(self, rel: str) -> bytes:
+        self.asked += 1
+        raise StoreError(f"cannot read {self.root}/{rel}: NETWORK_CONNECTION")
+
+
+def test_a_store_that_gives_nothing_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """status noted that there was no answer, and went on to the events."""
+    store = Unreached()
+    monkeypatch.setattr(status, "open_store", lambda root: store)
+    with pytest.raises(StoreError, match="NETWORK_CONNECTION"):
+        status.read_status(store.root)
+    assert store.asked == 1
 
 
 FORMS = {
