@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -39,11 +39,19 @@ def evaluate(run: Invocation, /, **settings: Any) -> None:
     with its tail, the share of most probable tokens that are others, and in a sentence whether the model is good.
     """
     from exl2ray.commands import evaluate as command
+    from exl2ray.evaluate.forward import RunOptions
 
-    later = list[Callable[[], None]]()
-    present(run, lambda: command.evaluate(**settings, quiet=run.json, later=later), command.show, command.results_json)
-    for draw in later:
-        draw()
+    models, text, files = (_taken(kind, settings) for kind in (command.Models, command.Text, command.Files))
+    device, options = settings.pop("device"), RunOptions(**settings)
+    found = present(
+        run, lambda: command.evaluate(models, text, files, device, options, run.json), command.show, command.results_json
+    )
+    files.write(found)
+
+
+def _taken(kind: type[Any], settings: dict[str, Any]) -> Any:
+    """A dataclass of those of the flags that are its fields, which are gone from ``settings`` then."""
+    return kind(**{f.name: settings.pop(f.name) for f in fields(kind)})
 
 
 @command(

@@ -117,7 +117,7 @@ def patch(
     from exl2ray.steps.measuring import measure
     from exl2ray.steps.patching import Wanted
     from exl2ray.steps.producing import produce
-    from exl2ray.targets import refuse_within
+    from exl2ray.store.apart import refuse_within
 
     start = time.monotonic()
     if recipe.tune is not None and (

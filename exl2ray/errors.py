@@ -39,11 +39,14 @@ def reading_hint(e: OSError, otherwise: str = "") -> str:
     return BAD_DISK if e.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN) else otherwise
 
 
-_OF_PYTHON = ("unpack", "invalid literal", "could not convert", "dictionary update", "isoformat", "math domain", "limit (")
+class UnfitError(ValueError):
+    """Raised where a file of ours is taken apart, of what it holds and cannot mean; the text speaks of the file."""
 
 
 def why_not_read(e: BaseException) -> str:
-    """What is wrong with a JSON file of which ``e`` came, in words: Python names its own types and not the file's."""
+    """What is wrong with a JSON file of which ``e`` came, in words: Python's own speak of its types and not of the file."""
+    if isinstance(e, UnfitError):
+        return str(e)[:200]
     if isinstance(e, json.JSONDecodeError):
         return f"it is not JSON at line {e.lineno} column {e.colno}"
     if isinstance(e, UnicodeDecodeError):
@@ -52,8 +55,6 @@ def why_not_read(e: BaseException) -> str:
         return f"{str(e.args[0])[:80]!r} is missing" if e.args else "something is missing"
     if isinstance(e, RecursionError):
         return "it is nested too deeply"
-    if type(e) is ValueError and e.args and not any(words in str(e) for words in _OF_PYTHON):
-        return str(e)[:200]
     return "what it holds has another form"
 
 

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import WIDTHS as HEAD_BITS
+from exl2ray.given_paths import refuse_address, refuse_unfit
 from exl2ray.quality import ALLOCATIONS, Allocated, Numerics, Quality, ScaleSearch, resolve
-from exl2ray.recipe_fields import Rule, Setting, refuse_address, refuse_unfit, setting, settings_of
+from exl2ray.recipe_fields import Rule, Setting, setting, settings_of
 from exl2ray.units import parse_count, parse_size
 
 USUAL_HEAD_BITS = 6

@@ -23,7 +23,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.formats.target import Owner, TargetLock, check_target, locked
 from exl2ray.recipe import Recipe
-from exl2ray.store.file_names import is_within_ours
+from exl2ray.store.apart import refuse_within
 from exl2ray.store.workdir import work_id
 
 
@@ -81,17 +81,6 @@ def check_place(flag: str, wanted: str | Path, directory: Path, mode: int = os.W
     if not os.path.isdir(place) or not os.access(place, mode):
         what = f"{place.name or place} is not a directory that can be written"
         raise StoreError(f"{flag} {wanted}: {what}", f"choose another {flag}")
-
-
-def refuse_within(flag: str, path: Path, work: str, allowed: str = "") -> None:
-    """UsageError for an output where the work directory keeps what is its own: one would take the other's place, or go with
-    it. allowed: a name that is meant."""
-    if not work or "://" in work:
-        return
-    rel = os.path.relpath(os.path.realpath(path), os.path.realpath(work))
-    if not rel.startswith(os.pardir) and rel != allowed and is_within_ours(rel):
-        where = f"lies where the work directory {work} keeps its own {rel.partition('/')[0]}"
-        raise UsageError(f"{flag} {path}: {where}", f"choose another place with {flag}")
 
 
 def check_output(recipe: Recipe, directory: Path, source: SourceModel | None) -> None:

@@ -13,14 +13,14 @@ what has one is complete.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from exl2ray.allocation.planning import Plan, head_bits, head_bpw
 from exl2ray.contents import Contents
-from exl2ray.errors import UsageError
+from exl2ray.errors import UnfitError, UsageError
 from exl2ray.events import OutputSummary
 from exl2ray.filling import Filling
 from exl2ray.formats.claim import existing_shards
@@ -39,6 +39,7 @@ from exl2ray.store.file_names import CALIBRATION, OUTPUT, PERPLEXITY, quant_kind
 from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import Targets, owner_of
+from exl2ray.wording import shown
 
 WRITTEN = 1  # how a model is written; another number when the same tensors would become other files
 
@@ -53,6 +54,7 @@ class OutputWriter:
     spec: ModelSpec
     source: SourceModel
     work: WorkDir
+    _: KW_ONLY
     fingerprint: str
     calibration_rows: int
     warnings: ResultWarnings | None = None
@@ -86,7 +88,7 @@ class OutputWriter:
         with reading(self.work.store, out[last]) as payload:
             for name in ("perplexity", "reference_perplexity"):
                 if payload[name] is not None and not isinstance(payload[name], (int, float)):
-                    raise TypeError(f"{name} is {payload[name]!r}")
+                    raise UnfitError(f"{name} is {shown(payload[name])}")
         return out
 
     def finished(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary | None:

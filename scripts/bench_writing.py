@@ -127,7 +127,7 @@ def main() -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     with WorkDir.create_or_resume(str(root / "work"), job, resume=True, versions={}) as work, ThreadPoolExecutor(3) as pool:
-        writer = OutputWriter(recipe, spec, source, work, "0" * 16, 16)
+        writer = OutputWriter(recipe, spec, source, work, fingerprint="0" * 16, calibration_rows=16)
         before, begun = written(), time.monotonic()
         writer.filling.begin(plan, target)
         placing = [pool.submit(writer.filling.place_others, plan)]

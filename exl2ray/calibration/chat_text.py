@@ -104,38 +104,42 @@ class TemplateProcess:
         self._child: LimitedProcess | None = None
         self._reason = ""  # why it cannot render anything
 
-    def render(self, conversation: Conversation, reply: bool = False) -> str:
-        """As ``ChatRenderer.render``; raises CalibrationError for a limit as well."""
+    def compile(self) -> None:
+        """Starts the process, once. Raises CalibrationError, and does so for good, if the template cannot be compiled."""
         if self._reason:
             raise CalibrationError(self._reason)
-        compiling = self._child is None
-        try:
-            if self._child is None:
-                self._child = LimitedProcess("template")
-                start = {"op": "compile", "special_tokens": self._special_tokens}
-                self._ask(start, [self._template.encode("utf-8", "replace")], COMPILE_SECONDS)
-                compiling = False
-            size = sum(len(content) for _, content in conversation.messages)
-            most = CHARACTERS + CHARACTERS_PER_CHARACTER * size
-            request = {"op": "render", "messages": conversation.messages, "reply": reply, "characters": most}
-            return self._ask(request, [], RENDER_SECONDS)[0].decode("utf-8")
-        except ChildError as e:
-            reason = e.reason.removeprefix("CalibrationError: chat template: ")
-            limit = e.ended or reason.startswith("used more")
-            message = f"the chat template {reason}" if limit else f"chat template: {reason}"
-            if limit or compiling:
-                self._reason = message
-                self.close()
-            raise CalibrationError(message) from e
+        if self._child is None:
+            self._child = LimitedProcess("template")
+            start = {"op": "compile", "special_tokens": self._special_tokens}
+            self._ask(start, [self._template.encode("utf-8", "replace")], COMPILE_SECONDS, needed=True)
+
+    def render(self, conversation: Conversation, reply: bool = False) -> str:
+        """As ``ChatRenderer.render``; raises CalibrationError for a limit as well."""
+        self.compile()
+        most = CHARACTERS + CHARACTERS_PER_CHARACTER * sum(len(content) for _, content in conversation.messages)
+        request = {"op": "render", "messages": conversation.messages, "reply": reply, "characters": most}
+        return self._ask(request, [], RENDER_SECONDS)[0].decode("utf-8")
 
     def close(self) -> None:
         if self._child is not None:
             self._child.close()
         self._reason = self._reason or "chat template: its process was closed"
 
-    def _ask(self, request: Mapping[str, Any], blobs: Sequence[bytes], seconds: float) -> list[bytes]:
+    def _ask(
+        self, request: Mapping[str, Any], blobs: Sequence[bytes], seconds: float, needed: bool = False
+    ) -> list[bytes]:
+        """needed: nothing can be asked any more if this fails."""
         assert self._child is not None
-        return self._child.ask(request, blobs, cpu_seconds=seconds, memory_bytes=MEMORY_BYTES)[1]
+        try:
+            return self._child.ask(request, blobs, cpu_seconds=seconds, memory_bytes=MEMORY_BYTES)[1]
+        except ChildError as e:
+            reason = e.reason.removeprefix("CalibrationError: chat template: ")
+            limit = e.ended or reason.startswith("used more")
+            message = f"the chat template {reason}" if limit else f"chat template: {reason}"
+            if limit or needed:
+                self._reason = message
+                self.close()
+            raise CalibrationError(message) from e
 
 
 class ChatText:

@@ -156,7 +156,7 @@ def begun_with(rows: Rows, bos_id: int) -> Rows:
     """The same rows, BOS in the place of the first token of each; noise rows as they are.
 
     For models that say nothing sensible without it: their states of such text are like nothing that they are used for, and
-    take part in Hessians and sensitivities (Gemma 3 270M: 0.7 times the KL at equal bytes, docs/log.md).
+    take part in Hessians and sensitivities (Gemma 3 270M: 0.6 times the KL at equal bytes, docs/log.md).
     """
     ids = rows.ids.clone()
     ids[ids[:, 0] >= 0, 0] = bos_id

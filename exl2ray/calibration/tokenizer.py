@@ -281,8 +281,7 @@ class _EndTokens:
     def check_generation_config(self) -> None:
         try:
             found = optional_json(self.root / "generation_config.json")
-        except SourceError as e:
-            self.warn(f"{e.message}; it is not read, and copied as it is")
+        except SourceError:  # `exl2ray.formats.side_files` tells of it
             return
         for name in ("bos_token_id", "eos_token_id"):
             value = found.get(name)

@@ -106,7 +106,7 @@ def read_content(path: Path) -> bytes:
 
 def optional_json(path: Path) -> dict[str, Any]:
     """The object in a file that not every model has; empty if it is not there."""
-    return read_json_object(path, hint=AGAIN) if os.path.lexists(path) else {}
+    return read_json_object(path, hint=AGAIN, odd=True) if os.path.lexists(path) else {}
 
 
 def token_text(value: Any) -> str | None:

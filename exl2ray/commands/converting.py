@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from exl2ray import convert as story
-from exl2ray.errors import StoreError, UsageError
+from exl2ray.errors import UsageError
 from exl2ray.events import Reporter
 from exl2ray.recipe import Recipe
+from exl2ray.store.apart import no_work_directory
 from exl2ray.store.job_file import JOB_FILE
 from exl2ray.store.open import open_store
 from exl2ray.terminal.console import JsonLines, reserved_stdout
@@ -55,7 +56,7 @@ def patch(
     if not overrides and not undo:
         raise UsageError("nothing to change", "give --set PATTERN=BITS, or --undo to drop what earlier patches set")
     if not open_store(out_dir).exists(JOB_FILE):
-        raise StoreError(f"{out_dir} is not a work directory: it has no {JOB_FILE}", "give that of a finished conversion")
+        raise no_work_directory(out_dir, "give that of a finished conversion")
     other = {"out_dir": out_dir, "evaluate": "never", "output_measurement": None}
     settings = {**stored_settings(out_dir, trust=trust_work_dir), **place, **other}
     unknown = [b for b in bits if b not in settings["bits"]]

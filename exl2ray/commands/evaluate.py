@@ -6,8 +6,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.report.plot_files import check_plot, is_plot
-from exl2ray.terminal.console import clean, is_terminal
+from exl2ray.terminal.console import aside, clean, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
@@ -40,79 +40,127 @@ from exl2ray.wording import duration, file_size
 PLOT = "ladder.png"
 
 
-def evaluate(
-    models: Sequence[str],
-    directories: Sequence[str],
-    gguf: Sequence[str],
-    reference: str | None,
-    tokens: str | None,
-    text: str | None,
-    rows: int | None,
-    length: int | None,
-    stride: int | None,
-    device: str,
-    rope_scale: float | None,
-    rope_alpha: float | None,
-    positions: str | None,
-    ladder: bool,
-    plot: str | None,
-    quiet: bool,
-    later: list[Callable[[], None]] | None = None,
-) -> list[EvalResult]:
-    """Results of ``models``, ``directories`` and ``gguf`` files in order, on the built-in held-out text unless ``tokens`` or
-    ``text`` is given.
+@dataclass(frozen=True)
+class Models:
+    """What is evaluated, in this order: folders given in either way, then GGUF files; and what they are compared with."""
 
-    ``positions``: a .npz file for the figures of every prediction, see `write_positions`. ``ladder``: draws them over the
-    size of the files, to ``plot``, else to ladder.png. ``later``: gets what writes both, to be called when results are out.
-    Raises UsageError if both texts are given or a file cannot be written.
-    """
-    models = [*models, *directories]
-    drawn = (plot or PLOT) if ladder or plot else None
-    if not models and not gguf:
-        raise UsageError("no model to evaluate", "name directories, or give --model")
-    if not models and reference is None:
-        raise UsageError("--gguf needs the model that the file was made from", "give it as --reference MODEL")
-    misplaced = next((m for m in (*models, reference or "") if m.lower().endswith(".gguf") and os.path.isfile(m)), None)
-    if misplaced is not None:
-        raise UsageError(f"{misplaced}: a GGUF file, not a directory", "give it as --gguf FILE, its source as --reference")
-    _check_files(positions, drawn)
-    if tokens is not None and text is not None:
-        raise UsageError("--tokens and --text are two sources of tokens", "give one, or none for the built-in text")
-    check_flags(rows, length, stride)
-    models = [local(m, flag="--model") for m in models]
-    reference = None if reference is None else local(reference, flag="--reference")
-    folders = [*models, *([] if reference is None else [reference])]
-    _refuse_others(folders)
-    tokenizer = find_tokenizer(folders) if tokens is None else None
-    if tokens is None and text is None and tokenizer is not None:
-        ids = _builtin(heldout_rows(tokenizer, length or DEFAULT_LENGTH), rows, stride)
-        kinds = heldout_kinds(tokenizer, ids)
-    else:
-        kinds = {}
-        with naming("--text"):
-            ids = load_tokens(tokens or text or "", tokenizer, rows, length, stride)
-    if tokenizer is not None:
-        tokenizer.close()
-    options = RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha)
-    unchanged = Unchanged.of([*folders, *gguf])
-    like = open_model(reference or models[0], options) if gguf else None
-    opened: list[str | OpenModel] = [*models, *(open_gguf(f, like, options) for f in gguf if like is not None)]
-    reporter = Silent() if quiet or not is_terminal(sys.stdout) else human_reporter()
-    try:
-        progress = _Progress(reporter)
-        keep = positions is not None
-        results = evaluate_many(opened, reference, ids, device, stride, options, keep, progress=progress.show, kinds=kinds)
-        progress.end()
-        unchanged.check()
-        if positions is not None:
-            write = partial(write_positions, Path(positions), results)
-            write() if later is None else later.append(write)
-        if drawn is not None:
+    models: Sequence[str] = ()
+    directories: Sequence[str] = ()
+    gguf: Sequence[str] = ()
+    reference: str | None = None
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (*self.models, *self.directories)
+
+    def check(self) -> None:
+        """Raises UsageError for what cannot be told from the names alone to be comparable."""
+        if not self.folders and not self.gguf:
+            raise UsageError("no model to evaluate", "name directories, or give --model")
+        if not self.folders and self.reference is None:
+            raise UsageError("--gguf needs the model that the file was made from", "give it as --reference MODEL")
+        given = (*self.folders, self.reference or "")
+        misplaced = next((m for m in given if m.lower().endswith(".gguf") and os.path.isfile(m)), None)
+        if misplaced is not None:
+            hint = "give it as --gguf FILE, its source as --reference"
+            raise UsageError(f"{misplaced}: a GGUF file, not a directory", hint)
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens to evaluate on: an array of ids, a text, or, with neither, the built-in one; None: not given."""
+
+    tokens: str | None = None
+    text: str | None = None
+    rows: int | None = None
+    length: int | None = None
+    stride: int | None = None
+
+    def check(self) -> None:
+        """Raises UsageError for flags that contradict each other."""
+        if self.tokens is not None and self.text is not None:
+            raise UsageError("--tokens and --text are two sources of tokens", "give one, or none for the built-in text")
+        check_flags(self.rows, self.length, self.stride)
+
+    def load(self, folders: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ids (R, T) int64, and which of them are of each kind of text (R, T) bool; the first tokenizer in ``folders`` is
+        used."""
+        if self.tokens is not None:
+            with naming("--text"):
+                return load_tokens(self.tokens, None, self.rows, self.length, self.stride), {}
+        with find_tokenizer(folders) as tokenizer:
+            if self.text is None:
+                ids = _builtin(heldout_rows(tokenizer, self.length or DEFAULT_LENGTH), self.rows, self.stride)
+                return ids, heldout_kinds(tokenizer, ids)
+            with naming("--text"):
+                return load_tokens(self.text, tokenizer, self.rows, self.length, self.stride), {}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is written beside the figures. positions: a .npz file for those of every prediction, see `write_positions`.
+    ladder: draws them over the size of the files, to plot, else to ladder.png."""
+
+    positions: str | None = None
+    ladder: bool = False
+    plot: str | None = None
+
+    @property
+    def drawn(self) -> str | None:
+        return (self.plot or PLOT) if self.ladder or self.plot else None
+
+    def check(self) -> None:
+        """Raises UsageError or StoreError where one cannot be written, or would take another file's place."""
+        if self.drawn is not None:
+            check_plot(self.drawn)
+        wanted = self.positions
+        if wanted is not None and (not wanted.endswith(".npz") or not os.path.isdir(Path(wanted).parent)):
+            raise UsageError(f"--positions {wanted}: a file that ends in .npz, in a folder that exists, is needed")
+        figures, plot = ("--positions", wanted, "file of figures by position"), ("--plot", self.drawn, "plot of ours")
+        for (flag, file, kind), is_earlier in ((figures, _is_positions), (plot, is_plot)):
+            if file is not None:
+                refuse_special(file, flag)
+                refuse_other(file, flag, kind, is_earlier)
+
+    def write(self, results: Sequence[EvalResult]) -> None:
+        """To be called when the results are out: a disk that is full costs no figures."""
+        if self.positions is not None:
+            write_positions(Path(self.positions), results)
+            aside(f"{self.positions}: figures of every prediction")
+        if self.drawn is not None:
             sound = [r for r in results if math.isfinite(r.perplexity.value)]
             labels = [r.model.name.removesuffix(".gguf") for r in sound]
             found = [parse_evaluation(r.to_json(), named(str(r.model))) for r in sound]
-            draw = partial(plot_ladder, list(zip(labels, found, strict=True)), drawn)
-            draw() if later is None else later.append(draw)
+            plot_ladder(list(zip(labels, found, strict=True)), self.drawn)
+            aside(f"{self.drawn}: quality over the size of the files")
+
+
+def evaluate(
+    models: Models, text: Text, files: Files, device: str, options: RunOptions, quiet: bool = False
+) -> list[EvalResult]:
+    """Results of all models in order. ``files`` are not written (`Files.write`), but refused if they could not be.
+
+    Raises UsageError and StoreError for what can be refused before anything is run, and what reading and running raise.
+    """
+    for given in (models, files, text):
+        given.check()
+    own = [local(m, flag="--model") for m in models.folders]
+    reference = None if models.reference is None else local(models.reference, flag="--reference")
+    folders = [*own, *([] if reference is None else [reference])]
+    _refuse_others(folders)
+    ids, kinds = text.load(folders)
+    unchanged = Unchanged.of([*folders, *models.gguf])
+    like = open_model(reference or own[0], options) if models.gguf else None
+    opened: list[str | OpenModel] = [*own, *(open_gguf(f, like, options) for f in models.gguf if like is not None)]
+    reporter = Silent() if quiet or not is_terminal(sys.stdout) else human_reporter()
+    try:
+        progress = _Progress(reporter)
+        keep = files.positions is not None
+        results = evaluate_many(
+            opened, reference, ids, device, text.stride, options, keep, progress=progress.show, kinds=kinds
+        )
+        progress.end()
+        unchanged.check()
         return list(results)
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; an evaluation keeps nothing", "run the same command again: it begins anew") from e
@@ -126,20 +174,6 @@ def _refuse_others(folders: Sequence[str]) -> None:
     refused = next(filter(None, map(refusal, folders)), None)
     if refused is not None:
         raise refused
-
-
-def _check_files(positions: str | None, drawn: str | None) -> None:
-    """Raises UsageError or StoreError where what is asked for cannot be written, or would take another file's place."""
-    if drawn is not None:
-        check_plot(drawn)
-    if positions is not None and (not positions.endswith(".npz") or not os.path.isdir(Path(positions).parent)):
-        raise UsageError(f"--positions {positions}: a file that ends in .npz, in a folder that exists, is needed")
-    for flag, file, kind, is_earlier in (
-        ("--positions", positions, "file of figures by position", _is_positions), ("--plot", drawn, "plot of ours", is_plot),
-    ):  # fmt: skip
-        if file is not None:
-            refuse_special(file, flag)
-            refuse_other(file, flag, kind, is_earlier)
 
 
 def write_positions(path: Path, results: Sequence[EvalResult]) -> None:

@@ -22,7 +22,7 @@ from exl2ray import convert as story
 from exl2ray.commands.publish import publish
 from exl2ray.errors import UsageError
 from exl2ray.events import Reporter
-from exl2ray.publish.base_model import REPOSITORY
+from exl2ray.formats.hub_names import check_repository
 from exl2ray.publish.selection import OWN
 from exl2ray.publish.sending import Published, ready_repository
 from exl2ray.recipe import Recipe
@@ -49,8 +49,7 @@ class Wishes:
 
 def default_places(repo: str) -> dict[str, str]:
     """-o and -cf where they are not given: folders below one that is named after the repository. Raises UsageError."""
-    if not REPOSITORY.fullmatch(repo):
-        raise UsageError(f"--publish {repo}: not the name of a repository", "it is OWNER/NAME, as in the Hub's addresses")
+    check_repository("--publish", repo)
     name = repo.partition("/")[2]
     return {"out_dir": f"{name}/work", "compile_full": f"{name}/{{bpw}}bpw"}
 
@@ -59,6 +58,7 @@ def convert(recipe: Recipe, wishes: Wishes, reporter: Reporter) -> None:
     """Raises what conversions and uploads raise; before anything is computed, UsageError and HubError for a token or a
     repository that will not do.
     """
+    check_repository("--publish", wishes.repo)
     if recipe.output_measurement is not None:
         raise UsageError("--publish: there is no model to publish with -om", "drop one of them")
     store = open_store(recipe.out_dir)

@@ -12,7 +12,7 @@ from typing import Any
 from exl2ray.plan.compose import Report, Wishes, compose
 from exl2ray.plan.fit import Fit
 from exl2ray.plan.sizes import OutputSize
-from exl2ray.recipe import Recipe
+from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 from exl2ray.terminal.console import aside, clean, is_terminal
 from exl2ray.terminal.live import show_table
 from exl2ray.wording import duration, file_size, plural
@@ -97,7 +97,8 @@ def _show_model(report: Report) -> None:
 def _show_sizes(report: Report) -> None:
     rows = []
     for s in report.sizes:
-        bpw = f"{s.achieved_bpw:.4f}" if s.achieved_bpw is not None else f"<= {s.bits:g}"
+        shared = s.achieved_bpw is None and s.head_bpw is None
+        bpw = f"{s.achieved_bpw:.4f}" if s.achieved_bpw is not None else "free" if shared else f"<= {s.bits:g}"
         size = f"{s.high_bytes:,}" if s.exact else f"{s.low_bytes:,} to {s.high_bytes:,}"
         head = "free" if s.head_bpw is None else f"{s.head_bpw:.4f}"
         rows.append([f"{s.bits:g}", bpw, head, _file_bpw(report, s), size, f"{file_size(s.high_bytes)}", _files(s)])
@@ -106,6 +107,8 @@ def _show_sizes(report: Report) -> None:
     note = f"{report.other_bytes or 0:,} bytes of tokenizer and other files are copied beside them; config.json is written"
     if any(not s.exact for s in report.sizes):
         note = "the allocation decides where between: exact with a measurement (-m). " + note
+    if any(s.achieved_bpw is None and s.head_bpw is None for s in report.sizes):
+        note = f"decoder and head share what -b and a head of {USUAL_HEAD_BITS} bits come to; " + note
     _say(note)
 
 

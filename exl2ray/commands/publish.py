@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from exl2ray.errors import Interrupted, StoreError, UsageError
 from exl2ray.evaluate.record import EVALUATION, Evaluation, read_evaluations
+from exl2ray.formats.hub_names import check_repository
 from exl2ray.formats.measurement import MAX_MEASUREMENT_BYTES, parse_measurement
-from exl2ray.publish.base_model import REPOSITORY
 from exl2ray.publish.release import PLOT, Release, evaluation_file, figures_of, upload
 from exl2ray.publish.selection import Folder, branch_names, read_folder, refuse_secret
 from exl2ray.publish.sending import Published, outcome, ready_repository, send
@@ -52,8 +52,8 @@ def publish(
     Interrupted.
     """
     for flag, name in (("--repo", repo), ("--base-model", base_model)):
-        if name is not None and not REPOSITORY.fullmatch(name):
-            raise UsageError(f"{flag} {name}: not the name of a repository", "it is OWNER/NAME, as in the Hub's addresses")
+        if name is not None:
+            check_repository(flag, name)
     with ExitStack() as closing:
         folders = []
         for directory in directories:

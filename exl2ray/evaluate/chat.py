@@ -98,7 +98,8 @@ def stop_ids(model: OpenModel, tokenizer: ModelTokenizer) -> frozenset[int]:
     settings: list[Mapping[str, Any]] = [model.source.config]
     generation = model.path / "generation_config.json"
     if os.path.isfile(generation):
-        settings.append(read_json_object(generation, hint="fetch it again, or delete it: config.json has end tokens, too"))
+        hint = "fetch it again, or delete it: config.json has end tokens, too"
+        settings.append(read_json_object(generation, hint=hint, odd=True))
     for one in settings:
         value = one.get("eos_token_id")
         found += value if isinstance(value, list) else [value]

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exl2ray.errors import SourceError, unreadable
+from exl2ray.errors import SourceError, UnfitError, unreadable
 from exl2ray.formats.elsewhere import STAMP, open_binary, remote_file
+from exl2ray.wording import shown
 
 HASHED_BYTES = 4 << 30  # models up to this size are hashed, while the first modules are measured: they are read anyway
 _PIECE_BYTES = 4 << 20
@@ -125,12 +126,12 @@ def compare_states(before: Sequence[FileState], now: Sequence[FileState], direct
 
 
 def from_json(values: Iterable[Mapping[str, Any]]) -> tuple[FileState, ...]:
-    """What records say of files. Raises TypeError for anything else."""
+    """What records say of files. Raises TypeError and UnfitError for anything else."""
     states = tuple(FileState(**v) for v in values)
     for s in states:
         types = ((s.name, str), (s.size, int), (s.stamp, str), (s.sha256, (str, type(None))))
         if not all(isinstance(found, wanted) for found, wanted in types):
-            raise TypeError(f"no state of a file: {s!r}")
+            raise UnfitError(f"no state of a file: {shown(s)}")
     return states
 
 

@@ -21,7 +21,8 @@ import torch
 
 from exl2ray.errors import Exl2RayError, SourceError, not_permitted, reading_hint, unreadable
 from exl2ray.formats.elsewhere import NEAR_BYTES, THREADS, mount_at, open_binary, remote_file
-from exl2ray.formats.hfconfig import read_config
+from exl2ray.formats.hfconfig import odd_notes, read_config
+from exl2ray.formats.json_file import as_json
 from exl2ray.formats.source import architecture_name, dequantise, model_shards, quantised, wrapped_names
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
@@ -53,7 +54,9 @@ class SourceModel:
         self._scaled: dict[str, dequantise.Scaled] = {}
         self.config = read_config(self.path / "config.json", self.error, strict=not self.is_source)
         if self.is_source:
-            self.config, self.notes = architecture_name.resolved(self.config, str(self.path / "config.json"))
+            where = str(self.path / "config.json")
+            self.config, self.notes = architecture_name.resolved(self.config, where)
+            self.notes += odd_notes(self.config, where)
             self._open_source()
         else:
             self.files = open_files(weight_files(self.path, self.error), self.error)
@@ -177,7 +180,7 @@ class SourceModel:
     @cached_property
     def _fingerprints(self) -> tuple[str, str]:
         """(with config.json, without), from one reading."""
-        whole, weights = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()), hashlib.sha256()
+        whole, weights = hashlib.sha256(as_json(self.config, sort_keys=True).encode()), hashlib.sha256()
         for part in self._content(self.names()):
             whole.update(part)
             weights.update(part)

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import Exl2RayError, SourceError
-from exl2ray.formats.json_file import LIMITS, read_json_object
-from exl2ray.wording import shown
+from exl2ray.formats.json_file import LIMITS, odd_values, read_json_object
+from exl2ray.wording import shown, some
 
 BROKEN = "config.json is broken; fetch it again"  # the hint where a value is none that a model could have
 
 
 def read_config(path: Path, error: type[Exl2RayError] = SourceError, strict: bool = True) -> dict[str, Any]:
-    """Parse config.json: an object; if ``strict`` its ``architectures`` holds exactly one name (exl2-format section 2)."""
+    """Parse config.json: an object; if ``strict`` its ``architectures`` holds exactly one name (exl2-format section 2).
+
+    NaN and infinities are left in it (`exl2ray.formats.json_file.NoNumber`), since most keys are read by nobody here."""
     hint = "the directory must be a complete Hugging Face model"
-    config = read_json_object(path, error, hint, LIMITS["config.json"])
+    config = read_json_object(path, error, hint, LIMITS["config.json"], odd=True)
     found = config.get("architectures")
     if not strict:
         return config
@@ -29,6 +31,12 @@ def read_config(path: Path, error: type[Exl2RayError] = SourceError, strict: boo
         text = f"{path}: architectures is {str(found)[:80]}; the format needs a list of exactly one name"
         raise error(text, "name the class of the model, as config.json of the original does: fetch it again")
     return config
+
+
+def odd_notes(config: Mapping[str, Any], where: str) -> list[str]:
+    """A note on NaN and infinities of a config.json, which are written in another way; none if there are none."""
+    found = sorted(f"{place} is {value} (a model made from it has {value.json})" for place, value in odd_values(config))
+    return [f"{where}: not all of its numbers are JSON: {some(found)}"] if found else []
 
 
 # Keys that the loader reads at the top level only, also for multimodal configs (architectures section 4, "no" rows).

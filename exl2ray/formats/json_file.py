@@ -3,6 +3,9 @@
 Such files come from downloads, so their size, the depth of their nesting and the length of their numbers are bounded before
 Python's parser sees them, and what is not JSON is named as what it is. Of a key that appears twice the last one counts, as
 for ``transformers``; who cannot have that asks for ``unique`` keys.
+
+NaN and Infinity are no JSON, but Python writes and reads them, and some models' files have them (``time_step_limit``). Who
+reads only some keys of a file asks for ``odd`` values: each becomes a `NoNumber`, which passes no check of a type.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -47,11 +50,55 @@ def read_json_object(
     error: Error = SourceError,
     hint: str = "",  # of errors that have no better one
     max_bytes: int | None = None,  # None: LIMITS of the file's name
+    odd: bool = False,
 ) -> dict[str, Any]:
-    """The JSON object in a regular file. Raises ``error`` naming the file, what is wrong and where."""
+    """The JSON object in a regular file; odd: of `parse_json_object`. Raises ``error`` naming the file, what is wrong and
+    where."""
     path = Path(path)
     limit = LIMITS.get(path.name, OTHER_LIMIT) if max_bytes is None else max_bytes
-    return parse_json_object(read_bounded(path, limit, error, hint), str(path), error, hint)
+    return parse_json_object(read_bounded(path, limit, error, hint), str(path), error, hint, odd=odd)
+
+
+@dataclass(frozen=True)
+class NoNumber:
+    """What stands in a file where a number should, as it is written there: NaN, -Infinity, 1e999."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text[:40]
+
+    @property
+    def json(self) -> str:
+        """What stands for it in valid JSON: infinities are numbers beyond all others, for NaN there is null."""
+        return "null" if self.text == "NaN" else "-1e999" if self.text.startswith("-") else "1e999"
+
+
+def odd_values(obj: Any) -> Iterator[tuple[str, NoNumber]]:
+    """Each with the keys on the way to it, joined by dots."""
+    waiting: list[tuple[Any, tuple[str, ...]]] = [(obj, ())]
+    while waiting:
+        value, keys = waiting.pop()
+        if isinstance(value, NoNumber):
+            yield ".".join(repr(k[:80])[1:-1] for k in keys), value  # control characters shown as text
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        waiting += [(v, (*keys, str(k))) for k, v in entries if isinstance(v, (dict, list, NoNumber))]
+
+
+def as_json(obj: Any, **how: Any) -> str:
+    """``obj`` as valid JSON, with odd values, and floats that are not finite, as `NoNumber.json` says. how: of `json.dumps`.
+    TypeError for what is neither."""
+    text = json.dumps(obj, default=_as_float, **how)
+    return _STRING_OR_ODD.sub(lambda m: m[0] if m[0].startswith('"') else NoNumber(m[0]).json, text)
+
+
+_STRING_OR_ODD = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')
+
+
+def _as_float(value: Any) -> float:
+    if not isinstance(value, NoNumber):
+        raise TypeError(f"{type(value).__name__} has no form in JSON")
+    return float(value.text)
 
 
 def as_number(value: Any) -> float | None:
@@ -86,31 +133,34 @@ def read_bounded(path: str | Path, max_bytes: int, error: Error = SourceError, h
 
 
 def parse_json_object(
-    raw: bytes, what: str, error: Error = SourceError, hint: str = "", unique: bool = False
+    raw: bytes, what: str, error: Error = SourceError, hint: str = "", unique: bool = False, odd: bool = False
 ) -> dict[str, Any]:
     """``read_json_object`` for bytes; ``what`` names their origin and opens every message. unique: refuses a key that appears
-    twice in one object, too."""
+    twice in one object, too. odd: NaN, Infinity and what is beyond the range of numbers become a `NoNumber` each."""
     text = _text(raw, what, error, hint)
     if _depth_exceeds(raw, MAX_DEPTH):
         raise error(f"{what}: nested too deeply, more than {MAX_DEPTH} lists and objects within each other", hint)
 
-    odd: list[_Odd] = []  # what the parser met and nobody can use; its place is known only when all is read
+    refused: list[tuple[NoNumber, str]] = []  # what the parser met, and why not; its place is known only when all is read
 
     def integer(digits: str) -> Any:
-        return int(digits) if len(digits) <= MAX_NUMBER_CHARACTERS else strange(f"a number of {len(digits)} digits")
+        return int(digits) if len(digits) <= MAX_NUMBER_CHARACTERS else refuse(f"a number of {len(digits)} digits")
 
     def fraction(digits: str) -> Any:
         if len(digits) > MAX_NUMBER_CHARACTERS:
-            return strange(f"a number of {len(digits)} characters")
+            return refuse(f"a number of {len(digits)} characters")
         value = float(digits)
-        return strange(f"{digits[:40]}, beyond the range of numbers") if math.isinf(value) else value
+        return strange(digits, ", beyond the range of numbers") if math.isinf(value) else value
 
     def constant(name: str) -> Any:
-        return strange(f"{name}, which is not a JSON number")
+        return strange(name, ", which is not a JSON number")
 
-    def strange(text: str) -> _Odd:
-        odd.append(_Odd(text))
-        return odd[-1]
+    def strange(text: str, why: str) -> NoNumber:
+        return NoNumber(text) if odd else refuse(text, why)
+
+    def refuse(text: str, why: str = "") -> NoNumber:
+        refused.append((NoNumber(text), why))
+        return refused[-1][0]
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
@@ -130,13 +180,15 @@ def parse_json_object(
     except RecursionError as e:  # whoever called was deep already
         raise error(f"{what}: nested too deeply", hint) from e
     if not isinstance(obj, dict):
-        this = obj.text if isinstance(obj, _Odd) else "null" if obj is None else f"a {JSON_NAMES[type(obj)]}"
+        this = str(obj) if isinstance(obj, NoNumber) else "null" if obj is None else f"a {JSON_NAMES[type(obj)]}"
         raise error(f"{what}: a JSON object is needed, this is {this}", hint)
-    if odd:
-        raise error(f"{what}: {_place(obj, odd[0])} is {odd[0].text}", hint)
+    if refused:
+        number, why = refused[0]  # the last of equal keys counts, so it may be gone
+        place = next((place for place, value in odd_values(obj) if value is number), "a value")
+        raise error(f"{what}: {place} is {number}{why}", hint)
     if re.search(r"\\u[dD][89a-fA-F]", text):
         try:
-            json.dumps(obj, ensure_ascii=False).encode()
+            json.dumps(obj, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as e:
             raise error(f"{what}: holds half a character (a lone surrogate, {e.object[e.start]!r})", hint) from e
     return obj
@@ -194,23 +246,6 @@ def _syntax(text: str, e: json.JSONDecodeError) -> str:
 
 
 JSON_NAMES: dict[type, str] = {list: "list", str: "text", int: "number", float: "number", bool: "boolean"}
-
-
-@dataclass(frozen=True, eq=False)
-class _Odd:
-    text: str
-
-
-def _place(obj: Any, wanted: _Odd) -> str:
-    """Keys on the way to ``wanted``, joined by dots; the last of equal keys counts, so it may be gone."""
-    waiting: list[tuple[Any, tuple[str, ...]]] = [(obj, ())]
-    while waiting:
-        value, keys = waiting.pop()
-        if value is wanted:
-            return ".".join(repr(k[:80])[1:-1] for k in keys)  # control characters shown as text
-        entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        waiting += [(v, (*keys, str(k))) for k, v in entries if isinstance(v, (dict, list, _Odd))]
-    return "a value"
 
 
 def _depth_exceeds(raw: bytes, limit: int) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.json_file import as_json
 from exl2ray.formats.measurement import Measurement
 
 # Settings that change nothing of what a measurement sees: bookkeeping of libraries, and what only generation uses.
@@ -34,7 +34,7 @@ def _config_hash(config: Mapping[str, Any]) -> str:
         some = {k: v for k, v in level.items() if k not in NOT_MEASURED and v is not None}
         return {k: kept(v) if isinstance(v, Mapping) else v for k, v in some.items()}
 
-    return hashlib.sha256(json.dumps(kept(config), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(as_json(kept(config), sort_keys=True).encode()).hexdigest()
 
 
 def origin_findings(

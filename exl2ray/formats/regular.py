@@ -41,3 +41,8 @@ def file_kind(mode: int) -> str:
     """What is not a regular file, in words."""
     kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
     return next((name for matches, name in kinds if matches(mode)), "a device")
+
+
+def absent(path: str | os.PathLike[str]) -> str:
+    """What is said of a path that leads nowhere: a link may have been left by a cache that was cleared, or a disk."""
+    return f"a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else "does not exist"

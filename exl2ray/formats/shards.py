@@ -8,7 +8,6 @@ shards, side files, config.json: without config.json nothing takes an unfinished
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ import torch
 from exl2ray.beneath import fsync_directory, make_directories
 from exl2ray.errors import FormatError, StoreError, UsageError
 from exl2ray.formats.files import atomic_file, sha256_of, write_error
+from exl2ray.formats.json_file import as_json
 from exl2ray.formats.tensorfile import DTYPE_NAMES, DTYPES, header_bytes, tensor_bytes
 from exl2ray.wording import file_size, some
 
@@ -269,7 +269,7 @@ def output_config(
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
     """config.json with 4-space indent and in ASCII, as the reference writes it."""
-    return json.dumps(config, indent=4).encode("ascii")
+    return as_json(config, indent=4).encode("ascii")
 
 
 def write_config(directory: str | Path, config: Mapping[str, Any]) -> Path:

@@ -18,7 +18,7 @@ from exl2ray.beneath import make_directories
 from exl2ray.errors import PERMISSIONS, SourceError, unreadable
 from exl2ray.formats.file_states import FileState, file_states, with_hashes
 from exl2ray.formats.files import atomic_file, write_error
-from exl2ray.formats.json_file import LFS_POINTER, LIMITS, MIB
+from exl2ray.formats.json_file import LFS_POINTER, LIMITS, MIB, read_json_object
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.regular import file_kind, open_regular
 from exl2ray.formats.shards import refuse_same_directory
@@ -38,6 +38,11 @@ NEEDED: dict[str, int] = {
     **LIMITS, "processor_config.json": 1 * MIB, "video_preprocessor_config.json": 1 * MIB, "chat_template.json": 2 * MIB,
     "chat_template.jinja": 1 * MIB, "tokenizer.model": 32 * MIB, "vocab.json": 32 * MIB, "merges.txt": 32 * MIB,
 }  # fmt: skip
+# Objects in JSON that a conversion copies without reading them; those of the tokenizer are refused if they are broken.
+UNREAD = (
+    "generation_config.json", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
 OTHER_BYTES = 32 * MIB  # of a file that none of these is: papers, pictures, code
 TOTAL_BYTES = 1 << 30
 MOST_FILES = 1000
@@ -94,6 +99,18 @@ def examine_side_files(source: str | Path) -> SideFiles:
     ]
     kept = {name: size for name, size in sizes.items() if name not in beyond}
     return SideFiles(kept, tuple(refused), tuple(filter(None, warnings)))
+
+
+def broken_side_files(source: str | Path) -> list[str]:
+    """Warnings of JSON files that nobody here reads, and that are not what loaders of the output can read."""
+    out = []
+    for name in UNREAD:
+        if os.path.lexists(Path(source) / name):
+            try:
+                read_json_object(Path(source) / name, odd=True)
+            except SourceError as e:
+                out.append(f"{e.message}; it is copied into the output as it is: fetch it again, or delete it")
+    return out
 
 
 def check_side_files(source: str | Path) -> SideFiles:

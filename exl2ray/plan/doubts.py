@@ -15,7 +15,7 @@ from torch import Tensor
 from exl2ray.calibration.rows import Rows
 from exl2ray.calibration.soundness import row_warnings
 from exl2ray.calibration.tokenizer import ModelTokenizer
-from exl2ray.errors import SourceError
+from exl2ray.errors import CalibrationError, SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.hfconfig import config_value, legacy_config
 from exl2ray.model.class_defaults import defaults_of
@@ -44,6 +44,23 @@ def calibration_doubts(rows: Mapping[str, Rows]) -> list[str]:
 
 
 def tokenizer_doubts(tokenizer: ModelTokenizer) -> list[str]:
+    """What is wrong with a tokenizer that can be used."""
+    return [*broken_template(tokenizer), *small_pieces(tokenizer)]
+
+
+def broken_template(tokenizer: ModelTokenizer) -> list[str]:
+    """A chat template that is none: conversations are calibrated on as plain text, and the output can hold none at all."""
+    if tokenizer.templates is None:
+        return []
+    try:
+        tokenizer.templates.compile()
+    except CalibrationError as e:
+        what = e.message.removeprefix("the ").removeprefix("chat template").lstrip(": ")
+        return [f"the model's chat template cannot be used ({what}), and is copied into the output as it is: fetch it again"]
+    return []
+
+
+def small_pieces(tokenizer: ModelTokenizer) -> list[str]:
     """A large vocabulary that cuts plain English words to pieces: its merges or scores were lost on the way, and the model
     never saw such text. Gemma's 262 thousand tokens take 1.08 a word of this text, and 2.18 in the tokenizer that
     transformers 5.17 makes of a GGUF file; a vocabulary of 2048 takes 1.4.

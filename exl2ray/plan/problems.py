@@ -33,7 +33,7 @@ from exl2ray.formats.hfconfig import config_value, read_config
 from exl2ray.formats.links import link_error, outside_links
 from exl2ray.formats.origin import origin_findings, rope_flags
 from exl2ray.formats.shards import refuse_same_directory
-from exl2ray.formats.side_files import examine_side_files
+from exl2ray.formats.side_files import broken_side_files, examine_side_files
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import MAX_TENSORS, TensorFile
@@ -206,6 +206,8 @@ def _examine_side_files(found: Examination, recipe: Recipe) -> None:
     beside = examine_side_files(source.path)
     found.add("source", beside.refused)
     found.warnings += beside.warnings
+    if not beside.refused:
+        found.warnings += broken_side_files(source.path)
     if recipe.compile_full is not None:
         copied = outside_links(source.path, ["config.json", *beside.sizes])
         found.add("source", [link_error(source.path, name, real) for name, real in copied.items()])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.formats.elsewhere import mount_at
+from exl2ray.formats.hub_names import is_repository
 from exl2ray.formats.links import outside
 from exl2ray.publish.frontmatter import Value, read_fields, split_card
 from exl2ray.recipe import SETTINGS, USUAL_HEAD_BITS, Recipe, place_name
@@ -22,9 +23,6 @@ KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_
 NOT_TAGS = {"transformers", "pytorch", "safetensors", "tf", "jax", "onnx", "gguf", "gptq", "awq", "endpoints_compatible"}
 MAX_VALUE = 200  # characters of a kept value
 
-REPOSITORY = re.compile(
-    r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9][\w.-]{0,95}(?<![.-])/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII
-)  # as huggingface_hub has it
 CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)")
 ADDRESS = re.compile(r"hf://(?P<id>[^/@]+/[^/@]+)")
 GIT_REMOTE = re.compile(
@@ -85,7 +83,7 @@ def base_model_of(in_dir: str | Path) -> str | None:
     path = Path(in_dir).absolute()
     for part in (*path.parts, *path.resolve().parts):
         found = CACHE_FOLDER.fullmatch(part)
-        if found and REPOSITORY.fullmatch(f"{found['owner']}/{found['name']}"):
+        if found and is_repository(f"{found['owner']}/{found['name']}"):
             return f"{found['owner']}/{found['name']}"
     try:
         config = path / ".git" / "config"
@@ -93,7 +91,7 @@ def base_model_of(in_dir: str | Path) -> str | None:
     except OSError:
         return None
     remote = GIT_REMOTE.search(text)
-    return remote["id"] if remote and REPOSITORY.fullmatch(remote["id"]) else None
+    return remote["id"] if remote and is_repository(remote["id"]) else None
 
 
 # ---- how it was made ------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ which the model would be another one is never left out: then nothing is publishe
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.claim import CLAIM
+from exl2ray.formats.hub_names import check_branch
 from exl2ray.formats.source.kinds import look_at_output
 from exl2ray.formats.summary import DirectorySummary, inspect_directory
 from exl2ray.formats.verify import verify_directory
@@ -188,16 +188,12 @@ def refuse_secret(folder: Folder, secret: str) -> None:
 
 # ---- branches -------------------------------------------------------------------------------------------------------
 
-# Names that git takes, without those that need care in URLs and shells.
-BRANCH = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)|\./))[A-Za-z0-9_][\w./+-]{0,99}(?<![./])", re.ASCII)
-
-
 def branch_names(folders: Sequence[Folder], branch: str | None) -> list[str]:
     """The branch of each folder: ``branch`` with {bpw} and {head}, the bits of the head, filled in.
 
     Absent: main for one folder; 4.0bpw for several, or 4.0bpw-h6 where two have the same bitrate.
 
-    Raises UsageError for a name that git refuses, and for two folders on one branch.
+    Raises UsageError for a name that no branch has, and for two folders on one branch.
     """
     heads = [str(f.summary.settings.get("head_bits", 16)) for f in folders]
     patterns = [branch or ""] * len(folders)
@@ -209,8 +205,7 @@ def branch_names(folders: Sequence[Folder], branch: str | None) -> list[str]:
         for p, f, head in zip(patterns, folders, heads, strict=True)
     ]
     for name in names:
-        if not BRANCH.fullmatch(name):
-            raise UsageError(f"--branch {name}: not a name for a branch", "letters, digits, '.', '-' and '_' will do: 4.0bpw")
+        check_branch("--branch", name)
     for i, name in enumerate(names):
         if name in names[:i]:
             first = folders[names.index(name)].path

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from exl2ray import __version__
 from exl2ray.errors import HubError, UsageError
 from exl2ray.evaluate.record import EVALUATION
+from exl2ray.formats.hub_names import is_repository
 from exl2ray.formats.shards import OUTPUT_NAME
-from exl2ray.publish.base_model import REPOSITORY, original_card
+from exl2ray.publish.base_model import original_card
 from exl2ray.publish.card import PROGRAM, BranchRow, index_card, with_branches
 from exl2ray.publish.file_kinds import CARD
 from exl2ray.publish.frontmatter import read_fields, split_card
@@ -155,6 +156,6 @@ def _index(release: Release, before: str | None) -> str | None:
         return with_branches(before, release.repo, rows)
     card = release.uploads[0].card
     base = read_fields(split_card(card)[0]).get("base_model")
-    named = release.base_model or (base if isinstance(base, str) and REPOSITORY.fullmatch(base) else None)
+    named = release.base_model or (base if isinstance(base, str) and is_repository(base) else None)
     owner, plot = release.repo.partition("/")[0], PLOT if PLOT in release.shared else ""
     return index_card(release.repo, rows, named, owner, original_card(card), plot)

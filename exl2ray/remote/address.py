@@ -8,15 +8,14 @@ from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
 from exl2ray.errors import UsageError
+from exl2ray.formats.hub_names import is_repository
 
 FORMS = "hf://OWNER/NAME[@REVISION][/FOLDER], s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?(?:/(?P<path>[^@]*))?",
-    re.ASCII,
+    r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?(?:/(?P<path>[^@]*))?", re.ASCII
 )
-_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/tree/([^/?#]+))?/?", re.ASCII)
+_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#\s]+/[^/?#\s]+)(?:/tree/([^/?#]+))?/?", re.ASCII)
 MASK = "<secret>"
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
@@ -51,7 +50,7 @@ def parse(text: str, flag: str = "-i") -> Address:
     """UsageError for what is no address; it never repeats a part that may be secret."""
     scheme, _, rest = text.partition("://")
     page = _PAGE.fullmatch(text)
-    if page is not None:
+    if page is not None and is_repository(page[1]):
         revision = f"@{page[2]}" if page[2] else ""
         raise UsageError(f"{flag} {text}: a page of the Hub", f"give {flag} hf://{page[1]}{revision}")
     if scheme not in ("hf", "s3", "gs"):
@@ -72,10 +71,14 @@ def _hub(text: str, rest: str, flag: str) -> Address:
     if kind in ("datasets", "spaces", "buckets") and rest.count("/") > 1:
         raise UsageError(f"{flag} {redacted(text)}: one of the Hub's {kind}, not a model", f"give {flag} hf://OWNER/NAME")
     found = _HUB.fullmatch(rest)
-    if found is None or ":" in rest.partition("@")[0]:
+    if found is None or not is_repository(found["repo"]) or ":" in rest.partition("@")[0]:
         raise UsageError(f"{flag} {redacted(text)}: not of the form hf://OWNER/NAME[@REVISION][/FOLDER]", "name both parts")
     revision = unquote(found["revision"]) if found["revision"] else None
-    return Address("hf", found["repo"], _path(found["path"] or "", text, flag), revision)
+    path = _path(found["path"] or "", text, flag)
+    if revision == "refs":  # git's long name of a branch or tag is none on the Hub
+        short = re.sub("^(heads|tags)/", "", path).replace("/", "%2F")
+        raise UsageError(f"{flag} {redacted(text)}: {revision}/{path} is no revision", f"give {flag} hf://{found['repo']}@{short}")
+    return Address("hf", found["repo"], path, revision)
 
 
 def _path(path: str, text: str, flag: str) -> str:

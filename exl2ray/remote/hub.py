@@ -65,7 +65,7 @@ class Repository:
                 api, revision = HfApi(endpoint=_endpoint()), address.revision
                 return api.model_info(address.place, revision=revision, files_metadata=True, timeout=SECONDS)
 
-        info = patiently(step)
+        info = patiently(step, first_look=True)
         commit, siblings = str(info.sha or ""), info.siblings or []
         if not re.fullmatch(r"[0-9a-f]{40}", commit) or len(siblings) > MAX_NAMES:
             raise HubError(f"{address}: the Hub's answer names no commit, or more than {MAX_NAMES} files", "is it the Hub?")
@@ -251,7 +251,7 @@ class Repository:
             return HubError(f"{where}: the Hub answers {f.status}: {f.says}")
         if f.kind == "network":
             what = f"{redacted(_endpoint())} cannot be reached, or broke off: {f.says}"
-            return Passing(HubError(f"{where}: {what}", f"is there a network? {again}"))
+            return Passing(HubError(f"{where}: {what}", f"is there a network? {again}"), unreached=True)
         return HubError(f"{where}: {f.name}: {f.says}")
 
 

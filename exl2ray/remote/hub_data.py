@@ -17,11 +17,12 @@ from pathlib import Path
 
 from exl2ray.calibration.data.sources import HUB, DataFile, Source, choose_files, kind_by_name
 from exl2ray.errors import CalibrationError, Exl2RayError, HubError, UsageError
+from exl2ray.formats.hub_names import is_repository
 from exl2ray.remote.hub_errors import Failure, explained
 from exl2ray.remote.hub_library import need_hub_library
 
 ADDRESS = re.compile(
-    r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(/(?P<path>[^:]*))?(:(?P<column>.+))?"
+    r"hf://datasets/(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(/(?P<path>[^:]*))?(:(?P<column>.+))?"
 )
 FORM = "hf://datasets/OWNER/NAME[@REVISION][/PATH][:COLUMN]"
 CONVERTED = "refs/convert/parquet"
@@ -40,7 +41,7 @@ class Address:
 def parse_address(text: str) -> Address:
     """UsageError for what is none."""
     found = ADDRESS.fullmatch(text)
-    if found is None:
+    if found is None or not is_repository(found["repo"]):
         raise UsageError(f"-c {text}: not the address of a data set", f"it has the form {FORM}")
     path = (found["path"] or "").strip("/")
     if ".." in path.split("/"):

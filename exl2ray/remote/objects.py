@@ -24,6 +24,7 @@ REFUSED = (
     r"ACCESS_DENIED|ACCESS DENIED|[Ff]orbidden|FORBIDDEN|InvalidAccessKey|INVALID_ACCESS_KEY|SIGNATURE_DOES|UNAUTHENTICATED"
     r"|PERMISSION_DENIED|HTTP status 40[13]|[Cc]ould not (load|find).*credentials"
 )
+UNREACHED = r"\bNETWORK_CONNECTION\b|\bUNAVAILABLE\b"  # as the SDKs of S3 and of GCS call it
 CHANGED = "give it back the content that it had, or begin anew: another -o, or -nr"
 
 
@@ -47,7 +48,7 @@ class Bucket:
         return self._opened
 
     def listing(self) -> Listing:
-        names, folders = patiently(self._look)
+        names, folders = patiently(self._look, first_look=True)
         entries = tuple(self._entry(name, size, mtime) for name, size, mtime in names)
         return Listing(self.address, entries, folders, self.fetch, self.open)
 
@@ -147,7 +148,8 @@ class Bucket:
                 hint = f"may these credentials read it? ({names})"
                 raise SourceError(f"{where}: access is refused: {text}", hint) from None
             hint = f"is there a network, and the endpoint right? ({names})"
-            raise Passing(SourceError(f"{where}: cannot be read: {text}", hint)) from None
+            unreached = re.search(UNREACHED, text) is not None
+            raise Passing(SourceError(f"{where}: cannot be read: {text}", hint), unreached=unreached) from None
 
 
 def _text(value: str | bytes) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from exl2ray.allocation.planning import has_sensitivities, module_cost
 from exl2ray.beneath import make_directories
 from exl2ray.driver.independent import PASSING, Independent, Item
+from exl2ray.errors import UnfitError
 from exl2ray.formats.measurement import Measurement, ModuleProfile, write_measurement
 from exl2ray.formats.origin import rope_flags, source_identity
 from exl2ray.job_opening import measurement_target, scores_entry
@@ -122,7 +123,7 @@ def _sums(stored: Any) -> Any:
     for key, roles in stored.items():
         for role, (first, second) in roles.items():
             if not (math.isfinite(first) and math.isfinite(second)):
-                raise ValueError(f"{key}, {role}: {first}, {second}")
+                raise UnfitError(f"{key}, {role}: {first}, {second}")
     return stored
 
 
@@ -180,7 +181,7 @@ def _profile(module: ModuleSpec, payload: Mapping[str, Any]) -> ModuleProfile:
     profile = ModuleProfile.from_json(module.profile_key, value["value"], value["extra"])
     found, wanted = {role for options in profile.slots() for role in options[0].params}, {x.role for x in module.linears}
     if module.quantized and found != wanted:  # the head has its options in ``extra``
-        raise ValueError(f"it has the linears {', '.join(sorted(found))}, the module {', '.join(sorted(wanted))}")
+        raise UnfitError(f"it has the linears {', '.join(sorted(found))}, the module {', '.join(sorted(wanted))}")
     return profile
 
 

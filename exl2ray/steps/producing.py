@@ -32,10 +32,11 @@ def produce(
     recipe = job.recipe
     if compile_full is not None:
         recipe = replace(recipe, compile_full=compile_full, bits=tuple(p.bits for p in plans))
-    fingerprint, rows = job.job["identity"]["fingerprint"], len(job.rows["quantize"].ids)
     writer = OutputWriter(
-        recipe, job.spec, job.source, job.work, fingerprint, rows, job.warnings, job.tokenizer_files, job.targets
-    )
+        recipe, job.spec, job.source, job.work, fingerprint=job.job["identity"]["fingerprint"],
+        calibration_rows=len(job.rows["quantize"].ids), warnings=job.warnings, side_files=job.tokenizer_files,
+        targets=job.targets,
+    )  # fmt: skip
     for plan in plans:
         writer.check(plan)
     plans = [(kept if patch is None else patch.of)(job, plan, writer.target(plan)) for plan in plans]

@@ -140,10 +140,12 @@ def _batch_folder(rel: str) -> str:
 
 def file_system(scheme: str, bucket: str) -> Any:
     """The ``pyarrow.fs`` of s3:// or gs://, as the environment says, for readers that try again themselves."""
-    return _s3(bucket, background_writes=False, attempts=2) if scheme == "s3" else _gcs(seconds=5)
+    if scheme == "s3":
+        return _s3(bucket, background_writes=False, attempts=2, connect_seconds=4)
+    return _gcs(seconds=5)
 
 
-def _s3(bucket: str, background_writes: bool, attempts: int = _ATTEMPTS) -> Any:
+def _s3(bucket: str, background_writes: bool, attempts: int = _ATTEMPTS, connect_seconds: float = 10) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region is None:
@@ -152,7 +154,7 @@ def _s3(bucket: str, background_writes: bool, attempts: int = _ATTEMPTS) -> Any:
         endpoint_override=endpoint,
         region=region,
         background_writes=background_writes,
-        connect_timeout=10,
+        connect_timeout=connect_seconds,
         request_timeout=60,
         allow_delayed_open=True,  # small objects: one PUT instead of a three-request multipart upload
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from exl2ray.errors import StoreError, why_not_read
+from exl2ray.errors import StoreError, UnfitError, why_not_read
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import Store, check_name
 from exl2ray.store.refs import FileRef as FileRef
@@ -224,12 +224,12 @@ class Records:
 
 
 def _file_ref(pieces: str = "[]", **fields: Any) -> FileRef:
-    """As a record's JSON has it. Raises TypeError, KeyError or ValueError for another form."""
+    """As a record's JSON has it. Raises TypeError, KeyError, ValueError or UnfitError for another form."""
     found = []
     for name, dtype, shape, file, offset in json.loads(pieces):
         piece = _typed(Piece(name, dtype, tuple(shape), file, offset), _PIECE_TYPES)
         if len(piece.shape) > 8 or any(type(n) is not int or not 0 <= n < 1 << 48 for n in (offset, *piece.shape)):
-            raise ValueError(f"the place of {name} is not made of counts")
+            raise UnfitError(f"the place of {name} is not made of counts")
         found.append(piece)
     return _typed(FileRef(**fields, pieces=tuple(found)), _FILE_TYPES)
 
@@ -237,7 +237,7 @@ def _file_ref(pieces: str = "[]", **fields: Any) -> FileRef:
 def _typed(value: _T, types: Mapping[str, Any]) -> _T:
     wrong = [name for name, kind in types.items() if not isinstance(getattr(value, name), kind)]
     if wrong:
-        raise ValueError(f"{wrong[0]} is a {type(getattr(value, wrong[0])).__name__}")
+        raise UnfitError(f"{wrong[0]} is a {type(getattr(value, wrong[0])).__name__}")
     return value
 
 

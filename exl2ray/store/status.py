@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from exl2ray.errors import StoreError
+from exl2ray.store.apart import no_work_directory
 from exl2ray.store.event_log import read_events
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.file_names import CALIBRATION, MEASUREMENT, NOT_MODULES, REFERENCE_KIND
+from exl2ray.store.fs import Store
 from exl2ray.store.job_file import JOB_FILE, StoredJob, decode_job
 from exl2ray.store.lock import LOCK_FILE, heartbeat_age, is_held, read_holder
 from exl2ray.store.open import open_store
@@ -43,17 +46,32 @@ class WorkStatus:
     problems: tuple[str, ...]
 
 
-def read_status(root: str) -> WorkStatus:
-    """Status of the directory at ``root``; StoreError if there is no work directory or it cannot be read."""
-    store = open_store(root)
-    problems = []
-    job = None
+def _job(store: Store, problems: list[str]) -> StoredJob | None:
+    """The job; None and a problem if it is damaged, or cannot be read on this machine. Raises StoreError where there is none,
+    and for an object store that gives nothing: everything else would wait for it, too."""
     try:
-        job = decode_job(store.get(JOB_FILE), store.full_name(JOB_FILE))
+        data = store.get(JOB_FILE)
     except MissingFileError as e:
-        raise StoreError(f"{store.root} is not a work directory: it has no {JOB_FILE}", "check the path") from e
+        raise no_work_directory(store.root, "check the path") from e
+    except StoreError as e:
+        if not store.is_local:
+            raise
+        problems.append(e.message)
+        return None
+    try:
+        return decode_job(data, store.full_name(JOB_FILE))
     except StoreError as e:
         problems.append(e.message)
+        return None
+
+
+def read_status(root: str) -> WorkStatus:
+    """Status of the directory at ``root``; StoreError if there is no work directory or it cannot be read."""
+    if os.path.isfile(root):
+        raise no_work_directory(root, "give the folder of a job")
+    store = open_store(root)
+    problems: list[str] = []
+    job = _job(store, problems)
     events, skipped = read_events(store)
     if skipped:
         problems.append(f"{skipped} unreadable lines in the event log")

@@ -12,8 +12,9 @@ import click
 from click.core import ParameterSource
 
 from exl2ray.errors import StoreError, UsageError, not_permitted, unreadable
+from exl2ray.given_paths import refuse_address, refuse_unexpanded, refuse_unfit
 from exl2ray.recipe import RUN, SECTIONS, SETTINGS, Recipe
-from exl2ray.recipe_fields import fits, refuse_address, refuse_unexpanded, refuse_unfit, wanted
+from exl2ray.recipe_fields import fits, wanted
 from exl2ray.remote.address import is_remote, parse
 from exl2ray.terminal.pasted import missing_folder, refuse_read_address
 from exl2ray.terminal.reference_flags import flag_of, is_given, reference_notes, spelled_out

@@ -6,13 +6,16 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise, takewhile
 
 from exl2ray.errors import SourceError, UsageError, not_permitted, unreadable
+from exl2ray.formats.hub_names import is_repository
+from exl2ray.formats.regular import absent
 from exl2ray.remote.address import redacted
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # hyphens and dashes of print, and the minus sign
+_NUMBERS = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?)*(bpw)?,?")  # as bitrates are written elsewhere
 FOLDER = "give the folder that holds config.json and *.safetensors"
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def usage_hint(argv: Sequence[str], command: str) -> str:
@@ -23,7 +26,28 @@ def usage_hint(argv: Sequence[str], command: str) -> str:
     if argv and (argv[0].endswith("convert.py") or (argv[0].startswith("-") and command == "exl2ray")):
         rest = argv[1:] if argv[0].endswith("convert.py") else argv
         return f"the command comes first: {shlex.join(['exl2ray', 'convert', *rest[:6]])}{' ...' if len(rest) > 6 else ''}"
-    return f"see {command} --help"
+    return _bitrates_hint(argv) or _model_hint(argv) or f"see {command} --help"
+
+
+def _bitrates_hint(argv: Sequence[str]) -> str:
+    """The hint for bitrates that are given as a list, or with their unit; empty if none are."""
+    for i, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if flag in ("-b", "--bits"):
+            values = [value] if value else list(takewhile(_NUMBERS.fullmatch, argv[i + 1 :]))
+            found = re.findall(r"[\d.]+", " ".join(values))
+            if all(map(_NUMBERS.fullmatch, values)) and found and [*found] != values[:1]:
+                return "a number with each -b: " + " ".join(f"-b {number}" for number in found)
+    return ""
+
+
+def _model_hint(argv: Sequence[str]) -> str:
+    """The hint for a model that is given without its flag; empty if none is."""
+    if not argv or argv[0] not in ("convert", "measure", "plan", "calibration", "solve"):
+        return ""
+    words = [w for before, w in pairwise(argv) if not before.startswith("-") or before.startswith("--json")]
+    model = next((w for w in words if "://" in w or os.path.isdir(w)), "")
+    return f"a model is given with its flag: -i {shlex.quote(model)}" if model and "-i" not in argv else ""
 
 
 def missing_folder(path: str) -> UsageError:
@@ -31,7 +55,7 @@ def missing_folder(path: str) -> UsageError:
     denied = not_permitted(path)
     if denied is not None:
         return unreadable(UsageError, f"-i {path}", denied)
-    return UsageError(f"-i {path}: does not exist", missing_folder_hint(path))
+    return UsageError(f"-i {path}: {absent(path)}", missing_folder_hint(path))
 
 
 def check_models(*given: str) -> None:
@@ -40,8 +64,8 @@ def check_models(*given: str) -> None:
         try:
             os.stat(path)
         except FileNotFoundError as e:
-            if "://" not in path and not os.path.islink(path):
-                raise SourceError(f"{path}: does not exist", missing_folder_hint(path)) from e
+            if "://" not in path:
+                raise SourceError(f"{path}: {absent(path)}", missing_folder_hint(path)) from e
         except (OSError, ValueError):  # whoever opens it says it better
             pass
 
@@ -67,6 +91,6 @@ def missing_folder_hint(path: str) -> str:
     expanded = os.path.expanduser(os.path.expandvars(path))
     if expanded != path and os.path.isdir(expanded):
         return f"the shell leaves ~ and variables as they are within quotes and after '=': give {shlex.quote(expanded)}"
-    if _REPOSITORY.fullmatch(path) and not os.path.isdir(os.path.dirname(path)):
+    if is_repository(path) and not os.path.isdir(os.path.dirname(path)):
         return f"{FOLDER}; a repository on the Hub is hf://{path}"
     return FOLDER

@@ -37,9 +37,8 @@ from exl2ray.formats.shards import LEFTOVER_NAME, Shard
 from exl2ray.formats.target import Owner, check_target, locked, release_target
 from exl2ray.model.spec import LinearSpec
 from exl2ray.quant.group import Solo
-from exl2ray.store.file_names import is_within_ours
+from exl2ray.store.apart import refuse_within
 from exl2ray.store.fs import Store
-from exl2ray.store.job_file import JOB_FILE
 from exl2ray.store.open import open_store
 from exl2ray.store.records import hash_inputs
 from exl2ray.tune import judge, state
@@ -143,16 +142,13 @@ def tune(
 
 
 def _refuse_inputs(pair: Pair, target: Path, flag: str) -> None:
-    """UsageError if the output is one of the models that it is made from."""
+    """UsageError if the output is one of the models that it is made from, or lies where a work directory keeps its own."""
     for model, what in ((pair.start, "the model to be tuned"), (pair.source, "the reference")):
         if os.path.realpath(target) == os.path.realpath(model.path):
             hint = "give another folder: what is tuned is written beside it, and the model stays as it is"
             raise UsageError(f"{flag} {target}: is {what} itself", hint)
-    for work in Path(os.path.realpath(target)).parents:
-        rel = os.path.relpath(os.path.realpath(target), work)
-        if is_within_ours(rel) and flag == "-o" and (work / JOB_FILE).is_file():
-            hint = "a conversion with -nr deletes what lies there: choose another folder"
-            raise UsageError(f"{flag} {target}: lies where the work directory {work} keeps what is its own", hint)
+    if flag == "-o":  # -cf was looked at with the conversion
+        refuse_within(flag, target)
 
 
 def _refuse_unfinished(work: Path, identity: str, target: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from exl2ray.errors import StoreError, why_not_read
+from exl2ray.errors import StoreError, UnfitError, why_not_read
 from exl2ray.quant.group import Comm
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.fs import CHUNK_BYTES, Store
@@ -184,20 +184,20 @@ def _found(store: Store, identity: str, problems: list[str]) -> tuple[Progress, 
             problems.append("what was trained with other settings or other text, or by an earlier version, is left behind")
             return None
         if facts.pop("sha256", "") != _digest(facts):
-            raise ValueError("not as it was written")
+            raise UnfitError("not as it was written")
         scores = [(int(s), bool(w), float(v)) for s, w, v in facts["scores"]]
         step, best, over = int(facts["step"]), int(facts["best"]), bool(facts["over"])
         start = [float(v) for v in facts["start"]]
         files = {str(key): tuple(map(str, names)) for key, names in facts["files"].items()}
         if not (0 <= step < 1 << 31 and -1 <= best < len(scores) and all(0 <= s[0] <= step for s in scores)):
-            raise ValueError("numbers that no tuning has")
+            raise UnfitError("numbers that no tuning has")
         for names in files.values():
             for name in names:
                 if name.rpartition("/")[0] != FOLDER:
-                    raise ValueError(f"{name[:80]!r} is no file of it")
+                    raise UnfitError(f"{name[:80]!r} is no file of it")
                 get_tensors(store, name)
                 if not _is_whole(store, name, facts["checksums"][name]):
-                    raise ValueError(f"{name} is not as it was written")
+                    raise UnfitError(f"{name} is not as it was written")
     except MissingFileError as e:
         if FILE in e.message:
             return None

@@ -19,6 +19,7 @@ from convert_helpers import (
     contents,
     items,
     logged,
+    messages,
     quantised_bytes,
     recipe,
     run,
@@ -32,6 +33,7 @@ from tiny_models import VOCAB, write_model
 from exl2ray.convert import convert
 from exl2ray.errors import CalibrationError, JobMismatchError
 from exl2ray.evaluate.compare import evaluate
+from exl2ray.evaluate.forward import run_model
 from exl2ray.events import Silent
 from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.measurement import check_against, read_measurement
@@ -294,3 +296,26 @@ def test_the_summary_names_a_measurement_that_exists(quiet: Quiet, tmp_path: Pat
 def test_vocabulary_of_the_tiny_model_is_no_multiple_of_32() -> None:
     """What makes the padding of the head part of every test here."""
     assert VOCAB % 32
+
+
+def test_numbers_that_json_has_not_in_keys_that_nobody_reads(llama: Path, tmp_path: Path) -> None:
+    """``time_step_limit`` of hybrid models, settings of a vision tower: what Python wrote, all can read afterwards."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    text = (model / "config.json").read_text().rstrip().removesuffix("}")
+    unread = '"time_step_limit": [0.0, Infinity], "vision": {"floor": -Infinity, "mean": NaN}, "note": "NaN"'
+    (model / "config.json").write_text(f"{text}, {unread}}}")
+    (model / "tokenizer_config.json").write_text('{"model_max_length": Infinity}')
+    _, reporter = run(model, tmp_path / "work", compile_full=str(tmp_path / "out"))
+    written = (tmp_path / "out" / "config.json").read_text()
+    config = json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert config["time_step_limit"] == [0.0, float("inf")]
+    assert config["vision"] == {"floor": float("-inf"), "mean": None}
+    assert config["note"] == "NaN"
+    told = [m for m in messages(reporter, "warning") if "vision.mean is NaN" in m]
+    assert len(told) == 1
+    assert "time_step_limit.1 is Infinity (a model made from it has 1e999)" in told[0]
+    assert_sound(model, tmp_path / "out")
+    assert run_model(tmp_path / "out", torch.tensor([[3, 4, 5]]), "cpu").states.shape[:2] == (1, 3)
+    before = (tmp_path / "out" / "config.json").stat().st_mtime_ns
+    run(model, tmp_path / "work", compile_full=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "config.json").stat().st_mtime_ns == before, "written again"

@@ -32,12 +32,12 @@ from tiny_models import write_text
 from exl2ray.errors import UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.source.architecture_name import BY_MODEL_TYPE
+from exl2ray.given_paths import refuse_unexpanded
 from exl2ray.model.arch import load_spec
 from exl2ray.model.class_defaults import CLASS_DEFAULTS
 from exl2ray.model.hyper import Hyper, loader_config, resolve_hyper
 from exl2ray.model.table import ARCHITECTURES
 from exl2ray.recipe import Recipe
-from exl2ray.recipe_fields import refuse_unexpanded
 from exl2ray.terminal.pasted import missing_folder_hint, usage_hint
 
 Change = Callable[[Path], Any]
@@ -312,8 +312,19 @@ def test_what_no_file_system_takes(path: str, why: str) -> None:
 def test_hints_for_pasted_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert usage_hint(["-i", "m", "-o", "w"], "exl2ray") == "the command comes first: exl2ray convert -i m -o w"
     assert usage_hint(["convert.py", "-i", "m"], "exl2ray") == "the command comes first: exl2ray convert -i m"
-    assert usage_hint(["convert", "--wrong"], "exl2ray convert") == "see exl2ray convert --help"
+    for argv in (["convert", "--wrong"], ["convert", "-b", "3", "-b", "4", "-x"], ["convert", "-o", str(tmp_path), "-x"]):
+        assert usage_hint(argv, "exl2ray convert") == "see exl2ray convert --help"
+    for bits in (["-b", "3", "4.5"], ["-b", "3,4.5"], ["--bits=3,4.5"]):
+        hint = usage_hint(["convert", "-i", "m", *bits, "-o", "w"], "exl2ray convert")
+        assert hint == "a number with each -b: -b 3 -b 4.5"
+    assert usage_hint(["plan", "-b", "3bpw"], "exl2ray plan") == "a number with each -b: -b 3"
+    for model in (str(tmp_path), "hf://me/model"):
+        assert usage_hint(["convert", model, "-b", "3"], "exl2ray convert") == f"a model is given with its flag: -i {model}"
     monkeypatch.setenv("MODELS", str(tmp_path))
     assert str(tmp_path) in missing_folder_hint("$MODELS")
     assert "config.json" in missing_folder_hint("$MODELS/gone")
     exl2ray("-i", "m", "-o", "w").ends_with(2, "the command comes first: exl2ray convert -i m -o w")
+    exl2ray("convert", "-i", "m", "-o", "w", "-b", "3", "4").ends_with(2, "extra argument (4)", "with each -b: -b 3 -b 4")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for command in (("plan", "-b", "3", "-i"), ("eval",), ("chat", "--prompt", "x")):
+        exl2ray(*command, tmp_path / "link").ends_with(2 if "-i" in command else 3, "gone, which does not exist")

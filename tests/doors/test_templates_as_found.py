@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bounded import exl2ray
 from model_folders import write_json
 
 from exl2ray.calibration.chat_text import ChatRenderer
@@ -14,9 +15,11 @@ from exl2ray.calibration.conversion import converted_json
 from exl2ray.calibration.text import Conversation
 from exl2ray.calibration.tokenizer_files import read_tokenizer_files
 from exl2ray.errors import CalibrationError, SourceError
+from exl2ray.formats.side_files import UNREAD, broken_side_files
 
 TALK = Conversation("", (("user", "Hello there"), ("assistant", "Hi")))
 SYSTEM = Conversation("", (("system", "Be kind."), *TALK.messages))
+FEW = ("-l", "128", "-ml", "128")
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}"
     "{% elif p['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
@@ -90,3 +93,31 @@ def test_a_vocabulary_of_mistral_names_the_package(
     with pytest.raises(SourceError, match="of Mistral") as e:
         converted_json(folder)
     assert "pip install mistral-common" in e.value.hint
+
+
+def test_files_that_are_copied_unread_are_looked_at(folder: Path) -> None:
+    """Whoever loads the result would fail on them, and blame the result."""
+    (folder / "chat_template.jinja").write_text(PARTS)  # so that chat_template.json is not read
+    for content in ("{}", '{"do_sample": true, "temperature": NaN}'):
+        for name in UNREAD:
+            (folder / name).write_text(content)
+        assert broken_side_files(folder) == []
+    for content, says in (('{"a": ', "not valid JSON: cut off"), ("[1]", "a JSON object is needed, this is a list")):
+        for name in UNREAD:
+            (folder / name).write_text(content)
+        told = broken_side_files(folder)
+        assert len(told) == len(UNREAD)
+        assert all(f"{name}: {says}" in text for name, text in zip(UNREAD, told, strict=True))
+    told = [f"{name}: a JSON object is needed" for name in UNREAD]
+    exl2ray("plan", "-i", folder, "-b", "4", *FEW).ends_with(0, *told, "fetch it again, or delete it")
+
+
+def test_a_template_that_cannot_be_compiled_is_a_warning(folder: Path, tmp_path: Path) -> None:
+    """Also where the calibration has no conversations: the result could hold none."""
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    plan = ("plan", "-i", folder, "-b", "4", *FEW, "-c", tmp_path / "text.txt", "-r", "2", "-mr", "2")
+    says = "the model's chat template cannot be used ("
+    (folder / "chat_template.jinja").write_text(PARTS)
+    assert says not in exl2ray(*plan).text
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}")
+    exl2ray(*plan).ends_with(0, f"{says}TemplateSyntaxError", "copied into the output")

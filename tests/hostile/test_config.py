@@ -22,7 +22,7 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.hyper import loader_config
 
 HUGE = 2**31 - 1
-NAN, INFINITE = "<NaN>", "<1e999>"  # json.dumps writes neither as files have them
+NAN, INFINITE, BELOW = "<NaN>", "<1e999>", "<-Infinity>"  # json.dumps writes neither as files have them
 DRY = ("-b", "4", "--device", "cpu", "--executor", "inline", "-l", "128", "-ml", "128", "--dry-run")
 
 
@@ -46,7 +46,9 @@ def spoiled(models: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
             os.link(path, directory / path.name)
         config = json.loads((directory / "config.json").read_text()) | changes
         (directory / "config.json").unlink()
-        text = json.dumps(config).replace(f'"{NAN}"', "NaN").replace(f'"{INFINITE}"', "1e999")
+        text = json.dumps(config)
+        for value in (NAN, INFINITE, BELOW):
+            text = text.replace(f'"{value}"', value[1:-1])
         (directory / "config.json").write_text(text)
         return directory
 
@@ -88,6 +90,13 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "base 1e-300": ({"rope_theta": 1e-300}, "rope_theta is 1e-300"),
     "base huge": ({"rope_theta": 1e300}, "rope_theta"),
     "base NaN": ({"rope_theta": NAN}, "rope_theta is NaN"),
+    "base minus infinite": ({"rope_theta": BELOW}, "rope_theta is -Infinity"),
+    "hidden NaN": ({"hidden_size": NAN}, "hidden_size is NaN; an integer is needed"),
+    "tied NaN": ({"tie_word_embeddings": NAN}, "tie_word_embeddings is NaN; true or false is needed"),
+    "activation NaN": ({"hidden_act": NAN}, "the activation is NaN"),
+    "architecture NaN": ({"architectures": [NAN], "model_type": NAN}, "architectures is [NaN], and model_type"),
+    "kind of scaling NaN": (scaled(NAN, factor=2.0), "rope_scaling type 'NaN' is unknown"),
+    "longrope, factor NaN": (scaled("longrope", **{**LONG, "long_factor": [NAN] * 8}), "that are not numbers"),
     "base infinite": ({"rope_theta": INFINITE}, "rope_theta is 1e999"),
     "base a long list": ({"rope_theta": ["x"] * 200_000}, "rope_theta is ['x', 'x'"),
     "base in two spellings": ({"rope_parameters": {"rope_theta": ["x"] * 200_000}}, "rope_theta is 10000.0, but"),

@@ -11,7 +11,16 @@ import pytest
 from special_files import make_pipe, make_socket
 
 from exl2ray.errors import CalibrationError, FormatError, SourceError
-from exl2ray.formats.json_file import MAX_DEPTH, OTHER_LIMIT, parse_json_object, read_bounded, read_json_object
+from exl2ray.formats.json_file import (
+    MAX_DEPTH,
+    OTHER_LIMIT,
+    as_json,
+    as_number,
+    odd_values,
+    parse_json_object,
+    read_bounded,
+    read_json_object,
+)
 
 GOOD = {
     "plain": b'{"a": 1}',
@@ -88,6 +97,33 @@ def test_what_is_not_json_is_named(case: str, tmp_path: Path) -> None:
     assert time.process_time() - start < 2
     with pytest.raises(FormatError):
         parse_json_object(raw, "here", FormatError)
+
+
+LONG = f"1.{0:080}e400"
+ODD = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999", "1e999": "1e999", "-2e400": "-1e999", LONG: "1e999"}
+
+
+@pytest.mark.parametrize("written", ODD)
+def test_no_numbers_can_be_kept_and_become_json(written: str) -> None:
+    """For who reads only some keys: no number to any check, and valid JSON where it is written again."""
+    texts = ["NaN, Infinity", 'a "quoted" -Infinity\\', written]
+    raw = f'{{"a": [0.5, {{"b": {written}}}], "texts": {json.dumps(texts)}}}'
+    obj = parse_json_object(raw.encode(), "here", odd=True)
+    assert [(place, repr(value)) for place, value in odd_values(obj)] == [("a.1.b", written[:40])]
+    value = obj["a"][1]["b"]
+    assert as_number(value) is None
+    assert not isinstance(value, (int, float, str))
+    out = as_json(obj, indent=1)
+    again = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert again["texts"] == texts
+    assert again["a"][0] == 0.5
+    assert str(again["a"][1]["b"]).replace("None", "nan") == str(float(written))
+    assert f'"b": {ODD[written]}\n' in out
+
+
+def test_numbers_of_endless_digits_are_refused_all_the_same() -> None:
+    with pytest.raises(SourceError, match="a is a number of 400 digits"):
+        parse_json_object(b'{"b": NaN, "a": ' + b"1" * 400 + b"}", "here", odd=True)
 
 
 def test_equal_keys_can_be_refused() -> None:

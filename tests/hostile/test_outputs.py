@@ -21,7 +21,7 @@ from exl2ray.errors import StoreError, UsageError
 from exl2ray.events import Silent
 from exl2ray.job_opening import check_measurement_target
 from exl2ray.recipe import Recipe
-from exl2ray.targets import refuse_within
+from exl2ray.store.apart import refuse_within
 from exl2ray.tune import run
 
 ADDRESS = "s3://bucket/there"
@@ -142,6 +142,36 @@ def test_a_model_is_not_put_where_the_work_directory_keeps_its_own(place: str, t
         refuse_within("-cf", work / fine, str(work))
 
 
+OURS = '{\n "exl2ray work directory": 1'
+
+
+def test_nor_where_another_work_directory_does(tmp_path: Path) -> None:
+    """The other job's -nr would take it. Only folders with a job.json of ours count, and only what it keeps there."""
+    other = tmp_path / "other"
+    (other / "quant").mkdir(parents=True)
+    for given in (other / "quant" / "mine", other / "measurement.json", other / "logs"):
+        refuse_within("-cf", given, str(tmp_path / "w"))
+        (other / "job.json").write_text('{"jobs": []}')
+        refuse_within("-cf", given, str(tmp_path / "w"))
+        (other / "job.json").write_text(OURS)
+        with pytest.raises(UsageError, match="other keeps its own"):
+            refuse_within("-cf", given, str(tmp_path / "w"), "measurement.json")
+        (other / "job.json").unlink()
+    (other / "job.json").write_text(OURS)
+    refuse_within("-cf", other / "models" / "4.0", str(tmp_path / "w"))
+
+
+def test_a_part_of_a_work_directory_is_told_as_that(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    (work / "quant").mkdir(parents=True)
+    (work / "job.json").write_text(OURS)
+    for command in (("status",), ("report",), ("patch", "--set", "lm_head=6", "-o")):
+        exl2ray(*command, work / "quant").ends_with(7, "quant: is not a work directory", f"it is a part of {work}: give that")
+        exl2ray(*command, tmp_path).ends_with(7, "is not a work directory: it has no job.json")
+    for command in ("status", "report"):
+        exl2ray(command, work / "job.json").ends_with(7, "a file, not a work directory", f"{work}: give that")
+
+
 def test_a_measurement_does_not_take_the_place_of_the_job(tmp_path: Path) -> None:
     """After measuring for hours job.json was replaced, or the file could not be written."""
     write_source(tmp_path / "m")
@@ -155,10 +185,10 @@ def test_a_measurement_does_not_take_the_place_of_the_job(tmp_path: Path) -> Non
 def test_tuning_and_patching_stay_out_of_it_too(tmp_path: Path) -> None:
     work = tmp_path / "w"
     work.mkdir()
-    (work / "job.json").write_text("{}")
+    (work / "job.json").write_text(OURS)
     given = SimpleNamespace(path=tmp_path / "other")
     pair: Any = SimpleNamespace(start=given, source=given)
-    with pytest.raises(UsageError, match="keeps what is its own"):
+    with pytest.raises(UsageError, match=r"-o .* keeps its own logs"):
         run._refuse_inputs(pair, work / "logs" / "tuned", "-o")
     run._refuse_inputs(pair, work / "tuned", "-o")
     recipe = Recipe(str(tmp_path / "m"), str(work), (4.0,), compile_full=str(tmp_path / "out"))

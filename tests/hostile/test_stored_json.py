@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 from bounded import exl2ray
 from small_sources import write_source
 
-from exl2ray.errors import StoreError
+from exl2ray.errors import StoreError, UnfitError, why_not_read
 from exl2ray.formats.claim import CLAIM, read_claim
+from exl2ray.formats.file_states import from_json
+from exl2ray.store import status
 from exl2ray.store.job_file import decode_job
 from exl2ray.store.local import MAX_LINES_BYTES, LocalStore
 from exl2ray.store.open import open_store
@@ -44,6 +48,25 @@ def test_going_on_with_a_spoiled_job_is_refused(case: str, tmp_path: Path) -> No
     exl2ray("convert", "-i", model, "-o", tmp_path, "-b", "4", "--dry-run").ends_with(7, "job.json")
 
 
+class Unreached:
+    """An object store without a network, where each request is tried for 20 s."""
+
+    is_local, root, asked = False, "s3://bucket/w", 0
+
+    def get(self, rel: str) -> bytes:
+        self.asked += 1
+        raise StoreError(f"cannot read {self.root}/{rel}: NETWORK_CONNECTION")
+
+
+def test_a_store_that_gives_nothing_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """status noted that there was no answer, and went on to the events."""
+    store = Unreached()
+    monkeypatch.setattr(status, "open_store", lambda root: store)
+    with pytest.raises(StoreError, match="NETWORK_CONNECTION"):
+        status.read_status(store.root)
+    assert store.asked == 1
+
+
 FORMS = {
     b"[]": "another form", b"{}": "is missing", b"null": "another form", b"5": "another form", b'"x"': "another form",
     b"{": "not JSON at line 1 column 2", b"": "not JSON", b'{"record": 5, "sha256": 1}': "", b"\xff{": "not UTF-8 at byte 0",
@@ -63,6 +86,44 @@ def test_what_is_no_job_and_no_record_is_told_in_words(data: bytes, tmp_path: Pa
         decode_job(data, "job.json")
     for text in (str(of_record.value), str(of_job.value)):
         assert not re.search(r"[A-Z]\w+Error|indices|subscript|NoneType", text), text
+
+
+def pair(values: Any) -> tuple[Any, Any]:
+    first, second = values
+    return first, second
+
+
+OF_PYTHON: dict[str, Callable[[], Any]] = {
+    "a number": lambda: int("x"),
+    "a fraction": lambda: float("x"),
+    "endless digits": lambda: int("1" * 10_000),
+    "too few": lambda: pair([1]),
+    "too many": lambda: pair([1, 2, 3]),
+    "no pairs": lambda: dict([[1, 2, 3]]),
+    "lists of two lengths": lambda: list(zip([1], [1, 2], strict=True)),
+    "a time": lambda: datetime.fromisoformat("soon"),
+    "a root": lambda: math.sqrt(-1),
+    "a character": lambda: chr(-1),
+    "bytes": lambda: bytes.fromhex("x"),
+    "a place": lambda: [1].index(2),
+    "no list": lambda: {}["x"]["y"],
+    "a member": lambda: [].append_line,  # type: ignore[attr-defined]
+    "a number of None": lambda: int(None),  # type: ignore[call-overload]
+}
+
+
+@pytest.mark.parametrize("case", OF_PYTHON)
+def test_whatever_this_python_says_is_not_passed_on(case: str) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError, AttributeError)) as e:
+        OF_PYTHON[case]()
+    assert why_not_read(e.value) in ("what it holds has another form", "'x' is missing")
+
+
+def test_what_the_program_says_of_a_file_is_passed_on() -> None:
+    assert why_not_read(UnfitError("the place of x is not made of counts")) == "the place of x is not made of counts"
+    with pytest.raises(UnfitError, match=r"no state of a file: FileState\(name=5") as e:
+        from_json([{"name": 5, "size": 1, "stamp": "", "sha256": None}])
+    assert "no state of a file" in why_not_read(e.value)
 
 
 def test_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:

@@ -17,6 +17,11 @@ from model_hub import serving as giving
 from published import write_source
 from tiny_models import write_text
 
+from exl2ray.commands.hub_to_hub import Wishes, convert
+from exl2ray.errors import UsageError
+from exl2ray.events import Silent
+from exl2ray.recipe import Recipe
+
 REPO, SOURCE = "me/tiny-exl2", "source/tiny"
 QUICK = ("-mr", "2", "-r", "3", "-l", "128", "-ml", "128", "--device", "cpu", "--executor", "inline", "--quality",
          "reference")  # fmt: skip
@@ -150,6 +155,15 @@ def test_flags_that_need_a_repository(tmp_path: Path) -> None:
     for flag in ("--clean", "--private"):
         exl2ray("convert", "-i", "m", "-o", "w", flag, cwd=tmp_path).ends_with(2, "are for --publish")
     exl2ray("convert", "-i", "m", cwd=tmp_path).ends_with(2, "-o")
+
+
+def test_a_name_that_no_repository_has_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    for more in ((), ("--dry-run",)):
+        given = ("convert", "-i", "m", "-b", "4", "-o", "w", "-cf", "out", "--publish", "tiny", *more)
+        exl2ray(*given, cwd=tmp_path).ends_with(2, "--publish tiny: not the name of a repository")
+    with pytest.raises(UsageError, match="not the name of a repository"):
+        convert(Recipe(in_dir="m", out_dir=str(tmp_path / "w"), bits=(4.0,)), Wishes("tiny"), Silent())
+    assert not (tmp_path / "w").exists()
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:

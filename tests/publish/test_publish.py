@@ -297,10 +297,21 @@ def test_repositories_that_do_not_fit(hub: FakeHub, models: Path) -> None:
         send(models / "4.0bpw", repo="just-a-name")
 
 
-@pytest.mark.parametrize("branch", ["a..b", "-x", "a b", "x.lock", "/x", "x/", "", "refs/heads/*", "a~1"])
+@pytest.mark.parametrize(
+    "branch",
+    ["a..b", "-x", "a b", "x.lock", "/x", "x/", "", "refs/heads/*", "a~1", "HEAD", "a" * 40, "refs/tags/v1", "refs/pr/x"],
+)
 def test_names_that_git_refuses(models: Path, branch: str) -> None:
     with pytest.raises(UsageError, match="not a name for a branch"):
         send(models / "4.0bpw", branch=branch, dry_run=True)
+
+
+def test_git_s_long_name_of_a_branch(models: Path) -> None:
+    """The Hub has branches by their short names, and would refuse it when all is hashed."""
+    with pytest.raises(UsageError, match="refs/heads/main: not a name for a branch") as e:
+        send(models / "4.0bpw", branch="refs/heads/main", dry_run=True)
+    assert "give the branch alone: main" in e.value.hint
+    assert send(models / "4.0bpw", branch="refs/pr/1", dry_run=True)[0].branch == "refs/pr/1"
 
 
 def test_two_directories_on_one_branch(models: Path) -> None:

@@ -19,7 +19,9 @@ from published import REPO, send
 from exl2ray.cli import cli
 from exl2ray.commands.publish import publish
 from exl2ray.errors import HubError, StoreError, UsageError
-from exl2ray.publish.base_model import REPOSITORY
+from exl2ray.formats.hub_names import is_repository
+from exl2ray.remote.address import parse
+from exl2ray.remote.hub_data import parse_address
 from exl2ray.remote.token import read_token
 
 
@@ -151,7 +153,20 @@ def test_names_that_the_hub_refuses_are_refused_before_anything_is_looked_at(rep
         validate_repo_id(repo if repo != "me" else "me/")
     with pytest.raises(UsageError, match="not the name of a repository"):
         publish([str(tmp_path)], repo)
-    assert REPOSITORY.fullmatch("me/x-y_z.1")
+    with pytest.raises(UsageError, match="not of the form hf://"):
+        parse(f"hf://{repo}" if repo != "me/x/y" else "hf://me--x/y")
+    with pytest.raises(UsageError, match="not the address of a data set"):
+        parse_address(f"hf://datasets/{repo}" if repo != "me/x/y" else "hf://datasets/me--x/y")
+    assert not is_repository(repo)
+    assert is_repository("me/x-y_z.1")
+
+
+def test_git_s_long_names_of_branches_are_no_revisions() -> None:
+    with pytest.raises(UsageError, match="refs/heads/a/b is no revision") as e:
+        parse("hf://me/x@refs/heads/a/b")
+    assert "give -i hf://me/x@a%2Fb" in e.value.hint
+    assert parse("hf://me/x@a%2Fb").revision == "a/b"
+    assert parse("hf://me/x@refs/pr/3/sub").revision == "refs/pr/3"
 
 
 def test_a_work_directory_that_has_nothing_to_send(models: Path, tmp_path: Path) -> None:

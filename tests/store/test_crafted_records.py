@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from exl2ray.errors import UnfitError
 from exl2ray.formats.file_states import FileState, from_json
 from exl2ray.formats.shards import Shard
 
@@ -28,7 +29,7 @@ def test_states(name: str, value: Any) -> None:
     assert from_json([asdict(STATE)]) == (STATE,)
     if name == "sha256" and value is None:
         return
-    with pytest.raises(TypeError):
+    with pytest.raises(UnfitError):
         from_json([{**asdict(STATE), name: value}])
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from exl2ray.errors import Exl2RayError
 from exl2ray.formats.elsewhere import mount_at, open_binary, remote_file
+from exl2ray.formats.hub_names import is_repository
 from exl2ray.formats.json_file import LFS_POINTER, read_json_object
 
 CARD_BYTES = 1 << 16
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name on the Hub
 
 
 class Folder:
@@ -65,7 +65,7 @@ class Folder:
         if name not in self:
             return {}
         try:
-            return read_json_object(self.path / name)
+            return read_json_object(self.path / name, odd=True)
         except Exl2RayError:
             return {}
 
@@ -75,4 +75,4 @@ class Folder:
         card = self.head("README.md", CARD_BYTES).decode("utf-8", "replace")
         found = re.search(r"^base_model:[ \t]*(?:\r?\n[ \t]*-[ \t]*)?[\"']?([^\s\"']+)", card, re.MULTILINE)
         named += [found and found[1], self.json("config.json").get("_name_or_path")]
-        return next((n for n in named if isinstance(n, str) and len(n) < 100 and REPOSITORY.fullmatch(n)), None)
+        return next((n for n in named if isinstance(n, str) and is_repository(n)), None)

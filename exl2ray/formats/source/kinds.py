@@ -10,6 +10,7 @@ from pathlib import Path
 
 from exl2ray.errors import PERMISSIONS, Exl2RayError, SourceError
 from exl2ray.formats.claim import LOCK, TUNING, read_claim
+from exl2ray.formats.regular import absent
 from exl2ray.formats.source import training
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.training import PICKLES, SAVE, Finding
@@ -54,7 +55,7 @@ def _unreadable(path: Path) -> Finding | None:
     except NotADirectoryError:
         return _no_folder(path, hint)
     except FileNotFoundError:
-        return "does not exist", hint
+        return absent(path), hint
     except OSError as e:
         return f"cannot be read: {e.strerror or e}", PERMISSIONS if isinstance(e, PermissionError) else hint
     except ValueError:  # a NUL in it
@@ -63,7 +64,7 @@ def _unreadable(path: Path) -> Finding | None:
 
 def _no_folder(path: Path, hint: str) -> Finding:
     if not os.path.exists(path):
-        return "does not exist", hint
+        return absent(path), hint
     name = path.name.lower()
     if name.endswith(".gguf"):
         return _gguf_text("a GGUF file"), _original(Folder(path.parent))
