@@ -70,8 +70,8 @@ class Norm:
 class LinearBank:
     """Weights of the linears of one module, replaceable one by one.
 
-    weights[key]: (K, N) in compute dtype. biases[key]: (N,) in compute dtype. watch: sees the output of every linear, for
-    gradients.
+    weights[key]: (K, N) in compute dtype. biases[key]: (N,) in compute dtype. watch: sees the input and the output of every
+    linear, for gradients.
     """
 
     def __init__(self, linears: tuple[LinearSpec, ...], dtype: torch.dtype) -> None:
@@ -79,7 +79,7 @@ class LinearBank:
         self.dtype = dtype
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
-        self.watch: Callable[[str, Tensor], None] | None = None  # called with key and output (..., N) of every linear
+        self.watch: Callable[[str, Tensor, Tensor], None] | None = None  # called with key, input (..., K), output (..., N)
 
     def set_weight(self, key: str, weight: Tensor) -> None:
         """Replace a weight by (K, N), or by (K, N32) whose padding columns are cut off."""
@@ -116,7 +116,7 @@ class LinearBank:
             out = torch.addmm(bias, inputs.reshape(-1, spec.in_features), w)
             out = out.reshape(*inputs.shape[:-1], spec.out_features)
         if self.watch is not None:
-            self.watch(spec.key, out)
+            self.watch(spec.key, inputs, out)
         return out
 
 

@@ -79,9 +79,9 @@ class Half(Protocol):
 
 
 class Bank(Protocol):
-    """The weights of a block's linears. watch: sees key and output of every linear, for gradients."""
+    """The weights of a block's linears. watch: sees key, input and output of every linear, for gradients."""
 
-    watch: Callable[[str, Tensor], None] | None
+    watch: Callable[[str, Tensor, Tensor], None] | None
 
     def instead(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]: ...
     def linear(self, linear: str, inputs: Tensor, weight: Tensor | None = None) -> Tensor: ...

@@ -28,7 +28,7 @@ ROWS, TOKENS = 16, 512  # of the tokens that the pass runs on: many short texts 
 SHARE_ROWS = 2
 SYNTHETIC = {"random", "shuffled", "noise"}  # kinds of calibration rows that are no text
 
-PROBES = 2  # changes with what is measured here
+PROBES = 3  # changes with what is measured here
 ModelSums = dict[str, Sums]  # module -> role -> sums over the tokens of a share
 Sensitivities = dict[str, dict[str, list[float]]]  # module -> role -> [KL per token, squared error per token]
 

@@ -24,6 +24,7 @@ from exl2ray.quant.sensitivity import (
     fisher_root,
     head_backward,
     module_backward,
+    token_weights,
 )
 
 FAMILIES = ["Llama", "Mixtral", "Cohere", "Gemma2"]  # sequential, experts, parallel, softcaps and post norms
@@ -186,3 +187,33 @@ def test_setting_up_gradients_waits_for_no_device(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waited.append(device))
     warm._run_backward(torch.device("cpu"))
     assert waited == []
+
+
+def test_tokens_with_next_to_no_input_count_for_little() -> None:
+    x = torch.ones(2, 5, 4)
+    x[0, 0] = 1e-3  # a millionth of the usual square
+    x[1, 4] = 30.0
+    x[1, 3] = 0.5
+    weights = token_weights(x)
+    assert weights.shape == (10,)
+    torch.testing.assert_close(weights[0], torch.tensor(1e-5))
+    assert weights[1:].tolist() == [1.0] * 9
+    assert token_weights(torch.zeros(3, 4)).tolist() == [1.0] * 3
+    assert token_weights(x[:1, :1]).tolist() == [1.0]
+
+
+def test_a_norm_behind_a_linear_does_not_make_small_inputs_count(tiny: Callable[[str], Path]) -> None:
+    """Gemma normalises what its MLP says: where that is next to nothing, gradients are immense and errors nothing."""
+    block = blocks_of(tiny("Gemma2"))[2]
+    (down,) = (x for x in block.module.linears if x.role == "down_proj")
+    x = states(block.spec, rows=1, tokens=24).float()
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    columns, weights = column_weights(block), dict(block.weights)
+    _, usual = module_backward(block, x, gradient, columns)
+    gate = next(y for y in block.module.linears if y.role == "gate_proj")
+    direction = block.halves[0].pre(x)[0, 0]  # one token's gates close: a thousandth enters the second linear
+    shift = torch.outer(direction, weights[gate.key].T @ direction) / direction.square().sum()
+    block.set_weight(gate.key, weights[gate.key] - 0.999 * shift)
+    _, closed = module_backward(block, x, gradient, columns)
+    a, b = (kl / error for kl, error in (usual[down.role], closed[down.role]))
+    assert b < 5 * a
