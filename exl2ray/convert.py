@@ -67,9 +67,10 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
         from exl2ray.steps.measuring import export_measurement, measure
         from exl2ray.steps.producing import produce
 
-    recipe = _in_reach(_on_this_disk(recipe), reporter)
+    recipe, begun = _in_reach(_on_this_disk(recipe), reporter), False
     try:
         with interruptible(), Job(recipe, reporter) as job:
+            begun = True
             job.lock_targets()
             measurement = measure(job)
             if recipe.output_measurement is not None:
@@ -85,7 +86,7 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
                 afterwards.drop_outdated(recipe, outputs, reporter)
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
-        raise Interrupted("stopped; everything finished so far is in the work directory", _resume_hint(recipe)) from e
+        raise _stopped(recipe, begun) from e
 
 
 def _places(recipe: Recipe, compile_full: str | None) -> set[str]:
@@ -192,8 +193,13 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> None:
         reporter.event("note", message="dry run: nothing was computed or written")
 
 
-def _resume_hint(recipe: Recipe) -> str:
-    return f"resume with: exl2ray convert -o {recipe.out_dir}"
+def _stopped(recipe: Recipe, begun: bool) -> Interrupted:
+    if not begun:  # -o alone would go on with nothing, or, after -nr, with the job that was there before
+        stopped = Interrupted("stopped before anything was begun", "run the same command again")
+        stopped.begun = False
+        return stopped
+    hint = f"resume with: exl2ray convert -o {recipe.out_dir}"
+    return Interrupted("stopped; everything finished so far is in the work directory", hint)
 
 
 __all__ = ["OutputSummary", "Summary", "convert", "dry_run"]

@@ -146,6 +146,7 @@ class HubError(Exl2RayError):
 
 class Interrupted(Exl2RayError):
     exit_code = 130
+    begun = True  # whether there is something to go on with
 
 
 _NO_HOST_MEMORY = ("std::bad_alloc", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")

@@ -19,7 +19,9 @@ def file_size(size_bytes: float, digits: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``0.04 s``, ``1.4 s``, ``12 s``, ``1 min 02 s``, ``3 h 07 min``."""
+    """``0 s``, ``0.04 s``, ``1.4 s``, ``12 s``, ``1 min 02 s``, ``3 h 07 min``."""
+    if seconds < 0.0005:
+        return "0 s"
     if seconds < 0.1:
         return f"{seconds:.1g} s"
     if seconds < 10:

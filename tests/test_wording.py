@@ -9,8 +9,8 @@ from exl2ray.wording import duration, file_size, perplexity, plural, shown, some
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.04 s"), (0.4, "0.4 s"), (9.96, "10.0 s"), (12.4, "12 s"), (59.6, "1 min 00 s"), (62, "1 min 02 s"),
-     (3599.7, "1 h 00 min"), (11240, "3 h 07 min")],
+    [(4e-6, "0 s"), (0.04, "0.04 s"), (0.4, "0.4 s"), (9.96, "10.0 s"), (12.4, "12 s"), (59.6, "1 min 00 s"),
+     (62, "1 min 02 s"), (3599.7, "1 h 00 min"), (11240, "3 h 07 min")],
 )  # fmt: skip
 def test_durations(seconds, text):
     assert duration(seconds) == text

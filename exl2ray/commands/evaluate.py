@@ -35,7 +35,7 @@ from exl2ray.terminal.console import aside, clean, is_terminal
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
-from exl2ray.wording import duration, file_size
+from exl2ray.wording import duration, file_size, plural
 
 PLOT = "ladder.png"
 
@@ -250,7 +250,8 @@ def show(results: Sequence[EvalResult]) -> None:
     if kinds:
         show_table("By kind of text", columns, kinds)
     first = results[0]
-    print(f"{first.predictions} predictions in {first.rows} rows of {first.length} tokens; +- standard error over rows")
+    rows_text = f"{plural(first.rows, 'row')} of {first.length} tokens"
+    print(f"{first.predictions} predictions in {rows_text}; +- standard error over rows")
     if first.reference is not None and first.reference_perplexity is not None:
         print(f"reference {clean(str(first.reference))}: perplexity {_figure(first.reference_perplexity, 4)}")
         for name, r in zip(names, results, strict=True):

@@ -42,10 +42,13 @@ class Invocation:
     command: str = ""
     out_dir: str = ""
 
-    def resume_hint(self) -> str:
-        """How the job of this invocation is resumed; empty for a command without a job."""
+    def resume_hint(self, begun: bool) -> str:
+        """How the job of this invocation is resumed; empty for a command without a job. begun: False where it was stopped
+        before it was known to be in the work directory."""
         if self.command == "patch":  # needs what it was told
             return "resume with the same command again"
+        if self.out_dir and not begun:
+            return "run the same command again"
         return f"resume with: exl2ray {self.command} -o {shlex.quote(self.out_dir)}" if self.out_dir else ""
 
 
@@ -113,8 +116,9 @@ def _report(error: Exception, run: Invocation) -> int:
 def _explain(error: Exception, run: Invocation) -> tuple[Sequence[str], str, int]:
     """(lines of the message, hint, exit code)"""
     if isinstance(error, (click.Abort, Interrupted)):
-        message = error.message if isinstance(error, Interrupted) else "interrupted"
-        hint = run.resume_hint() or (error.hint if isinstance(error, Interrupted) else "")
+        told = error if isinstance(error, Interrupted) else Interrupted("interrupted")
+        begun = told is error and told.begun
+        message, hint = told.message, run.resume_hint(begun) or told.hint
         return [message], hint, Interrupted.exit_code
     if isinstance(error, Exl2RayError):
         return error.lines, error.hint, error.exit_code

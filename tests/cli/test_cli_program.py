@@ -168,7 +168,9 @@ def test_interrupted_before_the_conversion_can_notice(run, fake, job_args):
     fake.error = KeyboardInterrupt()
     result = run("measure", *job_args)
     assert result.exit_code == 130
-    assert f"resume with: exl2ray measure -o {job_args[3]}" in result.stderr
+    assert "hint: run the same command again" in result.stderr, "-o alone would find no job there, or an earlier one"
+    fake.error = Interrupted("stopped")
+    assert f"resume with: exl2ray measure -o {job_args[3]}" in run("measure", *job_args).stderr
 
 
 def test_resume_command_can_be_pasted(run, fake, tmp_path):
@@ -187,8 +189,8 @@ def test_ctrl_c_of_the_real_program(tmp_path):
 import sys, time
 from exl2ray import cli, convert
 def slow(recipe, reporter):
-    reporter.event("note", message="running")
     try:
+        reporter.event("note", message="running")
         time.sleep(3600)
     except KeyboardInterrupt as e:
         raise convert.Interrupted("stopped") from e

@@ -43,10 +43,13 @@ class Job:
         argv[argv.index("inline")] = executor
         return Stopped(self._forked, argv, self.root / "err", prepare, stop_at)
 
-    def was_stopped(self, run: Stopped) -> None:
+    def was_stopped(self, run: Stopped, begun: bool = True) -> None:
+        """begun: whether -o alone goes on with it."""
         assert run.status() == STOPPED, run.err
         assert "Traceback" not in run.err
-        assert run.err.count(f"resume with: exl2ray convert -o {self.work}") == 1, run.err
+        hint = f"resume with: exl2ray convert -o {self.work}" if begun else "hint: run the same command again"
+        assert run.err.count(hint) == 1, run.err
+        assert (self.work / "job.json").exists() == begun
         assert len(run.err.splitlines()) == 2, run.err
         assert not (self.work / "driver.lock").exists()
         assert not run.descendants()
@@ -83,7 +86,7 @@ def test_a_signal_before_the_first_module(job: Job, number: int) -> None:
     run.until(Stopped.is_stopped)
     run.signal(number)
     run.go_on()
-    job.was_stopped(run)
+    job.was_stopped(run, begun=False)
     job.ends_the_same()
 
 
