@@ -45,6 +45,9 @@ def job_of(
     job = recipe.job(identity, *data_hashes(recipe, rows))
     scored = score_rows(recipe, stored)
     job["measure"].update({} if scored is None else {"score_rows": scored})
+    before = None if stored is None else stored.job["output"].get("compile_full")
+    if isinstance(before, str) and os.path.abspath(before) == job["output"]["compile_full"]:
+        job["output"]["compile_full"] = before  # of a job that was begun when it was kept as it was given
     return job
 
 

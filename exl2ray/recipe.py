@@ -365,6 +365,8 @@ class Recipe:
             return None if path == os.path.join(os.path.abspath(self.out_dir), "measurement.json") else path
         if name == "eval_text" and self.eval_text is not None and "://" not in self.eval_text:
             return os.path.abspath(self.eval_text)
+        if name == "compile_full" and self.compile_full is not None:
+            return os.path.abspath(self.compile_full)  # a resume may be begun in another folder
         value = getattr(self, name)
         return list(value) if isinstance(value, tuple) else value
 

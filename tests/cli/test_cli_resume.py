@@ -22,6 +22,17 @@ def make_job(recipe: Recipe, **identity: object) -> None:
     WorkDir.create_or_resume(recipe.out_dir, job, resume=True, versions={}).close()
 
 
+def test_a_resume_from_another_folder_writes_where_the_job_was_to(run, fake, job_args, tmp_path, monkeypatch):
+    """The model came to lie in a folder of that name below the other one."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    make_job(Recipe(in_dir=job_args[1], out_dir=job_args[3], bits=(3.0,), compile_full="out/{bpw}"))
+    monkeypatch.chdir(tmp_path / "there")
+    assert run("convert", "-o", job_args[3]).exit_code == 0
+    assert fake.recipes[0].output_dir(3.0) == str(tmp_path / "here" / "out" / "3.0")
+
+
 def test_resume_needs_only_the_work_directory(run, fake, job_args, tmp_path):
     (tmp_path / "m.json").write_bytes(b"")
     stored = Recipe(
@@ -29,7 +40,7 @@ def test_resume_needs_only_the_work_directory(run, fake, job_args, tmp_path):
         out_dir=job_args[3],
         bits=(3.0, 5.5),
         head_bits=8,
-        compile_full="out/{bpw}",
+        compile_full=str(tmp_path / "out" / "{bpw}"),
         length=1024,
         measurement=str(tmp_path / "m.json"),
         rope_alpha=2.0,

@@ -15,11 +15,12 @@ from shard_places import files_of, weights
 from tiny_models import write_model
 
 from exl2ray.convert import convert
-from exl2ray.errors import Interrupted, UsageError
+from exl2ray.errors import Interrupted, JobMismatchError, UsageError
 from exl2ray.evaluate.record import Evaluation, Figure
 from exl2ray.events import Silent
 from exl2ray.publish.card import add_evaluation
 from exl2ray.store import pieces
+from exl2ray.store.job_file import decode_job, encode_job
 from exl2ray.store.local import LocalStore
 
 
@@ -34,6 +35,22 @@ def test_a_finished_job_computes_nothing(quiet: Quiet, finished: Path) -> None:
     assert items(reporter) == []
     assert [s for s in stages(reporter) if not s.startswith("compile")] == []
     assert (contents(finished / "work" / "quant"), contents(finished / "out-4.0")) == before
+
+
+def test_a_job_that_keeps_its_place_as_it_was_given_goes_on(
+    quiet: Quiet, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions did, relative to the folder that one happened to be in."""
+    path = finished / "work" / "job.json"
+    stored = decode_job(path.read_bytes(), "job.json")
+    assert stored.job["output"]["compile_full"] == str(finished / "out-{bpw}")
+    stored.job["output"]["compile_full"] = "out-{bpw}"
+    path.write_bytes(encode_job(stored))
+    monkeypatch.chdir(finished)
+    assert items(again(quiet, finished)) == []
+    assert items(again(quiet, finished, compile_full="out-{bpw}")) == []
+    with pytest.raises(JobMismatchError, match="-cf"):
+        again(quiet, finished, compile_full="other-{bpw}")
 
 
 def written(root: Path) -> dict[str, int]:
