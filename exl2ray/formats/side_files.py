@@ -105,7 +105,7 @@ def broken_side_files(source: str | Path) -> list[str]:
     """Warnings of JSON files that nobody here reads, and that are not what loaders of the output can read."""
     out = []
     for name in UNREAD:
-        if os.path.lexists(Path(source) / name):
+        if (Path(source) / name).is_file():  # what is no file is not copied, and that is a warning of its own
             try:
                 read_json_object(Path(source) / name, odd=True)
             except SourceError as e:

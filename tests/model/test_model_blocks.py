@@ -102,7 +102,7 @@ def test_states_of_some_rows_alone(name: str, kind: str, oracle: Callable[[str],
     x, of_all, of_some = states(), Captured(), Captured()
     y = block.forward(x, of_all)
     products: list[tuple[str, int]] = []
-    block.bank.watch = lambda key, out: products.append((key, out[..., 0].numel()))
+    block.bank.watch = lambda key, x, out: products.append((key, out[..., 0].numel()))
     found = block.forward_some(x, slice(1, None, 2), of_some)
     assert found.shape == (1, LENGTH, HIDDEN)
     assert torch.allclose(found, y[1::2], atol=1e-5)

@@ -302,7 +302,7 @@ def test_what_enters_the_second_linear_is_computed_once(tiny: Callable[[str], Pa
             block.set_weight(key, w)
         settings = replace(SETTINGS, numerics=Numerics(target_correction=0.5), keep_bytes=keep)
         seen: list[str] = []
-        block.bank.watch = lambda key, out, seen=seen: seen.append(key)
+        block.bank.watch = lambda key, x, out, seen=seen: seen.append(key)
         packed = Packed()
         result = quantize_module(block, cut(x), cut(other), ROWS, params, settings, check_states, packed)
         block.bank.watch = None
