@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2ray.cuda.small_batches import Streams
+from exl2ray.cuda.small_batches import Streams, ahead
 from exl2ray.formats.measurement import OptionProfile
 from exl2ray.quality import Settings
 from exl2ray.quant.block import ExpertBlock, Routing, device_of
-from exl2ray.quant.hessian import HessianAccumulator, input_factor, prepare_borrowing
+from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor, prepare_borrowing
 from exl2ray.quant.measure import LossTable, scored_rows
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import MOE_TABLE
@@ -44,21 +44,34 @@ def measure_experts(
     tables = [LossTable() for _ in block.experts.experts]
     device = device_of(block)
     prepare_borrowing(block, hessians)
-    with Streams(device, 1 if settings.offload else lanes_of(block)) as streams:
+    lanes = 1 if settings.offload else lanes_of(block)
+
+    def factors_of(index: int) -> dict[str, Factor]:
+        # a table is scored once: what nobody borrows from makes room
+        return {g: input_factor(block, hessians, g, settings, notes) for g in (f"w13.{index}", f"w2.{index}")}
+
+    made: dict[int, dict[str, Factor]] = {}  # ahead of their turn
+    with Streams(device, lanes) as streams:
         for index, expert in enumerate(block.experts.experts):
             inputs = {f"w13.{index}": (expert.gate, expert.up), f"w2.{index}": (expert.down,)}
             kept: dict[str, dict[int, Tensor]] = {}
-            with streams.turn():
-                # a table is scored once: what nobody borrows from makes room
-                factors = {group: input_factor(block, hessians, group, settings, notes) for group in inputs}
-                for group, members in inputs.items():
-                    factor = factors.pop(group)
-                    weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
-                    options = {m.role: columns[m.role][0] for m in members}
-                    solved = solve_with_losses(factor, weights, options, settings.budget_bytes, settings.offload)
-                    for role, found in solved.items():
-                        tables[index].add(role, options[role], found, factor, shares[group])
-                        kept[role] = {j: s.weight for j, s in found.items()}
+            coming = settings.ahead and lanes == 1 and index + 1 < len(tables)
+            with ahead(device, coming) as beside:
+                with streams.turn():
+                    factors = made.pop(index, None) or factors_of(index)
+                    for group, members in inputs.items():
+                        # of one whose memory the next may be written to, the last reader is waited for below
+                        factor = factors[group] if coming else factors.pop(group)
+                        weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
+                        options = {m.role: columns[m.role][0] for m in members}
+                        solved = solve_with_losses(factor, weights, options, settings.budget_bytes, settings.offload)
+                        for role, found in solved.items():
+                            tables[index].add(role, options[role], found, factor, shares[group])
+                            kept[role] = {j: s.weight for j, s in found.items()}
+                if coming:
+                    with beside.turn():
+                        made[index + 1] = factors_of(index + 1)
+            del factor, factors
             candidates.append(kept)
     for table in tables:
         losses.include(table)

@@ -57,7 +57,7 @@ def settings_within(module: Module, rows: int, tokens: int, total: int, damping:
     solver = int(total * SOLVER_SHARE)
     per_row = max(1, tokens * _bytes_per_token(module))
     batch = max(1, min(rows, int(total * ACTIVATION_SHARE) // per_row))
-    ahead = total >= ROOMY_BYTES and not offload and _two_inputs(module) and ahead_bytes(module) <= AHEAD_SHARE * total
+    ahead = total >= ROOMY_BYTES and not offload and ahead_bytes(module) <= AHEAD_SHARE * total
     return Settings(damping, batch, solver, offload, _expert_tokens(module, total), ahead)
 
 
@@ -154,15 +154,13 @@ def _factor_bytes(k: int) -> int:
     return (8 if k > FLOAT64_ROWS else 4) * k * k + 4 * k * k
 
 
-def _two_inputs(module: Module) -> bool:
-    """Whether at most one factor is ever made ahead. Of more, the one after next would be written where the memory of one was
-    that the solver, on another stream, may still be reading."""
-    return len({x.input_group for x in module.linears}) <= 2
-
-
 def ahead_bytes(module: Module) -> int:
-    """At most what the factor takes that is made while another one is used."""
-    return max((_factor_bytes(x.in_features) for x in module.linears), default=0)
+    """At most what factors take that are made while others are used: that of one input, of experts those of one, beside the
+    first factor of the expert in hand, which has to stay meanwhile."""
+    widths = {x.in_features for x in module.linears}
+    if module.kind == "moe":
+        return sum(map(_factor_bytes, widths)) + 4 * min(widths) ** 2
+    return max(map(_factor_bytes, widths), default=0)
 
 
 def hessian_bytes(module: Module) -> int:

@@ -238,12 +238,13 @@ def solve_and_pack(
         with Streams(device_of(block), lanes) as side_by_side, ahead(device_of(block), bool(coming)) as beside:
             for group in own[start : start + size]:
                 with side_by_side.turn():
-                    linears = sums.inputs[group]
-                    packed[group] = pack_input(block, _solve_input(block, linears, group, owned, params, settings), decoded)
+                    factor = _factor(block, group, owned, settings)
+                    solved = _solve_input(block, sums.inputs[group], group, factor, owned, params, settings)
+                    packed[group] = pack_input(block, solved, decoded)
             for group in coming:
                 with beside.turn():
                     owned.factors[group] = _factor(block, group, owned, settings)
-        del before  # other streams may have been reading them when they were replaced
+        del before, factor  # other streams may have been reading the former, or have written into the memory of the latter
         decoded.check()
         for group in own[start : start + size]:
             sink.add(packed[group])
@@ -252,9 +253,9 @@ def solve_and_pack(
 
 
 def _solve_input(
-    block: Block, linears: Sequence[Linear], group: str, owned: Owned, params: Mapping[str, QParams], settings: Settings
-) -> dict[str, Quantized]:
-    factor = _factor(block, group, owned, settings)
+    block: Block, linears: Sequence[Linear], group: str, factor: Factor, owned: Owned, params: Mapping[str, QParams],
+    settings: Settings,
+) -> dict[str, Quantized]:  # fmt: skip
     targets: Mapping[str, Tensor] = block.weights
     if group in owned.crosses:
         strength = settings.numerics.target_correction

@@ -35,11 +35,14 @@ ROWS, TOKENS, HIDDEN, WIDE = 9, 512, 2560, 5120  # both Hessians are summed on o
 
 
 @pytest.mark.parametrize("quality", ["reference", "balanced"])
-def test_same_bytes(quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("experts", [0, 4])
+def test_same_bytes(experts: int, quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts")
     models: Any = importlib.import_module("random_models")
     monkeypatch.setattr(hessian, "FLOAT64_ROWS", HIDDEN)  # the wide one block by block
-    models.build(tmp_path, models.Shape(1, HIDDEN, WIDE, 20, 20, vocab=272))
+    for room in ("module", "measure_moe"):
+        monkeypatch.setattr(f"exl2ray.quant.{room}.lanes_of", lambda block: 1)
+    models.build(tmp_path, models.Shape(1, HIDDEN, WIDE, 20, 20, experts=experts, vocab=272))
     source = SourceModel(tmp_path)
     spec = load_spec(source)
     generator = torch.Generator("cuda").manual_seed(0)

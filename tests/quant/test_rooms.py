@@ -90,8 +90,10 @@ def test_factors_are_made_ahead_where_there_is_room() -> None:
     dense = module("mlp", ("gate_proj", "gate_up", 4096, 11008), ("down_proj", "down", 11008, 4096))
     three = module("parallel", ("q_proj", "in", 1024, 1024), ("o_proj", "o", 1024, 1024), ("down_proj", "down", 2048, 1024))
     assert ahead_bytes(dense) == 12 * 11008**2  # float64 beside the result
+    mixtral = experts(8, 4096, 14336)
+    assert ahead_bytes(mixtral) == 12 * 14336**2 + 8 * 4096**2 + 4 * 4096**2  # of both inputs, and the one in hand
     for made, total, expected in (
-        (dense, 24 * GB, False), (dense, 80 * GB, True), (experts(8, 4096, 14336), 150 * GB, False),
-        (three, 80 * GB, False), (ATTENTION, 80 * GB, True), (MLP, 150 * GB, False),
+        (dense, 24 * GB, False), (dense, 80 * GB, True), (mixtral, 24 * GB, False), (mixtral, 150 * GB, True),
+        (three, 80 * GB, True), (ATTENTION, 80 * GB, True), (MLP, 150 * GB, False),
     ):  # fmt: skip
         assert settings_within(made, 16, 2048, total, 0.12).ahead == expected
