@@ -18,7 +18,7 @@ from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
 from exl2ray.tune.run import Tuned, tune
-from exl2ray.tune.settings import Settings
+from exl2ray.tune.settings import LENGTH, Settings
 from exl2ray.tuning import place_of_tuning
 from exl2ray.units import parse_count
 from exl2ray.wording import duration, file_size
@@ -52,7 +52,7 @@ def run(
             )
     check_models(directory, reference)
     if length < 16:
-        raise UsageError(f"--length {length}: at least 16 tokens a row are needed", "1024 is usual")
+        raise UsageError(f"--length {length}: at least 16 tokens a row are needed", f"{LENGTH} is usual")
     if step_tokens is not None and step_tokens < length:
         raise UsageError(f"--step-tokens {step_tokens}: a step takes at least one row of --length {length}")
     for flag, value in (("--rate", rate), ("--gain-rate", gain_rate)):

@@ -11,6 +11,7 @@ from exl2ray.calibration.data.sources import Source
 from exl2ray.tune.grid import REACH
 from exl2ray.tune.memory import STEP_TOKENS, step_tokens
 
+LENGTH = 512  # of a row: more documents in a step; gains more than 1024, with rows of 1536 as judge too (docs/quality.md)
 RATE = 2e-3  # for steps of STEP_TOKENS and more
 GAIN_BITS = 4.0  # a weight, up to which norms and biases have the rate of latents
 PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "streamed", "written")  # of no consequence
@@ -34,7 +35,7 @@ class Settings:
     output: str
     sources: tuple[Source, ...] = ()
     tokens: int = 1_000_000
-    length: int = 1024
+    length: int = LENGTH
     step_tokens: int | None = None
     rate: float | None = None
     gain_rate: float | None = None
