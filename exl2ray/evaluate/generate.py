@@ -59,7 +59,7 @@ class Generator:
         All rows advance together: first through what the shortest prompt has, then token by token, longer prompts and turns
         among them, so that no row is padded. Raises NumericError for states that are not finite.
         """
-        past = {b.module.index: KeyValues() for b in self._blocks}
+        past = {b.module.index: KeyValues(length) for b in self._blocks}
         rng = torch.Generator().manual_seed(seed)
         common = min(len(d.prompt) for d in drafts)
         rows = [list(d.prompt[:common]) for d in drafts]

@@ -236,22 +236,30 @@ QUERY_CHUNK = 512  # queries whose scores exist at once on the explicit path, pe
 
 
 class KeyValues:
-    """Keys and values (R, kv_heads, T, D) of the tokens that an attention has seen, for those that follow."""
+    """Keys and values (R, kv_heads, T, D) of the tokens that an attention has seen, for those that follow. They lie in memory
+    for ``room`` tokens, and where more come, for twice as many: joined anew at each token, they were copied each time, into
+    blocks of ever new sizes."""
 
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens seen."""
-        return 0 if self.keys is None else self.keys.shape[2]
+    def __init__(self, room: int = 256) -> None:
+        self._room, self._keys, self._values = room, torch.empty(0), torch.empty(0)
+        self.length = 0  # tokens seen
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds those of new tokens; returns all."""
-        self.keys = keys if self.keys is None else torch.cat((self.keys, keys), dim=2)
-        self.values = values if self.values is None else torch.cat((self.values, values), dim=2)
-        return self.keys, self.values
+        """Adds those of new tokens; returns all, as views."""
+        first, stop = self.length, self.length + keys.shape[2]
+        if first == 0 or stop > self._room:
+            self._room = max(stop, self._room * (2 if first else 1))
+            self._keys, self._values = (self._moved(old, new) for old, new in ((self._keys, keys), (self._values, values)))
+        for kept, new in ((self._keys, keys), (self._values, values)):
+            kept[:, :, first:stop] = new
+        self.length = stop
+        return self._keys[:, :, :stop], self._values[:, :, :stop]
+
+    def _moved(self, old: Tensor, like: Tensor) -> Tensor:
+        made = like.new_empty((*like.shape[:2], self._room, like.shape[3]))
+        if self.length:
+            made[:, :, : self.length] = old[:, :, : self.length]
+        return made
 
 
 class AttentionHalf(Half):
@@ -305,7 +313,8 @@ class AttentionHalf(Half):
             out = _explicit_attention(q, k, v, h.attention_scale, h.attention_softcap, window)
         else:
             causal = window is None and first == 0
-            mask = None if causal else visible(first, length, window, q.device)
+            last = window is None and first + 1 == length  # one token, which sees all
+            mask = None if causal or last else visible(first, length, window, q.device)
             attend = _by_products if getattr(_attention, "by_products", False) else F.scaled_dot_product_attention
             out = attend(q, k, v, mask, is_causal=causal, scale=h.attention_scale, enable_gqa=h.heads != h.kv_heads)
         return out.transpose(1, 2).flatten(2)

@@ -11,6 +11,7 @@ from oracles import ORACLES, Oracle
 
 from exl2ray.evaluate.forward import RunOptions, open_model, run_model
 from exl2ray.evaluate.generate import Generator
+from exl2ray.model.half import KeyValues
 
 TOKENS = 24  # more than the windows of the random models that have one
 
@@ -27,3 +28,16 @@ def test_every_token_is_that_of_the_whole_text(oracle: Callable[[str], Oracle], 
     best = logits.max(-1).values
     chosen = logits[torch.arange(TOKENS), torch.tensor(made)]
     assert float((best - chosen).max()) < 1e-4 * float(logits.abs().max()) + 1e-6
+
+
+def test_keys_and_values_lie_where_there_is_room_for_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(3, 2, 23, size, generator=generator) for size in (4, 6))
+    past, places = KeyValues(room=8), set()
+    for first, stop in ((0, 5), (5, 6), (6, 8), (8, 9), (9, 23)):
+        found = past.extend(keys[:, :, first:stop], values[:, :, first:stop])
+        assert past.length == stop
+        assert torch.equal(found[0], keys[:, :, :stop])
+        assert torch.equal(found[1], values[:, :, :stop])
+        places.add(found[0].data_ptr())
+    assert len(places) == 3, "moved twice: for the 9th token and for the 17th"
