@@ -189,13 +189,11 @@ def _total_bits(params: QParams, in_features: int, out_features: int, has_bias: 
     return params.layout(in_features).total_bits(out_features, has_bias)
 
 
-@dataclass(frozen=True)
-class LinearShape:
-    """Size of one linear layer of a model; ``out_features`` as in the model, before padding."""
+class StoredSize:
+    """What follows from the size of a linear; ``out_features`` is as in the model, before padding."""
 
     in_features: int
     out_features: int
-    has_bias: bool = False
 
     @property
     def padded_out(self) -> int:
@@ -206,6 +204,15 @@ class LinearShape:
     def padded_weights(self) -> int:
         """Weights as they are stored, which bitrates count."""
         return self.in_features * self.padded_out
+
+
+@dataclass(frozen=True)
+class LinearShape(StoredSize):
+    """Size of one linear layer of a model."""
+
+    in_features: int
+    out_features: int
+    has_bias: bool = False
 
 
 def pad32(n: int) -> int:

@@ -22,7 +22,6 @@ NOT_FETCHED = re.compile(
     r"|zip|tar|gz|xz|zst|7z|parquet|arrow|mp4|wav|mp3|whl)",
     re.IGNORECASE,
 )
-FOREIGN = re.compile(r"(consolidated|adapter|optimizer|training_args).*\.safetensors", re.IGNORECASE)
 SMALL_BYTES = OTHER_BYTES  # of a file that no reader of ours bounds
 FETCHED_BYTES = TOTAL_BYTES  # of all small files
 MAX_NAMES = 100_000
