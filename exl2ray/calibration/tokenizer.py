@@ -249,6 +249,10 @@ def _vocabulary_warnings(path: Path, report: Mapping[str, Any], rows: int) -> li
     return out
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def _list(texts: Any) -> str:
     some = list(texts)
     return ", ".join(some[:SHOWN]) + (", ..." if len(some) > SHOWN else "")
@@ -269,8 +273,7 @@ class _EndTokens:
         Ids without an embedding row are left out, and so are tokens that are none.
         """
         name, token_name = f"{which}_token_id", f"{which}_token"
-        value = config.get(name)
-        values = value if isinstance(value, list) else [] if value is None else [value]  # of several EOS ids the first
+        values = _listed(config.get(name))  # of several EOS ids the first
         usable = self._usable(values, f"config.json: {name}")
         if usable:
             return usable[0]
@@ -284,9 +287,7 @@ class _EndTokens:
         except SourceError:  # `exl2ray.formats.side_files` tells of it
             return
         for name in ("bos_token_id", "eos_token_id"):
-            value = found.get(name)
-            values = value if isinstance(value, list) else [] if value is None else [value]
-            self._usable([v for v in values if type(v) is int], f"generation_config.json: {name}")
+            self._usable([v for v in _listed(found.get(name)) if type(v) is int], f"generation_config.json: {name}")
 
     def _usable(self, values: Sequence[Any], origin: str) -> list[int]:
         for value in values:
