@@ -26,13 +26,13 @@ from convert_helpers import (
     shapes,
     stages,
 )
+from evaluation import evaluate
 from exl2_numpy import dequantize_numpy
 from safetensors.torch import load_file
 from tiny_models import VOCAB, write_model
 
 from exl2ray.convert import convert
 from exl2ray.errors import CalibrationError, JobMismatchError
-from exl2ray.evaluate.compare import evaluate
 from exl2ray.evaluate.forward import run_model
 from exl2ray.events import Silent
 from exl2ray.formats.exl2 import Exl2Model

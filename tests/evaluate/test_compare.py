@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation import evaluate
 from safetensors.torch import load_file, save_file
 
 from exl2ray.errors import CalibrationError, FormatError, NumericError, SourceError, UsageError
 from exl2ray.evaluate import forward
-from exl2ray.evaluate.compare import evaluate, evaluate_many
+from exl2ray.evaluate.compare import evaluate_many
 from exl2ray.evaluate.forward import RunOptions, logit_batches, open_model, run_model
 from exl2ray.evaluate.metrics import score
 
