@@ -43,16 +43,13 @@ _TOLERATED = frozenset({LOCK_FILE, "lost+found"})  # left by a driver killed bef
 class WorkDir:
     """An open work directory; a context manager that releases the lock.
 
-    ``job`` holds the settings, ``notes`` what the user should know about the opening (other versions than the job was
-    started with, a dead driver's lock), in words. Workers do not open a WorkDir: they get ``store`` and make their own
-    ``Records`` of it.
+    ``notes`` holds what the user should know about the opening (other versions than the job was started with, a dead driver's
+    lock), in words. Workers do not open a WorkDir: they get ``store`` and make their own ``Records`` of it.
     """
 
     def __init__(self, store: Store, lock: DriverLock, stored: StoredJob, versions: Mapping[str, str]) -> None:
         self.store = store
         self.records = Records(store)
-        self.job: Job = stored.job
-        self.created = stored.created
         self.id = stored.id  # what a target's claim names it by
         self.notes: list[str] = []
         self.listener: Callable[[str, Mapping[str, Any]], None] = lambda name, fields: None  # hears the events of the log

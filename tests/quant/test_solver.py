@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from output_error import relative_error
 from quant_helpers import hessian, reference, weights
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from exl2ray.cuda.solver import Segment, Solution, panels, solve_segments
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quality import PLAIN, Numerics
 from exl2ray.quant import gptq, solve
-from exl2ray.quant.gptq import Quantized, descend, feedback_factor, quantize_reference, relative_error
+from exl2ray.quant.gptq import Quantized, descend, feedback_factor, quantize_reference
 from exl2ray.quant.hessian import Factor, prepare, round_to_nearest
 from exl2ray.quant.qparams import attention_options, mlp_options, parse
 from exl2ray.quant.solve import Problem, quantize_linears, solve_options, solve_problems

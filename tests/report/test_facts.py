@@ -210,7 +210,7 @@ def test_names_of_all_families_mean_the_same_projections() -> None:
     assert (role_of("h.0.attn.c_proj"), role_of("h.0.mlp.c_proj")) == ("o", "down")
     assert (layer_of("h.12.attn.c_proj"), layer_of("model.layers.7.mlp.experts.3.w1"), layer_of("lm_head")) == (12, 7, None)
     options = {"model.layers.0.mlp.up_proj": "1:4b_128g s4", "lm_head": "1:6b_128g s4"}
-    assert allocation_of(4.0, options, {}).bpw == {(0, "up"): 4 + 4 / 128}
+    assert allocation_of(options, {}).bpw == {(0, "up"): 4 + 4 / 128}
 
 
 # ---- what is not a sound work directory -----------------------------------------------------------------------------
