@@ -121,8 +121,6 @@ class ModelTokenizer:
     vocab_size: int  # highest id with an embedding row, + 1
     bos_id: int | None
     eos_id: int | None
-    chat_template: str | None  # Jinja source
-    special_tokens: Mapping[str, str]  # "bos_token" -> text; what a chat template may refer to
     warnings: tuple[str, ...]
     added: Mapping[str, int]  # tokens that are not in tokenizer.json
     rejected: frozenset[str]  # tokens whose stated ids are not those of tokenizer.json
@@ -196,20 +194,17 @@ def load_tokenizer(directory: str | Path, config: Mapping[str, Any], vocab_size:
     except BaseException:
         process.close()
         raise
-    template = files.chat_template
     return ModelTokenizer(
         process=process,
         path=files.path,
         vocab_size=min(report["highest"][0] + 1, vocab_size),
         bos_id=bos_id,
         eos_id=eos_id,
-        chat_template=template,
-        special_tokens=special,
         warnings=tuple(warnings),
         added=dict(report["added"]),
         rejected=frozenset(t for t, _, _ in report["disagreeing"]),
         converted=files.content if files.converted else None,
-        templates=None if template is None else TemplateProcess(template, special),
+        templates=None if files.chat_template is None else TemplateProcess(files.chat_template, special),
     )
 
 
