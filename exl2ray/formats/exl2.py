@@ -48,11 +48,6 @@ class PackedLinear:
         """Stored columns: the model's width rounded up to a multiple of 32."""
         return self.q_weight.shape[1]
 
-    @property
-    def total_bits(self) -> int:
-        """Storage in bits, as the allocation counts it (converter-algorithm section 10)."""
-        return self.layout.total_bits(self.out_features, self.bias is not None)
-
     def tensors(self) -> dict[str, Tensor]:
         """File name -> tensor, in the order in which shards are written."""
         out = {

@@ -132,12 +132,8 @@ class QParams:
             raise FormatError(f"option {self.desc} covers {in_features - left} of {in_features} rows")
         return GroupLayout(tuple(widths), tuple(rows))
 
-    def total_bits(self, in_features: int, out_features: int, has_bias: bool = False) -> int:
-        """Bits of a linear of this (padded) size; remembered: a model has few sizes and many linears."""
-        return _total_bits(self, in_features, out_features, has_bias)
-
     def bits_of(self, linear: Sized) -> int:
-        """Bits of a linear with this option, overheads included."""
+        """Bits of a linear with this option, overheads included; remembered: a model has few sizes and many linears."""
         return _total_bits(self, linear.in_features, linear.padded_out, linear.has_bias)
 
     @cached_property
