@@ -254,12 +254,11 @@ def load_module(
 
 class Ahead:
     """Tensors of a model, read into pinned memory by several threads while a GPU takes up those before: it would wait for
-    one. ``wanted``: if not, for a CPU, and of an EXL2 model, nothing is read ahead. ``again``: whether the first module comes
-    after the last one."""
+    one. Nothing is, for a CPU, and of an EXL2 model. ``again``: whether the first module comes after the last one."""
 
-    def __init__(self, model: OpenModel, device: torch.device, wanted: bool = True, again: bool = False) -> None:
+    def __init__(self, model: OpenModel, device: torch.device, again: bool = False) -> None:
         self._modules = [*model.spec.modules, *(model.spec.modules[:2] if again else ())]
-        plain = wanted and device.type == "cuda" and not model.quantized
+        plain = device.type == "cuda" and not model.quantized
         self._reading = read_ahead(model.source, pin=True) if plain else None
 
     def at(self, index: int) -> ReadAhead | None:

@@ -15,7 +15,7 @@ from typing import Any
 from exl2ray.errors import StoreError
 from exl2ray.store.event_log import event_line, timestamp
 from exl2ray.store.faults import MissingFileError
-from exl2ray.store.file_names import EVENTS, FOLDERS, MEASUREMENT, is_ours, is_place_of_ours
+from exl2ray.store.file_names import EVENTS, FOLDERS, LOCK_FILE, MEASUREMENT, is_ours, is_place_of_ours
 from exl2ray.store.fs import TEMP_PREFIX, Store
 from exl2ray.store.job_file import (
     JOB_FILE,
@@ -30,7 +30,7 @@ from exl2ray.store.job_file import (
     normalise,
     stored_id,
 )
-from exl2ray.store.lock import DEFAULT_TIMING, LOCK_FILE, DriverLock, LockTiming, check_lock
+from exl2ray.store.lock import DEFAULT_TIMING, DriverLock, LockTiming, check_lock
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
