@@ -209,9 +209,7 @@ def tune(run: Invocation, /, report: bool, **settings: Any) -> None:
     """
     from exl2ray.commands import tune as command
 
-    present(
-        run, lambda: command.run(**settings, quiet=run.json), lambda found: command.show(found, report), command.as_json
-    )
+    present(run, lambda: command.run(**settings, quiet=run.json), lambda found: command.show(found, report))
 
 
 # ---- jobs and machines ----------------------------------------------------------------------------------------------
@@ -243,7 +241,7 @@ def report(run: Invocation, /, **settings: Any) -> None:
     """
     from exl2ray.commands import report as command
 
-    present(run, lambda: command.report(**settings), command.show, command.report_json)
+    present(run, lambda: command.report(**settings), command.show)
 
 
 @command(flag("-o", "--out-dir", metavar="DIR", default=".", help="look at the disk of this work directory"))

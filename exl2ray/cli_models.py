@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from exl2ray.errors import FormatError
 from exl2ray.recipe import Recipe
+from exl2ray.terminal.console import reserved_stdout
 from exl2ray.terminal.flags import check_files, recipe_flags
 from exl2ray.terminal.program import Invocation, command, present
 
@@ -44,8 +46,9 @@ def evaluate(run: Invocation, /, **settings: Any) -> None:
     models, text, files = (_taken(kind, settings) for kind in (command.Models, command.Text, command.Files))
     device, options = settings.pop("device"), RunOptions(**settings)
     found = present(
-        run, lambda: command.evaluate(models, text, files, device, options, run.json), command.show, command.results_json
-    )
+        run, lambda: command.evaluate(models, text, files, device, options, run.json), command.show,
+        lambda results: {"results": [r.to_json() for r in results]},
+    )  # fmt: skip
     files.write(found)
 
 
@@ -72,8 +75,11 @@ def chat(run: Invocation, /, **settings: Any) -> None:
     Answers are greedy: the most probable token each time. Without a question you are asked for them.
     """
     from exl2ray.commands import side_by_side as command
+    from exl2ray.evaluate.forward import RunOptions
 
-    command.chat(**settings, as_json=run.json)
+    options = RunOptions(rope_scale=settings.pop("rope_scale"), rope_alpha=settings.pop("rope_alpha"))
+    with reserved_stdout() if run.json else nullcontext() as out:
+        command.chat(**settings, options=options, out=out)
 
 
 @command(
@@ -177,4 +183,4 @@ def publish(run: Invocation, /, **settings: Any) -> None:
     """
     from exl2ray.commands import publish as command
 
-    present(run, lambda: command.publish(**settings), command.show, command.published_json)
+    present(run, lambda: command.publish(**settings), command.show, lambda found: {"published": found})

@@ -67,7 +67,7 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
         from exl2ray.steps.measuring import export_measurement, measure
         from exl2ray.steps.producing import produce
 
-    recipe, begun = _in_reach(_on_this_disk(recipe), reporter), False
+    recipe, begun = _in_reach(recipe, reporter), False
     try:
         with interruptible(), Job(recipe, reporter) as job:
             begun = True
@@ -113,6 +113,7 @@ def patch(
     """
     from exl2ray.afterwards import drop_outdated
     from exl2ray.allocation.overrides import parse_overrides
+    from exl2ray.remote.source import localised
     from exl2ray.steps.allocating import allocate
     from exl2ray.steps.job import Job
     from exl2ray.steps.measuring import measure
@@ -129,7 +130,7 @@ def patch(
             "name another directory with -cf, and tune what comes of it with `exl2ray tune`",
         )
     _warn_of_others(recipe, reporter)
-    recipe = _on_this_disk(recipe)
+    recipe = localised(recipe)
     writes = replace(recipe, bits=tuple(bits or recipe.bits), compile_full=compile_full or recipe.compile_full)
     for directory in _places(recipe, compile_full) if compile_full is not None else ():
         refuse_within("-cf", Path(directory), recipe.out_dir)
@@ -146,18 +147,15 @@ def patch(
         raise Interrupted("stopped; finished modules are in the work directory", "run the same command again") from e
 
 
-def _on_this_disk(recipe: Recipe) -> Recipe:
-    """With a folder as ``in_dir``, which stands for the address of a model that is elsewhere (`exl2ray.remote.source`)."""
+def _in_reach(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """With a folder as ``in_dir``, which stands for the address of a model that is elsewhere.
+
+    With --nearest: bitrates that this model cannot have become the nearest that it can.
+    """
+    from exl2ray.allocation.planning import within_reach
     from exl2ray.remote.source import localised
 
-    return localised(recipe)
-
-
-def _in_reach(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """With --nearest: bitrates that this model cannot have become the nearest that it can."""
-    from exl2ray.allocation.planning import within_reach
-
-    recipe, notes = within_reach(recipe)
+    recipe, notes = within_reach(localised(recipe))
     for note in notes:
         reporter.event("note", message=note)
     return recipe
@@ -187,7 +185,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> None:
     from exl2ray.steps.job import Job
     from exl2ray.targets import places
 
-    recipe = _in_reach(_on_this_disk(recipe), reporter)
+    recipe = _in_reach(recipe, reporter)
     with Job(recipe, reporter, dry=True):
         reporter.event("note", message=places_text(places(recipe)))
         reporter.event("note", message="dry run: nothing was computed or written")

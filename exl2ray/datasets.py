@@ -66,15 +66,9 @@ def check_tuning_text(recipe: Recipe, spec: ModelSpec, tokenizer: ModelTokenizer
     from exl2ray.tune.settings import Settings
 
     flag, sources = tuning_text(recipe)
+    bos_id = spec.needed_bos(lambda: tokenizer.bos_id)
     with naming(flag):
-        check_text(sources, tokenizer, Settings.length, spec.hyper.vocab_size, needed_bos(spec, tokenizer), flag)
-
-
-def needed_bos(spec: ModelSpec, tokenizer: ModelTokenizer) -> int | None:
-    """What a row has to begin with: BOS of families that need it, as config.json or else the tokenizer has it."""
-    if not spec.arch.needs_bos:
-        return None
-    return tokenizer.bos_id if spec.hyper.bos_token_id is None else spec.hyper.bos_token_id
+        check_text(sources, tokenizer, Settings.length, spec.hyper.vocab_size, bos_id, flag)
 
 
 def pass_rows(
@@ -88,7 +82,7 @@ def pass_rows(
     from exl2ray.calibration.rows import begun_with
 
     rows = _rows(recipe, plan, tokenizer, vocabulary, spec, data)
-    bos_id = None if recipe.quality == "reference" or spec is None else needed_bos(spec, tokenizer)
+    bos_id = None if recipe.quality == "reference" or spec is None else spec.needed_bos(lambda: tokenizer.bos_id)
     return rows if bos_id is None or not 0 <= bos_id < vocabulary else begun_with(rows, bos_id)
 
 

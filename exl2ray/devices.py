@@ -7,16 +7,14 @@ conversion then runs in the process of the command. What is lost with it is the 
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
 from typing import Literal
 
 import torch
 
-from exl2ray import __version__
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.host import SHARED_MEMORY_FIX, nccl_bytes, nvidia_cards, nvidia_driver_loaded, shared_memory_bytes
 from exl2ray.recipe import Recipe
+from exl2ray.store.nonce import versions as versions
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -44,17 +42,6 @@ def pick_executor(recipe: Recipe, device: torch.device) -> Literal["ray", "inlin
         return "ray"
     several = device.type == "cuda" and recipe.gpus is None and torch.cuda.device_count() > 1
     return "ray" if several else "inline"
-
-
-def versions() -> dict[str, str]:
-    """Versions that matter to results, for job.json and the workers' check."""
-    out = {"exl2ray": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "numba", "ray"):
-        try:
-            out[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return out
 
 
 def check_shared_memory(gpus: int) -> None:

@@ -49,11 +49,9 @@ def handled(handler: Handler) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> contextlib.AbstractContextManager[None]:
     """While inside, each of the signals raises KeyboardInterrupt; within ``shielded`` once that is over."""
-    with handled(interrupt):
-        yield
+    return handled(interrupt)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

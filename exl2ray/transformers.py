@@ -18,11 +18,12 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from exl2ray.errors import UsageError
+from exl2ray.formats.exl2 import linear_keys
 from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, local_directory, sound_files
 from exl2ray.run.linear import Exl2Linear, check_device
 from exl2ray.run.modules import Exl2Experts, insert_linears
-from exl2ray.run.names import TEXT_MODEL, packed_keys
+from exl2ray.run.names import TEXT_MODEL
 from exl2ray.run.norms import insert_norms
 from exl2ray.wording import file_size
 
@@ -107,7 +108,7 @@ class Exl2Quantizer(HfQuantizer):
         )
         self._text_prefix = text_only and any(name.startswith(TEXT_MODEL) for name in tensors)
         modules = [name for name, _ in model.named_modules()]
-        left = [name for name in map(_renaming(model, self), packed_keys(tensors)) if SPARSE in name]
+        left = [name for name in map(_renaming(model, self), linear_keys(tensors)) if SPARSE in name]
         self._sparse_prefix = bool(left) and not any(SPARSE in f"{name}." for name in modules)
         renamed = _renaming(model, self)
         placed = insert_linears(model, tensors, renamed)

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from output_error import relative_error
 from torch import Tensor
 
 from exl2ray.cuda.small_batches import run_recorded
 from exl2ray.cuda.solver import Run, Segment, Solution, run_batch, solve_segments
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quality import PLAIN, Numerics
-from exl2ray.quant.gptq import Quantized, descend, feedback_factor, quantize_reference, relative_error
+from exl2ray.quant.gptq import Quantized, descend, feedback_factor, quantize_reference
 from exl2ray.quant.hessian import Factor, prepare
 from exl2ray.quant.pack import pack_rows, unit_tables
 

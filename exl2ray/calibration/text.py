@@ -40,7 +40,6 @@ KINDS = (
 )
 ARCHIVE = "text.tar.xz"
 MORE = "more/"
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)

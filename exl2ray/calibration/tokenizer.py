@@ -121,8 +121,6 @@ class ModelTokenizer:
     vocab_size: int  # highest id with an embedding row, + 1
     bos_id: int | None
     eos_id: int | None
-    chat_template: str | None  # Jinja source
-    special_tokens: Mapping[str, str]  # "bos_token" -> text; what a chat template may refer to
     warnings: tuple[str, ...]
     added: Mapping[str, int]  # tokens that are not in tokenizer.json
     rejected: frozenset[str]  # tokens whose stated ids are not those of tokenizer.json
@@ -196,20 +194,17 @@ def load_tokenizer(directory: str | Path, config: Mapping[str, Any], vocab_size:
     except BaseException:
         process.close()
         raise
-    template = files.chat_template
     return ModelTokenizer(
         process=process,
         path=files.path,
         vocab_size=min(report["highest"][0] + 1, vocab_size),
         bos_id=bos_id,
         eos_id=eos_id,
-        chat_template=template,
-        special_tokens=special,
         warnings=tuple(warnings),
         added=dict(report["added"]),
         rejected=frozenset(t for t, _, _ in report["disagreeing"]),
         converted=files.content if files.converted else None,
-        templates=None if template is None else TemplateProcess(template, special),
+        templates=None if files.chat_template is None else TemplateProcess(files.chat_template, special),
     )
 
 
@@ -249,6 +244,10 @@ def _vocabulary_warnings(path: Path, report: Mapping[str, Any], rows: int) -> li
     return out
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def _list(texts: Any) -> str:
     some = list(texts)
     return ", ".join(some[:SHOWN]) + (", ..." if len(some) > SHOWN else "")
@@ -269,8 +268,7 @@ class _EndTokens:
         Ids without an embedding row are left out, and so are tokens that are none.
         """
         name, token_name = f"{which}_token_id", f"{which}_token"
-        value = config.get(name)
-        values = value if isinstance(value, list) else [] if value is None else [value]  # of several EOS ids the first
+        values = _listed(config.get(name))  # of several EOS ids the first
         usable = self._usable(values, f"config.json: {name}")
         if usable:
             return usable[0]
@@ -284,9 +282,7 @@ class _EndTokens:
         except SourceError:  # `exl2ray.formats.side_files` tells of it
             return
         for name in ("bos_token_id", "eos_token_id"):
-            value = found.get(name)
-            values = value if isinstance(value, list) else [] if value is None else [value]
-            self._usable([v for v in values if type(v) is int], f"generation_config.json: {name}")
+            self._usable([v for v in _listed(found.get(name)) if type(v) is int], f"generation_config.json: {name}")
 
     def _usable(self, values: Sequence[Any], origin: str) -> list[int]:
         for value in values:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +119,13 @@ def _has_flash_attention() -> bool:
     return find_spec("flash_attn") is not None
 
 
-class _named:
+@contextmanager
+def _named(path: Path, program: str) -> Iterator[None]:
     """Errors of another program while it loads a model become a SourceError that names the model and the program."""
-
-    def __init__(self, path: Path, program: str) -> None:
-        self.path, self.program = path, program
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, Exl2RayError):
-            first = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise SourceError(f"{self.path}: {self.program} cannot load it: {first}", "leave out --engine") from error
+    try:
+        yield
+    except Exl2RayError:
+        raise
+    except Exception as e:
+        first = (str(e).splitlines() or [""])[0] or type(e).__name__
+        raise SourceError(f"{path}: {program} cannot load it: {first}", "leave out --engine") from e

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -260,10 +259,6 @@ def show(results: Sequence[EvalResult]) -> None:
             print(f"{name}: {word}. {sentence}")
     for text in dict.fromkeys(w for r in results for w in r.warnings):
         print(clean(f"warning: {text}"))
-
-
-def results_json(results: Sequence[EvalResult]) -> dict[str, Any]:
-    return {"results": [r.to_json() for r in results]}
 
 
 def _flipped(agreement: Estimate | None) -> str:

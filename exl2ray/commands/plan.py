@@ -11,6 +11,7 @@ from typing import Any
 
 from exl2ray.plan.compose import Report, Wishes, compose
 from exl2ray.plan.fit import Fit
+from exl2ray.plan.probe import ProbeResult
 from exl2ray.plan.sizes import OutputSize
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 from exl2ray.terminal.console import aside, clean, is_terminal
@@ -54,23 +55,21 @@ def plan_json(report: Report) -> dict[str, Any]:
         **fields,
         "sizes": [{**vars(s), "exact": s.exact} for s in report.sizes],
         "times": [{**vars(t), "least_seconds": t.least_seconds, "most_seconds": t.most_seconds} for t in report.times],
-        "probe": None if report.probe is None else _probe_json(report),
+        "probe": None if report.probe is None else _probe_json(report.probe),
         "problems": [{"topic": t, "message": e.message, "hint": e.hint, "code": e.exit_code} for t, e in report.problems],
         "sound": not report.problems,
     }
 
 
-def _probe_json(report: Report) -> dict[str, Any]:
-    if report.probe is None:
-        return {}
+def _probe_json(probe: ProbeResult) -> dict[str, Any]:
     items = [
         {
             "stage": p.timed.stage, "module": p.module, "rows": p.timed.rows, "tokens": p.timed.tokens,
             "seconds": p.timed.seconds, "first_seconds": p.first_seconds, "gpu_bytes": p.gpu_bytes,
         }
-        for p in report.probe.items
+        for p in probe.items
     ]  # fmt: skip
-    return {"items": items, "ram_bytes": report.probe.ram_bytes}
+    return {"items": items, "ram_bytes": probe.ram_bytes}
 
 
 # ---- for people -------------------------------------------------------------------------------------------------------
@@ -101,7 +100,8 @@ def _show_sizes(report: Report) -> None:
         bpw = f"{s.achieved_bpw:.4f}" if s.achieved_bpw is not None else "free" if shared else f"<= {s.bits:g}"
         size = f"{s.high_bytes:,}" if s.exact else f"{s.low_bytes:,} to {s.high_bytes:,}"
         head = "free" if s.head_bpw is None else f"{s.head_bpw:.4f}"
-        rows.append([f"{s.bits:g}", bpw, head, _file_bpw(report, s), size, f"{file_size(s.high_bytes)}", _files(s)])
+        files = str(len(s.files)) if s.exact else "-"
+        rows.append([f"{s.bits:g}", bpw, head, _file_bpw(report, s), size, file_size(s.high_bytes), files])
     _heading("output")
     show_table("", ["-b", "decoder bpw", "head bpw", "file bpw", "bytes of the weights", "about", "files"], rows)
     note = f"{report.other_bytes or 0:,} bytes of tokenizer and other files are copied beside them; config.json is written"
@@ -116,12 +116,6 @@ def _file_bpw(report: Report, size: OutputSize) -> str:
     """Bits of the files per weight of the model, embedding included."""
     low, high = (f"{8 * n / report.weights:.2f}" if report.weights else "?" for n in (size.low_bytes, size.high_bytes))
     return low if low == high else f"{low} to {high}"
-
-
-def _files(size: OutputSize) -> str:
-    if not size.exact:
-        return "-"
-    return str(len(size.files))
 
 
 def _show_fit(fit: Fit) -> None:
@@ -179,7 +173,7 @@ def _show_times(report: Report) -> None:
         show_table("", ["pass", "modules", "time"], rows)
         _say(f"basis: {times.basis}. Several GPUs: docs/scaling.md")
     if report.probe is not None:
-        _show_probe(report)
+        _show_probe(report.probe)
         return
     if not report.times:
         _heading("time")
@@ -187,17 +181,15 @@ def _show_times(report: Report) -> None:
     _say(f"no figures are known for {which}; --probe times the largest layer and the head on this machine")
 
 
-def _show_probe(report: Report) -> None:
-    if report.probe is None:
-        return
+def _show_probe(probe: ProbeResult) -> None:
     rows = []
-    for p in report.probe.items:
+    for p in probe.items:
         gpu = "-" if p.gpu_bytes is None else file_size(p.gpu_bytes)
         size = f"{p.timed.rows} x {p.timed.tokens}"
         rows.append([STAGES[p.timed.stage], p.module, size, duration(p.timed.seconds), duration(p.first_seconds), gpu])
     _heading("probe")
     show_table("", ["to", "module", "rows", "time", "first time", "GPU"], rows)
-    _say(f"main memory of this process at its highest: {file_size(report.probe.ram_bytes)}")
+    _say(f"main memory of this process at its highest: {file_size(probe.ram_bytes)}")
 
 
 def _show_problems(report: Report) -> None:

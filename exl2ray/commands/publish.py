@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from exl2ray.errors import Interrupted, StoreError, UsageError
 from exl2ray.evaluate.record import EVALUATION, Evaluation, read_evaluations
@@ -153,7 +153,3 @@ def _table(p: Published, names: Sequence[str]) -> None:
     rows = [[n, file_size(p.sizes[n]) if n in p.sizes else "-", p.reasons.get(n, "")] for n in names]
     for line in text_table(["", "", ""], rows)[1:]:
         print(clean(f"  {line.rstrip()}"))
-
-
-def published_json(published: Sequence[Published]) -> dict[str, Any]:
-    return {"published": list(published)}

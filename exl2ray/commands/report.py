@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exl2ray.errors import StoreError
 from exl2ray.formats.files import atomic_file, refuse_other, refuse_special
@@ -21,10 +20,10 @@ REPORT = "report.html"
 
 @dataclass(frozen=True)
 class Written:
-    """path: of the page. sections: what it has. problems: what was left out of it, in words."""
+    """report: path of the page. sections: what it has. problems: what was left out of it, in words."""
 
-    path: str
-    nbytes: int
+    report: str
+    bytes: int
     sections: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -58,13 +57,4 @@ def report(work_dir: str, output: str | None, evaluations: Sequence[str], show_p
 def show(written: Written) -> None:
     for problem in written.problems:
         print(clean(f"left out: {problem}"))
-    print(clean(f"{written.path}: {file_size(written.nbytes)}, {', '.join(written.sections)}"))
-
-
-def report_json(written: Written) -> dict[str, Any]:
-    return {
-        "report": written.path,
-        "bytes": written.nbytes,
-        "sections": written.sections,
-        "problems": written.problems,
-    }
+    print(clean(f"{written.report}: {file_size(written.bytes)}, {', '.join(written.sections)}"))

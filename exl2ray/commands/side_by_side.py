@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,7 +21,7 @@ from exl2ray.evaluate.forward import RunOptions
 from exl2ray.formats.elsewhere import named
 from exl2ray.formats.json_file import read_bounded
 from exl2ray.remote.source import local
-from exl2ray.terminal.console import clean, clean_lines, is_terminal, json_line, reserved_stdout
+from exl2ray.terminal.console import clean, clean_lines, is_terminal, json_line
 
 PROMPTS_BYTES = 1 << 20  # of a file
 PROMPT_BYTES = 1 << 18  # of one question
@@ -30,30 +29,13 @@ MARK = " || "  # where an answer leaves the first model's, on a screen without c
 
 
 def chat(
-    models: Sequence[str],
-    prompts: Sequence[str],
-    prompts_file: str | None,
-    system: str | None,
-    max_tokens: int,
-    device: str,
-    rope_scale: float | None,
-    rope_alpha: float | None,
-    engine: str,
-    as_json: bool,
-) -> None:
-    """Asks ``models`` everything in ``prompts`` and ``prompts_file``; without any, what the user types until the input ends.
-
-    ``as_json``: one line of JSON per question on standard output, in place of what people read.
-    """
-    with reserved_stdout() if as_json else nullcontext() as out:
-        options = RunOptions(rope_scale=rope_scale, rope_alpha=rope_alpha)
-        _chat(models, prompts, prompts_file, system, max_tokens, device, options, engine, out)
-
-
-def _chat(
     models: Sequence[str], prompts: Sequence[str], prompts_file: str | None, system: str | None, max_tokens: int, device: str,
     options: RunOptions, engine: str, out: TextIO | None,
 ) -> None:  # fmt: skip
+    """Asks ``models`` everything in ``prompts`` and ``prompts_file``; without any, what the user types until the input ends.
+
+    ``out``: gets one line of JSON per question, in place of what people read.
+    """
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}: at least one token is needed")
     if max_tokens > MOST_PROMPT_TOKENS:

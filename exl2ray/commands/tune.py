@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from exl2ray.calibration.data.sources import local_source
@@ -96,7 +95,3 @@ def show(result: Tuned, report: bool) -> None:
         )
     parts = [f"{part} {duration(seconds)}" for part, seconds in result.seconds.items()]
     print(", ".join([*parts, *([f"GPU memory {file_size(result.peak_bytes)}"] if result.peak_bytes else [])]))
-
-
-def as_json(result: Tuned) -> dict[str, Any]:
-    return asdict(result)

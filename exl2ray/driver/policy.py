@@ -107,7 +107,7 @@ class Policy:
         self._event("retry", key=key, reason=f"{fault.message}; once more with batches {4 * tried} times smaller")
 
     def _broken(self, call: int, key: str) -> None:
-        if (call, "") in self._counted or any(c == call for c, _ in self._counted):
+        if any(c == call for c, _ in self._counted):
             return  # another member was lost, or has said the same
         self._counted.add((call, ""))
         self._breaks += 1

@@ -233,7 +233,7 @@ def refuse_open(address: str) -> None:
         )
 
 
-def turns_away(address: str, method: bytes = _METHOD, seconds: float = _PROBE_SECONDS) -> bool:
+def turns_away(address: str, method: bytes = _METHOD) -> bool:
     """Whether the gRPC server at ``address`` answers a call without a token with "unauthenticated" (RFC 9113 by hand)."""
     host, _, port = address.rpartition(":")
     headers = b"".join(
@@ -247,7 +247,7 @@ def turns_away(address: str, method: bytes = _METHOD, seconds: float = _PROBE_SE
     request += _frame(1, 4, 1, headers) + _frame(0, 1, 1, bytes(5))  # headers that end here; an empty message, the last
     answer = b""
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), seconds) as connection:
+        with socket.create_connection((host.strip("[]"), int(port)), _PROBE_SECONDS) as connection:
             connection.sendall(request)
             while b"grpc-status" not in answer or len(answer) - answer.index(b"grpc-status") < 14:
                 data = connection.recv(1 << 16)

@@ -35,20 +35,6 @@ from exl2ray.evaluate.metrics import Estimate, Scores, counted_predictions, mean
 from exl2ray.evaluate.result import EvalResult, KindResult, model_size
 
 
-def evaluate(
-    model_dir: str | Path,
-    reference_dir: str | Path | None,
-    ids: Tensor,  # (R, T) integers
-    device: torch.device | str,
-    stride: int | None = None,
-    options: RunOptions | None = None,
-    keep_positions: bool = False,
-    progress: Progress | None = None,
-) -> EvalResult:
-    """``evaluate_many`` of one model."""
-    return evaluate_many([model_dir], reference_dir, ids, device, stride, options, keep_positions, progress)[0]
-
-
 def evaluate_many(
     model_dirs: Sequence[str | Path | OpenModel],
     reference_dir: str | Path | None,

@@ -102,7 +102,7 @@ def open_model(path: str | Path, options: RunOptions | None = None) -> OpenModel
         raise refused
     source = _opened(root)
     spec = load_spec(source, options.rope_scale, options.rope_alpha)
-    bos_id = _bos_id(root, source, spec) if spec.arch.needs_bos else None
+    bos_id = _bos_id(root, source, spec)
     # Figures of a model that config.json cuts are those of another one, and nothing in them shows it.
     notes = [f"{root}: {text}" for text in spec.warnings if any(words in text for words in CUT)]
     return OpenModel(root, source, spec, bos_id, tuple(notes))
@@ -126,12 +126,13 @@ def _opened(root: Path) -> SourceModel:
         ) from e
 
 
-def _bos_id(root: Path, source: SourceModel, spec: ModelSpec) -> int:
-    bos = spec.hyper.bos_token_id
-    if bos is None:
+def _bos_id(root: Path, source: SourceModel, spec: ModelSpec) -> int | None:
+    def of_tokenizer() -> int | None:
         with load_tokenizer(root, source.config, spec.hyper.vocab_size) as tokenizer:
-            bos = tokenizer.bos_id
-    if bos is None or not 0 <= bos < spec.hyper.vocab_size:
+            return tokenizer.bos_id
+
+    bos = spec.needed_bos(of_tokenizer)
+    if spec.arch.needs_bos and (bos is None or not 0 <= bos < spec.hyper.vocab_size):
         raise SourceError(
             f"{root}: {spec.arch.name} needs BOS in front of every row, but bos_token_id is {bos}",
             "set bos_token_id in config.json",
@@ -253,12 +254,11 @@ def load_module(
 
 class Ahead:
     """Tensors of a model, read into pinned memory by several threads while a GPU takes up those before: it would wait for
-    one. ``wanted``: if not, for a CPU, and of an EXL2 model, nothing is read ahead. ``again``: whether the first module comes
-    after the last one."""
+    one. Nothing is, for a CPU, and of an EXL2 model. ``again``: whether the first module comes after the last one."""
 
-    def __init__(self, model: OpenModel, device: torch.device, wanted: bool = True, again: bool = False) -> None:
+    def __init__(self, model: OpenModel, device: torch.device, again: bool = False) -> None:
         self._modules = [*model.spec.modules, *(model.spec.modules[:2] if again else ())]
-        plain = wanted and device.type == "cuda" and not model.quantized
+        plain = device.type == "cuda" and not model.quantized
         self._reading = read_ahead(model.source, pin=True) if plain else None
 
     def at(self, index: int) -> ReadAhead | None:

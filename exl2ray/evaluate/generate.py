@@ -48,7 +48,7 @@ class Generator:
         past = {b.module.index: KeyValues() for b in self._blocks}
         ids, seen = torch.tensor([prompt], dtype=torch.int64), 0
         while True:
-            token = int(self._logits(ids, past, seen).argmax())
+            token = int(self._last_logits(ids, past, seen).argmax())
             seen += ids.shape[1]
             ids = torch.tensor([[token]], dtype=torch.int64)
             yield token
@@ -83,10 +83,6 @@ class Generator:
                 found.append(token)
             ids = torch.tensor(found, dtype=torch.int64)[:, None]
         return rows
-
-    def _logits(self, ids: Tensor, past: dict[int, KeyValues], seen: int) -> Tensor:
-        """(vocab,) float32 behind the last of ``ids`` (1, T), which follow ``seen`` tokens."""
-        return self._last_logits(ids, past, seen)[0]
 
     @torch.inference_mode()
     def _last_logits(self, ids: Tensor, past: dict[int, KeyValues], seen: int) -> Tensor:

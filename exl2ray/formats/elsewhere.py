@@ -31,7 +31,6 @@ class RemoteFile:
     stamp: changes when the file does. now: the stamp at this moment. sha256 (hex) where the place tells it.
     """
 
-    name: str
     size: int
     stamp: str
     read: Callable[[memoryview, int, bool], None] = field(compare=False, repr=False)

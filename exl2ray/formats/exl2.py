@@ -7,7 +7,7 @@ the checks of a whole directory.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,11 +48,6 @@ class PackedLinear:
         """Stored columns: the model's width rounded up to a multiple of 32."""
         return self.q_weight.shape[1]
 
-    @property
-    def total_bits(self) -> int:
-        """Storage in bits, as the allocation counts it (converter-algorithm section 10)."""
-        return self.layout.total_bits(self.out_features, self.bias is not None)
-
     def tensors(self) -> dict[str, Tensor]:
         """File name -> tensor, in the order in which shards are written."""
         out = {
@@ -82,6 +77,11 @@ class PackedLinear:
         if problems:
             raise FormatError(f"quantised linear {key!r}: {'; '.join(problems)}")
         return p
+
+
+def linear_keys(names: Iterable[str]) -> list[str]:
+    """Names of the quantised linears among those of the tensors of a model, sorted."""
+    return sorted(name.removesuffix(".q_weight") for name in names if name.endswith(".q_weight"))
 
 
 def groups_layout(pairs: Sequence[int], packed_rows: int, key: str = "linear") -> GroupLayout:
@@ -163,7 +163,7 @@ class Exl2Model(SourceModel):
 
     def keys(self) -> list[str]:
         """Module names of the quantised linears, sorted."""
-        return sorted(n.removesuffix(".q_weight") for n in self.names() if n.endswith(".q_weight"))
+        return linear_keys(self.names())
 
     def linear(self, key: str, integers: bool = True) -> PackedLinear:
         """Load and check one quantised linear. integers: whether they are read; if not, q_weight is on the meta device."""

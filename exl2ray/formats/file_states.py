@@ -96,11 +96,6 @@ class Hashing:
             future.cancel()
 
 
-def with_hashes(states: Sequence[FileState], directory: Path, limit: int = HASHED_BYTES) -> tuple[FileState, ...]:
-    """``states`` with the hash of every file that `Hashing` looks at."""
-    return Hashing(states, directory, limit).result()
-
-
 def compare_states(before: Sequence[FileState], now: Sequence[FileState], directory: Path) -> Comparison:
     """Hashes the files whose size or stamp differ, where their content before is known."""
     known = {s.name: s for s in before}

@@ -132,12 +132,8 @@ class QParams:
             raise FormatError(f"option {self.desc} covers {in_features - left} of {in_features} rows")
         return GroupLayout(tuple(widths), tuple(rows))
 
-    def total_bits(self, in_features: int, out_features: int, has_bias: bool = False) -> int:
-        """Bits of a linear of this (padded) size; remembered: a model has few sizes and many linears."""
-        return _total_bits(self, in_features, out_features, has_bias)
-
     def bits_of(self, linear: Sized) -> int:
-        """Bits of a linear with this option, overheads included."""
+        """Bits of a linear with this option, overheads included; remembered: a model has few sizes and many linears."""
         return _total_bits(self, linear.in_features, linear.padded_out, linear.has_bias)
 
     @cached_property
@@ -189,13 +185,11 @@ def _total_bits(params: QParams, in_features: int, out_features: int, has_bias: 
     return params.layout(in_features).total_bits(out_features, has_bias)
 
 
-@dataclass(frozen=True)
-class LinearShape:
-    """Size of one linear layer of a model; ``out_features`` as in the model, before padding."""
+class StoredSize:
+    """What follows from the size of a linear; ``out_features`` is as in the model, before padding."""
 
     in_features: int
     out_features: int
-    has_bias: bool = False
 
     @property
     def padded_out(self) -> int:
@@ -206,6 +200,15 @@ class LinearShape:
     def padded_weights(self) -> int:
         """Weights as they are stored, which bitrates count."""
         return self.in_features * self.padded_out
+
+
+@dataclass(frozen=True)
+class LinearShape(StoredSize):
+    """Size of one linear layer of a model."""
+
+    in_features: int
+    out_features: int
+    has_bias: bool = False
 
 
 def pad32(n: int) -> int:

@@ -25,7 +25,26 @@ class TensorReader(Protocol):
     def where(self, name: str) -> str: ...
 
 
-class ReadAhead:
+class Reading:
+    """What stands in for a model where its tensors are loaded; what they are, the model says."""
+
+    def __init__(self, source: SourceModel) -> None:
+        self.source, self.path = source, source.path
+
+    def where(self, name: str) -> str:
+        return self.source.where(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self.source.dtype(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.source
+
+
+class ReadAhead(Reading):
     """A SourceModel that can fetch tensors in background threads; `load` hands them out once and forgets them.
 
     Holds the tensors of the last `fetch` only: at most two modules beside the one in use.
@@ -40,9 +59,9 @@ class ReadAhead:
         allocate: Callable[[int], torch.Tensor] | None = None,
         threads: int = 1,
     ) -> None:
-        self.source, self._check, self._allocate = source, check, allocate
+        super().__init__(source)
+        self._check, self._allocate = check, allocate
         self._checked: set[str] = set()
-        self.path: Path = source.path
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
         self._fetched: dict[str, Future[torch.Tensor]] = {}
 
@@ -81,15 +100,3 @@ class ReadAhead:
         if self._check is not None:
             self._checked.add(name)
         return tensor
-
-    def where(self, name: str) -> str:
-        return self.source.where(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.source.shape(name)
-
-    def dtype(self, name: str) -> str:
-        return self.source.dtype(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.source

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from exl2ray.beneath import make_directories
 from exl2ray.errors import PERMISSIONS, SourceError, unreadable
-from exl2ray.formats.file_states import FileState, file_states, with_hashes
+from exl2ray.formats.file_states import FileState, Hashing, file_states
 from exl2ray.formats.files import atomic_file, write_error
 from exl2ray.formats.json_file import LFS_POINTER, LIMITS, MIB, read_json_object
 from exl2ray.formats.links import link_error, outside_links
@@ -180,7 +180,7 @@ def needed_files(directory: str | Path) -> tuple[FileState, ...]:
     try:
         sizes = {"config.json": os.stat(Path(directory) / "config.json").st_size, **examine_side_files(directory).sizes}
         paths = [Path(directory) / name for name, size in sizes.items() if size <= NEEDED.get(name, -1)]
-        return tuple(replace(s, stamp="") for s in with_hashes(file_states(paths), Path(directory)))
+        return tuple(replace(s, stamp="") for s in Hashing(file_states(paths), Path(directory)).result())
     except (OSError, SourceError):
         return ()
 

@@ -67,14 +67,10 @@ class TensorInfo:
 
 
 class TensorFile:
-    """The header of one safetensors file; ``load`` reads one tensor (or some rows of it).
-
-    Raises ``error`` (a typed error class, SourceError by default) for anything broken.
-    """
+    """The header of one safetensors file. Raises ``error``, a typed error class, for anything broken."""
 
     def __init__(self, path: str | Path, error: type[Exl2RayError] = SourceError) -> None:
         self.path = Path(path)
-        self.error = error
         try:
             with open_binary(self.path, HEAD_BYTES) as f:
                 self.file_bytes = f.seek(0, 2)
@@ -82,19 +78,15 @@ class TensorFile:
                 header, data_start = _read_header(f, self.path, self.file_bytes, error)
         except OSError as e:
             raise unreadable(error, self.path, e) from e
-        self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", {}), self.path, error)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise error(f"{self.path}: header: __metadata__ must map strings to strings", BROKEN)
         if len(header) > MAX_TENSORS:
             raise error(f"{self.path}: header: {len(header)} tensors; at most {MAX_TENSORS} can be read", BROKEN)
         self.tensors: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             self.tensors[name] = _tensor_info(name, entry, self.path, data_start, self.file_bytes, error)
         _check_coverage(self.tensors, self.path, data_start, self.file_bytes, error)
-
-    def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Read one tensor, or the rows ``rows`` (of dimension 0, step 1) of it, in its stored dtype, on the CPU."""
-        if name not in self.tensors:
-            raise self.error(f"{self.path}: has no tensor {name!r}")
-        return read_tensor(self.tensors[name], rows, self.error)
 
 
 def open_files(paths: Iterable[Path], error: type[Exl2RayError] = SourceError) -> dict[str, TensorFile]:
@@ -115,7 +107,10 @@ def read_tensor(
     error: type[Exl2RayError] = SourceError,
     allocate: Callable[[int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Read the tensor described by ``info`` (see TensorFile.load). ``allocate(n)``: (n,) uint8 to read into."""
+    """A tensor, or the rows ``rows`` (of dimension 0, step 1) of it, in its stored dtype, on the CPU.
+
+    ``allocate(n)``: (n,) uint8 to read into.
+    """
     shape, begin, nbytes = info.shape, info.begin, info.nbytes
     if rows is not None:
         if not shape:
@@ -189,12 +184,6 @@ def _refuse_others(start: bytes, path: Path, error: type[Exl2RayError]) -> None:
             f"{path}: text in place of the weights: {start[:80].decode()!r}",
             "a server's answer? fetch the file again, with your token if the model is for those who asked for it",
         )
-
-
-def _metadata(obj: Any, path: Path, error: type[Exl2RayError]) -> dict[str, str]:
-    if not isinstance(obj, dict) or not all(isinstance(v, str) for v in obj.values()):
-        raise error(f"{path}: header: __metadata__ must map strings to strings", BROKEN)
-    return obj
 
 
 def _is_count(x: Any) -> bool:

@@ -105,7 +105,7 @@ def load_spec(
     warnings = (*source.notes, *_warnings(arch, hyper, unused, layers), *_unread_scaling(arch, source.config))
     if source.absent and not found:
         warnings = (*warnings, *index_note(source.absent, list(source.files)))
-    return ModelSpec(arch, hyper, modules, copied, builder.tied, warnings, unused)
+    return ModelSpec(arch, hyper, modules, copied, builder.tied, warnings)
 
 
 def is_exl2(config: Mapping[str, Any]) -> bool:

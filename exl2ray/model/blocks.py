@@ -58,8 +58,8 @@ class Block(ABC):
         """States before the module -> states after it. capture(input_group, inputs (tokens, K)) is called per group."""
 
     def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
-        """States after the module of some of the rows x alone (None: of all); what is captured is of all. Halves, and experts
-        one by one, make their last product for these rows only."""
+        """States after the module of some of the rows x alone (None: of all); what is captured is of all. Halves make
+        their last product for these rows only."""
         return chosen(self.forward(x, capture), rows)
 
 
@@ -180,14 +180,8 @@ class MoeBlock(Block):
         return x + y.reshape(x.shape).to(x.dtype)
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
-        return self.forward_some(x, None, capture)
-
-    def forward_some(self, x: Tensor, rows: slice | None, capture: Capture | None = None) -> Tensor:
         h = self.pre(x).flatten(0, -2)
-        wanted = None
-        if rows is not None:
-            wanted = torch.arange(len(h), device=h.device).view(x.shape[:2])[rows].flatten()
-        return self.post(chosen(x, rows), self.experts.forward(h, self.route(h), None, capture, wanted=wanted))
+        return self.post(x, self.forward_experts(h, self.route(h), None, capture))
 
 
 class NormBlock(Block):

@@ -17,6 +17,7 @@ from exl2ray.model.config_reader import (
     HIDDEN_KEYS,
     KV_HEADS_KEYS,
     LAYER_KEYS,
+    MAX_LENGTH_KEYS,
     MLP_KEYS,
     ConfigReader,
 )
@@ -24,12 +25,11 @@ from exl2ray.model.rules import Arch
 
 # Names of one thing; a default holds only where none of them is given.
 ALIASES = (
-    LAYER_KEYS, HIDDEN_KEYS, HEADS_KEYS, KV_HEADS_KEYS, EXPERTS_KEYS, MLP_KEYS,
+    LAYER_KEYS, HIDDEN_KEYS, HEADS_KEYS, KV_HEADS_KEYS, EXPERTS_KEYS, MLP_KEYS, MAX_LENGTH_KEYS,
     ("layer_norm_epsilon", "norm_epsilon"),
     ("num_experts_per_tok", "ffn_config.moe_top_k"),
     ("sliding_window", "sliding_window_size"),
     ("rope_theta", "attn_config.rope_theta"),
-    ("max_sequence_length", "model_max_length", "max_position_embeddings", "max_seq_len", "n_positions"),
 )  # fmt: skip
 
 

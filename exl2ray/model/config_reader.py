@@ -22,6 +22,7 @@ HEADS_KEYS = ("num_attention_heads", "n_heads", "n_head")
 KV_HEADS_KEYS = ("num_key_value_heads", "attn_config.kv_n_heads")
 EXPERTS_KEYS = ("num_local_experts", "ffn_config.moe_num_experts", "num_experts")
 MLP_KEYS = ("intermediate_size", "ffn_config.ffn_hidden_size", "n_inner")
+MAX_LENGTH_KEYS = ("max_sequence_length", "model_max_length", "max_position_embeddings", "max_seq_len", "n_positions")
 
 REQUIRED = object()
 MAX_INTEGER = 1 << 31

@@ -17,6 +17,7 @@ from exl2ray.model.config_reader import (
     HINT,
     KV_HEADS_KEYS,
     LAYER_KEYS,
+    MAX_LENGTH_KEYS,
     MLP_KEYS,
     REQUIRED,
     ConfigReader,
@@ -28,13 +29,6 @@ from exl2ray.wording import shown
 
 TINY = 1e-6  # multipliers and caps below this, 1 / 1e9 included, make everything zero in float16
 MAX_EPS = 0.1  # published models have 1e-12 to 1e-5
-MAX_LENGTH_KEYS = (
-    "max_sequence_length",
-    "model_max_length",
-    "max_position_embeddings",
-    "max_seq_len",
-    "n_positions",
-)
 
 
 @dataclass(frozen=True)

@@ -60,15 +60,11 @@ def route(router: Tensor, h: Tensor, per_token: int) -> Routing:
     """
     probabilities = torch.softmax(h.float() @ router.t(), dim=-1)
     weights, experts = probabilities.topk(per_token, dim=-1)
-    return sorted_by_expert(experts, weights / weights.sum(dim=-1, keepdim=True), router.shape[0])
-
-
-def sorted_by_expert(experts: Tensor, weights: Tensor, count: int) -> Routing:
-    """The choices (tokens, k) of tokens among ``count`` experts, and their weights, as a routing."""
+    weights = weights / weights.sum(dim=-1, keepdim=True)
     order = experts.flatten().argsort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    counts = torch.zeros(count, dtype=torch.int64, device=experts.device)
+    counts = torch.zeros(router.shape[0], dtype=torch.int64, device=h.device)
     counts.scatter_add_(0, experts.flatten(), torch.ones_like(order))
     return Routing(experts, weights, order, place.view_as(experts), tuple(counts.tolist()))
 
@@ -141,31 +137,24 @@ class ExpertBank:
         weights: Mapping[str, Tensor] | None = None,
         capture: Capture | None = None,
         in_runs: bool | None = None,
-        wanted: Tensor | None = None,
     ) -> Tensor:
         """Weighted sum of the chosen experts, (tokens, hidden) in h's dtype; summed in float32 in order of choice.
 
         in_runs: whether experts are computed in runs; None: as `runs_pay` says. Candidate ``weights`` and biases are
-        always computed expert by expert. wanted: (n,) int64, rising: the tokens whose sums are asked for, (n, hidden); None:
-        all. Not for gradients. Expert by expert, the down linears then see these alone.
+        always computed expert by expert.
         """
         use_runs = self.computed_in_runs(routing.experts.numel(), h.device) if in_runs is None else in_runs
-        asked = routing
-        if wanted is not None:
-            asked = sorted_by_expert(routing.experts[wanted], routing.weights[wanted], len(self.experts))
         if use_runs and not weights and not self.bank.biases:
             outputs, place = self._in_runs(h, routing, capture)
-            place = place if wanted is None else place[wanted]
         else:
-            slots = None if wanted is None else routing.place[wanted].flatten()[asked.order]
-            outputs, place = self._one_by_one(h, routing, weights or {}, capture, asked, slots), asked.place
+            outputs, place = self._one_by_one(h, routing, weights or {}, capture), routing.place
         if torch.is_grad_enabled() and outputs.requires_grad:
             chosen: Tensor = _Collect.apply(outputs, routing.place, routing.order)  # type: ignore[no-untyped-call]
             weighted = (chosen * routing.weights[:, :, None]).sum(1)
             return weighted.to(h.dtype)
-        total = h.new_zeros(len(place), h.shape[1], dtype=torch.float32)
+        total = torch.zeros_like(h, dtype=torch.float32)
         for choice in range(routing.experts.shape[1]):
-            total += outputs[place[:, choice]] * asked.weights[:, choice : choice + 1]
+            total += outputs[place[:, choice]] * routing.weights[:, choice : choice + 1]
         return total.to(h.dtype)
 
     def runs_pay(self, slots: int, device: torch.device) -> bool:
@@ -187,36 +176,32 @@ class ExpertBank:
         return gated(self.activation, gate, up)
 
     def _one_by_one(
-        self, h: Tensor, routing: Routing, weights: Mapping[str, Tensor], capture: Capture | None, asked: Routing,
-        slots: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """Outputs of the experts, (slots, hidden), in the order of ``asked``: the routing, or the part of it that is asked
-        for, whose entries are then those ``slots`` of the routing's order."""
+        self, h: Tensor, routing: Routing, weights: Mapping[str, Tensor], capture: Capture | None
+    ) -> Tensor:
+        """Outputs of the experts, (slots, hidden), in the routing's order."""
         gradients = torch.is_grad_enabled() and h.requires_grad
         if gradients:
             inputs: Tensor = _Distribute.apply(h, routing.tokens, routing.place)  # type: ignore[no-untyped-call]
         else:
             inputs = h[routing.tokens]
-        outputs = inputs.new_empty(sum(asked.counts), inputs.shape[1])
-        start = done = 0
-        for expert, count, some in zip(self.experts, routing.counts, asked.counts, strict=True):
-            own = None if slots is None else slots[done : done + some] - start
+        outputs = torch.empty_like(inputs)
+        start = 0
+        for expert, count in zip(self.experts, routing.counts, strict=True):
+            stop = start + count
             if count:
-                outputs[done : done + some] = self._expert(expert, inputs[start : start + count], weights, capture, own)
-            start, done = start + count, done + some
+                outputs[start:stop] = self._expert(expert, inputs[start:stop], weights, capture)
+            start = stop
         return outputs
 
-    def _expert(
-        self, expert: Expert, x: Tensor, weights: Mapping[str, Tensor], capture: Capture | None, wanted: Tensor | None
-    ) -> Tensor:
-        """x: the tokens routed to one expert, (n, hidden) -> (n, hidden), or what is ``wanted`` of them."""
+    def _expert(self, expert: Expert, x: Tensor, weights: Mapping[str, Tensor], capture: Capture | None) -> Tensor:
+        """x: the tokens routed to one expert, (n, hidden) -> (n, hidden)."""
         gate = self.bank.linear(expert.gate, x, weights.get(expert.gate.key))
         up = self.bank.linear(expert.up, x, weights.get(expert.up.key))
         m = self.mix(gate, up)
         if capture is not None:
             capture(expert.gate.input_group, x)
             capture(expert.down.input_group, m)
-        return self.bank.linear(expert.down, m if wanted is None else m[wanted], weights.get(expert.down.key))
+        return self.bank.linear(expert.down, m, weights.get(expert.down.key))
 
     def _in_runs(self, h: Tensor, routing: Routing, capture: Capture | None) -> tuple[Tensor, Tensor]:
         """Outputs of the experts, padded, (rows, hidden), and for each (token, choice) its row, (tokens, k).

@@ -6,10 +6,11 @@ linears to quantise and the tensors to store as they are, and where in the sourc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from exl2ray.formats.layout import pad32
+from exl2ray.formats.layout import StoredSize
 from exl2ray.model.hyper import Hyper
 from exl2ray.model.rotation import Rotation
 from exl2ray.model.rules import Arch
@@ -59,7 +60,7 @@ class PlainTensor:
 
 
 @dataclass(frozen=True)
-class LinearSpec:
+class LinearSpec(StoredSize):
     """One linear layer to quantise.
 
     role: "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3" or "lm_head".
@@ -85,18 +86,8 @@ class LinearSpec:
         return self.bias is not None
 
     @property
-    def padded_out(self) -> int:
-        """out_features rounded up to a multiple of 32, the width of the quantised tensors."""
-        return pad32(self.out_features)
-
-    @property
     def weights(self) -> int:
         return self.in_features * self.out_features
-
-    @property
-    def padded_weights(self) -> int:
-        """Weights as they are stored, which bitrates count."""
-        return self.in_features * self.padded_out
 
 
 @dataclass(frozen=True)
@@ -149,8 +140,8 @@ class ModelSpec:
     """A whole model.
 
     copied: what goes into the output as it is. tied: the head is read from the embedding. warnings: where ExLlamaV2
-    runs this model differently from its definition, and other things worth telling. unused: tensors that the output
-    drops. rotation: of the residual stream (`exl2ray.model.rotated`); everything read through `exl2ray.model.weights` has it.
+    runs this model differently from its definition, and other things worth telling. rotation: of the residual stream
+    (`exl2ray.model.rotated`); everything read through `exl2ray.model.weights` has it.
     """
 
     arch: Arch
@@ -159,7 +150,6 @@ class ModelSpec:
     copied: tuple[CopiedTensor, ...]
     tied: bool
     warnings: tuple[str, ...]
-    unused: tuple[str, ...]
     rotation: Rotation | None = None
 
     @property
@@ -171,6 +161,12 @@ class ModelSpec:
     def weights(self) -> int:
         """Of all linears, head included."""
         return sum(m.weights for m in self.modules)
+
+    def needed_bos(self, of_tokenizer: Callable[[], int | None]) -> int | None:
+        """What a row has to begin with: BOS of families that need it, as config.json or else the tokenizer has it."""
+        if not self.arch.needs_bos:
+            return None
+        return of_tokenizer() if self.hyper.bos_token_id is None else self.hyper.bos_token_id
 
     @property
     def rotation_entry(self) -> dict[str, Any]:

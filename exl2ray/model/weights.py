@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ class OutputEntry:
     Exactly one of ``plain``, ``linear``, ``copied`` is set; ``module`` is None for copied tensors.
     """
 
-    kind: Literal["plain", "linear", "copied"]
     name: str
     module: ModuleSpec | None = None
     plain: PlainTensor | None = None
@@ -211,10 +209,10 @@ def output_tensors(spec: ModelSpec) -> list[OutputEntry]:
     for module in spec.modules:
         late = [p for p in module.plain if p.role in ("q_norm", "k_norm")]
         early = [p for p in module.plain if p not in late]
-        out += [OutputEntry("plain", p.output_name, module, plain=p) for p in early]
-        out += [OutputEntry("linear", x.key, module, linear=x) for x in module.linears]
-        out += [OutputEntry("plain", p.output_name, module, plain=p) for p in late]
-    return out + [OutputEntry("copied", c.output_name, copied=c) for c in spec.copied]
+        out += [OutputEntry(p.output_name, module, plain=p) for p in early]
+        out += [OutputEntry(x.key, module, linear=x) for x in module.linears]
+        out += [OutputEntry(p.output_name, module, plain=p) for p in late]
+    return out + [OutputEntry(c.output_name, copied=c) for c in spec.copied]
 
 
 def linear_entries(linear: LinearSpec, packed_rows: int, groups: int) -> list[TensorEntry]:

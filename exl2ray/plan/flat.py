@@ -42,7 +42,6 @@ class Part:
     """What a module reads of a tensor. zero: of a norm, the stored value that multiplies with 0; None: no norm."""
 
     stored: Stored
-    where: str  # "layer 3", or the module
     zero: float | None = None
 
 
@@ -59,13 +58,12 @@ def needed_parts(spec: ModelSpec) -> list[Part]:
     """Every weight that a conversion reads, without biases. That of a norm may be the same for all channels, but not 0."""
     out: dict[Part, None] = {}
     for module in spec.modules:
-        where = module.key if module.layer is None else f"layer {module.layer}"
         for linear in module.linears:
-            out[Part(linear.weight, where)] = None
+            out[Part(linear.weight)] = None
         for plain in module.plain:
             if not plain.role.endswith(".bias"):
                 norm = plain.role.endswith("norm")
-                out[Part(plain.stored, where, -spec.arch.norm_offset(plain.role) if norm else None)] = None
+                out[Part(plain.stored, -spec.arch.norm_offset(plain.role) if norm else None)] = None
     return list(out)
 
 

@@ -20,7 +20,6 @@ import torch
 
 from exl2ray.allocation.planning import option_bits
 from exl2ray.beneath import existing_parent
-from exl2ray.devices import versions
 from exl2ray.errors import NumericError, StoreError
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.layout import QParams
@@ -30,6 +29,7 @@ from exl2ray.plan.times import Timed, kind_of
 from exl2ray.quant.qparams import head_option, option_tables
 from exl2ray.recipe import Recipe
 from exl2ray.store.file_names import CALIBRATION
+from exl2ray.store.nonce import versions
 from exl2ray.store.open import open_store
 from exl2ray.store.temporary import abandoned, hold
 from exl2ray.store.tensors import put_tensors

@@ -12,11 +12,11 @@ from typing import Any
 from exl2ray.formats.elsewhere import mount_at
 from exl2ray.formats.hub_names import is_repository
 from exl2ray.formats.links import outside
+from exl2ray.publish.file_kinds import CARD
 from exl2ray.publish.frontmatter import Value, read_fields, split_card
 from exl2ray.recipe import SETTINGS, USUAL_HEAD_BITS, Recipe, place_name
 from exl2ray.terminal.console import clean
 
-CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
 KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 # Tags that name a library or a format of the original files, which a quantised model is not for.

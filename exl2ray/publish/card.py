@@ -20,7 +20,6 @@ from exl2ray.evaluate.record import TAIL_NAMES, Evaluation, judged
 from exl2ray.formats.files import atomic_file
 from exl2ray.formats.summary import DirectorySummary
 from exl2ray.publish.base_model import (
-    CARD,
     NO_CARD,
     OriginalCard,
     base_model_of,
@@ -29,6 +28,7 @@ from exl2ray.publish.base_model import (
     read_original,
     settings,
 )
+from exl2ray.publish.file_kinds import CARD
 from exl2ray.publish.frontmatter import Value, write_block
 from exl2ray.recipe import Recipe, bpw_name
 from exl2ray.wording import file_size, perplexity

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exl2ray.quant import cholesky
 from exl2ray.quant.group import Comm
-from exl2ray.quant.hessian import Factor, HessianAccumulator, no_feedback, plan_factor
+from exl2ray.quant.hessian import Factor, HessianAccumulator, plan_factor, round_to_nearest
 from exl2ray.quant.rows import Counts, Node, TreeSum
 
 TOGETHER_ROWS = 16384  # up to so many inputs, a member alone is as fast
@@ -59,7 +59,7 @@ def factorise_together(
     if comm.rank != owner:
         return None
     notes.append(f"{plan.failure(where).message}: rounded to nearest without error feedback")
-    return no_feedback(diagonal, natural, rows)
+    return round_to_nearest(diagonal, natural, rows)
 
 
 def _diagonal(comm: Comm, tree: TreeSum, held: Sequence[Mapping[Node, Counts]]) -> tuple[Tensor, int]:

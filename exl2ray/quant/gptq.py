@@ -181,10 +181,3 @@ def feedback_factor(factor: Factor) -> Tensor | None:
     eye = torch.eye(factor.r.shape[0], dtype=factor.r.dtype, device=factor.r.device)
     u: Tensor = torch.linalg.solve_triangular(factor.r, eye, upper=True)
     return u
-
-
-def relative_error(h: Tensor, w: Tensor, dq: Tensor) -> float:
-    """tr(E^T H E) / tr(W^T H W), E = W - dq; all in natural row order, float64 sums."""
-    h, w = h.double(), w.double()
-    e = w - dq.double()
-    return float((e * (h @ e)).sum() / (w * (h @ w)).sum())

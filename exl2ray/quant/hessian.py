@@ -178,19 +178,14 @@ def plan_factor(diagonal: Tensor, rows: int, damping: float, where: str, natural
             f"Hessian of {where or 'a linear layer'} is not finite",
             "the calibration states hold NaN or infinity; look at the module before this one",
         )
-    return FactorPlan(order_of(diagonal, natural), mean, max(damping * mean, _DAMPING_FLOOR))
+    return FactorPlan(act_order(diagonal, natural), mean, max(damping * mean, _DAMPING_FLOOR))
 
 
-def order_of(diagonal: Tensor, natural: bool) -> Tensor:
-    """(K,) int64: features by falling diagonal of H (the act-order), ties in natural order; or all as they are."""
+def act_order(diagonal: Tensor, natural: bool = False) -> Tensor:
+    """(K,) int64: features by falling diagonal of H, ties in natural order; ``natural``: all as they are."""
     if natural:
         return torch.arange(len(diagonal), device=diagonal.device)
     return torch.argsort(diagonal, descending=True, stable=True)
-
-
-def act_order(h: Tensor) -> Tensor:
-    """(K,) int64: features by falling diagonal of H, ties in natural order."""
-    return order_of(h.diagonal(), natural=False)
 
 
 def prepare(h: Tensor, damping: float = DAMPING, where: str = "", rows: int = 1, natural: bool = False) -> Factor:
@@ -250,21 +245,19 @@ def _upper_factor(h: Tensor, rows: int, perm: Tensor, damping: float, dtype: tor
 
 def prepare_reference(h: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """The reference's own route, kept as the oracle of `prepare`: (perm, U) with H^-1 = U^T U, U upper, float32."""
-    perm = act_order(h)
+    perm = act_order(h.diagonal())
     a = h[perm][:, perm].clone()
     a.diagonal().add_(max(damping * float(h.diagonal().mean()), _DAMPING_FLOOR))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(a))
     return perm, torch.linalg.cholesky(inverse, upper=True)
 
 
-def round_to_nearest(h: Tensor, natural: bool = False, rows: int = 1) -> Factor:
-    """Act-order of H (or the natural order) without feedback: the fallback for a layer whose Hessian cannot be factorised."""
-    return no_feedback(h.diagonal(), natural, rows)
+def round_to_nearest(diagonal: Tensor, natural: bool = False, rows: int = 1) -> Factor:
+    """Act-order of H (or the natural order) without feedback: the fallback for a layer whose Hessian cannot be factorised.
 
-
-def no_feedback(diagonal: Tensor, natural: bool, rows: int) -> Factor:
-    """`round_to_nearest`, from the diagonal (K,) of the sum."""
-    return Factor(order_of(diagonal, natural), None, 0.0, 0, float(diagonal.double().mean()) / rows)
+    diagonal (K,): of H, or of a sum over ``rows``.
+    """
+    return Factor(act_order(diagonal, natural), None, 0.0, 0, float(diagonal.double().mean()) / rows)
 
 
 def factorise(
@@ -278,7 +271,7 @@ def factorise(
         if not bool(torch.isfinite(h).all()):
             raise
         notes.append(f"{e.message}: rounded to nearest without error feedback")
-        return round_to_nearest(h, natural, rows)
+        return round_to_nearest(h.diagonal(), natural, rows)
     if factor.note:
         notes.append(f"{where}: {factor.note}")
     return factor

@@ -154,7 +154,7 @@ class Repository:
         def fetch(buffer: memoryview, offset: int) -> None:
             self._range(entry, buffer, offset)
 
-        return RemoteFile(entry.name, entry.size, entry.stamp, read, lambda: entry.stamp, entry.sha256)
+        return RemoteFile(entry.size, entry.stamp, read, lambda: entry.stamp, entry.sha256)
 
     def _range(self, entry: FileState, buffer: memoryview, offset: int) -> None:
         """Fills the buffer; goes on where a connection broke off."""

@@ -22,9 +22,6 @@ NOT_FETCHED = re.compile(
     r"|zip|tar|gz|xz|zst|7z|parquet|arrow|mp4|wav|mp3|whl)",
     re.IGNORECASE,
 )
-FOREIGN = re.compile(r"(consolidated|adapter|optimizer|training_args).*\.safetensors", re.IGNORECASE)
-SMALL_BYTES = OTHER_BYTES  # of a file that no reader of ours bounds
-FETCHED_BYTES = TOTAL_BYTES  # of all small files
 MAX_NAMES = 100_000
 MAX_FILE_BYTES = 1 << 46
 
@@ -47,7 +44,7 @@ class Listing:
             folder, _, name = entry.name.rpartition("/")
             if folder not in ("", TEMPLATES) or NOT_FETCHED.fullmatch(name):
                 continue
-            most = max(SMALL_BYTES, LIMITS.get(name, 0), MAX_INDEX_BYTES if name == INDEX else 0)
+            most = max(OTHER_BYTES, LIMITS.get(name, 0), MAX_INDEX_BYTES if name == INDEX else 0)
             if entry.size <= most:
                 chosen.append(entry)
             elif name in LIMITS or name == INDEX:
@@ -55,8 +52,8 @@ class Listing:
                 raise SourceError(text, "is it the file that its name says?")
             else:
                 notes.append(f"{name} ({entry.size >> 20} MiB) is not fetched, nor copied into the output")
-        if sum(e.size for e in chosen) > FETCHED_BYTES:
-            raise SourceError(f"{self.address}: small files of more than {FETCHED_BYTES >> 20} MiB", "is it a model?")
+        if sum(e.size for e in chosen) > TOTAL_BYTES:
+            raise SourceError(f"{self.address}: small files of more than {TOTAL_BYTES >> 20} MiB", "is it a model?")
         return chosen, notes
 
     def shards(self) -> list[FileState]:

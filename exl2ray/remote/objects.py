@@ -115,7 +115,7 @@ class Bucket:
         def read(buffer: memoryview, offset: int, keep: bool) -> None:
             self._blocks.read(buffer, offset, entry.size, key, fetch, keep)
 
-        return RemoteFile(entry.name, entry.size, entry.stamp, read, now, entry.sha256)
+        return RemoteFile(entry.size, entry.stamp, read, now, entry.sha256)
 
     def _range(self, entry: FileState, buffer: memoryview, offset: int) -> None:
         with self._typed(entry.name), self._fs.open_input_file(f"{self._base}/{entry.name}") as f:

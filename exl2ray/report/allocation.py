@@ -24,14 +24,13 @@ class Allocation:
     """``bpw``: (layer, role) -> bits per weight; experts of a layer share a cell. exact: as stored, all overhead
     included; else without what depends on the shapes."""
 
-    bits: float
     layers: tuple[int, ...]
     roles: tuple[str, ...]
     bpw: Mapping[tuple[int, str], float]
     exact: bool
 
 
-def allocation_of(bits: float, options: Mapping[str, str], shapes: Mapping[str, LinearShape]) -> Allocation:
+def allocation_of(options: Mapping[str, str], shapes: Mapping[str, LinearShape]) -> Allocation:
     """One bitrate from the description of every linear's option. Linears outside of layers (the head) do not count."""
     found = ((linear, layer_of(linear), parse_option(text)) for linear, text in options.items())
     parsed = [(linear, layer, option) for linear, layer, option in found if layer is not None and option is not None]
@@ -50,7 +49,7 @@ def allocation_of(bits: float, options: Mapping[str, str], shapes: Mapping[str, 
         cell[1] += weights
     bpw = {cell: total / weights for cell, (total, weights) in sums.items() if weights}
     roles = sorted({role for _, role in bpw}, key=lambda r: (ROLES.index(r) if r in ROLES else len(ROLES), r))
-    return Allocation(bits, tuple(sorted({layer for layer, _ in bpw})), tuple(roles), bpw, exact)
+    return Allocation(tuple(sorted({layer for layer, _ in bpw})), tuple(roles), bpw, exact)
 
 
 def linear_shapes(store: Store, chains: Iterable[Chain], problems: list[str]) -> dict[str, LinearShape]:

@@ -231,7 +231,7 @@ def _bitrate(
     return Bitrate(
         chain, as_number(event.get("bpw")), _head_bpw(chain, event, shapes), as_number(event.get("gap")),
         as_number(event.get("predicted_kl")), log.items.get(f"quantize {bits!r}", 0), "",
-        allocation_of(bits, chain.options, shapes), evaluation, before and evaluation is None,
+        allocation_of(chain.options, shapes), evaluation, before and evaluation is None,
     )  # fmt: skip
 
 

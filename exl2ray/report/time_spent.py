@@ -32,8 +32,7 @@ class StageTime:
     """wall_seconds: from the announcement of the stage to its last item, over all runs. worker_seconds: sum of spans."""
 
     name: str
-    items: int  # of the whole stage
-    finished: int  # within the runs of the log
+    finished: int  # items within the runs of the log
     wall_seconds: float
     worker_seconds: float
     workers: int
@@ -87,7 +86,8 @@ class _Reader:
             self.now += max(0.0, at - self.clock)  # clocks of several machines may disagree
         self.clock = at
         if name == "stage":
-            self._stage(str(f.get("stage")), as_number(f.get("items")))
+            self._of(str(f.get("stage")))
+            self.begun[str(f.get("stage"))] = self.now
         elif name == "started":
             self._started(str(f.get("worker") or "?"), f)
         elif name == "item":
@@ -95,10 +95,8 @@ class _Reader:
         elif name == "lost":
             self._close(lambda stage, key: key == str(f.get("key")))
 
-    def _stage(self, name: str, items: float | None) -> None:
-        counts = self.stages.setdefault(name, {"items": 0.0, "finished": 0.0, "wall": 0.0})
-        counts["items"] = items or 0.0
-        self.begun[name] = self.now
+    def _of(self, stage: str) -> dict[str, float]:
+        return self.stages.setdefault(stage, {"finished": 0.0, "wall": 0.0})
 
     def _started(self, worker: str, f: Mapping[str, Any]) -> None:
         self._close(lambda stage, key: True, worker)
@@ -112,7 +110,7 @@ class _Reader:
         return "quantize" if method in ("enter", "sweep") and quantizing else "measure"
 
     def _item(self, stage: str, key: str) -> None:
-        counts = self.stages.setdefault(stage, {"items": 0.0, "finished": 0.0, "wall": 0.0})
+        counts = self._of(stage)
         counts["finished"] += 1
         counts["wall"] += self.now - self.begun.get(stage, self.now)
         self.begun[stage] = self.now
@@ -134,7 +132,7 @@ class _Reader:
             return None
         self._close_all()
         for name in dict.fromkeys(s.stage for s in self.spans):
-            self.stages.setdefault(name, {"items": 0.0, "finished": 0.0, "wall": 0.0})
+            self._of(name)
         stages = [_stage_time(name, counts, self.spans) for name, counts in self.stages.items()]
         return Timeline(self.first, self.last, tuple(self.runs), self.now, tuple(stages), tuple(self.spans))
 
@@ -142,7 +140,7 @@ class _Reader:
 def _stage_time(name: str, counts: Mapping[str, float], spans: Iterable[Span]) -> StageTime:
     own = [s for s in spans if s.stage == name]
     busy = sum(s.end - s.begin for s in own)
-    return StageTime(name, int(counts["items"]), int(counts["finished"]), counts["wall"], busy, len({s.worker for s in own}))
+    return StageTime(name, int(counts["finished"]), counts["wall"], busy, len({s.worker for s in own}))
 
 
 def busy_share(timeline: Timeline) -> float | None:

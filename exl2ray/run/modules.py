@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from exl2ray.errors import FormatError
+from exl2ray.formats.exl2 import linear_keys
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.linear import Exl2Linear
-from exl2ray.run.names import EXPERT_ROLES, FUSED, packed_keys
+from exl2ray.run.names import EXPERT_ROLES, FUSED
 
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d{1,6})\.(?P<role>\w+)")
 
@@ -86,7 +87,7 @@ def insert_linears(
     modules = dict(model.named_modules())
     experts: dict[str, dict[int, dict[str, Exl2Linear]]] = defaultdict(lambda: defaultdict(dict))
     placed = set()
-    for key in packed_keys(tensors):
+    for key in linear_keys(tensors):
         name = renamed(key)
         expert = EXPERT.fullmatch(name)
         if expert and expert["experts"] in modules and name not in modules:

@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from exl2ray.formats.tensorfile import TensorInfo
-
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 TEXT_MODEL = "language_model."  # in front of all names of Gemma 3, also of one that is text alone
 EXPERT_ROLES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))  # gate, up, down
-
-
-def packed_keys(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Names of the quantised linears among the tensors of a model's files, sorted."""
-    return sorted(name.removesuffix(".q_weight") for name in tensors if name.endswith(".q_weight"))

@@ -18,7 +18,7 @@ from exl2ray import timeline
 from exl2ray.calibration.data.taken import described_passes
 from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.datasets import reported_rows
-from exl2ray.devices import pick_executor, versions
+from exl2ray.devices import pick_executor
 from exl2ray.driver.actors import open_workers
 from exl2ray.driver.policy import Limits
 from exl2ray.driver.prometheus import ClusterMetrics
@@ -39,6 +39,7 @@ from exl2ray.source_state import SourceState
 from exl2ray.stopping import shielded
 from exl2ray.store.file_names import CALIBRATION, CALIBRATION_KEY, MEASURE, MEASUREMENT, SOURCE_KEY
 from exl2ray.store.job_file import StoredJob
+from exl2ray.store.nonce import versions
 from exl2ray.store.open import open_store
 from exl2ray.store.pace import Pace
 from exl2ray.store.records import Record, Records, hash_inputs

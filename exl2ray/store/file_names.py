@@ -22,7 +22,7 @@ import re
 
 CALIBRATION = "calibration.safetensors"
 MEASUREMENT = "measurement.json"
-LOCK = "driver.lock"
+LOCK_FILE = "driver.lock"
 EVENTS = "events.jsonl"
 LOGS = "logs"
 NONCE = "nonce"
@@ -68,7 +68,7 @@ def is_place_of_ours(rel: str) -> bool:
 def is_within_ours(rel: str) -> bool:
     """Whether this path in a work directory lies where exl2ray keeps, and deletes, what is its own."""
     first = rel.partition("/")[0]
-    return is_place_of_ours(rel) or is_ours(first) or first in (LOCK, *FOLDERS)
+    return is_place_of_ours(rel) or is_ours(first) or first in (LOCK_FILE, *FOLDERS)
 
 
 def quant_kind(bpw: float) -> str:

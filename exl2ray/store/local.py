@@ -52,18 +52,14 @@ class LocalStore(Store):
             yield handle, name
 
     def put(self, rel: str, data: bytes | memoryview) -> None:
-        self.put_stream(rel, [data])
+        self.put_parts(rel, [data])
 
     def put_parts(self, rel: str, parts: Sequence[bytes | memoryview]) -> None:
-        self.put_stream(rel, parts)
-
-    def put_stream(self, rel: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """As ``put``, piece by piece."""
         path = self._path(rel)
         with translated("write", str(path)), self._folder_of(rel, create=True) as (folder, name):
             with replacing(folder, name, temp_name()) as f:
-                for chunk in chunks:
-                    _write_all(f.fileno(), chunk)
+                for part in parts:
+                    _write_all(f.fileno(), part)
 
     def descriptor(self, rel: str, flags: int = os.O_RDONLY) -> int:
         path = self._path(rel)

@@ -27,11 +27,10 @@ from pathlib import Path
 from exl2ray.beneath import closing, open_locked, try_flock
 from exl2ray.errors import StoreError
 from exl2ray.store.faults import MissingFileError, translated
-from exl2ray.store.file_names import LOCK
+from exl2ray.store.file_names import LOCK_FILE
 from exl2ray.store.fs import Store
 from exl2ray.store.records import canonical_json
 
-LOCK_FILE = LOCK
 _ATTEMPTS = 20
 
 

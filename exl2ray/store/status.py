@@ -13,10 +13,10 @@ from exl2ray.errors import StoreError
 from exl2ray.store.apart import no_work_directory
 from exl2ray.store.event_log import read_events
 from exl2ray.store.faults import MissingFileError
-from exl2ray.store.file_names import CALIBRATION, MEASUREMENT, NOT_MODULES, REFERENCE_KIND
+from exl2ray.store.file_names import CALIBRATION, LOCK_FILE, MEASUREMENT, NOT_MODULES, REFERENCE_KIND
 from exl2ray.store.fs import Store
 from exl2ray.store.job_file import JOB_FILE, StoredJob, decode_job
-from exl2ray.store.lock import LOCK_FILE, heartbeat_age, is_held, read_holder
+from exl2ray.store.lock import heartbeat_age, is_held, read_holder
 from exl2ray.store.open import open_store
 from exl2ray.store.passes import PassStatus, passes
 

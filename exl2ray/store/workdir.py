@@ -15,7 +15,7 @@ from typing import Any
 from exl2ray.errors import StoreError
 from exl2ray.store.event_log import event_line, timestamp
 from exl2ray.store.faults import MissingFileError
-from exl2ray.store.file_names import EVENTS, FOLDERS, MEASUREMENT, is_ours, is_place_of_ours
+from exl2ray.store.file_names import EVENTS, FOLDERS, LOCK_FILE, MEASUREMENT, is_ours, is_place_of_ours
 from exl2ray.store.fs import TEMP_PREFIX, Store
 from exl2ray.store.job_file import (
     JOB_FILE,
@@ -30,7 +30,7 @@ from exl2ray.store.job_file import (
     normalise,
     stored_id,
 )
-from exl2ray.store.lock import DEFAULT_TIMING, LOCK_FILE, DriverLock, LockTiming, check_lock
+from exl2ray.store.lock import DEFAULT_TIMING, DriverLock, LockTiming, check_lock
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Records
@@ -43,16 +43,13 @@ _TOLERATED = frozenset({LOCK_FILE, "lost+found"})  # left by a driver killed bef
 class WorkDir:
     """An open work directory; a context manager that releases the lock.
 
-    ``job`` holds the settings, ``notes`` what the user should know about the opening (other versions than the job was
-    started with, a dead driver's lock), in words. Workers do not open a WorkDir: they get ``store`` and make their own
-    ``Records`` of it.
+    ``notes`` holds what the user should know about the opening (other versions than the job was started with, a dead driver's
+    lock), in words. Workers do not open a WorkDir: they get ``store`` and make their own ``Records`` of it.
     """
 
     def __init__(self, store: Store, lock: DriverLock, stored: StoredJob, versions: Mapping[str, str]) -> None:
         self.store = store
         self.records = Records(store)
-        self.job: Job = stored.job
-        self.created = stored.created
         self.id = stored.id  # what a target's claim names it by
         self.notes: list[str] = []
         self.listener: Callable[[str, Mapping[str, Any]], None] = lambda name, fields: None  # hears the events of the log

@@ -15,20 +15,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from exl2ray import __version__
 from exl2ray.calibration.data.sources import is_there, split_column
 from exl2ray.errors import Exl2RayError, StoreError
 from exl2ray.store.fs import temp_name
+from exl2ray.store.nonce import versions
 from exl2ray.store.open import open_store
 
 MARKER = "exl2ray-preflight: "  # begins the line of the job's log that holds the report
@@ -125,7 +123,7 @@ def look(where: str, paths: Sequence[SharedPath], tokens: Mapping[str, tuple[str
                 problems.append(Problem(f"{p.flag} {p.path}: does not exist on {where}", SHARED_HINT))
         elif p.path in tokens:
             problems += _joined(p, where, *tokens[p.path])
-    return NodeView(tuple(problems), models, installed_versions())
+    return NodeView(tuple(problems), models, versions())
 
 
 def _joined(p: SharedPath, where: str, root: str, token: str) -> list[Problem]:
@@ -153,14 +151,6 @@ def model_digest(path: str) -> str:
         if entry.suffix in (".safetensors", ".json"):
             digest.update(f"{entry.name}\0{entry.stat().st_size}\0".encode())
     return digest.hexdigest()
-
-
-def installed_versions() -> dict[str, str]:
-    out = {"exl2ray": __version__, "python": platform.python_version()}
-    for package in ("ray", "torch", "numpy", "numba"):
-        with suppress(metadata.PackageNotFoundError):
-            out[package] = metadata.version(package)
-    return out
 
 
 def writable_root(path: str) -> str:

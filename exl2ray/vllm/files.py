@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.errors import FormatError
-from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES
+from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES, linear_keys
 from exl2ray.formats.hf import weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.layout import pad32
 from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.run.directory import headers, sound_files
-from exl2ray.run.names import EXPERT_ROLES, FUSED, TEXT_MODEL, packed_keys
+from exl2ray.run.names import EXPERT_ROLES, FUSED, TEXT_MODEL
 
 
 @dataclass
@@ -43,7 +43,7 @@ class PackedFiles:
     def opened(cls, root: Path, source: str = "") -> PackedFiles:
         """Raises FormatError for whatever ``exl2ray verify`` refuses."""
         tensors = headers(sound_files(root))
-        keys = packed_keys(tensors)
+        keys = linear_keys(tensors)
         biased = [key for key in keys if f"{key}.bias" in tensors]
         family = str(read_config(root / "config.json", FormatError)["architectures"][0])
         return cls(root, {key: key for key in keys}, biased, source or str(root), family.startswith("Cohere"))

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
+from exl2ray.calibration.text import Conversation
 from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.calibration.tokenizer_files import read_tokenizer_files
 from exl2ray.errors import SourceError
 
 WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "<end>"]
@@ -120,7 +122,7 @@ def test_tokenizer_larger_than_the_head(word_level: Tokenizer, tmp_path: Path) -
 
 def test_chat_template_sources(word_level: Tokenizer, tmp_path: Path) -> None:
     def template(settings: Any) -> str | None:
-        return load_tokenizer(write(tmp_path, word_level, settings), {}, 7).chat_template
+        return read_tokenizer_files(write(tmp_path, word_level, settings)).chat_template
 
     assert template({}) is None
     assert template({"chat_template": "A"}) == "A"
@@ -132,9 +134,11 @@ def test_chat_template_sources(word_level: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_special_token_texts_for_templates(word_level: Tokenizer, tmp_path: Path) -> None:
-    settings = {"bos_token": {"content": "<s>"}, "pad_token": "<unk>"}
-    loaded = load_tokenizer(write(tmp_path, word_level, settings), {"eos_token_id": 6}, 7)
-    assert loaded.special_tokens == {"bos_token": "<s>", "pad_token": "<unk>", "eos_token": "<end>"}
+    template = "{{ bos_token }} {{ pad_token }} {{ eos_token }} {{ messages[0].content }}"
+    settings = {"bos_token": {"content": "<s>"}, "pad_token": "<unk>", "chat_template": template}
+    with load_tokenizer(write(tmp_path, word_level, settings), {"eos_token_id": 6}, 7) as loaded:
+        assert loaded.templates is not None
+        assert loaded.templates.render(Conversation("", (("user", "the"),))) == "<s> <unk> <end> the"
 
 
 def test_a_real_tokenizer(shared_dir: Path) -> None:

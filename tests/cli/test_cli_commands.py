@@ -142,7 +142,7 @@ def made_up_measurement(model: Path) -> Measurement:
         out = []
         for i, params in enumerate(tables[table]):
             chosen = [(x, params[x.role]) for x in module.linears if x.role in params]
-            bits = sum(p.total_bits(x.in_features, x.padded_out, x.has_bias) for x, p in chosen)
+            bits = sum(p.bits_of(x) for x, p in chosen)
             out.append(OptionProfile(1 - 0.3 * 0.8**i / (1 + module.index), bits, params))
         return tuple(out)
 

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 from convert_helpers import assert_sound, messages, recipe, run
+from evaluation import evaluate
 from oracles import VOCAB, complete_model
 from safetensors.torch import load_file
 from tiny_models import write_text
 
 from exl2ray.convert import Summary
 from exl2ray.errors import JobMismatchError
-from exl2ray.evaluate.compare import evaluate
 from exl2ray.events import Silent
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.tensorfile import TensorFile

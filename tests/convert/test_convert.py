@@ -26,13 +26,13 @@ from convert_helpers import (
     shapes,
     stages,
 )
+from evaluation import evaluate
 from exl2_numpy import dequantize_numpy
 from safetensors.torch import load_file
 from tiny_models import VOCAB, write_model
 
 from exl2ray.convert import convert
 from exl2ray.errors import CalibrationError, JobMismatchError
-from exl2ray.evaluate.compare import evaluate
 from exl2ray.evaluate.forward import run_model
 from exl2ray.events import Silent
 from exl2ray.formats.exl2 import Exl2Model
@@ -90,7 +90,7 @@ def test_bytes_are_what_the_allocation_predicted(quiet: Quiet) -> None:
     for fields, out in zip(logged(quiet.work, "allocated"), quiet.summary.outputs, strict=True):
         lists = [options for p in measurement.profiles for options in p.slots()]
         chosen = [options[c].total_bits for options, c in zip(lists, fields["choice"], strict=True)]
-        head = head_option(6).total_bits(64, 288)
+        head = head_option(6).layout(64).total_bits(288)
         assert quantised_bytes(quiet.outputs[out.bits], keys) * 8 == sum(chosen) + head
         assert out.achieved_bpw == pytest.approx(sum(chosen) / weights)
         assert out.bits - 0.3 < out.achieved_bpw <= out.bits

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from convert_helpers import Quiet, messages, recipe, run
+from evaluation import evaluate
 
 from exl2ray.calibration.text import builtin_documents
 from exl2ray.convert import patch
 from exl2ray.errors import CalibrationError
-from exl2ray.evaluate.compare import evaluate
 from exl2ray.evaluate.heldout import heldout_rows, heldout_text
 from exl2ray.evaluate.tokens import find_tokenizer
 from exl2ray.events import Silent

@@ -52,7 +52,7 @@ def wanted(spec: ModelSpec, **changes: Any) -> Recipe:
 
 
 def size(spec: ModelSpec, params: dict[str, QParams]) -> int:
-    return sum(params[x.key].total_bits(x.in_features, pad32(x.out_features), x.has_bias) for x in spec.linears)
+    return sum(params[x.key].layout(x.in_features).total_bits(pad32(x.out_features), x.has_bias) for x in spec.linears)
 
 
 # ---- the conversion ---------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_experts_share_an_option(tmp_path: Path) -> None:
 def test_budgets(measured: tuple[ModelSpec, Measurement]) -> None:
     spec, measurement = measured
     head = spec.modules[-1].linears[0]
-    usual = head_option(6).total_bits(head.in_features, pad32(head.out_features))
+    usual = head_option(6).layout(head.in_features).total_bits(pad32(head.out_features))
     last = None
     for bits in (3.8, 4.2, 5.0, 5.5, 7.0):
         free = choose(spec, measurement, bits, wanted(spec))
@@ -245,7 +245,7 @@ def brute_force(
 
     def bits(key: str, q: QParams) -> int:
         x = groups[key].linears[0]
-        return q.total_bits(x.in_features, pad32(x.out_features), x.has_bias)
+        return q.layout(x.in_features).total_bits(pad32(x.out_features), x.has_bias)
 
     def cost(key: str, q: QParams) -> float:
         curve: LossCurve = groups[key].curve

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from convert_helpers import assert_sound, contents, items, messages, recipe, run
+from evaluation import evaluate
 from tiny_models import write_model
 
 from exl2ray.errors import FormatError, UsageError
-from exl2ray.evaluate.compare import evaluate
 from exl2ray.quality import PRESETS, Numerics, resolve
 from exl2ray.recipe import Recipe
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from convert_helpers import assert_sound, contents, items, messages, recipe, run
+from evaluation import evaluate
 from safetensors.torch import load_file
 from tiny_models import write_model
 
 from exl2ray.errors import JobMismatchError, UsageError
-from exl2ray.evaluate.compare import evaluate
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.measurement import read_measurement
 from exl2ray.model.arch import load_spec

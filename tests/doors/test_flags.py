@@ -226,7 +226,8 @@ def _linked(work: Path) -> None:
 
 def _used(work: Path) -> None:
     """Another driver is at work: this process."""
-    from exl2ray.store.lock import LOCK_FILE, Holder
+    from exl2ray.store.file_names import LOCK_FILE
+    from exl2ray.store.lock import Holder
     from exl2ray.store.open import open_store
 
     open_store(str(work)).put(LOCK_FILE, Holder.here("t").to_bytes())

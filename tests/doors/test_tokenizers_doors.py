@@ -17,6 +17,7 @@ from exl2ray.calibration.chat_text import plain_chat
 from exl2ray.calibration.output_files import tokenizer_output
 from exl2ray.calibration.rows import builtin_rows
 from exl2ray.calibration.text import Conversation
+from exl2ray.calibration.tokenizer_files import read_tokenizer_files
 from exl2ray.errors import SourceError
 
 transformers = pytest.importorskip("transformers")
@@ -218,8 +219,7 @@ def test_places_of_templates(name: str, folder: Path) -> None:
     for file, text in files.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(text, encoding="utf-8")
-    with load(folder) as tokenizer:
-        assert tokenizer.chat_template == expected
+    assert read_tokenizer_files(folder).chat_template == expected
 
 
 def test_template_with_added_markers(folder: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation import evaluate
 
-from exl2ray.evaluate.compare import evaluate
 from exl2ray.evaluate.forward import run_model
 from exl2ray.evaluate.tokens import find_tokenizer, load_tokens
 

@@ -203,7 +203,7 @@ def test_layout_survives_storage_and_bits_are_counted(layout: GroupLayout, seed:
     again = PackedLinear.from_tensors("layer", p.tensors().get)
     assert again.layout == layout
     stored_bits = sum(t.nbytes * 8 for t in p.tensors().values())
-    assert again.total_bits == stored_bits
+    assert layout.total_bits(again.out_features, bias) == stored_bits
 
 
 # -- structural check ----------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import kernel_checks as checks
 import pytest
 import torch
+from output_error import relative_error
 
 from exl2ray.cuda import solver
 from exl2ray.errors import NumericError
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.model.blocks import check_states
 from exl2ray.quality import PLAIN, Numerics
-from exl2ray.quant.gptq import relative_error
 from exl2ray.quant.hessian import Factor, HessianAccumulator, prepare
 from exl2ray.quant.pack import dequantize, pack
 from exl2ray.quant.qparams import attention_options, mlp_options, parse

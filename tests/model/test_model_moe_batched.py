@@ -109,20 +109,6 @@ def test_runs_equal_the_loop_for_any_routing(tokens: int, experts: int, seed: in
     assert torch.allclose(bank.forward(h, routing, in_runs=True), loop, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("in_runs", [False, True])
-@pytest.mark.parametrize("per_token", [1, 3])
-def test_tokens_that_are_asked_for(in_runs: bool, per_token: int) -> None:
-    bank, h = expert_bank(16, 16, WIDTH, per_token), inputs(40)
-    routing = route(bank.router, h, per_token)
-    of_all, of_some = Captured(), Captured()
-    expected = bank.forward(h, routing, capture=of_all, in_runs=in_runs)
-    for wanted in (torch.tensor([0, 3, 4, 17, 39]), torch.arange(40), torch.arange(0)):
-        of_some.clear()
-        found = bank.forward(h, routing, capture=of_some, in_runs=in_runs, wanted=wanted)
-        assert torch.allclose(found, expected[wanted], rtol=1e-5, atol=1e-5)
-        assert all(torch.equal(t, of_some[group]) for group, t in of_all.items())
-
-
 def test_small_memory_gives_more_runs_and_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, routing, h = expert_bank(16, 16, WIDTH, 1), routing_of(RAGGED), inputs(sum(RAGGED))
     loop = bank.forward(h, routing, in_runs=False)

@@ -247,5 +247,5 @@ def test_dropped_tensors_are_reported(checkpoint: Callable[[], Path]) -> None:
     }
     edit_tensors(path, lambda t: t.update(extra))
     spec = load_spec(SourceModel(path))
-    assert set(spec.unused) == set(extra)
     assert any("biases are stored" in w and "q_proj.bias" in w for w in spec.warnings)
+    assert not any("inv_freq" in w for w in spec.warnings)

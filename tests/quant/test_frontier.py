@@ -77,7 +77,7 @@ def test_a_linear_of_random_weights_is_predicted() -> None:
 
 
 def sizes(k: int, options: Sequence[QParams] | None = None, n: int = 256) -> list[int]:
-    return [q.total_bits(k, n) for q in options or all_options()]
+    return [q.layout(k).total_bits(n) for q in options or all_options()]
 
 
 @settings(max_examples=20, deadline=None)
@@ -92,7 +92,7 @@ def test_the_frontier_has_every_best_option(k: int, numbers: list[float], level:
     curve = LossCurve(entry(k, 10**level, numbers[:pieces]), k, "x")
     found = frontier(curve, sizes(k))
     assert all(a.bits < b.bits and a.loss > b.loss for a, b in itertools.pairwise(found))
-    every = [(q.total_bits(k, 256), curve.loss(q)) for q in all_options()]
+    every = [(q.layout(k).total_bits(256), curve.loss(q)) for q in all_options()]
     for exponent in range(-12, 2):
         price = 10.0**exponent
         assert min(c.loss + price * c.bits for c in found) == pytest.approx(min(v + price * b for b, v in every), rel=1e-12)

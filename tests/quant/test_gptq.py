@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from exl2_numpy import dequantize_numpy
+from output_error import relative_error
 from quant_helpers import hessian, reference, weights
 from safetensors.torch import load_file
 from torch import Tensor
 
 from exl2ray.formats.layout import GroupLayout
 from exl2ray.quant import gptq
-from exl2ray.quant.gptq import quantize_reference, relative_error
+from exl2ray.quant.gptq import quantize_reference
 from exl2ray.quant.hessian import HessianAccumulator, prepare, prepare_reference
 from exl2ray.quant.pack import dequantize, pack
 from exl2ray.quant.qparams import parse

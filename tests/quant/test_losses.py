@@ -38,7 +38,7 @@ def test_losses_are_the_trace_of_the_error(k: int) -> None:
 def test_without_feedback_the_mean_diagonal_has_to_do() -> None:
     k = 64
     h, w = hessian(k), weights(k, 32)
-    factor = round_to_nearest(4 * h, rows=4)
+    factor = round_to_nearest(4 * h.diagonal(), rows=4)
     s = solve_problems(factor, [w], [Problem(0, parse("1:4b_32g").layout(k))])[0]
     energy = float((w - s.weight.float()).double().square().sum())
     assert float(squared_error(s, factor)) == pytest.approx(energy * float(h.diagonal().mean()), rel=1e-4)

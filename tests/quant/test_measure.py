@@ -99,7 +99,7 @@ def test_scores_are_those_of_whole_forwards(
     assert profile.options is not None
     assert_scores(profile.options, plain_errors(block, x, table, group_factors(block, x, settings)), table)
     for option, row in zip(profile.options, table, strict=True):
-        expected = sum(row[n.role].total_bits(n.in_features, n.padded_out, n.has_bias) for n in block.module.linears)
+        expected = sum(row[n.role].bits_of(n) for n in block.module.linears)
         assert option.total_bits == expected
     assert profile.options[-1].accuracy > 0.99
     assert profile.options[0].accuracy < 0.95

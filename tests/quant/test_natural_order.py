@@ -17,7 +17,7 @@ from exl2ray.quant.qparams import parse
 def test_factor_in_natural_order() -> None:
     h = hessian(64)
     factor = prepare(h, natural=True)
-    assert factor.perm.tolist() == round_to_nearest(h, natural=True).perm.tolist() == list(range(64))
+    assert factor.perm.tolist() == round_to_nearest(h.diagonal(), natural=True).perm.tolist() == list(range(64))
     assert prepare(h).perm.tolist() != list(range(64))
     assert factor.r is not None
     assert torch.allclose(factor.r @ factor.r.T, h + factor.damping * torch.eye(64), rtol=1e-4, atol=1e-3 * float(h.max()))

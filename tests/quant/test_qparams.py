@@ -33,8 +33,8 @@ def test_attention_table(spec: dict[str, Any]) -> None:
         for role, option in zip("qkvo", row, strict=True):
             assert option == QParams.from_json(expected[role])
             assert groups(option, 4096) == expected["check"][role]["groups"]
-            assert option.total_bits(4096, 4096) == expected["check"][role]["total_bits"]
-            total += option.total_bits(4096, 4096)
+            assert option.layout(4096).total_bits(4096) == expected["check"][role]["total_bits"]
+            total += option.layout(4096).total_bits(4096)
         assert total == expected["check"]["total_bits"]
 
 
@@ -47,7 +47,7 @@ def test_mlp_table(spec: dict[str, Any]) -> None:
         for role, option in zip(sizes, row, strict=True):
             assert option == QParams.from_json(expected[role])
             assert groups(option, sizes[role][0]) == expected["check"][role]["groups"]
-            bits[role] = option.total_bits(*sizes[role])
+            bits[role] = option.layout(sizes[role][0]).total_bits(sizes[role][1])
             assert bits[role] == expected["check"][role]["total_bits"]
         assert sum(bits.values()) == expected["check"]["total_bits"]
         without_gate = (bits["up"] + bits["down"]) / (2 * 4096 * 11008)
@@ -60,7 +60,7 @@ def test_head_options(spec: dict[str, Any]) -> None:
         option = head_option(int(bits))
         assert option == QParams.from_json(expected)
         assert groups(option, 4096) == expected["check"]["groups"]
-        assert option.total_bits(4096, 32000) == expected["check"]["total_bits"]
+        assert option.layout(4096).total_bits(32000) == expected["check"]["total_bits"]
     with pytest.raises(UsageError, match=r"-hb 7.*2, 3, 4, 5, 6, 8"):
         head_option(7)
 

@@ -52,9 +52,7 @@ def test_packed_tensors_are_what_the_block_holds_afterwards(
     for packed, linear in zip(found.values(), block.module.linears, strict=True):
         assert check_linear(packed) == []
         assert packed.layout == params[packed.key].layout(linear.in_features)
-        assert packed.total_bits == params[packed.key].total_bits(
-            linear.in_features, linear.padded_out, linear.has_bias
-        )
+        assert 8 * sum(t.nbytes for t in packed.tensors().values()) == params[packed.key].bits_of(linear)
         decoded = dequantize_numpy(packed)[:, : linear.out_features]
         assert np.array_equal(block.weights[packed.key].half().numpy(), decoded)
         difference = float((torch.from_numpy(decoded).float() - source[packed.key].float()).norm())

@@ -74,7 +74,7 @@ def profile(model: Model, module: str) -> ModuleProfile:
     options = []
     for row in table:
         params = dict(zip(roles, row, strict=True))
-        bits = sum(params[k.rpartition(".")[2]].total_bits(s.in_features, s.padded_out) for k, s in linears.items())
+        bits = sum(params[k.rpartition(".")[2]].layout(s.in_features).total_bits(s.padded_out) for k, s in linears.items())
         error = level * 2 ** (-0.9 * (bits / weights - 2)) * rng.uniform(0.95, 1.05)
         options.append(OptionProfile(1 - error, bits, params))
     extra: dict[str, Any] = {}

@@ -53,7 +53,7 @@ def test_allocation_counts_what_is_stored(small_work: Path) -> None:
     for i, module in zip(choice(model, 4.5), model.modules(), strict=True):
         option = (profile(model, module).options or ())[i]
         for key, s in model.linears(module).items():
-            bits = option.params[key.rpartition(".")[2]].total_bits(s.in_features, s.padded_out)
+            bits = option.params[key.rpartition(".")[2]].layout(s.in_features).total_bits(s.padded_out)
             found = allocation.bpw[layer_of(module) or 0, role_of(key)]
             assert found == pytest.approx(bits / (s.in_features * s.padded_out))
 
@@ -196,7 +196,7 @@ def test_no_text_breaks_the_readers_of_names(text: str) -> None:
 
 def test_nominal_bits_are_close_to_the_stored_ones_of_a_large_linear() -> None:
     for option in ALL_OPTIONS:
-        stored = option.total_bits(8192, 28672) / (8192 * 28672)
+        stored = option.layout(8192).total_bits(28672) / (8192 * 28672)
         assert nominal_bpw(option) == pytest.approx(stored, abs=0.03)
 
 
@@ -210,7 +210,7 @@ def test_names_of_all_families_mean_the_same_projections() -> None:
     assert (role_of("h.0.attn.c_proj"), role_of("h.0.mlp.c_proj")) == ("o", "down")
     assert (layer_of("h.12.attn.c_proj"), layer_of("model.layers.7.mlp.experts.3.w1"), layer_of("lm_head")) == (12, 7, None)
     options = {"model.layers.0.mlp.up_proj": "1:4b_128g s4", "lm_head": "1:6b_128g s4"}
-    assert allocation_of(4.0, options, {}).bpw == {(0, "up"): 4 + 4 / 128}
+    assert allocation_of(options, {}).bpw == {(0, "up"): 4 + 4 / 128}
 
 
 # ---- what is not a sound work directory -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from exl2ray.store.file_names import quant_kind
 from exl2ray.store.open import open_store
 from exl2ray.store.records import Record, Records, hash_inputs
 
-NOTHING = Allocation(3.0, (), (), {}, False)
+NOTHING = Allocation((), (), {}, False)
 VOID = {"meta", "img", "br", "source"}
 SVG = "data:image/svg+xml;base64,"
 HOSTILE = [

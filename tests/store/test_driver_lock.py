@@ -18,9 +18,10 @@ import pytest
 from store_helpers import FAST
 
 from exl2ray.errors import StoreError
+from exl2ray.store.file_names import LOCK_FILE
 from exl2ray.store.fs import Store
 from exl2ray.store.local import LocalStore
-from exl2ray.store.lock import LOCK_FILE, DriverLock, Holder, LockTiming, check_lock, heartbeat_age, read_holder
+from exl2ray.store.lock import DriverLock, Holder, LockTiming, check_lock, heartbeat_age, read_holder
 from exl2ray.store.open import open_store
 
 ELSEWHERE = replace(Holder.here("other"), host="node-7", boot_id="other")

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 from bounded import exl2ray
+from evaluation import evaluate
 from safetensors import safe_open
 
 from exl2ray.calibration.data.sources import local_source
 from exl2ray.commands.tune import show
 from exl2ray.errors import StoreError
-from exl2ray.evaluate.compare import evaluate
 from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
 from exl2ray.formats.verify import verify_directory

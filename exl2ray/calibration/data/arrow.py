@@ -15,8 +15,7 @@ from exl2ray.calibration.data.arrow_types import BROKEN, Columns, cell, short
 from exl2ray.calibration.data.columns import Choice
 from exl2ray.calibration.data.problem import DataError
 
-MAGIC = b"ARROW1"  # of a file; a stream begins with a message, and a message of a stream with this:
-MESSAGE = b"\xff\xff\xff\xff"
+MAGIC = b"ARROW1"  # of a file; a stream begins with a message
 AGAIN = "is the download complete?"
 
 

@@ -180,10 +180,7 @@ class DataReader:
             return
         position = 0
         for data in plain.pieces(text, self._whole):
-            try:
-                yield Piece(TEXT, position == 0, plain_utf8(data, position))
-            except DataError as e:
-                raise DataError(f"{where}: {e.message}", e.hint) from e
+            yield Piece(TEXT, position == 0, _checked(data, position, where))
             position += len(data)
 
     def _conversation(self, said: Sequence[tuple[str, str]]) -> Iterator[Piece]:
@@ -234,18 +231,15 @@ def _whole(text: str) -> str:
 
 
 def _string(cell: Any, where: str) -> bytes:
-    data = _bytes(cell) or b""
-    try:
-        return plain_utf8(bytes(data[:MAX_CHAT]), 0)
-    except DataError as e:
-        raise DataError(f"{where}: {e.message}", e.hint) from e
+    return _checked(bytes((_bytes(cell) or b"")[:MAX_CHAT]), 0, where)
 
 
-def plain_utf8(data: bytes, position: int) -> bytes:
+def _checked(data: bytes, position: int, where: str) -> bytes:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise DataError(f"not UTF-8 at its byte {position + e.start}", "write the column as UTF-8 strings") from e
+        message = f"{where}: not UTF-8 at its byte {position + e.start}"
+        raise DataError(message, "write the column as UTF-8 strings") from e
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -67,15 +68,18 @@ def records_of_json(source: Source) -> Iterator[tuple[str, Any]]:
 def _elements(source: Source) -> Iterator[tuple[str, Any]]:
     """The elements of a top-level list, with as little of the file in memory as one of them takes."""
     decoder, text, position, number, complete = json.JSONDecoder(), "", 0, 0, False
-    pending = b""
+    utf8 = codecs.getincrementaldecoder("utf-8")()
 
     def more() -> bool:
         """Appends to ``text``; False at the end of the file."""
-        nonlocal text, position, pending, complete
-        data = pending + source.read(max(FIRST_READ, len(text) - position))
-        good, pending = _whole_characters(data)
-        text, position = text[position:] + _decoded(good, source.position - len(data)), 0
-        complete = len(data) == len(pending) or not data
+        nonlocal text, position, complete
+        block = source.read(max(FIRST_READ, len(text) - position))
+        try:
+            text, position = text[position:] + utf8.decode(block), 0
+        except UnicodeDecodeError as e:
+            at = source.position - len(e.object) + e.start
+            raise DataError(f"not UTF-8 at byte {at}", "iconv -f LATIN1 -t UTF-8 FILE > NEW") from e
+        complete = not block
         return not complete
 
     more()
@@ -114,23 +118,6 @@ def _skip(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
-
-
-def _whole_characters(data: bytes) -> tuple[bytes, bytes]:
-    """``data`` up to its last whole character, and the begin of another one."""
-    for back in range(1, min(4, len(data)) + 1):
-        byte = data[-back]
-        if byte & 0xC0 != 0x80:
-            length = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return (data, b"") if length <= back else (data[:-back], data[-back:])
-    return data, b""
-
-
-def _decoded(data: bytes, position: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise DataError(f"not UTF-8 at byte {position + e.start}", "iconv -f LATIN1 -t UTF-8 FILE > NEW") from e
 
 
 def _parsed(data: bytes, where: str) -> Any:

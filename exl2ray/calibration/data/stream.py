@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,40 +92,26 @@ class _Stream:
 
     def tokens(self, count: int) -> Ids:
         """The first ``count`` tokens."""
-        parts, have = [np.empty(0, np.int64)], 0
-        for part in self._parts:
-            if have >= count:
-                break
-            parts.append(part.ids)
-            have += len(part.ids)
-        return np.concatenate(parts)[:count]
+        return np.concatenate([np.empty(0, np.int64), *(ids for _, ids in self._first(count))])
 
     def documents_of(self, count: int) -> list[Ids]:
         """The first ``count`` tokens, document by document."""
         out: list[list[Ids]] = []
-        have = 0
-        for part in self._parts:
-            if have >= count:
-                break
+        for part, ids in self._first(count):
             if part.starts or not out:
                 out.append([])
-            out[-1].append(part.ids[: count - have])
-            have += len(part.ids)
+            out[-1].append(ids)
         return [np.concatenate(parts) for parts in out]
 
     def taken(self, count: int) -> tuple[list[Taken], bytes]:
         """What the first ``count`` tokens come from, and a hash of those texts."""
         found: dict[int, list[int]] = {}
         texts = hashlib.sha256()
-        have = 0
-        for part in self._parts:
-            if have >= count:
-                break
+        for part, ids in self._first(count):
             used = found.setdefault(part.file, [0, 0])
             used[0] += part.starts
-            used[1] += min(len(part.ids), count - have)
+            used[1] += len(ids)
             texts.update(part.digest)
-            have += len(part.ids)
         return [self._taken(index, *used) for index, used in found.items()], texts.digest()
 
     def documents(self) -> int:
@@ -135,6 +121,14 @@ class _Stream:
         if self._child is not None:
             self._child.close()
         self._child, self._open, self._waiting = None, False, []
+
+    def _first(self, count: int) -> Iterator[tuple[_Part, Ids]]:
+        """The parts with the first ``count`` tokens, and those of them that count."""
+        for part in self._parts:
+            if count <= 0:
+                return
+            yield part, part.ids[:count]
+            count -= len(part.ids)
 
     def _taken(self, index: int, documents: int, tokens: int) -> Taken:
         d = self.described[index]
