@@ -158,8 +158,8 @@ def _rope_scaling(rope: Mapping[str, Any], architecture: str) -> dict[str, Any] 
 
 
 def _one_selector(scaling: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """Keep one of ``type`` / ``rope_type``: the loader refuses both, which ``transformers`` 4.57 writes."""
-    out = dict(scaling)
+    """Keep one of ``type`` / ``rope_type``: the loader refuses both, which ``transformers`` 4.57 writes; null is none."""
+    out = {k: v for k, v in scaling.items() if v is not None or k not in ("type", "rope_type")}
     if architecture in MROPE_ARCHITECTURES and "mrope_section" in out:
         out.pop("rope_type", None)
         return {**out, "type": "mrope"}

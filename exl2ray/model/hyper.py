@@ -37,6 +37,12 @@ MAX_LENGTH_KEYS = (
 )
 
 
+COUNT_KEYS = (
+    *LAYER_KEYS, *HIDDEN_KEYS, *HEADS_KEYS, *KV_HEADS_KEYS, *EXPERTS_KEYS, *MLP_KEYS, *MAX_LENGTH_KEYS, "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Hyper:
     """Resolved hyper-parameters. Multipliers are factors (1.0: none), softcaps None when absent."""
@@ -152,8 +158,8 @@ def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
 
     The architecture by the loader's name for it, the old spellings (``legacy_config``), and every default of the family
     that the config leaves out, because the loader has other defaults or none (architectures sections 4 and 6.4). What
-    transformers does not load a model with is put right: no ``model_type``, a padding token without an embedding row. Meant
-    for the output's config.json. Raises SourceError.
+    transformers does not load a model with is put right: no ``model_type``, a padding token without an embedding row, counts
+    as 2.0. Meant for the output's config.json. Raises SourceError.
     """
     out = legacy_config(config)
     if arch.loads_as:
@@ -175,9 +181,10 @@ def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 out[key] = value
     rows = ConfigReader(out, {}).positive("vocab_size")
-    for level in (out, out.get("text_config")):
-        if isinstance(level, dict) and type(pad := level.get("pad_token_id")) is int and pad >= rows:
+    for level in (v for v in (out, out.get("text_config")) if isinstance(v, dict)):
+        if type(pad := level.get("pad_token_id")) is int and pad >= rows:
             level["pad_token_id"] = None
+        level.update({k: int(v) for k in COUNT_KEYS if type(v := level.get(k)) is float})
     return out
 
 

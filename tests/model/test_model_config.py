@@ -108,14 +108,15 @@ def test_null_hides_a_default_of_the_family(checkpoint: Callable[[str], Path]) -
 
 
 def test_what_transformers_refuses_to_load_is_put_right(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """Nulls where a value has to be, no model_type, a padding token that the embedding has no row for: the weights are read
-    without a word of them, and a model that does not load would be no use."""
+    """Nulls where a value has to be, counts as 2.0, no model_type, a padding token without an embedding row: the weights are
+    read all the same, and a model that does not load would be no use."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = checkpoint("LlamaForCausalLM")
     config = json.loads((path / "config.json").read_text()) | dict.fromkeys(NEVER_NULL)
     config = {k: v for k, v in config.items() if k != "model_type"} | {"pad_token_id": config["vocab_size"]}
-    (path / "config.json").write_text(json.dumps(config))
+    config |= {"num_attention_heads": float(config["num_attention_heads"]), "rope_scaling": {"type": None, "factor": 2.0}}
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_parameters"}))
     source = SourceModel(path)
     written = loader_config(ARCHITECTURES["LlamaForCausalLM"], source.config)
     (tmp_path / "config.json").write_text(json.dumps(written))
