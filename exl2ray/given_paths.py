@@ -50,6 +50,14 @@ def refuse_unexpanded(flag: str, path: str) -> None:
         raise UsageError(f"{flag} {path}: a path of Windows", f"in WSL give {shlex.quote(f'/mnt/{path[0].lower()}{inside}')}")
 
 
+def refuse_unknown_fields(flag: str, path: str) -> None:
+    """Raises UsageError for a ``{name}`` that a bitrate has nothing for: it would stand in the folder's name as it is. What
+    is there under such a name is taken."""
+    unknown = [name for name in re.findall(r"\{([^{}/]*)\}", path) if name not in ("bpw", "head")]
+    if unknown and not os.path.lexists(path):
+        raise UsageError(f"{flag} {path}: {{{unknown[0]}}} stands for nothing", "as in -cf out/{bpw}-h{head}")
+
+
 def too_long(path: str) -> str:
     """Why no file system takes this path, in words; empty if one may."""
     raw = os.fsencode(path)

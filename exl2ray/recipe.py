@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import WIDTHS as HEAD_BITS
-from exl2ray.given_paths import refuse_address, refuse_unfit
+from exl2ray.given_paths import refuse_address, refuse_unfit, refuse_unknown_fields
 from exl2ray.quality import ALLOCATIONS, Allocated, Numerics, Quality, ScaleSearch, resolve
 from exl2ray.recipe_fields import Rule, Setting, setting, settings_of
 from exl2ray.units import parse_count, parse_size
@@ -201,6 +201,7 @@ class Recipe:
             refuse_unfit(flag, path or "")
         for flag, path in (("-cf", self.compile_full), ("-om", self.output_measurement)):
             refuse_address(flag, path or "")
+        refuse_unknown_fields("-cf", self.compile_full or "")
         parse_size(self.source_cache, "--source-cache")
         if not self.bits:
             raise UsageError("-b: no bitrate given")

@@ -2,8 +2,9 @@
 
 The first asks for a stop; where work is in flight the scheduler waits for it, elsewhere KeyboardInterrupt is raised. The
 second raises it on the spot. While things are put away (workers ended, the lock released) the first signal waits for the end
-of that, and one more ends the process at once, with the status that is documented for a stop. Whatever the moment, the work
-directory holds what was committed, and nothing half.
+of that, and one more ends the process at once, with the status that is documented for a stop. So it is while a module is
+imported: an exception there is lost in Python's own callbacks, or ends the process in libraries' C++ (SIGABRT). Whatever the
+moment, the work directory holds what was committed, and nothing half.
 
 A signal that is ignored when the program starts (nohup, a background job of a script) stays ignored.
 """
@@ -14,6 +15,9 @@ import atexit
 import contextlib
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -30,6 +34,12 @@ class _Shield:
 
     depth = 0
     waiting = 0
+
+
+class _Import:
+    """Whether a signal waits for the end of an import."""
+
+    waited_for = False
 
 
 @contextlib.contextmanager
@@ -55,12 +65,39 @@ def interruptible() -> contextlib.AbstractContextManager[None]:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """The handler: raises KeyboardInterrupt, at once or when things have been put away."""
-    if not _Shield.depth:
+    """The handler: raises KeyboardInterrupt, at once or when things have been put away, or a module has been imported."""
+    if _Shield.depth:
+        _Shield.waiting += 1
+        if _Shield.waiting > 1:
+            leave_at_once()
+    elif not _imports(frame):
         raise KeyboardInterrupt
-    _Shield.waiting += 1
-    if _Shield.waiting > 1:
+    elif _Import.waited_for:
         leave_at_once()
+    else:
+        _Import.waited_for = True
+        threading.Thread(target=_again_after_the_import, args=(number,), daemon=True, name=EXPENDABLE).start()
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is imported in ``frame`` or its callers, up to the function of exl2ray that wants it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        name = str(frame.f_globals.get("__name__"))
+        if name.startswith("exl2ray.") and name != __name__ and frame.f_code.co_name != "<module>":
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _again_after_the_import(number: int) -> None:
+    """Sends this process the signal once more when its main thread imports nothing."""
+    main = threading.main_thread().ident
+    while main is not None and _imports(sys._current_frames().get(main)):
+        time.sleep(0.01)
+    _Import.waited_for = False
+    os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager

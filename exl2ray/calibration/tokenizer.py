@@ -29,6 +29,7 @@ from exl2ray.calibration.tokenizer_files import (
     token_text,
 )
 from exl2ray.errors import SourceError
+from exl2ray.formats.hfconfig import config_value
 
 # Of a process that holds a tokenizer. The largest published ones, 35 MB with 262,000 tokens, take 500 MB and 2 s.
 MEMORY_BYTES, MEMORY_PER_BYTE, MOST_MEMORY_BYTES = 512 * MIB, 12, 1300 * MIB
@@ -185,6 +186,7 @@ def load_tokenizer(directory: str | Path, config: Mapping[str, Any], vocab_size:
         ends = _EndTokens(root, process, vocab_size, warnings.append)
         bos_id = ends.resolve("bos", config, files.settings, default=1)
         eos_id = ends.resolve("eos", config, files.settings, default=2)
+        ends.check_padding(config)
         ends.check_generation_config()
         special = {n: t for n in SPECIAL_NAMES if (t := token_text(files.settings.get(n))) is not None}
         for name, token_id in (("bos_token", bos_id), ("eos_token", eos_id)):
@@ -276,13 +278,23 @@ class _EndTokens:
             return None if settings[token_name] is None else self._id_of(settings[token_name], token_name)
         return default if not values and default < self.rows else None
 
+    def check_padding(self, config: Mapping[str, Any]) -> None:
+        """Whether the padding token has a row; it matters to transformers alone. Negative ids are counted from the end."""
+        value = config_value(config, "pad_token_id")
+        if value is not None and not (type(value) is int and value < 0):
+            self._usable([value], "config.json: pad_token_id")
+
     def check_generation_config(self) -> None:
         try:
             found = optional_json(self.root / "generation_config.json")
         except SourceError:  # `exl2ray.formats.side_files` tells of it
             return
         for name in ("bos_token_id", "eos_token_id"):
-            self._usable([v for v in _listed(found.get(name)) if type(v) is int], f"generation_config.json: {name}")
+            origin, values = f"generation_config.json: {name}", _listed(found.get(name))
+            self._usable([v for v in values if type(v) is int], origin)
+            for odd in [v for v in values if type(v) is not int][:1]:
+                what = f"{self.root}: {origin} is {shown(repr(odd), 40)}, not an integer"
+                self.warn(f"{what}: transformers cannot generate with it")
 
     def _usable(self, values: Sequence[Any], origin: str) -> list[int]:
         for value in values:

@@ -20,7 +20,7 @@ from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import CalibrationError, SourceError, UsageError, reading_hint, unreadable
 from exl2ray.evaluate.forward import open_model
-from exl2ray.formats.json_file import ENCODINGS, LFS_POINTER, read_bounded
+from exl2ray.formats.json_file import BINARIES, ENCODINGS, LFS_POINTER, read_bounded
 
 DEFAULT_LENGTH = 2048  # tokens of a row
 MOST_TOKENS = 1 << 26  # that one evaluation takes; on the fastest machines more than a day
@@ -147,6 +147,9 @@ def _encode(file: Path, tokenizer: ModelTokenizer | None, wanted: int | None) ->
         with CalibrationData([local_source(str(file))], tokenizer) as data:
             return data.tokens(min(wanted or MAX_DATA_TOKENS, MAX_DATA_TOKENS))
     raw = read_bounded(file, TEXT_BYTES, CalibrationError)
+    binary = next((name for mark, name in BINARIES if raw.startswith(mark)), None)
+    if binary is not None:
+        raise CalibrationError(f"{file}: is {binary}, not a text", "give the text in it, as UTF-8")
     wide = next((name for mark, name in ENCODINGS if raw.startswith(mark)), None)
     try:
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")  # as -c reads it, so without a byte order mark

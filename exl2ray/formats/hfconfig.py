@@ -62,6 +62,8 @@ TOP_LEVEL_KEYS = (
     "use_qk_norm",
 )
 MROPE_ARCHITECTURES = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+# Keys that have a value in every model: null there is no setting of its own, and transformers 5 refuses it.
+NEVER_NULL = ("attention_bias", "hidden_act", "max_position_embeddings", "mlp_bias", "tie_word_embeddings")
 LAYER_TYPES = ("full_attention", "sliding_attention")  # keys of ``rope_parameters`` where layers differ
 PATTERN_ARCHITECTURES = ("Cohere2ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
 
@@ -69,23 +71,28 @@ PATTERN_ARCHITECTURES = ("Cohere2ForCausalLM", "Gemma3ForConditionalGeneration",
 def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``config`` that also holds the keys of ``transformers`` 4, at the levels where EXL2 loaders read them.
 
-    Everything present stays, new-style keys included. Written from the new form when the old key is absent or null:
+    Everything present stays, new-style keys included, except nulls that say nothing (``NEVER_NULL``). Written from the new
+    form when the old key is absent or null:
     rope_theta, rope_scaling (with exactly one of type / rope_type), partial_rotary_factor,
     original_max_position_embeddings, sliding_window_pattern, layer_norm_epsilon (StarCoder2).
 
     Raises SourceError when both spellings are present and disagree, or when ``layer_types`` has no regular pattern.
     """
-    out = dict(config)
+    out = _without_nulls(config)
     architecture = str((config.get("architectures") or [""])[0])
     text = out.get("text_config")
     if isinstance(text, Mapping):
-        out["text_config"] = text = dict(text)
+        out["text_config"] = text = _without_nulls(text)
         _add_legacy_keys(text, architecture)
         for key in TOP_LEVEL_KEYS:
             if out.get(key) is None and text.get(key) is not None:
                 out[key] = text[key]
     _add_legacy_keys(out, architecture)
     return out
+
+
+def _without_nulls(level: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in level.items() if v is not None or k not in NEVER_NULL}
 
 
 def _add_legacy_keys(level: dict[str, Any], architecture: str) -> None:
@@ -151,8 +158,8 @@ def _rope_scaling(rope: Mapping[str, Any], architecture: str) -> dict[str, Any] 
 
 
 def _one_selector(scaling: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """Keep one of ``type`` / ``rope_type``: the loader refuses both, which ``transformers`` 4.57 writes."""
-    out = dict(scaling)
+    """Keep one of ``type`` / ``rope_type``: the loader refuses both, which ``transformers`` 4.57 writes; null is none."""
+    out = {k: v for k, v in scaling.items() if v is not None or k not in ("type", "rope_type")}
     if architecture in MROPE_ARCHITECTURES and "mrope_section" in out:
         out.pop("rope_type", None)
         return {**out, "type": "mrope"}

@@ -11,6 +11,7 @@ from typing import Any
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.hfconfig import config_value
 from exl2ray.formats.source.model_shards import INDEX, gaps
 from exl2ray.model.rules import Arch, Names
 from exl2ray.wording import some
@@ -174,8 +175,23 @@ def missing_tensors(
         names = [n for n in names if layers.number(n) < 0]
     for name in names:
         head = name == f"{arch.source.head}.weight" and not tied and not lost
-        found[f"{name} is missing"] = _headless(source, name) if head else hint
+        found[f"{name} is missing"] = _headless(source, name) if head else hint if lost else _other_form(source, name) or hint
     return found
+
+
+def _other_form(source: SourceModel, name: str) -> str:
+    """What to do about a tensor whose layer is stored in another form, or which config.json alone asks for; else nothing."""
+    layer, _, what = name.rpartition(".")
+    key = "mlp_bias" if ".mlp." in name else "attention_bias"
+    if what == "bias" and f"{layer}.weight" in source and config_value(source.config, key) is True:
+        return f'if the model has no such biases, set "{key}": false in config.json'
+    inside = [n.removeprefix(f"{layer}.") for n in source.names() if n.startswith(f"{layer}.") and not n.endswith(".bias")]
+    if what != "weight" or not inside:
+        return ""
+    return (
+        f"{layer} has {some(inside, 3)} instead: training changed the layer (pruning, weight norm, an adapter); undo that "
+        "in the program that did it (prune.remove, remove_parametrizations, a merge) and save the model again"
+    )
 
 
 def _headless(source: SourceModel, name: str) -> str:

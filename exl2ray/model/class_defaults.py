@@ -81,12 +81,12 @@ TEXT_TYPES = {
     "gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral", "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
 }  # fmt: skip
-_TYPES = {name: kind for kind, name in BY_MODEL_TYPE.items()}
+MODEL_TYPES = {name: kind for kind, name in BY_MODEL_TYPE.items()}
 
 
 def defaults_of(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
     """Key -> value of what ``config`` leaves out, where the class has a value for it."""
-    kind = _TYPES[arch.name]
+    kind = MODEL_TYPES[arch.name]
     text = config.get("text_config")
     said = text.get("model_type") if isinstance(text, Mapping) else None
     kind = said if isinstance(said, str) and said in CLASS_DEFAULTS else TEXT_TYPES.get(kind, kind)

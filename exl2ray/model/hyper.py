@@ -9,7 +9,7 @@ from typing import Any
 
 from exl2ray.errors import SourceError
 from exl2ray.formats.hfconfig import legacy_config
-from exl2ray.model.class_defaults import defaults_of
+from exl2ray.model.class_defaults import MODEL_TYPES, defaults_of
 from exl2ray.model.config_reader import (
     EXPERTS_KEYS,
     HEADS_KEYS,
@@ -29,6 +29,12 @@ from exl2ray.wording import shown
 
 TINY = 1e-6  # multipliers and caps below this, 1 / 1e9 included, make everything zero in float16
 MAX_EPS = 0.1  # published models have 1e-12 to 1e-5
+
+
+COUNT_KEYS = (
+    *LAYER_KEYS, *HIDDEN_KEYS, *HEADS_KEYS, *KV_HEADS_KEYS, *EXPERTS_KEYS, *MLP_KEYS, *MAX_LENGTH_KEYS, "head_dim",
+    "vocab_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,12 +151,15 @@ def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` such that ExLlamaV2 reads the model that ``resolve_hyper`` describes.
 
     The architecture by the loader's name for it, the old spellings (``legacy_config``), and every default of the family
-    that the config leaves out, because the loader has other defaults or none (architectures sections 4 and 6.4). Meant
-    for the output's config.json. Raises SourceError.
+    that the config leaves out, because the loader has other defaults or none (architectures sections 4 and 6.4). What
+    transformers does not load a model with is put right: no ``model_type``, a padding token without an embedding row, counts
+    as 2.0. Meant for the output's config.json. Raises SourceError.
     """
     out = legacy_config(config)
     if arch.loads_as:
         out["architectures"] = [arch.loads_as]
+    if not isinstance(out.get("model_type"), str):
+        out["model_type"] = MODEL_TYPES[arch.name]
     defaults = defaults_of(arch, out)
     c = ConfigReader(out, {})
     hidden = ConfigReader(out, defaults).positive(*HIDDEN_KEYS)
@@ -165,6 +174,11 @@ def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
                 out[group] = {**(out.get(group) or {}), inner: value}
             else:
                 out[key] = value
+    rows = ConfigReader(out, {}).positive("vocab_size")
+    for level in (v for v in (out, out.get("text_config")) if isinstance(v, dict)):
+        if type(pad := level.get("pad_token_id")) is int and pad >= rows:
+            level["pad_token_id"] = None
+        level.update({k: int(v) for k in COUNT_KEYS if type(v := level.get(k)) is float})
     return out
 
 

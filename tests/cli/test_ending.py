@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from exl2ray.stopping import interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTING = """
@@ -72,3 +76,49 @@ def test_a_reader_that_has_gone_changes_nothing() -> None:
         os.close(writing)
     assert ended["program"].returncode == ended["main"].returncode
     assert ended["program"].stderr == ended["main"].stderr
+
+
+AS_CLICK_IS_IMPORTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+from exl2ray.__main__ import program
+program()
+"""
+
+
+def test_a_signal_while_the_program_is_loaded_is_no_traceback() -> None:
+    done = run(AS_CLICK_IS_IMPORTED, "version")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_signal_waits_for_the_end_of_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised at once, an exception is swallowed by callbacks of the import, or ends the process in C++ (SIGABRT)."""
+    name = "imported_while_stopped"
+    body = "import os, signal, weakref\n\nclass A: pass\n\nkept = A()\n"
+    body += "told = weakref.ref(kept, lambda _: os.kill(os.getpid(), signal.SIGTERM))\ndel kept\nDONE = True\n"
+    (tmp_path / f"{name}.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def imports_and_goes_on() -> None:
+        with interruptible():
+            importlib.import_module(name)
+            time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        imports_and_goes_on()
+    assert sys.modules.pop(name).DONE
+
+
+def test_a_second_signal_does_not_wait_for_it(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(
+        "import os, signal, time\nfor _ in range(2): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\ntime.sleep(20)\n"
+    )
+    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom exl2ray.stopping import interruptible\n"
+    done = run(start + "with interruptible():\n    import endless\n")
+    assert (done.returncode, done.stderr) == (130, "stopped at once, as asked for; the same command resumes the job\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,16 @@ def test_output_directories() -> None:
     with pytest.raises(UsageError, match="found with those of the rest"):
         recipe(allocation="linear", compile_full="out/{bpw}-h{head}")
     assert bpw_name(4) == "4.0"
+
+
+def test_a_field_that_stands_for_nothing_is_no_part_of_a_folder_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"-cf .*/\{bits\}: \{bits\} stands for nothing") as e:
+        recipe(compile_full=f"{tmp_path}/{{bits}}")
+    assert "{bpw}" in e.value.hint
+    with pytest.raises(UsageError, match=r"\{bpw:.2f\} stands for nothing"):
+        recipe(compile_full="out/{bpw:.2f}")
+    (tmp_path / "{bits}").mkdir()
+    assert recipe(compile_full=f"{tmp_path}/{{bits}}").output_dir(4.0) == f"{tmp_path}/{{bits}}"
 
 
 def changed(**changes: Any) -> dict[str, set[str]]:

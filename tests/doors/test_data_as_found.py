@@ -9,6 +9,7 @@ import pytest
 from tiny_models import write_model
 
 from exl2ray.calibration.chat_text import plain_chat
+from exl2ray.calibration.data.columns import Kind, choose
 from exl2ray.calibration.data.sources import local_source
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.text import Conversation
@@ -83,3 +84,13 @@ def test_an_address_that_is_not_read(place: str) -> None:
     with pytest.raises(UsageError, match="an address; of those hf://datasets/") as e:
         local_source(place)
     assert "fetch it" in e.value.hint
+
+
+@pytest.mark.parametrize(("kinds", "strings"), [({"messages": "text"}, True), ({"n": "number", "Dialogue": "text"}, False)])
+def test_conversations_that_are_strings_are_told(kinds: dict[str, Kind], strings: bool) -> None:
+    """JSON in the cells of a table, as CSV has it: calibration is on the JSON."""
+    found = choose(kinds, None, joins_strings=strings)
+    assert found.form == "text"
+    assert "holds strings, which are taken as text, not as conversations" in found.note
+    assert choose({"text": "text"}, None, joins_strings=strings).note == ""
+    assert choose({"messages": "messages"}, None, joins_strings=strings).note == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,21 @@ def cache(f: Path, revisions: tuple[str, ...] = ("abc",), main: str = "") -> Non
         (f / "refs" / "main").write_text(main + "\n")
 
 
+def inside(f: Path, *names: str) -> None:
+    """The Hub's cache of these models."""
+    files = f.with_name("files")
+    f.rename(files)
+    for name in names:
+        shutil.copytree(files, f / name)
+        cache(f / name)
+    (f / "version.txt").write_text("1")
+
+
+def beside(ending: str) -> Change:
+    """What a program for downloading keeps beside a file that has its full size and not all of its bytes."""
+    return lambda f: (f / f"model.safetensors{ending}").write_bytes(b"\0" * 64)
+
+
 def parent(f: Path, *names: str) -> None:
     files = list(f.iterdir())
     for name in names:
@@ -148,11 +164,18 @@ FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "another adapter": (lambda f: adapter(f, "IA3"), ("only a IA3 adapter", "merge_and_unload")),
     "hub cache": (cache, ("Hub's cache", "snapshots/abc")),
     "hub cache with two": (lambda f: cache(f, ("aaa", "bbb", "ccc"), "bbb"), ("Hub's cache", "(of 3)", "snapshots/bbb")),
+    "hub caches": (lambda f: inside(f, "models--a--b", "models--c--d"), ("cache of 2 models (models--a--b, models--c--d)",
+                                                                         "model/models--a--b/snapshots/REVISION")),
+    "hub caches, one": (lambda f: inside(f, "models--a--b"), ("Hub's cache of 1 model", "models--a--b/snapshots/abc")),
+    "home of the hub": (lambda f: inside(f, "hub/models--a--b"), ("Hub's cache of 1 model", "models--a--b/snapshots/abc")),
     "hub cache without any": (lambda f: cache(f, ()), ("Hub's cache, without any snapshot",)),
     "folder of models": (lambda f: parent(f, "one", "two"), ("2 folders with models (one, two)", "model/one")),
     "model one level deeper": (lambda f: parent(f, "fp16"), ("its folder fp16 does", "model/fp16")),
     "diffusion pipeline": (model_index, ("diffusion pipeline", "language models only")),
     "diffusion component": (lambda f: edit_config(f, _class_name="UNet2DConditionModel"), ("diffusion pipeline",)),
+    "half a download": (beside(".aria2"), ("download of model.safetensors is not finished", "model.safetensors.aria2")),
+    "half a download of axel": (beside(".st"), ("is not finished", "model.safetensors.st")),
+    "half a download of lftp": (beside(".lftp-pget-status"), ("is not finished", "delete that file")),
     "LFS pointer": (lambda f: (f / "model.safetensors").write_bytes(LFS), ("Git LFS pointer", "git lfs pull")),
     "ONNX": (instead("onnx/model.onnx"), ("ONNX", "original weights")),
     "OpenVINO": (instead("openvino_model.xml", "openvino_model.bin"), ("OpenVINO",)),

@@ -147,7 +147,7 @@ def clutter(f: Path) -> None:
     cache.mkdir(parents=True)
     (f / ".git").mkdir()
     for path in (f / ".DS_Store", f / "._model.safetensors", f / "Thumbs.db", cache / "model.safetensors.lock",
-                 cache / "abc.incomplete", f / "model.safetensors.aria2", f / "model-00001-of-00002.safetensors.part",
+                 cache / "abc.incomplete", f / "model-00001-of-00002.safetensors.part",
                  f / "training_args.bin", f / "optimizer.pt", f / "m.Q4_K_M.gguf", f / "imatrix.dat"):  # fmt: skip
         path.write_bytes(b"\0\5\x16\7")
 

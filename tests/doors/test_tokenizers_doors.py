@@ -169,6 +169,10 @@ ENDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int | None, int | No
     "generation_config.json": (
         {"generation_config.json": {"eos_token_id": [2, 272]}}, {}, (1, 2), ["generation_config.json: eos_token_id 272"]
     ),
+    "texts in generation_config.json": (
+        {"generation_config.json": {"bos_token_id": 1, "eos_token_id": ["2", 2]}}, {}, (1, 2), ["eos_token_id is '2', not an"]
+    ),
+    "padding without a row": ({}, {"pad_token_id": 272}, (1, 2), ["config.json: pad_token_id 272 has no embedding row"]),
     "negative pad token": ({}, {"pad_token_id": -1}, (1, 2), []),
 }  # fmt: skip
 

@@ -199,6 +199,31 @@ def test_biases_that_config_does_not_know(folder: Path) -> None:
     assert load_spec(SourceModel(folder)).warnings == ()
 
 
+def test_biases_that_config_alone_has(folder: Path) -> None:
+    edit_config(folder, attention_bias=True, mlp_bias=True)
+    error = refusal(folder)
+    assert "q_proj.bias is missing" in error.message
+    assert error.hint == 'if the model has no such biases, set "attention_bias": false in config.json'
+
+
+FORMS = {
+    "pruned": ("weight_orig", "weight_mask"),
+    "weight norm": ("weight_g", "weight_v"),
+    "parametrised": ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_in_another_form_are_told(form: str, folder: Path) -> None:
+    layer = "model.layers.1.mlp.up_proj"
+    tensors = read_weights(folder)
+    weight = tensors.pop(f"{layer}.weight")
+    write_weights(folder, tensors | {f"{layer}.{name}": weight.clone() for name in FORMS[form]})
+    error = refusal(folder)
+    assert error.message.endswith(f"{layer}.weight is missing")
+    assert all(words in error.hint for words in (f"{layer} has ", *FORMS[form], "remove_parametrizations"))
+
+
 def test_experts_as_transformers_holds_them(families: Callable[..., Path]) -> None:
     """Every matrix of every expert was called missing."""
     folder = families("Mixtral")

@@ -143,6 +143,11 @@ def test_a_missing_file_and_binary_text(tmp_path: Path, bytes_tokenizer: Tokeniz
         with pytest.raises(CalibrationError, match=r"text\.txt: not UTF-8 text \(byte 0\)") as e:
             load_tokens(tmp_path / "text.txt", tokenizer)
         assert "iconv -f UTF-16" in e.value.hint
+        starts = ((b"PK\x03\x04\xff", "a ZIP file"), (b"%PDF-1.4 plain", "a PDF"), (b"\x1f\x8b\x08", "a gzip file"))
+        for start, name in starts:
+            (tmp_path / "text.txt").write_bytes(start)
+            with pytest.raises(CalibrationError, match=rf"text\.txt: is {name}, not a text"):
+                load_tokens(tmp_path / "text.txt", tokenizer)
         found = []
         for mark in (b"", b"\xef\xbb\xbf"):  # which Windows puts in front; it was a token of the text
             (tmp_path / "text.txt").write_bytes(mark + b"a quiet harbour")

@@ -12,6 +12,7 @@ from oracles import edit_config, llama
 
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
+from exl2ray.formats.hfconfig import NEVER_NULL
 from exl2ray.model.arch import load_spec
 from exl2ray.model.hyper import loader_config, resolve_hyper
 from exl2ray.model.table import ARCHITECTURES
@@ -104,6 +105,24 @@ def test_null_hides_a_default_of_the_family(checkpoint: Callable[[str], Path]) -
     hyper, written = load_spec(source).hyper, loader_config(ARCHITECTURES["Gemma2ForCausalLM"], source.config)
     assert (hyper.attention_softcap, hyper.logit_softcap) == (None, 30.0)
     assert (written["attn_logit_softcapping"], written["final_logit_softcapping"]) == (None, 30.0)
+
+
+def test_what_transformers_refuses_to_load_is_put_right(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Nulls where a value has to be, counts as 2.0, no model_type, a padding token without an embedding row: the weights are
+    read all the same, and a model that does not load would be no use."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = checkpoint("LlamaForCausalLM")
+    config = json.loads((path / "config.json").read_text()) | dict.fromkeys(NEVER_NULL)
+    config = {k: v for k, v in config.items() if k != "model_type"} | {"pad_token_id": config["vocab_size"]}
+    config |= {"num_attention_heads": float(config["num_attention_heads"]), "rope_scaling": {"type": None, "factor": 2.0}}
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_parameters"}))
+    source = SourceModel(path)
+    written = loader_config(ARCHITECTURES["LlamaForCausalLM"], source.config)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).config
+    assert (loaded.model_type, loaded.pad_token_id) == ("llama", None)
+    assert loaded.max_position_embeddings == load_spec(source).hyper.max_seq_len == written["max_position_embeddings"]
 
 
 def test_missing_layers_are_noticed(checkpoint: Callable[[], Path]) -> None:

@@ -51,7 +51,8 @@ def choose(kinds: Mapping[str, Kind], wanted: str | None, joins_strings: bool) -
         return _asked_for(kinds, usable, wanted)
     texts = [name for name, kind in usable.items() if kind == "text"]
     if joins_strings and texts and len(texts) == len(usable):
-        note = "" if len(texts) == 1 else f"columns {_list(texts)} are joined, as convert.py does; -c FILE:COLUMN takes one"
+        note = f"columns {_list(texts)} are joined, as convert.py does; -c FILE:COLUMN takes one"
+        note = note if len(texts) > 1 else _not_conversations(texts)
         return Choice(tuple(texts), ignored=tuple(n for n in kinds if n not in usable), note=note)
     found = (
         _named(usable, OBVIOUS, ("text", "binary")) or _conversations(usable) or _pair(usable)
@@ -60,7 +61,14 @@ def choose(kinds: Mapping[str, Kind], wanted: str | None, joins_strings: bool) -
     if found is None:
         there = _list(f"{name} ({kind})" for name, kind in kinds.items())
         raise DataError(f"no column holds text: {there}", f"choose one with -c FILE:COLUMN; or {HOW_TO_MAKE_ONE}")
-    return Choice(found.columns, found.form, found.roles, tuple(n for n in kinds if n not in found.columns))
+    note = _not_conversations(found.columns) if found.form == "text" else ""
+    return Choice(found.columns, found.form, found.roles, tuple(n for n in kinds if n not in found.columns), note)
+
+
+def _not_conversations(columns: Sequence[str]) -> str:
+    """A note where texts stand under the name of conversations: CSV has them so, and who wrote JSON into the cells."""
+    found = [n for n in columns if n.lower() in CONVERSATIONS]
+    return f"column {_list(found)} holds strings, which are taken as text, not as conversations" if found else ""
 
 
 def _asked_for(kinds: Mapping[str, Kind], usable: Mapping[str, Kind], wanted: str) -> Choice:

@@ -17,6 +17,8 @@ from exl2ray.formats.source.training import PICKLES, SAVE, Finding
 from exl2ray.wording import some
 
 COMPLETE = "give a folder with config.json, *.safetensors and tokenizer.json, as the Hub has them"
+# What aria2, axel and lftp keep beside a file until all of its pieces are there; it has its full size before that.
+DOWNLOADING = (".aria2", ".st", ".lftp-pget-status")
 MERGE = "merge it first: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW) (package peft)"
 
 
@@ -41,7 +43,8 @@ def look(path: Path) -> Finding | None:
 
 def look_at_output(path: Path) -> Finding | None:
     """What `look` finds of a path where an EXL2 directory should be, whose files are checked by themselves."""
-    return _unreadable(path) or _work_directory(Folder(path)) or _unfinished(Folder(path))
+    folder = Folder(path)
+    return _unreadable(path) or _work_directory(folder) or _unfinished(folder) or _downloading(folder)
 
 
 def _unreadable(path: Path) -> Finding | None:
@@ -99,6 +102,20 @@ def _unfinished(folder: Folder) -> Finding | None:
         return "the output of a conversion that is not finished, not a model", f"wait for it, or {again}"
     if (claim is not None or (folder.path / LOCK).is_file()) and not (folder.files or folder.folders):
         return "an output of exl2ray that holds no model (yet)", "run the command that writes there (again)"
+    return None
+
+
+def _hub_caches(folder: Folder) -> Finding | None:
+    """The Hub's cache as a whole, or the folder that it lies in ($HF_HOME)."""
+    if "config.json" in folder or folder.ending(".safetensors"):
+        return None
+    for place in (folder, Folder(folder.path / "hub")):
+        found = [n for n in place.folders if n.startswith("models--")]
+        if found:
+            one = _hub_cache(Folder(place.path / found[0])) if len(found) == 1 else None
+            models = shlex.quote(str(place.path / found[0]))
+            hint = one[1] if one is not None else f"give the snapshot of one of them: {models}/snapshots/REVISION"
+            return f"the Hub's cache of {len(found)} model{'s' * (len(found) > 1)} ({some(found)}), not a model", hint
     return None
 
 
@@ -233,6 +250,17 @@ def _pointers(folder: Folder) -> Finding | None:
     return f"{some(found, 1)} {verb}: text in place of the file", "fetch the files: `git lfs pull` in this folder"
 
 
+def _downloading(folder: Folder) -> Finding | None:
+    """Weights, or what belongs to them, some of whose bytes are still zeros."""
+    left = [n for n in folder.ending(*DOWNLOADING) if n[: n.rindex(".")] in folder]
+    found = [n for n in left if n[: n.rindex(".")].lower().endswith((".safetensors", ".json", ".model", ".txt", ".jinja"))]
+    if not found:
+        return None
+    name = found[0][: found[0].rindex(".")]
+    text = f"the download of {name} is not finished: what downloads it keeps {some(found, 1)} until then"
+    return text, "wait for it, or run the same command again: it goes on; if it did finish, delete that file"
+
+
 def _no_config(folder: Folder) -> Finding | None:
     if "config.json" in folder:
         return None
@@ -250,6 +278,6 @@ def _original(folder: Folder) -> str:
 
 
 KINDS: tuple[Callable[[Folder], Finding | None], ...] = (
-    _unfinished, _empty, _hub_cache, _work_directory, _diffusion, _adapter, _pointers, _gguf, _other_runtime, _consolidated,
-    _training, _no_safetensors, _no_config,
+    _unfinished, _empty, _hub_caches, _hub_cache, _work_directory, _diffusion, _adapter, _pointers, _downloading, _gguf,
+    _other_runtime, _consolidated, _training, _no_safetensors, _no_config,
 )  # fmt: skip
