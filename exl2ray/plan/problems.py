@@ -82,7 +82,7 @@ def _examine_all(found: Examination, recipe: Recipe, samples: Samples) -> None:
     with step("checks: device"):
         device = found.device = found.attempt("device", lambda: pick_device(recipe))
     idle = None if device is None else idle_gpu(device, recipe)
-    found.warnings += [*slow_variables().values(), *([] if idle is None else [idle])]
+    found.warnings += [*slow_variables().values(), *([] if idle is None else [idle]), *_not_evaluated(recipe)]
     _examine_directories(found, recipe)
     spec, source = found.spec, found.source
     if spec is not None and recipe.output_measurement is None and not found.has("tensors"):  # else linears have no options
@@ -277,6 +277,18 @@ def _examine_calibration(found: Examination, recipe: Recipe) -> None:
             found.attempt("--tune", lambda: check_tuning_text(recipe, spec, tokenizer))
         if recipe.eval_text is not None and recipe.evaluates:
             found.attempt("--eval-text", lambda: _check_eval_text(recipe.eval_text or "", tokenizer))
+
+
+def _not_evaluated(recipe: Recipe) -> list[str]:
+    """A warning where what was asked for an evaluation comes to none."""
+    if recipe.evaluates or recipe.output_measurement is not None:
+        return []
+    if recipe.evaluate == "always":
+        return ["--evaluate always: nothing is evaluated, since no complete model is asked for: give -cf FOLDER"]
+    if recipe.evaluate == "auto" and recipe.eval_text is not None:
+        least = "with -cf and several -b, or with --evaluate always" if recipe.compile_full else "with -cf"
+        return [f"--eval-text: nothing is evaluated; models are {least}"]
+    return []
 
 
 def _check_eval_text(path: str, tokenizer: ModelTokenizer) -> None:

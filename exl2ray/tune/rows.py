@@ -68,6 +68,8 @@ def tuning_rows(
     chosen = _even(trained, rows)
     if (have := sum(map(len, trained)) * length) < rows * length:
         notes.append(f"the text has {have} tokens to tune on; {tokens} were asked for")
+    if not builtin:
+        notes.append(f"trained on this text alone: with {_text_flag(flag)} {BUILTIN} beside it other kinds of text gain, too")
     watched = [] if builtin else _watched(tokenizer, held, text, vocab_size, seed)
     ids, held_ids = (torch.from_numpy(np.concatenate(parts)) for parts in (chosen, [*kept, *(x for _, x in watched)]))
     names = tuple(kind.name for kind, stack in zip(kinds, kept, strict=True) for _ in stack)
@@ -99,8 +101,13 @@ def _check_enough(kinds: Sequence[Kind], text: int, length: int, flag: str) -> N
         have = sum(kind.tokens for kind in kinds)
         raise CalibrationError(
             f"{flag}: the text to tune on has {have} tokens; at least {2 * HELD_OUT} rows of {length} are needed",
-            f"give more text, or the built-in text too: {'--tune-text' if flag == '-c' else flag} {BUILTIN}",
+            f"give more text, or the built-in text too: {_text_flag(flag)} {BUILTIN}",
         )
+
+
+def _text_flag(flag: str) -> str:
+    """Where more text is given; -c may be what the text at hand was given with."""
+    return "--tune-text" if flag == "-c" else flag
 
 
 def _watched(tokenizer: ModelTokenizer, held: int, length: int, vocab_size: int, seed: int) -> list[tuple[str, Ids]]:

@@ -150,7 +150,7 @@ LATE_TEXT: dict[str, tuple[dict[str, str], str, str]] = {  # settings, topic, wo
     "tuning, too little of -c": ({"tune": "6k"}, "--tune", r"-c: the text to tune on has 4096 tokens; .*--tune-text builtin"),
     "tuning, missing": ({"tune": "6k", "tune_text": "nowhere.txt"}, "--tune", r"--tune-text nowhere\.txt: does not exist"),
     "tuning, built-in": ({"tune": "6k", "tune_text": "builtin"}, "", ""),
-    "best, too little": ({"quality": "best"}, "--tune", r"at least 20 rows of 1024 are needed"),
+    "best, too little": ({"quality": "best"}, "--tune", r"at least 20 rows of 512 are needed"),
     "evaluation, missing": ({"evaluate": "always", "eval_text": "nowhere.txt"}, "--eval-text", "of 2048 tokens"),
     "evaluation, a device": ({"evaluate": "always", "eval_text": "/dev/null"}, "--eval-text", r"not a regular file"),
     "evaluation, not wanted": ({"evaluate": "never", "eval_text": "nowhere.txt"}, "", ""),
@@ -165,6 +165,26 @@ def test_text_that_is_read_at_the_end_is_looked_at_before(case: str, tiny: Path,
     assert topics(found) == ([topic] if topic else [])
     if topic:
         assert re.search(words, f"{found.problems[0].error} ".replace("\n", " ")), found.problems[0].error
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"compile_full": None, "evaluate": "always"}, "--evaluate always: nothing is evaluated"),
+        ({"compile_full": None, "eval_text": "text.txt"}, "models are with -cf"),
+        ({"eval_text": "text.txt"}, "with --evaluate always"),
+        ({"evaluate": "always"}, ""), ({"eval_text": "text.txt", "evaluate": "never"}, ""), ({"compile_full": None}, ""),
+        ({"compile_full": None, "evaluate": "always", "output_measurement": "m.json"}, ""),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_evaluation_that_comes_to_nothing_is_told(tiny: Path, tmp_path: Path, settings: Any, words: str) -> None:
+    (tmp_path / "text.txt").write_text("A few words. " * 4000)
+    place = {k: str(tmp_path / v) if k in ("eval_text", "output_measurement") else v for k, v in settings.items()}
+    found = examine(recipe(tiny, tmp_path, **{"compile_full": str(tmp_path / "out"), **place}))
+    assert not found.problems
+    told = [w for w in found.warnings if "evaluated" in w]
+    assert [words in w for w in told] == [True] * bool(words), found.warnings
 
 
 def test_the_model_is_not_written_over(tiny: Path, tmp_path: Path) -> None:

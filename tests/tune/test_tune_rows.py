@@ -91,6 +91,7 @@ def test_rows_of_files(model: Path, tmp_path: Path) -> None:
     assert (again.held_ids == rows.held_ids).all()
     assert [n for n in rows.notes if "passages" in n] == ["book.txt: documents are long; passages of one are held out, "
                                                          "apart from what is trained on"]  # fmt: skip
+    assert "trained on this text alone: with --text builtin beside it other kinds of text gain, too" in rows.notes
     for text, name in zip(decoded, rows.held_kinds, strict=True):
         if name == "book.txt":
             numbers = {n for n in text.split() if len(n) == 5}
