@@ -37,7 +37,6 @@ def measure_experts(
     notes: list[str],
 ) -> tuple[list[list[OptionProfile]], dict[str, Any]]:
     """Scores the 17 options of an expert layer; also the coverage of the experts for the profile."""
-    columns = MOE_TABLE.columns()
     candidates: list[dict[str, dict[int, Tensor]]] = []
     report = coverage(block, hessians)
     losses, shares = LossTable(), token_shares(block, hessians, x.shape[0] * x.shape[1])
@@ -52,32 +51,44 @@ def measure_experts(
 
     made: dict[int, dict[str, Factor]] = {}  # ahead of their turn
     with Streams(device, lanes) as streams:
-        for index, expert in enumerate(block.experts.experts):
-            inputs = {f"w13.{index}": (expert.gate, expert.up), f"w2.{index}": (expert.down,)}
-            kept: dict[str, dict[int, Tensor]] = {}
+        for index, table in enumerate(tables):
             coming = settings.ahead and lanes == 1 and index + 1 < len(tables)
             with ahead(device, coming) as beside:
                 with streams.turn():
                     factors = made.pop(index, None) or factors_of(index)
-                    for group, members in inputs.items():
-                        # of one whose memory the next may be written to, the last reader is waited for below
-                        factor = factors[group] if coming else factors.pop(group)
-                        weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
-                        options = {m.role: columns[m.role][0] for m in members}
-                        solved = solve_with_losses(factor, weights, options, settings.budget_bytes, settings.offload)
-                        for role, found in solved.items():
-                            tables[index].add(role, options[role], found, factor, shares[group])
-                            kept[role] = {j: s.weight for j, s in found.items()}
+                    used = dict(factors) if coming else factors
+                    candidates.append(_solve_expert(block, index, used, table, shares, settings))
                 if coming:
                     with beside.turn():
                         made[index + 1] = factors_of(index + 1)
-            del factor, factors
-            candidates.append(kept)
+            del factors, used  # not before: the next ones would be written where these are still being read
     for table in tables:
         losses.include(table)
     notes.insert(0, describe_coverage(report))
     scored = scored_rows(x, y, settings.score_rows)
     return [_score_experts(block, *scored, candidates, settings)], {"experts": report, **losses.extra()}
+
+
+def _solve_expert(
+    block: ExpertBlock,
+    index: int,
+    factors: dict[str, Factor],  # input group -> of the expert's; used up
+    table: LossTable,
+    shares: Mapping[str, float],
+    settings: Settings,
+) -> dict[str, dict[int, Tensor]]:
+    """Role -> reconstructed weights (K, N32) float16 of the expert's distinct options; their losses go into the table."""
+    expert, columns = block.experts.experts[index], MOE_TABLE.columns()
+    out: dict[str, dict[int, Tensor]] = {}
+    for group, members in ((f"w13.{index}", (expert.gate, expert.up)), (f"w2.{index}", (expert.down,))):
+        factor = factors.pop(group)
+        weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
+        options = {m.role: columns[m.role][0] for m in members}
+        solved = solve_with_losses(factor, weights, options, settings.budget_bytes, settings.offload)
+        for role, found in solved.items():
+            table.add(role, options[role], found, factor, shares[group])
+            out[role] = {j: s.weight for j, s in found.items()}
+    return out
 
 
 def token_shares(block: ExpertBlock, hessians: dict[str, HessianAccumulator], tokens: int) -> dict[str, float]:
