@@ -126,7 +126,7 @@ def test_parts_of_fused_tensors(axis: int, part: int, tmp_path: Path) -> None:
     whole.narrow(axis, 16 * part, 16).zero_()
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     save_file({"fused": whole.half()}, tmp_path / "model.safetensors")
-    parts = [Part(Stored("fused", (48, 48), axis, r), "layer 0") for r in ranges]
+    parts = [Part(Stored("fused", (48, 48), axis, r)) for r in ranges]
     found = flat_parts(SourceModel(tmp_path), parts)
     assert [(f.part, f.value) for f in found] == [(parts[part], 0.0)]
 
@@ -137,7 +137,7 @@ def test_a_single_other_value_is_found_wherever_it_is(tmp_path: Path) -> None:
     large[1000, 1001] = 1
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     save_file({"a": large, "b": torch.zeros(1024, 1024)}, tmp_path / "model.safetensors")
-    parts = [Part(Stored(name, (1024, 1024)), "layer 0") for name in ("a", "b")]
+    parts = [Part(Stored(name, (1024, 1024))) for name in ("a", "b")]
     assert [f.part.stored.name for f in flat_parts(SourceModel(tmp_path), parts)] == ["b"]
 
 
