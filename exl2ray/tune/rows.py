@@ -65,7 +65,7 @@ def tuning_rows(
     kinds = [*(kinds_of_files(files, tokenizer, of_files) if files else []), *beside]
     _check_enough(kinds, text, length, flag)
     trained, kept, notes = _in_two(kinds, held, text, seed)
-    chosen = _even(trained, rows)
+    chosen = _even(trained, rows, [1 if any(kind is own for own in written) else PASSES for kind in kinds])
     if (have := sum(map(len, trained)) * length) < rows * length:
         notes.append(f"the text has {have} tokens to tune on; {tokens} were asked for")
     if not builtin:
@@ -143,14 +143,20 @@ def _rows(documents: Sequence[Ids], length: int) -> Ids:
     return ids[: count * length].reshape(count, length)
 
 
-def _even(stacks: Sequence[Ids], most: int) -> list[Ids]:
-    """Rows of each kind, ``most`` in all, as even as their numbers allow; those of a kind with few come up to `PASSES` times.
-    Where that is not enough all are as they are, and are gone through again and again."""
-    if PASSES * sum(map(len, stacks)) < most:
+def _even(stacks: Sequence[Ids], most: int, passes: Sequence[int]) -> list[Ids]:
+    """Rows of each kind, ``most`` in all, as even as their numbers allow. A kind with few comes up to so many times as
+    ``passes`` says, or `PASSES` times where that is not enough: what the source writes is asked for as much as is wanted, and
+    repeated it would only take the place of other text. Where neither is enough all are as they are, and are gone through
+    again and again."""
+    for times in (passes, [PASSES] * len(stacks)):
+        limits = [n * len(stack) for n, stack in zip(times, stacks, strict=True)]
+        if sum(limits) >= most:
+            break
+    else:
         return list(stacks)
-    left, out, room = sorted(range(len(stacks)), key=lambda k: len(stacks[k])), list(stacks), most
+    left, out, room = sorted(range(len(stacks)), key=lambda k: limits[k]), list(stacks), most
     for n, k in enumerate(left):
-        share = min(PASSES * len(stacks[k]), -(-room // (len(left) - n)))
+        share = min(limits[k], -(-room // (len(left) - n)))
         out[k] = stacks[k][np.arange(share) % max(1, len(stacks[k]))]
         room -= share
     return out

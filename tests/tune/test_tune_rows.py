@@ -133,6 +133,21 @@ def test_a_kind_with_little_text_comes_several_times(model: Path, tmp_path: Path
     assert not any("were asked for" in note for note in rows.notes)
 
 
+def test_what_the_source_wrote_comes_once_where_there_is_other_text(model: Path, tmp_path: Path) -> None:
+    sources, source = numbered(tmp_path, large=4000, few=100), SourceModel(model)
+    with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
+        large, few = kinds_of_files(sources, tokenizer, 10**6)
+        written = [replace(few, name="self: chat")]
+        rows = tuning_rows(sources[:1], tokenizer, 512 * LENGTH, LENGTH, source.config["vocab_size"], written=written)
+        alone = tuning_rows(sources[1:], tokenizer, 150 * LENGTH, LENGTH, source.config["vocab_size"], written=written)
+        decoded = [text_of(tokenizer.process.decode(row)) for row in rows.ids.tolist()]
+    assert len(decoded) == 512
+    assert set(Counter(text for text in decoded if "few" in text).values()) == {1}
+    assert sum("large" in text for text in decoded) > 400, "more than its half"
+    assert len(alone.ids) == 150, "and again where there is not enough"
+    assert large.tokens > 512 * LENGTH
+
+
 def test_the_builtin_text_by_kind(model: Path) -> None:
     source = SourceModel(model)
     with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
