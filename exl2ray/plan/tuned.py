@@ -24,7 +24,7 @@ def of_tuning(tokens: str, spec: ModelSpec, bitrates: int, device: torch.device 
     if device is not None and device.type == "cuda" and torch.cuda.is_available():
         fits = fits_whole(spec, device_bytes(device))
         words += f"; here it is {'as a whole' if fits else 'a module at a time'}"
-    return f"{words} (expected of an H200, not measured; small models and GPUs take longer)"
+    return f"{words} (expected of an H200; smaller GPUs take longer)"
 
 
 def _minutes(seconds: float) -> str:

@@ -13,6 +13,7 @@ from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.times import FILES, LOGGED, Times, estimate, far_below, logged_for
 from exl2ray.plan.worker_memory import RowSizes
+from exl2ray.tune.estimate import a_module_at_a_time, as_a_whole
 
 ROWS = RowSizes((19, 2048), (115, 2048), 0)
 LLAMA_7B = {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -87,3 +88,14 @@ def test_small_layers_are_told(llama_7b: ModelSpec, tmp_path: Path) -> None:
                                              ("NVIDIA GeForce RTX 4090", None)])  # fmt: skip
 def test_only_measured_kinds_have_rates(name: str, found: str | None) -> None:
     assert logged_for(name) == found
+
+
+SMOLLM2 = {**LLAMA, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+           "num_key_value_heads": 3, "vocab_size": 49152}  # fmt: skip
+
+
+def test_tuning_takes_what_it_took(llama_7b: ModelSpec, tmp_path: Path) -> None:
+    small = load_spec(SourceModel(write_header_model(tmp_path / "small", SMOLLM2, 1)))
+    assert as_a_whole(small, 4_000_000).seconds == pytest.approx(85, rel=0.15)
+    assert as_a_whole(llama_7b, 1_000_000).seconds == pytest.approx(200, rel=0.25)
+    assert a_module_at_a_time(llama_7b, 1_000_000, 250 << 30).seconds > 1.3 * as_a_whole(llama_7b, 1_000_000).seconds
