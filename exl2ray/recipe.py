@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from exl2ray.calibration.data.sources import from_anywhere
 from exl2ray.errors import UsageError
 from exl2ray.formats.layout import WIDTHS as HEAD_BITS
 from exl2ray.given_paths import refuse_address, refuse_unfit, refuse_unknown_fields
@@ -368,6 +369,8 @@ class Recipe:
             return os.path.abspath(self.eval_text)
         if name == "compile_full" and self.compile_full is not None:
             return os.path.abspath(self.compile_full)  # a resume may be begun in another folder
+        if name == "tune_text" and self.tune_text is not None:
+            return [from_anywhere(place) for place in self.tuning_text]
         value = getattr(self, name)
         return list(value) if isinstance(value, tuple) else value
 

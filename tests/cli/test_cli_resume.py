@@ -33,6 +33,16 @@ def test_a_resume_from_another_folder_writes_where_the_job_was_to(run, fake, job
     assert fake.recipes[0].output_dir(3.0) == str(tmp_path / "here" / "out" / "3.0")
 
 
+def test_a_resume_from_another_folder_tunes_on_the_text_of_the_job(run, fake, job_args, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = ("texts/a.parquet:body", "builtin", "self:64k", "hf://owner/name", "/b.txt")
+    make_job(Recipe(job_args[1], job_args[3], bits=(3.0,), compile_full="out/{bpw}", tune="1M", tune_text=text))
+    monkeypatch.chdir(tmp_path)
+    assert run("convert", "-o", job_args[3]).exit_code == 0
+    assert fake.recipes[0].tune_text == (str(tmp_path / "here" / text[0]), *text[1:])
+
+
 def test_resume_needs_only_the_work_directory(run, fake, job_args, tmp_path):
     (tmp_path / "m.json").write_bytes(b"")
     stored = Recipe(

@@ -36,6 +36,11 @@ CACHED = ("cache-", "tmp")  # what `datasets` keeps beside its data, for itself
 _TRAIN, _OTHER = (re.compile(rf"(^|[^a-z])({names})([^a-z]|$)") for names in ("train", "test|valid|validation|val|dev|eval"))
 
 
+def from_anywhere(place: str) -> str:
+    """A place of text, FILE or FILE:COLUMN, builtin, self:COUNT or an address, as it is called from every folder."""
+    return place if "://" in place or place.partition(":")[0] in (BUILTIN, WRITTEN) else os.path.abspath(place)
+
+
 @dataclass(frozen=True)
 class DataFile:
     """One file of a source. ``fetch`` gives its path; what lies on the Hub is downloaded then."""
