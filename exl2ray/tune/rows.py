@@ -26,7 +26,7 @@ from exl2ray.tune.judge import WATCHED
 HELD_OUT = 10  # a tenth of every kind
 MOST_HELD_TOKENS = 1 << 17  # beyond, a held-out row says little more
 LEAST_HELD_ROWS = 4
-WATCHED_ROWS = 4  # at most, of each kind of built-in text: a few percent of the time that tuning takes
+WATCHED_ROWS = 8  # at most, of each kind of built-in text: a few percent of the time that tuning takes
 PASSES = 4  # of a kind with little text, where others have more: it may come so many times (docs/quality.md)
 
 
