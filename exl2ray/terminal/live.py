@@ -152,7 +152,8 @@ class Live:
             if sum(words) + gaps > width:
                 for row in cells:
                     for name, cell in zip(headings, row, strict=True):
-                        self._line(f"{name}: {cell}")
+                        if cell:
+                            self._line(f"{name}: {cell}")
                     self._line()
                 return
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)

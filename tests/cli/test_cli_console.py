@@ -163,8 +163,8 @@ def test_live_without_colour(monkeypatch):
 
 def test_a_table_too_wide_for_the_terminal_becomes_a_list():
     console = Console(file=io.StringIO(), width=24, highlight=False)
-    rows = [["model.layers.0.mlp", "4.125", "gate 4 up 4 down 4.2"]]
-    Live(console, animated=False).event("table", title="", columns=["module", "bpw", "widths"], rows=rows)
+    rows = [["model.layers.0.mlp", "", "4.125", "gate 4 up 4 down 4.2"]]
+    Live(console, animated=False).event("table", title="", columns=["module", "bias", "bpw", "widths"], rows=rows)
     words = console.file.getvalue().split()
     assert words[:4] == ["module:", "model.layers.0.mlp", "bpw:", "4.125"]
     console = Console(file=io.StringIO(), width=60, highlight=False)
