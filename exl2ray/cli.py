@@ -129,7 +129,7 @@ def measure(run: Invocation, /, out_dir: str, dry_run: bool, **_: Any) -> None:
     converts=True,
 )
 def plan(run: Invocation, /, **flags: Any) -> int:
-    """What a conversion will make and need, and what would stop it.
+    """What a conversion makes and needs, and what stops it.
 
     Takes the flags of convert and reads config and tensor headers: output size at each bitrate, memory of each pass, disk,
     time, problems. With problems, the exit status is that of the first one, as convert would end.

@@ -69,7 +69,7 @@ def _taken(kind: type[Any], settings: dict[str, Any]) -> Any:
     recipe_flags(RUNS_MODEL, required=()),
 )
 def chat(run: Invocation, /, **settings: Any) -> None:
-    """Ask models the same question and see where the answers part.
+    """Ask models the same question and see where they part.
 
     MODEL is a source model or an EXL2 directory; the first one, usually the source, is what the others are compared with.
     Answers are greedy: the most probable token each time. Without a question you are asked for them.

@@ -191,8 +191,8 @@ def estimate(observed: Path = OBSERVED) -> dict[str, Any]:
         "driver_s": 0.003,
         "sweep_module_s": 0.005,  # what is left of 3.4 s for 8 modules on two H200 and 3.7 s for 16 on four, `reference`
         "group_reads": 2.0,  # 3.4 GB in 0.2 s on two H200, 10.3 GB in 0.64 s on four, `measure`, at LOAD_GB_S of one
-        "start_s": 25.0,  # 7B on one H200, first run on the machine
-        "group_start_s": 17.0,  # 13 to 21 s, 70B shape of 8 layers, four H200
+        "start_s": 4.7,  # 70B shape of 8 layers, kernels compiled before; of a 7B 4.4 s, 7.2 s for the first on a machine
+        "group_start_s": 6.0,  # the same on two H200: with Ray, workers, and connecting them
         "write_gb_s": 0.4,  # 3.6 GB in 11.1 s, 7B on one H200; 4.5 GB in about 10, 70B shape of 8 layers on four
         "models": {name: costs(shape) for name, shape in SHAPES.items()},
     }

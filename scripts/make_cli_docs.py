@@ -19,11 +19,11 @@ INTRODUCTION = """\
 
 Flags may be spelled with underscores, as the reference converter does: `--in_dir` is `--in-dir`. Results go to standard
 output, errors to standard error. With `--json`, standard output carries JSON and nothing else: one event per line
-from `convert` and `measure` ([events.md](events.md)), one line with the result from the other commands, and a line
-`{"event": "error", "message": ..., "hint": ..., "code": ...}` if the command fails.
+from `convert`, `measure`, `patch` and `submit` ([events.md](events.md)), one line with the result from the other
+commands, and a line `{"event": "error", "message": ..., "hint": ..., "code": ...}` if the command fails.
 
-`convert` and `measure` show a live display on a terminal and a line per finished item elsewhere. `NO_COLOR` is
-respected.
+`convert`, `measure`, `patch`, `tune` and `eval` show a live display on a terminal and a line per finished item elsewhere.
+`NO_COLOR` is respected.
 """
 
 
@@ -57,7 +57,9 @@ def _option(option: click.Option) -> str:
     names = [*option.opts, *option.secondary_opts]
     value = "" if option.is_flag else f" {_value(option)}"
     flags = ", ".join(f"`{n}`" for n in names[:-1]) + (", " if len(names) > 1 else "") + f"`{names[-1]}{value}`"
-    meaning = (option.help or "").replace("|", "\\|") + (" Required." if option.required else "")
+    meaning = (option.help or "").replace("|", "\\|")
+    if option.required:
+        meaning = f"{meaning} Required." if meaning.endswith(".") else f"{meaning}; required"
     return f"| {flags} | {_default(option)} | {meaning} |"
 
 

@@ -86,7 +86,7 @@ class Costs:
     group_reads: float  # how many times as fast as one worker those of one machine read a module together, at most
     start_s: float  # from the command to the first call, one GPU
     group_start_s: float  # the same with several: Ray, workers, connecting GPUs
-    write_gb_s: float  # of shards and side files in the end, fsync included
+    write_gb_s: float  # of shards and side files, fsync included; while later modules are quantised
     models: dict[str, ModelCosts]
 
     @staticmethod

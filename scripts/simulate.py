@@ -86,7 +86,9 @@ class Simulation:
         return "\n".join([*lines, "", *self.whole(gpus)]) + "\n"
 
     def whole(self, gpus: Sequence[int] = GPUS) -> list[str]:
-        """Lines of a table: whole commands that make one bitrate, start, measuring and writing included."""
+        """Lines of a table: whole commands that make one bitrate: start, measuring, and writing as far as quantising does not
+        cover it.
+        """
         c = self.costs
         ends = f"{gpus[0]} and {gpus[-1]}"
         lines = [f"| model | whole command | share of start and writing on {ends} | {' | '.join(map(str, gpus))} |"]
@@ -94,7 +96,9 @@ class Simulation:
         for model, made in c.models.items():
             written = sum(sum(m.packed_gb.values()) for m in made.chain()) / c.write_gb_s
             for kind in ("reference", "quantized"):
-                besides = [written + (c.start_s if n == 1 else c.group_start_s) for n in gpus]
+                uncovered = [max(0.0, written - self.result(model, kind, n).seconds) for n in gpus]
+                starts = [c.start_s if n == 1 else c.group_start_s for n in gpus]
+                besides = [sum(both) for both in zip(uncovered, starts, strict=True)]
                 passes = [sum(self.result(model, k, n).seconds for k in ("measure", kind)) for n in gpus]
                 took = [sum(both) for both in zip(besides, passes, strict=True)]
                 shares = f"{100 * besides[0] / took[0]:.0f} %, {100 * besides[-1] / took[-1]:.0f} %"

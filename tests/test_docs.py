@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,20 @@ def test_the_site_builds(tmp_path: Path) -> None:
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "search" / "search_index.json").is_file()
+
+
+def test_names_of_code_on_the_page_of_architectures_exist() -> None:
+    from exl2ray.model.rules import Arch
+
+    page = (ROOT / "docs" / "adding-an-architecture.md").read_text(encoding="utf-8")
+    facts = page.partition("| field of `Arch` |")[2].partition("\n\n")[0]
+    fields = [name for line in facts.splitlines() for name in re.findall(r"`([a-z_]+)[`.]", line.rpartition(" | ")[2])]
+    assert len(fields) > 20
+    assert [name for name in fields if name not in Arch.__dataclass_fields__] == []
+    rooms = page.partition("## 4.")[2]
+    for module, path in re.findall(r"`(\w+)\.(\w+(?:\.\w+)?)`", rooms):
+        if path != "py":
+            attrgetter(path)(import_module(f"exl2ray.model.{module}"))
 
 
 def test_the_readme_names_every_command() -> None:

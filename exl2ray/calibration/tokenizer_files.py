@@ -19,6 +19,7 @@ from exl2ray.calibration.vocabulary_forms import begins_as_vocabulary
 from exl2ray.errors import SourceError
 from exl2ray.formats.json_file import MIB, read_bounded, read_json_object, refuse_substitute
 from exl2ray.formats.regular import open_regular
+from exl2ray.wording import some
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -49,6 +50,7 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
     converted = not os.path.lexists(path)
     content, warnings = converted_json(root) if converted else (read_content(path), _other_vocabulary(root))
     settings = optional_json(root / "tokenizer_config.json")
+    chat_template, odd = _chat_template(root, settings)
     special_map = optional_json(root / "special_tokens_map.json")
     if "added_tokens_decoder" in settings:  # transformers reads the older file only without the newer entry
         special_map = {}
@@ -60,9 +62,9 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
         settings=merged,
         stated=tuple(stated),
         named=tuple(_special_tokens(merged)),
-        chat_template=_chat_template(root, settings),
+        chat_template=chat_template,
         converted=converted,
-        warnings=tuple(warnings),
+        warnings=(*warnings, *odd),
     )
 
 
@@ -162,21 +164,43 @@ def _flags(value: Any) -> dict[str, bool]:
     return {k: v for k, v in value.items() if isinstance(v, bool)} if isinstance(value, dict) else {}
 
 
-def _chat_template(root: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else ``chat_template`` of tokenizer_config.json: a string, or a list with one "default"; else
-    additional_chat_templates/default.jinja; else that of chat_template.json, where models that see have theirs.
+def _chat_template(root: Path, settings: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """chat_template.jinja, else ``chat_template`` of tokenizer_config.json: a string, or several by name with one "default";
+    else additional_chat_templates/default.jinja; else that of chat_template.json, where models that see have theirs.
+
+    Beside it what is said of one that is none of these.
     """
     file = _template_file(root / "chat_template.jinja")
     if file is not None:
-        return file
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}.get("default")
+        return file, []
+    template = _default_template(given := settings.get("chat_template"))
     if isinstance(template, str) and template.strip():
-        return template
+        return template, []
     file = _template_file(root / "additional_chat_templates" / "default.jinja")
-    template = optional_json(root / "chat_template.json").get("chat_template") if file is None else file
-    return template if isinstance(template, str) and template.strip() else None
+    template = _default_template(optional_json(root / "chat_template.json").get("chat_template")) if file is None else file
+    if isinstance(template, str) and template.strip():
+        return template, []
+    if not given or isinstance(given, str):
+        return None, []
+    named = _by_name(given)
+    nameless = not named or "default" in named
+    said = f"is {shown(repr(given), 40)}, not a text" if nameless else f"has {some(map(quoted, named))} and no 'default'"
+    return None, [
+        f"{root / 'tokenizer_config.json'}: chat_template {said}: conversations of calibration rows become plain text; give "
+        "the template for chats the name default"
+    ]
+
+
+def _default_template(given: Any) -> Any:
+    """The template itself, or the one that transformers takes of several where no name is asked for."""
+    return given if isinstance(given, str) else _by_name(given).get("default")
+
+
+def _by_name(given: Any) -> dict[str, Any]:
+    """Several templates: an object from names to texts, or a list of objects with ``name`` and ``template``."""
+    if isinstance(given, list):
+        return {str(t.get("name")): t.get("template") for t in given if isinstance(t, dict)}
+    return given if isinstance(given, dict) else {}
 
 
 def _template_file(path: Path) -> str | None:

@@ -27,7 +27,7 @@ from exl2ray.plan.measured import expected_measurement, naming
 from exl2ray.recipe import SETTINGS, Recipe
 from exl2ray.remote.source import local
 from exl2ray.result_warnings import few_scores_warning, insensitive_warning, unspent_warning
-from exl2ray.terminal.console import clean
+from exl2ray.terminal.console import show_text
 from exl2ray.terminal.live import show_table
 
 
@@ -177,9 +177,9 @@ def show(solutions: Sequence[Solution]) -> None:
             ]
             show_table(title, ["module", "option", "bpw", "error", "mean width per linear"], cells)
             reached = f"objective {s.objective} = {s.objective_value:.6g}, {_gap(s)}" + (f"; {kl}" if kl else "")
-        print(f"achieved {s.achieved_bpw:.4f} bits per weight in the decoder, {s.head_bpw:.4f} in the head; {reached}")
+        show_text(f"achieved {s.achieved_bpw:.4f} bits per weight in the decoder, {s.head_bpw:.4f} in the head; {reached}")
         for text in s.warnings:
-            print(clean(f"warning: {text}"))
+            show_text(f"warning: {text}")
 
 
 def _widths(widths: Mapping[str, float]) -> str:

@@ -15,7 +15,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.recipe import Recipe
 from exl2ray.remote.source import localised
-from exl2ray.terminal.console import clean
+from exl2ray.terminal.console import clean, show_text
 from exl2ray.terminal.live import show_table
 
 PASSES: Mapping[str, Plan] = {"measurement": "measure", "quantisation": "quantize"}
@@ -40,7 +40,7 @@ def show(views: Mapping[str, RowsView]) -> None:
         rows = [[k.kind, k.rows, k.distinct, k.first_words] for k in view.kinds]
         show_table("", ["kind", "rows", "different ids", "begins"], rows)
         for taken in view.taken:
-            print(clean(describe(taken)))
+            show_text(describe(taken))
         for note in view.notes:
-            print(clean(f"note: {note}"))
+            show_text(f"note: {note}")
         print()

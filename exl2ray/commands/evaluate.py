@@ -30,7 +30,7 @@ from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.report.plot_files import check_plot, is_plot
-from exl2ray.terminal.console import aside, clean, is_terminal
+from exl2ray.terminal.console import aside, clean, is_terminal, show_text
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
@@ -236,7 +236,8 @@ def show(results: Sequence[EvalResult]) -> None:
          duration(r.seconds)]
         for name, r in zip(names, results, strict=True) for s in [r.size]
     ]  # fmt: skip
-    columns = ["model", "decoder bpw", "head", "file", "size", "perplexity", "KL (nats)", "flipped top-1", "top-5", "time"]
+    columns = ["model", "decoder bpw", "head bpw", "file bpw", "size", "perplexity", "KL (nats)"]
+    columns += ["flipped top-1", "top-5", "time"]
     show_table("", columns, rows)
     tails = [[name, *map(_quantile, r.kl_tail.values())] for name, r in zip(names, results, strict=True) if r.kl_tail]
     if tails:
@@ -256,9 +257,9 @@ def show(results: Sequence[EvalResult]) -> None:
         for name, r in zip(names, results, strict=True):
             compared = [e.value if e is not None else None for e in (r.reference_perplexity, r.kl, r.top1)]
             word, sentence = judged(r.perplexity.value, *compared)
-            print(f"{name}: {word}. {sentence}")
+            show_text(f"{name}: {word}. {sentence}")
     for text in dict.fromkeys(w for r in results for w in r.warnings):
-        print(clean(f"warning: {text}"))
+        show_text(f"warning: {text}")
 
 
 def _flipped(agreement: Estimate | None) -> str:

@@ -9,20 +9,22 @@ from exl2ray.store.passes import PassStatus
 from exl2ray.store.status import WorkStatus
 from exl2ray.terminal.console import clean
 from exl2ray.terminal.live import show_table
-from exl2ray.wording import duration, plural
+from exl2ray.wording import duration, file_size, plural
 
 
 def show(s: WorkStatus) -> None:
     """Prints the state of a job: its settings, the last events, passes and workers."""
     age = "" if s.heartbeat_age_seconds is None else f", last sign of life {duration(s.heartbeat_age_seconds)} ago"
-    print(clean(f"{s.root}: {s.state}" + (f": {s.holder}{age}" if s.holder else "")))
+    over = s.state == "stopped" and bool(s.passes) and all(p.state == "finished" for p in s.passes)
+    print(clean(f"{s.root}: {'finished' if over else s.state}" + (f": {s.holder}{age}" if s.holder else "")))
     if s.job is not None:
         rows = [[label, value] for label, value in _settings(s.job.job)]
         show_table(f"\njob of {s.job.created}", ["setting", "value"], rows)
     have = [("calibration", s.has_calibration), ("measurement", s.has_measurement)]
     print("\n" + ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in have))
     events = [[e["time"], e["name"], _fields(e["fields"])] for e in s.last_events]
-    show_table("\nlast events", ["time", "event", "about"], events)
+    if events:
+        show_table("\nlast events", ["time", "event", "about"], events)
     print()
     show_table("", ["pass", "state", "modules", "each", "in this run", "left"], [_row(p) for p in s.passes])
     workers = [
@@ -31,7 +33,8 @@ def show(s: WorkStatus) -> None:
         for w in p.workers
         if p.state != "finished" or s.state != "running"
     ]
-    show_table("\nworkers", ["worker", "pass", "modules", "each", "doing"], workers)
+    if workers:
+        show_table("\nworkers", ["worker", "pass", "modules", "each", "doing"], workers)
     for problem in s.problems:
         print(clean(f"problem: {problem}"))
 
@@ -59,10 +62,31 @@ def _settings(job: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
             flag = JOB_FLAGS.get(f"{section}.{name}")
             label = f"{section} {name}" + (f" ({flag})" if flag else "")
             if value is not None:
-                out.append((label, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+                out.append((label, _words(value)))
     return out
 
 
+def _words(value: Any) -> str:
+    """A setting: lists and objects without Python's brackets."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
+    return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)
+
+
+def _field(name: str, value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    if name in ("seconds", "eta_seconds"):
+        return duration(value)
+    if name in ("bytes", "received"):
+        return file_size(value)
+    return f"{value:.4g}" if isinstance(value, float) and name != "bits" else str(value)
+
+
 def _fields(fields: dict[str, Any]) -> str:
-    text = ", ".join(f"{k} {v}" for k, v in fields.items() if isinstance(v, (str, int, float)) and v != "")
+    """Those of an event that are no lists, with their units."""
+    said = [f"{k} {_field(k, v)}" for k, v in fields.items() if isinstance(v, (str, int, float)) and v != ""]
+    text = ", ".join(said)
     return text if len(text) <= 100 else text[:97] + "..."

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +12,11 @@ from exl2ray.plan.fit import Fit
 from exl2ray.plan.probe import ProbeResult
 from exl2ray.plan.sizes import OutputSize
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
-from exl2ray.terminal.console import aside, clean, is_terminal
+from exl2ray.terminal.console import aside, clean, is_terminal, show_text
 from exl2ray.terminal.live import show_table
 from exl2ray.wording import duration, file_size, plural
 
 SHOWN_PROBLEMS = 30  # of one topic; --json has all
-WIDEST = 110  # of running text
 STAGES = {"measure": "measure", "sensitivity": "find sensitivities", "quantize": "quantise", "head": "quantise the head"}
 
 
@@ -42,7 +39,7 @@ def show(report: Report) -> None:
     if report.disks:
         _show_disks(report)
     if report.disks_not_examined is not None:
-        _say(report.disks_not_examined)
+        show_text(report.disks_not_examined)
     if report.sizes:
         _show_times(report)
     _show_problems(report)
@@ -83,14 +80,14 @@ def _show_model(report: Report) -> None:
         unit, count = ("billion", 1e9) if report.weights >= 1e9 else ("million", 1e6)
         parts.append(f"{report.weights / count:.3g} {unit} weights")
         parts.append(f"{file_size(report.source_bytes)} in {plural(report.source_files or 0, 'file')}")
-    _say(f"{report.model}: {', '.join(parts)}")
+    show_text(f"{report.model}: {', '.join(parts)}")
     if report.rows:
         verbs = {"measure": "to measure", "quantize": "to quantise"}
         rows = [f"{count} rows of {tokens} tokens {verbs[name]}" for name, (count, tokens) in report.rows.items()]
-        _say(f"calibration: {', '.join(rows)}")
+        show_text(f"calibration: {', '.join(rows)}")
     if report.reachable_bpw is not None:
         low, high = report.reachable_bpw
-        _say(f"reachable: {low:.4f} to {high:.4f} bits per weight of the decoder, scales and permutations included")
+        show_text(f"reachable: {low:.4f} to {high:.4f} bits per weight of the decoder, scales and permutations included")
 
 
 def _show_sizes(report: Report) -> None:
@@ -109,7 +106,7 @@ def _show_sizes(report: Report) -> None:
         note = "the allocation decides where between: exact with a measurement (-m). " + note
     if any(s.achieved_bpw is None and s.head_bpw is None for s in report.sizes):
         note = f"decoder and head share what -b and a head of {USUAL_HEAD_BITS} bits come to; " + note
-    _say(note)
+    show_text(note)
 
 
 def _file_bpw(report: Report, size: OutputSize) -> str:
@@ -129,9 +126,10 @@ def _show_fit(fit: Fit) -> None:
     ]
     show_table("", ["what", "bytes", "how"], rows)
     if fit.bits is not None:
-        _say(f"largest bitrate that fits: -b {fit.bits:g}; {file_size(fit.host_bytes)} of embeddings stay in main memory")
+        host = file_size(fit.host_bytes)
+        show_text(f"largest bitrate that fits: -b {fit.bits:g}; {host} of embeddings stay in main memory")
     if fit.windowed_cache_bytes < fit.cache_bytes:
-        _say(
+        show_text(
             "sliding layers count with the whole context, as ExLlamaV2 keeps it; a runtime that keeps only their windows "
             f"needs {file_size(fit.windowed_cache_bytes)} for the cache"
         )
@@ -143,9 +141,12 @@ def _show_memory(report: Report) -> None:
         for i, p in enumerate(device.peaks):
             gpu = "-" if p.gpu_bytes is None else file_size(p.gpu_bytes)
             rows.append([device.device if i == 0 else "", STAGES[p.stage], gpu, file_size(p.ram_bytes), "; ".join(p.notes)])
+    columns = ["on", "to", "GPU", "main", "because"]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     _heading("memory of one worker (estimated peaks)")
-    show_table("", ["on", "to", "GPU", "main", "because"], rows)
-    _say(f"this machine has {file_size(report.main_memory_bytes)} of main memory")
+    show_table("", columns, rows)
+    show_text(f"this machine has {file_size(report.main_memory_bytes)} of main memory")
 
 
 def _show_disks(report: Report) -> None:
@@ -171,14 +172,14 @@ def _show_times(report: Report) -> None:
         rows.append(["total", "", total])
         _heading(f"time on one {times.device} (estimate)" if times.device != "CPU" else "time on this CPU (estimate)")
         show_table("", ["pass", "modules", "time"], rows)
-        _say(f"basis: {times.basis}. Several GPUs: docs/scaling.md")
+        show_text(f"basis: {times.basis}. Several GPUs: docs/scaling.md")
     if report.probe is not None:
         _show_probe(report.probe)
         return
     if not report.times:
         _heading("time")
     which = "other devices" if report.times else "CPUs"
-    _say(f"no figures are known for {which}; --probe times the largest layer and the head on this machine")
+    show_text(f"no figures are known for {which}; --probe times the largest layer and the head on this machine")
 
 
 def _show_probe(probe: ProbeResult) -> None:
@@ -189,14 +190,14 @@ def _show_probe(probe: ProbeResult) -> None:
         rows.append([STAGES[p.timed.stage], p.module, size, duration(p.timed.seconds), duration(p.first_seconds), gpu])
     _heading("probe")
     show_table("", ["to", "module", "rows", "time", "first time", "GPU"], rows)
-    _say(f"main memory of this process at its highest: {file_size(probe.ram_bytes)}")
+    show_text(f"main memory of this process at its highest: {file_size(probe.ram_bytes)}")
 
 
 def _show_problems(report: Report) -> None:
     if report.warnings:
         _heading("warnings and notes")
         for text in report.warnings:
-            _say(text, "- ")
+            show_text(text, "- ")
     if not report.problems:
         _heading("no problem found: `exl2ray convert` with the same flags can start")
         return
@@ -208,28 +209,18 @@ def _show_problems(report: Report) -> None:
         if shown[topic] > SHOWN_PROBLEMS:
             continue
         first, *rest = error.lines
-        _say(f"{topic}: {first}", f"{number}. ")
+        show_text(f"{topic}: {first}", f"{number}. ")
         for line in rest:
-            _say(line.strip(), "   ")
+            show_text(line.strip(), "   ")
         last = number == count or report.problems[number][1].hint != error.hint
         if error.hint and (last or shown[topic] == SHOWN_PROBLEMS):
-            _say(error.hint, "   -> ")
+            show_text(error.hint, "   -> ")
     for topic, n in shown.items():
         if n > SHOWN_PROBLEMS:
-            _say(f"and {n - SHOWN_PROBLEMS} more of {topic}; --json lists all")
+            show_text(f"and {n - SHOWN_PROBLEMS} more of {topic}; --json lists all")
 
 
 def _heading(text: str) -> None:
     print()
     bold = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     print(f"\033[1m{clean(text)}\033[0m" if bold else clean(text))
-
-
-def _say(text: str, start: str = "") -> None:
-    """Running text, wrapped on a terminal."""
-    text = clean(text)
-    if not is_terminal(sys.stdout):
-        print(start + text)
-        return
-    width = max(30, min(WIDEST, shutil.get_terminal_size().columns - 1))
-    print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False))

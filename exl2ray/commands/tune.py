@@ -12,7 +12,7 @@ from exl2ray.errors import Interrupted, UsageError
 from exl2ray.evaluate.forward import open_model
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import is_remote, redacted
-from exl2ray.terminal.console import Warnings, clean
+from exl2ray.terminal.console import Warnings, show_text
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
@@ -86,12 +86,12 @@ def show(result: Tuned, report: bool) -> None:
     before, after = result.before["mean"], result.after["mean"]
     if result.kept == "nothing":
         why = f"worse on {', '.join(result.worse)}, so all is rolled back" if result.worse else "nothing gained"
-        print(clean(f"{why}: {result.directory} holds the model as it was (KL {before:.4f})"))
-        print(f"  hint: {LOWER_RATE}")
+        show_text(f"{why}: {result.directory} holds the model as it was (KL {before:.4f})")
+        show_text(LOWER_RATE, "  hint: ")
     else:
-        print(
-            f"{clean(str(result.directory))}: KL {before:.4f} -> {after:.4f}; kept: {result.kept}, "
+        show_text(
+            f"{result.directory}: KL {before:.4f} -> {after:.4f}; kept: {result.kept}, "
             f"{100 * result.changed:.2f} % of the integers changed in {result.steps} steps; {file_size(result.file_bytes)}"
         )
     parts = [f"{part} {duration(seconds)}" for part, seconds in result.seconds.items()]
-    print(", ".join([*parts, *([f"GPU memory {file_size(result.peak_bytes)}"] if result.peak_bytes else [])]))
+    show_text(", ".join([*parts, *([f"GPU memory {file_size(result.peak_bytes)}"] if result.peak_bytes else [])]))

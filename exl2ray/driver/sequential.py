@@ -36,7 +36,8 @@ class _Chain:
 class Sequential:
     """chains: what each bitrate quantises with, and its modules without a record, ascending. told, look_up: of results.
 
-    make: the call of a group for some of them. largest: of the groups.
+    make: the call of a group for some of them. largest: of the groups. opened: hears of a bitrate that is begun; those for
+    which there is no worker yet wait.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class Sequential:
         look_up: Callable[[Begun], ItemResult | None] = lambda begun: None,
         make: Callable[[Choices, tuple[int, ...]], Pass] = lambda c, modules: ChainPass(choices=c, modules=modules),
         largest: int = SHARES,
+        opened: Callable[[float], None] = lambda bits: None,
     ) -> None:
         self._workers, self._limits, self._told, self.found = workers, limits, told, look_up
-        self._make, self._largest = make, largest
+        self._make, self._largest, self._opened = make, largest, opened
         self._todo = [(choices, list(items)) for choices, items in chains if items]
         self._chains: list[_Chain] = []
 
@@ -70,6 +72,7 @@ class Sequential:
         now, size = self._workers.now(), max(1, self._workers.size)
         while self._todo and len(self._chains) < size:
             choices, items = self._todo.pop(0)
+            self._opened(choices.bits)
             self._chains.append(_Chain(choices, items, now))
         taken = {w for chain in self._chains for w in chain.members}
         free = [w for w in idle if w not in taken]

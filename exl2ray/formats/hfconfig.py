@@ -158,14 +158,15 @@ def _rope_scaling(rope: Mapping[str, Any], architecture: str) -> dict[str, Any] 
 
 
 def _one_selector(scaling: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """Keep one of ``type`` / ``rope_type``: the loader refuses both, which ``transformers`` 4.57 writes; null is none."""
+    """Keep one of ``type`` / ``rope_type``: the loader refuses both, which ``transformers`` 4.57 writes; null is none.
+
+    ``su`` becomes ``longrope``, its later name: the loader knows both, ``transformers`` 5 refuses the old one."""
     out = {k: v for k, v in scaling.items() if v is not None or k not in ("type", "rope_type")}
+    out.update({k: "longrope" for k in ("type", "rope_type") if out.get(k) == "su"})
     if architecture in MROPE_ARCHITECTURES and "mrope_section" in out:
         out.pop("rope_type", None)
         return {**out, "type": "mrope"}
     if out.get("type") and out.get("rope_type"):
-        if out["type"] != out["rope_type"] and {out["type"], out["rope_type"]} == {"su", "longrope"}:
-            out["type"] = out["rope_type"] = "longrope"  # one thing under its old and its new name
         if out["type"] != out["rope_type"]:
             raise SourceError(
                 f"config.json: rope_scaling has type {shown(out['type'])} and rope_type {shown(out['rope_type'])}",

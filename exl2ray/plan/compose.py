@@ -128,7 +128,11 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     planner.memory(gpu_sizes)
     if wishes.probe and not found.problems:
         planner.probe(say)
-    planner.times([b for b in bits if b in recipe.bits or not bits_given])
+    if report.sizes:
+        planner.times([b for b in bits if b in recipe.bits or not bits_given])
+        report.warnings += _not_estimated(recipe) if report.times else []
+        if recipe.tune is not None:
+            report.warnings.append(of_tuning(recipe.tune, found.spec, len(recipe.bits), found.device))
     return report
 
 
@@ -149,9 +153,6 @@ def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
     report.calibration = [{"pass": name, **asdict(t)} for name, t in taken]
     report.warnings += described_passes(found.rows)
     report.warnings += sorted({n for rows in found.rows.values() for n in rows.notes})
-    report.warnings += _not_estimated(recipe)
-    if spec is not None and recipe.tune is not None:
-        report.warnings.append(of_tuning(recipe.tune, spec, len(recipe.bits), found.device))
     for need in found.disks:
         if need.free_bytes is not None and need.least_bytes <= need.free_bytes < need.bytes:
             free, most = file_size(need.free_bytes), file_size(need.bytes)

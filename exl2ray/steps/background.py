@@ -37,6 +37,9 @@ class Outputs:
         self._threads = ThreadPoolExecutor(THREADS, "write")
         self._placing: dict[float, dict[int, Future[None]]] = {plan.bits: {} for plan in plans}  # by module
         self._writing: dict[float, Future[OutputSummary]] = {}
+        self._told: set[float] = set()  # bitrates of which the end is told
+        self._begun: dict[float, float] = {}  # time.monotonic()
+        self._seconds: dict[float, float] = {}  # that writing took
         self._there: dict[float, OutputSummary] = {}
 
     def __enter__(self) -> Outputs:
@@ -66,7 +69,8 @@ class Outputs:
         _examine_records(job, plan, records)
         found = self._writer.finished(plan, records)
         if found is None:
-            job.reporter.event("stage", stage=_stage(plan), items=1, done=0)
+            job.reporter.event("stage", stage=_stage(plan.bits), items=1, done=0)
+            self._begun[plan.bits] = time.monotonic()
             self._writing[plan.bits] = self._threads.submit(self._write, plan, records)
         else:
             self._there[plan.bits] = found
@@ -76,28 +80,37 @@ class Outputs:
     def _write(self, plan: Plan, records: Mapping[int, Record]) -> OutputSummary:
         for future in self._placing[plan.bits].values():  # begun before this, and none of them waits for another
             future.result()
-        return self._writer.write(plan, records)
+        summary = self._writer.write(plan, records)
+        self._seconds[plan.bits] = time.monotonic() - self._begun[plan.bits]
+        return summary
 
     def look(self) -> None:
-        """Raises what went wrong in the background, as soon as it is known."""
+        """Raises what went wrong in the background, as soon as it is known, and tells of what is complete."""
         futures: list[Future[Any]] = [*self._writing.values()]
         futures += chain.from_iterable(own.values() for own in self._placing.values())
         for future in futures:
             if future.done():
                 future.result()
+        for bits, writing in self._writing.items():
+            if writing.done():
+                self._tell(bits)
+
+    def _tell(self, bits: float) -> None:
+        if bits not in self._told:
+            self._told.add(bits)
+            self._job.reporter.event("end", stage=_stage(bits), seconds=self._seconds[bits])
 
     def written(self, plan: Plan) -> OutputSummary:
         """What became of a complete bitrate. Waits for it."""
         if plan.bits in self._there:
             return self._there[plan.bits]
-        start = time.monotonic()
         summary = self._writing[plan.bits].result()
-        self._job.reporter.event("end", stage=_stage(plan), seconds=time.monotonic() - start)
+        self._tell(plan.bits)
         return summary
 
 
-def _stage(plan: Plan) -> str:
-    return f"compile {bpw_name(plan.bits)}"
+def _stage(bits: float) -> str:
+    return f"compile {bpw_name(bits)}"
 
 
 def _examine_records(job: Job, plan: Plan, records: Mapping[int, Record]) -> None:

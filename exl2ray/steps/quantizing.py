@@ -50,12 +50,13 @@ class _Quantizing:
                 for module in linear:
                     if module not in todo:
                         self.outputs.finished(self.plans[bits], module.index)
-        if any(self.todo.values()):
+                self.stages[bits] = Stage(self.job, f"quantize {bpw_name(bits)}", len(linear), len(linear) - len(todo))
+        if self.stages:
             _ = self.job.workers  # started before the clocks of the stages
-        for bits, todo in self.todo.items():
-            if todo:
-                stage = Stage(self.job, f"quantize {bpw_name(bits)}", len(linear), len(linear) - len(todo))
-                self.stages[bits] = self._open[bits].enter_context(stage)
+
+    def _opened(self, bits: float) -> None:
+        """The clock of a bitrate's stage begins with its first module: before, it may wait for the chain of another one."""
+        self._open[bits].enter_context(self.stages[bits])
 
     def in_chains(self) -> None:
         """Each bitrate as a chain of modules, on what the quantised modules before produce."""
@@ -72,10 +73,12 @@ class _Quantizing:
 
         chains = [(_choices(plan), _items(self.todo[bits])) for bits, plan in self.plans.items() if left[bits]]
         if chains:
-            self._run(Sequential(chains, self.job.workers, self.job.limits, told, self._look_up))
+            self._run(Sequential(chains, self.job.workers, self.job.limits, told, self._look_up, opened=self._opened))
 
     def on_source_states(self) -> None:
         """Module by module on the states of the source model, for all bitrates; then the perplexity of each."""
+        for bits in self.stages:
+            self._opened(bits)
         wanted: dict[int, tuple[float, ...]] = {}
         for bits, todo in self.todo.items():
             for module in todo:

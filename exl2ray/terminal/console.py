@@ -10,7 +10,9 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -21,6 +23,7 @@ from exl2ray.store.pace import Pace
 from exl2ray.wording import duration, file_size, perplexity, plural
 
 Clock = Callable[[], float]
+WIDEST_TEXT = 110  # columns of running text
 
 
 class JsonLines:
@@ -130,6 +133,18 @@ def clean(text: str) -> str:
 def clean_lines(text: str) -> str:
     """As ``clean``, but line ends stay: for what has lines by nature, as answers of a model have."""
     return "\n".join(map(clean, text.split("\n")))
+
+
+def show_text(text: str, start: str = "") -> None:
+    """Running text on standard output, wrapped between words on a terminal; ``start`` stands before its first line."""
+    text = clean(text)
+    if not is_terminal(sys.stdout):
+        print(start + text)
+        return
+    width = max(30, min(WIDEST_TEXT, shutil.get_terminal_size().columns - 1))
+    indent = " " * len(start)
+    lines = textwrap.TextWrapper(width, start, indent, break_long_words=False, break_on_hyphens=False)
+    print(lines.fill(text))
 
 
 def aside(text: str) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -39,7 +39,7 @@ from exl2ray.wording import duration, plural
 ONE_LINE_WIDTH = 120  # columns from which the last item stands in the row of the bar
 QUEUE_WIDTH = 76  # columns from which the number of items left is shown
 RATE_WIDTH = 64  # columns from which the rate is shown
-LAST_COLUMN_WIDTH = 10  # a table whose other columns leave less is shown as lists
+LAST_COLUMN_WIDTH = 10  # with the gap beside it: a table whose other columns leave less is too wide
 WORKER_LINES = 8  # of a stage; the rest is counted
 REFRESH_PER_SECOND = 4
 
@@ -129,29 +129,43 @@ class Live:
         self._console.print(Text(clean(text), style=style))
 
     def _table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Where it is too wide it is turned on its side, else cells are broken between words, else each has a line."""
         if title:
             self._print(title, "bold")
         if not rows:
             return
         cells = [[clean(str(c)) for c in row] for row in rows]
-        widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-        if self._console.width < sum(widths[:-1]) + LAST_COLUMN_WIDTH:
-            self._records(columns, cells)
-            return
-        right = [is_numeric(column) for column in zip(*cells, strict=True)]
+        headings = [clean(column) for column in columns]
+        of_column = list(zip(*cells, strict=True))
+        # Headings and cells break between words only, except in the last column, which may hold a path.
+        words = [max(map(len, " ".join((h, *c)).split()), default=0) for h, c in zip(headings, of_column, strict=True)]
+        words[-1] = min(words[-1], max(LAST_COLUMN_WIDTH - 2, *map(len, headings[-1].split())))
+        whole = [max(word, *map(len, c)) for word, c in zip(words, of_column, strict=True)]
+        gaps, width = 2 * len(words), self._console.width
+        if sum(whole[:-1]) + words[-1] + gaps > width:
+            turned = [max(map(len, texts)) + 2 for texts in (headings, *cells)]
+            if sum(turned) <= width:
+                for texts in zip(headings, *cells, strict=True):
+                    self._line("".join(c.ljust(w) for c, w in zip(texts, turned, strict=True)))
+                self._line()
+                return
+            if sum(words) + gaps > width:
+                for row in cells:
+                    for name, cell in zip(headings, row, strict=True):
+                        if cell:
+                            self._line(f"{name}: {cell}")
+                    self._line()
+                return
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for column, numeric in zip(columns, right, strict=True):
-            table.add_column(Text(clean(column)), justify="right" if numeric else "left", overflow="fold")
+        for heading, texts, word in zip(headings, of_column, words, strict=True):
+            justify: Literal["left", "right"] = "right" if is_numeric(texts) else "left"
+            table.add_column(Text(heading), justify=justify, overflow="fold", min_width=word)
         for row in cells:
             table.add_row(*[Text(c) for c in row])
         self._console.print(table)
 
-    def _records(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table for very narrow terminals: a line per cell."""
-        for row in rows:
-            for name, cell in zip(columns, row, strict=True):
-                self._console.print(Text(f"{clean(name)}: {cell}"))
-            self._console.print()
+    def _line(self, text: str = "") -> None:
+        self._console.print(Text(text.rstrip()))
 
     def _render(self) -> RenderableType:
         now, width = self._clock(), self._console.width

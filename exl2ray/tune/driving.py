@@ -99,6 +99,8 @@ class _Told:
                 "item", stage=STAGE, key=result.key, done=self._done, items=self._pieces, seconds=result.seconds,
                 detail=result.detail,
             )  # fmt: skip
+        elif not self._begin:
+            self._done = result.index + 1  # trained by an earlier run
         for note in result.notes:
             self._reporter.event("note", message=note)
 
@@ -106,7 +108,7 @@ class _Told:
         """Of the supervisor."""
         if name == "started" and fields["method"] == "steps" and not self._begin:
             self._begin = time.monotonic()
-            self._reporter.event("stage", stage=STAGE, items=self._pieces, done=0)
+            self._reporter.event("stage", stage=STAGE, items=self._pieces, done=self._done)
         elif name == "started" and fields["method"] == WAIT:
             if fields["key"] != self._waits:  # each member of a group says it, and again and again
                 self._reporter.event("warning", message=fields["key"])

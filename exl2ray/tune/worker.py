@@ -90,7 +90,8 @@ class _Tuning:
             if piece == len(ends):
                 break
             end, name = ends[piece], f"step {ends[piece]}"
-            yield self._begun("steps", piece, name)
+            passed = self.progress.over or end <= self.progress.step  # by an earlier run
+            yield self._begun("join" if passed else "steps", piece, name)
             begin, step = time.monotonic(), self.progress.step
             stopped = yield from self._steps(end, piece)
             if stopped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch
 from cli_helpers import stored_job
 from safetensors.torch import save_file
 
+from exl2ray.commands.job_status import show as show_status
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams, pad32
 from exl2ray.formats.measurement import Measurement, ModuleProfile, OptionProfile, write_measurement
 from exl2ray.model.arch import load_spec
 from exl2ray.quant.qparams import attention_options, mlp_options, parse
 from exl2ray.recipe import Recipe
+from exl2ray.store.passes import PassStatus
+from exl2ray.store.status import StoredJob, WorkStatus
 from exl2ray.store.workdir import WorkDir
 
 LAYERS = 6
@@ -324,3 +328,21 @@ def test_status(run, tmp_path):
     missing = run("status", str(tmp_path / "nowhere"))
     assert missing.exit_code == 7
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_status_is_for_people(capsys):
+    fields = {"seconds": 0.9707831320010882, "received": 2_000_000, "bits": 4.125}
+    events = [{"time": "T", "name": "finished", "fields": fields},
+              {"time": "T", "name": "allocated", "fields": {"gap": 1.23456789e-05}}]  # fmt: skip
+    made = {"quantize": {"numerics": {"sweeps": 2, "scale_search": "feedback"}, "chat_rows": True}}
+    done = PassStatus("quantize 4.125", "finished", 13, 13, 0)
+    found = WorkStatus("work", "stopped", StoredJob(made, {}, "T"), "", None, (done,), {}, True, True, tuple(events), ())
+    show_status(found)
+    out = capsys.readouterr().out
+    assert out.startswith("work: finished\n")
+    for words in ("seconds 1.0 s, received 2 MB, bits 4.125", "gap 1.235e-05", "sweeps 2, scale_search feedback", "  yes\n"):
+        assert words in out
+    assert "{" not in out
+    assert not out.endswith("workers\n"), "a heading without anything below it"
+    show_status(replace(found, passes=(done, replace(done, name="compile 4.125", state="stopped"))))
+    assert capsys.readouterr().out.startswith("work: stopped\n")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from exl2ray.terminal.console import JsonLines, Pace, Plain, clean, clean_lines, is_numeric, json_line, text_table
+from exl2ray.terminal.console import JsonLines, Pace, Plain, clean, clean_lines, is_numeric, json_line, show_text, text_table
 from exl2ray.terminal.live import Live
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -163,10 +163,51 @@ def test_live_without_colour(monkeypatch):
 
 def test_a_table_too_wide_for_the_terminal_becomes_a_list():
     console = Console(file=io.StringIO(), width=24, highlight=False)
-    rows = [["model.layers.0.mlp", "4.125", "gate 4 up 4 down 4.2"]]
-    Live(console, animated=False).event("table", title="", columns=["module", "bpw", "widths"], rows=rows)
+    rows = [["model.layers.0.mlp", "", "4.125", "gate 4 up 4 down 4.2"]]
+    Live(console, animated=False).event("table", title="", columns=["module", "bias", "bpw", "widths"], rows=rows)
     words = console.file.getvalue().split()
     assert words[:4] == ["module:", "model.layers.0.mlp", "bpw:", "4.125"]
+    console = Console(file=io.StringIO(), width=60, highlight=False)
+    columns = ["model", "perplexity", "KL (nats)", "flipped top-1", "time"]
+    rows = [["out/3.0", "46.8003 +- 6.0606", "0.00718 +- 0.00029", "8.22%", "0.3 s"],
+            ["out/4.5", "46.4934 +- 5.9819", "0.00126 +- 0.00005", "2.89%", "0.3 s"]]  # fmt: skip
+    Live(console, animated=False).event("table", title="", columns=columns, rows=rows)
+    lines = console.file.getvalue().splitlines()
+    assert [tuple(re.split(r"\s{2,}", line)) for line in lines if line] == list(zip(columns, *rows, strict=True))
+    assert len({line.rindex(cell) for line, cell in zip(lines, rows[1], strict=False)}) == 1, "aligned"
+
+
+def test_headings_break_between_words_only():
+    columns = ["-b", "source perplexity", "held-out perplexity", "where"]
+    for width, together in ((50, 2), (30, 1)):
+        console = Console(file=io.StringIO(), width=width, highlight=False)
+        Live(console, animated=False).event("table", title="", columns=columns, rows=[["3", "76.91", "45.57", "out/3.0"]])
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        assert {line.count("perplexity") for line in lines} == {0, together}, "turned on its side where it is too wide"
+
+
+def test_cells_break_between_words_where_nothing_else_fits():
+    console = Console(file=io.StringIO(), width=50, highlight=False)
+    rows = [[f"out/{n}", "letters, law, news", "43.736 +- 6.008", "0.0070 +- 0.0004"] for n in range(4)]
+    Live(console, animated=False).event("table", title="", columns=["model", "text", "perplexity", "KL"], rows=rows)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 50
+    words = " ".join(lines).split()
+    assert all(words.count(word) == 4 for word in ("letters,", "43.736", "6.008", "0.0070", "0.0004"))
+
+
+def test_running_text_is_wrapped_between_words(monkeypatch, capsys):
+    text = "Hardly to be told from the source model: KL divergence 0.0072 nats per token."
+    show_text(text, "- ")
+    assert capsys.readouterr().out == f"- {text}\n"
+    monkeypatch.setattr("exl2ray.terminal.console.is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "31")
+    show_text(text, "- ")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("- Hardly")
+    assert all(line.startswith("  ") and len(line) <= 30 for line in lines[1:])
+    assert " ".join(line[2:] for line in lines) == text
 
 
 class TestPace:

@@ -107,6 +107,9 @@ def test_events_of_a_conversion(schema: dict[str, Any], tiny: Flags, run: Run) -
     assert [e["stage"] for e in measured if e["event"] == "stage"] == ["measure", "sensitivity"]
     stages = [e["stage"] for e in converted if e["event"] == "stage"]
     assert sorted(stages) == ["compile 4.0", "compile 5.0", "evaluate", "quantize 4.0", "quantize 5.0"]
+    told = [(e["event"], e.get("stage")) for e in converted]
+    end, begin = told.index(("end", "quantize 4.0")), told.index(("stage", "quantize 5.0"))
+    assert end < begin, "the clock of a pass does not run while it waits"
     for stage in stages:
         done = [e["done"] for e in converted if e["event"] == "item" and e["stage"] == stage]
         assert done == list(range(1, len(done) + 1))
@@ -114,6 +117,17 @@ def test_events_of_a_conversion(schema: dict[str, Any], tiny: Flags, run: Run) -
     kls = [o["kl"] for o in converted[-1]["outputs"]]
     assert kls[0] > kls[1] > 0
     assert kls == [o["kl"] for o in again[-1]["outputs"]]
+
+
+@pytest.mark.slow
+def test_events_of_a_tuning(schema: dict[str, Any], tiny: Flags, run: Run) -> None:
+    flags = ["convert", *tiny.both, *tiny.more, "-o", f"{tiny.work}-tuned", "-cf", f"{tiny.work}-tuned-{{bpw}}"]
+    tuned = events_of(run(*flags, "--evaluate", "never", "--tune", "2k", "--tune-text", "self:1k", "--json"))
+    assert problems(schema, tuned) == []
+    assert tuned[-1]["event"] == "done", tuned[-1]
+    stages = [e["stage"] for e in tuned if e["event"] == "stage"]
+    assert stages[-4:] == ["write text", "tune", "write text", "tune"], "one bitrate after another"
+    assert {e["stage"] for e in tuned if e["event"] == "item" and "worker" not in e} == {"write text", "tune"}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from exl2ray import __version__, errors
 from exl2ray.cli import cli
@@ -42,6 +43,7 @@ def test_help_lists_the_commands_with_whole_sentences(run):
     for args in ([], ["--help"]):
         result = run(*args)
         assert result.exit_code == (0 if args else 2)
+        result = CliRunner().invoke(cli, args, terminal_width=78)  # of a terminal with 80 columns
         for name in cli.commands:
             line = next(text for text in result.stdout.splitlines() if text.startswith(f"  {name} "))
             assert not line.endswith("...")

@@ -58,6 +58,9 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "theta inside rope_scaling": ("llama", {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}),
     "theta inside, llama3": ("llama", {"rope_scaling": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}),
     "su": ("phi3", {**ORIGINAL, "rope_scaling": {"type": "su", **SHORT}}),
+    "su by rope_type": ("phi3", {**ORIGINAL, "rope_scaling": {"rope_type": "su", **SHORT}}),
+    "su of another family": ("llama", {**ORIGINAL, "rope_scaling": {"type": "su", **SHORT}}),
+    "su, transformers 5": ("mistral", {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4, **ORIGINAL, **SHORT}}),
     "longrope": ("phi3", {**ORIGINAL, "rope_scaling": {"type": "longrope", **SHORT}}),
     "longrope by rope_type": ("phi3", {**ORIGINAL, "rope_scaling": {"rope_type": "longrope", **SHORT}}),
     "longrope by both": ("phi3", {**ORIGINAL, "rope_scaling": {"rope_type": "longrope", "type": "longrope", **SHORT}}),
@@ -100,7 +103,8 @@ def rotary(kind: str, config: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("case", ROPES)
 def test_rotary_settings(case: str) -> None:
     kind, said = ROPES[case]
-    wanted = rotary(kind, {**SIZES, **said} if "su" != case else {**SIZES, **ROPES["longrope"][1]})
+    known = json.loads(json.dumps({**SIZES, **said}).replace('"su"', '"longrope"'))  # transformers knows the new name only
+    wanted = rotary(kind, known)
     config = {**SIZES, **said, "architectures": [BY_MODEL_TYPE[kind]]}
     hyper = resolve_hyper(ARCHITECTURES[BY_MODEL_TYPE[kind]], config)
     pairs = [(hyper.rope, "inv_freq", "attention_scaling")]
@@ -118,6 +122,10 @@ def test_rotary_settings(case: str) -> None:
     assert (again.rope, again.local_rope) == (hyper.rope, hyper.local_rope)
     selectors = [k for k in ("type", "rope_type") if (written.get("rope_scaling") or {}).get(k)]
     assert len(selectors) < 2
+    # So does transformers, which reads rope_scaling before rope_parameters.
+    theirs = rotary(kind, written)
+    for name, buffer in wanted.named_buffers():
+        assert torch.allclose(getattr(theirs, name), buffer, rtol=1e-6, atol=0), name
 
 
 REFUSED_ROPES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {

@@ -208,6 +208,8 @@ MORE = "additional_chat_templates"
 TEMPLATES: dict[str, tuple[dict[str, str], Any, str | None]] = {
     "string": ({}, "A", "A"),
     "list": ({}, [{"name": "tool_use", "template": "B"}, {"name": "default", "template": "C"}], "C"),
+    "object": ({}, {"tool_use": "B", "default": "C"}, "C"),
+    "processor's, several": ({"chat_template.json": '{"chat_template": {"default": "G"}}'}, None, "G"),
     "file first": ({"chat_template.jinja": "D"}, "A", "D"),
     "byte order mark": ({"chat_template.jinja": "\ufeffD"}, None, "D"),
     "additional folder": ({f"{MORE}/default.jinja": "E", f"{MORE}/rag.jinja": "F"}, None, "E"),
@@ -223,7 +225,26 @@ def test_places_of_templates(name: str, folder: Path) -> None:
     for file, text in files.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(text, encoding="utf-8")
-    assert read_tokenizer_files(folder).chat_template == expected
+    found = read_tokenizer_files(folder)
+    assert found.chat_template == expected
+    assert not found.warnings
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [({"tool_use": "B", "rag": "C"}, "has 'tool_use', 'rag' and no 'default'"),
+     ([{"name": "tool_use", "template": "B"}], "has 'tool_use' and no 'default'"),
+     ({"default": 5}, "is {'default': 5}, not a text"), (5, "is 5, not a text")],
+)  # fmt: skip
+def test_templates_of_which_none_is_for_chats_are_told(setting: Any, said: str, folder: Path) -> None:
+    put(folder, "tokenizer_config.json", {"chat_template": setting})
+    found = read_tokenizer_files(folder)
+    assert found.chat_template is None
+    assert [said in w and "become plain text" in w for w in found.warnings] == [True]
+    with load(folder) as tokenizer:
+        assert found.warnings[0] in tokenizer.warnings
+    (folder / "chat_template.jinja").write_text("D")
+    assert not read_tokenizer_files(folder).warnings
 
 
 def test_template_with_added_markers(folder: Path) -> None:

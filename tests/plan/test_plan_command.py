@@ -120,6 +120,18 @@ def test_many_missing_tensors_fit_on_a_page(tmp_path: Path) -> None:
     assert len(answer("-i", str(model))["problems"]) == 96
 
 
+def test_notes_on_the_time_stand_where_there_is_a_time(llama_8b: Path, tmp_path: Path) -> None:
+    def warnings(*flags: str) -> str:
+        return " ".join(answer("-i", str(llama_8b), "--quality", "balanced", *flags)["warnings"])
+
+    tuned = ("--tune", "4M", "-o", str(tmp_path / "work"), "-cf", str(tmp_path / "out"))
+    known = warnings("-b", "4", *tuned)
+    for note in ("the time leaves out the pass", "the time is that of the plain algorithm", "the time leaves out --tune 4M"):
+        assert note in known
+    assert "the time" not in warnings("-b", "4", "--device", "cpu"), "none is known for CPUs"
+    assert "the time" not in warnings("-b", "2", *tuned), "nothing can be converted"
+
+
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     result = run("-i", str(tmp_path / "nowhere"), "-c", str(tmp_path / "none.parquet"))
     assert result.exit_code == 2

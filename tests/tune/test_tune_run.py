@@ -169,6 +169,8 @@ def test_killed_ten_times_it_comes_to_the_same_bytes(
     steps = [int(n) for n in re.findall(r"going on from step (\d+)", notes)]
     assert kills == 10
     assert steps == [11]
+    of_pass = [(name, f["done"], f["items"]) for name, f in reporter.events if name in ("stage", "item")]
+    assert of_pass == [("stage", 11, 12), ("item", 12, 12)], "a bar begins where the run does"
     assert same(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").glob(".exl2ray-tune/*"))
 
