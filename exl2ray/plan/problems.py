@@ -82,7 +82,7 @@ def _examine_all(found: Examination, recipe: Recipe, samples: Samples) -> None:
     with step("checks: device"):
         device = found.device = found.attempt("device", lambda: pick_device(recipe))
     idle = None if device is None else idle_gpu(device, recipe)
-    found.warnings += [*slow_variables().values(), *([] if idle is None else [idle]), *_not_evaluated(recipe)]
+    found.warnings += [*slow_variables().values(), *([] if idle is None else [idle]), *_without_effect(recipe)]
     _examine_directories(found, recipe)
     spec, source = found.spec, found.source
     if spec is not None and recipe.output_measurement is None and not found.has("tensors"):  # else linears have no options
@@ -279,16 +279,22 @@ def _examine_calibration(found: Examination, recipe: Recipe) -> None:
             found.attempt("--eval-text", lambda: _check_eval_text(recipe.eval_text or "", tokenizer))
 
 
-def _not_evaluated(recipe: Recipe) -> list[str]:
-    """A warning where what was asked for an evaluation comes to none."""
+def _without_effect(recipe: Recipe) -> list[str]:
+    """Warnings of what was asked for and does nothing, beside the rest of what was."""
+    out = []
+    asked = {"-r": (recipe.dataset_rows, Recipe.dataset_rows), "-mr": (recipe.measurement_rows, Recipe.measurement_rows)}
+    rows = [f"{flag} {count}" for flag, (count, usual) in asked.items() if count != usual]
+    if rows and recipe.cal_dataset is None:
+        own = f"{BUILTIN_ROWS[1]} to quantise on and {BUILTIN_ROWS[0]} to measure on"
+        out.append(f"{', '.join(rows)}: for the data of -c; the built-in text has rows of its own, {own}")
     if recipe.evaluates or recipe.output_measurement is not None:
-        return []
+        return out
     if recipe.evaluate == "always":
-        return ["--evaluate always: nothing is evaluated, since no complete model is asked for: give -cf FOLDER"]
-    if recipe.evaluate == "auto" and recipe.eval_text is not None:
+        out.append("--evaluate always: nothing is evaluated, since no complete model is asked for: give -cf FOLDER")
+    elif recipe.evaluate == "auto" and recipe.eval_text is not None:
         least = "with -cf and several -b, or with --evaluate always" if recipe.compile_full else "with -cf"
-        return [f"--eval-text: nothing is evaluated; models are {least}"]
-    return []
+        out.append(f"--eval-text: nothing is evaluated; models are {least}")
+    return out
 
 
 def _check_eval_text(path: str, tokenizer: ModelTokenizer) -> None:

@@ -21,7 +21,7 @@ from exl2ray.errors import Exl2RayError, SourceError, StoreError, UnknownArchite
 from exl2ray.events import Silent
 from exl2ray.plan import problems
 from exl2ray.plan.findings import Examination
-from exl2ray.plan.problems import examine
+from exl2ray.plan.problems import BUILTIN_ROWS, examine
 from exl2ray.recipe import Recipe
 
 Tensors = dict[str, torch.Tensor]
@@ -185,6 +185,15 @@ def test_an_evaluation_that_comes_to_nothing_is_told(tiny: Path, tmp_path: Path,
     assert not found.problems
     told = [w for w in found.warnings if "evaluated" in w]
     assert [words in w for w in told] == [True] * bool(words), found.warnings
+
+
+def test_rows_that_are_those_of_other_data_are_told(tiny: Path, text: Path, tmp_path: Path) -> None:
+    told = examine(recipe(tiny, tmp_path, dataset_rows=16, measurement_rows=4)).warnings
+    own = "{1} to quantise on and {0} to measure on".format(*BUILTIN_ROWS)
+    assert f"-r 16, -mr 4: for the data of -c; the built-in text has rows of its own, {own}" in told
+    given = recipe(tiny, tmp_path, dataset_rows=3, measurement_rows=2, cal_dataset=str(text))
+    for quiet in (given, recipe(tiny, tmp_path)):
+        assert not any("for the data of -c" in w for w in examine(quiet).warnings)
 
 
 def test_the_model_is_not_written_over(tiny: Path, tmp_path: Path) -> None:
