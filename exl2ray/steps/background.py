@@ -91,9 +91,8 @@ class Outputs:
         for future in futures:
             if future.done():
                 future.result()
-        for bits, writing in self._writing.items():
-            if writing.done():
-                self._tell(bits)
+        for bits in list(self._seconds):
+            self._tell(bits)
 
     def _tell(self, bits: float) -> None:
         if bits not in self._told:
