@@ -9,7 +9,9 @@ from exl2ray.store.passes import PassStatus
 from exl2ray.store.status import WorkStatus
 from exl2ray.terminal.console import clean
 from exl2ray.terminal.live import show_table
-from exl2ray.wording import duration, file_size, plural
+from exl2ray.wording import duration, file_size, plural, shown
+
+MOST = 1e15  # seconds or bytes; a damaged log may have other numbers
 
 
 def show(s: WorkStatus) -> None:
@@ -78,6 +80,8 @@ def _words(value: Any) -> str:
 def _field(name: str, value: str | float) -> str:
     if isinstance(value, str):
         return value
+    if not abs(value) < MOST:
+        return shown(value)
     if name in ("seconds", "eta_seconds"):
         return duration(value)
     if name in ("bytes", "received"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import shutil
@@ -288,6 +289,8 @@ EVENTS: dict[str, dict[str, Any]] = {
     "10^299 items done": {"stage": "measure", "items": 1, "done": 10**299},
     "fewer than none": {"stage": "measure", "items": -5, "done": -1},
     "10^400 seconds": {"stage": "measure", "items": 4, "done": 4, "worker": "w", "seconds": 10**400, "workers": 10**400},
+    "10^400 bytes": {"stage": "measure", "bytes": 10**400, "received": -(10**400), "eta_seconds": 1e300, "bits": 10**300},
+    "not a number": {"stage": "measure", "items": 4, "done": 1, "seconds": math.nan, "bytes": math.inf},
     "lists": {"stage": [], "items": [], "done": {}},
     "a script": {"stage": "<script>alert(1)</script>", "items": 4, "done": 2, "worker": "<script>alert(1)</script>"},
 }
