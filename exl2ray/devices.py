@@ -14,7 +14,6 @@ import torch
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.host import SHARED_MEMORY_FIX, nccl_bytes, nvidia_cards, nvidia_driver_loaded, shared_memory_bytes
 from exl2ray.recipe import Recipe
-from exl2ray.store.nonce import versions as versions
 
 
 def pick_device(recipe: Recipe) -> torch.device:

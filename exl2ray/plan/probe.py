@@ -29,10 +29,10 @@ from exl2ray.plan.times import Timed, kind_of
 from exl2ray.quant.qparams import head_option, option_tables
 from exl2ray.recipe import Recipe
 from exl2ray.store.file_names import CALIBRATION
-from exl2ray.store.nonce import versions
 from exl2ray.store.open import open_store
 from exl2ray.store.temporary import abandoned, hold
 from exl2ray.store.tensors import put_tensors
+from exl2ray.store.versions import versions
 from exl2ray.team.messages import Choices, MeasurePass, Pass, ReferencePass, RowSet, WorkerSetup
 from exl2ray.team.worker import Worker
 

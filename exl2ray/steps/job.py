@@ -39,11 +39,11 @@ from exl2ray.source_state import SourceState
 from exl2ray.stopping import shielded
 from exl2ray.store.file_names import CALIBRATION, CALIBRATION_KEY, MEASURE, MEASUREMENT, SOURCE_KEY
 from exl2ray.store.job_file import StoredJob
-from exl2ray.store.nonce import versions
 from exl2ray.store.open import open_store
 from exl2ray.store.pace import Pace
 from exl2ray.store.records import Record, Records, hash_inputs
 from exl2ray.store.tensors import put_tensors
+from exl2ray.store.versions import versions
 from exl2ray.store.workdir import WorkDir
 from exl2ray.targets import Targets, owner_of, places
 from exl2ray.team.messages import Begun, ItemResult, WorkerSetup

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import secrets
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib import metadata
 
-from exl2ray import __version__
 from exl2ray.errors import StoreError, why_not_read
 from exl2ray.store.faults import MissingFileError
 from exl2ray.store.file_names import NONCE
@@ -24,15 +20,6 @@ from exl2ray.store.fs import Store
 from exl2ray.store.records import canonical_json
 
 _RETRY_SECONDS = 0.5
-
-
-def versions() -> dict[str, str]:
-    """Of software that matters to results, here: for job.json, and compared wherever workers run."""
-    out = {"exl2ray": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "numba", "ray"):
-        with suppress(metadata.PackageNotFoundError):
-            out[package] = metadata.version(package)
-    return out
 
 
 def write_nonce(store: Store, versions: Mapping[str, str]) -> tuple[str, str]:

@@ -26,8 +26,8 @@ from typing import Any, Literal
 from exl2ray.calibration.data.sources import is_there, split_column
 from exl2ray.errors import Exl2RayError, StoreError
 from exl2ray.store.fs import temp_name
-from exl2ray.store.nonce import versions
 from exl2ray.store.open import open_store
+from exl2ray.store.versions import versions
 
 MARKER = "exl2ray-preflight: "  # begins the line of the job's log that holds the report
 NODE_SECONDS = 120.0

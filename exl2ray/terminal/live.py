@@ -139,27 +139,36 @@ class Live:
         of_column = list(zip(*cells, strict=True))
         # Headings and cells break between words only, except in the last column, which may hold a path.
         words = [max(map(len, " ".join((h, *c)).split()), default=0) for h, c in zip(headings, of_column, strict=True)]
-        words[-1] = min(words[-1], max(LAST_COLUMN_WIDTH - 2, *map(len, headings[-1].split())))
+        words[-1] = min(words[-1], max(LAST_COLUMN_WIDTH - 2, max(map(len, headings[-1].split()), default=0)))
         whole = [max(word, *map(len, c)) for word, c in zip(words, of_column, strict=True)]
+        turned = [max(map(len, texts)) + 2 for texts in (headings, *cells)]
         gaps, width = 2 * len(words), self._console.width
-        if sum(whole[:-1]) + words[-1] + gaps > width:
-            turned = [max(map(len, texts)) + 2 for texts in (headings, *cells)]
-            if sum(turned) <= width:
-                for texts in zip(headings, *cells, strict=True):
-                    self._line("".join(c.ljust(w) for c, w in zip(texts, turned, strict=True)))
-                self._line()
-                return
-            if sum(words) + gaps > width:
-                for row in cells:
-                    for name, cell in zip(headings, row, strict=True):
-                        if cell:
-                            self._line(f"{name}: {cell}")
-                    self._line()
-                return
+        too_wide = sum(whole[:-1]) + words[-1] + gaps > width
+        if too_wide and sum(turned) <= width:
+            self._turned(headings, cells, turned)
+        elif too_wide and sum(words) + gaps > width:
+            self._listed(headings, cells)
+        else:
+            self._upright(headings, cells, words)
+
+    def _turned(self, headings: Sequence[str], cells: Sequence[Sequence[str]], widths: Sequence[int]) -> None:
+        for texts in zip(headings, *cells, strict=True):
+            self._line("".join(c.ljust(w) for c, w in zip(texts, widths, strict=True)))
+        self._line()
+
+    def _listed(self, headings: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+        for row in cells:
+            for name, cell in zip(headings, row, strict=True):
+                if cell:
+                    self._line(f"{name}: {cell}" if name else cell)
+            self._line()
+
+    def _upright(self, headings: Sequence[str], cells: Sequence[Sequence[str]], widths: Sequence[int]) -> None:
+        """widths: the least of each column."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for heading, texts, word in zip(headings, of_column, words, strict=True):
+        for heading, texts, width in zip(headings, zip(*cells, strict=True), widths, strict=True):
             justify: Literal["left", "right"] = "right" if is_numeric(texts) else "left"
-            table.add_column(Text(heading), justify=justify, overflow="fold", min_width=word)
+            table.add_column(Text(heading), justify=justify, overflow="fold", min_width=width)
         for row in cells:
             table.add_row(*[Text(c) for c in row])
         self._console.print(table)

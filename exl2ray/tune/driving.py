@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from exl2ray.devices import versions
 from exl2ray.driver.actors import open_workers
 from exl2ray.driver.independent import Item
 from exl2ray.driver.policy import Limits
@@ -22,6 +21,7 @@ from exl2ray.events import Reporter
 from exl2ray.store.fs import Store
 from exl2ray.store.nonce import write_nonce
 from exl2ray.store.tensors import put_tensors
+from exl2ray.store.versions import versions
 from exl2ray.team.messages import Choices, ItemResult, WorkerSetup
 from exl2ray.tune.inputs import Inputs
 from exl2ray.tune.messages import BITS, WAIT, TunePass, ends_of

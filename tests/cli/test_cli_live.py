@@ -45,3 +45,17 @@ def test_many_workers_are_counted() -> None:
     lines = shown(100, [f"a:{i:02}" for i in range(WORKER_LINES + 5)])
     assert lines[-1].strip() == "and 5 more workers"
     assert len(lines) == 2 + WORKER_LINES + 1
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "expected"),
+    [
+        (60, [["a b", "c d", "some/path"]], ["one", "a b", "some/path"]),
+        (14, [["a b c", "d e f", "g h"]], ["one  a b c", "two  d e f", "     g h"]),
+        (8, [["a b", "c d", "some/path"]], ["one: a b", "two: c d", "\nsome/pat"]),
+    ],
+)
+def test_a_table_whose_last_column_has_no_name(width: int, rows: list[list[str]], expected: list[str]) -> None:
+    file = io.StringIO()
+    Live(Console(file=file, width=width), animated=False).event("table", title="", columns=["one", "two", ""], rows=rows)
+    assert all(part in file.getvalue() for part in expected), file.getvalue()
