@@ -120,14 +120,15 @@ def test_blocks_are_fetched_once_while_there_is_room(tmp_path: Path, monkeypatch
         fetched.append((offset, len(buffer)))
         buffer[:] = content[offset : offset + len(buffer)]
 
-    some = block_cache.Blocks(tmp_path / "b", 3 * (8192 + 4) + 10)
+    limit = 3 * (8192 + 4) + 10
+    some = block_cache.Blocks(tmp_path / "b", limit)
     for _ in range(2):
         for begin, end in ((0, 50_000), (5_000, 21_000), (49_990, 50_000), (16_384, 16_385)):
             out = bytearray(end - begin)
             some.read(memoryview(out), begin, len(content), "key", fetch)
             assert bytes(out) == content[begin:end]
     kept = sorted(p.name for p in (tmp_path / "b").iterdir() if not p.name.startswith("."))
-    assert len(kept) == 3
-    assert sum((tmp_path / "b" / n).stat().st_size for n in kept) == 3 * (8192 + 4)
+    assert len(kept) == 3  # which of the first read's: threads race, and the last of the file is a short one
+    assert sum((tmp_path / "b" / n).stat().st_size for n in kept) == int((tmp_path / "b" / ".used").read_text()) <= limit
     stored = {int(n.rpartition("-")[2]) * 8192 for n in kept}
     assert all([offset for offset, _ in fetched].count(start) == 1 for start in stored)
