@@ -54,7 +54,7 @@ def tune_outputs(job: Job, outputs: Sequence[OutputSummary], reporter: Reporter)
     out = []
     for output in outputs:
         settings = _settings(job.recipe, output)
-        owner = owner_of(job.recipe, job.job["identity"]["fingerprint"], job.work.id, job.tokenizer_files)
+        owner = owner_of(job.recipe, job.job["identity"]["fingerprint"], job.work.id, job.side_files)
         reporter.event("note", message=f"{output.bits:g} bpw: tuning on {job.recipe.tune} tokens")
         begun, step = time.monotonic(), {"stage": f"tune {output.bits}", "items": 1}
         job.work.event("stage", **step, done=0)

@@ -19,6 +19,7 @@ from exl2ray.calibration.vocabulary_forms import begins_as_vocabulary
 from exl2ray.errors import SourceError
 from exl2ray.formats.json_file import MIB, read_bounded, read_json_object, refuse_substitute
 from exl2ray.formats.regular import open_regular
+from exl2ray.formats.side_files import TEMPLATES
 from exl2ray.wording import some
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -176,7 +177,7 @@ def _chat_template(root: Path, settings: Mapping[str, Any]) -> tuple[str | None,
     template = _default_template(given := settings.get("chat_template"))
     if isinstance(template, str) and template.strip():
         return template, []
-    file = _template_file(root / "additional_chat_templates" / "default.jinja")
+    file = _template_file(root / TEMPLATES / "default.jinja")
     template = _default_template(optional_json(root / "chat_template.json").get("chat_template")) if file is None else file
     if isinstance(template, str) and template.strip():
         return template, []

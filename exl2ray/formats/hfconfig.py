@@ -13,6 +13,7 @@ from typing import Any
 
 from exl2ray.errors import Exl2RayError, SourceError
 from exl2ray.formats.json_file import LIMITS, odd_values, read_json_object
+from exl2ray.formats.vision import vision_keys
 from exl2ray.wording import shown, some
 
 BROKEN = "config.json is broken; fetch it again"  # the hint where a value is none that a model could have
@@ -74,7 +75,7 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Everything present stays, new-style keys included, except nulls that say nothing (``NEVER_NULL``). Written from the new
     form when the old key is absent or null:
     rope_theta, rope_scaling (with exactly one of type / rope_type), partial_rotary_factor,
-    original_max_position_embeddings, sliding_window_pattern, layer_norm_epsilon (StarCoder2).
+    original_max_position_embeddings, sliding_window_pattern, layer_norm_epsilon (StarCoder2), keys of ``vision_config``.
 
     Raises SourceError when both spellings are present and disagree, or when ``layer_types`` has no regular pattern.
     """
@@ -88,6 +89,8 @@ def legacy_config(config: Mapping[str, Any]) -> dict[str, Any]:
             if out.get(key) is None and text.get(key) is not None:
                 out[key] = text[key]
     _add_legacy_keys(out, architecture)
+    if isinstance(out.get("vision_config"), Mapping):
+        out["vision_config"] = vision_keys(out)
     return out
 
 

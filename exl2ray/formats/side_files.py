@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exl2ray.beneath import make_directories
+from exl2ray.beneath import folder, make_directories, resolved
 from exl2ray.errors import PERMISSIONS, SourceError, unreadable
 from exl2ray.formats.file_states import FileState, Hashing, file_states
 from exl2ray.formats.files import atomic_file, write_error
@@ -38,6 +38,8 @@ NEEDED: dict[str, int] = {
     **LIMITS, "processor_config.json": 1 * MIB, "video_preprocessor_config.json": 1 * MIB, "chat_template.json": 2 * MIB,
     "chat_template.jinja": 1 * MIB, "tokenizer.model": 32 * MIB, "vocab.json": 32 * MIB, "merges.txt": 32 * MIB,
 }  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a model: chat templates with names of their own
+TEMPLATE = re.compile(r"[^.].*\.jinja", re.ASCII)
 # Objects in JSON that a conversion copies without reading them; those of the tokenizer are refused if they are broken.
 UNREAD = (
     "generation_config.json", "chat_template.json", "preprocessor_config.json", "processor_config.json",
@@ -69,24 +71,24 @@ def examine_side_files(source: str | Path) -> SideFiles:
     denied: list[str] = []
     pointers: list[str] = []
     for name, size, what in sorted(_found(source)):
-        most = NEEDED.get(name, OTHER_BYTES)
+        needed = _limit(name)
         if what:
             no_files.append(f"{name} ({what})")
         elif not os.access(source / name, os.R_OK):
-            if name in NEEDED:
+            if needed:
                 refused.append(SourceError(f"{source / name}: cannot be read: Permission denied", PERMISSIONS))
             else:
                 denied.append(name)
         elif _is_pointer(source / name, size):
-            if name in NEEDED:
+            if needed:
                 text = f"{source / name}: a Git LFS pointer, not the file itself"
                 refused.append(SourceError(text, "run `git lfs pull` in the model's folder"))
             else:
                 pointers.append(name)
-        elif size <= most:
+        elif size <= (needed or OTHER_BYTES):
             sizes[name] = size
-        elif name in NEEDED:
-            refused.append(_too_large(source / name, size, most))
+        elif needed:
+            refused.append(_too_large(source / name, size, needed))
         else:
             large.append(f"{name} ({size >> 20} MiB)")
     beyond = _beyond_total(sizes)
@@ -137,7 +139,8 @@ def side_bytes(source: str | Path) -> int:
 def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     """Copy what belongs to a model besides weights and config.json; returns the names.
 
-    Every regular file at the top level of ``source``, e.g. tokenizer, chat template, licence, within the limits above.
+    Every regular file at the top level of ``source``, e.g. tokenizer, chat template, licence, and the chat templates in
+    ``TEMPLATES``, within the limits above.
     Unlike the reference, also left out are weights in other formats (``*.pt``, ``*.pth``, ``*.gguf``,
     ``consolidated.*``, ...), the source's weight index files, which no longer describe the weights, and dot files.
     config.json is written by ``write_config``. Existing files are overwritten. Raises UsageError if both are one
@@ -152,6 +155,10 @@ def copy_side_files(source: str | Path, target: str | Path) -> list[str]:
     except OSError as e:
         raise write_error(target, e) from e
     for name, size in found.sizes.items():
+        folders = Path(name).parts[:-1]
+        if folders:
+            with folder(resolved(target), folders, create=True):
+                pass
         with atomic_file(target / name) as out:
             for piece in _pieces(source / name, size):
                 out.write(piece)
@@ -179,25 +186,44 @@ def needed_files(directory: str | Path) -> tuple[FileState, ...]:
     """
     try:
         sizes = {"config.json": os.stat(Path(directory) / "config.json").st_size, **examine_side_files(directory).sizes}
-        paths = [Path(directory) / name for name, size in sizes.items() if size <= NEEDED.get(name, -1)]
-        return tuple(replace(s, stamp="") for s in Hashing(file_states(paths), Path(directory)).result())
+        names = sorted(name for name, size in sizes.items() if size <= (_limit(name) or -1))
+        states = [replace(file_states([Path(directory) / name])[0], name=name) for name in names]
+        return tuple(replace(s, stamp="") for s in Hashing(states, Path(directory)).result())
     except (OSError, SourceError):
         return ()
 
 
+def _limit(name: str) -> int | None:
+    """Bytes that a file may have without which the model is another one; None for any other file."""
+    return NEEDED["chat_template.jinja"] if name.startswith(f"{TEMPLATES}/") else NEEDED.get(name)
+
+
 def _found(source: Path) -> Iterator[tuple[str, int, str]]:
-    """(name, bytes, what it is if it is no file) of everything but folders."""
-    with os.scandir(source) as entries:
-        for entry in entries:
-            if entry.name == "config.json" or NOT_SIDE_FILES.fullmatch(entry.name):
+    """(name, bytes, what it is if it is no file) of everything but folders, and of the templates in theirs."""
+    for name, mode, size, what in _entries(source):
+        if name == TEMPLATES and stat.S_ISDIR(mode):
+            try:
+                inside = list(_entries(source / name))
+            except OSError as e:
+                yield name, 0, f"a folder: {e.strerror or e}"
                 continue
+            templates = [x for x in inside if TEMPLATE.fullmatch(x[0]) and not stat.S_ISDIR(x[1])]
+            yield from ((f"{name}/{inner}", size, what) for inner, _, size, what in templates)
+        elif name != "config.json" and not NOT_SIDE_FILES.fullmatch(name) and not stat.S_ISDIR(mode):
+            yield name, size, what
+
+
+def _entries(directory: Path) -> Iterator[tuple[str, int, int, str]]:
+    """(name, mode, bytes, what it is if it is neither file nor folder)"""
+    with os.scandir(directory) as entries:
+        for entry in entries:
             try:
                 found = entry.stat()
             except OSError as e:
-                yield entry.name, 0, f"a link: {e.strerror or e}" if entry.is_symlink() else str(e.strerror or e)
+                yield entry.name, 0, 0, f"a link: {e.strerror or e}" if entry.is_symlink() else str(e.strerror or e)
                 continue
-            if not stat.S_ISDIR(found.st_mode):
-                yield entry.name, found.st_size, "" if stat.S_ISREG(found.st_mode) else file_kind(found.st_mode)
+            known = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
+            yield entry.name, found.st_mode, found.st_size, "" if known else file_kind(found.st_mode)
 
 
 def _is_pointer(path: Path, size: int) -> bool:

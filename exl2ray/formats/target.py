@@ -51,7 +51,8 @@ class Owner:
     def written(self) -> set[str]:
         """Names that a conversion writes besides shards."""
         try:
-            return {CONFIG, CARD, *side_files(self.in_dir), *self.files}
+            copied = side_files(self.in_dir)
+            return {CONFIG, CARD, *copied, *(n.partition("/")[0] for n in copied), *self.files}
         except OSError as e:
             raise StoreError(f"{self.in_dir}: cannot be read: {e.strerror or e}", "is the disk still mounted?") from e
 

@@ -38,8 +38,7 @@ from exl2ray.formats.source.kinds import look_at_output
 from exl2ray.formats.source.model_shards import gaps
 from exl2ray.formats.tensorfile import DTYPES, MAX_TENSORS, TensorFile, TensorInfo
 from exl2ray.formats.verify_rules import Directory, Problem
-
-NEEDS_PREPROCESSOR = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+from exl2ray.formats.vision import PREPROCESSOR, needs_preprocessor
 
 
 def verify_directory(path: str | Path, expected: Mapping[str, LinearShape] | None = None) -> list[Problem]:
@@ -125,10 +124,7 @@ def _check_config(d: Directory) -> None:
 
 
 def _check_side_files(d: Directory) -> None:
-    names = ["tokenizer.json"]
-    vision = d.config.get("vision_config")
-    if (isinstance(vision, dict) and "model_type" in vision) or d.architecture in NEEDS_PREPROCESSOR:
-        names.append("preprocessor_config.json")
+    names = ["tokenizer.json", *([PREPROCESSOR] if needs_preprocessor(d.config) else [])]
     for name in names:
         if not os.path.isfile(d.path / name):
             d.add("side-file", "missing", file=name)

@@ -18,6 +18,7 @@ from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, SourceError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.hfconfig import config_value, legacy_config
+from exl2ray.formats.vision import vision_doubt
 from exl2ray.model.class_defaults import defaults_of
 from exl2ray.model.spec import ModelSpec
 from exl2ray.model.weights import FLOAT_DTYPES
@@ -79,7 +80,7 @@ def small_pieces(tokenizer: ModelTokenizer) -> list[str]:
 
 def model_doubts(source: SourceModel, spec: ModelSpec, rows: Mapping[str, Rows]) -> list[str]:
     """Where config.json and weights contradict each other, or what the calibration text needs is empty."""
-    checks = (head_beside_tied_embedding, default_rope_base, stored_frequencies)
+    checks = (head_beside_tied_embedding, default_rope_base, stored_frequencies, no_preprocessor)
     out = [text for check in checks if (text := check(source, spec)) is not None]
     return out + empty_token_rows(source, spec, rows)
 
@@ -124,6 +125,10 @@ def default_rope_base(source: SourceModel, spec: ModelSpec) -> str | None:
         f"config.json has no rope_theta, so that {DEFAULT_THETA:g} is taken, but max_position_embeddings is "
         f"{spec.hyper.max_seq_len}: models of such a context have a larger one; is the key missing?"
     )
+
+
+def no_preprocessor(source: SourceModel, spec: ModelSpec) -> str | None:
+    return vision_doubt(source.path, source.config)
 
 
 def stored_frequencies(source: SourceModel, spec: ModelSpec) -> str | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from exl2ray.formats.side_files import TEMPLATES
+
 CARD = "README.md"
 
 # What the model does not work without, or works differently: such a file is sent, or nothing is.
@@ -25,6 +27,7 @@ FUNCTIONAL = re.compile(
     r"(?:output|model)\.safetensors\.index\.json|measurement\.json|configuration\.json|params\.json|tekken\.json"
     r"|vocab\.(?:json|txt|bpe)|merges\.txt|encoder\.json|(?:spiece|spm|bpe|sentencepiece(?:\.bpe)?)\.model"
     r"|tokenizer\.model\.v\d{1,3}(?:m\d)?|[A-Za-z][\w-]{0,40}\.tiktoken|chat_template[\w-]{0,40}\.jinja"
+    rf"|{TEMPLATES}/[\w-]{{1,60}}\.jinja"
     r"|(?:video|image|audio)_(?:pre)?processor_config\.json|feature_extractor_config\.json"
     r"|(?:modeling|configuration|tokenization|processing|image_processing|video_processing|feature_extraction"
     r"|generation)_\w{1,60}\.py",

@@ -18,6 +18,7 @@ from pathlib import Path
 from exl2ray.errors import FormatError, UsageError
 from exl2ray.formats.claim import CLAIM
 from exl2ray.formats.hub_names import check_branch
+from exl2ray.formats.side_files import TEMPLATES
 from exl2ray.formats.source.kinds import look_at_output
 from exl2ray.formats.summary import DirectorySummary, inspect_directory
 from exl2ray.formats.verify import verify_directory
@@ -113,15 +114,15 @@ def _verify(path: Path) -> None:
 def _chosen(path: Path, include: Sequence[str], closing: ExitStack) -> tuple[dict[str, Opened], tuple[LeftOut, ...]]:
     """Goes through a directory; opened files are closed by ``closing``."""
     try:
-        names = sorted(os.listdir(path))
+        names = _names(path)
     except OSError as e:
         raise FormatError(f"{path}: cannot be listed: {e.strerror or e}", "give an EXL2 directory") from e
     files: dict[str, Opened] = {}
     left_out: list[LeftOut] = []
-    for name in sorted(names, key=lambda n: n != CARD):  # the card first: it names its pictures
+    for name in sorted(names, key=lambda n: (n != CARD, n)):  # the card first: it names its pictures
         card = files[CARD].content or b"" if CARD in files else b""
         asked = name in include or any(fnmatchcase(name, i) for i in include)
-        why = _why_not(path / name, card.decode("utf-8", errors="replace"), asked)
+        why = _why_not(path, name, card.decode("utf-8", errors="replace"), asked)
         if not why:
             try:
                 files[name] = opened = open_file(path, name)
@@ -139,16 +140,24 @@ def _chosen(path: Path, include: Sequence[str], closing: ExitStack) -> tuple[dic
     return dict(sorted(files.items())), tuple(sorted(left_out, key=lambda x: x.name))
 
 
-def _why_not(path: Path, card: str, asked: bool) -> str:
+def _names(path: Path) -> list[str]:
+    """What lies in a directory; of the folder of chat templates, unless it is a link, what lies in that. Raises OSError."""
+    names = os.listdir(path)
+    if TEMPLATES in names and (path / TEMPLATES).is_dir() and not (path / TEMPLATES).is_symlink():
+        names.remove(TEMPLATES)
+        names += [f"{TEMPLATES}/{n}" for n in os.listdir(path / TEMPLATES)]
+    return names
+
+
+def _why_not(directory: Path, name: str, card: str, asked: bool) -> str:
     """Why a file is left out, as far as its name and kind tell; "" if it may be sent."""
-    name = path.name
     if name.startswith("."):
         return "hidden"
     if looks_secret(name):
         return SECRET_NAME
     if not name.isprintable():
         return "a name that cannot be shown"
-    if os.path.isdir(path):  # no error where this user may not look
+    if os.path.isdir(directory / name):  # no error where this user may not look
         return "a folder"
     return "" if asked or is_known(name, card) else UNKNOWN
 

@@ -10,11 +10,10 @@ from exl2ray.errors import SourceError
 from exl2ray.formats.elsewhere import RemoteFile
 from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import LIMITS
-from exl2ray.formats.side_files import OTHER_BYTES, TOTAL_BYTES
+from exl2ray.formats.side_files import OTHER_BYTES, TEMPLATES, TOTAL_BYTES
 from exl2ray.formats.source.model_shards import INDEX, MAX_INDEX_BYTES
 from exl2ray.remote.address import Address
 
-TEMPLATES = "additional_chat_templates"  # the one folder of a model that is looked into
 # Weights in other formats, archives, and what belongs to another program; dot files.
 NOT_FETCHED = re.compile(
     r"\..*|consolidated\..*|.*\.bin\.index\.json"

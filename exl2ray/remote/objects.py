@@ -11,9 +11,10 @@ from typing import Any
 from exl2ray.errors import Exl2RayError, SourceError, StoreError
 from exl2ray.formats.elsewhere import STAMP, RemoteFile
 from exl2ray.formats.file_states import FileState
+from exl2ray.formats.side_files import TEMPLATES
 from exl2ray.remote.address import Address, redacted
 from exl2ray.remote.block_cache import SMALL_BYTES, Blocks
-from exl2ray.remote.listing import MAX_NAMES, TEMPLATES, Listing
+from exl2ray.remote.listing import MAX_NAMES, Listing
 from exl2ray.remote.retry import Passing, patiently
 
 CREDENTIALS = {

@@ -22,11 +22,12 @@ from exl2ray.errors import StoreError, why_not_read
 from exl2ray.formats.elsewhere import Mount, mount_at, register
 from exl2ray.formats.file_states import FileState
 from exl2ray.formats.json_file import parse_json_object
+from exl2ray.formats.side_files import TEMPLATES
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import Address, is_remote, parse
 from exl2ray.remote.block_cache import Blocks
 from exl2ray.remote.hub import Repository
-from exl2ray.remote.listing import TEMPLATES, Listing
+from exl2ray.remote.listing import Listing
 from exl2ray.remote.objects import Bucket
 from exl2ray.stopping import at_the_end
 from exl2ray.store.faults import MissingFileError

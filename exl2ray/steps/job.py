@@ -27,6 +27,7 @@ from exl2ray.driver.workers import Workers
 from exl2ray.events import Reporter
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.side_files import needed_files
+from exl2ray.formats.vision import vision_files
 from exl2ray.job_opening import allowed_changes, falls_back, job_of
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.problems import examine
@@ -71,7 +72,9 @@ class Job:
         self.source, self.device, self.rows = found.source, found.device, found.rows
         self.spec: ModelSpec = found.spec
         self.measurement_given, self._data = found.measurement, found.data
-        self.tokenizer_files = {} if found.tokenizer is None else tokenizer_output(recipe.in_dir, found.tokenizer)
+        self.side_files = vision_files(recipe.in_dir, found.source.config)  # in place of the source's, or beside them
+        if found.tokenizer is not None:
+            self.side_files |= tokenizer_output(recipe.in_dir, found.tokenizer)
         given = found.measurement
         if falls_back(recipe, self.spec, given):  # --allocation was not asked for
             recipe = self.recipe = replace(recipe, allocation="module")

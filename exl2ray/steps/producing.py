@@ -34,7 +34,7 @@ def produce(
         recipe = replace(recipe, compile_full=compile_full, bits=tuple(p.bits for p in plans))
     writer = OutputWriter(
         recipe, job.spec, job.source, job.work, fingerprint=job.job["identity"]["fingerprint"],
-        calibration_rows=len(job.rows["quantize"].ids), warnings=job.warnings, side_files=job.tokenizer_files,
+        calibration_rows=len(job.rows["quantize"].ids), warnings=job.warnings, side_files=job.side_files,
         targets=job.targets,
     )  # fmt: skip
     for plan in plans:

@@ -13,9 +13,20 @@ from bounded import exl2ray
 from small_sources import write_source
 from workdir_cases import Conversion
 
-from exl2ray.errors import SourceError
+from exl2ray.errors import Exl2RayError, SourceError
 from exl2ray.formats.json_file import MIB
-from exl2ray.formats.side_files import MOST_FILES, NEEDED, OTHER_BYTES, TOTAL_BYTES, _pieces, examine_side_files
+from exl2ray.formats.side_files import (
+    MOST_FILES,
+    NEEDED,
+    OTHER_BYTES,
+    TEMPLATES,
+    TOTAL_BYTES,
+    _pieces,
+    copy_side_files,
+    examine_side_files,
+    needed_files,
+    stale_side_files,
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +139,69 @@ def test_it_converts_without_them_and_then_writes_nothing(made: Conversion, tmp_
         assert sum("report.pdf" in m or "preprocessor_config.json" in m for m in told) == 2
     assert not {"report.pdf", "preprocessor_config.json"} & {p.name for p in target.iterdir()}
     assert not [f for name, f in reporters[1].events if name == "stage"]
+
+
+@pytest.fixture
+def with_templates(model: Path) -> Path:
+    """The model with two chat templates in the folder of such, and what belongs to none."""
+    folder = model / TEMPLATES
+    folder.mkdir()
+    for name in ("default.jinja", "tool_use.jinja", ".hidden.jinja", "notes.txt"):
+        (folder / name).write_text(name)
+    (folder / "deeper.jinja").mkdir()
+    return model
+
+
+COPIED = {f"{TEMPLATES}/default.jinja", f"{TEMPLATES}/tool_use.jinja"}
+
+
+def test_chat_templates_in_their_folder_are_of_the_model(with_templates: Path, tmp_path: Path) -> None:
+    assert {n for n in examine_side_files(with_templates).sizes if "/" in n} == COPIED
+    names = copy_side_files(with_templates, tmp_path / "out")
+    assert {n for n in names if "/" in n} == COPIED
+    assert {p.name for p in (tmp_path / "out" / TEMPLATES).iterdir()} == {"default.jinja", "tool_use.jinja"}
+    assert stale_side_files(with_templates, tmp_path / "out") == []
+    before = needed_files(with_templates)
+    (with_templates / TEMPLATES / "tool_use.jinja").write_text("another one")
+    assert needed_files(with_templates) != before
+    assert stale_side_files(with_templates, tmp_path / "out") == [f"{TEMPLATES}/tool_use.jinja"]
+
+
+def test_chat_templates_in_their_folder_are_bounded(with_templates: Path) -> None:
+    sparse(with_templates / TEMPLATES / "default.jinja")
+    dry_run(with_templates).ends_with(3, f"{TEMPLATES}/default.jinja", f"larger than {MIB} bytes")
+
+
+def test_chat_templates_of_elsewhere_are_not_copied(with_templates: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of somebody")
+    (with_templates / TEMPLATES / "default.jinja").unlink()
+    (with_templates / TEMPLATES / "default.jinja").symlink_to(tmp_path / "secret")
+    dry_run(with_templates).ends_with(3, "outside of the model's folder", f"{TEMPLATES}/default.jinja")
+    shutil.rmtree(with_templates / TEMPLATES)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "x.jinja").write_text("of somebody")
+    (with_templates / TEMPLATES).symlink_to(tmp_path / "more")
+    dry_run(with_templates).ends_with(3, "outside of the model's folder", f"{TEMPLATES}/x.jinja")
+
+
+def test_chat_templates_are_written_beside_the_model_and_nowhere_else(made: Conversion, tmp_path: Path) -> None:
+    model, target = Path(shutil.copytree(made.model, tmp_path / "model")), tmp_path / "target"
+    (model / TEMPLATES).mkdir()
+    (model / TEMPLATES / "rag.jinja").write_text("{{ messages }}")
+    work = made.copy_of_work(tmp_path / "work")
+    (tmp_path / "elsewhere").mkdir()
+    target.mkdir()
+    (target / TEMPLATES).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Exl2RayError, match=f"{TEMPLATES}.*link"):
+        made.convert(work, target, in_dir=str(model))
+    (target / TEMPLATES).unlink()
+    for _ in range(2):
+        made.convert(work, target, in_dir=str(model))
+        assert (target / TEMPLATES / "rag.jinja").read_text() == "{{ messages }}"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (target / TEMPLATES / "rag.jinja").unlink()
+    made.convert(work, target, in_dir=str(model))
+    assert (target / TEMPLATES / "rag.jinja").is_file()
 
 
 def test_what_a_conversion_left_in_the_source_is_not_of_the_next_one(model: Path) -> None:

@@ -16,6 +16,7 @@ from published import REPO, send
 
 from exl2ray.cli import cli
 from exl2ray.errors import FormatError, HubError, UsageError
+from exl2ray.formats.side_files import TEMPLATES
 from exl2ray.wording import file_size
 
 
@@ -251,6 +252,23 @@ def test_foreign_files_are_left_out_and_named(models: Path, name: str) -> None:
     assert done.left_out == (path.name,)
     assert done.reasons[path.name]
     assert path.name not in done.files
+
+
+def test_chat_templates_in_their_folder_are_sent(hub: FakeHub, models: Path, tmp_path: Path) -> None:
+    folder = models / "4.0bpw" / TEMPLATES
+    folder.mkdir()
+    for name in ("tool_use.jinja", "notes.txt", ".env"):
+        (folder / name).write_bytes(name.encode())
+    (done,) = send(models / "4.0bpw", create=True)
+    assert f"{TEMPLATES}/tool_use.jinja" in done.files
+    assert set(done.left_out) == {f"{TEMPLATES}/notes.txt", f"{TEMPLATES}/.env"}
+    assert hub.repos[REPO].branches["main"].files[f"{TEMPLATES}/tool_use.jinja"] == b"tool_use.jinja"
+    shutil.rmtree(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "tool_use.jinja").write_bytes(b"of somebody")
+    folder.symlink_to(tmp_path / "elsewhere")
+    (done,) = send(models / "4.0bpw", dry_run=True)
+    assert done.left_out == (TEMPLATES,)
 
 
 def test_included_and_hidden_files(models: Path) -> None:
