@@ -23,7 +23,7 @@ from exl2ray.errors import Exl2RayError, SourceError, not_permitted, reading_hin
 from exl2ray.formats.elsewhere import NEAR_BYTES, THREADS, mount_at, open_binary, remote_file
 from exl2ray.formats.hfconfig import odd_notes, read_config
 from exl2ray.formats.json_file import as_json
-from exl2ray.formats.source import architecture_name, dequantise, model_shards, quantised, wrapped_names
+from exl2ray.formats.source import architecture_name, dequantise, model_shards, quantised, training, wrapped_names
 from exl2ray.formats.source.folder import Folder
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import TensorFile, TensorInfo, open_files, read_tensor
@@ -88,6 +88,9 @@ class SourceModel:
                 f"{self.path}: {len(adapter)} tensors of an adapter that is not merged, e.g. {adapter[0]}",
                 "merge it and save the model again: merge_and_unload() of peft",
             )
+        lost = training.not_gathered(tensors, Folder(self.path))
+        if lost is not None:
+            raise self.error(f"{self.path}: {lost[0]}", lost[1])
         self._tensors, self._scaled = dequantise.dequantised(tensors, self.config, self.error)
         found = quantised.description(self._plain_infos(), self.config, Folder(self.path))
         if found is not None:

@@ -21,6 +21,8 @@ Layout = tuple[tuple[str, str], ...]  # (start of a name in the table, what stan
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
 HEADS = ("lm_head", "output", "embed_out", "output_layer")  # what a head is called, in other places or families
 FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?$")  # of all experts of a layer
+FUSED = re.compile(r"\.(qkv_proj|gate_up_proj)\.(weight|bias)$")
+PARTS = re.compile(r"\.([qkv]|gate|up)_proj\.(weight|bias)$")
 INCOMPLETE = "the weights do not fit config.json, or are incomplete"
 
 
@@ -173,6 +175,12 @@ def missing_tensors(
             "load the model there, and write it with save_pretrained(NEW, save_original_format=True)"
         )
         names = [n for n in names if layers.number(n) < 0]
+    fused = [n for n in source.names() if FUSED.search(n)] if names else []
+    if fused and any(PARTS.search(n) for n in names):
+        found[f"linears of a layer are stored as one tensor, {fused[0]}, as programs hold them that run a model"] = (
+            "fetch the model's own weights, or write it with save_pretrained of transformers"
+        )
+        names = [n for n in names if not PARTS.search(n)]
     for name in names:
         head = name == f"{arch.source.head}.weight" and not tied and not lost
         found[f"{name} is missing"] = _headless(source, name) if head else hint if lost else _other_form(source, name) or hint

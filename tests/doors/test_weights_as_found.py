@@ -244,6 +244,33 @@ def test_experts_as_transformers_holds_them(families: Callable[..., Path]) -> No
     assert "save_original_format=True" in found.hint
 
 
+def test_linears_as_programs_hold_them_that_run_models(folder: Path) -> None:
+    def fuse(t: dict[str, torch.Tensor]) -> None:
+        for i in range(2):
+            for of, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+                room = f"model.layers.{i}.{of.partition('.')[0]}."
+                fused = torch.cat([t.pop(f"{room}{part}_proj.weight") for part in parts])
+                t[f"model.layers.{i}.{of}_proj.weight"] = fused
+
+    edited(fuse)(folder)
+    found = refusal(folder)
+    assert "stored as one tensor, model.layers.0.mlp.gate_up_proj.weight" in found.message
+    assert "is missing" not in found.message
+    assert "save_pretrained" in found.hint
+
+
+def test_weights_that_zero_3_did_not_gather(folder: Path) -> None:
+    """Each of them was called empty, and config.json broken."""
+    edited(lambda t: t.update({n: torch.empty(0) for n in t if n != "model.norm.weight"}))(folder)
+    found = refusal(folder)
+    assert "20 of 21 tensors are empty, e.g. lm_head.weight: training with DeepSpeed (ZeRO-3)" in found.message
+    assert "stage3_gather_16bit_weights_on_model_save" in found.hint
+    (folder / "global_step7").mkdir()
+    (folder / "global_step7" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    assert refusal(folder).hint.startswith("make safetensors of it: python -m deepspeed.utils.zero_to_fp32")
+    exl2ray("plan", "-i", folder, "-b", "4").ends_with(3, "20 of 21 tensors are empty")
+
+
 # ---- a vocabulary beside tokenizer.json ---------------------------------------------------------------------------------
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 
 from exl2ray.formats.source.folder import Folder
+from exl2ray.formats.tensorfile import TensorInfo
 from exl2ray.wording import some
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -123,6 +125,20 @@ def _fsdp_file(folder: Folder) -> Finding | None:
     if "_rank" in found[0]:
         return what, "each file has one rank's part: save again from the same run with fsdp_state_dict_type: FULL_STATE_DICT"
     return what, f"rename {found[0]} to pytorch_model.bin, then {SAVE}"
+
+
+def not_gathered(tensors: Mapping[str, TensorInfo], folder: Folder) -> Finding | None:
+    """Weights of which most are empty: what ZeRO-3 leaves in each process while a model is trained, saved as it is."""
+    empty = sorted(name for name, info in tensors.items() if 0 in info.shape)
+    if 2 * len(empty) <= len(tensors):
+        return None
+    pieces = _deepspeed(folder)
+    return (
+        f"{len(empty)} of {len(tensors)} tensors are empty, e.g. {empty[0]}: training with DeepSpeed (ZeRO-3) saves a model "
+        "so if it does not gather the weights before",
+        pieces[1] if pieces else "save it again from the same run with stage3_gather_16bit_weights_on_model_save: true, or "
+        "make safetensors of one of its checkpoints with python -m deepspeed.utils.zero_to_fp32",
+    )
 
 
 def _number(name: str) -> tuple[int, str]:
