@@ -36,7 +36,6 @@ def run(
     step_tokens: int | None,
     rate: float | None,
     gain_rate: float | None,
-    reach: float,
     seed: int,
     quiet: bool,
     **place: Any,
@@ -57,14 +56,12 @@ def run(
     for flag, value in (("--rate", rate), ("--gain-rate", gain_rate)):
         if value is not None and not 0 < value < 1:
             raise UsageError(f"{flag} {value}: a number between 0 and 1 is needed", "0.002 is usual")
-    if not 0 <= reach < 0.5:
-        raise UsageError(f"--reach {reach}: a number from 0 to below 0.5 is needed", "0.45 is usual")
     with naming("--text"):
         sources = tuple(text_source(given, local_source) for given in text)
     recipe = Recipe("", "", **place)
     chosen = pick_device(recipe)
     count = parse_count(tokens, "--tokens")
-    settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, reach, seed=seed)
+    settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, seed=seed)
     where = place_of_tuning(recipe, chosen, open_model(directory).spec.weights)
     reporter = Warnings() if quiet else human_reporter()
     try:

@@ -51,13 +51,13 @@ class Grid:
         codes = unpack_rows(packed.q_weight.to(self.group.device), packed.layout)
         return codes[self.invperm, : self.columns].float() + self.low
 
-    def latents(self, integers: Tensor, source: Tensor | None, reach: float = REACH) -> Tensor:
+    def latents(self, integers: Tensor, source: Tensor | None) -> Tensor:
         """(K, N) float32 to begin with. source: the weight (K, N) that was quantised; None: the integers themselves."""
         if source is None:
             return integers.clone()
         steps = self.steps.float()[self.group]
         wanted = torch.where(steps > 0, source.to(steps.device).float() / steps, integers)
-        return torch.maximum(torch.minimum(wanted, integers + reach), integers - reach)
+        return torch.maximum(torch.minimum(wanted, integers + REACH), integers - REACH)
 
     def rounded(self, latents: Tensor) -> Tensor:
         """(K, N) float32 integers. Latents are kept within reach of the least and the largest one, in place."""

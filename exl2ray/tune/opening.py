@@ -21,7 +21,7 @@ from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec, PlainTensor
 from exl2ray.model.weights import read_linear, read_stored
 from exl2ray.tune.gains import Gain
-from exl2ray.tune.grid import REACH, Grid
+from exl2ray.tune.grid import Grid
 from exl2ray.tune.judge import PARTS
 from exl2ray.tune.module import NORM_ROLES, NORMS, Snapshot, TunedLinear, TunedModule, install, part_of
 
@@ -76,7 +76,7 @@ def _as_quantised(start: OpenModel, spec: ModelSpec) -> ModelSpec | None:
 
 
 def load_tuned(
-    pair: Pair, module: ModuleSpec, device: torch.device, dtype: torch.dtype, reach: float = REACH,
+    pair: Pair, module: ModuleSpec, device: torch.device, dtype: torch.dtype,
     rank: int = 0, size: int = 1, latents: Mapping[str, Tensor] | None = None, ahead: ReadAhead | None = None,
 ) -> TunedModule:  # fmt: skip
     """One module of the start on the device, computing in ``dtype``, the residual stream in float32.
@@ -91,7 +91,7 @@ def load_tuned(
         packed = pair.exl2.linear(linear.key, integers=latents is None or linear.key not in latents)
         grid = Grid.of(packed, linear.out_features, device)
         if latents is None:
-            mine: Tensor | None = grid.latents(grid.integers(packed), _weight(pair, linear, device, ahead), reach)
+            mine: Tensor | None = grid.latents(grid.integers(packed), _weight(pair, linear, device, ahead))
         else:
             kept = latents.get(linear.key)
             mine = None if kept is None else kept.to(device, copy=True, non_blocking=True)

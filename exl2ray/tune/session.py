@@ -101,8 +101,7 @@ class Session:
 
     def _module(self, index: int) -> TunedModule:
         ground, homes, module = self._ground, self._homes, self._ground.modules[index]
-        comm, reach = ground.comm, self._part.settings.reach
-        given = (ground.pair, module, ground.device, self._dtype, reach, comm.rank, comm.size)
+        given = (ground.pair, module, ground.device, self._dtype, ground.comm.rank, ground.comm.size)
         if homes is None or module.profile_key not in homes:
             made = load_tuned(*given, ahead=ground.ahead.at(index))
             if self._saved is not None:

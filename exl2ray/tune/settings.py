@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from exl2ray.calibration.data.sources import Source
-from exl2ray.tune.grid import REACH
 from exl2ray.tune.memory import STEP_TOKENS, step_tokens
 
 LENGTH = 512  # of a row: more documents in a step; gains more than 1024, with rows of 1536 as judge too (docs/quality.md)
@@ -22,12 +21,11 @@ class Settings:
     """directory: the EXL2 model. reference: its source. output: where the tuned one goes. sources: text; none: built-in.
 
     tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
-    for norms and biases, relative to their size; None: what `for_model` and `for_rows` have for them. reach: how far latents
-    may begin from their integers. dtype: of the products; None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is
-    not finished, beside it (its name and .json) a record of what is; None: in the output, hidden. text_flag: what messages
-    about the text call it. written: work directory that keeps what the source writes; None: ``work``, where it stays for a
-    finished tuning that is run again. streamed: one module on the device at a time (`exl2ray.tune.shelves`); None: if they do
-    not fit there together.
+    for norms and biases, relative to their size; None: what `for_model` and `for_rows` have for them. dtype: of the products;
+    None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not finished, beside it (its name and .json) a record
+    of what is; None: in the output, hidden. text_flag: what messages about the text call it. written: work directory that
+    keeps what the source writes; None: ``work``, where it stays for a finished tuning that is run again. streamed: one module
+    on the device at a time (`exl2ray.tune.shelves`); None: if they do not fit there together.
     """
 
     directory: str
@@ -39,7 +37,6 @@ class Settings:
     step_tokens: int | None = None
     rate: float | None = None
     gain_rate: float | None = None
-    reach: float = REACH
     warmup: int = 20
     seed: int = 0
     checkpoint_seconds: float = 60.0
