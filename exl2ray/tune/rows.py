@@ -28,6 +28,7 @@ MOST_HELD_TOKENS = 1 << 17  # beyond, a held-out row says little more
 LEAST_HELD_ROWS = 4
 WATCHED_ROWS = 8  # at most, of each kind of built-in text: a few percent of the time that tuning takes
 PASSES = 4  # of a kind with little text, where others have more: it may come so many times (docs/quality.md)
+BUILTIN_PASSES = 2  # of the built-in text, which then is a quarter of 4 million tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +61,14 @@ def tuning_rows(
     wanted = (rows + 3 * held) * text  # held-out documents may be longer than what is wanted of them
     files = [s for s in sources if s.files]
     builtin = not sources or any(s.name == BUILTIN and not s.files for s in sources)
-    beside = [*(builtin_kinds(tokenizer, seed) if builtin else []), *written]
+    own = builtin_kinds(tokenizer, seed) if builtin else []
+    beside = [*own, *written]
     of_files = max(wanted * len(files) // max(1, len(sources)), wanted - sum(kind.tokens for kind in beside))
-    kinds = [*(kinds_of_files(files, tokenizer, of_files) if files else []), *beside]
+    of_user = kinds_of_files(files, tokenizer, of_files) if files else []
+    kinds, passes = [*of_user, *beside], [PASSES] * len(of_user) + [BUILTIN_PASSES] * len(own) + [1] * len(written)
     _check_enough(kinds, text, length, flag)
     trained, kept, notes = _in_two(kinds, held, text, seed)
-    chosen = _even(trained, rows, [1 if any(kind is own for own in written) else PASSES for kind in kinds])
+    chosen = _even(trained, rows, passes)
     if (have := sum(map(len, trained)) * length) < rows * length:
         notes.append(f"the text has {have} tokens to tune on; {tokens} were asked for")
     if not builtin:

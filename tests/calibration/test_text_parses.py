@@ -118,7 +118,7 @@ PARSERS: dict[str, Callable[[str], object]] = {
     ".yaml": parse_yaml,
     ".yml": parse_yaml,
 }
-CONVERSATIONS = sorted(p.name for p in (TEXT / "chat").iterdir())
+CONVERSATIONS = sorted(p.relative_to(TEXT).as_posix() for p in TEXT.rglob("chat/*.json"))
 FILES = sorted(p.relative_to(TEXT).as_posix() for p in TEXT.rglob("*") if p.suffix in PARSERS)
 
 
@@ -130,7 +130,7 @@ def test_document_parses(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_code_in_conversations_parses(name: str) -> None:
-    parse_conversation((TEXT / "chat" / name).read_text(encoding="utf-8"))
+    parse_conversation((TEXT / name).read_text(encoding="utf-8"))
 
 
 def test_broken_code_in_a_conversation_is_noticed() -> None:

@@ -15,10 +15,11 @@ from tiny_models import write_model
 
 from exl2ray.calibration.data.sources import local_source
 from exl2ray.calibration.tokenizer import load_tokenizer
+from exl2ray.datasets import text_source
 from exl2ray.formats.hf import SourceModel
 from exl2ray.tune.documents import Kind, builtin_kinds, kinds_of_files, part
 from exl2ray.tune.judge import WATCHED
-from exl2ray.tune.rows import PASSES, Batches, tuning_rows
+from exl2ray.tune.rows import BUILTIN_PASSES, PASSES, Batches, tuning_rows
 from exl2ray.tune.settings import Settings
 
 LENGTH = 64
@@ -146,6 +147,18 @@ def test_what_the_source_wrote_comes_once_where_there_is_other_text(model: Path,
     assert sum("large" in text for text in decoded) > 400, "more than its half"
     assert len(alone.ids) == 150, "and again where there is not enough"
     assert large.tokens > 512 * LENGTH
+
+
+def test_the_builtin_text_comes_twice_beside_files(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, source = numbered(tmp_path, large=4000, little=100), SourceModel(model)
+    with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
+        _, little = kinds_of_files(sources, tokenizer, 10**6)
+        monkeypatch.setattr("exl2ray.tune.rows.builtin_kinds", lambda *_: [replace(little, name="web")])
+        both = [sources[0], text_source("builtin")]
+        rows = tuning_rows(both, tokenizer, 512 * LENGTH, LENGTH, source.config["vocab_size"])
+        decoded = [text_of(tokenizer.process.decode(row)) for row in rows.ids.tolist()]
+    assert set(Counter(text for text in decoded if "little" in text).values()) == {BUILTIN_PASSES}
+    assert set(Counter(text for text in decoded if "large" in text).values()) == {1}
 
 
 def test_the_builtin_text_by_kind(model: Path) -> None:
