@@ -9,7 +9,7 @@ everything smaller by content as well, so a check reads little more than the emb
 |---|---|
 | file | directory, shard or header unreadable; a tensor in two files |
 | config | config.json, quantization_config |
-| side-file | tokenizer.json, preprocessor_config.json |
+| side-file | tokenizer.json, preprocessor_config.json are there; what loaders read beside them is JSON |
 | linear | tensors of one quantised linear: dtypes, shapes, groups, permutation, bias |
 | block | all-or-none quantisation and completeness of attention, MLP and expert blocks; matching widths |
 | layer | layers that are missing or differ from the others |
@@ -33,12 +33,15 @@ from exl2ray.formats import verify_rules
 from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES, PackedLinear, check_linear
 from exl2ray.formats.hf import weight_files
 from exl2ray.formats.hfconfig import read_config
+from exl2ray.formats.json_file import read_json_object
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.source.kinds import look_at_output
 from exl2ray.formats.source.model_shards import gaps
 from exl2ray.formats.tensorfile import DTYPES, MAX_TENSORS, TensorFile, TensorInfo
 from exl2ray.formats.verify_rules import Directory, Problem
 from exl2ray.formats.vision import PREPROCESSOR, needs_preprocessor
+
+READ_BY_LOADERS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "generation_config.json")
 
 
 def verify_directory(path: str | Path, expected: Mapping[str, LinearShape] | None = None) -> list[Problem]:
@@ -124,10 +127,15 @@ def _check_config(d: Directory) -> None:
 
 
 def _check_side_files(d: Directory) -> None:
-    names = ["tokenizer.json", *([PREPROCESSOR] if needs_preprocessor(d.config) else [])]
-    for name in names:
-        if not os.path.isfile(d.path / name):
-            d.add("side-file", "missing", file=name)
+    needed = ["tokenizer.json", *([PREPROCESSOR] if needs_preprocessor(d.config) else [])]
+    for name in dict.fromkeys((*needed, *READ_BY_LOADERS)):
+        try:
+            if os.path.isfile(d.path / name):
+                read_json_object(d.path / name, FormatError, odd=True)
+            elif name in needed:
+                d.add("side-file", "missing", file=name)
+        except FormatError as e:
+            _add_error(d, "side-file", e, name)
 
 
 def _check_linears(d: Directory) -> None:

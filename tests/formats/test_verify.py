@@ -81,6 +81,10 @@ def quantised_router(m) -> None:
     m.linear(f"{L0}.block_sparse_moe.gate", LinearShape(64, 32), 1)
 
 
+def beside(name: str, text: str) -> Callable:
+    return lambda m: m.side_files.update({name: text})
+
+
 # model kind, change, rule, tensor or file named, part of the message
 CASES = {
     "quantization_config": ("llama", settings(quantization_config=None), "config", "config.json", "missing"),
@@ -94,6 +98,8 @@ CASES = {
         "preprocessor_config.json",
         "missing",
     ),
+    "half a tokenizer": ("llama", beside("tokenizer.json", '{"model": {"vo'), "side-file", "tokenizer.json", "valid JSON"),
+    "settings": ("llama", beside("generation_config.json", "[]"), "side-file", "generation_config.json", "a JSON object"),
     "no q_invperm": ("llama", drop("lm_head.q_invperm"), "linear", "lm_head", "missing q_invperm"),
     "no q_weight": ("llama", drop("lm_head.q_weight"), "linear", "lm_head", "missing q_weight"),
     "groups int32": ("llama", replace("lm_head.q_groups", torch.Tensor.int), "linear", "lm_head", "torch.int32"),
@@ -225,6 +231,14 @@ def test_broken_rule_is_found(build, tmp_path: Path, case: str) -> None:
     problems = verify_directory(model.write(tmp_path / "out"), model.shapes)
     hits = [p for p in problems if p.rule == rule and named in p.tensor + p.file and message in p.message]
     assert hits, [str(p) for p in problems]
+
+
+def test_a_tokenizer_that_was_not_fetched(build, tmp_path: Path) -> None:
+    directory = build["llama"]().write(tmp_path / "out")
+    (directory / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (found,) = verify_directory(directory)
+    assert (found.rule, found.file) == ("side-file", "tokenizer.json")
+    assert found.message == "a Git LFS pointer, not the file itself; run `git lfs pull` in the model's folder"
 
 
 @pytest.mark.parametrize(
