@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from exl2ray.evaluate.soundness import problems_of
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import LinearShape
 from exl2ray.formats.summary import DirectorySummary, LinearSummary, mean_bpw
-from exl2ray.formats.verify import verify_directory
 from exl2ray.formats.verify_rules import Problem
 from exl2ray.model.arch import load_spec
 from exl2ray.remote.source import local
@@ -105,7 +105,7 @@ def verify(path: str, in_dir: str | None) -> list[Problem]:
     if in_dir is not None:
         linears = load_spec(SourceModel(local(in_dir))).linears
         expected = {x.key: LinearShape(x.in_features, x.out_features, x.has_bias) for x in linears}
-    return verify_directory(path, expected)
+    return problems_of(path, expected)
 
 
 def show_verify(path: str, problems: list[Problem]) -> None:

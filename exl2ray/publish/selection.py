@@ -16,12 +16,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from exl2ray.errors import FormatError, UsageError
+from exl2ray.evaluate.soundness import problems_of
 from exl2ray.formats.claim import CLAIM
 from exl2ray.formats.hub_names import check_branch
 from exl2ray.formats.side_files import TEMPLATES
 from exl2ray.formats.source.kinds import look_at_output
 from exl2ray.formats.summary import DirectorySummary, inspect_directory
-from exl2ray.formats.verify import verify_directory
 from exl2ray.publish.file_kinds import CARD, is_known, is_needed, looks_secret
 from exl2ray.publish.opened import NotSent, Opened, open_file
 from exl2ray.publish.secrets import find_secret
@@ -102,7 +102,7 @@ def read_folder(path: str | Path, include: Sequence[str] = ()) -> Folder:
 
 
 def _verify(path: Path) -> None:
-    problems = verify_directory(path)
+    problems = problems_of(path)
     if problems:
         raise FormatError(
             f"{path}: not published: {plural(len(problems), 'rule')} of the format broken:",
