@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_models import write_model
 
+from exl2ray.calibration.data.columns import choose
+from exl2ray.calibration.data.problem import DataError
 from exl2ray.calibration.data.sources import local_source
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import Rows
@@ -198,3 +200,9 @@ def test_evaluations_read_them(name: str, write: Write, tokenizer: ModelTokenize
     write(tmp_path / name, {"id": NUMBERS, "text": TEXTS})
     found = load_tokens(tmp_path / name, tokenizer, rows=3, length=128)
     assert found.flatten().tolist() == tokenizer.encode("".join(TEXTS)).tolist()[:384]
+
+
+def test_a_data_set_of_tokens_is_told_as_that() -> None:
+    with pytest.raises(DataError, match="no column holds text: input_ids") as e:
+        choose({"input_ids": "other", "attention_mask": "other"}, None, True)
+    assert "give the text that they were made from" in e.value.hint

@@ -60,7 +60,9 @@ def choose(kinds: Mapping[str, Kind], wanted: str | None, joins_strings: bool) -
     )  # fmt: skip
     if found is None:
         there = _list(f"{name} ({kind})" for name, kind in kinds.items())
-        raise DataError(f"no column holds text: {there}", f"choose one with -c FILE:COLUMN; or {HOW_TO_MAKE_ONE}")
+        tokens = "input_ids are numbers of tokens, of whatever tokenizer: give the text that they were made from"
+        hint = tokens if "input_ids" in kinds else f"choose one with -c FILE:COLUMN; or {HOW_TO_MAKE_ONE}"
+        raise DataError(f"no column holds text: {there}", hint)
     note = _not_conversations(found.columns) if found.form == "text" else ""
     return Choice(found.columns, found.form, found.roles, tuple(n for n in kinds if n not in found.columns), note)
 
