@@ -103,6 +103,9 @@ COLUMNS: dict[str, tuple[dict[str, Any], str, list[str]]] = {  # columns, what s
     "messages": ({"messages": ROLES}, "", CHATS),
     "messages beside strings": ({"prompt": ASKED, "id": ["x"] * 40, "messages": ROLES}, "", CHATS),
     "ShareGPT": ({"conversations": SHARED, "n": NUMBERS[:40]}, "", CHATS),
+    "ShareGPT and system prompts": (
+        {"conversations": SHARED, "system": ["Be brief.", None] * 20}, "",
+        [c if i % 2 else f"<system>Be brief.\n{c}" for i, c in enumerate(CHATS)]),
     "a struct of lists": ({"conversations": LISTS}, "", CHATS),
     "messages of parts": ({"messages": PARTS}, "", CHATS),
     "messages of any name": ({"talk": ROLES, "n": NUMBERS[:40]}, "", CHATS),
@@ -153,6 +156,12 @@ FILES: dict[str, tuple[str, str, list[str]]] = {  # name, content, texts
     "JSON lines, no end of line": ("a.jsonl", lines(OBJECTS).rstrip("\n"), TEXTS),
     "JSON lines, some without text": ("a.jsonl", lines([x for o in OBJECTS for x in (o, {"id": 7}, {"text": None})]), TEXTS),
     "JSON lines, ShareGPT": ("a.jsonl", lines([{"id": "x", "conversations": c} for c in SHARED]), CHATS),
+    "JSON lines, ShareGPT and system prompts": (
+        "a.jsonl", lines([{"conversations": c, "system": "" if i % 2 else "Be brief."} for i, c in enumerate(SHARED)]),
+        [c if i % 2 else f"<system>Be brief.\n{c}" for i, c in enumerate(CHATS)]),
+    "JSON lines, a developer's prompt": (
+        "a.jsonl", lines([{"messages": [{"role": "developer", "content": "Be brief."}, *m], "system": "no"} for m in ROLES]),
+        [f"<system>Be brief.\n{c}" for c in CHATS]),
     "JSON lines, instruction and output": ("a.jsonl", lines(PAIRS), CHATS),
     "JSON lines, system prompts": (
         "a.jsonl", lines([{"system_prompt": "Be brief.", "question": q, "response": a} for q, a in PAIRED]),

@@ -12,7 +12,17 @@ from itertools import chain, islice
 from typing import Any
 
 from exl2ray.calibration.data import plain
-from exl2ray.calibration.data.columns import Choice, Kind, choose, common_kind, conversation_of, flat, kind_of_value, pair_of
+from exl2ray.calibration.data.columns import (
+    Choice,
+    Kind,
+    choose,
+    common_kind,
+    conversation_of,
+    flat,
+    kind_of_value,
+    pair_of,
+    with_system,
+)
 from exl2ray.calibration.data.csv_text import CsvTable, kinds_of
 from exl2ray.calibration.data.json_text import records_of_json, records_of_lines
 from exl2ray.calibration.data.problem import CALLED_TXT, HOW_TO_MAKE_ONE, DataError
@@ -169,7 +179,8 @@ class DataReader:
             yield from self._conversation(said)
             return
         if choice.form == "messages" or (len(cells) == 1 and isinstance(cells[0], (list, dict))):
-            said = conversation_of(cells[0])
+            beside = cells[1] if len(cells) > 1 else None
+            said = with_system(conversation_of(cells[0]), None if beside is None else _string(beside, where).decode())
             if said or choice.form == "messages":
                 yield from self._conversation(said)
                 return

@@ -26,7 +26,8 @@ SYSTEM, ASKED = ("system", "system_prompt"), ("instruction", "prompt", "question
 BESIDE, ANSWERED = ("input", "context"), ("output", "response", "answer", "completion", "solution", "target")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-         "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "ai": "assistant"}  # fmt: skip
+         "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "ai": "assistant",
+         "developer": "system"}  # fmt: skip
 ALL = "*"  # FILE:* joins every column, as the reference does
 SHOWN, NAME_CHARACTERS = 12, 60  # names in a message
 
@@ -109,7 +110,13 @@ def _conversations(usable: Mapping[str, Kind]) -> Choice | None:
     found = _named(usable, CONVERSATIONS, ("messages",))
     rest = [n for n, kind in usable.items() if kind == "messages"]
     name = found.columns if found is not None else tuple(rest[:1])
-    return Choice(name, "messages") if name else None
+    return Choice((*name, *_system(usable)), "messages") if name else None
+
+
+def _system(usable: Mapping[str, Kind]) -> list[str]:
+    """The column of text that stands before every conversation, or question, of a table."""
+    found = (_same_name(usable, n) for n in SYSTEM)
+    return [n for n in found if n is not None and usable[n] == "text"][:1]
 
 
 def _pair(usable: Mapping[str, Kind]) -> Choice | None:
@@ -122,8 +129,8 @@ def _pair(usable: Mapping[str, Kind]) -> Choice | None:
     asked, answered = first(ASKED), first(ANSWERED)
     if asked is None or answered is None:
         return None
-    system, beside = first(SYSTEM), first(BESIDE, asked)
-    parts = [("system", system), ("user", asked), ("user", beside), ("assistant", answered)]
+    beside = first(BESIDE, asked)
+    parts = [*(("system", n) for n in _system(usable)), ("user", asked), ("user", beside), ("assistant", answered)]
     return Choice(tuple(n for _, n in parts if n), "pair", tuple(r for r, n in parts if n))
 
 
@@ -207,6 +214,12 @@ def conversation_of(value: Any) -> list[Message]:
 
 def _first(value: Mapping[str, Any], keys: Sequence[str]) -> Any:
     return next((value[k] for k in keys if value.get(k) is not None), None)
+
+
+def with_system(said: list[Message], text: str | None) -> list[Message]:
+    """A conversation that begins with a system message; with its own if it has one."""
+    begun = bool(said) and said[0][0] == "system"
+    return [("system", text), *said] if said and not begun and text and text.strip() else said
 
 
 def pair_of(roles: Sequence[str], cells: Sequence[str | None]) -> list[Message]:
