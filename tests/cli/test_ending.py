@@ -24,7 +24,7 @@ class Told:
 
 def slowly(name):
     time.sleep(0.3)
-    print(name)
+    sys.stdout.write(f"{name}\\n")  # print would write the end of the line by itself, and the other thread in between
 
 kept = Told()
 folder = tempfile.TemporaryDirectory()
