@@ -28,14 +28,9 @@ def _unfit(directory: Path) -> Iterator[Problem]:
     except UnknownArchitectureError:
         return
     except Exl2RayError as e:
-        yield _problem(directory, "config.json", "model", e)
+        yield Problem.of_error(directory, "config.json", "model", e)
         return
     try:
         load_tokenizer(directory, model.source.config, model.spec.hyper.vocab_size).close()
     except Exl2RayError as e:
-        yield _problem(directory, "tokenizer.json", "tokenizer", e)
-
-
-def _problem(directory: Path, file: str, rule: str, e: Exl2RayError) -> Problem:
-    message = e.message.removeprefix(f"{directory / file}: ").removeprefix(f"{file}: ").removeprefix(f"{directory}: ")
-    return Problem(file, "", rule, f"{message}; {e.hint}" if e.hint else message)
+        yield Problem.of_error(directory, "tokenizer.json", "tokenizer", e)

@@ -81,7 +81,7 @@ def _read_files(d: Directory) -> bool:
     try:
         files = weight_files(d.path, FormatError)
     except Exl2RayError as e:
-        _add_error(d, "file", e)
+        d.problems.append(Problem.of_error(d.path, "", "file", e))
         return False
     for name in gaps([f.name for f in files]):
         d.without.append(name)
@@ -91,7 +91,7 @@ def _read_files(d: Directory) -> bool:
             tensors = TensorFile(path, FormatError).tensors
         except Exl2RayError as e:
             d.without.append(path.name)
-            _add_error(d, "file", e, path.name)
+            d.problems.append(Problem.of_error(d.path, path.name, "file", e))
             continue
         if len(d.tensors) + len(tensors) > MAX_TENSORS:
             d.add("file", f"more than {MAX_TENSORS} tensors up to here; this file and the next were not read", file=path.name)
@@ -103,17 +103,11 @@ def _read_files(d: Directory) -> bool:
     return True
 
 
-def _add_error(d: Directory, rule: str, e: Exl2RayError, file: str = "") -> None:
-    """An error as a problem: what to do goes along, its path need not be said twice."""
-    message = e.message.removeprefix(f"{d.path / file}: ")
-    d.add(rule, f"{message}; {e.hint}" if e.hint else message, file=file or str(d.path))
-
-
 def _check_config(d: Directory) -> None:
     try:
         d.config = read_config(d.path / "config.json", FormatError)
     except Exl2RayError as e:
-        _add_error(d, "config", e, "config.json")
+        d.problems.append(Problem.of_error(d.path, "config.json", "config", e))
         return
     q = d.config.get("quantization_config")
     if not isinstance(q, dict):
@@ -135,7 +129,7 @@ def _check_side_files(d: Directory) -> None:
             elif name in needed:
                 d.add("side-file", "missing", file=name)
         except FormatError as e:
-            _add_error(d, "side-file", e, name)
+            d.problems.append(Problem.of_error(d.path, name, "side-file", e))
 
 
 def _check_linears(d: Directory) -> None:

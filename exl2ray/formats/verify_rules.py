@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from exl2ray.errors import FormatError
+from exl2ray.errors import Exl2RayError, FormatError
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.formats.hfconfig import config_value
 from exl2ray.formats.layout import FLOAT16_MAX, LinearShape, pad32
@@ -61,6 +61,14 @@ class Problem:
     tensor: str
     rule: str
     message: str
+
+    @staticmethod
+    def of_error(directory: Path, file: str, rule: str, e: Exl2RayError) -> Problem:
+        """An error as a problem: what to do goes along, the place of the file need not be said twice."""
+        message = e.message
+        for place in (f"{directory / file}: ", f"{file}: ", f"{directory}: "):
+            message = message.removeprefix(place)
+        return Problem(file or str(directory), "", rule, f"{message}; {e.hint}" if e.hint else message)
 
     def __str__(self) -> str:
         where = ": ".join(x for x in (self.file, self.tensor) if x)

@@ -7,7 +7,6 @@ not know. So an output gets these in the older spelling. Keys and names: archite
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,37 +59,39 @@ def vision_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def vision_files(source: str | Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     """preprocessor_config.json by name if the output of ``source`` needs another one than the source has; else nothing, also
     where what the source has cannot be read."""
-    try:
-        stored = _stored(Path(source))
-        wanted = _completed(stored or _images(Path(source)), config)
-    except SourceError:  # `exl2ray.formats.side_files` tells of it
-        return {}
-    if not needs_preprocessor(config) or not wanted or wanted == stored:
-        return {}
-    return {PREPROCESSOR: as_json(wanted, indent=2).encode()}
+    stored, wanted = _settings(Path(source), config)
+    return {} if not wanted or wanted == stored else {PREPROCESSOR: as_json(wanted, indent=2).encode()}
 
 
 def vision_doubt(source: str | Path, config: Mapping[str, Any]) -> str | None:
     """Why ExLlamaV2 would not load the output, in words."""
-    made = vision_files(source, config)
-    try:
-        found = json.loads(made[PREPROCESSOR]) if made else _stored(Path(source))
-    except SourceError:
+    _, wanted = _settings(Path(source), config)
+    if wanted is None:
         return None
+    loaded, what = _of(config), "is missing"
+    if wanted or (Path(source) / PREPROCESSOR).is_file():
+        missing = [] if loaded is None else [k for k in loaded.keys if wanted.get(k) is None]
+        if loaded is not None and wanted.get("image_processor_type") not in loaded.types:
+            missing.insert(0, f"image_processor_type {' or '.join(loaded.types)}")
+        if not missing:
+            return None
+        what = f"lacks {some(missing)}"
+    return (
+        f"{PREPROCESSOR} {what}, and ExLlamaV2 loads no model with a vision tower without it, not even for text: fetch the "
+        "file from the model's first publisher"
+    )
+
+
+def _settings(source: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """(what preprocessor_config.json of the source holds, what that of the output has to hold: {} if nobody knows). None for
+    the second where nothing is needed, or what is there cannot be read."""
     if not needs_preprocessor(config):
-        return None
-    refuses = "ExLlamaV2 loads no model with a vision tower without it, not even for text"
-    if found is None:
-        return f"{PREPROCESSOR} is missing, and {refuses}: fetch it from the model's first publisher"
-    loaded = _of(config)
-    if loaded is None:
-        return None
-    name, missing = found.get("image_processor_type"), [k for k in loaded.keys if found.get(k) is None]
-    if name not in loaded.types:
-        missing.insert(0, f"image_processor_type {' or '.join(loaded.types)}")
-    if not missing:
-        return None
-    return f"{PREPROCESSOR} lacks {some(missing)}, and {refuses}: fetch the file from the model's first publisher"
+        return None, None
+    try:
+        stored = _stored(source)
+        return stored, _completed(stored or _images(source), config)
+    except SourceError:  # `exl2ray.formats.side_files` tells of it
+        return None, None
 
 
 def _completed(images: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:

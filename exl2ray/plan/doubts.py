@@ -128,6 +128,7 @@ def default_rope_base(source: SourceModel, spec: ModelSpec) -> str | None:
 
 
 def no_preprocessor(source: SourceModel, spec: ModelSpec) -> str | None:
+    """A vision tower without the settings that ExLlamaV2 reads before it loads anything."""
     return vision_doubt(source.path, source.config)
 
 
