@@ -22,13 +22,12 @@ from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, UsageError
 from exl2ray.tune.documents import Ids, Kind, builtin_kinds, kinds_of_files, part
 from exl2ray.tune.judge import WATCHED
+from exl2ray.tune.mixture import PASSES, cut, passes_of, shares
 
 HELD_OUT = 10  # a tenth of every kind
 MOST_HELD_TOKENS = 1 << 17  # beyond, a held-out row says little more
 LEAST_HELD_ROWS = 4
 WATCHED_ROWS = 8  # at most, of each kind of built-in text: a few percent of the time that tuning takes
-PASSES = 4  # of a kind with little text, where others have more: it may come so many times (docs/quality.md)
-BUILTIN_PASSES = 2  # of the built-in text, which then is a quarter of 4 million tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,15 +61,19 @@ def tuning_rows(
     files = [s for s in sources if s.files]
     builtin = not sources or any(s.name == BUILTIN and not s.files for s in sources)
     own = builtin_kinds(tokenizer, seed) if builtin else []
-    beside = [*own, *written]
-    of_files = max(wanted * len(files) // max(1, len(sources)), wanted - sum(kind.tokens for kind in beside))
+    beside = sum(kind.tokens for kind in (*own, *written))
+    of_files = max(wanted * len(files) // max(1, len(sources)), wanted - beside)
     of_user = kinds_of_files(files, tokenizer, of_files) if files else []
-    kinds, passes = [*of_user, *beside], [PASSES] * len(of_user) + [BUILTIN_PASSES] * len(own) + [1] * len(written)
+    groups, passes = [*([kind] for kind in of_user), own, written], [PASSES] * (len(of_user) + 1) + [1]
+    kinds = [kind for group in groups for kind in group]
     _check_enough(kinds, text, length, flag)
     trained, kept, notes = _in_two(kinds, held, text, seed)
-    chosen = _even(trained, rows, passes)
-    if (have := sum(map(len, trained)) * length) < rows * length:
-        notes.append(f"the text has {have} tokens to tune on; {tokens} were asked for")
+    sizes = iter([sum(map(len, documents)) // text for documents in trained])
+    have = [[next(sizes) for _ in group] for group in groups]
+    counts = zip(kinds, trained, shares(have, passes, rows), strict=True)
+    chosen = [passes_of(documents, count, text, f"{seed}/{kind.name}/passes") for kind, documents, count in counts]
+    if (tokens_there := sum(map(sum, have)) * length) < rows * length:
+        notes.append(f"the text has {tokens_there} tokens to tune on; {tokens} were asked for")
     if not builtin:
         notes.append(f"trained on this text alone: with {_text_flag(flag)} {BUILTIN} beside it other kinds of text gain, too")
     watched = [] if builtin else _watched(tokenizer, held, text, vocab_size, seed)
@@ -92,7 +95,7 @@ def check_text(
     files, text = [s for s in sources if s.files], length - (bos_id is not None)
     kinds = kinds_of_files(files, tokenizer, len(files) * 2 * HELD_OUT * text) if files else []
     for kind in kinds:
-        rows = torch.from_numpy(_rows(kind.documents, text))
+        rows = torch.from_numpy(cut(kind.documents, text))
         if len(rows):
             check_ids(rows, vocab_size, tokenizer, [kind.name] * len(rows))
     if files and len(files) == len(sources):
@@ -118,51 +121,27 @@ def _watched(tokenizer: ModelTokenizer, held: int, length: int, vocab_size: int,
     those with words that the model does not have are left out."""
     most = max(1, min(WATCHED_ROWS, held // len(ROW_SETS)))
     kinds = builtin_kinds(tokenizer, seed, most * length)
-    rows = {kind.name: _rows(kind.documents, length) for kind in kinds}
+    rows = {kind.name: cut(kind.documents, length) for kind in kinds}
     return [(WATCHED + name, _spread(x[(x < vocab_size).all(axis=1)], most)) for name, x in rows.items()]
 
 
-def _in_two(kinds: Sequence[Kind], held: int, length: int, seed: int) -> tuple[list[Ids], list[Ids], list[str]]:
-    """Rows of each kind to train on, those held out, and notes. A tenth of each kind is held out, ``held`` rows in all as
+def _in_two(
+    kinds: Sequence[Kind], held: int, length: int, seed: int
+) -> tuple[list[tuple[Ids, ...]], list[Ids], list[str]]:
+    """Documents of each kind to train on, rows held out, and notes. A tenth of each kind is held out, ``held`` rows in all as
     far as kinds with less text leave room; at least one row of a kind with two."""
     usable = [kind for kind in kinds if kind.tokens >= 2 * length]
     share = max(1, -(-held // max(1, len(usable))))
-    trained, kept, notes = [], [], []
+    trained, kept, notes = [], [], list[str]()
     for kind in kinds:
         tenth = kind.tokens // (HELD_OUT * length)
         wanted = max(1, min(tenth, share)) * length if kind in usable else 0
         found = part(kind, wanted, length, seed)
-        trained.append(_rows(found.trained, length))
-        kept.append(_spread(_rows(found.held, length), share))
+        trained.append(found.trained)
+        kept.append(_spread(cut(found.held, length), share))
         if found.cut:
             notes.append(f"{kind.name}: documents are long; passages of one are held out, apart from what is trained on")
     return trained, kept, notes
-
-
-def _rows(documents: Sequence[Ids], length: int) -> Ids:
-    """One after the other, cut every ``length`` tokens; what is left over is dropped."""
-    ids = np.concatenate([np.empty(0, np.int64), *documents])
-    count = len(ids) // length
-    return ids[: count * length].reshape(count, length)
-
-
-def _even(stacks: Sequence[Ids], most: int, passes: Sequence[int]) -> list[Ids]:
-    """Rows of each kind, ``most`` in all, as even as their numbers allow. A kind with few comes up to so many times as
-    ``passes`` says, or `PASSES` times where that is not enough: what the source writes is asked for as much as is wanted, and
-    repeated it would only take the place of other text. Where neither is enough all are as they are, and are gone through
-    again and again."""
-    for times in (passes, [PASSES] * len(stacks)):
-        limits = [n * len(stack) for n, stack in zip(times, stacks, strict=True)]
-        if sum(limits) >= most:
-            break
-    else:
-        return list(stacks)
-    left, out, room = sorted(range(len(stacks)), key=lambda k: limits[k]), list(stacks), most
-    for n, k in enumerate(left):
-        share = min(limits[k], -(-room // (len(left) - n)))
-        out[k] = stacks[k][np.arange(share) % max(1, len(stacks[k]))]
-        room -= share
-    return out
 
 
 def _spread(rows: Ids, most: int) -> Ids:
