@@ -104,9 +104,9 @@ class Filling:
         """Puts what is not quantised into the shards, if they are open."""
         shards = self._open.get(plan.bits)
         if shards is not None:
-            self._placed_others(plan, shards)
+            self._placed_others(shards)
 
-    def _placed_others(self, plan: Plan, shards: _Shards) -> FileRef:
+    def _placed_others(self, shards: _Shards) -> FileRef:
         if shards.others is None:
             shards.others = shards.assembly.put_others(self.contents.others())
         return shards.others
@@ -142,7 +142,7 @@ class Filling:
         for index, record in records.items():
             if shards.placed.get(index) != record.files:
                 self.place(plan, index)
-        return self._placed_others(plan, shards).sha256
+        return self._placed_others(shards).sha256
 
     def same(self, plan: Plan, records: Mapping[int, Record], target: Path, others: str) -> bool:
         """Whether the shards of ``target``, which were filled here, have the content that they had then. Hashes them."""

@@ -113,7 +113,7 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     if found.spec is not None and falls_back(recipe, found.spec, found.measurement):
         recipe = replace(recipe, allocation="module")
         report.warnings.append("-m holds no sensitivities: options are chosen per module")
-    _describe(report, found, recipe)
+    _describe(report, found)
     if found.spec is None or found.source is None or found.has("tensors"):
         return report
     planner = _Planner(report, recipe, found, found.spec, found.source)
@@ -136,7 +136,7 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     return report
 
 
-def _describe(report: Report, found: Examination, recipe: Recipe) -> None:
+def _describe(report: Report, found: Examination) -> None:
     """Model and rows, as far as they could be read."""
     source, spec = found.source, found.spec
     if source is not None:

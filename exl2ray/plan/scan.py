@@ -45,7 +45,7 @@ def scan_values(source: SourceModel, names: Sequence[str], seed: int = 0) -> lis
     pieces = max(1, min(MOST_PIECES, READS // max(1, len(infos))))
     threads = THREADS if infos and remote_file(infos[0].file) is not None else _THREADS
     with ThreadPoolExecutor(threads) as pool:  # waiting for the disk or the network is what takes time
-        found = pool.map(lambda part: _scan(source, part, pieces, seed), _by_file(infos))
+        found = pool.map(lambda part: _scan(part, pieces, seed), _by_file(infos))
         scaled = [n for n in names if n in source and source.is_computed(n)]
         computed = pool.map(lambda name: _rows(source, name, seed), scaled)
     return [e for errors in (*found, *computed) for e in errors]
@@ -71,7 +71,7 @@ def _by_file(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
     return [g[i : i + n] for g in groups for n in [REMOTE if remote_file(g[0].file) else len(g)] for i in range(0, len(g), n)]
 
 
-def _scan(source: SourceModel, infos: Sequence[TensorInfo], pieces: int, seed: int) -> list[SourceError]:
+def _scan(infos: Sequence[TensorInfo], pieces: int, seed: int) -> list[SourceError]:
     """Tensors of one file."""
     errors = []
     try:
@@ -81,13 +81,13 @@ def _scan(source: SourceModel, infos: Sequence[TensorInfo], pieces: int, seed: i
     with handle:
         for info in infos:
             try:
-                _check(source, info, handle, pieces, seed)
+                _check(info, handle, pieces, seed)
             except SourceError as e:
                 errors.append(e)
     return errors
 
 
-def _check(source: SourceModel, info: TensorInfo, handle: Pieces, pieces: int, seed: int) -> None:
+def _check(info: TensorInfo, handle: Pieces, pieces: int, seed: int) -> None:
     where = f"{info.file}: tensor {info.name}"
     dtype = DTYPES[info.dtype]
     if dtype not in FLOAT_DTYPES:

@@ -62,13 +62,13 @@ class Holder:
     kernel: bool = False
 
     @staticmethod
-    def here(token: str = "") -> Holder:
+    def here() -> Holder:
         """This process."""
         namespace = ""
         with suppress(OSError):
             namespace = os.readlink("/proc/self/ns/pid")
         boot = _text("/proc/sys/kernel/random/boot_id").strip()
-        return Holder(socket.gethostname(), os.getpid(), boot, namespace, time.time(), token or secrets.token_hex(16))
+        return Holder(socket.gethostname(), os.getpid(), boot, namespace, time.time(), secrets.token_hex(16))
 
     def to_bytes(self) -> bytes:
         process = {"host": self.host, "pid": self.pid, "boot_id": self.boot_id, "pid_namespace": self.pid_namespace}
@@ -129,7 +129,7 @@ def heartbeat_age(store: Store, clock: Callable[[], float] = time.time) -> float
     return None if holder is not None and holder.kernel else max(0.0, clock() - written)
 
 
-def is_held(store: Store, timing: LockTiming = DEFAULT_TIMING) -> bool:
+def is_held(store: Store) -> bool:
     """Whether a driver is at work. Writes nothing, so the age of a lock is told by this machine's clock."""
     if not store.exists(LOCK_FILE):
         return False
@@ -140,7 +140,7 @@ def is_held(store: Store, timing: LockTiming = DEFAULT_TIMING) -> bool:
                 if try_flock(handle, shared=True) is None:
                     return True
     try:
-        return _is_fresh(store, store.get(LOCK_FILE), timing, time.time)
+        return _is_fresh(store, store.get(LOCK_FILE), DEFAULT_TIMING, time.time)
     except MissingFileError:
         return False
 

@@ -230,7 +230,7 @@ def _used(work: Path) -> None:
     from exl2ray.store.lock import Holder
     from exl2ray.store.open import open_store
 
-    open_store(str(work)).put(LOCK_FILE, Holder.here("t").to_bytes())
+    open_store(str(work)).put(LOCK_FILE, Holder.here().to_bytes())
 
 
 NEW: list[tuple[str, Change]] = [

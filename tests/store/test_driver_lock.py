@@ -24,13 +24,13 @@ from exl2ray.store.local import LocalStore
 from exl2ray.store.lock import DriverLock, Holder, LockTiming, check_lock, heartbeat_age, read_holder
 from exl2ray.store.open import open_store
 
-ELSEWHERE = replace(Holder.here("other"), host="node-7", boot_id="other")
+ELSEWHERE = replace(Holder.here(), host="node-7", boot_id="other")
 
 
 def dead_driver(kernel: bool = False) -> Holder:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    return replace(Holder.here("t"), pid=child.pid, kernel=kernel)
+    return replace(Holder.here(), pid=child.pid, kernel=kernel)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:

@@ -242,7 +242,7 @@ class CalibrationData:
         digest = hashlib.sha256(b"".join(d for _, d in taken)).hexdigest()
         found = tuple(t for some, _ in taken for t in some)
         name = ", ".join(s.source.given for s in self._streams)
-        return Rows(tokens, tuple(kinds), name, tuple(self._notes(found, shares)), found, digest)
+        return Rows(tokens, tuple(kinds), name, tuple(self._notes(shares)), found, digest)
 
     def _shares(self, rows: int, length: int) -> list[int]:
         """Rows of each source: as even as can be, where one that is too short leaves its turns to the others."""
@@ -270,7 +270,7 @@ class CalibrationData:
             f"use {f'{row_flag} {usable}' if usable else f'a smaller {length_flag}'}, or more text",
         )
 
-    def _notes(self, taken: Sequence[Taken], shares: Sequence[int]) -> list[str]:
+    def _notes(self, shares: Sequence[int]) -> list[str]:
         notes = [note for s in self._streams for note in s.source.notes]
         unused = [s for s, share in zip(self._streams, shares, strict=True) if not share]
         notes += [f"-c {s.source.given}: not used, there are more sources than rows" for s in unused]
