@@ -38,7 +38,7 @@ from exl2ray.quant.hessian import Factor, HessianAccumulator, input_factor
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import OptionTable, option_tables, parse
 from exl2ray.quant.rows import accuracy_of, batches, row_errors
-from exl2ray.quant.solve import solve_with_losses
+from exl2ray.quant.solve import solve_options
 
 PIECES = 32
 DIGITS = 6
@@ -167,7 +167,7 @@ def measure_head(
     head = block.module.linears[0]
     factor = input_factor(block, hessians, head.input_group, settings, notes)
     weights, options, losses = {head.role: pad_columns(block.weights[head.key])}, {head.role: HEAD_OPTIONS}, LossTable()
-    solved = solve_with_losses(factor, weights, options, settings.budget_bytes, settings.offload)
+    solved = solve_options(factor, weights, options, settings.budget_bytes, settings.offload)
     losses.add(head.role, HEAD_OPTIONS, solved[head.role], factor, 1 / x.shape[1])
     return losses.extra()
 
@@ -194,7 +194,7 @@ def _candidates(
         options = {x.role: columns[x.role][0] for x in linears}
         coming = [g for g in inputs if g not in factors][: int(settings.ahead)]
         with ahead(device_of(block), bool(coming)) as beside:
-            solved = solve_with_losses(factors[group], weights, options, settings.budget_bytes, settings.offload)
+            solved = solve_options(factors[group], weights, options, settings.budget_bytes, settings.offload)
             for other in coming:
                 with beside.turn():
                     factors[other] = input_factor(block, hessians, other, settings, notes)

@@ -23,7 +23,7 @@ from exl2ray.quant.measure import LossTable, scored_rows
 from exl2ray.quant.pack import pad_columns
 from exl2ray.quant.qparams import MOE_TABLE
 from exl2ray.quant.rows import accuracy_of, batches, row_errors
-from exl2ray.quant.solve import lanes_of, solve_with_losses
+from exl2ray.quant.solve import lanes_of, solve_options
 
 STARVED_SHARE = 0.1  # of a fair share of the tokens; an expert below is warned of
 
@@ -84,7 +84,7 @@ def _solve_expert(
         factor = factors.pop(group)
         weights = {m.role: pad_columns(block.weights[m.key]) for m in members}
         options = {m.role: columns[m.role][0] for m in members}
-        solved = solve_with_losses(factor, weights, options, settings.budget_bytes, settings.offload)
+        solved = solve_options(factor, weights, options, settings.budget_bytes, settings.offload)
         for role, found in solved.items():
             table.add(role, options[role], found, factor, shares[group])
             out[role] = {j: s.weight for j, s in found.items()}

@@ -107,22 +107,11 @@ def _batches(
 def solve_options(
     factor: Factor,
     weights: Mapping[str, Tensor],  # role -> (K, N)
-    options: Mapping[str, Sequence[QParams]],  # role -> distinct options to try
-    budget_bytes: int | None = None,
-) -> dict[str, list[Tensor]]:
-    """Reconstructed weights (K, N) float16, natural row order, of every option of every linear sharing one Hessian."""
-    solved = solve_with_losses(factor, weights, options, budget_bytes)
-    return {role: [solved[role][j].weight for j in range(len(options[role]))] for role in weights}
-
-
-def solve_with_losses(
-    factor: Factor,
-    weights: Mapping[str, Tensor],  # role -> (K, N)
     options: Mapping[str, Sequence[QParams]],  # role -> distinct options
     budget_bytes: int | None = None,
     offload: bool = False,  # put the results into pinned host memory
 ) -> dict[str, dict[int, Solution]]:
-    """As `solve_options`, by index of the option and with losses."""
+    """Every option of every linear that shares one Hessian, solved: role -> index of the option -> solution."""
     roles = list(weights)
     problems, owner = [], []
     for i, role in enumerate(roles):

@@ -19,7 +19,7 @@ from exl2ray.formats.layout import QParams
 from exl2ray.quant.hessian import prepare
 from exl2ray.quant.measure import LossTable, piece_rows
 from exl2ray.quant.qparams import mlp_options, parse, unique
-from exl2ray.quant.solve import solve_with_losses
+from exl2ray.quant.solve import solve_options
 
 TABLE = unique([row[0] for row in mlp_options()])[0]
 
@@ -65,7 +65,7 @@ def test_a_linear_of_random_weights_is_predicted() -> None:
     wanted = [parse(t) for t in ("1:2b_64g", "1:3b_32g", "1:3b_128g", "0.5:5b_32g/0.5:4b_32g", "1:5b_64g", "1:6b_64g")]
     options = [*TABLE, *wanted]
     table, known = LossTable(), LossTable()
-    solved = solve_with_losses(factor, {"w": w}, {"w": options})["w"]
+    solved = solve_options(factor, {"w": w}, {"w": options})["w"]
     table.add("w", options, solved, factor, 1.0)
     known.add("w", TABLE, {j: solved[j] for j in range(len(TABLE))}, factor, 1.0)
     true = table.extra()["linears"]["w"]["losses"]

@@ -15,7 +15,7 @@ from exl2ray.quant.hessian import prepare, round_to_nearest
 from exl2ray.quant.measure import PIECES, LossTable, piece_rows, shape_option, squared_error
 from exl2ray.quant.qparams import mlp_options, parse, unique
 from exl2ray.quant.rows import reference_pass
-from exl2ray.quant.solve import Problem, solve_problems, solve_with_losses
+from exl2ray.quant.solve import Problem, solve_options, solve_problems
 
 
 @pytest.mark.parametrize("k", [96, 608])  # one panel, two
@@ -50,7 +50,7 @@ def test_table_and_shape() -> None:
     assert shape_option(options) == 1
     assert shape_option(options[:1]) == -1
     factor = prepare(hessian(k, tokens=2 * k))
-    solved = solve_with_losses(factor, {"w": weights(k, n)}, {"w": options})["w"]
+    solved = solve_options(factor, {"w": weights(k, n)}, {"w": options})["w"]
     table = LossTable()
     table.add("w", options, solved, factor, 1 / 40)
     entry = table.extra()["linears"]["w"]
@@ -88,7 +88,7 @@ def test_losses_of_a_block_are_those_of_its_outputs(tiny: Callable[[str], Path])
     down = block.module.linear("down_proj")
     options = unique([row[-1] for row in mlp_options()])[0]
     w = block.weights[down.key]
-    solved = solve_with_losses(prepare(h["down"]), {"down": w}, {"down": options})["down"]
+    solved = solve_options(prepare(h["down"]), {"down": w}, {"down": options})["down"]
     for j, option in enumerate(options):
         error = (inputs[0].double() @ (w - solved[j].weight.float()).double()).square().sum() / len(inputs[0])
         found = extra["linears"]["down_proj"]["losses"][option.desc]

@@ -217,16 +217,16 @@ def test_a_candidate_that_yields_nan_counts_as_useless(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, block = load(tiny("Llama"), 2)
-    solve_with_losses = measure.solve_with_losses
+    solve_options = measure.solve_options
 
     def broken(*args: Any) -> dict[str, dict[int, Solution]]:
-        solved = solve_with_losses(*args)
+        solved = solve_options(*args)
         if "down_proj" in solved:
             for t in (solved["down_proj"][0].weight, solved["down_proj"][0].losses, solved["down_proj"][0].energies):
                 t.fill_(float("nan"))
         return solved
 
-    monkeypatch.setattr(measure, "solve_with_losses", broken)
+    monkeypatch.setattr(measure, "solve_options", broken)
     profile, _ = measured(block, states(spec), Settings())
     assert profile.options is not None
     rows = [row["down_proj"] for row in MLP]
