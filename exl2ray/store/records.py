@@ -110,15 +110,14 @@ def item_file(kind: str, folder: str, key: str, inputs_hash: str) -> str:
 class Records:
     """The records of one work directory. Used by the driver and, with their own Store, by the workers.
 
-    ``find`` hashes a record's files before it believes the record; on object stores, which check uploads themselves, only
-    if ``deep`` is given. ``scan`` compares sizes: whoever goes on to read a file of a scanned record gives its reference to
+    ``find`` hashes a record's files before it believes the record; on object stores, which check uploads themselves, it
+    compares sizes. So do ``required`` and ``scan``: whoever goes on to read a file of such a record gives its reference to
     ``get_tensors``, which hashes what it reads.
     ``notes`` collects, in words, the records that were passed over and why.
     """
 
-    def __init__(self, store: Store, deep: bool | None = None) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
-        self.deep = store.is_local if deep is None else deep
         self.notes: list[str] = []
 
     def commit(self, record: Record) -> str:
@@ -141,11 +140,14 @@ class Records:
         self.store.put(rel, text.encode())
         return rel
 
-    def find(self, kind: str, key: str, inputs_hash: str, deep: bool | None = None) -> Record | None:
+    def find(self, kind: str, key: str, inputs_hash: str) -> Record | None:
         """The item's record, or None if it has none that can be used (``notes`` says why, if there was one).
 
-        ``deep`` in place of the default for this call. Raises StoreError naming the file if the record itself is corrupted.
+        Raises StoreError naming the file if the record itself is corrupted.
         """
+        return self._find(kind, key, inputs_hash, deep=self.store.is_local)
+
+    def _find(self, kind: str, key: str, inputs_hash: str, deep: bool) -> Record | None:
         rel = _record_file(kind, key, inputs_hash)
         record = self._read_if_there(rel)
         if record is None:
@@ -153,11 +155,11 @@ class Records:
         if (record.kind, record.key, record.inputs_hash) != (kind, key, inputs_hash):
             self._note(f"{self.store.full_name(rel)} is of {record.key} with inputs {record.inputs_hash}: not used")
             return None
-        return self._usable(rel, record, self.deep if deep is None else deep)
+        return self._usable(rel, record, deep)
 
     def required(self, kind: str, key: str, inputs_hash: str) -> Record:
-        """The record of an item that was finished; its files are hashed by whoever reads them. StoreError if it is gone."""
-        record = self.find(kind, key, inputs_hash, deep=False)
+        """The record of an item that was finished. StoreError if it is gone."""
+        record = self._find(kind, key, inputs_hash, deep=False)
         if record is None:
             raise StoreError(
                 f"{key} has no usable record in {kind}",
@@ -165,11 +167,11 @@ class Records:
             )
         return record
 
-    def scan(self, kind: str, prefix: str = "", deep: bool = False) -> dict[tuple[str, str], Record]:
+    def scan(self, kind: str, prefix: str = "") -> dict[tuple[str, str], Record]:
         """All usable records of a kind, of any settings: (key, inputs hash) -> Record. Errors and notes as ``find``.
 
-        ``prefix``: only keys that begin so (plain characters, as in "states-"). ``deep``: hash their files too.
-        Records that somebody removes meanwhile are left out.
+        ``prefix``: only keys that begin so (plain characters, as in "states-"). Records that somebody removes meanwhile are
+        left out.
         """
         start = f"{kind}/records/{prefix}"
         names = [n for n in self.store.list(f"{kind}/records") if n.startswith(start) and n.endswith(".json")]
@@ -178,7 +180,7 @@ class Records:
         else:
             with ThreadPoolExecutor(_READERS) as pool:
                 records = list(pool.map(self._read_if_there, names))
-        found = [self._usable(name, r, deep) for name, r in zip(names, records, strict=True) if r is not None]
+        found = [self._usable(name, r, deep=False) for name, r in zip(names, records, strict=True) if r is not None]
         return {(r.key, r.inputs_hash): r for r in found if r is not None}
 
     def remove(self, record: Record) -> None:

@@ -137,7 +137,7 @@ def test_records_lead_to_what_is_in_shards(store: LocalStore) -> None:
     assembly, committed = filled(store, files, 100)
     records = Records(store)
     for record in committed:
-        found = records.find(KIND, record.key, HASH, deep=True)
+        found = records.find(KIND, record.key, HASH)
         assert found == record
         read = get_tensors(store, found.files[0].rel, expect=found.files[0])
         assert {n: t.tolist() for n, t in read.items()} == {n: t.tolist() for n, t in files[record.key].items()}
@@ -176,7 +176,7 @@ def test_a_record_that_changes_while_it_is_looked_at(store: LocalStore, monkeypa
         return found
 
     monkeypatch.setattr(records, "_read", read)
-    found = records.find(KIND, "item1", HASH, deep=True)
+    found = records.find(KIND, "item1", HASH)
     assert found is not None
     assert found.files[0].pieces
     assert records.notes == []
@@ -209,11 +209,11 @@ def test_places_that_cannot_be(case: str, store: LocalStore) -> None:
     store.put(f"{KIND}/records/a.{HASH[:16]}.json", json.dumps({"record": body, "sha256": hash_inputs(record=body)}).encode())
     records = Records(store)
     if case == "beyond the file":
-        assert records.find(KIND, "a", HASH, deep=True) is None
+        assert records.find(KIND, "a", HASH) is None
         assert "go to byte" in records.notes[0]
     else:
         with pytest.raises(StoreError):
-            records.find(KIND, "a", HASH, deep=True)
+            records.find(KIND, "a", HASH)
 
 
 def test_what_can_be_linked(store: LocalStore, tmp_path: Path) -> None:
