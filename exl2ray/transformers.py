@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 @register_quantization_config("exl2")
 class Exl2Config(QuantizationConfigMixin):
-    """``quantization_config`` of config.json, kept as it is (exl2-format section 3)."""
+    """``quantization_config`` of config.json, kept as it is."""
 
     def __init__(self, quant_method: str = "exl2", **settings: Any) -> None:
         self.__dict__.update(settings, quant_method=quant_method)

@@ -155,7 +155,7 @@ class Bench:
         self.add("measure layer", total, first_total, reference, self.measure_flop(rows * tokens))
 
     def measure_flop(self, tokens: int) -> float:
-        """FLOPs of the distinct projection outputs of all options (converter-algorithm section 9), without attention."""
+        """FLOPs of the distinct projection outputs of all options, without attention."""
         s = self.shape
         attention = 2 * tokens * s.hidden * s.head_width * (33 * s.heads + 29 * s.kv_heads)
         active = s.per_token if s.experts else 1

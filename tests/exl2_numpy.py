@@ -1,4 +1,4 @@
-"""Plain numpy oracle of the EXL2 bit layout (exl2-format sections 7 and 8). No speed, no tricks beyond numpy columns.
+"""Plain numpy oracle of the EXL2 bit layout. No speed, no tricks beyond numpy columns.
 
 Values are unsigned integers 0 .. 2^b - 1 in stored row order; a group of b-bit rows is, per column, one little-endian
 bit stream. 32 rows fill exactly b words, so a group is a whole number of such units and never shares a word with
@@ -104,7 +104,7 @@ def pack_linear_numpy(
     layout: GroupLayout,
     bias: NDArray[np.float16] | None = None,  # (N32,)
 ) -> PackedLinear:
-    """Plain oracle of the packer (converter-algorithm section 13). Raises FormatError if the result is not legal."""
+    """Plain oracle of the packer. Raises FormatError if the result is not legal."""
     groups = np.array([layout.bits, layout.offsets], dtype=np.int64).T.reshape(-1)
     if groups.max() > np.iinfo(np.int16).max:
         raise FormatError(f"{key}: group offset {groups.max()} does not fit into 16 bits")
@@ -124,7 +124,7 @@ def pack_linear_numpy(
 
 
 def dequantize_numpy(p: PackedLinear, prescale: float = 1.0) -> NDArray[np.float16]:
-    """The loader's weight matrix, (K, N32) float16, rows = input features in natural order (exl2-format section 8).
+    """The loader's weight matrix, (K, N32) float16, rows = input features in natural order.
 
     ``prescale`` is the constant that some architectures apply to a linear at load time (1 for most).
     """

@@ -9,8 +9,8 @@ sums, pruned by the bound, finishes the proof. The remaining distance to the bou
 The budget counts the decoder linears that are allocated, padded, with all overhead. In the reference the head pays into it
 for decoders whose halves run in parallel; that flaw is not repeated.
 
-Source: Sinha and Zoltners, The Multiple-Choice Knapsack Problem (1979), for the bound; objectives: converter-algorithm
-section 11 (the reference minimises sum err^p by annealing, p found by trial).
+Source: Sinha and Zoltners, The Multiple-Choice Knapsack Problem (1979), for the bound; objectives: ExLlamaV2 minimises sum
+err^p by annealing, p found by trial.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From texts to rows of exactly ``ctx`` tokens: the constructions of converter-algorithm section 3, as functions.
+"""From texts to rows of exactly ``ctx`` tokens: the constructions that `exl2ray.calibration.rows` names, as functions.
 
 ``Pieces`` hands out the tokens of a row set piece by piece, in this order:
 

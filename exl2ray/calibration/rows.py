@@ -1,7 +1,7 @@
 """Calibration rows: sequences of tokens of equal length, and the built-in sets they come from.
 
-The table follows the structure of converter-algorithm section 3 (19 rows for measuring, 115 for quantising; consecutive
-rows, rows of documents with BOS and EOS, shuffled pieces, uniform random ids), filled with our own kinds of text:
+The table follows the structure of ExLlamaV2's (19 rows for measuring, 115 for quantising; consecutive rows, rows of
+documents with BOS and EOS, shuffled pieces, uniform random ids), filled with our own kinds of text:
 
 | set | measure | quantise | kinds | construction |
 |---|---|---|---|---|
@@ -15,7 +15,7 @@ rows, rows of documents with BOS and EOS, shuffled pieces, uniform random ids), 
 | shuffled | 1 | 5 | multilingual | 128-token pieces of the multilingual rows in random order |
 | random | 2 | 2 | - | uniform ids in [0, tokenizer vocabulary size) |
 | technical | 2 | 11 | technical, maths | consecutive |
-| noise | 0 or 5 | 0 or 30 | - | ids -1, for Qwen2-VL and Qwen2.5-VL (architectures 5.20) |
+| noise | 0 or 5 | 0 or 30 | - | ids -1, for Qwen2-VL and Qwen2.5-VL |
 
 Everything is drawn from ``seed``; equal seed, text and tokenizer give equal rows. When a set's text is too short for
 the tokenizer, the rule in ``pieces`` applies (generated text; for stories first a second pass with another alignment)

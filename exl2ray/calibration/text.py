@@ -3,7 +3,7 @@
 A git checkout keeps one file per document, ``text/<kind>/<name>.<ext>``; what was written later lies in ``text/more/``, and
 is left out of the usual rows, whose bytes decide those of every conversion. A wheel carries the same files as one
 compressed archive, ``text.tar.xz`` (written by ``pack_text`` while the wheel is built). Both are read here and give the
-same documents in the same order. design section 6.
+same documents in the same order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The model's tokenizer: ``tokenizer.json``, BOS and EOS ids, special tokens and chat template.
 
-converter-algorithm section 3: text is encoded without automatic BOS/EOS and without templates; added tokens that
-occur literally in the text are matched. The tokenizer itself lives in a child process with limits
-(`exl2ray.calibration.limited`), since its file comes from a stranger; so do chat templates.
+As in ExLlamaV2, text is encoded without automatic BOS/EOS and without templates; added tokens that occur literally in the
+text are matched. The tokenizer itself lives in a child process with limits (`exl2ray.calibration.limited`), since its file
+comes from a stranger; so do chat templates.
 """
 
 from __future__ import annotations

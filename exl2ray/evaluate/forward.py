@@ -1,7 +1,7 @@
 """Forward pass of a model directory, fp16 or EXL2, with the weights of one module in memory at a time.
 
 Every module is loaded once, advances all rows in batches, and is dropped; a model much larger than the GPU runs this
-way. EXL2 linears are dequantised to the loader's own float16 weights (exl2-format section 8). Multipliers such as
+way. EXL2 linears are dequantised to the loader's own float16 weights. Multipliers such as
 ``logit_scale`` are applied in the forward pass, so stored weights are used as they are (prescale 1).
 
 The result keeps the states in front of the head, not logits: for 64 rows of 2048 tokens and 128k words those alone
@@ -62,7 +62,7 @@ class OpenModel:
     """A model directory whose headers and config have been read. ``bos_id``: prepended to every row, or None. ``notes``: what
     is to be told with its figures.
 
-    Only families that are incoherent without BOS have it (architectures section 5.21: Gemma 1-3, GemMoE, Cohere 1-2).
+    Only families that are incoherent without BOS have it: Gemma 1-3, GemMoE, Cohere 1-2.
     """
 
     path: Path

@@ -43,7 +43,7 @@ def model_size(model: OpenModel) -> ModelSize:
 
 
 def _bpw(model: OpenModel, linears: list[LinearSpec]) -> float:
-    """Bits per weight over padded widths, as allocation counts both (converter-algorithm section 10)."""
+    """Bits per weight over padded widths, as allocation counts both."""
     return sum(_bits(model, x) for x in linears) / sum(x.padded_weights for x in linears)
 
 

@@ -1,7 +1,7 @@
 """EXL2 tensors: one packed linear, its structural check, and the reader of an EXL2 directory.
 
-The byte layout is that of exl2-format sections 5 to 8. The bit streams are packed by `exl2ray.quant.pack`; ``verify.py`` has
-the checks of a whole directory.
+The bit streams are packed by `exl2ray.quant.pack`, whose oracle tests/exl2_numpy.py spells the byte layout out; ``verify.py``
+has the checks of a whole directory.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def linear_keys(names: Iterable[str]) -> list[str]:
 
 
 def groups_layout(pairs: Sequence[int], packed_rows: int, key: str = "linear") -> GroupLayout:
-    """``q_groups`` pairs and Q -> layout, as the loader recovers it (exl2-format section 6). Raises FormatError."""
+    """``q_groups`` pairs and Q -> layout, as the loader recovers it. Raises FormatError."""
     where = f"{key}.q_groups"
     if not pairs or len(pairs) % 2:
         raise FormatError(f"{where}: {len(pairs)} numbers are not a non-empty list of (width, offset) pairs")
@@ -105,7 +105,7 @@ def groups_layout(pairs: Sequence[int], packed_rows: int, key: str = "linear") -
 
 
 def check_linear(p: PackedLinear) -> list[str]:
-    """Every broken rule of exl2-format sections 5, 6 and 10 that one linear shows, as sentences; empty if it is sound.
+    """Every broken rule of the format that one linear shows, as sentences; empty if it is sound.
 
     ``q_weight`` is judged by dtype and shape alone, so it may be a tensor on the meta device.
     """

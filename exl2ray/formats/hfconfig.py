@@ -2,7 +2,7 @@
 
 ``transformers`` 5 moved the rotary settings into ``rope_parameters`` and the sliding-window pattern into
 ``layer_types``. EXL2 loaders read the older keys only, and fall back to theta = 10000 without a message when they are
-absent (architectures section 6.4). ``legacy_config`` adds the old keys to a config in either spelling.
+absent. ``legacy_config`` adds the old keys to a config in either spelling.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BROKEN = "config.json is broken; fetch it again"  # the hint where a value is no
 
 
 def read_config(path: Path, error: type[Exl2RayError] = SourceError, strict: bool = True) -> dict[str, Any]:
-    """Parse config.json: an object; if ``strict`` its ``architectures`` holds exactly one name (exl2-format section 2).
+    """Parse config.json: an object; if ``strict`` its ``architectures`` holds exactly one name.
 
     NaN and infinities are left in it (`exl2ray.formats.json_file.NoNumber`), since most keys are read by nobody here."""
     hint = "the directory must be a complete Hugging Face model"
@@ -40,7 +40,7 @@ def odd_notes(config: Mapping[str, Any], where: str) -> list[str]:
     return [f"{where}: not all of its numbers are JSON: {some(found)}"] if found else []
 
 
-# Keys that the loader reads at the top level only, also for multimodal configs (architectures section 4, "no" rows).
+# Keys that the loader reads at the top level only, also for multimodal configs.
 TOP_LEVEL_KEYS = (
     "attention_bias",
     "attn_logit_softcapping",
@@ -195,7 +195,7 @@ def _check_same_scaling(old: Any, rope: Mapping[str, Any]) -> None:
 
 
 def _pattern(layer_types: list[Any], given: Any) -> int:
-    """Distance p between full-attention layers: layer i slides iff (i + 1) mod p is not 0 (architectures 5.13).
+    """Distance p between full-attention layers: layer i slides iff (i + 1) mod p is not 0.
 
     ``given`` is the config's own sliding_window_pattern or None; it must agree. Without any full-attention layer, every
     p larger than the list describes it.
@@ -216,7 +216,7 @@ def _pattern(layer_types: list[Any], given: Any) -> int:
 def config_value(config: Mapping[str, Any], *keys: str) -> Any:
     """The first of ``keys`` that is present and not null, at the top level or else in ``text_config``; None if none.
 
-    The lookup rule of architectures section 4.
+    The rule by which ExLlamaV2 looks keys up.
     """
     found = (level[key] for level in levels(config) for key in keys if level.get(key) is not None)
     return next(found, None)

@@ -1,8 +1,7 @@
 """Row layouts and bit accounting of one quantised linear layer.
 
-``QParams`` is one option: which share of the rows gets which width, and the group size per width. ``GroupLayout`` is
-what an option means for a given K: the groups in stored order. Reference: converter-algorithm section 6 (allocation)
-and section 10 (total_bits); exl2-format sections 5 and 6.
+``QParams`` is one option: which share of the rows gets which width, and the group size per width. ``GroupLayout`` is what
+an option means for a given K: the groups in stored order. Both, and how bits are counted, are as in ExLlamaV2 0.3.2.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class GroupLayout:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """First ``q_weight`` row of each group (o_g of the format page)."""
+        """First ``q_weight`` row of each group."""
         out, row = [], 0
         for b, n in zip(self.bits, self.rows, strict=True):
             out.append(row)
@@ -67,7 +66,7 @@ class GroupLayout:
 
     @property
     def packed_rows(self) -> int:
-        """Rows of ``q_weight`` (Q of the format page)."""
+        """Rows of ``q_weight``."""
         return sum(n * b // 32 for b, n in zip(self.bits, self.rows, strict=True))
 
     def total_bits(self, out_features: int, has_bias: bool = False) -> int:

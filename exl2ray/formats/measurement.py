@@ -1,6 +1,6 @@
 """measurement.json: how much each quantisation option of each module costs and how well it does.
 
-The schema is the reference's (converter-algorithm section 10), so files can be exchanged in both directions:
+The schema is that of ExLlamaV2, so files can be exchanged in both directions:
 
     { "measurement": { "<module key>.<mode>": [option, ...] | {"attn": [...], "mlp": [...]} | null, ... },
       "last_module_idx": <int>,

@@ -1,4 +1,4 @@
-"""Writing safetensors shards and config.json of an EXL2 directory (exl2-format sections 2, 3, 14).
+"""Writing safetensors shards and config.json of an EXL2 directory.
 
 Shards are streamed: the plan needs names, dtypes and shapes only, every tensor is produced by a callable when its
 turn comes and dropped afterwards, so the peak is about one tensor. The order of steps in a full output directory is

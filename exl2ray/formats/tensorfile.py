@@ -1,9 +1,9 @@
 """One safetensors file: strict header parsing, lazy reading of single tensors; the header and the bytes of one to be written.
 
-A safetensors file is an 8-byte little-endian header length, a JSON object ``name -> {dtype, shape, data_offsets}``,
-then the data (exl2-format section 2). Headers come from downloads, so nothing in them is believed: every number is
-checked against the file's size before anything is allocated, and the data section must be covered exactly, without
-overlaps, holes or leftovers. Errors name the file, the tensor and the numbers.
+A safetensors file is an 8-byte little-endian header length, a JSON object ``name -> {dtype, shape, data_offsets}``, then
+the data. Headers come from downloads, so nothing in them is believed: every number is checked against the file's size
+before anything is allocated, and the data section must be covered exactly, without overlaps, holes or leftovers. Errors
+name the file, the tensor and the numbers.
 
 Tensors are read with plain reads into freshly allocated memory, not through a memory map: a file that shrinks or a
 network mount that goes away is then an error of that read and not a SIGBUS of the process.

@@ -1,9 +1,8 @@
 """Structural check of an EXL2 directory: every rule of the format that the directory alone can show.
 
-Rules follow exl2-format sections 2 to 6, 9, 10, 12, 13 and 15; where writer and loader differ, the loader decides.
-Nothing is raised for broken content: each broken rule is a ``Problem``. ``q_weight`` is judged by dtype and shape,
-everything smaller by content as well, so a check reads little more than the embeddings. This file reads the directory;
-``verify_rules.py`` has the rules about the model as a whole.
+Where ExLlamaV2's writer and its loader differ, the loader decides. Nothing is raised for broken content: each broken rule
+is a ``Problem``. ``q_weight`` is judged by dtype and shape, everything smaller by content as well, so a check reads little
+more than the embeddings. This file reads the directory; ``verify_rules.py`` has the rules about the model as a whole.
 
 | rule | what it is about |
 |---|---|

@@ -43,7 +43,7 @@ COMPLETE_BLOCKS = (
     {*EXPERT},
     {"w1", "v1", "w2"},
 )
-# Under the loader's names or the source's own: loaders rename what they find (architectures section 5.1).
+# Under the loader's names or the source's own: loaders rename what they find.
 FUSED = re.compile(
     r"(?!vision_tower|visual|multi_modal_projector).*\b"
     r"((self_attn|attn|attention)\.(qkv_proj|wqkv|Wqkv|c_attn)"
@@ -152,7 +152,7 @@ def check_blocks(d: Directory) -> None:
 
 
 def _check_mlp(d: Directory, unit: str) -> None:
-    """down_proj is as wide as gate and up; with MLP biases it must be in natural order (exl2-format section 9)."""
+    """down_proj is as wide as gate and up; with MLP biases it must be in natural order."""
     down = next((p for r in ("down_proj", "c_proj", "w2") if (p := d.linears.get(f"{unit}.{r}"))), None)
     if down is None:
         return

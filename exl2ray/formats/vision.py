@@ -2,7 +2,7 @@
 
 ``transformers`` 5 saves a processor as one file, processor_config.json, where the loader looks for preprocessor_config.json;
 it leaves out keys that the loader needs, and versions before it add ``Fast`` to the name of the class, which the loader does
-not know. So an output gets these in the older spelling. Keys and names: architectures section 5.22.
+not know. So an output gets these in the older spelling.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BY_ARCHITECTURE = {
 
 
 def needs_preprocessor(config: Mapping[str, Any]) -> bool:
-    """Whether ExLlamaV2 opens preprocessor_config.json (exl2-format section 2)."""
+    """Whether ExLlamaV2 opens preprocessor_config.json."""
     return _of(config) is not None or "model_type" in _vision(config)
 
 

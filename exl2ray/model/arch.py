@@ -130,7 +130,7 @@ def _as_converted(arch: Arch, source: SourceModel) -> Arch:
 
 
 def _as_stored(arch: Arch, source: SourceModel, tied: bool) -> Arch:
-    """``arch`` with the source names as this checkpoint spells them: its layout, and SwiGLU-fused Llama files (5.5)."""
+    """``arch`` with the source names as this checkpoint spells them: its layout, and SwiGLU-fused Llama files."""
     names = names_in(arch, source, tied)
     fused, down = names.up.replace("up_proj", "swiglu.w12"), names.down
     if not arch.moe and f"{fused.format(L=0)}.weight" in source and f"{down.format(L=0)}.weight" not in source:

@@ -69,7 +69,7 @@ class EmbeddingBlock(Block):
     table: Tensor  # (vocab, hidden)
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
-        """For families with noise rows, rows whose first id is negative become Gaussian noise (5.20).
+        """For families with noise rows, rows whose first id is negative become Gaussian noise.
 
         Its mean and standard deviation are those of all other rows of this call, so pass all rows at once.
         """
@@ -96,7 +96,7 @@ class EmbeddingBlock(Block):
 
 
 class PositionsBlock(Block):
-    """Adds learned position embeddings (5.14)."""
+    """Adds learned position embeddings."""
 
     table: Tensor  # (positions, hidden)
 
@@ -126,7 +126,7 @@ class SequentialBlock(Block):
 
 
 class ParallelBlock(Block):
-    """x + attention(n) + mlp(n) with n = norm(x) (5.19); n is captured once, as "qkv"."""
+    """x + attention(n) + mlp(n) with n = norm(x); n is captured once, as "qkv"."""
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
         return self.forward_some(x, None, capture)
@@ -176,7 +176,7 @@ class MoeBlock(Block):
             yield expert.down.input_group, self.experts.mid(expert, h), count
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual addition; the residual multiplier does not apply to experts (5.15)."""
+        """Residual addition; the residual multiplier does not apply to experts."""
         return x + y.reshape(x.shape).to(x.dtype)
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
@@ -194,7 +194,7 @@ class NormBlock(Block):
 
 
 class HeadBlock(Block):
-    """Normed states -> logits (R, T, vocab) float32, logit multiplier and softcap applied (5.16)."""
+    """Normed states -> logits (R, T, vocab) float32, logit multiplier and softcap applied."""
 
     def forward(self, x: Tensor, capture: Capture | None = None) -> Tensor:
         n = x.to(self.bank.dtype)
@@ -317,7 +317,7 @@ def _experts(spec: ModelSpec, module: ModuleSpec, bank: LinearBank, plain: Plain
 
 
 def check_states(states: Tensor, where: str) -> int:
-    """Check states after a module (converter-algorithm section 17); returns how many infinities were clamped.
+    """Check states after a module; returns how many infinities were clamped.
 
     Infinities, if fewer than 0.5 % of the elements, become +-65504 in place. Raises NumericError for any NaN and for
     more infinities. Waits for the GPU once.

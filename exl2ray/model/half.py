@@ -2,7 +2,7 @@
 
 ``Half`` exposes the stages one by one, so that quantisation options can be scored without recomputing what they share:
 ``post(x, linear(second, mid({role: linear(first, pre(x))})))`` is the whole of it. Attention is causal: shared key/value
-heads, RoPE, q/k norms, softcap, sliding windows (architectures 5.7-5.13).
+heads, RoPE, q/k norms, softcap, sliding windows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def chosen(states: Tensor, rows: slice | None) -> Tensor:
 
 
 class Norm:
-    """RMSNorm or LayerNorm, with or without a weight offset (architectures 5.6, 5.7), of the last dimension in float32.
+    """RMSNorm or LayerNorm, with or without a weight offset, of the last dimension in float32.
 
     RMSNorm y = x / sqrt(mean(x^2) + eps) * (w + offset); LayerNorm y = (x - mean) / sqrt(var + eps) * w + b. weight:
     (n,), or (heads, n) for one weight per head. Infinities of a float16 input count as +-65504, as at run time.
@@ -165,7 +165,7 @@ class Half(ABC):
         return self.mix({role: self.prepare(role, out) for role, out in outs.items()})
 
     def post(self, x: Tensor, out: Tensor) -> Tensor:
-        """out (R, T, hidden) of the second linear -> states after the residual addition (5.15), in x's dtype."""
+        """out (R, T, hidden) of the second linear -> states after the residual addition, in x's dtype."""
         if self.residual_scale != 1.0:
             out = out * self.residual_scale
         if self.post_norm is not None:
@@ -191,7 +191,7 @@ class Half(ABC):
 
 
 def activate(kind: Activation, x: Tensor) -> Tensor:
-    """silu, GELU in its tanh approximation, or exact GELU (architectures 5.8)."""
+    """silu, GELU in its tanh approximation, or exact GELU."""
     if kind == "silu":
         return F.silu(x)
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
@@ -358,7 +358,7 @@ def _by_products(
 
 
 def visible(first: int, stop: int, window: int | None, device: torch.device) -> Tensor:
-    """(stop - first, stop) bool: whether query i in first .. stop-1 sees key j, i - window < j <= i (5.13)."""
+    """(stop - first, stop) bool: whether query i in first .. stop-1 sees key j, i - window < j <= i."""
     i = torch.arange(first, stop, device=device)[:, None]
     j = torch.arange(stop, device=device)
     seen = j <= i

@@ -1,4 +1,4 @@
-"""From config.json to numbers: ``Hyper`` holds every hyper-parameter of a model, resolved (architectures 4 and 5)."""
+"""From config.json to numbers: ``Hyper`` holds every hyper-parameter of a model, resolved."""
 
 from __future__ import annotations
 
@@ -151,9 +151,9 @@ def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` such that ExLlamaV2 reads the model that ``resolve_hyper`` describes.
 
     The architecture by the loader's name for it, the old spellings (``legacy_config``), and every default of the family
-    that the config leaves out, because the loader has other defaults or none (architectures sections 4 and 6.4). What
-    transformers does not load a model with is put right: no ``model_type``, a padding token without an embedding row, counts
-    as 2.0. Meant for the output's config.json. Raises SourceError.
+    that the config leaves out, because the loader has other defaults or none. What transformers does not load a model with
+    is put right: no ``model_type``, a padding token without an embedding row, counts as 2.0. Meant for the output's
+    config.json. Raises SourceError.
     """
     out = legacy_config(config)
     if arch.loads_as:

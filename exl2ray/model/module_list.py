@@ -1,4 +1,4 @@
-"""The module list of a model: names, shapes and sources of every tensor (architectures 2, 5.1 to 5.4)."""
+"""The module list of a model: names, shapes and sources of every tensor."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class ModuleBuilder:
         return (*qkv, self._linear("o_proj", "o", layer, (widths["q"], h.hidden_size), "o", h.bias_o))
 
     def _qkv_rows(self) -> dict[str, tuple[tuple[int, int], ...]]:
-        """Rows of the stored query/key/value matrix that each projection has (5.2); empty: a matrix of its own."""
+        """Rows of the stored query/key/value matrix that each projection has; empty: a matrix of its own."""
         h = self.hyper
         d, share = h.head_dim, h.heads // h.kv_heads
         if self.arch.qkv == "split":
@@ -169,7 +169,7 @@ class ModuleBuilder:
         out, src = self._names(name, layer, expert)
         wide = h.intermediate_size
         k, n = (wide, h.hidden_size) if role == "w2" else (h.hidden_size, wide)
-        if self.arch.experts_fused:  # all experts in one (experts * wide, hidden) matrix, name without suffix (5.4)
+        if self.arch.experts_fused:  # all experts in one (experts * wide, hidden) matrix, name without suffix
             rows = ((expert * wide, (expert + 1) * wide),)
             shape = (h.num_experts * wide, h.hidden_size)
             weight = Stored(src, shape, ranges=rows, transpose=role != "w2")

@@ -1,4 +1,4 @@
-"""Mixture-of-experts blocks: routing, and the experts as batches of the tokens routed to them (architectures 5.18).
+"""Mixture-of-experts blocks: routing, and the experts as batches of the tokens routed to them.
 
 Many narrow experts are computed in *runs*: experts with about the same number of tokens, padded to the largest of them, one
 batched product per role. One after another, 128 experts cost a thousand launches for a millisecond of work.

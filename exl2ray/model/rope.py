@@ -1,4 +1,4 @@
-"""Rotary position embeddings: frequencies with every scaling variant, and their application (architectures 5.10, 5.11).
+"""Rotary position embeddings: frequencies with every scaling variant, and their application.
 
 Calibration uses the frequencies of the run time. For yarn and longrope these follow from the *configured* context
 length, not from the length of the sequence at hand, which is where Hugging Face differs.

@@ -1,4 +1,4 @@
-"""The vocabulary of the architecture table: one ``Arch`` describes one model family (architectures.md sections 1 to 5).
+"""The vocabulary of the architecture table: one ``Arch`` describes one model family.
 
 The defaults are Llama's. Code that computes reads these fields and never an architecture's name.
 """
@@ -92,10 +92,10 @@ class Arch:
     # Ways a checkpoint may store the names: pairs (start of the name in ``source``, what stands there), first match
     # applies; the layout whose embedding exists is taken. Empty: output prefix + name.
     source_layouts: tuple[tuple[tuple[str, str], ...], ...] = ()
-    # Tensors copied byte for byte (5.22): (start of the source name, start of the output name), first match applies.
+    # Tensors copied byte for byte: (start of the source name, start of the output name), first match applies.
     copied: tuple[tuple[str, str], ...] = ()
     vision_model: str | None = None  # required vision_config.model_type
-    # Fused and transposed tensors (5.2 to 5.4)
+    # Fused and transposed tensors
     qkv: Literal["split", "fused", "interleaved"] = "split"
     gate_up_fused: bool = False
     experts_fused: bool = False
@@ -107,20 +107,20 @@ class Arch:
     bias_qkv: bool = False
     bias_o: bool = False
     bias_mlp: bool = False
-    attention_bias_o: bool = True  # whether attention_bias in the config covers o_proj (5.9)
+    attention_bias_o: bool = True  # whether attention_bias in the config covers o_proj
     single_kv_head: bool = False
     mlp_factor: int | None = None  # MLP width over hidden size when the config does not give it
     rope: RopeStyle = "neox"
-    local_rope_theta: float | None = None  # RoPE base of sliding layers (5.11)
+    local_rope_theta: float | None = None  # RoPE base of sliding layers
     rope_on: Literal["all", "sliding"] = "all"
     window: WindowRule | None = None
     sqrt_hidden_embedding: bool = False
-    float32_states: bool = False  # residual stream in float32 (5.15)
-    scaled_by_model_base: bool = False  # logits times dim_model_base / hidden_size (5.16)
+    float32_states: bool = False  # residual stream in float32
+    scaled_by_model_base: bool = False  # logits times dim_model_base / hidden_size
     qkv_clip_key: str | None = None  # config key of a clamp on q, k, v
-    tied: bool = False  # head falls back to the embedding whatever the config says (5.17)
+    tied: bool = False  # head falls back to the embedding whatever the config says
     # Calibration
-    noise_rows: tuple[int, int] | None = None  # extra rows (measurement, quantisation), 5.20
+    noise_rows: tuple[int, int] | None = None  # extra rows (measurement, quantisation)
     needs_bos: bool = False
     # Configuration
     defaults: tuple[tuple[str, Any], ...] = ()  # the family's defaults for absent config keys

@@ -1,7 +1,7 @@
 """What a model consists of: frozen descriptions that every other room works with.
 
-A ``ModelSpec`` lists the modules in execution order (converter-algorithm section 4). Each ``ModuleSpec`` names the
-linears to quantise and the tensors to store as they are, and where in the source each of them comes from.
+A ``ModelSpec`` lists the modules in execution order. Each ``ModuleSpec`` names the linears to quantise and the tensors to
+store as they are, and where in the source each of them comes from.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class ModuleSpec:
 
     @property
     def profile_key(self) -> str:
-        """Key in measurement.json, e.g. "model.layers.3.self_attn" (converter-algorithm section 10)."""
+        """Key in measurement.json, e.g. "model.layers.3.self_attn"."""
         return f"{self.key}.{PROFILE_SUFFIX[self.kind]}"
 
     @property

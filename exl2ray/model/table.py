@@ -1,7 +1,7 @@
 """The architecture table: the model families that ExLlamaV2 0.3.2 loads, as data.
 
 One ``Arch`` per name that config.json may have in ``architectures``; an entry states only where its family departs from
-Llama. docs/adding-an-architecture.md explains how to add one. Source: architectures.md sections 1, 2 and 5.
+Llama. docs/adding-an-architecture.md explains how to add one.
 
 Where ExLlamaV2 and the model's own definition (Hugging Face) disagree, the table states the definition, and
 ``loader_differences`` says what the loader does instead.

@@ -1,8 +1,8 @@
 """Reading weights: one linear or one plain tensor at a time, split, transposed and checked.
 
-Linears come in quantisation orientation, (K, N) = (in_features, out_features), whatever the checkpoint's layout
-(architectures 5.2 to 5.5). Nothing is scaled: multipliers are applied by the loader (architectures section 3, item 8);
-only a normalised head is stored normalised (5.16). Where the model is to be rotated, tensors come rotated from here.
+Linears come in quantisation orientation, (K, N) = (in_features, out_features), whatever the checkpoint's layout.
+Nothing is scaled: multipliers are applied by the loader; only a normalised head is stored normalised. Where the model is to
+be rotated, tensors come rotated from here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight (K, N) and bias (N,) or None, on the CPU in the source's dtype; the weight may be a transposed view.
 
-    A normalised head (5.16) is divided in float32 and returned in float32. Of a rotated model the weight is computed on
+    A normalised head is divided in float32 and returned in float32. Of a rotated model the weight is computed on
     ``device`` and rounded once, to ``dtype``. Raises SourceError naming the tensor: missing, wrong shape or dtype, NaN,
     infinity, or beyond float16's +-65504.
     """
@@ -201,7 +201,7 @@ def check_weights(tensor: Tensor, where: str) -> None:
 
 
 def output_tensors(spec: ModelSpec) -> list[OutputEntry]:
-    """Everything the output holds, in the order of converter-algorithm section 14.
+    """Everything the output holds, in the order in which ExLlamaV2's converter writes it.
 
     Per module: norms (and router), linears, q/k norms; at the end the copied tensors.
     """

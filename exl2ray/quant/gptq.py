@@ -1,14 +1,13 @@
 """GPTQ in EXL2's row layout, plain form: quantise a linear layer group by group with error feedback; the search for scales of
 one group, and a refinement of its own.
 
-`quantize_reference` is the algorithm as the reference runs it (converter-algorithm section 8; Frantar et al. 2022,
-algorithm 1), one row after another: slow, readable, the oracle of every faster path. `exl2ray.quant.solve` runs the same
-arithmetic through the compiled kernels of `exl2ray.cuda`.
+`quantize_reference` is the algorithm as the reference runs it (Frantar et al. 2022, algorithm 1), one row after another:
+slow, readable, the oracle of every faster path. `exl2ray.quant.solve` runs the same arithmetic through the compiled kernels
+of `exl2ray.cuda`.
 
 Every column of a group has a 4-bit code s in 1..16; all share one ``scale_max``. A column's step is
-``e = fp16(s^2 * fp16(scale_max / 256))``, the number the loader will compute. The search (converter-algorithm section 7)
-picks the codes from the column maxima and then the group-wide shrink factor p in 0.70..1.20 with the smallest sum of
-|error|^3.5.
+``e = fp16(s^2 * fp16(scale_max / 256))``, the number the loader will compute. The search picks the codes from the column
+maxima and then the group-wide shrink factor p in 0.70..1.20 with the smallest sum of |error|^3.5.
 
 That search rounds each weight by itself, but GPTQ passes the rounding error of a row on to the rows after it. `refine_codes`
 therefore runs the feedback of the group for a few codes around the one found, and keeps the code with the smallest loss.

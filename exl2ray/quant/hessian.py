@@ -6,8 +6,8 @@ H^-1 = U^T U. The reference gets U by Cholesky, inverse, Cholesky. Reversing the
 same in one step: H = R R^T with R upper triangular, hence U = R^-1 (both have a positive diagonal, and the factors
 are unique). R is what this module hands out; no inverse of H is ever formed.
 
-Reference: converter-algorithm section 5. Differences: the sort of the act-order is stable, failures of the
-factorisation are retried in float64 before damping grows, and CUDA errors are not mistaken for them.
+Differences from ExLlamaV2: the sort of the act-order is stable, failures of the factorisation are retried in float64 before
+damping grows, and CUDA errors are not mistaken for them.
 
 The reference's own route is kept as the oracle (`prepare_reference`): they agree to 3e-6 on the golden Hessians. Above
 `FLOAT64_ROWS` inputs the factor is computed in float64, block by block (`exl2ray.quant.cholesky`).
@@ -340,7 +340,7 @@ def expert_factor(
 
 
 def keeps_order(module: Module, group: str) -> bool:
-    """Whether the linear on this input must stay in natural order: down_proj of an MLP with biases (exl2-format section 9).
+    """Whether the linear on this input must stay in natural order: down_proj of an MLP with biases.
 
     Loaders put the columns of up and gate into the order of down's rows, but leave their biases as they are.
     """

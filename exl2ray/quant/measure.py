@@ -1,8 +1,8 @@
 """Scoring the options of a dense module, and of the head: what each costs and how much it changes the module's output.
 
-Per module (converter-algorithm section 10): one reference pass gives the Hessians and the target output; every
-distinct option of every linear is quantised once; then each row of the option table is scored by a forward pass with the
-candidates in place. The score is the mean over calibration rows of ||Y - Y_ref||_F / ||Y_ref||_F.
+Per module: one reference pass gives the Hessians and the target output; every distinct option of every linear is quantised
+once; then each row of the option table is scored by a forward pass with the candidates in place. The score is the mean over
+calibration rows of ||Y - Y_ref||_F / ||Y_ref||_F.
 
 A block has two stages (linears on one input, a core without weights, a linear back), so
 projection outputs of distinct options are computed once per batch of rows and combined.

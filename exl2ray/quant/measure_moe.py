@@ -1,4 +1,4 @@
-"""Measuring a mixture-of-experts block: one choice per role for all experts of the layer (converter-algorithm section 15).
+"""Measuring a mixture-of-experts block: one choice per role for all experts of the layer.
 
 Better than the reference: the Hessian of w1 and w3 of an expert comes from the tokens routed to it, as that of w2 does.
 An expert that saw fewer tokens than its Hessian has dimensions borrows (`exl2ray.quant.hessian.expert_factor`). Small experts

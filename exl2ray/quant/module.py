@@ -4,7 +4,6 @@ Both begin with the module's source weights on calibration rows, which are cut i
 give the same bits whoever holds which of them. `enter_module` (`exl2ray.quant.entering`) runs all rows of a worker alone; it
 serves measuring, and quantising on the states of the source model, where one pass is enough for all bitrates. In a chain
 every module is entered on what the quantised ones before it produce, by a group of workers; a group of one is a group. Then
-(converter-algorithm section 12)
 
 1. the members sum Hessians over their own shares,
 2. each input gets an owner, and its sum goes there,

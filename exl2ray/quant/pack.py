@@ -1,4 +1,4 @@
-"""Between integers and the packed tensors of the format, on CPU or GPU (exl2-format sections 5 to 8).
+"""Between integers and the packed tensors of the format, on CPU or GPU.
 
 Rows are packed in units of 32: 32 rows of b bits fill exactly b words of a column, whatever b, and groups are multiples
 of 32 rows, so no unit straddles groups. `exl2ray.formats.exl2` has the NumPy oracle of both directions.
@@ -129,7 +129,7 @@ def unpack_scale_codes(q_scale: Tensor) -> Tensor:
 
 
 def dequantize(p: PackedLinear, device: torch.device | str = "cpu", prescale: float = 1.0) -> Tensor:
-    """The loader's weight matrix (K, N32) float16 in natural row order, bit for bit (exl2-format section 8)."""
+    """The loader's weight matrix (K, N32) float16 in natural row order, bit for bit."""
     layout = p.layout
     q_weight, invperm = p.q_weight.to(device), p.q_invperm.to(device).long()
     scale_max = (p.q_scale_max.to(device).float() * (prescale / 256)).half()

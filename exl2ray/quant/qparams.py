@@ -2,7 +2,7 @@
 
 A table row names one option per projection. Text form: ``share:widthb_groupsizeg`` joined by ``/``, as in
 ``0.05:3b_64g/0.95:2b_64g``: the most active 5 % of the rows in 3 bits, the rest in 2, both in groups of 64 rows.
-The tables are those of ExLlamaV2 0.3.2 (converter-algorithm section 9), so that measurement files are interchangeable.
+The tables are those of ExLlamaV2 0.3.2, so that measurement files are interchangeable.
 Rows repeat options; `unique` reduces a column to what has to be computed.
 
 Bitrates that no row reaches have `low_options`: pure 2 bits, in groups of up to 512 rows. Groups may be larger (the loader

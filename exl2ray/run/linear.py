@@ -29,7 +29,7 @@ _linears: WeakValueDictionary[int, Exl2Linear] = WeakValueDictionary()
 class Exl2Linear(torch.nn.Module):
     """y = x W + bias with W (in_features, out_features) packed; Q packed rows, G groups, N32 = out_features padded to 32.
 
-    Buffers have the names, dtypes and shapes of the file (exl2-format section 5), so ``state_dict`` is what the file holds.
+    Buffers have the names, dtypes and shapes of the file, so ``state_dict`` is what the file holds.
     What the kernels need besides is derived at the first call, and anew after a move to another device.
     """
 

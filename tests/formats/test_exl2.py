@@ -1,4 +1,4 @@
-"""Byte layout: the format page's vectors, the reference's own output, and properties of the oracle."""
+"""Byte layout: worked examples, the reference's own output, and properties of the oracle."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def random_linear(layout: GroupLayout, columns: int, seed: int, bias: bool = Fal
 
 
 def scalar_weight(p: PackedLinear, feature: int, column: int, prescale: float) -> np.float16:
-    """One weight, straight from the text of the format page (sections 6 to 8), with Python integers."""
+    """One weight, bit by bit, with Python integers."""
     stored_row = int(p.q_invperm[feature])
     groups, words = p.q_groups.tolist(), p.q_weight.shape[0]
     first = 0

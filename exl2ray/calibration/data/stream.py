@@ -1,6 +1,6 @@
 """Tokens of calibration data, as many as are asked for; rows of them.
 
-converter-algorithm section 3: each document is encoded by itself, without BOS or EOS; the token streams are concatenated.
+As in ExLlamaV2, each document is encoded by itself, without BOS or EOS; the token streams are concatenated.
 A source is read only as far as needed. Of several sources each has a stream of its own, and they take turns row by row, so
 that every one of them counts whatever its size.
 """
