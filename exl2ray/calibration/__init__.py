@@ -1,1 +1,1 @@
-"""Calibration rows of tokens, from the built-in text or from a Parquet file."""
+"""Calibration rows of tokens, from the built-in text or from the user's own data."""

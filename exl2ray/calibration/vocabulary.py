@@ -40,7 +40,7 @@ class LoadedTokenizer:
         self._add_named(named)
 
     def report(self) -> dict[str, Any]:
-        """What the parent needs to know; see ``VocabularyReport``."""
+        """What the parent needs to know, as JSON can say it: `exl2ray.calibration.tokenizer` checks the vocabulary by it."""
         in_file = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items()}
         plain = [(i, t) for t, i in self.base.items() if t not in in_file]
         everything = [*plain, *((i, t) for t, i in in_file.items())]

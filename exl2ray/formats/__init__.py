@@ -1,1 +1,1 @@
-"""Files: Hugging Face sources, EXL2 tensors and directories, measurement.json, shards."""
+"""Files: Hugging Face sources, EXL2 tensors and directories, GGUF, measurement.json, shards."""
