@@ -65,6 +65,6 @@ def nvidia_driver_loaded(root: Path = Path("/")) -> bool:
     return (root / "proc/driver/nvidia/version").exists()
 
 
-def nvidia_device_files(root: Path = Path("/")) -> bool:
+def nvidia_device_files(root: Path) -> bool:
     """Whether this process is given a GPU: /dev/nvidia0 and so on, or WSL's /dev/dxg."""
     return any((root / "dev").glob("nvidia[0-9]*")) or (root / "dev/dxg").exists()

@@ -106,7 +106,7 @@ def measurement_target(wanted: str) -> Path:
     return path if path.suffix == ".json" else path / MEASUREMENT
 
 
-def check_measurement_target(wanted: str, work: str = "") -> None:
+def check_measurement_target(wanted: str, work: str) -> None:
     """StoreError if the file that -om asks for could not be written after measuring, UsageError if it would take the place of
     what is in the work directory ``work``."""
     path = measurement_target(wanted)

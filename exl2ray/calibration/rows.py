@@ -175,18 +175,17 @@ def check_length(length: int, flag: str, max_positions: int | None) -> None:
         )
 
 
-def check_ids(ids: Tensor, vocab_size: int, tokenizer: ModelTokenizer, kinds: Sequence[str] = ()) -> None:
-    """Raise SourceError if an id (R, T) has no embedding row, naming the token and its row; ``kinds``: of the rows."""
+def check_ids(ids: Tensor, vocab_size: int, tokenizer: ModelTokenizer, kinds: Sequence[str]) -> None:
+    """Raise SourceError if an id (R, T) has no embedding row, naming the token and its row; ``kinds``: of each row."""
     highest = int(ids.max())
     if highest < vocab_size:
         return
     row = int((ids >= vocab_size).any(dim=1).nonzero()[0, 0])
     token_id = int(ids[row][ids[row] >= vocab_size][0])
     text = tokenizer.process.tokens_of([token_id])[0]
-    where = f"row {row} ({kinds[row]})" if kinds else f"row {row}"
     raise SourceError(
-        f"{tokenizer.path}: {where} of the calibration text holds token {quoted(text or '')} with token id {token_id}; "
-        f"the model has {vocab_size} embedding rows",
+        f"{tokenizer.path}: row {row} ({kinds[row]}) of the calibration text holds token {quoted(text or '')} "
+        f"with token id {token_id}; the model has {vocab_size} embedding rows",
         "leave out what holds it (chat template: --no-chat-rows), or resize the model's embedding",
     )
 

@@ -150,7 +150,7 @@ class Streams:
     stream and those of its turns.
     """
 
-    def __init__(self, device: torch.device, count: int = COUNT, first: int = 0) -> None:
+    def __init__(self, device: torch.device, count: int, first: int = 0) -> None:
         self._streams: list[torch.cuda.Stream] = []
         self._turns, self._first = 0, first
         if device.type == "cuda" and (count > 1 or (first and count)):

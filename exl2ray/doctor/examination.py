@@ -150,7 +150,7 @@ def memory() -> list[Finding]:
     return found
 
 
-def shared_memory(gpus: int = 1) -> list[Finding]:
+def shared_memory(gpus: int) -> list[Finding]:
     """/dev/shm against the object store of a local Ray, and NCCL where several GPUs work together."""
     usage = shared_memory_bytes()
     needed = nccl_bytes(gpus) if gpus > 1 else 0

@@ -51,7 +51,7 @@ class Speaker:
     """A model that answers. Raises what opening and reading it raises."""
 
     def __init__(
-        self, directory: str, device: str, tokenizer: ModelTokenizer | None, options: RunOptions, engine: Engine = Generator
+        self, directory: str, device: str, tokenizer: ModelTokenizer | None, options: RunOptions, engine: Engine
     ) -> None:
         self.name = directory
         self.model = open_model(directory, options)

@@ -121,7 +121,7 @@ def mean_over_rows(values: Tensor, counted: Tensor) -> Estimate:
     return Estimate(float(mean), float(squares.sqrt() / n.sum()))
 
 
-def counted_predictions(rows: int, length: int, stride: int | None = None) -> Tensor:
+def counted_predictions(rows: int, length: int, stride: int | None) -> Tensor:
     """(R, T - 1) bool: which predictions count. With a stride, windows overlap by T - stride tokens, and every window
     but the first counts its last ``stride`` predictions, so that each token of the text is predicted once."""
     counted = torch.ones(rows, length - 1, dtype=torch.bool)

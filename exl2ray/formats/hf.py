@@ -233,7 +233,7 @@ def _refuse_shard(path: Path, error: type[Exl2RayError]) -> NoReturn:
     raise error(f"{path}: not a regular file (a dangling link?)", "fetch the shard again")
 
 
-def merge_shards(files: Iterable[TensorFile], error: type[Exl2RayError] = SourceError) -> dict[str, TensorInfo]:
+def merge_shards(files: Iterable[TensorFile], error: type[Exl2RayError]) -> dict[str, TensorInfo]:
     """One name table over all shards; a name that appears twice is an error (which copy counts would be undefined)."""
     table: dict[str, TensorInfo] = {}
     for f in files:

@@ -55,7 +55,7 @@ def resolve_rope(
     theta: float,
     scaling: Mapping[str, Any] | None,
     max_seq_len: int,
-    partial: float = 1.0,
+    partial: float,
     scale: float | None = None,
     alpha: float | None = None,
 ) -> Rope:

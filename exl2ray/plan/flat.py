@@ -190,7 +190,7 @@ def _runs(info: TensorInfo, stored: Stored, item_bytes: int) -> list[tuple[int, 
     return [((r * row + a) * item_bytes, b - a) for r in range(info.shape[0]) for a, b in stored.ranges]
 
 
-def flat_warnings(source: SourceModel, spec: ModelSpec, seed: int = 0) -> list[str]:
+def flat_warnings(source: SourceModel, spec: ModelSpec, seed: int) -> list[str]:
     """What `flat_parts` finds, in words that name tensors."""
     try:
         found = flat_parts(source, needed_parts(spec), seed)

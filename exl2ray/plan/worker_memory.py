@@ -71,7 +71,7 @@ class Peak:
 
 
 def peaks(
-    spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu_bytes: int | None, damping: float, corrected: bool = False,
+    spec: ModelSpec, source: SourceModel, rows: RowSizes, gpu_bytes: int | None, damping: float, corrected: bool,
     gradients: bool = False,
 ) -> list[Peak]:  # fmt: skip
     """Peaks of measuring, quantising and of the head, on a GPU of ``gpu_bytes`` or (None) on CPUs.

@@ -106,7 +106,7 @@ def model_card(info: CardInfo) -> str:
 
 
 def index_card(
-    repo: str, rows: Sequence[BranchRow], base_model: str | None, owner: str, original: OriginalCard, plot: str = ""
+    repo: str, rows: Sequence[BranchRow], base_model: str | None, owner: str, original: OriginalCard, plot: str
 ) -> str:
     """The whole card of a repository with branches. People land there, and the Hub lists a repository by it."""
     name, front = repo.partition("/")[2], front_matter(base_model, owner, original)
@@ -125,7 +125,7 @@ def front_matter(base_model: str | None, quantized_by: str, original: OriginalCa
     return write_block(fields)
 
 
-def evaluation_section(e: Evaluation, plot: str = "") -> str:
+def evaluation_section(e: Evaluation, plot: str) -> str:
     """Figures and what they mean. plot: name of a picture beside the card."""
     before, kl, top1 = (f.value if f is not None else None for f in (e.reference_perplexity, e.kl, e.top1))
     word, sentence = judged(e.perplexity.value, before, kl, top1) if before is not None else ("", "")
@@ -241,7 +241,7 @@ def add_evaluation(directory: str | Path, evaluation: Evaluation) -> Path:
 
 def add_tuning(
     directory: str | Path, before: Mapping[str, float], after: Mapping[str, float], kept: str, tokens: int,
-    worse: Sequence[str] = (),
+    worse: Sequence[str],
 ) -> Path:  # fmt: skip
     """Says on the card of a directory what a tuning has brought: KL (nats) by kind of text. Raises StoreError."""
     text = _card_in(directory)

@@ -65,7 +65,7 @@ def empty_trees(block: Block, on_host: bool = False) -> dict[str, TreeSum]:
 
 
 def add_share(
-    trees: Mapping[str, TreeSum], share: int, block: Block, x: Tensor, settings: Settings, check: Check, first: int = 0,
+    trees: Mapping[str, TreeSum], share: int, block: Block, x: Tensor, settings: Settings, check: Check, first: int,
     every: int = 1,
 ) -> Tensor:  # fmt: skip
     """States after a module with its source weights, for one share of the rows, whose Hessians are added to ``trees``.

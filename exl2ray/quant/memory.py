@@ -62,8 +62,8 @@ def settings_within(module: Module, rows: int, tokens: int, total: int, damping:
 
 
 def states_fit(
-    modules: Sequence[Module], state_bytes: int, tokens: int, device: torch.device, corrected: bool = False,
-    measuring: bool = True,
+    modules: Sequence[Module], state_bytes: int, tokens: int, device: torch.device, corrected: bool,
+    measuring: bool,
 ) -> bool:  # fmt: skip
     """Whether hidden states of ``state_bytes`` stay on the GPU: if the largest module has room beside them."""
     if device.type != "cuda":
@@ -132,7 +132,7 @@ def middle_bytes(module: Module, rows: int, tokens: int, itemsize: int) -> int:
     return rows * tokens * itemsize * second[0].in_features if module.kind in ("attention", "mlp") and second else 0
 
 
-def sums_on_host(module: Module, device: torch.device, corrected: bool = False) -> bool:
+def sums_on_host(module: Module, device: torch.device, corrected: bool) -> bool:
     """Whether sums of Hessians over shares of the rows wait in host memory (`exl2ray.quant.rows`)."""
     return device.type == "cuda" and sums_on_host_within(module, device_bytes(device), corrected)
 

@@ -37,7 +37,7 @@ ROWS, COLUMNS, TOKENS, HEADS = 256, 64, 64, 4
 _begun: list[Future[tuple[str | None, Numerics]]] = []  # at most one: what a thread of this process sets up
 
 
-def begin_warm_up(device: Callable[[], str | None], numerics: Numerics, compiled: Callable[[], None] = lambda: None) -> None:
+def begin_warm_up(device: Callable[[], str | None], numerics: Numerics, compiled: Callable[[], None]) -> None:
     """`warm_up` of the ``device`` found (None: of nothing), in this thread. The next `warm_up` waits for its end, and raises
     what it raised. compiled: waits for processes that compile kernels (`exl2ray.quant.precompiling`)."""
     future: Future[tuple[str | None, Numerics]] = Future()

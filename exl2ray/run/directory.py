@@ -15,7 +15,7 @@ NOT_NEEDED = "side-file"  # the rule about tokenizer files, which are no busines
 DOWNLOADED = ["*.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"]
 
 
-def local_directory(name: str, revision: str | None = None) -> Path:
+def local_directory(name: str, revision: str | None) -> Path:
     """A folder as it is; a name on the Hub downloaded as the host library does it: its login, its cache, its offline mode."""
     if Path(name).is_dir():
         return Path(name)

@@ -77,7 +77,7 @@ def empty_linear(key: str, tensors: Mapping[str, TensorInfo], out_features: int 
 
 
 def insert_linears(
-    model: torch.nn.Module, tensors: Mapping[str, TensorInfo], renamed: Callable[[str], str] = str
+    model: torch.nn.Module, tensors: Mapping[str, TensorInfo], renamed: Callable[[str], str]
 ) -> set[str]:
     """Replaces the linears of ``model`` that the files hold packed, and returns their names in the model.
 

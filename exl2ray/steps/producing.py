@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def produce(
-    job: Job, plans: Sequence[Plan], compile_full: str | None = None, patch: Wanted | None = None
+    job: Job, plans: Sequence[Plan], compile_full: str | None, patch: Wanted | None = None
 ) -> list[OutputSummary]:
     """Quantises and writes all bitrates. A bitrate is written as soon as it is complete, while others go on; one whose
     files are there already is left alone.

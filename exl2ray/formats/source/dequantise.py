@@ -110,7 +110,7 @@ def _numbers(scale: Tensor) -> Tensor:
 
 
 def dequantised(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], error: type[Exl2RayError] = SourceError
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], error: type[Exl2RayError]
 ) -> tuple[dict[str, TensorInfo], dict[str, Scaled]]:
     """(the tensors as a model with plain weights has them, those among them that are computed).
 
