@@ -157,4 +157,5 @@ def test_patch_from_the_command_line(quiet: Quiet, tmp_path: Path) -> None:
     assert (work / "job.json").read_bytes() == job  # the conversion is what it was
     assert widths(out)["model.layers.0.self_attn.o_proj"] == [8]
     wrong = CliRunner().invoke(cli, ["patch", "-o", str(work), "--set", "*.0.*.o_proj=8", "-b", "3"])
-    assert isinstance(wrong.exception, UsageError) or wrong.exit_code != 0
+    assert wrong.exit_code == UsageError.exit_code
+    assert wrong.output.startswith(f"error: -b 3: the conversion in {work} has 4")

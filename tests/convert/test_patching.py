@@ -146,4 +146,5 @@ def test_what_another_work_directory_patched(base: Recipe, quiet: Quiet, tmp_pat
 
 def test_a_patch_of_nothing(base: Recipe) -> None:
     done = CliRunner().invoke(cli, ["patch", "-o", base.out_dir])
-    assert isinstance(done.exception, UsageError) or done.exit_code == 2
+    assert done.exit_code == UsageError.exit_code
+    assert "nothing to change" in done.output

@@ -309,7 +309,7 @@ def test_a_job_that_is_one_problem_of_two(base: Path, data: Path, measured: Path
     assert "   --seed: 0 -> 5\n" in run.out
 
 
-def test_a_job_that_goes_on(base: Path, data: Path, measured: Path, tmp_path: Path) -> None:
+def test_a_job_that_goes_on(base: Path, data: Path, measured: Path) -> None:
     """After measuring any bitrate may be named; plan finds the model in the job, as convert does."""
     words = words_of(recipe(base, measured, data))
     exl2ray("convert", *words, "--dry-run").ends_with(0)

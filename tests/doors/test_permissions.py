@@ -45,7 +45,7 @@ def test_a_file_that_a_model_does_not_need_is_left_out(folder: Path, tmp_path: P
     run.ends_with(0, "not copied into the output, this user may not read them: paper.pdf")
 
 
-def test_a_folder_that_may_be_listed_and_not_entered(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_may_be_listed_and_not_entered(folder: Path) -> None:
     """It was called empty."""
     folder.chmod(0o444)
     for command in (("plan", "-i"), ("eval",), ("inspect",), ("verify",)):
@@ -55,13 +55,13 @@ def test_a_folder_that_may_be_listed_and_not_entered(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_a_link_to_where_this_user_may_not_look(name: str, folder: Path, closed: Path, tmp_path: Path) -> None:
+def test_a_link_to_where_this_user_may_not_look(name: str, folder: Path, closed: Path) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(closed / name)
     exl2ray("plan", "-i", folder, *FAST[:6], ordinary=True).ends_with(3, name, DENIED, LOOK)
 
 
-def test_shards_in_a_folder_below(folder: Path, closed: Path) -> None:
+def test_shards_in_a_folder_below(folder: Path) -> None:
     tensors = read_weights(folder)
     (folder / "model.safetensors").unlink()
     write_sharded(folder, tensors, 2)
@@ -109,7 +109,7 @@ def test_a_place_that_may_not_be_entered(case: str, folder: Path, closed: Path) 
     assert not list(folder.parent.glob("w*/*"))  # nothing was begun
 
 
-def test_a_pointer_of_git_beside_the_weights(folder: Path, tmp_path: Path) -> None:
+def test_a_pointer_of_git_beside_the_weights(folder: Path) -> None:
     """A clone without LFS whose weights were fetched by hand: the output had a tokenizer.model that nothing can read."""
     (folder / "picture.png").write_text(POINTER)
     found = examine_side_files(folder)

@@ -175,7 +175,7 @@ def test_what_cannot_be_read_is_told(
     assert e.value.hint
 
 
-def test_a_folder_that_datasets_saved(tokenizer: ModelTokenizer, tmp_path: Path) -> None:
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     """Its own caches are no data, nor is what it says of them; of text beside a table the text counts, not a README."""
     for name in ("train", "test"):
         (tmp_path / name).mkdir()

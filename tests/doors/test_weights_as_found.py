@@ -298,7 +298,7 @@ def packed_linear(folder: Path, rows: int = 64, **changes: torch.Tensor) -> None
     edit_config(folder, quantization_config={"quant_method": "exl2", "bits": 4.0})
 
 
-def test_a_damaged_linear_names_its_folder_and_what_shows_more(base: Path, folder: Path) -> None:
+def test_a_damaged_linear_names_its_folder_and_what_shows_more(folder: Path) -> None:
     packed_linear(folder, q_invperm=torch.zeros(64, dtype=torch.int32))
     with pytest.raises(FormatError, match="q_invperm is not a permutation") as e:
         Exl2Model(folder).linear("model.layers.0.self_attn.q_proj")

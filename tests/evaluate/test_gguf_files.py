@@ -202,7 +202,7 @@ def test_on_the_curve_beside_exl2(tmp_path: Path) -> None:
     exl2ray(*words[:-1], "short.gguf", cwd=tmp_path).ends_with(8, "the file has", "fetch it again")
 
 
-def test_other_models_are_named(tmp_path: Path, twins: Twins, other: Path) -> None:
+def test_other_models_are_named(tmp_path: Path, twins: Twins) -> None:
     like, file = open_model(twins[0]), tmp_path / "m.gguf"
 
     def refused(error: type[Exl2RayError], *words: str, model: Path = twins[0], **settings: Any) -> None:

@@ -184,7 +184,7 @@ def test_config_beside_weights(case: str, tiny: Path, text: str, tmp_path: Path)
     assert all(says in f for f in found)
 
 
-def test_the_head_that_is_used_is_that_of_transformers(tiny: Path, text: str, tmp_path: Path) -> None:
+def test_the_head_that_is_used_is_that_of_transformers(tiny: Path, tmp_path: Path) -> None:
     """Beside tie_word_embeddings transformers takes a stored head that differs, as the warning says."""
     import transformers
 
@@ -327,7 +327,7 @@ def test_the_console_ends_with_them(tiny: Path, text: str, tmp_path: Path) -> No
     assert json.loads(again.out.splitlines()[-1])["warnings"] == [last[0].removeprefix("warning: ")]
 
 
-def test_plan_lists_them(tiny: Path, text: str, tmp_path: Path) -> None:
+def test_plan_lists_them(tiny: Path, tmp_path: Path) -> None:
     model = edited(tiny, tmp_path / "m", fill(QUERY), tie_word_embeddings=True)
     words = (f"{QUERY} (0)", "is stored and is not")
     arguments = ("-l", "128", "-ml", "128", "-c", parquet(tmp_path / "rows.parquet", "a" * 9000), "-r", "4", "-mr", "2")

@@ -151,8 +151,9 @@ def test_the_disk_of_a_model_that_is_replaced(
 ) -> None:
     """The old model stays whole, or is none; never a part of it."""
     work, target = made.copy_of_work(tmp_path / "work"), made.copy_of_target(disk.path / "out")
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError) as caught:
         convert(made.recipe(work, target, bits=(5.0,)), At(MOMENTS[3], lambda: harm(disk)))
+    assert hint in caught.value.hint or hint in caught.value.message
     found = {n: h for n, h in contents(target).items() if n != ".exl2ray.lock"}
     assert "config.json" not in found or found == contents(made.target)
     help_(disk)

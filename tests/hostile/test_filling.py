@@ -140,7 +140,7 @@ def test_permissions_are_those_of_the_output(made: Conversion, tmp_path: Path) -
     assert contents(target) == contents(made.target)
 
 
-def test_a_disk_without_room_for_the_shards(made: Conversion, disk: SmallDisk, tmp_path: Path) -> None:  # noqa: F811
+def test_a_disk_without_room_for_the_shards(made: Conversion, disk: SmallDisk) -> None:  # noqa: F811
     """Is full before anything is quantised."""
     work, target = without(made.copy_of_work(disk.path / "work"), HEAD), disk.path / "out"
 

@@ -183,7 +183,7 @@ COMMANDS = ["plan", "plan --json", "inspect --json", "--help", "convert --help",
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_short_commands_whose_reader_is_gone(made: Conversion, tmp_path: Path, command: str) -> None:
+def test_short_commands_whose_reader_is_gone(made: Conversion, command: str) -> None:
     name, *flags = command.split()
     arguments = {
         "plan": ["-i", str(made.model), "-b", "4", "-c", str(made.text), *FLAGS],

@@ -262,7 +262,7 @@ def test_killed_at_every_step_of_replacing_a_model(shards: str, made: Conversion
 
 
 @pytest.mark.parametrize("n", [4, 7, 11])
-def test_killed_while_patching_in_place(n: int, made: Conversion, work: Path, target: Path, tmp_path: Path) -> None:
+def test_killed_while_patching_in_place(n: int, work: Path, target: Path, tmp_path: Path) -> None:
     arguments = ["patch", "-o", str(work), "--set", "*.0.*.v_proj=8", "--device", "cpu", "--executor", "inline", "-cf"]
     models = [contents(target)]
     assert killed_at(n, [*arguments, str(target)], tmp_path / "log", target)

@@ -232,7 +232,7 @@ def test_a_link_of_ones_own_to_a_large_disk(made: Conversion, work: Path, target
     assert read_status(str(tmp_path / "link")).state == "stopped"
 
 
-def test_a_link_to_a_disk_that_is_not_mounted(made: Conversion, target: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_disk_that_is_not_mounted(made: Conversion, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "mnt" / "disk")
     exl2ray(*made.arguments(tmp_path / "link", tmp_path / "new")).ends_with(7, "does not exist", "mounted")
     assert not (tmp_path / "mnt").exists()

@@ -157,7 +157,7 @@ def test_the_probe_times_the_worst_layer_and_the_head(tiny: Path, text: Path, tm
     assert list(tmp_path.iterdir()) == [], "the scratch directory is gone"
 
 
-def test_a_probe_that_fails_is_a_problem(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_fails_is_a_problem(tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from exl2ray.errors import NumericError
 
     def broken(*args: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exl2ray.evaluate.record import Evaluation, Figure, Kind
@@ -294,9 +293,12 @@ def test_blocks_come_back_as_they_were_written(block: dict[str, Any], name: str,
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=200))
+@example("license: 3\nlanguage: [en, 1, .nan, null]\ntags: [2020-01-01, x]")
+@example("license: mit\ntags: {a: 1}")
 def test_any_text_is_a_card(text: str) -> None:
     kept = original_card(f"---\n{text}\n---\n")
-    json.dumps([kept.fields, kept.tags])  # nothing but texts
+    values = [v for _, value in kept.fields for v in (value if isinstance(value, list) else [value])]
+    assert all(isinstance(v, str) for v in (*values, *kept.tags))
 
 
 SPACES = 1 << 16  # as many characters as are read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,7 @@ def test_factor_in_natural_order() -> None:
 
 
 @pytest.mark.parametrize(("bias", "natural"), [(True, True), (False, False)])
-def test_down_proj_of_a_biased_mlp_is_not_reordered(
-    tiny: Callable[..., Path], tmp_path: Path, bias: bool, natural: bool
-) -> None:
+def test_down_proj_of_a_biased_mlp_is_not_reordered(tmp_path: Path, bias: bool, natural: bool) -> None:
     from tiny_models import write_model
 
     spec, block = load(write_model(tmp_path / "model", mlp_bias=bias), 2)

@@ -46,16 +46,14 @@ def test_an_object_that_changed_ends_a_resume(s3: Any, text: Path, tmp_path: Pat
         ("s3://models/a/b", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, ["cannot be read"]),
     ],
 )
-def test_object_stores_that_give_nothing(
-    s3: Any, address: str, changes: dict[str, str], words: list[str], tmp_path: Path
-) -> None:
+def test_object_stores_that_give_nothing(s3: Any, address: str, changes: dict[str, str], words: list[str]) -> None:
     done = exl2ray("plan", "-i", address, "-b", "4", seconds=60, env={**s3[1], **changes})
     done.ends_with(3, *words)
     assert SECRET not in done.out + done.err
 
 
 def test_a_resume_has_the_commit_that_the_job_began_with(
-    hub: ModelHub, online: Callable[..., Run], model: Path, text: Path, tmp_path: Path
+    hub: ModelHub, online: Callable[..., Run], text: Path, tmp_path: Path
 ) -> None:
     online(*measure(text, tmp_path / "work")).ends_with(0)
     before, seen = hub.repos["me/model"]["main"].sha, len(hub.asked)
@@ -232,7 +230,7 @@ def test_an_address_that_another_thread_replaces_meanwhile(
 )
 def test_refusals(
     change: str, address: str, status: int, words: list[str], command: str,
-    hub: ModelHub, online: Callable[..., Run], model: Path, tmp_path: Path,
+    hub: ModelHub, online: Callable[..., Run], tmp_path: Path
 ) -> None:  # fmt: skip
     if command != "plan" and change in ("", "down", "gone", "huge", "pickles", "folders", "training"):
         pytest.skip("one command tells enough")

@@ -95,9 +95,7 @@ def test_a_folder_of_a_repository(hub: ModelHub, online: Callable[..., Run], tex
     online(*plan("hf://me/folders@main/in/ner", text)).ends_with(0, "Llama")
 
 
-def test_other_commands_take_addresses(
-    hub: ModelHub, online: Callable[..., Run], model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_other_commands_take_addresses(online: Callable[..., Run], model: Path, text: Path, tmp_path: Path) -> None:
     places = ("-o", tmp_path / "work", "-cf", tmp_path / "out")
     exl2ray("convert", "-i", model, *places, "-c", text, *QUICK, seconds=60).ends_with(0)
     online("solve", "-i", "hf://me/model", "-m", tmp_path / "work" / "measurement.json", "-b", "4").ends_with(0)

@@ -74,7 +74,7 @@ def test_sizes_are_matched(results: list[dict[str, Any]]) -> None:
     assert small["matched_bytes"] == plain["file_bytes"]
 
 
-def test_figures_are_those_of_eval(results: list[dict[str, Any]], arguments: list[str]) -> None:
+def test_figures_of_variants(results: list[dict[str, Any]]) -> None:
     """KL is small and positive, the source is the same for all, and the measurement is shared."""
     for result in results:
         assert len(result["rows"]["kl"]) == 3

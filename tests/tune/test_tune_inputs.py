@@ -117,7 +117,7 @@ def test_a_reference_that_is_quantised_itself_is_told(
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_json_does_without_words_but_warnings(
-    flags: tuple[str, ...], own: Callable[..., Settings], other: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], own: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They went nowhere; standard output is for whoever reads JSON."""
 
