@@ -45,8 +45,8 @@ KERNEL_SETS = {
     )
 }  # fmt: skip
 PAIRS = ((3, 2), (4, 2), (4, 3), (5, 3), (5, 4), (6, 4), (6, 5), (8, 6))
-SHARES = (0.1, 0.25, 0.5, 0.75)
-NEAR = 0.03
+SHARES = (0.1, 0.25, 0.5, 0.75)  # of the rows, in the first width of a pair
+NEAR = 0.03  # an option so near to the hull of all of them (relative) is worth choosing, too
 MAX_LOSSES = 512  # options of one linear whose losses are kept; measuring leaves some tens
 ALL = 1e6  # in its place: whatever no other option beats in both
 

@@ -26,9 +26,9 @@ from exl2ray.errors import BudgetError, UsageError
 
 OBJECTIVES = ("squared", "norm", "product")
 MUCH_LEFT = 0.03  # of a budget; the steps between options leave less, but for models of one or two layers
-_GAP_GOAL = 1e-5
+_GAP_GOAL = 1e-5  # nothing is tried to come nearer to the bound
 _FEW, _GAP_ENOUGH = 64, 1e-4  # with more slots than few, the dynamic program takes too long for less than this distance
-_SWEEPS = 12
+_SWEEPS = 12  # of exchanges, unless one finds none
 _MAX_PAIRS = 1_000_000  # pairs of moves looked at in one step of an exchange
 _MAX_STATES = 30_000  # of the dynamic program; beyond it the bound of the relaxation stands
 

@@ -23,6 +23,7 @@ from exl2ray.doctor.diagnosis import OPEN_FILES, Finding, Level, problem
 from exl2ray.doctor.gpu_checks import driver_fix, gpus, kernels
 from exl2ray.doctor.probes import KERNEL, LAYER, RAY, TORCH, nvidia_smi, run_probe
 from exl2ray.doctor.ray_start import ray_cluster, ray_start
+from exl2ray.driver.starting import OBJECT_STORE_BYTES
 from exl2ray.environment import check_environment, slow_variables
 from exl2ray.errors import StoreError, UsageError
 from exl2ray.formats.regular import file_kind
@@ -34,7 +35,6 @@ from exl2ray.wording import file_size, plural
 
 PACKAGES = ("torch", "numpy", "numba", "numba-cuda", "ray", "safetensors", "tokenizers", "pyarrow", "click", "rich")
 OPTIONAL = ("numba-cuda", "huggingface-hub")
-STORE_BYTES = 256 << 20  # that a local Ray of ours asks of /dev/shm
 WORK_BYTES = 10 << 30
 ANOTHER = "choose another directory with -o"
 
@@ -162,10 +162,10 @@ def shared_memory(gpus: int) -> list[Finding]:
     if free < needed:
         text += f": too small for {gpus} GPUs that work together, which need {file_size(needed)}"
         return problem("/dev/shm", text, SHARED_MEMORY_FIX)
-    if free < STORE_BYTES:
-        text += f"; Ray wants {file_size(STORE_BYTES)}, and keeps its objects in files otherwise, slowly"
+    if free < OBJECT_STORE_BYTES:
+        text += f"; Ray wants {file_size(OBJECT_STORE_BYTES)}, and keeps its objects in files otherwise, slowly"
         return [Finding("/dev/shm", text, "warning", SHARED_MEMORY_FIX)]
-    return [Finding("/dev/shm", f"{text}; Ray wants {file_size(STORE_BYTES)}")]
+    return [Finding("/dev/shm", f"{text}; Ray wants {file_size(OBJECT_STORE_BYTES)}")]
 
 
 def disks(out_dir: str) -> list[Finding]:

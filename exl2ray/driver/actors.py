@@ -32,7 +32,7 @@ from exl2ray.team.messages import DeviceFailed, Meeting, Pass, WorkerSetup
 START_SECONDS = 600  # until the first worker runs, or until one runs again after all were lost
 GATHER_SECONDS = 5.0  # at the start, for more workers than the first
 GATHER_GPUS_SECONDS = 30.0  # the same where the GPUs for all of them are there: whoever is late begins alone
-GROW_SECONDS = 10.0
+GROW_SECONDS = 10.0  # between two looks for GPUs that have joined
 MAX_START_FAILURES = 5  # in a row
 CONTROL = "control"  # the actors' second thread
 _SERIALS = itertools.count(1)  # of meetings

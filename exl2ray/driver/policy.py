@@ -25,7 +25,7 @@ from exl2ray.store.faults import GaveUpError
 from exl2ray.team.messages import GroupBroken, WorkerOutOfMemory
 
 MAX_SHRINK = 64  # of the batches of a module that ran out of memory; then a single row does not fit
-MAX_BREAKS = 5
+MAX_BREAKS = 5  # of groups whose members all live on
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from exl2ray.driver import private
 from exl2ray.driver.head import PRELOADED, Head, cannot_start
 from exl2ray.errors import ClusterError, Exl2RayError, StoreError
 
-OBJECT_STORE_BYTES = 256 << 20
-_MIN_STORE_BYTES = 80 << 20
-CONNECT_SECONDS = 10.0
+OBJECT_STORE_BYTES = 256 << 20  # that a local Ray asks of /dev/shm; what goes through it is small
+_MIN_STORE_BYTES = 80 << 20  # Ray refuses to start with less than 75 MiB
+CONNECT_SECONDS = 10.0  # to be answered at an address: Ray itself tries for many minutes
 TEMPORARY_BYTES, TEMPORARY_FILES = 32 << 20, 256
 
 

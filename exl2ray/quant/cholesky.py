@@ -24,7 +24,7 @@ from torch import Tensor
 
 from exl2ray.quant.group import Comm, Solo
 
-BLOCK = 1024
+BLOCK = 1024  # rows; the same for every device and group, since results depend on it
 
 
 def block_count(k: int) -> int:

@@ -27,9 +27,9 @@ from exl2ray.quality import DAMPING, Settings
 from exl2ray.quant import cholesky
 from exl2ray.quant.block import Block, Module, device_of, has_experts
 
-_DAMPING_FLOOR = 1e-5
-ATTEMPTS = 10
-_BLOCK_ROWS = 2048
+_DAMPING_FLOOR = 1e-5  # for an input that is always zero
+ATTEMPTS = 10  # to factorise, each with more damping
+_BLOCK_ROWS = 2048  # that are put into order at a time
 _FACTOR_SHARE = 0.3  # of a GPU's memory, for a whole matrix of float64
 ALL_EXPERTS = "w13"  # among the inputs of experts: the sum over those of w1 and w3
 TRIANGLE_ROWS = 2048  # of X^T X that a GPU computes at a time, from the diagonal to the right; fewer do not fill it

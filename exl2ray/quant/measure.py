@@ -40,8 +40,8 @@ from exl2ray.quant.qparams import OptionTable, option_tables, parse
 from exl2ray.quant.rows import accuracy_of, batches, row_errors
 from exl2ray.quant.solve import solve_options
 
-PIECES = 32
-DIGITS = 6
+PIECES = 32  # of the act-order, at most, in the shape of a loss
+DIGITS = 6  # that are written of a loss
 USELESS = 1e30  # loss of an option that yields NaN
 
 

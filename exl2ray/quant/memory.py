@@ -19,6 +19,7 @@ from exl2ray.quant.hessian import FLOAT64_ROWS
 from exl2ray.quant.qparams import MOE_TABLE, distinct_options
 from exl2ray.quant.solve import BYTES_PER_WEIGHT
 
+# On CPUs, whatever memory there is: tokens of a forward, working memory of a solver batch, what enters second linears.
 CPU_BATCH_TOKENS = 8192
 CPU_SOLVER_BYTES = 2 << 30
 CPU_KEEP_BYTES = 256 << 20
@@ -28,10 +29,10 @@ CANDIDATE_SHARE = 0.3
 SOLVER_SHARE = 0.2
 ACTIVATION_SHARE = 0.2
 ROOM_SHARE = 0.95  # what modules, states and recorded graphs may take together; the rest is fragmentation
-STATE_SETS = 3
+STATE_SETS = 3  # of hidden states beside a module, where they stay on the GPU
 CORRECTED_STATE_SETS = 4  # with corrected targets: entry and output, each in the quantised and in the source model
 PARTIAL_SUMS = 3  # of Hessians that wait for their sibling in the tree of shares
-SUMS_SHARE = 0.15
+SUMS_SHARE = 0.15  # such sums; more of them wait in host memory
 KEEP_SHARE = 0.1  # what enters second linears, if that much is left
 EXPERT_SHARE = 0.1  # scoring of one expert's tokens
 # A GPU that has room for a factor that is not needed yet, and at most so much of it: 14336 inputs on an H200; 28672 inputs

@@ -31,7 +31,7 @@ from exl2ray.quant.group import Comm
 from exl2ray.quant.hessian import HessianAccumulator
 
 SHARES = 8  # a power of two; the largest group of workers
-WORST_ACCURACY = 1e-6
+WORST_ACCURACY = 1e-6  # what NaN, and errors of 1 and more, come to
 ERROR_EVERY, LEAST_ERROR_ROWS = 4, 4  # rows that a reported error is of
 LOCKED_WASTE = 1.3  # torch takes page-locked memory by powers of two
 

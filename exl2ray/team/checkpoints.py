@@ -17,7 +17,7 @@ from exl2ray.store.records import Record, Records, item_file
 from exl2ray.store.tensors import get_tensors, put_tensors
 
 STATES = "states-"  # start of the records' keys
-_SHARE_OF_TIME = 0.05
+_SHARE_OF_TIME = 0.05  # that saving may take at most
 
 
 @dataclass(frozen=True)

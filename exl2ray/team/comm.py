@@ -23,7 +23,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from exl2ray.quant.group import Arrived, Exchange
 from exl2ray.team.messages import GroupBroken
 
-RENDEZVOUS_SECONDS = 120
+RENDEZVOUS_SECONDS = 120  # for answers of the store at which a group meets
 STEP_SECONDS = 6 * 3600  # the driver's deadlines are the ones that matter
 
 

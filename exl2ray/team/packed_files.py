@@ -23,7 +23,7 @@ from exl2ray.store.records import FileRef, item_file
 from exl2ray.store.tensors import put_tensors
 
 LEAST_BYTES = 32 << 20  # of a file: every one is made durable by itself, and a layer may have hundreds of experts
-BUFFER_BYTES = 32 << 20
+BUFFER_BYTES = 32 << 20  # page-locked, on the way from a GPU
 ALIGNMENT = 64  # of tensors in the buffer
 WRITERS = 3  # threads that write; hashing keeps one busy at 1 to 2 GB/s
 

@@ -25,7 +25,7 @@ from exl2ray.team.messages import Begun, ItemResult, SensitivityPass, hand_key
 from exl2ray.team.runner import Runner
 
 ROWS, TOKENS = 16, 512  # of the tokens that the pass runs on: many short texts say more than a few long ones
-SHARE_ROWS = 2
+SHARE_ROWS = 2  # at a time, and what workers share out
 SYNTHETIC = {"random", "shuffled", "noise"}  # kinds of calibration rows that are no text
 
 PROBES = 3  # changes with what is measured here

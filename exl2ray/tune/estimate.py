@@ -16,7 +16,7 @@ FORWARD_AGAIN = 2  # the same, of modules that are computed a second time
 BUSY_GPU = 3e14  # operations a second
 LAUNCHES = 1.1e-3  # seconds a module and step, whose kernels are short where the model is small
 LINK_BYTES = 12e9  # a second, between main memory and a GPU
-DISK_BYTES = 2e9
+DISK_BYTES = 2e9  # a second, of files that are read or written
 MOVED_BYTES = 2 + 4 + 2 * TRAINED_BYTES  # a weight and step: the source, latents for the way forward, all for the way back
 
 

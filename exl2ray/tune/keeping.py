@@ -22,7 +22,7 @@ from exl2ray.wording import file_size
 SAVING_SHARE = 10  # of the time at least this many times as much goes by between two checkpoints as one takes
 SAVING_BYTES = 1e9  # a second: of the first one
 WAIT_SECONDS = 3600.0
-RETRY_SECONDS = 15.0
+RETRY_SECONDS = 15.0  # between two tries
 TICK_SECONDS = 1.0  # as long as a stop that was asked for waits
 
 
