@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import byte_tokenizer
+from tiny_models import byte_tokenizer, edit_config
 from torch import Tensor
 
 torch.set_num_threads(1)
@@ -130,12 +130,6 @@ def mapped(
         return oracle
 
     return build
-
-
-def edit_config(path: Path, **changes: Any) -> None:
-    """Set keys of config.json; None removes."""
-    config = {**json.loads((path / "config.json").read_text()), **changes}
-    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def renamed(*pairs: tuple[str, str]) -> Callable[[Tensors], Tensors]:

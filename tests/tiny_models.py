@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 HIDDEN, WIDE, VOCAB, LAYERS = 64, 96, 272, 2
@@ -67,3 +69,16 @@ def write_model(directory: Path, family: str = "Llama", seed: int = 0, **config:
     model.half().save_pretrained(directory)
     byte_tokenizer().save(str(directory / "tokenizer.json"))
     return directory
+
+
+def edit_config(model: Path, **changes: Any) -> None:
+    """Sets keys of config.json; None removes them."""
+    config = {**json.loads((model / "config.json").read_text()), **changes}
+    (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Other weights, by ``change``."""
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})

@@ -6,15 +6,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from convert_helpers import Quiet, contents, items, logged, messages, recipe, run
-from safetensors.torch import load_file, save_file
-from tiny_models import write_model
+from tiny_models import edit_config, edit_tensors, write_model
 from tokenizers import Tokenizer
 
 from exl2ray.convert import dry_run
@@ -40,17 +38,6 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 def model(llama: Path, tmp_path: Path) -> Path:
     """A copy that the test may damage."""
     return Path(shutil.copytree(llama, tmp_path / "model"))
-
-
-def edit_config(model: Path, **changes: Any) -> None:
-    config = {**json.loads((model / "config.json").read_text()), **changes}
-    (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-
-def edit_tensors(model: Path, change: Callable[[Tensors], None]) -> None:
-    tensors = load_file(model / "model.safetensors")
-    change(tensors)
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def refused(error: type[Exception], match: str, model: Path, tmp_path: Path, **changes: Any) -> None:

@@ -25,8 +25,8 @@ os.environ.setdefault("EXLLAMA_NO_SDPA", "1")
 if torch.cuda.is_available():
     os.environ.setdefault("ORACLE_SCALE", "4")  # before oracles is imported: hidden 384, heads of 64 and 128
 
-from oracles import VOCAB, complete_model, edit_config
-from tiny_models import write_text
+from oracles import VOCAB, complete_model
+from tiny_models import edit_config, write_text
 
 from exl2ray.evaluate.forward import OpenModel, open_model, run_model
 from exl2ray.model.rules import HeadNormRule

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import edit_config, llama
+from oracles import llama
+from tiny_models import edit_config
 
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel

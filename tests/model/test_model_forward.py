@@ -20,12 +20,12 @@ from oracles import (
     VOCAB,
     Oracle,
     direct,
-    edit_config,
     llama,
     mapped,
     renamed,
     swiglu_fused,
 )
+from tiny_models import edit_config
 from torch import Tensor
 
 from exl2ray.formats.hf import SourceModel

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from oracles import HEAD_DIM, HEADS, HIDDEN, ORACLES, VOCAB, Oracle
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tiny_models import edit_tensors
 from torch import Tensor
 
 from exl2ray.errors import SourceError
@@ -21,12 +22,6 @@ from exl2ray.model.hyper import loader_config
 from exl2ray.model.weights import output_tensors, read_linear, read_plain
 
 LLAMA_Q = "model.layers.0.self_attn.q_proj.weight"
-
-
-def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = load_file(path / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, path / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ORACLES)

@@ -7,14 +7,13 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from header_models import LLAMA_8B, tensors_of, write_header_model
-from safetensors.torch import load_file, save_file
+from tiny_models import edit_tensors
 
 from exl2ray.convert import convert
 from exl2ray.errors import Exl2RayError, SourceError, StoreError, UnknownArchitectureError, UsageError
@@ -44,12 +43,6 @@ def recipe(model: Path, tmp_path: Path, **changes: Any) -> Recipe:
 
 def topics(found: Examination) -> list[str]:
     return [p.topic for p in found.problems]
-
-
-def edit_tensors(model: Path, change: Callable[[Tensors], None]) -> None:
-    tensors = load_file(model / "model.safetensors")
-    change(tensors)
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_a_sound_job_has_none_and_everything_is_known(tiny: Path, tmp_path: Path) -> None:

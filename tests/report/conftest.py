@@ -36,15 +36,6 @@ def moe_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def deep_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 layers, two bitrates, 16 workers, evaluated."""
-    bits = (2.5, 5.0)
-    root = whole_work(tmp_path_factory.mktemp("deep"), Model(80), bits, workers=16)
-    (root / "evaluation.json").write_text(json.dumps(evaluation(bits, 9.0)))
-    return root
-
-
-@pytest.fixture(scope="session")
 def small_html(small_work: Path) -> str:
     return html_of(small_work)
 
@@ -52,8 +43,3 @@ def small_html(small_work: Path) -> str:
 @pytest.fixture(scope="session")
 def moe_html(moe_work: Path) -> str:
     return html_of(moe_work)
-
-
-@pytest.fixture(scope="session")
-def deep_html(deep_work: Path) -> str:
-    return html_of(deep_work)
