@@ -82,6 +82,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowSet:
+    """A set of built-in rows: how many to measure and to quantise on, and of which kinds of text."""
+
     name: str
     measure: int
     quantize: int

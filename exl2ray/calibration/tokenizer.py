@@ -157,6 +157,7 @@ class ModelTokenizer:
         return self.process.decode(ids)
 
     def close(self) -> None:
+        """Ends the child processes, of the tokenizer and of its chat template."""
         self.process.close()
         self._encoded.clear()
         if self.templates is not None:

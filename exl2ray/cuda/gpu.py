@@ -40,6 +40,8 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class CudaGroups:
+    """`exl2ray.cuda.backend.GroupBackend` on a GPU: every launch of a batch is made ready once, for all of its groups."""
+
     def __init__(self, ws: Workspace) -> None:
         device = ws.x.device
         self.ws = ws

@@ -63,6 +63,7 @@ class GraphCache:
     limit_bytes: int | None = None  # None: GRAPH_SHARE of the device
 
     def room(self, shape: Shape) -> bool:
+        """Whether a batch is small enough to be recorded, and its buffers fit within the limit."""
         if shape.in_features * shape.columns > SMALL:
             return False
         limit = self.limit_bytes

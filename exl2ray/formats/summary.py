@@ -23,6 +23,8 @@ LAYER = re.compile(r".*\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class LinearSummary:
+    """One packed linear."""
+
     key: str
     in_features: int
     out_features: int  # stored columns, padded to 32
@@ -44,6 +46,8 @@ class LinearSummary:
 
 @dataclass(frozen=True)
 class DirectorySummary:
+    """A directory, from its headers."""
+
     path: Path
     architecture: str
     settings: Mapping[str, Any]  # quantization_config of config.json, empty if there is none

@@ -66,6 +66,7 @@ class ConfigReader:
         return any(_dotted(level, key)[1] for level in self.levels)
 
     def integer(self, *keys: str, default: Any = REQUIRED) -> Any:
+        """An integer, or ``default`` if there is none. Raises SourceError naming the key, as the others do."""
         value = self._found(keys, default)
         if value is default:
             return value
@@ -77,6 +78,7 @@ class ConfigReader:
         return int(value)
 
     def positive(self, *keys: str, default: Any = REQUIRED, most: int = MAX_INTEGER - 1) -> Any:
+        """An integer from 1 to ``most``, or ``default``."""
         value = self.integer(*keys, default=default)
         if value is not default and value <= 0:
             raise SourceError(f"config.json: {self.name(*keys)} is {value}; a positive integer is needed", HINT)
@@ -102,6 +104,7 @@ class ConfigReader:
         return number
 
     def flag(self, *keys: str) -> bool:
+        """Whether it is true; absent counts as false."""
         value = self.raw(*keys)
         if value is not None and not isinstance(value, bool):
             raise SourceError(f"config.json: {self.name(*keys)} is {shown(value)}; true or false is needed", hint_for(value))

@@ -54,6 +54,8 @@ class Probed:
 
 @dataclass(frozen=True)
 class ProbeResult:
+    """All that was run, each module in each pass."""
+
     items: tuple[Probed, ...]
     ram_bytes: int  # most that this process had in main memory
 

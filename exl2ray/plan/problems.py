@@ -172,6 +172,7 @@ def row_sizes(recipe: Recipe, rows: dict[str, Rows]) -> RowSizes:
 def size_ranges(
     recipe: Recipe, spec: ModelSpec, source: SourceModel, overrides: Sequence[Override]
 ) -> list[OutputSize]:
+    """Bytes of the output at each bitrate, from headers."""
     freedom = freedom_of(recipe, overrides)
     return [size_range(spec, source, b, freedom, recipe.shard_bytes) for b in recipe.bits]
 

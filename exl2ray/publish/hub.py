@@ -43,6 +43,8 @@ class Branch:
 
 @dataclass(frozen=True)
 class Commit:
+    """The commit that a branch has now, whether it was made or found."""
+
     url: str
     oid: str
     changed: bool  # False: everything was there already

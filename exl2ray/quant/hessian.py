@@ -161,6 +161,7 @@ class FactorPlan:
         return (self.step * times for times in range(1, ATTEMPTS + 1))
 
     def failure(self, where: str) -> NumericError:
+        """The error if none of the `dampings` gives a factor."""
         k = len(self.perm)
         return NumericError(
             f"Hessian of {where or 'a linear layer'} ({k} x {k}) has no Cholesky factor "

@@ -60,6 +60,7 @@ class LossTable:
         factor: Factor,
         per_token: float,  # 1 / (tokens over which H is a mean), times the share of the tokens that come here
     ) -> None:
+        """Adds the losses of a linear's options, and the shape of the one that `shape_option` picks."""
         for j, s in solved.items():
             _add(self._losses[role], options[j].desc, squared_error(s, factor) * per_token)
         j = shape_option(options)

@@ -91,6 +91,7 @@ class Arrivals:
             self._seen.append((torch.stack(result.aminmax()), out[part], where))
 
     def end(self) -> None:
+        """Checks what has arrived on a GPU since the last call, with one wait for all of it."""
         if not self._seen:
             return
         finite = torch.isfinite(torch.stack([extrema for extrema, _, _ in self._seen])).all(dim=1).tolist()

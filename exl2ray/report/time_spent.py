@@ -45,6 +45,8 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Timeline:
+    """All runs of a job, one after another as if nothing had been between them."""
+
     started: str  # time stamp of the first event, as logged
     ended: str
     runs: tuple[float, ...]  # seconds of running at which each run was opened

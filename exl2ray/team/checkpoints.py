@@ -31,6 +31,8 @@ class Chain:
 
 @dataclass(frozen=True)
 class Saved:
+    """Hidden states from a checkpoint, of one share of the rows or of all of them."""
+
     index: int  # module whose entry states these are
     tensors: dict[str, Tensor]
 

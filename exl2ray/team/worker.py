@@ -38,6 +38,8 @@ PASSES: dict[type[Pass], Callable[..., Iterator[Any]]] = {
 
 
 class Worker(Member):
+    """A worker of conversions. One of a process; with Ray an actor is around it (`exl2ray.driver.worker_actor`)."""
+
     def run(self, part: Pass) -> Iterator[Begun | Ready | ItemResult]:
         """Goes through a pass: says what it begins, and what is finished and committed. Raises what goes wrong."""
         self.set_threads()  # of the thread that computes
