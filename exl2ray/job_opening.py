@@ -88,6 +88,9 @@ def scores_entry(scored: int | None, rows: Rows) -> dict[str, int] | None:
     return None if scored is None or scored >= len(rows.ids) else {"rows": scored}
 
 
+FALLEN_BACK = "-m holds no sensitivities: options are chosen per module"
+
+
 def falls_back(recipe: Recipe, spec: ModelSpec, given: Measurement | None) -> bool:
     """Whether options are chosen per module because ``-m`` is of a program that knows no sensitivities."""
     return given is not None and recipe.allocates == "linear" and not has_sensitivities(spec, given)

@@ -84,10 +84,7 @@ class SourceState:
             raise JobMismatchError(f"{self._source.path}: {some(found.altered)} was changed {when}", HINT)
         self._states = found.states
         if found.unproven:
-            text = (
-                f"weights were written again after the conversion had begun ({some(found.unproven)}); samples of them are "
-                "as before, but their content was not hashed then: if they were edited, the result mixes two models"
-            )
+            text = found.doubt("the conversion")
             self.warnings += [] if text in self.warnings else [text]
         if found.states != before:
             self._commit()

@@ -19,7 +19,7 @@ from typing import Any
 
 from exl2ray.errors import SourceError, UnfitError, unreadable
 from exl2ray.formats.elsewhere import STAMP, open_binary, remote_file
-from exl2ray.wording import shown
+from exl2ray.wording import shown, some
 
 HASHED_BYTES = 4 << 30  # models up to this size are hashed, while the first modules are measured: they are read anyway
 _PIECE_BYTES = 4 << 20
@@ -51,6 +51,13 @@ class Comparison:
     states: tuple[FileState, ...]
     altered: tuple[str, ...] = ()
     unproven: tuple[str, ...] = ()
+
+    def doubt(self, begun: str) -> str:
+        """What to say of ``unproven`` where samples are as before; ``begun``: what had, when they were written again."""
+        return (
+            f"weights were written again after {begun} had begun ({some(self.unproven)}); samples of them are as before, "
+            "but their content was not hashed then: if they were edited, the result mixes two models"
+        )
 
 
 def file_states(paths: Iterable[Path]) -> tuple[FileState, ...]:

@@ -17,7 +17,7 @@ from exl2ray.errors import BudgetError, Exl2RayError, UsageError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.side_files import side_bytes
 from exl2ray.host import usable_memory_bytes
-from exl2ray.job_opening import falls_back
+from exl2ray.job_opening import FALLEN_BACK, falls_back
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.disk import DiskNeed
 from exl2ray.plan.findings import Examination
@@ -112,7 +112,7 @@ def compose(recipe: Recipe, wishes: Wishes, bits_given: bool, say: Callable[[str
     report = Report(recipe.in_dir, problems=[(p.topic, p.error) for p in found.problems], warnings=notes)
     if found.spec is not None and falls_back(recipe, found.spec, found.measurement):
         recipe = replace(recipe, allocation="module")
-        report.warnings.append("-m holds no sensitivities: options are chosen per module")
+        report.warnings.append(FALLEN_BACK)
     _describe(report, found)
     if found.spec is None or found.source is None or found.has("tensors"):
         return report

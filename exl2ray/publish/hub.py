@@ -18,9 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 
 from exl2ray.errors import Exl2RayError, FormatError, HubError, UsageError
 from exl2ray.remote.hub_errors import SAYS, Failure, explained
+from exl2ray.remote.hub_library import endpoint
 from exl2ray.remote.token import Token, checked
 
-ENDPOINT = "https://huggingface.co"
 TIMEOUT = 60.0  # seconds, for answers without data
 AGAIN = "run the same command again: what has arrived is not sent again"
 MOVED, FULL = f"somebody else changed the repository meanwhile; {AGAIN}", "the storage of this account may be used up"
@@ -63,7 +63,7 @@ class Hub:
 
     def __init__(self, repo: str, token: Token) -> None:
         self.repo, self.token = repo, token
-        self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
+        self.endpoint = endpoint()
         self._api = HfApi(endpoint=self.endpoint, token=token.value)
 
     def is_private(self) -> bool | None:

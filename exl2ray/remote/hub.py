@@ -23,12 +23,11 @@ from exl2ray.formats.source.model_shards import INDEX, MAX_INDEX_BYTES
 from exl2ray.remote.address import Address, redacted
 from exl2ray.remote.block_cache import Blocks
 from exl2ray.remote.hub_errors import Failure, Refused, explained
-from exl2ray.remote.hub_library import need_hub_library
+from exl2ray.remote.hub_library import endpoint, need_hub_library
 from exl2ray.remote.listing import MAX_NAMES, Listing, folders_of
 from exl2ray.remote.retry import Passing, patiently
 from exl2ray.wording import some
 
-ENDPOINT = "https://huggingface.co"
 SECONDS = 30.0  # without an answer, or between two pieces of one
 KEPT_SECONDS = 600.0  # that a signed address is used
 PIECE_BYTES = 1 << 20
@@ -62,7 +61,7 @@ class Repository:
 
         def step() -> Any:
             with self._typed("listing its files"):
-                api, revision = HfApi(endpoint=_endpoint()), address.revision
+                api, revision = HfApi(endpoint=endpoint()), address.revision
                 return api.model_info(address.place, revision=revision, files_metadata=True, timeout=SECONDS)
 
         info = patiently(step, first_look=True)
@@ -134,7 +133,7 @@ class Repository:
             with self._typed(f"fetching {entry.name}"):
                 path = Path(hf_hub_download(
                     self.address.place, self._name(entry.name), revision=self.address.revision, etag_timeout=SECONDS,
-                    endpoint=_endpoint(),
+                    endpoint=endpoint(),
                 ))  # fmt: skip
                 if path.stat().st_size != entry.size:
                     text = f"{self.address}/{entry.name}: {path.stat().st_size} bytes in place of {entry.size}"
@@ -190,7 +189,7 @@ class Repository:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        url = hf_hub_url(self.address.place, self._name(name), revision=self.address.revision, endpoint=_endpoint())
+        url = hf_hub_url(self.address.place, self._name(name), revision=self.address.revision, endpoint=endpoint())
         return url, build_hf_headers()
 
     def _check(self, answer: Any, entry: FileState, offset: int, asked: Place | None) -> None:
@@ -230,7 +229,7 @@ class Repository:
         if f.kind == "offline":
             return HubError(f"{where}: HF_HUB_OFFLINE is set, and the Hub's cache does not have it", "unset HF_HUB_OFFLINE")
         if f.kind == "gated":
-            accept = f"accept its licence at {redacted(_endpoint())}/{self.address.place}, then {LOGIN}"
+            accept = f"accept its licence at {redacted(endpoint())}/{self.address.place}, then {LOGIN}"
             return HubError(f"{where}: the model is gated ({f.status}): {f.says}", accept)
         if f.kind == "revision":
             revision = self.address.revision or "main"
@@ -250,7 +249,7 @@ class Repository:
         if f.kind == "answer":
             return HubError(f"{where}: the Hub answers {f.status}: {f.says}")
         if f.kind == "network":
-            what = f"{redacted(_endpoint())} cannot be reached, or broke off: {f.says}"
+            what = f"{redacted(endpoint())} cannot be reached, or broke off: {f.says}"
             return Passing(HubError(f"{where}: {what}", f"is there a network? {again}"), unreached=True)
         return HubError(f"{where}: {f.name}: {f.says}")
 
@@ -270,10 +269,6 @@ def _read_cached(path: Path | None, entry: FileState, buffer: memoryview, offset
             return done == len(buffer)
     except OSError:
         return False
-
-
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
 
 
 def _plain(tag: str) -> str:

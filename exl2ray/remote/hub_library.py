@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from exl2ray.errors import UsageError
 
+ENDPOINT = "https://huggingface.co"
 NUMBERS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
 
 
@@ -22,3 +23,8 @@ def need_hub_library(what: str) -> None:
         import huggingface_hub  # noqa: F401
     except ImportError as e:
         raise UsageError(f"{what}: {e.name or 'huggingface_hub'} is not installed", "pip install 'exl2ray[hub]'") from e
+
+
+def endpoint() -> str:
+    """Where the Hub is: $HF_ENDPOINT, as for all tools of the Hub."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT

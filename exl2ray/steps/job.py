@@ -28,7 +28,7 @@ from exl2ray.events import Reporter
 from exl2ray.formats.elsewhere import place_of
 from exl2ray.formats.side_files import needed_files
 from exl2ray.formats.vision import vision_files
-from exl2ray.job_opening import allowed_changes, falls_back, job_of
+from exl2ray.job_opening import FALLEN_BACK, allowed_changes, falls_back, job_of
 from exl2ray.model.spec import ModelSpec
 from exl2ray.plan.problems import examine
 from exl2ray.quality import Numerics
@@ -78,7 +78,7 @@ class Job:
         given = found.measurement
         if falls_back(recipe, self.spec, given):  # --allocation was not asked for
             recipe = self.recipe = replace(recipe, allocation="module")
-            self.reporter.event("note", message="-m holds no sensitivities: options are chosen per module")
+            self.reporter.event("note", message=FALLEN_BACK)
         self.limits = Limits()
         self.began = False  # the first pass
         self._froze = False

@@ -148,12 +148,11 @@ def mismatch(
         line = f"  {flags.get(name, name)}: {values}"
         lines += [] if line in lines else [line]
     changed = {c.section for c in changes}
+    hint = "give another directory with -o, or start anew with -nr"
     if "identity" in changed:
         reusable = "nothing in it is of use for this model"
-        hint = "give another directory with -o, or start anew with -nr"
     elif "measure" in changed:
         reusable = "the measurement and all that follows from it would have to be made again"
-        hint = "give another directory with -o, or start anew with -nr"
     else:
         done = "the measurement" if has_measurement else "the modules measured so far"
         reusable = f"{done} can still be used" + (", the quantised modules too" if changed == {"output"} else "")

@@ -153,12 +153,7 @@ class Inputs:
         if altered:
             raise JobMismatchError(f"{model.path}: {some(altered)} was changed {when}", HINT)
         self._looks[n] = replace(self._looks[n], weights=found.states)
-        if not found.unproven:
-            return []
-        return [
-            f"{model.path}: weights were written again after tuning had begun ({some(found.unproven)}); samples of them are "
-            "as before, but their content was not hashed then: if they were edited, the result mixes two models"
-        ]
+        return [f"{model.path}: {found.doubt('tuning')}"] if found.unproven else []
 
     def _is_alike(self, n: int) -> bool:
         """Whether samples of the tensors are as in the beginning."""

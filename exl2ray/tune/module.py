@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exl2ray.formats import roles
 from exl2ray.formats.exl2 import PackedLinear
 from exl2ray.model.blocks import Block, MoeBlock, NormBlock
 from exl2ray.model.half import Norm
@@ -20,7 +21,6 @@ from exl2ray.tune.judge import PARTS
 from exl2ray.tune.sums import owners_of
 
 NORM_ROLES = ("norm", "post_norm", "q_norm", "k_norm")
-ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS, ATTENTION, MLP, HEAD = PARTS
 
 
@@ -206,4 +206,4 @@ def part_of(module: ModuleSpec, linear: LinearSpec) -> str:
     """Which of `exl2ray.tune.judge.PARTS` a linear belongs to."""
     if module.kind == "head":
         return HEAD
-    return ATTENTION if linear.role in ATTENTION_ROLES else MLP
+    return ATTENTION if linear.role in roles.ATTENTION else MLP
