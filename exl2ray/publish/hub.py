@@ -17,6 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from exl2ray.errors import Exl2RayError, FormatError, HubError, UsageError
+from exl2ray.remote.address import redacted
 from exl2ray.remote.hub_errors import SAYS, Failure, explained
 from exl2ray.remote.hub_library import endpoint
 from exl2ray.remote.token import Token, checked
@@ -139,6 +140,6 @@ class Hub:
             hint = HINTS.get(f.status, AGAIN if f.status >= 500 else "").format(token=self.token.source, repo=self.repo)
             return HubError(f"{where}: the Hub answers {f.status}" + (f": {f.says}" if f.says else ""), hint)
         if f.kind == "network":
-            what = f"{self.endpoint} cannot be reached, or broke off"
+            what = f"{redacted(self.endpoint)} cannot be reached, or broke off"
             return HubError(f"{where}: {what}: {f.says}", f"is there a network? {AGAIN}")
         return HubError(f"{where}: {f.says}" if isinstance(f.cause, OSError) else f"{where}: {f.name}: {f.says}", AGAIN)

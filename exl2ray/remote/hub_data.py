@@ -8,7 +8,6 @@ made Parquet files of it, in the revision ``refs/convert/parquet``.
 from __future__ import annotations
 
 import fnmatch
-import os
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
@@ -18,8 +17,9 @@ from pathlib import Path
 from exl2ray.calibration.data.sources import HUB, DataFile, Source, choose_files, kind_by_name
 from exl2ray.errors import CalibrationError, Exl2RayError, HubError, UsageError
 from exl2ray.formats.hub_names import is_repository
+from exl2ray.remote.address import redacted
 from exl2ray.remote.hub_errors import Failure, explained
-from exl2ray.remote.hub_library import need_hub_library
+from exl2ray.remote.hub_library import endpoint, need_hub_library
 
 ADDRESS = re.compile(
     r"hf://datasets/(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(/(?P<path>[^:]*))?(:(?P<column>.+))?"
@@ -128,6 +128,5 @@ def _error(f: Failure, address: Address, where: str) -> Exl2RayError:
     if f.kind in ("file", "missing", "refused"):
         hint = "is the name right? if it is private: hf auth login"
         return CalibrationError(f"{where}: not found, or not shown to you ({f.says or f.status})", hint)
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     answer = f"answers {f.status}" if f.status else "cannot be reached"
-    return HubError(f"{where}: {endpoint} {answer}: {f.says}", "is there a network? run the same command again")
+    return HubError(f"{where}: {redacted(endpoint())} {answer}: {f.says}", "is there a network? run the same command again")

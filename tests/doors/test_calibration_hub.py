@@ -84,7 +84,8 @@ def test_what_the_hub_does_not_have(place: str, status: int, words: str, hub: Fa
 
 
 def test_a_hub_that_fails(hub: FakeHub, base: Path, tmp_path: Path) -> None:
-    env = {**hub_env(hub, tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    env = {**hub_env(hub, tmp_path), "HF_ENDPOINT": "http://me:hunter2@127.0.0.1:9"}
     run = exl2ray("calibration", "-i", base, "-c", "hf://datasets/some/texts", *FEW, env=env)
-    run.ends_with(10, "cannot be reached")
+    run.ends_with(10, "@127.0.0.1:9 cannot be reached")
     assert TOKEN not in run.out + run.err
+    assert "hunter2" not in run.out + run.err

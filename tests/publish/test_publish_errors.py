@@ -81,10 +81,11 @@ def test_offline(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch) ->
         send(models / "4.0bpw")
     assert "HF_HUB_OFFLINE" in e.value.hint
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(HubError, match=r"http://127\.0\.0\.1:9 cannot be reached") as e:
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:hunter2@127.0.0.1:9")  # nobody listens there
+    with pytest.raises(HubError, match=r"@127\.0\.0\.1:9 cannot be reached") as e:
         send(models / "4.0bpw")
     assert "is there a network" in e.value.hint
+    assert "hunter2" not in str(e.value)
     assert hub.requests == []
 
 
