@@ -12,10 +12,24 @@ from gcs_server import GcsServer
 from team_helpers import BITS, WIDE, WideWorker, digests, recipe
 
 from exl2ray.convert import convert
+from exl2ray.errors import Interrupted
 from exl2ray.events import Silent
 from exl2ray.store.event_log import read_events
 from exl2ray.store.open import open_store
 from exl2ray.store.status import read_status
+
+
+class StopAfter(Silent):
+    """Stops the conversion when so many modules have been quantised."""
+
+    def __init__(self, modules: int) -> None:
+        super().__init__()
+        self.modules = modules
+
+    def event(self, name: str, **fields: Any) -> None:
+        super().event(name, **fields)
+        if name == "item" and fields["stage"].startswith("quantize") and fields["done"] == self.modules:
+            raise KeyboardInterrupt
 
 
 def started(work: Path) -> list[tuple[str, str]]:
@@ -100,14 +114,8 @@ def test_resume_with_another_number_of_workers(
     work = tmp_path / "work"
     settings = recipe(model, work, propagate=propagate, checkpoint_seconds=0.0)
 
-    class StopInTheMiddle(Silent):
-        def event(self, name: str, **fields: Any) -> None:
-            super().event(name, **fields)
-            if name == "item" and fields["stage"].startswith("quantize") and fields["done"] == 2:
-                raise KeyboardInterrupt
-
-    with pytest.raises(Exception, match="work directory"):
-        convert(settings, StopInTheMiddle())
+    with pytest.raises(Interrupted, match="work directory"):
+        convert(settings, StopAfter(2))
     before = started(work)
     convert(dataclasses.replace(settings, gpus=2, executor="ray", ray_address=cluster.address), Silent())
     assert digests(work) == quiet[propagate]
@@ -125,14 +133,8 @@ def test_corrected_targets_whoever_holds_which_rows(model: Path, tmp_path: Path,
     convert(recipe(model, three, gpus=3, ray_address=cluster.address, **settings), Silent())
     assert digests(three) == digests(one)
 
-    class StopInTheMiddle(Silent):
-        def event(self, name: str, **fields: Any) -> None:
-            super().event(name, **fields)
-            if name == "item" and fields["stage"].startswith("quantize") and fields["done"] == 3:
-                raise KeyboardInterrupt
-
-    with pytest.raises(Exception, match="work directory"):
-        convert(recipe(model, resumed, **settings), StopInTheMiddle())
+    with pytest.raises(Interrupted, match="work directory"):
+        convert(recipe(model, resumed, **settings), StopAfter(3))
     convert(recipe(model, resumed, gpus=2, ray_address=cluster.address, **settings), Silent())
     assert digests(resumed) == digests(one)
 
