@@ -251,9 +251,9 @@ def show(results: Sequence[EvalResult]) -> None:
         show_table("By kind of text", columns, kinds)
     first = results[0]
     rows_text = f"{plural(first.rows, 'row')} of {first.length} tokens"
-    print(f"{first.predictions} predictions in {rows_text}; +- standard error over rows")
+    show_text(f"{first.predictions} predictions in {rows_text}; +- standard error over rows")
     if first.reference is not None and first.reference_perplexity is not None:
-        print(f"reference {clean(str(first.reference))}: perplexity {_figure(first.reference_perplexity, 4)}")
+        show_text(f"reference {first.reference}: perplexity {_figure(first.reference_perplexity, 4)}")
         for name, r in zip(names, results, strict=True):
             compared = [e.value if e is not None else None for e in (r.reference_perplexity, r.kl, r.top1)]
             word, sentence = judged(r.perplexity.value, *compared)

@@ -22,7 +22,7 @@ from exl2ray.report.ladder import plot_ladder
 from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
-from exl2ray.terminal.console import clean, text_table
+from exl2ray.terminal.console import clean, show_text, text_table
 from exl2ray.wording import file_size, plural
 
 if TYPE_CHECKING:
@@ -140,13 +140,13 @@ def _shared_files(store: Store | None, results: Sequence[Evaluation], repo: str)
 def show(published: Sequence[Published]) -> None:
     for p in published:
         if not p.url:
-            print(clean(f"{p.directory}: {file_size(p.nbytes)} would go to {p.repo}, branch {p.branch}:"))
+            show_text(f"{p.directory}: {file_size(p.nbytes)} would go to {p.repo}, branch {p.branch}:")
             _table(p, p.files)
         if p.left_out:
-            print(clean(f"{p.directory}: {plural(len(p.left_out), 'name')} left out:"))
+            show_text(f"{p.directory}: {plural(len(p.left_out), 'name')} left out:")
             _table(p, p.left_out)
         if p.url:
-            print(clean(f"{p.directory}: {p.url}" + ("" if p.changed else " (nothing to change)")))
+            show_text(f"{p.directory}: {p.url}" + ("" if p.changed else " (nothing to change)"))
 
 
 def _table(p: Published, names: Sequence[str]) -> None:

@@ -211,7 +211,7 @@ def test_cells_break_between_words_where_nothing_else_fits():
 
 def test_a_table_loses_nothing_on_any_terminal():
     models = [{"bits": 4.0, "achieved_bpw": 4.4234, "head_bpw": 6.14, "file_bytes": 1_404_870,
-               "calibration_perplexity": 76.76, "reference_perplexity": 76.67, "directory": "/somewhere/out/4.0bpw"}]  # fmt: skip
+               "calibration_perplexity": 76.76, "reference_perplexity": 76.67, "directory": "/home/out/4.0bpw"}]  # fmt: skip
     of_job = ["setting", "value"], [["quantize seed (--seed)", "0"], ["identity fingerprint (-i)", "f" * 64]]
     for columns, rows in (outputs_table(models), of_job):
         for width in range(16, 140):
