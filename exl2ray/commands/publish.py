@@ -15,14 +15,14 @@ from exl2ray.formats.hub_names import check_repository
 from exl2ray.formats.measurement import MAX_MEASUREMENT_BYTES, parse_measurement
 from exl2ray.publish.release import PLOT, Release, evaluation_file, figures_of, upload
 from exl2ray.publish.selection import Folder, branch_names, read_folder, refuse_secret
-from exl2ray.publish.sending import Published, outcome, ready_repository, send
+from exl2ray.publish.sending import Published, has_index, outcome, ready_repository, send
 from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.remote.token import read_token
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
-from exl2ray.terminal.console import clean, show_text, text_table
+from exl2ray.terminal.console import aside, clean, show_text, text_table
 from exl2ray.wording import file_size, plural
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ def publish(
             evaluations = [store.full_name(EVALUATION)]
         release = _release(folders, repo, branches, base_model, store, evaluations, extras)
         if dry_run:
+            if has_index(release):
+                beside = "".join(f", {name} ({file_size(len(x))})" for name, x in sorted(release.beside_index().items()))
+                aside(f"{repo}, branch main: README.md with the list of branches{beside} would go there")
             return [outcome(u, repo) for u in release.uploads]
         hub = _hub(repo, token_file)
         for folder in folders:
