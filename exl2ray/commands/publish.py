@@ -19,6 +19,7 @@ from exl2ray.publish.sending import Published, has_index, outcome, ready_reposit
 from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.remote.token import read_token
 from exl2ray.report.ladder import plot_ladder
+from exl2ray.store.apart import is_missing
 from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
@@ -91,7 +92,8 @@ def _check_include(folders: Sequence[Folder], include: Sequence[str]) -> None:
 def _work(folder: str) -> Store:
     store = open_store(folder)
     if not (store.exists(MEASUREMENT) or store.exists(EVALUATION)):
-        raise StoreError(f"--work {folder}: has neither {MEASUREMENT} nor {EVALUATION}", "give the conversion's own -o")
+        why = "does not exist" if is_missing(store.root) else f"has neither {MEASUREMENT} nor {EVALUATION}"
+        raise StoreError(f"--work {folder}: {why}", "give the conversion's own -o")
     return store
 
 
