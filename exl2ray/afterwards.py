@@ -94,18 +94,19 @@ def _evaluated(
     by_model: dict[str, Evaluation] = {}
     for result in results:
         if (result.get("perplexity") or {}).get("value") is not None:  # a broken model is for Job.judge, not for its card
-            model = str(result["model"])
+            model = os.path.realpath(result["model"])
             by_model[model] = parse_evaluation(result, model)
             add_evaluation(model, by_model[model])
     out = []
     for o in outputs:
-        e = by_model.get(str(Path(o.directory or "")))
+        e = by_model.get(os.path.realpath(o.directory or ""))
         if e is None or e.kl is None or e.top1 is None:
             out.append(o)
             continue
         out.append(replace(o, heldout_perplexity=e.perplexity.value, kl=e.kl.value, top1=e.top1.value))
     if len(results) > 1 and "://" not in recipe.out_dir and not drawn:
-        labels = [(f"{o.bits:g}", by_model[path]) for o in outputs if (path := str(Path(o.directory or ""))) in by_model]
+        found = ((f"{o.bits:g}", by_model.get(os.path.realpath(o.directory or ""))) for o in outputs)
+        labels = [(label, e) for label, e in found if e is not None]
         try:
             plot_ladder(labels, Path(store.root) / PLOT, title=Path(recipe.in_dir).name)
             reporter.event("note", message=f"size against quality: {Path(store.root) / PLOT}")
@@ -125,12 +126,12 @@ def _measured(
     from exl2ray.evaluate.forward import RunOptions
     from exl2ray.quant.solve import forget_recordings
 
-    models = [o.directory for o in outputs if o.directory is not None]
+    given = {os.path.abspath(o.directory): o.directory for o in outputs if o.directory is not None}
     if device == "cuda" and not torch.cuda.is_available():
         reporter.event("note", message="no GPU on this machine: compare the models with `exl2ray eval` where there is one")
         return []
     forget_recordings()
-    steps, start = 1 + len(models), time.monotonic()
+    steps, start = 1 + len(given), time.monotonic()
     ends = [start]
     reporter.event("stage", stage=STAGE, items=steps, done=0)
 
@@ -138,10 +139,11 @@ def _measured(
         if done == modules:
             ends.append(time.monotonic())
             number, seconds = len(ends) - 1, ends[-1] - ends[-2]
-            reporter.event("item", stage=STAGE, key=str(model), done=number, items=steps, seconds=seconds, detail="")
+            key = given.get(str(model), str(model))
+            reporter.event("item", stage=STAGE, key=key, done=number, items=steps, seconds=seconds, detail="")
 
     options = RunOptions(rope_scale=recipe.rope_scale, rope_alpha=recipe.rope_alpha)
-    results = evaluate_many(models, recipe.in_dir, rows, device, None, options, progress=progress, kinds=kinds)
+    results = evaluate_many(list(given), recipe.in_dir, rows, device, None, options, progress=progress, kinds=kinds)
     reporter.event("end", stage=STAGE, seconds=time.monotonic() - start)
     return [r.to_json() for r in results]
 
@@ -157,7 +159,7 @@ def _identity(recipe: Recipe, outputs: Sequence[OutputSummary], rows: Tensor) ->
                 found = path.stat()
             except OSError as e:
                 raise unreadable(StoreError, path, e, "the same command writes it again") from e
-            files.append([str(path), found.st_size, found.st_mtime_ns])
+            files.append([os.path.realpath(path), found.st_size, found.st_mtime_ns])
     tokens = [list(rows.shape), hashlib.sha256(rows.numpy().tobytes()).hexdigest()]
     return hash_inputs(files=files, tokens=tokens, rope=[recipe.rope_scale, recipe.rope_alpha])
 

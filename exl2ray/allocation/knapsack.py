@@ -187,7 +187,7 @@ def check_reachable(bits_per_weight: float, slots: Sequence[tuple[Sequence[int],
         raise BudgetError(
             f"-b {bits_per_weight:g}: this model can be quantised to {low:.4f} .. {high:.4f} bits per weight, which counts "
             "scales and permutations of the decoder layers",
-            f"the nearest that works is -b {nearest:g}; --nearest takes it",
+            f"the nearest that works is -b {nearest:g}, which a conversion with --nearest takes",
         )
 
 

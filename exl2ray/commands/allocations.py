@@ -15,6 +15,7 @@ from exl2ray.allocation.planning import (
     has_sensitivities,
     head_bpw,
     insensitive,
+    reachable_slots,
     scored_options,
 )
 from exl2ray.formats.hf import SourceModel
@@ -110,7 +111,9 @@ def solve(
 def _solution(spec: ModelSpec, measurement: Measurement, recipe: Recipe) -> Solution:
     (bits,), linear = recipe.bits, recipe.allocates == "linear"
     slots = _slots(spec, measurement, below_tables(spec, bits))
-    if not linear:
+    if linear:
+        check_reachable(bits, reachable_slots(spec))
+    else:
         reached = _slots(spec, measurement, low=True)
         check_reachable(bits, [([o.total_bits for o in options], _weights(m, options[0].params)) for m, options in reached])
     chosen = choose(spec, measurement, bits, recipe)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from exl2ray.model.rules import Arch, NormKind
 from exl2ray.model.table import ARCHITECTURES
-from exl2ray.terminal.console import clean
+from exl2ray.terminal.console import show_text
 from exl2ray.terminal.live import show_table
 
 _NORMS: dict[NormKind, str] = {"rms": "RMS", "layer": "Layer"}
@@ -91,13 +91,17 @@ def show(found: list[Family]) -> None:
         [f.name, f.norm, f.mlp, f.rope, f.head, "copied" if f.multimodal else "", "; ".join(f.particular)] for f in found
     ]
     show_table(f"{len(found)} architectures", columns, rows)
-    print("\nhead: tied = read from the embedding, config = if tie_word_embeddings says so. Every family: multipliers and")
-    print("softcaps of the config, biases by attention_bias and mlp_bias, RoPE scaling linear, llama3, yarn, longrope.")
-    print("\nwhere ExLlamaV2 computes something else than the model defines (a conversion warns where it applies):")
+    print()
+    show_text(
+        "head: tied = read from the embedding, config = if tie_word_embeddings says so. Every family: multipliers and "
+        "softcaps of the config, biases by attention_bias and mlp_bias, RoPE scaling linear, llama3, yarn, longrope."
+    )
+    print()
+    show_text("where ExLlamaV2 computes something else than the model defines (a conversion warns where it applies):")
     differences: dict[str, list[str]] = {}
     for family in found:
         for text in family.loader_differences:
             differences.setdefault(text, []).append(family.name)
     for text, names in differences.items():
-        print(clean(f"  {text}"))
-        print(clean(f"    {', '.join(names)}"))
+        show_text(text, "  ")
+        show_text(", ".join(names), "    ")

@@ -15,7 +15,7 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.model.arch import load_spec
 from exl2ray.recipe import Recipe
 from exl2ray.remote.source import localised
-from exl2ray.terminal.console import clean, show_text
+from exl2ray.terminal.console import show_text
 from exl2ray.terminal.live import show_table
 
 PASSES: Mapping[str, Plan] = {"measurement": "measure", "quantisation": "quantize"}
@@ -35,7 +35,7 @@ def rows_of(recipe: Recipe) -> dict[str, RowsView]:
 def show(views: Mapping[str, RowsView]) -> None:
     """Prints where the rows of each pass come from, and how they begin."""
     for name, view in views.items():
-        print(clean(f"{name}: {view.rows} rows of {view.length} tokens, {view.source}"))
+        show_text(f"{name}: {view.rows} rows of {view.length} tokens, {view.source}")
         print(f"{view.distinct} of {view.vocab_size} token ids occur")
         rows = [[k.kind, k.rows, k.distinct, k.first_words] for k in view.kinds]
         show_table("", ["kind", "rows", "different ids", "begins"], rows)

@@ -30,6 +30,7 @@ from exl2ray.formats.source.kinds import refusal
 from exl2ray.remote.source import local
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.report.plot_files import check_plot, is_plot
+from exl2ray.targets import check_place
 from exl2ray.terminal.console import aside, clean, is_terminal, show_text
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
@@ -120,6 +121,7 @@ class Files:
             if file is not None:
                 refuse_special(file, flag)
                 refuse_other(file, flag, kind, is_earlier)
+                check_place(flag, file, Path(file).parent)
 
     def write(self, results: Sequence[EvalResult]) -> None:
         """To be called when the results are out: a disk that is full costs no figures."""
@@ -251,9 +253,9 @@ def show(results: Sequence[EvalResult]) -> None:
         show_table("By kind of text", columns, kinds)
     first = results[0]
     rows_text = f"{plural(first.rows, 'row')} of {first.length} tokens"
-    print(f"{first.predictions} predictions in {rows_text}; +- standard error over rows")
+    show_text(f"{first.predictions} predictions in {rows_text}; +- standard error over rows")
     if first.reference is not None and first.reference_perplexity is not None:
-        print(f"reference {clean(str(first.reference))}: perplexity {_figure(first.reference_perplexity, 4)}")
+        show_text(f"reference {first.reference}: perplexity {_figure(first.reference_perplexity, 4)}")
         for name, r in zip(names, results, strict=True):
             compared = [e.value if e is not None else None for e in (r.reference_perplexity, r.kl, r.top1)]
             word, sentence = judged(r.perplexity.value, *compared)
@@ -271,7 +273,7 @@ def _flipped(agreement: Estimate | None) -> str:
 
 
 def _quantile(q: Quantile) -> str:
-    return f"{q.value:.4f}" + ("" if q.low is None else f" ({q.low:.3f} to {q.high:.3f})")
+    return f"{q.value:.4f}" + ("" if q.low is None else f" ({q.low:.4f} to {q.high:.4f})")
 
 
 def _figure(estimate: Estimate | None, digits: int) -> str:

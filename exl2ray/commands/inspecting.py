@@ -12,7 +12,7 @@ from exl2ray.formats.summary import DirectorySummary, LinearSummary, mean_bpw
 from exl2ray.formats.verify_rules import Problem
 from exl2ray.model.arch import load_spec
 from exl2ray.remote.source import local
-from exl2ray.terminal.console import clean
+from exl2ray.terminal.console import show_text
 from exl2ray.terminal.live import show_table
 from exl2ray.wording import file_size, plural
 
@@ -50,11 +50,11 @@ def inspect_json(d: DirectorySummary) -> dict[str, Any]:
 
 def show_inspect(d: DirectorySummary, every_linear: bool) -> None:
     """Prints sizes, settings and bits per weight; ``every_linear``: of each linear, else of each layer."""
-    print(clean(f"{d.path}: {d.architecture}, {file_size(d.total_bytes)} in {plural(len(d.files), 'file')}"))
+    show_text(f"{d.path}: {d.architecture}, {file_size(d.total_bytes)} in {plural(len(d.files), 'file')}")
     head = f"{d.head_bpw:.4f}" if d.head_bpw else "not quantised"
-    print(f"decoder {d.decoder_bpw:.4f} bits per weight, head {head}, whole file {d.file_bpw:.4f}")
+    show_text(f"decoder {d.decoder_bpw:.4f} bits per weight, head {head}, whole file {d.file_bpw:.4f}")
     quantised = f"{plural(len(d.linears), 'quantised linear')} {file_size(sum(x.nbytes for x in d.linears))}"
-    print(f"{quantised}, {plural(d.plain_tensors, 'other tensor')} {file_size(d.plain_bytes)}")
+    show_text(f"{quantised}, {plural(d.plain_tensors, 'other tensor')} {file_size(d.plain_bytes)}")
     settings = [[key, value] for key, value in _flat(d.settings)]
     show_table("\nsettings", ["name", "value"], settings)
     if every_linear:
@@ -111,7 +111,7 @@ def verify(path: str, in_dir: str | None) -> list[Problem]:
 def show_verify(path: str, problems: list[Problem]) -> None:
     """Prints a problem on each line, and the verdict."""
     for p in problems[:MOST_SHOWN]:
-        print(clean(str(p)))
+        show_text(str(p))
     if len(problems) > MOST_SHOWN:
         print(f"... and {len(problems) - MOST_SHOWN} more; --json shows them all")
-    print(clean(f"{path}: {plural(len(problems), 'problem')}" if problems else f"{path}: sound"))
+    show_text(f"{path}: {plural(len(problems), 'problem')}" if problems else f"{path}: sound")

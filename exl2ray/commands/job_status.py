@@ -7,7 +7,7 @@ from typing import Any
 from exl2ray.recipe import JOB_FLAGS
 from exl2ray.store.passes import PassStatus
 from exl2ray.store.status import WorkStatus
-from exl2ray.terminal.console import clean
+from exl2ray.terminal.console import clean, show_text
 from exl2ray.terminal.live import show_table
 from exl2ray.wording import duration, file_size, plural, shown
 
@@ -18,7 +18,7 @@ def show(s: WorkStatus) -> None:
     """Prints the state of a job: its settings, the last events, passes and workers."""
     age = "" if s.heartbeat_age_seconds is None else f", last sign of life {duration(s.heartbeat_age_seconds)} ago"
     over = s.state == "stopped" and bool(s.passes) and all(p.state == "finished" for p in s.passes)
-    print(clean(f"{s.root}: {'finished' if over else s.state}" + (f": {s.holder}{age}" if s.holder else "")))
+    show_text(f"{s.root}: {'finished' if over else s.state}" + (f": {s.holder}{age}" if s.holder else ""))
     if s.job is not None:
         rows = [[label, value] for label, value in _settings(s.job.job)]
         show_table(f"\njob of {s.job.created}", ["setting", "value"], rows)
@@ -38,7 +38,7 @@ def show(s: WorkStatus) -> None:
     if workers:
         show_table("\nworkers", ["worker", "pass", "modules", "each", "doing"], workers)
     for problem in s.problems:
-        print(clean(f"problem: {problem}"))
+        show_text(f"problem: {problem}")
 
 
 def _row(p: PassStatus) -> list[str]:

@@ -15,14 +15,15 @@ from exl2ray.formats.hub_names import check_repository
 from exl2ray.formats.measurement import MAX_MEASUREMENT_BYTES, parse_measurement
 from exl2ray.publish.release import PLOT, Release, evaluation_file, figures_of, upload
 from exl2ray.publish.selection import Folder, branch_names, read_folder, refuse_secret
-from exl2ray.publish.sending import Published, outcome, ready_repository, send
+from exl2ray.publish.sending import Published, has_index, outcome, ready_repository, send
 from exl2ray.remote.hub_library import need_hub_library
 from exl2ray.remote.token import read_token
 from exl2ray.report.ladder import plot_ladder
+from exl2ray.store.apart import is_missing
 from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.fs import Store
 from exl2ray.store.open import open_store
-from exl2ray.terminal.console import clean, text_table
+from exl2ray.terminal.console import aside, clean, show_text, text_table
 from exl2ray.wording import file_size, plural
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ def publish(
             evaluations = [store.full_name(EVALUATION)]
         release = _release(folders, repo, branches, base_model, store, evaluations, extras)
         if dry_run:
+            if has_index(release):
+                beside = "".join(f", {name} ({file_size(len(x))})" for name, x in sorted(release.beside_index().items()))
+                aside(f"{repo}, branch main: README.md with the list of branches{beside} would go there")
             return [outcome(u, repo) for u in release.uploads]
         hub = _hub(repo, token_file)
         for folder in folders:
@@ -88,7 +92,8 @@ def _check_include(folders: Sequence[Folder], include: Sequence[str]) -> None:
 def _work(folder: str) -> Store:
     store = open_store(folder)
     if not (store.exists(MEASUREMENT) or store.exists(EVALUATION)):
-        raise StoreError(f"--work {folder}: has neither {MEASUREMENT} nor {EVALUATION}", "give the conversion's own -o")
+        why = "does not exist" if is_missing(store.root) else f"has neither {MEASUREMENT} nor {EVALUATION}"
+        raise StoreError(f"--work {folder}: {why}", "give the conversion's own -o")
     return store
 
 
@@ -140,13 +145,13 @@ def _shared_files(store: Store | None, results: Sequence[Evaluation], repo: str)
 def show(published: Sequence[Published]) -> None:
     for p in published:
         if not p.url:
-            print(clean(f"{p.directory}: {file_size(p.nbytes)} would go to {p.repo}, branch {p.branch}:"))
+            show_text(f"{p.directory}: {file_size(p.nbytes)} would go to {p.repo}, branch {p.branch}:")
             _table(p, p.files)
         if p.left_out:
-            print(clean(f"{p.directory}: {plural(len(p.left_out), 'name')} left out:"))
+            show_text(f"{p.directory}: {plural(len(p.left_out), 'name')} left out:")
             _table(p, p.left_out)
         if p.url:
-            print(clean(f"{p.directory}: {p.url}" + ("" if p.changed else " (nothing to change)")))
+            show_text(f"{p.directory}: {p.url}" + ("" if p.changed else " (nothing to change)"))
 
 
 def _table(p: Published, names: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from exl2ray.formats.files import atomic_file, refuse_other, refuse_special
 from exl2ray.report.facts import read_facts
 from exl2ray.report.page import is_page, render
 from exl2ray.store.open import open_store
-from exl2ray.terminal.console import clean
+from exl2ray.terminal.console import show_text
 from exl2ray.wording import file_size
 
 REPORT = "report.html"
@@ -56,5 +56,5 @@ def report(work_dir: str, output: str | None, evaluations: Sequence[str], show_p
 
 def show(written: Written) -> None:
     for problem in written.problems:
-        print(clean(f"left out: {problem}"))
-    print(clean(f"{written.report}: {file_size(written.bytes)}, {', '.join(written.sections)}"))
+        show_text(f"left out: {problem}")
+    show_text(f"{written.report}: {file_size(written.bytes)}, {', '.join(written.sections)}")

@@ -29,7 +29,7 @@ from exl2ray.errors import StoreError, UsageError
 from exl2ray.formats.regular import file_kind
 from exl2ray.host import SHARED_MEMORY_FIX, container_limit_bytes, main_memory_bytes, nccl_bytes, shared_memory_bytes
 from exl2ray.store.open import local_path
-from exl2ray.terminal.console import clean, is_terminal
+from exl2ray.terminal.console import is_terminal, show_text
 from exl2ray.terminal.live import show_table
 from exl2ray.wording import file_size, plural
 
@@ -71,8 +71,8 @@ def show(findings: list[Finding]) -> None:
     if wrong:
         print()
     for f in wrong:
-        print(clean(f"{f.level}: {f.topic}: {f.value}"))
-        print(clean(f"  {f.fix}"))
+        show_text(f"{f.level}: {f.topic}: {f.value}")
+        show_text(f.fix, "  ")
     problems = sum(f.level == "problem" for f in findings)
     print("\n" + (f"{plural(problems, 'problem')}: a conversion would stop or fail" if problems else "ready to convert"))
 

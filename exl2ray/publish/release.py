@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from exl2ray.errors import UsageError
-from exl2ray.evaluate.record import Evaluation
+from exl2ray.evaluate.record import EVALUATION, Evaluation
 from exl2ray.evaluate.standing import EARLIER, standing
 from exl2ray.publish.base_model import MAX_CARD_BYTES
 from exl2ray.publish.card import PROGRAM, model_card, of_directory, with_evaluation, with_loading, without_evaluation
@@ -57,6 +57,10 @@ class Release:
         branches = {u.evaluation.model: u.branch for u in self.uploads if u.evaluation is not None}
         return evaluation_file(self.results, branches, self.base_model)
 
+    def beside_index(self) -> dict[str, bytes]:
+        """What goes to main with the list of the other branches, by name; there is no list where all goes to main."""
+        return {**self.shared, EVALUATION: self.evaluation_file()} if self.shared and self.results else dict(self.shared)
+
 
 # ---- figures ----------------------------------------------------------------------------------------------------------
 
@@ -81,7 +85,8 @@ def figures_of(folders: Sequence[Folder], paths: Sequence[str], results: Sequenc
         found.update(dict.fromkeys(same or [f.path for f in folders if f.path.resolve().name == Path(e.model).name], e))
     if paths and not found:
         names = ", ".join(sorted({e.model for e in results})[:5]) or "nothing"
-        raise UsageError(f"--eval {paths[0]}: is about {names}, not about what is published", "evaluate those directories")
+        hint = "evaluate what is published, or give the --work of its conversion"
+        raise UsageError(f"{paths[0]}: is about {names}, not about what is published", hint)
     outdated = [f.path for f in folders if f.path in found and standing(found[f.path], [f.path]) == EARLIER]
     for path in outdated:
         aside(f"{path}: written again since its evaluation, so no figures go along: exl2ray eval {path} --json > FILE")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from exl2ray import __version__
 from exl2ray.errors import HubError, UsageError
-from exl2ray.evaluate.record import EVALUATION
 from exl2ray.formats.hub_names import is_repository
 from exl2ray.formats.shards import OUTPUT_NAME
 from exl2ray.publish.base_model import original_card
@@ -65,9 +64,14 @@ def outcome(upload: Upload, repo: str, commit: Commit | None = None) -> Publishe
 def send(hub: Hub, release: Release, message: str | None) -> list[Published]:
     """Uploads the directories one after the other. message: of the commits; {bpw} in it stands for the bits."""
     done = [_send(hub, u, message) for u in release.uploads]
-    if any(u.branch != MAIN for u in release.uploads):
+    if has_index(release):
         _update_index(hub, release)
     return done
+
+
+def has_index(release: Release) -> bool:
+    """Whether the card on main lists branches."""
+    return any(u.branch != MAIN for u in release.uploads)
 
 
 def ready_repository(hub: Hub, create: bool, private: bool) -> None:
@@ -137,9 +141,7 @@ def _update_index(hub: Hub, release: Release) -> None:
     if text is None:
         aside(f"{hub.repo}: main has a card of its own, which stays as it is")
         return
-    files: dict[str, Path | bytes] = {**release.shared, CARD: text.encode("utf-8")}
-    if release.shared and release.results:
-        files[EVALUATION] = release.evaluation_file()
+    files: dict[str, Path | bytes] = {**release.beside_index(), CARD: text.encode("utf-8")}
     if text != before or release.shared:
         if hub.commit(main, files, [], "List of branches").changed:
             aside(f"{hub.repo}: the card on main lists the branches")

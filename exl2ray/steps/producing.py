@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,8 +59,9 @@ def produce(
 def _log(job: Job, plan: Plan, output: OutputSummary) -> None:
     hashes = [plan.hashes[m.index][:16] for m in job.spec.modules if m.linears]
     files = [Path(f).name for f in output.files]
+    place = output.directory and os.path.abspath(output.directory)  # the log is read from other places
     job.work.event(
-        "written", bits=plan.bits, modules=hashes, directory=output.directory, files=files, bytes=output.file_bytes
+        "written", bits=plan.bits, modules=hashes, directory=place, files=files, bytes=output.file_bytes
     )
 
 

@@ -29,11 +29,21 @@ def refuse_within(flag: str, path: str | Path, work: str = "", allowed: str = ""
         raise UsageError(f"{flag} {path}: {where}", f"a conversion with -nr deletes what lies there: choose another {flag}")
 
 
+def is_missing(root: str) -> bool:
+    """Whether nothing is there; False in an object store, and where this user may not look."""
+    try:
+        os.lstat(root)
+    except OSError as e:
+        return isinstance(e, FileNotFoundError) and "://" not in root
+    return False
+
+
 def no_work_directory(root: str, hint: str) -> StoreError:
     """The error for a place without a job, with the work directory that it lies in, if it is a part of one."""
     above = () if "://" in root else Path(os.path.realpath(root)).parents
     work = next(filter(_is_work, above), None)
-    what = "a file, not a work directory" if os.path.isfile(root) else f"is not a work directory: it has no {JOB_FILE}"
+    why = "does not exist" if is_missing(root) else f"has no {JOB_FILE}"
+    what = "a file, not a work directory" if os.path.isfile(root) else f"is not a work directory: it {why}"
     return StoreError(f"{root}: {what}", hint if work is None else f"it is a part of {shlex.quote(str(work))}: give that")
 
 

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from exl2ray.errors import StoreError
+from exl2ray.errors import StoreError, reading_hint
 
 _FULL = "free some space, then run the same command again: nothing that was committed is lost"
 _DENIED = "check the owner and the mode of the directory, or give another one with -o"
@@ -48,4 +48,6 @@ def translated(action: str, path: str) -> Iterator[None]:
         reason = e.strerror if e.errno is not None and e.strerror else str(e)
         fallback = _OBJECT_HINT if "://" in path else ""
         hint = _HINTS.get(e.errno, fallback) if e.errno is not None else fallback
+        if action == "read":  # of `status` and `report` too, which have no -o for a work directory
+            hint = reading_hint(e, hint)
         raise StoreError(f"cannot {action} {path}: {reason}", hint) from e

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import MISSING
 from typing import Any, TypeVar, get_origin
 
@@ -95,7 +95,10 @@ class CheckedCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
+        flags = {flag for param in self.get_params(ctx) for flag in (*param.opts, *param.secondary_opts) if flag[0] == "-"}
         for param in self.get_params(ctx):
+            if isinstance(param, click.Option):
+                _refuse_flag(param.opts[0], ctx.params.get(param.name or ""), flags)
             if (param.metavar or "").strip("[.]") in PLACES:
                 name = param.opts[0] if isinstance(param, click.Option) else param.metavar
                 value = ctx.params.get(param.name or "")
@@ -108,6 +111,15 @@ class CheckedCommand(click.Command):
                 for path in values if isinstance(values, tuple) else (values,):
                     refuse_read_address(param.opts[0] if isinstance(param, click.Option) else "", path)
         return rest
+
+
+def _refuse_flag(name: str, value: object, flags: Container[str]) -> None:
+    """Raises UsageError for a flag in the place of another one's value: ``-cf --dry-run`` would convert, into a folder of
+    that name."""
+    for given in value if isinstance(value, tuple) else (value,):
+        if isinstance(given, str) and given in flags:
+            hint = f"is a variable of the shell not set? A file or folder of this name is ./{given}"
+            raise UsageError(f"{name} {given}: a flag, where the value of {name} is needed", hint)
 
 
 def _is_read_here(param: click.Parameter) -> bool:

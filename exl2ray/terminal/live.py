@@ -142,14 +142,15 @@ class Live:
         words[-1] = min(words[-1], max(LAST_COLUMN_WIDTH - 2, max(map(len, headings[-1].split()), default=0)))
         whole = [max(word, *map(len, c)) for word, c in zip(words, of_column, strict=True)]
         turned = [max(map(len, texts)) + 2 for texts in (headings, *cells)]
-        gaps, width = 2 * len(words), self._console.width
+        gaps, width = 2 * (len(words) - 1), self._console.width
         too_wide = sum(whole[:-1]) + words[-1] + gaps > width
         if too_wide and sum(turned) <= width:
             self._turned(headings, cells, turned)
         elif too_wide and sum(words) + gaps > width:
             self._listed(headings, cells)
         else:
-            self._upright(headings, cells, words)
+            widths = [max(map(len, (h, *c))) for h, c in zip(headings, of_column, strict=True)]
+            self._upright(headings, cells, _narrowed(widths, words, width - gaps))
 
     def _turned(self, headings: Sequence[str], cells: Sequence[Sequence[str]], widths: Sequence[int]) -> None:
         for texts in zip(headings, *cells, strict=True):
@@ -164,11 +165,10 @@ class Live:
             self._line()
 
     def _upright(self, headings: Sequence[str], cells: Sequence[Sequence[str]], widths: Sequence[int]) -> None:
-        """widths: the least of each column."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         for heading, texts, width in zip(headings, zip(*cells, strict=True), widths, strict=True):
             justify: Literal["left", "right"] = "right" if is_numeric(texts) else "left"
-            table.add_column(Text(heading), justify=justify, overflow="fold", min_width=width)
+            table.add_column(Text(heading), justify=justify, overflow="fold", width=width)
         for row in cells:
             table.add_row(*[Text(c) for c in row])
         self._console.print(table)
@@ -186,6 +186,14 @@ class Live:
                 lines.append(_last_item(stage))
             lines += _worker_lines(stage.pace)
         return Group(*lines)
+
+
+def _narrowed(widths: Sequence[int], least: Sequence[int], total: int) -> list[int]:
+    """Widths of columns that come to at most ``total``, as ``least`` does: the widest that may be narrower gives way."""
+    out = list(widths)
+    while sum(out) > total:
+        out[max((i for i, w in enumerate(out) if w > least[i]), key=out.__getitem__)] -= 1
+    return out
 
 
 def _row(stage: Stage, now: float, width: int, one_line: bool) -> RenderableType:

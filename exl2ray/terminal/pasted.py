@@ -26,6 +26,8 @@ def usage_hint(argv: Sequence[str], command: str) -> str:
     if argv and (argv[0].endswith("convert.py") or (argv[0].startswith("-") and command == "exl2ray")):
         rest = argv[1:] if argv[0].endswith("convert.py") else argv
         return f"the command comes first: {shlex.join(['exl2ray', 'convert', *rest[:6]])}{' ...' if len(rest) > 6 else ''}"
+    if command == "exl2ray submit" and "--" not in argv and not {"convert", "measure"}.isdisjoint(argv):
+        return "what is to run stands behind --: exl2ray submit --address URL -- convert ..."
     return _bitrates_hint(argv) or _model_hint(argv) or f"see {command} --help"
 
 

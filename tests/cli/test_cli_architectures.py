@@ -49,3 +49,11 @@ def test_json() -> None:
     assert found["Gemma3ForCausalLM"]["particular"][0] == "written as Gemma3ForConditionalGeneration"
     assert found["LlavaForConditionalGeneration"]["multimodal"] is True
     assert "q/k norm" in found["Qwen3ForCausalLM"]["loader_differences"][0]
+
+
+def test_sentences_break_between_words_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exl2ray.terminal.console.is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    sentences = output()[output().index("head: tied = ") :]
+    assert max(map(len, sentences.splitlines())) < 60
+    assert all(arch.name in sentences for arch in ARCHITECTURES.values() if arch.loader_differences)

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from exl2ray.terminal.console import JsonLines, Pace, Plain, clean, clean_lines, is_numeric, json_line, show_text, text_table
+from exl2ray.terminal.console import (
+    JsonLines,
+    Pace,
+    Plain,
+    clean,
+    clean_lines,
+    is_numeric,
+    json_line,
+    outputs_table,
+    show_text,
+    text_table,
+)
 from exl2ray.terminal.live import Live
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -195,6 +207,20 @@ def test_cells_break_between_words_where_nothing_else_fits():
     assert max(map(len, lines)) <= 50
     words = " ".join(lines).split()
     assert all(words.count(word) == 4 for word in ("letters,", "43.736", "6.008", "0.0070", "0.0004"))
+
+
+def test_a_table_loses_nothing_on_any_terminal():
+    models = [{"bits": 4.0, "achieved_bpw": 4.4234, "head_bpw": 6.14, "file_bytes": 1_404_870,
+               "calibration_perplexity": 76.76, "reference_perplexity": 76.67, "directory": "/home/out/4.0bpw"}]  # fmt: skip
+    of_job = ["setting", "value"], [["quantize seed (--seed)", "0"], ["identity fingerprint (-i)", "f" * 64]]
+    for columns, rows in (outputs_table(models), of_job):
+        for width in range(16, 140):
+            console = Console(file=io.StringIO(), width=width, highlight=False)
+            Live(console, animated=False).event("table", title="", columns=columns, rows=rows)
+            shown = console.file.getvalue()
+            assert max(map(len, shown.splitlines())) <= width
+            lost = Counter("".join(sum(rows, columns))) - Counter(shown)
+            assert not lost.keys() - {" "}, (width, shown)
 
 
 def test_running_text_is_wrapped_between_words(monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, fields, replace
+from itertools import pairwise
 
 import click
 import pytest
@@ -193,6 +194,21 @@ def test_a_path_that_no_file_system_takes(run, args):
 def test_numbers_of_an_evaluation_that_cannot_be(run, tmp_path):
     for flags, says in ((["--length", "0"], "--length 0: at least 2"), (["--rows", "0"], "--rows 0: at least 1")):
         assert says in run("eval", str(tmp_path), *flags).stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("convert", "-i", "x", "-o", "w", "-cf", "--dry-run"), ("convert", "-i", "x", "-o", "-b", "-cf", "y"),
+     ("eval", "x", "--reference", "--json"), ("report", "w", "-o", "--paths"),
+     ("publish", "x", "--repo", "a/b", "--message", "--dry-run")],
+)  # fmt: skip
+def test_a_flag_is_not_the_value_of_another_one(run, fake, args):
+    result = run(*args)
+    flag, value = next(pair for pair in pairwise(args) if pair[0].startswith("-") and pair[1].startswith("-"))
+    assert result.exit_code == 2
+    assert f"{flag} {value}: a flag, where the value of {flag} is needed\n  hint: is a variable" in result.stderr
+    assert not fake.recipes
+    assert "a flag" not in run("verify", "./--json").stderr
 
 
 EARLY = (["convert", "-i", "x", "-o", "w"], ["measure", "-i", "x", "-o", "w"], ["plan", "-i", "x"], ["patch", "-o", "w"],

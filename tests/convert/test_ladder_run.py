@@ -17,6 +17,7 @@ from exl2ray.errors import CalibrationError
 from exl2ray.evaluate.heldout import heldout_rows, heldout_text
 from exl2ray.evaluate.tokens import find_tokenizer
 from exl2ray.events import Silent
+from exl2ray.report.facts import read_facts
 from exl2ray.terminal.console import outputs_table
 
 
@@ -60,6 +61,21 @@ def test_finished_models_are_not_evaluated_again(quiet: Quiet, tokens: Path, tmp
     np.save(other, np.load(tokens)[:2])
     third, _ = run(quiet.model, tmp_path / "work", evaluate="auto", **{**settings, "eval_text": str(other)})
     assert third.outputs[0].kl not in (None, first.outputs[0].kl)
+
+
+def test_a_resume_with_the_whole_path_evaluates_nothing_again(
+    quiet: Quiet, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that began with a relative -cf goes on with -o alone, perhaps in another folder."""
+    settings = {"eval_text": str(tokens), "evaluate": "always"}
+    monkeypatch.chdir(tmp_path)
+    first, begun = run(quiet.model, tmp_path / "work", compile_full="out", **settings)
+    assert [f["key"] for name, f in begun.events if name == "item" and f["stage"] == "evaluate"][1:] == ["out"]
+    monkeypatch.chdir("work")
+    second, reporter = run(quiet.model, tmp_path / "work", compile_full=str(tmp_path / "out"), **settings)
+    assert [name for name, _ in reporter.events if name == "stage"] == []
+    assert second.outputs[0].kl == first.outputs[0].kl is not None
+    assert [b.evaluation is not None for b in read_facts(str(tmp_path / "work")).bitrates] == [True]
 
 
 def test_what_goes_wrong_afterwards_does_not_spoil_the_conversion(quiet: Quiet, tmp_path: Path) -> None:

@@ -281,6 +281,9 @@ def test_solve_shows_what_a_conversion_chooses(linear: Quiet, capsys: pytest.Cap
         assert solution.predicted_kl == event["predicted_kl"] == pytest.approx(sum(c.kl for c in solution.linears))
         assert solution.linears[-1].option == event["head"]
         assert solution.achieved_bpw == pytest.approx(event["bpw"])
+    for bits in (2.0, 9.0):  # as a conversion does
+        with pytest.raises(BudgetError, match=f"-b {bits:g}: this model can be"):
+            solve.solve(str(linear.model), file, (bits,), "squared", 2.0)
     per_module = solve.solve(str(linear.model), file, (4.0,), "squared", 2.0, "module")[0]
     assert per_module.choices
     assert not per_module.linears

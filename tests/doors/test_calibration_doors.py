@@ -319,7 +319,7 @@ FEW = ("-r", "4", "-mr", "2", "-l", "128", "-ml", "128")
 def test_plan_says_what_is_taken(model: Path, tmp_path: Path) -> None:
     path = parquet(tmp_path / "x.parquet", {"text": TEXTS, "n": NUMBERS})
     run = exl2ray("plan", "-i", model, "-b", "4", "-c", path, *FEW, "--device", "cpu")
-    run.ends_with(0, "quantisation calibrates on", "column text", "512 tokens", "columns n are ignored")
+    run.ends_with(0, "quantisation calibrates on", "column text", "512 tokens", "ignored columns: n")
     run = exl2ray("plan", "-i", model, "-b", "4", "-c", path, *FEW, "--device", "cpu", "--json")
     found = json.loads(run.out)["calibration"]
     tokens = {"measurement": 256, "quantisation": 512}

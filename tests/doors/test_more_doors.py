@@ -314,6 +314,8 @@ def test_hints_for_pasted_command_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert usage_hint(["convert.py", "-i", "m"], "exl2ray") == "the command comes first: exl2ray convert -i m"
     for argv in (["convert", "--wrong"], ["convert", "-b", "3", "-b", "4", "-x"], ["convert", "-o", str(tmp_path), "-x"]):
         assert usage_hint(argv, "exl2ray convert") == "see exl2ray convert --help"
+    assert "behind --: " in usage_hint(["submit", "convert", "-i", "m"], "exl2ray submit")
+    assert usage_hint(["submit", "-x", "--", "convert"], "exl2ray submit") == "see exl2ray submit --help"
     for bits in (["-b", "3", "4.5"], ["-b", "3,4.5"], ["--bits=3,4.5"]):
         hint = usage_hint(["convert", "-i", "m", *bits, "-o", "w"], "exl2ray convert")
         assert hint == "a number with each -b: -b 3 -b 4.5"

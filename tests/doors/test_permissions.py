@@ -135,6 +135,21 @@ def test_what_may_not_be_looked_at_is_not_said_to_be_there(folder: Path, closed:
     assert "is there already" not in run.text
 
 
+def test_a_plot_that_cannot_be_written_is_refused_before_work(folder: Path, closed: Path) -> None:
+    closed.chmod(0o555)
+    for flag, name in (("--plot", "p.png"), ("--positions", "p.npz")):
+        run = exl2ray("eval", folder, flag, closed / name, "--rows", "9999", ordinary=True)
+        run.ends_with(7, f"{flag} {closed / name}: closed is not a directory that can be written")
+
+
+def test_a_work_directory_that_may_not_be_entered(closed: Path) -> None:
+    """The hint was to give another one with -o, which `status` does not have."""
+    for command in ("status", "report"):
+        run = exl2ray(command, closed, ordinary=True)
+        run.ends_with(7, str(closed), DENIED, LOOK)
+        assert "with -o" not in run.err
+
+
 def test_a_link_beside_a_model_that_is_published(folder: Path, closed: Path, tmp_path: Path) -> None:
     """It ended in a traceback."""
     model = write_rounded(folder, tmp_path / "exl2")

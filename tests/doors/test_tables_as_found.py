@@ -117,7 +117,7 @@ def test_csv_without_names_loses_no_text(tokenizer: ModelTokenizer, tmp_path: Pa
     (tmp_path / "b.csv").write_text("id,text,text\n" + "".join(f'{i},"{t}",x\n\n' for i, t in enumerate(long)))
     expected = tokenizer.encode("".join(long)).tolist()[:384]
     assert ids(tokenizer, tmp_path / "a.csv") == ids(tokenizer, tmp_path / "b.csv") == expected
-    assert any("id, text.1 are ignored" in note for note in taken(tokenizer, tmp_path / "b.csv").notes)
+    assert any("ignored columns: id, text.1" in note for note in taken(tokenizer, tmp_path / "b.csv").notes)
 
 
 def flipped(path: Path) -> None:

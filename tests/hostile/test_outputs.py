@@ -168,6 +168,7 @@ def test_a_part_of_a_work_directory_is_told_as_that(tmp_path: Path) -> None:
     for command in (("status",), ("report",), ("patch", "--set", "lm_head=6", "-o")):
         exl2ray(*command, work / "quant").ends_with(7, "quant: is not a work directory", f"it is a part of {work}: give that")
         exl2ray(*command, tmp_path).ends_with(7, "is not a work directory: it has no job.json")
+        exl2ray(*command, tmp_path / "absent").ends_with(7, "absent: is not a work directory: it does not exist")
     for command in ("status", "report"):
         exl2ray(command, work / "job.json").ends_with(7, "a file, not a work directory", f"{work}: give that")
 

@@ -117,6 +117,14 @@ def test_measurement_evaluation_and_plot_go_along(hub: FakeHub, converted: Path)
             assert str(converted).encode() not in content, name
 
 
+def test_a_dry_run_says_what_goes_to_main(converted: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    send(models / "4.0bpw", models / "5.0bpw", work=str(converted / "work"), dry_run=True)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "branch main" in line]
+    assert all(f", {name} (" in told for name in ("evaluation.json", "ladder.png", "measurement.json"))
+    send(models / "4.0bpw", work=str(converted / "work"), dry_run=True)
+    assert "branch main" not in capsys.readouterr().err
+
+
 def test_extras_stay_if_that_is_wanted(converted: Path, models: Path) -> None:
     work = str(converted / "work")
     (alone,) = send(models / "4.0bpw", work=work, dry_run=True)
@@ -368,7 +376,9 @@ def test_dry_run_as_text(models: Path, capsys: pytest.CaptureFixture[str], monke
     with pytest.raises(SystemExit) as e:
         cli.main(words)
     assert e.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert f"{REPO}, branch main: README.md with the list of branches would go there" in err
+    lines = out.splitlines()
     for branch in ("4.0bpw", "5.0bpw"):
         assert any(line.endswith(f"would go to {REPO}, branch {branch}:") for line in lines)
     weights = file_size((models / "4.0bpw" / "output.safetensors").stat().st_size)

@@ -171,8 +171,8 @@ def test_git_s_long_names_of_branches_are_no_revisions() -> None:
 
 
 def test_a_work_directory_that_has_nothing_to_send(models: Path, tmp_path: Path) -> None:
-    for place in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(StoreError, match="has neither measurement"):
+    for place, why in ((tmp_path, "has neither measurement"), (tmp_path / "absent", "does not exist")):
+        with pytest.raises(StoreError, match=why):
             publish([str(models / "4.0bpw")], REPO, dry_run=True, work=str(place))
 
 

@@ -26,7 +26,7 @@ from exl2ray.calibration.rows import Rows, check_ids, check_length
 from exl2ray.calibration.text import Conversation
 from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, Exl2RayError, UsageError
-from exl2ray.wording import some
+from exl2ray.wording import plural, some
 
 Ids = NDArray[np.int64]
 MEMORY_BYTES = 700 * MIB  # of the process that reads; a cell of 120 MB takes 400
@@ -266,7 +266,7 @@ class CalibrationData:
         name = self._streams[0].source.given if one else f"{len(self._streams)} sources"
         return CalibrationError(
             f"{name}: {row_flag} {rows} x {length_flag} {length} needs {rows * length} tokens, "
-            f"{'file gives' if one else 'they give'} {have} ({documents} documents with text)",
+            f"{'file gives' if one else 'they give'} {have} ({plural(documents, 'document')} with text)",
             f"use {f'{row_flag} {usable}' if usable else f'a smaller {length_flag}'}, or more text",
         )
 
@@ -278,7 +278,7 @@ class CalibrationData:
             notes += [f"-c {stream.source.given}: {d['note']}" for d in stream.described if d["note"]]
             ignored = dict.fromkeys(name for d in stream.described for name in d["ignored"])
             if ignored:
-                notes.append(f"-c {stream.source.given}: columns {some(ignored, SHOWN, NAME_CHARACTERS)} are ignored")
+                notes.append(f"-c {stream.source.given}: ignored columns: {some(ignored, SHOWN, NAME_CHARACTERS)}")
             if stream.skipped:
-                notes.append(f"-c {stream.source.given}: {stream.skipped} records without text are left out")
+                notes.append(f"-c {stream.source.given}: left out: {plural(stream.skipped, 'record')} without text")
         return list(dict.fromkeys(notes + self._chats.notes()))

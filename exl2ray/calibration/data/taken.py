@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exl2ray.wording import some
+from exl2ray.wording import plural, some
 
 SHOWN, NAME_CHARACTERS = 8, 40  # columns in a message
 PASSES = {"measure": "measurement", "quantize": "quantisation"}
@@ -36,7 +36,7 @@ def describe(taken: Taken) -> str:
     what += ", " if what else ""
     one = os.path.basename(taken.source).startswith(taken.file)  # a column may stand behind it
     place = taken.source if one else f"{taken.source}: {taken.file}"
-    return f"{place} ({taken.format}): {what}{taken.documents:,} documents, {taken.tokens:,} tokens"
+    return f"{place} ({taken.format}): {what}{plural(taken.documents, 'document')}, {taken.tokens:,} tokens"
 
 
 def described_passes(rows: Mapping[str, Any]) -> list[str]:
