@@ -142,7 +142,7 @@ def test_builtin_text_is_complete(builtin: tuple[Document, ...]) -> None:
 # Characters of a token, by set of rows, in the vocabulary of 262144 tokens of Gemma 3, which needs the most text of all.
 LONGEST_TOKENS = {"web": 3.74, "articles": 4.35, "code": 3.21, "stories": 3.89, "chat": 3.34, "formats": 2.51,
                   "multilingual": 2.99, "technical": 3.12}  # fmt: skip
-REPEATED = {"letters": 0.01, "chat": 0.04, "code": 0.04, "formats": 0.04}  # of the others next to nothing
+REPEATED = {"letters": 0.01, "chat": 0.04, "code": 0.04, "formats": 0.04, "multilingual": 0.005}  # catalogues have headers
 
 
 def test_the_larger_set_fills_all_rows_without_repeating_itself() -> None:
