@@ -193,7 +193,7 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     flag("--length", type=int, default=512, show_default=True, help="tokens of a row"),
     flag("--step-tokens", type=int, help="tokens of a step; if absent 4096, of 1 billion weights or more 8192"),
     flag("--rate", type=float,
-         help="of Adam, in steps between integers of mean width; if absent 0.002, less for steps of fewer than 8192 tokens"),
+         help="of Adam, in steps between two integers; if absent 0.002, less for steps of fewer than 8192 tokens"),
     flag("--gain-rate", type=float,
          help="of norms and biases, relative to their size; if absent as --rate's default, half for each bit beyond 4"),
     flag("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True, help="of the order of rows"),

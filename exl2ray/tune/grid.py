@@ -1,14 +1,9 @@
 """The integers of one packed linear as latent numbers that gradients can move.
 
 A weight is step * q with q an integer of [-2^(b-1), 2^(b-1) - 1]; step, the width b and the group belong to its row and
-column and stay. Its latent l is a float32 number, the weight used is step * round(unit * l), and the gradient passes the
-rounding as if it were not there (straight-through estimator: Bengio, Leonard, Courville 2013). Then dL/dl = step * unit *
+column and stay. Its latent l is a float32 number in units of the step; the weight used is step * round(l), and the gradient
+passes the rounding as if it were not there (straight-through estimator: Bengio, Leonard, Courville 2013). Then dL/dl = step *
 dL/dw; since Adam's steps do not depend on the scale of a gradient, the factor is left out.
-
-Steps halve with every bit, so unit = 2^(b - mean), mean being that of all widths of the model: with one rate for latents all
-weights move by as much of their range, and those of the mean width by so much of a step. With the same part of a step for
-all of them, rows of many bits would stay where they are, though they can make up for the errors of others (docs/quality.md,
-"Tuning on the end loss").
 
 Latents begin where the weight of the source lies, but no further than `REACH` from the integer that was solved: the solved
 rounding is where tuning starts, and what it rounded furthest is moved first.
@@ -36,12 +31,11 @@ class Grid:
     group: Tensor  # (K,) int64, of each row
     low: Tensor  # (K, 1) float32, the least integer of each row
     high: Tensor  # (K, 1) float32
-    unit: Tensor  # (K, 1) float32, of latents, in steps
     invperm: Tensor  # (K,) int64, stored row of each natural one
 
     @staticmethod
-    def of(packed: PackedLinear, columns: int, bits: float, device: torch.device) -> Grid:
-        """``columns``: of the linear, without padding. bits: the mean width of the model."""
+    def of(packed: PackedLinear, columns: int, device: torch.device) -> Grid:
+        """``columns``: of the linear, without padding."""
         layout = packed.layout
         invperm = packed.q_invperm.to(device).long()
         rows = torch.tensor(layout.rows, device=device)
@@ -50,7 +44,7 @@ class Grid:
         largest = (packed.q_scale_max.to(device).float() / 256).half()
         codes = unpack_scale_codes(packed.q_scale.to(device))
         steps = (codes.int() ** 2).half() * largest[:, None]
-        return Grid(columns, steps[:, :columns].contiguous(), group, -half, half - 1, 2 * half / 2.0**bits, invperm)
+        return Grid(columns, steps[:, :columns].contiguous(), group, -half, half - 1, invperm)
 
     def integers(self, packed: PackedLinear) -> Tensor:
         """(K, N) float32 integers of a packed linear."""
@@ -60,15 +54,14 @@ class Grid:
     def latents(self, integers: Tensor, source: Tensor | None) -> Tensor:
         """(K, N) float32 to begin with. source: the weight (K, N) that was quantised; None: the integers themselves."""
         if source is None:
-            return integers / self.unit
+            return integers.clone()
         steps = self.steps.float()[self.group]
         wanted = torch.where(steps > 0, source.to(steps.device).float() / steps, integers)
-        return torch.maximum(torch.minimum(wanted, integers + REACH), integers - REACH) / self.unit
+        return torch.maximum(torch.minimum(wanted, integers + REACH), integers - REACH)
 
     def rounded(self, latents: Tensor) -> Tensor:
         """(K, N) float32 integers. Latents are kept within reach of the least and the largest one, in place."""
-        torch.clamp_(latents, (self.low - REACH) / self.unit, (self.high + REACH) / self.unit)
-        return (latents * self.unit).round_()
+        return torch.round(torch.clamp_(latents, self.low - REACH, self.high + REACH))
 
     def weight(self, integers: Tensor) -> Tensor:
         """(K, N) float16 as a loader has it (`exl2ray.quant.pack.dequantize`)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,13 +34,6 @@ class Pair:
     start: OpenModel
     source: OpenModel
     latents_from: ModelSpec | None
-
-    @cached_property
-    def bits(self) -> float:
-        """Mean width of the integers of the start, but for those of its head, if there are any others."""
-        packed = [(m.kind, x) for m in self.start.spec.modules for x in m.linears if f"{x.key}.q_weight" in self.exl2]
-        linears = [x for kind, x in packed if kind != "head"] or [x for _, x in packed]
-        return 8 * sum(self.exl2.nbytes(f"{x.key}.q_weight") for x in linears) / sum(x.padded_weights for x in linears)
 
     @property
     def exl2(self) -> Exl2Model:
@@ -97,7 +89,7 @@ def load_tuned(
         if f"{linear.key}.q_weight" not in pair.exl2:
             continue  # kept in float16, as a head may be
         packed = pair.exl2.linear(linear.key, integers=latents is None or linear.key not in latents)
-        grid = Grid.of(packed, linear.out_features, pair.bits, device)
+        grid = Grid.of(packed, linear.out_features, device)
         if latents is None:
             mine: Tensor | None = grid.latents(grid.integers(packed), _weight(pair, linear, device, ahead))
         else:
@@ -148,7 +140,7 @@ def install_snapshot(pair: Pair, block: Block, device: torch.device, found: Snap
     for linear in module.linears:
         if linear.key in found.codes:
             packed = pair.exl2.linear(linear.key)
-            grid = Grid.of(packed, linear.out_features, pair.bits, device)
+            grid = Grid.of(packed, linear.out_features, device)
             tuned = part_of(module, linear) in parts
             weights[linear.key] = grid.weight(grid.signed(found.codes[linear.key]) if tuned else grid.integers(packed))
             if packed.bias is not None:

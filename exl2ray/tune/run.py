@@ -29,6 +29,7 @@ from exl2ray.calibration.data.sources import WRITTEN
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import JobMismatchError, SourceError, UsageError
+from exl2ray.evaluate.result import model_size
 from exl2ray.events import Reporter
 from exl2ray.formats.claim import TUNING, read_claim
 from exl2ray.formats.exl2 import PackedLinear
@@ -53,7 +54,7 @@ from exl2ray.tune.rows import TuningRows, check_text, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
 from exl2ray.tune.written import self_written
 
-VERSION = 9  # of what equal settings come to
+VERSION = 8  # of what equal settings come to
 WORK = TUNING  # in the output directory, until it is complete
 
 
@@ -106,7 +107,7 @@ def tune(
         _sweep(work, record)
         with naming(settings.text_flag):
             rows = _rows(settings, pair, device, reporter)
-        settings = settings.for_rows(len(rows.ids), pair.bits)
+        settings = settings.for_rows(len(rows.ids), model_size(pair.start).linears_bpw)
         for note in rows.notes:
             reporter.event("note", message=note)
         clock.lap("text")
@@ -337,7 +338,7 @@ def _compared(pair: Pair, given: tuple[LinearSpec, Tensor, bool]) -> tuple[Packe
     """A linear as it was packed, its grid, and how many integers are others now if it ``is_tuned``."""
     linear, codes, is_tuned = given
     packed = pair.exl2.linear(linear.key)
-    grid = Grid.of(packed, linear.out_features, pair.bits, torch.device("cpu"))
+    grid = Grid.of(packed, linear.out_features, torch.device("cpu"))
     return packed, grid, int((codes != grid.codes(grid.integers(packed))).sum()) if is_tuned else 0
 
 

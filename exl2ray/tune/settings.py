@@ -20,12 +20,12 @@ PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "s
 class Settings:
     """directory: the EXL2 model. reference: its source. output: where the tuned one goes. sources: text; none: built-in.
 
-    tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents (`exl2ray.tune.grid`);
-    gain_rate: for norms and biases, relative to their size; None: what `for_model` and `for_rows` have for them. dtype: of
-    the products; None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not finished, beside it (its name and
-    .json) a record of what is; None: in the output, hidden. text_flag: what messages about the text call it. written: work
-    directory that keeps what the source writes; None: ``work``, where it stays for a finished tuning that is run again.
-    streamed: one module on the device at a time (`exl2ray.tune.shelves`); None: if they do not fit there together.
+    tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
+    for norms and biases, relative to their size; None: what `for_model` and `for_rows` have for them. dtype: of the products;
+    None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not finished, beside it (its name and .json) a record
+    of what is; None: in the output, hidden. text_flag: what messages about the text call it. written: work directory that
+    keeps what the source writes; None: ``work``, where it stays for a finished tuning that is run again. streamed: one module
+    on the device at a time (`exl2ray.tune.shelves`); None: if they do not fit there together.
     """
 
     directory: str

@@ -40,8 +40,7 @@ STEPS_AHEAD = 2  # that the host may be in front of a GPU: enough to keep it bus
 
 @dataclass(frozen=True)
 class Rates:
-    """Of Adam: latents in their unit (`exl2ray.tune.grid`), gains relative to the size of what they scale; ``factor``: of the
-    schedule."""
+    """Of Adam: latents in steps of the grid, gains relative to the size of what they scale; ``factor``: of the schedule."""
 
     latents: float
     gains: float

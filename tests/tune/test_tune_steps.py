@@ -156,7 +156,7 @@ def test_integers_come_back_as_they_were_packed(pair: Pairs, family: str) -> Non
             columns = x.grid.columns
             assert torch.equal(x.grid.weight(integers), dequantize(x.before)[:, :columns]), key
             assert torch.equal(x.grid.rounded(x.latents.clone()), integers), key
-            assert float((x.latents * x.grid.unit - integers).abs().max()) <= REACH + 1e-5
+            assert float((x.latents - integers).abs().max()) <= REACH + 1e-6
             assert torch.equal(x.grid.packed(x.before, x.grid.codes(integers)).q_weight, x.before.q_weight), key
 
 
@@ -239,16 +239,3 @@ def test_the_rate_rises_and_falls() -> None:
     assert max(rates) == rates[19] == 1.0
     assert rates[20:] == sorted(rates[20:], reverse=True)
     assert 0 < rates[-1] < 0.01
-
-
-def test_all_widths_move_by_the_same_part_of_their_range(pair: Pairs) -> None:
-    found = opened(pair, "Llama")
-    seen = set()
-    for module in found.start.spec.modules:
-        for x in load_tuned(found, module, CPU, torch.float32).linears.values():
-            moved = (x.latents - 0.25) * x.grid.unit - x.latents * x.grid.unit  # as by one step of Adam, at a rate of 0.25
-            ranges = -2 * x.grid.low
-            assert torch.allclose(moved / ranges, torch.tensor(-0.25 / 2**found.bits), rtol=1e-3)
-            seen |= set(ranges[:, 0].log2().int().tolist())
-    assert len(seen) > 1
-    assert min(seen) <= found.bits <= max(seen)
