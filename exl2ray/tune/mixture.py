@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -13,18 +14,19 @@ PASSES = 4  # over a kind with little text, where others have more
 
 
 def shares(sources: Sequence[Sequence[int]], passes: Sequence[int], most: int) -> list[int]:
-    """How many rows of each kind, ``most`` in all: as even as can be among sources, and among the kinds of each.
+    """How many rows of each kind, ``most`` in all: as even as can be among sources, and all text of one equally often.
 
     sources: the rows that the kinds of each have. passes: how often those of each source may come, or `PASSES` times where
     that is not enough: what the source model writes is asked for as much as is wanted, and repeated it would only take the
     place of other text. Where neither is enough all come so many times: fewer rows than ``most``, to be gone through again.
     """
+    sizes = [sum(kinds) for kinds in sources]
     for times in (passes, [PASSES] * len(sources)):
-        limits = [[n * size for size in sizes] for n, sizes in zip(times, sources, strict=True)]
-        if sum(map(sum, limits)) >= most:
+        limits = [n * size for n, size in zip(times, sizes, strict=True)]
+        if sum(limits) >= most:
             break
-    counts = _evenly([sum(group) for group in limits], min(most, sum(map(sum, limits))))
-    return [n for group, count in zip(limits, counts, strict=True) for n in _evenly(group, count)]
+    counts = _evenly(limits, min(most, sum(limits)))
+    return [n for kinds, count in zip(sources, counts, strict=True) for n in _in_proportion(kinds, count)]
 
 
 def _evenly(limits: Sequence[int], most: int) -> list[int]:
@@ -34,6 +36,11 @@ def _evenly(limits: Sequence[int], most: int) -> list[int]:
         counts[k] = min(limits[k], -(-room // (len(limits) - n)))
         room -= counts[k]
     return counts
+
+
+def _in_proportion(sizes: Sequence[int], count: int) -> list[int]:
+    total = max(1, sum(sizes))
+    return [count * end // total - count * (end - size) // total for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def cut(documents: Sequence[Ids], length: int, at: int = 0) -> Ids:
