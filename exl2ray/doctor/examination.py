@@ -35,7 +35,7 @@ from exl2ray.wording import file_size, plural
 
 PACKAGES = ("torch", "numpy", "numba", "numba-cuda", "ray", "safetensors", "tokenizers", "pyarrow", "click", "rich")
 OPTIONAL = ("numba-cuda", "huggingface-hub")
-WORK_BYTES = 10 << 30
+WORK_BYTES = 10 << 30  # of a disk; less is too little for a 7B model at 8 bits and some room
 ANOTHER = "choose another directory with -o"
 
 
@@ -201,7 +201,8 @@ def _disk(topic: str, path: str, otherwise: str) -> list[Finding]:
     usage = shutil.disk_usage(place)
     text = f"{file_size(usage.free)} free of {file_size(usage.total)} at {place}"
     if topic == "work directory" and usage.free < WORK_BYTES:
-        return [Finding(topic, text, "warning", "a 7B model needs about 15 GB for work files and output")]
+        needed = "a 7B model needs 4 GB at 4 bits and 8 GB at 8, work files and output together"
+        return [Finding(topic, text, "warning", needed)]
     if usage.free < usage.total * 0.05:
         return [Finding(topic, text, "warning", "Ray warns and may fail above 95 %: free space, or set TMPDIR")]
     return [Finding(topic, text)]
