@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 
@@ -14,33 +14,30 @@ PASSES = 4  # over a kind with little text, where others have more
 
 
 def shares(sources: Sequence[Sequence[int]], passes: Sequence[int], most: int) -> list[int]:
-    """How many rows of each kind, ``most`` in all: as even as can be among sources, and all text of one equally often.
+    """How many rows of each kind, ``most`` in all: as even as can be among sources, and among the kinds of one in proportion
+    to the square root of their size, between as much of each and all of it equally often (so mixed are languages: Arivazhagan
+    et al. 2019, with a temperature of 2).
 
     sources: the rows that the kinds of each have. passes: how often those of each source may come, or `PASSES` times where
     that is not enough: what the source model writes is asked for as much as is wanted, and repeated it would only take the
     place of other text. Where neither is enough all come so many times: fewer rows than ``most``, to be gone through again.
     """
-    sizes = [sum(kinds) for kinds in sources]
     for times in (passes, [PASSES] * len(sources)):
-        limits = [n * size for n, size in zip(times, sizes, strict=True)]
-        if sum(limits) >= most:
+        limits = [[n * size for size in sizes] for n, sizes in zip(times, sources, strict=True)]
+        if sum(map(sum, limits)) >= most:
             break
-    counts = _evenly(limits, min(most, sum(limits)))
-    return [n for kinds, count in zip(sources, counts, strict=True) for n in _in_proportion(kinds, count)]
+    counts = _shared([sum(group) for group in limits], [1.0] * len(limits), min(most, sum(map(sum, limits))))
+    roots = [[math.sqrt(limit) for limit in group] for group in limits]
+    return [n for group, w, count in zip(limits, roots, counts, strict=True) for n in _shared(group, w, count)]
 
 
-def _evenly(limits: Sequence[int], most: int) -> list[int]:
-    """``most`` in all, which is no more than there is."""
-    counts, room = [0] * len(limits), most
-    for n, k in enumerate(sorted(range(len(limits)), key=lambda k: limits[k])):
-        counts[k] = min(limits[k], -(-room // (len(limits) - n)))
-        room -= counts[k]
-    return counts
-
-
-def _in_proportion(sizes: Sequence[int], count: int) -> list[int]:
-    total = max(1, sum(sizes))
-    return [count * end // total - count * (end - size) // total for size, end in zip(sizes, accumulate(sizes), strict=True)]
+def _shared(limits: Sequence[int], weights: Sequence[float], count: int) -> list[int]:
+    """``count`` in all, which is no more than there is, in proportion to weights as far as limits allow."""
+    found, room, weight = [0] * len(limits), count, math.fsum(weights)
+    for k in sorted(range(len(limits)), key=lambda k: limits[k] / weights[k] if weights[k] else 0.0):
+        found[k] = min(limits[k], math.ceil(room * min(1.0, weights[k] / weight))) if weight > 0 else 0
+        room, weight = room - found[k], weight - weights[k]
+    return found
 
 
 def cut(documents: Sequence[Ids], length: int, at: int = 0) -> Ids:
