@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exl2ray.errors import FormatError, UsageError
-from exl2ray.formats.layout import WIDTHS, QParams
+from exl2ray.formats.layout import WIDTHS, QParams, Sized
 from exl2ray.formats.measurement_rules import AGAIN, MOST, is_amount
 from exl2ray.quant.measure import USELESS, piece_rows
 from exl2ray.quant.qparams import attention_options, head_option, low_options, mlp_options, parse
@@ -167,6 +167,16 @@ def all_options(low: bool = False) -> tuple[QParams, ...]:
     for high, rest in PAIRS:
         found += [parse(f"{p}:{high}b_{g}g/{1 - p:g}:{rest}b_{g}g") for p in SHARES for g in GROUP_SIZES]
     return tuple(q for q in dict.fromkeys(found) if frozenset(q.bits) in KERNEL_SETS)
+
+
+def held_options(held: QParams, linear: Sized, low: bool = False) -> tuple[QParams, ...]:
+    """What a head that is held at some bits may get: as many in every row as ``held`` has in its narrowest, no more in all.
+
+    ``held`` itself gives some rows more than its name says: of ``-hb 6`` 15 % of the rows, rounded up to groups, have 8
+    bits. What these rows do not need is worth more in the decoder of a small model.
+    """
+    least, most = min(held.bits), held.bits_of(linear)
+    return tuple(q for q in dict.fromkeys((held, *all_options(low))) if min(q.bits) >= least and q.bits_of(linear) <= most)
 
 
 def frontier(

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from exl2ray.allocation.frontier import ALL, NEAR, Candidate, LossCurve, all_options, flat_loss, frontier
+from exl2ray.allocation.frontier import ALL, NEAR, Candidate, LossCurve, all_options, flat_loss, frontier, held_options
 from exl2ray.allocation.knapsack import Allocation, Slot, budget, nearest_reachable, reachable_range, solve
 from exl2ray.allocation.overrides import Override, counting, overridden, parse_overrides
 from exl2ray.errors import Exl2RayError, FormatError
@@ -68,30 +68,33 @@ def choose(
 
     Raises FormatError for --allocation linear if the measurement has no sensitivities.
     """
-    head, linear = spec.modules[-1].linears[0], recipe.allocates == "linear"
-    usual = overridden(overrides, head, head_option(recipe.usual_head_bits))
+    linear = recipe.allocates == "linear"
     groups = linear_groups(spec, measurement) if linear or has_sensitivities(spec, measurement) else []
     if linear:
-        allocation, params = allocate_linears(spec, groups, bits, overrides, recipe.head_is_free)
+        allocation, params = allocate_linears(spec, groups, bits, overrides, recipe.head_bits)
     else:
         allocation, params = allocate(spec, measurement, bits, recipe.objective, recipe.objective_power, overrides)
-    params.setdefault(head.key, usual)
+        head = spec.modules[-1].linears[0]
+        params[head.key] = overridden(overrides, head, head_option(recipe.usual_head_bits))
     return Choice(allocation, params, predicted_kl(groups, params) if groups else None, groups)
 
 
 def allocate_linears(
-    spec: ModelSpec, groups: Sequence[LinearGroup], bits: float, overrides: Sequence[Override] = (), free_head: bool = False
+    spec: ModelSpec,
+    groups: Sequence[LinearGroup],
+    bits: float,
+    overrides: Sequence[Override] = (),
+    head_bits: int | None = None,
 ) -> tuple[Allocation, dict[str, QParams]]:
     """Solves for one bitrate over single linears (all experts of a role together): the least predicted KL divergence.
 
-    Every linear of ``groups`` (`linear_groups`) may get any option of `exl2ray.allocation.frontier`. The budget is that of
-    `allocate`: ``bits`` per weight of the decoder. With ``free_head`` the head takes part, and the budget grows by what a
-    head of the usual 6 bits takes: the files are as large as those of `allocate` with that head, whatever the decoder and the
-    head have each.
+    Every linear of ``groups`` (`linear_groups`) may get any option of `exl2ray.allocation.frontier`, a head of ``head_bits``
+    those of `held_options`. The budget is ``bits`` per weight of the decoder, and what the reference's head of so many bits
+    (6, if it is free) takes: the files are as large as those of `allocate` with that head, whatever the decoder and the head
+    have each.
     """
     low = below_tables(spec, bits, overrides)
-    groups = [g for g in groups if free_head or g.linears[0].role != "lm_head"]
-    few, sizes, found = len(groups) <= FEW_GROUPS, _Sizes(overrides, low), list[list[Candidate]]()
+    few, sizes, found = len(groups) <= FEW_GROUPS, _Sizes(overrides, low, head_bits), list[list[Candidate]]()
     for g in groups:
         near = ALL if few or g.linears[0].role == "lm_head" else NEAR  # the head's steps are the largest of all
         possible, sizes_of_possible = sizes.of(g.linears)
@@ -100,10 +103,8 @@ def allocate_linears(
         Slot(g.key, tuple(c.bits for c in options), tuple((g.sensitivity * c.loss) ** 0.5 for c in options))
         for g, options in zip(groups, found, strict=True)
     ]
-    total = budget(slot_weights(spec), bits)
-    if free_head:
-        total += head_option(USUAL_HEAD_BITS).bits_of(spec.modules[-1].linears[0])
-    allocation = solve(slots, total)
+    head = spec.modules[-1].linears[0]
+    allocation = solve(slots, budget(slot_weights(spec), bits) + usual_head(head, head_bits, overrides).bits_of(head))
     params = {}
     for group, options, choice in zip(groups, found, allocation.choice, strict=True):
         params.update({x.key: overridden(overrides, x, options[choice].params) for x in group.linears})
@@ -175,11 +176,29 @@ def head_bits(recipe: Recipe, spec: ModelSpec, plan: Plan) -> int:
     return min(WIDTHS, key=lambda b: abs(b - mean))
 
 
+def usual_head(head: LinearSpec, head_bits: int | None, overrides: Sequence[Override]) -> QParams:
+    """The option whose space is the head's share of the budget: the reference's for -hb, or what --set makes of it."""
+    if head_bits is None:
+        return head_option(USUAL_HEAD_BITS)
+    return overridden(overrides, head, head_option(head_bits))
+
+
+def allocated_options(
+    linear: LinearSpec, head_bits: int | None, overrides: Sequence[Override], low: bool
+) -> Sequence[QParams]:
+    """What `allocate_linears` may choose from for one linear, before --set; ``head_bits``: of -hb, None if it is free."""
+    if linear.role != "lm_head" or head_bits is None:
+        return all_options(low)
+    usual = usual_head(linear, head_bits, overrides)
+    override = counting(overrides, linear)
+    return (usual,) if override is not None and override.option is not None else held_options(usual, linear, low)
+
+
 class _Sizes:
     """What groups of linears may choose from, and the bits that it takes; once for groups that are alike."""
 
-    def __init__(self, overrides: Sequence[Override], low: bool) -> None:
-        self._overrides, self._low = overrides, low
+    def __init__(self, overrides: Sequence[Override], low: bool, head_bits: int | None) -> None:
+        self._overrides, self._low, self._head_bits = overrides, low, head_bits
         self._known: dict[object, tuple[Sequence[QParams], list[int]]] = {}
 
     def of(self, linears: Sequence[LinearSpec]) -> tuple[Sequence[QParams], list[int]]:
@@ -196,12 +215,12 @@ class _Sizes:
     def _options(self, linears: Sequence[LinearSpec]) -> Sequence[QParams]:
         """Everything, or what the user wants if that is the same for all of the linears."""
         wanted = {counting(self._overrides, x) for x in linears}
-        override = wanted.pop()
+        override, options = wanted.pop(), allocated_options(linears[0], self._head_bits, self._overrides, self._low)
         if wanted or override is None:
-            return all_options(self._low)
+            return options
         if override.option is not None:
             return (override.option,)
-        return [q for q in all_options(self._low) if min(q.bits) >= (override.minimum or 0)]
+        return [q for q in options if min(q.bits) >= (override.minimum or 0)]
 
 
 def allocate(

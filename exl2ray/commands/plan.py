@@ -93,10 +93,10 @@ def _show_model(report: Report) -> None:
 def _show_sizes(report: Report) -> None:
     rows = []
     for s in report.sizes:
-        shared = s.achieved_bpw is None and s.head_bpw is None
-        bpw = f"{s.achieved_bpw:.4f}" if s.achieved_bpw is not None else "free" if shared else f"<= {s.bits:g}"
+        bpw = f"{s.achieved_bpw:.4f}" if s.achieved_bpw is not None else "free" if _shared(s) else f"<= {s.bits:g}"
         size = f"{s.high_bytes:,}" if s.exact else f"{s.low_bytes:,} to {s.high_bytes:,}"
-        head = "free" if s.head_bpw is None else f"{s.head_bpw:.4f}"
+        held = "free" if s.held_bpw is None else f"{s.held_bpw[0]:.2f} to {s.held_bpw[1]:.2f}"
+        head = held if s.head_bpw is None else f"{s.head_bpw:.4f}"
         files = str(len(s.files)) if s.exact else "-"
         rows.append([f"{s.bits:g}", bpw, head, _file_bpw(report, s), size, file_size(s.high_bytes), files])
     _heading("output")
@@ -104,9 +104,13 @@ def _show_sizes(report: Report) -> None:
     note = f"{report.other_bytes or 0:,} bytes of tokenizer and other files are copied beside them; config.json is written"
     if any(not s.exact for s in report.sizes):
         note = "the allocation decides where between: exact with a measurement (-m). " + note
-    if any(s.achieved_bpw is None and s.head_bpw is None for s in report.sizes):
-        note = f"decoder and head share what -b and a head of {USUAL_HEAD_BITS} bits come to; " + note
+    if any(map(_shared, report.sizes)):
+        note = f"decoder and head share what -b and a head of -hb bits ({USUAL_HEAD_BITS} if absent) come to; " + note
     show_text(note)
+
+
+def _shared(size: OutputSize) -> bool:
+    return size.achieved_bpw is None and size.head_bpw is None
 
 
 def _file_bpw(report: Report, size: OutputSize) -> str:

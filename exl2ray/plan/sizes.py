@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
 from exl2ray.allocation.frontier import all_options
 from exl2ray.allocation.knapsack import budget
 from exl2ray.allocation.overrides import Override, counting, overridden
-from exl2ray.allocation.planning import below_tables, decoder_bpw, head_bpw, option_bits, packed_bytes, slot_weights
+from exl2ray.allocation.planning import (
+    allocated_options,
+    below_tables,
+    decoder_bpw,
+    head_bpw,
+    option_bits,
+    packed_bytes,
+    slot_weights,
+    usual_head,
+)
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import QParams
 from exl2ray.formats.shards import TensorEntry, header_of, plan_shards
 from exl2ray.model.spec import LinearSpec, ModelSpec, ModuleSpec
 from exl2ray.model.weights import announced, linear_entries, output_tensors, plain_shape
-from exl2ray.quant.qparams import distinct_options, head_option, low_options
+from exl2ray.quant.qparams import distinct_options, low_options
 from exl2ray.recipe import USUAL_HEAD_BITS, Recipe
 
 FILE_OVERHEAD = 8 + 2 + 7  # of a further shard: header length, braces, padding to a multiple of 8
@@ -32,17 +41,21 @@ FILE_OVERHEAD = 8 + 2 + 7  # of a further shard: header length, braces, padding 
 class Freedom:
     """What an allocation may choose from: of a recipe, by `freedom_of`.
 
-    linears: options for single linears, not rows of the tables for modules. head: the head takes part.
+    head_bits: None if they are free. linears: options for single linears, the head among them, not rows of the tables for
+    modules.
     """
 
-    head_bits: int = USUAL_HEAD_BITS
+    head_bits: int | None = USUAL_HEAD_BITS
     overrides: tuple[Override, ...] = ()
     linears: bool = False
-    head: bool = False
+
+    def usual_head(self, head: LinearSpec) -> QParams:
+        return usual_head(head, self.head_bits, self.overrides)
 
 
 def freedom_of(recipe: Recipe, overrides: Sequence[Override]) -> Freedom:
-    return Freedom(recipe.usual_head_bits, tuple(overrides), recipe.allocates == "linear", recipe.head_is_free)
+    linears = recipe.allocates == "linear"
+    return Freedom(recipe.head_bits if linears else recipe.usual_head_bits, tuple(overrides), linears)
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,8 @@ class OutputSize:
     """Bytes of output*.safetensors at one bitrate; equal bounds if ``exact``.
 
     packed: bytes of the quantised linears, head included (what the work directory holds too). achieved_bpw, files: bits per
-    weight of the decoder and the sizes of the files, where the options are known. head_bpw: of the head, unless it is free.
+    weight of the decoder and the sizes of the files, where the options are known. head_bpw: of the head, where it is known.
+    held_bpw: (least, most) of a head that -hb holds.
     """
 
     bits: float
@@ -61,6 +75,7 @@ class OutputSize:
     achieved_bpw: float | None = None
     files: tuple[int, ...] = ()
     head_bpw: float | None = None
+    held_bpw: tuple[float, float] | None = None
 
     @property
     def exact(self) -> bool:
@@ -82,7 +97,7 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freed
     """Bounds of the size at a reachable bitrate, from the options that there are."""
     low_bits, high_bits = allocated_range(spec, bits, freedom)
     head = spec.modules[-1].linears[0]
-    fixed = 0 if freedom.head else overridden(freedom.overrides, head, head_option(freedom.head_bits)).bits_of(head) // 8
+    fixed = 0 if freedom.linears else freedom.usual_head(head).bits_of(head) // 8
     packed = (low_bits // 8 + fixed, high_bits // 8 + fixed)
     options = _options(spec, freedom, below_tables(spec, bits, freedom.overrides))
     least, most = (_extents(spec, options, choice) for choice in (min, max))
@@ -93,12 +108,16 @@ def size_range(spec: ModelSpec, source: SourceModel, bits: float, freedom: Freed
     low_header = len(header_of(small)) if single else _least_headers(small)
     shards = 1 if single else 2 * -(-sizes[1] // limit_bytes) + len(large) * (max(e.nbytes for e in large) > limit_bytes)
     high_header = len(header_of(large)) + (shards - 1) * FILE_OVERHEAD
-    of_head = None if freedom.head else 8 * fixed / head.padded_weights
-    return OutputSize(bits, sizes[0] + low_header, sizes[1] + high_header, *packed, head_bpw=of_head)
+    found = OutputSize(bits, sizes[0] + low_header, sizes[1] + high_header, *packed)
+    if freedom.linears and freedom.head_bits is None:
+        return found
+    of_head = [q.bits_of(head) / head.padded_weights for q in options[head.key]]
+    held = (min(of_head), max(of_head))
+    return replace(found, held_bpw=held, head_bpw=held[0] if held[0] == held[1] else None)
 
 
 def allocated_range(spec: ModelSpec, bits: float, freedom: Freedom) -> tuple[int, int]:
-    """(least, most) bits of the linears that an allocation at ``bits`` shares out: decoder, and the head if it is free."""
+    """(least, most) bits of the linears that an allocation at ``bits`` shares out: decoder, and the head if linears are."""
     wanted, small = budget(slot_weights(spec), bits), below_tables(spec, bits, freedom.overrides)
     if not freedom.linears:
         slots = [sorted(b) for module in spec.modules for b, _ in option_bits(module, freedom.overrides, small)]
@@ -116,8 +135,8 @@ def allocated_range(spec: ModelSpec, bits: float, freedom: Freedom) -> tuple[int
         if key not in alike:
             alike[key] = _linear_costs(module, freedom, small)
         costs += alike[key]
-    if freedom.head:
-        wanted += head_option(USUAL_HEAD_BITS).bits_of(spec.modules[-1].linears[0])
+    head = spec.modules[-1].linears[0]
+    wanted += freedom.usual_head(head).bits_of(head)
     floor, ceiling = sum(min(c.values()) for c in costs), sum(max(c.values()) for c in costs)
     # Which options a linear will choose from depends on its losses; at the top it is one of those with 8 bits.
     top = sum(map(_at_the_top, costs))
@@ -134,7 +153,7 @@ def _at_the_top(costs: Mapping[QParams, int]) -> int:
 
 def _linear_costs(module: ModuleSpec, freedom: Freedom, low: bool) -> list[dict[QParams, int]]:
     """Option -> bits of each linear that is allocated by itself; the experts of a role go together."""
-    if not (module.quantized or (module.kind == "head" and freedom.head)):
+    if not (module.quantized or module.kind == "head"):
         return []
     out = []
     for role in dict.fromkeys(x.role for x in module.linears):
@@ -144,7 +163,8 @@ def _linear_costs(module: ModuleSpec, freedom: Freedom, low: bool) -> list[dict[
                 key = (x.in_features, x.out_features, x.has_bias, counting(freedom.overrides, x))
                 alike.setdefault(key, []).append(x)
         costs = {}
-        for q in all_options(low):
+        first = next(iter(alike.values()))[0]
+        for q in allocated_options(first, freedom.head_bits, freedom.overrides, low):
             chosen = [(overridden(freedom.overrides, xs[0], q), xs) for xs in alike.values()]
             costs[chosen[0][0]] = sum(len(xs) * option.bits_of(xs[0]) for option, xs in chosen)
         out.append(costs)
@@ -173,8 +193,11 @@ def _options(spec: ModelSpec, freedom: Freedom, low: bool) -> dict[str, tuple[QP
     if not freedom.linears:
         more = low_options() if low else ()
         columns.update({role: (*options, *more) for role in columns if (options := distinct_options(role))})
-    if not freedom.head:
-        columns["lm_head"] = (head_option(freedom.head_bits),)
+    head = spec.modules[-1].linears[0]
+    if freedom.linears:
+        columns[head.role] = tuple(allocated_options(head, freedom.head_bits, freedom.overrides, low))
+    else:
+        columns[head.role] = (freedom.usual_head(head),)
     wanted = freedom.overrides
     if not wanted:
         return {x.key: columns[x.role] for x in spec.linears}

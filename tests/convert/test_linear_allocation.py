@@ -140,7 +140,7 @@ def test_experts_share_an_option(tmp_path: Path) -> None:
     run(model, tmp_path / "work", bits=(4.0,), allocation="linear", compile_full=str(tmp_path / "out"))
     assert_sound(model, tmp_path / "out")
     spec, measurement = load_spec(SourceModel(model)), read_measurement(tmp_path / "work" / "measurement.json")
-    _, params = allocate_linears(spec, linear_groups(spec, measurement), 4.0, (), True)
+    _, params = allocate_linears(spec, linear_groups(spec, measurement), 4.0)
     for module in spec.modules:
         for role in {x.role for x in module.linears}:
             assert len({params[x.key] for x in module.linears if x.role == role}) == 1
@@ -160,7 +160,9 @@ def test_budgets(measured: tuple[ModelSpec, Measurement]) -> None:
         weights = sum(x.in_features * pad32(x.out_features) for m in spec.modules if m.quantized for x in m.linears)
         assert size(spec, free.params) <= int(weights * bits) + usual
         assert size(spec, fixed.params) <= int(weights * bits) + usual
-        assert fixed.params[head.key] == head_option(6)
+        held = fixed.params[head.key]
+        assert min(held.bits) >= 6, "every weight of a held head has its bits"
+        assert held.bits_of(head) <= usual
         assert free.predicted_kl is not None
         assert fixed.predicted_kl is not None
         assert free.predicted_kl <= fixed.predicted_kl * 1.001
@@ -231,16 +233,16 @@ def test_small_models_against_every_assignment(
                 extra["linears"][role] = {"losses": {"1:4b_64g s4": level[i]}}
         profiles.append(replace(p, extra=extra))
     changed = replace(measurement, profiles=tuple(profiles))
-    allocation, params = allocate_linears(spec, linear_groups(spec, changed), bits, overrides, free)
+    allocation, params = allocate_linears(spec, linear_groups(spec, changed), bits, overrides, None if free else 6)
     assert allocation.total_bits <= allocation.budget_bits
-    best = brute_force(spec, changed, params, keys if free else keys[:3], allocation.budget_bits, free)
+    best = brute_force(spec, changed, params, keys, allocation.budget_bits, free)
     assert allocation.objective <= best * (1 + 1e-9)
 
 
 def brute_force(
     spec: ModelSpec, measurement: Measurement, params: dict[str, QParams], keys: list[str], limit: int, free: bool
 ) -> float:
-    groups = {g.linears[0].key: g for g in linear_groups(spec, measurement) if free or g.key != HEAD}
+    groups = {g.linears[0].key: g for g in linear_groups(spec, measurement)}
     few = [parse(f"1:{b}b_{g}g") for b in (2, 3, 4, 5, 6, 8) for g in (32, 64)] + [parse("0.5:4b_32g/0.5:3b_32g")]
 
     def bits(key: str, q: QParams) -> int:
@@ -253,7 +255,8 @@ def brute_force(
 
     rest = [k for k in groups if k not in keys]
     used, base = sum(bits(k, params[k]) for k in rest), sum(cost(k, params[k]) for k in rest)
-    tables = [[(bits(k, q), cost(k, q)) for q in few] for k in keys]
+    for_head = few if free else [head_option(6), parse("1:6b_64g"), parse("1:6b_128g")]
+    tables = [[(bits(k, q), cost(k, q)) for q in (for_head if k == HEAD else few)] for k in keys]
     fitting = (sum(c for _, c in row) for row in itertools.product(*tables) if used + sum(b for b, _ in row) <= limit)
     return base + min(fitting, default=float("inf"))
 

@@ -32,7 +32,7 @@ def test_the_nearest_bitrate_is_taken_and_its_model_loads_everywhere(wide: Path,
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "{bpw}"
-    settings = {"allocation": allocation, "nearest": True, "head_bits": 6, "compile_full": str(out)}
+    settings = {"allocation": allocation, "nearest": True, "head_bits": 8, "compile_full": str(out)}
     summary, reporter = run(wide, tmp_path / "work", bits=(2.0, 2.2), **settings)
     assert "-b 2 is out of reach of this model: --nearest takes 2.117" in messages(reporter, "note")
     assert [o.bits for o in summary.outputs] == [2.117, 2.2]
@@ -52,7 +52,7 @@ def test_the_nearest_bitrate_is_taken_and_its_model_loads_everywhere(wide: Path,
 
     spec, measurement = load_spec(SourceModel(wide)), read_measurement(tmp_path / "work" / "measurement.json")
     assert max(len(options) for p in measurement.profiles for options in p.slots()) == 19, "the low ones are not measured"
-    (solution,) = solve(str(wide), str(tmp_path / "work" / "measurement.json"), [2.2], "squared", 2.0, allocation, 6)
+    (solution,) = solve(str(wide), str(tmp_path / "work" / "measurement.json"), [2.2], "squared", 2.0, allocation, 8)
     assert solution.achieved_bpw == pytest.approx(summary.outputs[1].achieved_bpw)
     floor = reachable_range([s for m in spec.modules for s in option_bits(m)])[0]
     if allocation == "module":
