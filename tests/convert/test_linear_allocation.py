@@ -18,7 +18,14 @@ from tiny_models import write_model
 
 from exl2ray.allocation.frontier import KERNEL_SETS, LossCurve
 from exl2ray.allocation.overrides import parse_overrides
-from exl2ray.allocation.planning import allocate_linears, choose, has_sensitivities, linear_groups, predicted_kl
+from exl2ray.allocation.planning import (
+    allocate_linears,
+    choose,
+    has_sensitivities,
+    linear_groups,
+    predicted_kl,
+    slot_weights,
+)
 from exl2ray.commands import allocations as solve
 from exl2ray.errors import BudgetError, FormatError, UsageError
 from exl2ray.formats.hf import SourceModel
@@ -170,6 +177,25 @@ def test_budgets(measured: tuple[ModelSpec, Measurement]) -> None:
         last = free.predicted_kl
         assert free.predicted_kl == pytest.approx(free.allocation.objective, rel=1e-9)
         assert all(frozenset(q.bits) in KERNEL_SETS for q in free.params.values())
+
+
+@pytest.mark.parametrize("held", [2, 3, 4, 5, 6, 8])
+def test_a_held_head_has_its_bits_in_every_row(measured: tuple[ModelSpec, Measurement], held: int) -> None:
+    spec, measurement = measured
+    head = spec.modules[-1].linears[0]
+    usual, weights = head_option(held), slot_weights(spec)
+    chosen = choose(spec, measurement, 4.5, wanted(spec, head_bits=held)).params
+    assert min(chosen[HEAD].bits) >= held
+    assert chosen[HEAD].bits_of(head) <= usual.bits_of(head)
+    assert size(spec, chosen) <= int(weights * 4.5) + usual.bits_of(head), "as large as with the reference's option"
+    per_module = choose(spec, measurement, 4.5, replace(wanted(spec, head_bits=held), allocation="module")).params
+    assert per_module[HEAD] == usual
+
+    exact = choose(spec, measurement, 4.5, wanted(spec, head_bits=held), parse_overrides(["lm_head=1:5b_32g"], spec)).params
+    assert exact[HEAD] == parse("1:5b_32g")
+    assert size(spec, exact) <= int(weights * 4.5) + exact[HEAD].bits_of(head), "--set pays for itself"
+    wider = choose(spec, measurement, 4.5, wanted(spec, head_bits=held), parse_overrides(["lm_head=6"], spec)).params
+    assert min(wider[HEAD].bits) >= 6
 
 
 def test_module_allocations_have_a_prediction_too(measured: tuple[ModelSpec, Measurement]) -> None:

@@ -131,5 +131,7 @@ def test_linears_chosen_one_by_one(text: Path, tmp_path: Path) -> None:
             exact = exact_size(spec, source, bits, choose(spec, measurement, bits, recipe).params, 0)
             between = size_range(spec, source, bits, freedom_of(recipe, ()), 0)
             assert between.low_bytes <= exact.low_bytes <= between.high_bytes, (head_bits, bits)
+            assert (between.held_bpw is None) == (head_bits is None)
+            assert between.held_bpw is None or between.held_bpw[0] <= (exact.head_bpw or 0) <= between.held_bpw[1]
             if bits == 4.0 and head_bits is None:
                 assert exact.files == files(tmp_path / "out-4.0")
