@@ -190,7 +190,7 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     flag("-o", "--output", metavar="OUT", required=True, help="where the tuned model goes; run again, it goes on"),
     flag("--tokens", metavar="COUNT", default="1M", show_default=True, help="to tune on, as in 500k or 4M"),
     flag("--text", metavar="PLACE", multiple=True, help="as -c of convert; builtin (if absent); self:COUNT; repeatable"),
-    flag("--length", type=int, default=512, show_default=True, help="tokens of a row"),
+    flag("--length", type=int, help="tokens of a row; if absent 256 up to 3.25 bits a weight, else 512"),
     flag("--step-tokens", type=int, help="tokens of a step; if absent 4096, of 1 billion weights or more 8192"),
     flag("--rate", type=float,
          help="of Adam, in steps between two integers; if absent 0.002, less for steps of fewer than 8192 tokens"),

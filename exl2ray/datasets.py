@@ -63,12 +63,12 @@ def tuning_text(recipe: Recipe) -> tuple[str, tuple[Source, ...]]:
 def check_tuning_text(recipe: Recipe, spec: ModelSpec, tokenizer: ModelTokenizer) -> None:
     """Raises what reading the text would end the tuning with, after all else is done."""
     from exl2ray.tune.rows import check_text, naming
-    from exl2ray.tune.settings import Settings
+    from exl2ray.tune.settings import LENGTH
 
     flag, sources = tuning_text(recipe)
     bos_id = spec.needed_bos(lambda: tokenizer.bos_id)
     with naming(flag):
-        check_text(sources, tokenizer, Settings.length, spec.hyper.vocab_size, bos_id, flag)
+        check_text(sources, tokenizer, LENGTH, spec.hyper.vocab_size, bos_id, flag)
 
 
 def pass_rows(

@@ -32,7 +32,7 @@ def run(
     output: str,
     tokens: str,
     text: Sequence[str],
-    length: int,
+    length: int | None,
     step_tokens: int | None,
     rate: float | None,
     gain_rate: float | None,
@@ -49,10 +49,10 @@ def run(
                 "fetch it first, for one with: hf download OWNER/NAME --local-dir FOLDER",
             )
     check_models(directory, reference)
-    if length < 16:
+    if length is not None and length < 16:
         raise UsageError(f"--length {length}: at least 16 tokens a row are needed", f"{LENGTH} is usual")
-    if step_tokens is not None and step_tokens < length:
-        raise UsageError(f"--step-tokens {step_tokens}: a step takes at least one row of --length {length}")
+    if step_tokens is not None and step_tokens < (length or LENGTH):
+        raise UsageError(f"--step-tokens {step_tokens}: a step takes at least one row of --length {length or LENGTH}")
     for flag, value in (("--rate", rate), ("--gain-rate", gain_rate)):
         if value is not None and not 0 < value < 1:
             raise UsageError(f"{flag} {value}: a number between 0 and 1 is needed", "0.002 is usual")

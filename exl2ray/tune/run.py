@@ -89,7 +89,9 @@ def tune(
     pair = inputs.pair
     for message in pair.source.as_reference():
         reporter.event("warning", message=message)
-    settings = settings.for_model(pair.start.spec.weights)
+    bits = model_size(pair.start).linears_bpw
+    written_length = settings.row_length  # the same for all bitrates: what the source writes serves several
+    settings = settings.for_model(pair.start.spec.weights, bits)
     check_memory(pair.start.spec, device)
     target = Path(settings.output)
     work = Path(settings.work or target / WORK)
@@ -106,8 +108,8 @@ def tune(
             refuse_another(record, "asked", asked, target)
         _sweep(work, record)
         with naming(settings.text_flag):
-            rows = _rows(settings, pair, device, reporter)
-        settings = settings.for_rows(len(rows.ids), model_size(pair.start).linears_bpw)
+            rows = _rows(settings, written_length, pair, device, reporter)
+        settings = settings.for_rows(len(rows.ids), bits)
         for note in rows.notes:
             reporter.event("note", message=note)
         clock.lap("text")
@@ -214,7 +216,9 @@ def _clear(work: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _rows(settings: Settings, pair: Pair, device: torch.device, reporter: Reporter) -> TuningRows:
+def _rows(
+    settings: Settings, written_length: int, pair: Pair, device: torch.device, reporter: Reporter
+) -> TuningRows:
     folder = next((m for m in (pair.start, pair.source) if has_tokenizer(m.path)), None)
     if folder is None:
         raise SourceError(
@@ -223,16 +227,16 @@ def _rows(settings: Settings, pair: Pair, device: torch.device, reporter: Report
     with load_tokenizer(folder.path, folder.source.config, folder.vocab_size) as tokenizer:
         if _tokens_to_write(settings):  # minutes would go by before other text is refused
             start = pair.start
-            check_text(settings.sources, tokenizer, settings.length, start.vocab_size, start.bos_id, settings.text_flag)
-        written = _written(settings, pair, tokenizer, device, reporter)
+            check_text(settings.sources, tokenizer, settings.row_length, start.vocab_size, start.bos_id, settings.text_flag)
+        written = _written(settings, written_length, pair, tokenizer, device, reporter)
         return tuning_rows(
-            settings.sources, tokenizer, settings.tokens, settings.length, pair.start.vocab_size, pair.start.bos_id,
+            settings.sources, tokenizer, settings.tokens, settings.row_length, pair.start.vocab_size, pair.start.bos_id,
             settings.seed, written, settings.text_flag,
         )  # fmt: skip
 
 
 def _written(
-    settings: Settings, pair: Pair, tokenizer: ModelTokenizer, device: torch.device, reporter: Reporter
+    settings: Settings, length: int, pair: Pair, tokenizer: ModelTokenizer, device: torch.device, reporter: Reporter
 ) -> list[Kind]:
     """What the source writes itself, if the text asks for it: as many tokens as are named, and no more than are tuned on."""
     tokens = _tokens_to_write(settings)
@@ -244,7 +248,7 @@ def _written(
     work = settings.work or os.path.join(settings.output, WORK)
     root, kind = (work, "written") if settings.written is None else (settings.written, "quant/written")
     return self_written(
-        pair.source, tokenizer, tokens, settings.length, settings.seed, device, open_store(root), kind, reporter
+        pair.source, tokenizer, tokens, length, settings.seed, device, open_store(root), kind, reporter
     )
 
 

@@ -10,8 +10,11 @@ import torch
 from exl2ray.calibration.data.sources import Source
 from exl2ray.tune.memory import STEP_TOKENS, step_tokens
 
-LENGTH = 512  # of a row: more documents in a step; gains more than 1024, with rows of 1536 as judge too (docs/quality.md)
-RATE = 2e-3  # for steps of STEP_TOKENS and more
+# Tokens of a row. More documents in a step gain more, also where the judge has rows of 1536: 512 more than 1024, and up to
+# LOW_BITS 256, with RAISED times the rate, more than 512 (docs/quality.md). Beyond, 256 loses 1 % with long rows.
+LENGTH, LOW_LENGTH = 512, 256
+LOW_BITS, RAISED = 3.25, math.sqrt(2.0)  # a weight of the linears but the head
+RATE = 2e-3  # for steps of STEP_TOKENS and more; the highest
 GAIN_BITS = 4.0  # a weight, up to which norms and biases have the rate of latents
 PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "streamed", "written")  # of no consequence
 
@@ -21,7 +24,7 @@ class Settings:
     """directory: the EXL2 model. reference: its source. output: where the tuned one goes. sources: text; none: built-in.
 
     tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
-    for norms and biases, relative to their size; None: what `for_model` and `for_rows` have for them. dtype: of the products;
+    for norms and biases, relative to their size. None: what `for_model` and `for_rows` have for them. dtype: of the products;
     None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not finished, beside it (its name and .json) a record
     of what is; None: in the output, hidden. text_flag: what messages about the text call it. written: work directory that
     keeps what the source writes; None: ``work``, where it stays for a finished tuning that is run again. streamed: one module
@@ -33,7 +36,7 @@ class Settings:
     output: str
     sources: tuple[Source, ...] = ()
     tokens: int = 1_000_000
-    length: int = LENGTH
+    length: int | None = None
     step_tokens: int | None = None
     rate: float | None = None
     gain_rate: float | None = None
@@ -49,10 +52,17 @@ class Settings:
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         return self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
-    def for_model(self, weights: int) -> Settings:
-        """With tokens of a step for a model of so many weights, if none are given. Smaller steps gain more (SmolLM2-135M at
-        3.0 bpw 2 % of its KL) and take a large model too long: its optimiser moves 30 bytes a weight and step."""
-        return replace(self, step_tokens=self.step_tokens or max(step_tokens(weights), self.length))
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row; as for the most models, while `for_model` has not decided."""
+        return self.length or LENGTH
+
+    def for_model(self, weights: int, bits: float) -> Settings:
+        """With tokens of a row and a step for a model of so many weights, if none are given. bits: a weight of the linears
+        but the head. Smaller steps gain more (SmolLM2-135M at 3.0 bpw 2 % of its KL) and take a large model too long: its
+        optimiser moves 30 bytes a weight and step."""
+        length = self.length or (LOW_LENGTH if bits <= LOW_BITS else LENGTH)
+        return replace(self, length=length, step_tokens=self.step_tokens or max(step_tokens(weights), length))
 
     def for_rows(self, rows: int, bits: float) -> Settings:
         """With the rates that are not given, for so many rows of text: with the square root of a step's tokens (for Adam:
@@ -61,16 +71,17 @@ class Settings:
         Steps between integers halve with every bit, and latents move in these; norms and biases do not, so beyond `GAIN_BITS`
         the disturbance that they are to a model while the rate is high would double with every bit, relative to its errors.
         """
-        rate = RATE * math.sqrt(min(1.0, self.rows_of_a_step(rows) * self.length / STEP_TOKENS))
-        gain_rate = rate * 2.0 ** -max(0.0, bits - GAIN_BITS)
+        usual = RATE * math.sqrt(min(1.0, self.rows_of_a_step(rows) * self.row_length / STEP_TOKENS))
+        rate = min(RATE, usual * RAISED) if bits <= LOW_BITS else usual
+        gain_rate = usual * 2.0 ** -max(0.0, bits - GAIN_BITS)
         return replace(self, rate=self.rate or rate, gain_rate=self.gain_rate or gain_rate)
 
     def rows_of_a_step(self, rows: int) -> int:
         """``rows``: that there are."""
-        return min(rows, max(1, (self.step_tokens or STEP_TOKENS) // self.length))
+        return min(rows, max(1, (self.step_tokens or STEP_TOKENS) // self.row_length))
 
     def steps(self, rows: int) -> int:
-        return max(1, self.tokens // (self.rows_of_a_step(rows) * self.length))
+        return max(1, self.tokens // (self.rows_of_a_step(rows) * self.row_length))
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,6 @@ def test_no_more_is_written_than_is_tuned_on(monkeypatch: pytest.MonkeyPatch) ->
     for place in ("self:1000000000", "self", "self:2k"):
         settings = Settings(directory="", reference="", output="x", sources=(text_source(place, local_source),), tokens=8192)
         reporter = Silent()
-        run._written(settings, SimpleNamespace(source=None), None, CPU, reporter)  # type: ignore[arg-type]
+        run._written(settings, 512, SimpleNamespace(source=None), None, CPU, reporter)  # type: ignore[arg-type]
         assert len(reporter.events) == (place == "self:1000000000")
     assert asked == [8192, 8192, 2000]

@@ -188,11 +188,29 @@ def test_the_builtin_text_by_kind(model: Path) -> None:
 def test_steps_and_rates_follow_from_model_and_text(
     weights: int, given: dict[str, Any], rows: int, tokens: int, rate: float
 ) -> None:
-    settings = Settings("directory", "reference", "output", **given).for_model(weights).for_rows(rows, 3.0)
-    assert settings.rows_of_a_step(rows) * settings.length == tokens
+    settings = Settings("directory", "reference", "output", **given).for_model(weights, 4.0).for_rows(rows, 4.0)
+    assert settings.rows_of_a_step(rows) * settings.row_length == tokens
     assert settings.rate == pytest.approx(rate)
     assert settings.gain_rate == pytest.approx(2e-3 * min(1, tokens / 8192) ** 0.5)
-    assert settings.for_model(10**12).for_rows(10**6, 8.0) == settings, "what is decided stays"
+    assert settings.for_model(10**12, 2.0).for_rows(10**6, 8.0) == settings, "what is decided stays"
+
+
+@pytest.mark.parametrize(
+    ("bits", "weights", "length", "rate"),
+    [
+        (2.2, 135_000_000, 256, 2e-3),
+        (3.25, 135_000_000, 256, 2e-3),
+        (3.26, 135_000_000, 512, 2e-3 / 2**0.5),
+        (2.5, 7_000_000_000, 256, 2e-3),  # no higher than what was tried
+    ],
+)
+def test_few_bits_have_shorter_rows_and_a_higher_rate(bits: float, weights: int, length: int, rate: float) -> None:
+    settings = Settings("directory", "reference", "output")
+    found = settings.for_model(weights, bits).for_rows(1000, bits)
+    assert found.length == length
+    assert found.rate == pytest.approx(rate)
+    assert found.gain_rate == pytest.approx(2e-3 * min(1, (found.step_tokens or 0) / 8192) ** 0.5), "that of norms stays"
+    assert replace(settings, length=48).for_model(weights, bits).length == 48
 
 
 @pytest.mark.parametrize(("bits", "less"), [(2.0, 1), (4.0, 1), (5.0, 2), (6.35, 5.1), (8.0, 16)])
