@@ -18,6 +18,7 @@ from exl2ray.recipe import Recipe
 from exl2ray.store.file_names import SOLVED, quant_kind
 from exl2ray.targets import owner_of
 from exl2ray.units import parse_count
+from exl2ray.wording import nats
 
 if TYPE_CHECKING:
     import torch
@@ -92,8 +93,9 @@ def told(found: Tuned) -> str:
     before, after = found.before["mean"], found.after["mean"]
     if found.kept == "nothing":
         why = f"tuning makes {', '.join(found.worse)} worse" if found.worse else "nothing gained by tuning"
-        return f"{why}: the model is as it was (held-out KL {before:.4f})"
-    return f"tuned, held-out KL {before:.4f} -> {after:.4f} ({after / before if before else 1:.3f} times); kept: {found.kept}"
+        return f"{why}: the model is as it was (held-out KL {nats(before)})"
+    ratio = after / before if before else 1.0
+    return f"tuned, held-out KL {nats(before)} -> {nats(after)} ({ratio:.3f} times); kept: {found.kept}"
 
 
 def _facts(found: Tuned) -> dict[str, object]:

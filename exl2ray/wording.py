@@ -35,6 +35,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def nats(divergence: float) -> str:
+    """``0.2454``, ``0.002718``: four digits of a KL divergence, however small."""
+    return f"{divergence:#.4g}".removesuffix(".")
+
+
 def perplexity(value: float | None) -> str:
     """As messages and tables have it; None: it is no number."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"

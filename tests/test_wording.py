@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from exl2ray.wording import duration, file_size, perplexity, plural, shown, some, some_lines
+from exl2ray.wording import duration, file_size, nats, perplexity, plural, shown, some, some_lines
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,11 @@ def test_perplexities():
 def test_values_are_cut():
     assert shown("a\n") == r"'a\n'"
     assert len(shown("x" * 1000)) == 80
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.24537, "0.2454"), (0.2, "0.2000"), (0.0027184, "0.002718"), (1.0, "1.000"), (1234.5, "1234"), (0.0, "0.000")],
+)
+def test_small_divergences_keep_their_digits(value: float, text: str) -> None:
+    assert nats(value) == text

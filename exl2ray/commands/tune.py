@@ -20,7 +20,7 @@ from exl2ray.tune.run import Tuned, tune
 from exl2ray.tune.settings import LENGTH, Settings
 from exl2ray.tuning import place_of_tuning
 from exl2ray.units import parse_count
-from exl2ray.wording import duration, file_size
+from exl2ray.wording import duration, file_size, nats
 
 # Gemma 3 270M at 6.35 bits a weight: nothing kept with 1.4e-3, 0.905 times the KL with this (docs/log.md, 2026-11-30).
 LOWER_RATE = "a lower rate may keep something, above all at six bits a weight and more: --rate 5e-4 --gain-rate 5e-4"
@@ -76,18 +76,18 @@ def run(
 def show(result: Tuned, report: bool) -> None:
     if report:
         rows = [
-            [kind, f"{before:.4f}", f"{result.after[kind]:.4f}", f"{result.after[kind] / before:.3f}" if before else "-"]
+            [kind, nats(before), nats(result.after[kind]), f"{result.after[kind] / before:.3f}" if before else "-"]
             for kind, before in result.before.items()
         ]
         show_table("KL (nats) on held-out text", ["kind", "before", "after", "ratio"], rows)
     before, after = result.before["mean"], result.after["mean"]
     if result.kept == "nothing":
         why = f"worse on {', '.join(result.worse)}, so all is rolled back" if result.worse else "nothing gained"
-        show_text(f"{why}: {result.directory} holds the model as it was (KL {before:.4f})")
+        show_text(f"{why}: {result.directory} holds the model as it was (KL {nats(before)})")
         show_text(LOWER_RATE, "  hint: ")
     else:
         show_text(
-            f"{result.directory}: KL {before:.4f} -> {after:.4f}; kept: {result.kept}, "
+            f"{result.directory}: KL {nats(before)} -> {nats(after)}; kept: {result.kept}, "
             f"{100 * result.changed:.2f} % of the integers changed in {result.steps} steps; {file_size(result.file_bytes)}"
         )
     parts = [f"{part} {duration(seconds)}" for part, seconds in result.seconds.items()]

@@ -21,7 +21,7 @@ from exl2ray.report.style import svg_uris
 from exl2ray.report.time_spent import busy_share
 from exl2ray.report.tuned import Tuning
 from exl2ray.terminal.console import clean, is_numeric
-from exl2ray.wording import duration, file_size, perplexity, plural, some, some_lines
+from exl2ray.wording import duration, file_size, nats, perplexity, plural, some, some_lines
 
 TITLES = {
     "summary": "Summary", "warnings": "Warnings that concern the result", "quality": "Perplexity and KL divergence",
@@ -149,9 +149,9 @@ def _gained(t: Tuning) -> str:
     """What tuning brought, as `exl2ray tune` says it."""
     if t.kept == "nothing":
         why = f"worse on {', '.join(t.worse)}, so all was rolled back" if t.worse else "nothing gained"
-        return f"{why}: the model is as it was, KL {t.before:.4f} nats on held-out text"
+        return f"{why}: the model is as it was, KL {nats(t.before)} nats on held-out text"
     share = f" ({t.after / t.before:.3f} times)" if t.before else ""
-    return f"KL {t.before:.4f} -> {t.after:.4f} nats on held-out text{share}; kept: {t.kept}"
+    return f"KL {nats(t.before)} -> {nats(t.after)} nats on held-out text{share}; kept: {t.kept}"
 
 
 def _quality(facts: Facts) -> dict[str, Any] | None:

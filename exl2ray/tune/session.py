@@ -31,7 +31,7 @@ from exl2ray.tune.rows import Batches
 from exl2ray.tune.settings import RATE
 from exl2ray.tune.shelves import Homes, Shelf
 from exl2ray.tune.training import Rates, Trainer, schedule
-from exl2ray.wording import file_size
+from exl2ray.wording import file_size, nats
 
 EVALUATIONS = 8  # of the held-out rows, in all steps together
 T = TypeVar("T")
@@ -167,7 +167,7 @@ class Session:
         progress.over = judge.is_over([score for *_, score in progress.scores])
         ratio = math.exp(standing[1] - progress.scores[0][2])
         lost = judge.worse(start, found, kinds)
-        words = f"step {progress.step} of {self._part.steps}: held-out KL {math.exp(standing[1]):.4f}, "
+        words = f"step {progress.step} of {self._part.steps}: held-out KL {nats(math.exp(standing[1]))}, "
         words += f"{ratio:.3f} times that of the start{'; worse on ' + ', '.join(lost) if lost else ''}"
         self._notes.append(words + ("; stopped here" if progress.over and progress.step < self._part.steps else ""))
 

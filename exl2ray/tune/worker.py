@@ -21,6 +21,7 @@ from exl2ray.tune import state
 from exl2ray.tune.deciding import decided
 from exl2ray.tune.messages import BITS, WAIT, TunePass, ends_of
 from exl2ray.tune.session import Ground, Session
+from exl2ray.wording import nats
 
 Says = Iterator[Begun | Ready | ItemResult]
 
@@ -98,7 +99,7 @@ class _Tuning:
                 return
             detail = ""
             if self.session is not None and step < end <= self.progress.step:
-                detail = f"KL {self.session.divergence():.4f}"
+                detail = f"KL {nats(self.session.divergence())}"
             yield ItemResult(piece, name, time.monotonic() - begin, detail, {}, BITS, self._told())
         if not self.progress.over:  # all was told, and not saved, when the worker was lost
             yield self._begun("join", last, "the last steps once more")
