@@ -127,7 +127,7 @@ def load_spec(
         misfits += [SourceError(f"{source.path}: {text}", hint) for text, hint in found.items()]
     used = {s.name for m in modules for s in _stored(m)} | {c.source_name for c in copied}
     unused = () if converted else tuple(n for n in source.names() if n not in used)
-    warnings = (*source.notes, *_warnings(arch, hyper, unused, layers), *_unread_scaling(arch, source.config))
+    warnings = (*source.notes, *_warnings(arch, hyper, source.config, unused, layers), *_unread_scaling(arch, source.config))
     warnings = (*warnings, *_factors_of_others(arch, source.config, hyper))
     if source.absent and not found:
         warnings = (*warnings, *index_note(source.absent, list(source.files)))
@@ -281,7 +281,9 @@ def _factors_of_others(arch: Arch, config: Mapping[str, Any], hyper: Hyper) -> l
     ]
 
 
-def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers) -> tuple[str, ...]:
+def _warnings(
+    arch: Arch, hyper: Hyper, config: Mapping[str, Any], unused: tuple[str, ...], layers: Layers
+) -> tuple[str, ...]:
     """The loader's differences that matter for this config, and dropped tensors."""
     out = []
     for text in arch.loader_differences:
@@ -296,6 +298,12 @@ def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers)
         }
         if applies.get(topic, True):
             out.append(text)
+    alternating = tuple(i % 2 == 0 for i in range(hyper.num_layers))
+    if arch.name == "Gemma2ForCausalLM" and "layer_types" in config and hyper.sliding != alternating:
+        out.append(
+            f"layer_types: the loader does not read it: every other layer of a {arch.name} slides there, the first one too "
+            f"(no effect while texts are not longer than sliding_window, {hyper.window})"
+        )
     if arch.loads_as:
         out.append(
             f"written as {arch.loads_as} (names and config.json), because the loader runs {arch.name} as another model"

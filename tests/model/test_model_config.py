@@ -55,6 +55,16 @@ def test_text_of_another_family_is_refused(name: str, text: str, checkpoint: Cal
         load_spec(SourceModel(path))
 
 
+@pytest.mark.parametrize("kinds", [("full", "full"), ("sliding", "sliding"), ("full", "sliding"), ("sliding", "full")])
+def test_layer_types_of_gemma_2_that_the_loader_does_not_follow(
+    kinds: tuple[str, str], checkpoint: Callable[[str], Path]
+) -> None:
+    path = checkpoint("Gemma2ForCausalLM")
+    edit_config(path, layer_types=[f"{kind}_attention" for kind in kinds])
+    told = any("layer_types: the loader does not read it" in w for w in load_spec(SourceModel(path)).warnings)
+    assert told == (kinds != ("sliding", "full"))
+
+
 def test_scaled_queries_of_ministral_are_told(checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint("Mistral3ForConditionalGeneration")
     config = json.loads((path / "config.json").read_text())
