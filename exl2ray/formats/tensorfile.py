@@ -27,6 +27,7 @@ from exl2ray.formats.json_file import BINARIES, parse_json_object, refuse_substi
 MAX_HEADER_BYTES = 32 << 20  # room for about 200 000 tensors; the largest published models have fewer than 100 000
 MAX_TENSORS = 200_000  # of a directory; the experts of a quantised model of 480 billion weights are 150 000
 MAX_DIMENSIONS = 8
+COMPARED_BYTES = 16 << 20
 MAX_NAME_CHARACTERS = 1024
 BROKEN = "the file is damaged, or a broken program wrote it: fetch it again, or save the model anew with transformers"
 
@@ -78,7 +79,9 @@ class TensorFile:
                 header, data_start = _read_header(f, self.path, self.file_bytes, error)
         except OSError as e:
             raise unreadable(error, self.path, e) from e
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        if metadata is None:  # null is none, as to the library
+            metadata = {}
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise error(f"{self.path}: header: __metadata__ must map strings to strings", BROKEN)
         if len(header) > MAX_TENSORS:
@@ -129,6 +132,26 @@ def read_tensor(
     except OSError as e:
         raise unreadable(error, f"{info.file}: tensor {info.name!r}", e) from e
     return out.view(DTYPES[info.dtype]).reshape(shape)
+
+
+def same_values(a: TensorInfo, b: TensorInfo, error: type[Exl2RayError] = SourceError) -> bool:
+    """Whether two tensors are stored with the same dtype, shape and bytes; read in parts."""
+    if (a.dtype, a.shape, a.nbytes) != (b.dtype, b.shape, b.nbytes):
+        return False
+    try:
+        with open_binary(a.file) as f, open_binary(b.file) as g:
+            for done in range(0, a.nbytes, COMPARED_BYTES):
+                parts = []
+                for file, info in ((f, a), (g, b)):
+                    part = bytearray(min(COMPARED_BYTES, a.nbytes - done))
+                    file.seek(info.begin + done)
+                    _read_into(file, memoryview(part), info, error)
+                    parts.append(part)
+                if parts[0] != parts[1]:
+                    return False
+    except OSError as e:
+        raise unreadable(error, f"{a.file} or {b.file}: tensor {a.name!r}", e) from e
+    return True
 
 
 def _read_into(f: Any, buffer: memoryview, info: TensorInfo, error: type[Exl2RayError]) -> None:

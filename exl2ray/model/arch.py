@@ -13,7 +13,7 @@ from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.hfconfig import config_value, legacy_config
 from exl2ray.formats.json_file import as_number
-from exl2ray.formats.source.architecture_name import unknown_hint
+from exl2ray.formats.source.architecture_name import BY_MODEL_TYPE, unknown_hint
 from exl2ray.formats.source.model_shards import index_note
 from exl2ray.model.checkpoint_names import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in
 from exl2ray.model.config_reader import HINT
@@ -30,7 +30,7 @@ from exl2ray.model.spec import (
     Stored,
 )
 from exl2ray.model.table import ARCHITECTURES
-from exl2ray.wording import shown
+from exl2ray.wording import shown, some
 
 __all__ = ["CopiedTensor", "LinearSpec", "ModelSpec", "ModuleSpec", "PlainTensor", "Stored", "find_arch", "load_spec"]
 
@@ -40,6 +40,18 @@ BUFFERS = (
     ".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias",
     ".self_attn.masked_bias", "position_ids", "freqs_cis", "num_batches_tracked",
 )  # fmt: skip
+
+_GEMMAS = ("Gemma2ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
+# Keys that ExLlamaV2 reads for every family -> families whose own classes do.
+FACTORS = {
+    **dict.fromkeys(
+        ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"), ("GraniteForCausalLM",)
+    ),
+    **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), _GEMMAS),
+    "logit_scale": ("CohereForCausalLM", "Cohere2ForCausalLM"),
+    **dict.fromkeys(("scale_emb", "scale_depth"), ("MiniCPMForCausalLM",)),
+    "norm_head": ("IndexForCausalLM",),
+}
 
 
 def find_arch(config: Mapping[str, Any]) -> Arch:
@@ -60,7 +72,20 @@ def find_arch(config: Mapping[str, Any]) -> Arch:
             f"config.json: {arch.name} with vision_config.model_type {shown(kind)}",
             f"ExLlamaV2 loads {arch.name} only with {arch.vision_model!r}",
         )
+    text = _text_model(config)
+    if arch.text_models and text is not None and text not in arch.text_models:
+        raise UnknownArchitectureError(
+            f"config.json: {arch.name} with text_config.model_type {shown(text)}",
+            f"ExLlamaV2 runs the text of every {arch.name} as {' or '.join(arch.text_models)}: it would be a different model",
+        )
     return arch
+
+
+def _text_model(config: Mapping[str, Any]) -> str | None:
+    """``model_type`` of the part for text, where it says one."""
+    text = config.get("text_config")
+    found = text.get("model_type") if isinstance(text, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def load_spec(
@@ -102,7 +127,8 @@ def load_spec(
         misfits += [SourceError(f"{source.path}: {text}", hint) for text, hint in found.items()]
     used = {s.name for m in modules for s in _stored(m)} | {c.source_name for c in copied}
     unused = () if converted else tuple(n for n in source.names() if n not in used)
-    warnings = (*source.notes, *_warnings(arch, hyper, unused, layers), *_unread_scaling(arch, source.config))
+    warnings = (*source.notes, *_warnings(arch, hyper, source.config, unused, layers), *_unread_scaling(arch, source.config))
+    warnings = (*warnings, *_factors_of_others(arch, source.config, hyper))
     if source.absent and not found:
         warnings = (*warnings, *index_note(source.absent, list(source.files)))
     return ModelSpec(arch, hyper, modules, copied, builder.tied, warnings)
@@ -219,8 +245,14 @@ def shown_shape(wanted: tuple[int, ...]) -> str:
 
 
 def _unread_scaling(arch: Arch, config: Mapping[str, Any]) -> list[str]:
-    """A warning about RoPE that config.json wants longer without saying in which way: nobody applies that."""
+    """A warning about RoPE that config.json wants longer without saying in which way: nobody applies that; and one about
+    queries of Ministral 3, which grow with the position."""
     scaling = config_value(legacy_config(config), "rope_scaling", "rope_parameters")
+    if isinstance(scaling, Mapping) and as_number(scaling.get("llama_4_scaling_beta")):
+        return [
+            "llama_4_scaling_beta: the loader does not apply it, nor does calibration; it has no effect before position "
+            f"{shown(scaling.get('original_max_position_embeddings'))}"
+        ]
     if arch.rope == "none" or not isinstance(scaling, Mapping) or as_number(scaling.get("factor")) in (None, 1.0):
         return []
     if {scaling.get("type"), scaling.get("rope_type")} - {None, "", "default"}:
@@ -231,7 +263,27 @@ def _unread_scaling(arch: Arch, config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers) -> tuple[str, ...]:
+def _factors_of_others(arch: Arch, config: Mapping[str, Any], hyper: Hyper) -> list[str]:
+    """A warning about factors and caps that belong to other families: the loader applies them to every one."""
+    own, config = {arch.name, BY_MODEL_TYPE.get(_text_model(config) or "")}, legacy_config(config)
+    given = {key: as_number(config_value(config, key)) for key, families in FACTORS.items() if own.isdisjoint(families)}
+    neutral = {
+        **dict.fromkeys(("residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale", "scale_emb"), 1.0),
+        "query_pre_attn_scalar": hyper.head_dim, "attention_multiplier": hyper.head_dim**-0.5,
+    }  # fmt: skip
+    keys = [k for k, n in given.items() if n and n != neutral.get(k)]  # 0 is none
+    if not keys:
+        return []
+    it = "them" if len(keys) > 1 else "it"
+    return [
+        f"config.json has {some(keys, 4)}: the loader applies {it} to every family, and calibration does as the loader; the "
+        f"class {arch.name} itself does not. If the model was trained without {it}, remove {it}"
+    ]
+
+
+def _warnings(
+    arch: Arch, hyper: Hyper, config: Mapping[str, Any], unused: tuple[str, ...], layers: Layers
+) -> tuple[str, ...]:
     """The loader's differences that matter for this config, and dropped tensors."""
     out = []
     for text in arch.loader_differences:
@@ -246,6 +298,12 @@ def _warnings(arch: Arch, hyper: Hyper, unused: tuple[str, ...], layers: Layers)
         }
         if applies.get(topic, True):
             out.append(text)
+    alternating = tuple(i % 2 == 0 for i in range(hyper.num_layers))
+    if arch.name == "Gemma2ForCausalLM" and "layer_types" in config and hyper.sliding != alternating:
+        out.append(
+            f"layer_types: the loader does not read it: every other layer of a {arch.name} slides there, the first one too "
+            f"(no effect while texts are not longer than sliding_window, {hyper.window})"
+        )
     if arch.loads_as:
         out.append(
             f"written as {arch.loads_as} (names and config.json), because the loader runs {arch.name} as another model"

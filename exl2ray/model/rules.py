@@ -95,6 +95,7 @@ class Arch:
     # Tensors copied byte for byte: (start of the source name, start of the output name), first match applies.
     copied: tuple[tuple[str, str], ...] = ()
     vision_model: str | None = None  # required vision_config.model_type
+    text_models: tuple[str, ...] = ()  # what text_config.model_type may be; empty: anything
     # Fused and transposed tensors
     qkv: Literal["split", "fused", "interleaved"] = "split"
     gate_up_fused: bool = False

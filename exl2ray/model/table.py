@@ -157,6 +157,7 @@ _GEMMA_ARCH = Arch(
 _GEMMA3_ARCH = replace(
     _GEMMA_ARCH,
     name="Gemma3ForConditionalGeneration",
+    text_models=("gemma3_text",),
     output=_GEMMA2,
     source=_GEMMA2,
     prefix="language_model.",
@@ -189,8 +190,7 @@ _PIXTRAL_ARCH = replace(
     _MISTRAL_ARCH,
     prefix="language_model.",
     source_layouts=_LANGUAGE_MODEL,
-    copied=_PIXTRAL_COPIED,
-    vision_model="pixtral",
+    copied=_PIXTRAL_COPIED, vision_model="pixtral", text_models=("mistral", "llama", "ministral3", "granite"),
 )
 _QWEN2_VL_ARCH = replace(
     _QWEN2_ARCH,

@@ -28,7 +28,7 @@ def usage_hint(argv: Sequence[str], command: str) -> str:
         return f"the command comes first: {shlex.join(['exl2ray', 'convert', *rest[:6]])}{' ...' if len(rest) > 6 else ''}"
     if command == "exl2ray submit" and "--" not in argv and not {"convert", "measure"}.isdisjoint(argv):
         return "what is to run stands behind --: exl2ray submit --address URL -- convert ..."
-    return _bitrates_hint(argv) or _model_hint(argv) or f"see {command} --help"
+    return _bitrates_hint(argv) or _gpus_hint(argv) or _model_hint(argv) or f"see {command} --help"
 
 
 def _bitrates_hint(argv: Sequence[str]) -> str:
@@ -36,11 +36,18 @@ def _bitrates_hint(argv: Sequence[str]) -> str:
     for i, word in enumerate(argv):
         flag, _, value = word.partition("=")
         if flag in ("-b", "--bits"):
-            values = [value] if value else list(takewhile(_NUMBERS.fullmatch, argv[i + 1 :]))
+            values = list(takewhile(_NUMBERS.fullmatch, re.split(r"[\s;]+", " ".join([value] if value else argv[i + 1 :]))))
             found = re.findall(r"[\d.]+", " ".join(values))
             if all(map(_NUMBERS.fullmatch, values)) and found and [*found] != values[:1]:
                 return "a number with each -b: " + " ".join(f"-b {number}" for number in found)
     return ""
+
+
+def _gpus_hint(argv: Sequence[str]) -> str:
+    """The hint for GPUs that are chosen by their numbers, which no flag does; empty if none are."""
+    line = " ".join(argv).replace("=", " ")
+    found = re.search(r"(?<!\S)(?:--device cuda:|--gpus (?=\d+,)|--gpu )(\d+(?:,\d+)*)(?!\S)", line)
+    return f"the environment chooses GPUs by number: CUDA_VISIBLE_DEVICES={found[1]} exl2ray ..." if found else ""
 
 
 def _model_hint(argv: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ import pytest
 from bounded import exl2ray
 from tiny_models import write_model
 
-from exl2ray.calibration.data.sources import choose_files, local_source, split_column
+from exl2ray.calibration.data.sources import check_place, choose_files, local_source, split_column
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import Rows
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
@@ -309,6 +309,15 @@ def test_what_cannot_be_is_told(
     (tmp_path / "a.xls").write_text("text\n" + WHOLE)
     with pytest.raises(error, match=message):
         rows_of(tokenizer, tmp_path / place)
+
+
+def test_several_places_in_one_flag_are_told(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.parquet", tmp_path / "b.txt"
+    a.touch()
+    b.touch()
+    for between in (",", " ", ", "):
+        with pytest.raises(UsageError, match=f"a place with each -c: -c {a} -c {b}"):
+            check_place(f"{a}{between}{b}")
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------------

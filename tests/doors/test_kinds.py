@@ -342,6 +342,13 @@ def test_what_config_says_is_of_no_account_where_weights_are_plain(folder: Path)
     assert any("its weights are plain numbers" in note for note in source.notes)
 
 
+def test_weights_that_are_rounded_while_the_model_runs(folder: Path) -> None:
+    """transformers gives other logits than those of the stored weights."""
+    edit_config(folder, **method("bitnet", linear_class="autobitlinear", quantization_mode="online"))
+    with pytest.raises(SourceError, match=r"(?s)BitNet model that rounds its weights.*remove quantization_config"):
+        SourceModel(folder)
+
+
 def test_one_table_of_integers_makes_no_quantised_model(folder: Path) -> None:
     """A plain model was refused for a buffer that nobody reads; what is read as a weight is still told."""
     edited(lambda t: t.update({"model.buckets.weight": torch.ones(8, 8, dtype=I32)}))(folder)

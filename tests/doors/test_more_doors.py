@@ -316,10 +316,14 @@ def test_hints_for_pasted_command_lines(tmp_path: Path, monkeypatch: pytest.Monk
         assert usage_hint(argv, "exl2ray convert") == "see exl2ray convert --help"
     assert "behind --: " in usage_hint(["submit", "convert", "-i", "m"], "exl2ray submit")
     assert usage_hint(["submit", "-x", "--", "convert"], "exl2ray submit") == "see exl2ray submit --help"
-    for bits in (["-b", "3", "4.5"], ["-b", "3,4.5"], ["--bits=3,4.5"]):
+    for bits in (["-b", "3", "4.5"], ["-b", "3,4.5"], ["--bits=3,4.5"], ["-b", "3 4.5"], ["-b", "3;4.5"], ["-b", "3, 4.5"]):
         hint = usage_hint(["convert", "-i", "m", *bits, "-o", "w"], "exl2ray convert")
         assert hint == "a number with each -b: -b 3 -b 4.5"
     assert usage_hint(["plan", "-b", "3bpw"], "exl2ray plan") == "a number with each -b: -b 3"
+    for gpus in (["--gpus", "0,1"], ["--gpus=0,1"]):
+        assert "CUDA_VISIBLE_DEVICES=0,1 exl2ray" in usage_hint(["convert", "-i", "m", *gpus], "exl2ray convert")
+    assert "CUDA_VISIBLE_DEVICES=1 exl2ray" in usage_hint(["eval", "--device", "cuda:1"], "exl2ray eval")
+    assert usage_hint(["convert", "--gpus", "2", "-x"], "exl2ray convert") == "see exl2ray convert --help"
     for model in (str(tmp_path), "hf://me/model"):
         assert usage_hint(["convert", model, "-b", "3"], "exl2ray convert") == f"a model is given with its flag: -i {model}"
     monkeypatch.setenv("MODELS", str(tmp_path))

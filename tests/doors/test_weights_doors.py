@@ -6,6 +6,7 @@ with the marks of a wrapper), those of the folder as it was before.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from model_folders import (
     write_sharded,
     write_weights,
 )
+from safetensors.torch import load_file
 from torch import Tensor
 
 from exl2ray.formats.hf import SourceModel
@@ -82,6 +84,24 @@ def whole_and_shards(f: Path) -> None:
     write_sharded(f, {n: t * 0.5 for n, t in read_weights(f).items()}, 2)
 
 
+def stored_twice(f: Path, factor: float = 1.0, index: bool = True) -> None:
+    """Two shards of one model that both have the norms of the first layer, as programs that merge models write."""
+    tensors = read_weights(f)
+    (f / WHOLE).unlink()
+    write_sharded(f, tensors, 2, index)
+    for shard in sorted(f.glob("model-*.safetensors")):
+        some = {n: t.clone() for n, t in load_file(shard).items()}
+        again = {n: t * factor for n, t in tensors.items() if "layers.0." in n and "norm" in n and n not in some}
+        write_weights(f, {**some, **again}, shard.name)
+
+
+def metadata_is_null(f: Path) -> None:
+    raw = (f / WHOLE).read_bytes()
+    size = 8 + int.from_bytes(raw[:8], "little")
+    header = json.dumps({**json.loads(raw[8:size]), "__metadata__": None}).encode()
+    (f / WHOLE).write_bytes(len(header).to_bytes(8, "little") + header + raw[size:])
+
+
 def adapter_beside(f: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     write_weights(f, {name: torch.ones(8, 64)}, "adapter_model.safetensors")
@@ -102,6 +122,8 @@ LOADED: dict[str, tuple[Change, str]] = {
         f / "consolidated.safetensors.index.json", {"weight_map": {"x": "consolidated-00001-of-00001.safetensors"}})), ""),
     "second copy in shards": (whole_and_shards, "a second copy of the weights, ignored"),
     "two shardings": (two_shardings, "model-00002-of-00003.safetensors and 1 more: a second copy"),
+    "tensors that shards repeat": (stored_twice, "2 tensors are stored twice, with the same values, e.g. model.layers.0."),
+    "metadata null": (metadata_is_null, ""),
     "variant": (lambda f: write_weights(f, {n: t * 2 for n, t in read_weights(f).items()}, "model.fp16.safetensors"),
                 "model.fp16.safetensors: a second copy"),
     "consolidated beside": (lambda f: write_weights(f, {"wte.weight": torch.ones(4, 4)}, "consolidated.safetensors"),
@@ -226,6 +248,9 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "weights of another family": (lambda f: renamed(f, lambda n: n.replace("input_layer", "ln").replace("embed_", "w")),
                                   ("not those of a LlamaForCausalLM", "lm_head.weight")),
     "two copies, no telling": (two_copies, ("mixes two copies of the weights",)),
+    "tensors that shards repeat with other values": (lambda f: stored_twice(f, 0.5), (
+        "is in both", "and not the same there", "fetch or merge it again")),
+    "the same without an index": (lambda f: stored_twice(f, 0.5, index=False), ("and not the same there",)),
     "adapter inside": (edited(lora_inside), ("1 tensors of an adapter that is not merged", "merge_and_unload")),
     "two models": (edited(lambda t: t.update({"a.b." + n.removeprefix("model."): t[n].clone() for n in list(t)} | {
         "c.d." + n.removeprefix("model."): t.pop(n) for n in list(t)})), ("weights of 2 models, under 'a.b.' and 'c.d.'",)),

@@ -42,6 +42,56 @@ def test_pixtral_strings_need_a_pixtral_tower(checkpoint: Callable[[str], Path])
         load_spec(SourceModel(path))
 
 
+@pytest.mark.parametrize(("name", "text"), [
+    ("LlavaForConditionalGeneration", "qwen2"), ("Mistral3ForConditionalGeneration", "qwen3"),
+    ("Gemma3ForConditionalGeneration", "gemma2"),
+])  # fmt: skip
+def test_text_of_another_family_is_refused(name: str, text: str, checkpoint: Callable[[str], Path]) -> None:
+    """Its biases or norms of heads would be left out."""
+    path = checkpoint(name)
+    config = json.loads((path / "config.json").read_text())
+    edit_config(path, text_config={**config["text_config"], "model_type": text})
+    with pytest.raises(UnknownArchitectureError, match=f"text_config.model_type '{text}'.*"):
+        load_spec(SourceModel(path))
+
+
+@pytest.mark.parametrize("kinds", [("full", "full"), ("sliding", "sliding"), ("full", "sliding"), ("sliding", "full")])
+def test_layer_types_of_gemma_2_that_the_loader_does_not_follow(
+    kinds: tuple[str, str], checkpoint: Callable[[str], Path]
+) -> None:
+    path = checkpoint("Gemma2ForCausalLM")
+    edit_config(path, layer_types=[f"{kind}_attention" for kind in kinds])
+    told = any("layer_types: the loader does not read it" in w for w in load_spec(SourceModel(path)).warnings)
+    assert told == (kinds != ("sliding", "full"))
+
+
+def test_scaled_queries_of_ministral_are_told(checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint("Mistral3ForConditionalGeneration")
+    config = json.loads((path / "config.json").read_text())
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope["llama_4_scaling_beta"] = 0.1
+    edit_config(path, text_config={**config["text_config"], "model_type": "ministral3", "rope_parameters": rope})
+    assert any("llama_4_scaling_beta" in w and "before position 64" in w for w in load_spec(SourceModel(path)).warnings)
+
+
+@pytest.mark.parametrize(("name", "changes", "said"), [
+    ("LlamaForCausalLM", {"logit_scale": 0.5, "scale_emb": 3.0}, "logit_scale, scale_emb: the loader applies them to every"),
+    ("MistralForCausalLM", {"final_logit_softcapping": 1.0}, "final_logit_softcapping: the loader applies it"),
+    ("LlamaForCausalLM", {"logit_scale": 1.0, "residual_multiplier": 1, "query_pre_attn_scalar": 0}, ""),
+    ("LlamaForCausalLM", {"attention_multiplier": 0.5}, "attention_multiplier: the loader applies it"),
+    ("GraniteForCausalLM", {"attention_multiplier": 0.5}, ""),
+    ("CohereForCausalLM", {"logit_scale": 0.5}, ""),
+])  # fmt: skip
+def test_factors_of_other_families_are_told(
+    name: str, changes: dict[str, Any], said: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """transformers leaves them out, so `eval` and the original differ without a word."""
+    path = checkpoint(name)
+    edit_config(path, **changes)
+    found = [w for w in load_spec(SourceModel(path)).warnings if "to every family" in w]
+    assert [said in w for w in found] == ([True] if said else [])
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "unnormalised routing": ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob is False"),
     "absent norm_topk_prob": ("Qwen3MoeForCausalLM", {"norm_topk_prob": None}, "norm_topk_prob is False"),

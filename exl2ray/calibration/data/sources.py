@@ -98,7 +98,11 @@ def check_place(text: str) -> None:
             raise UsageError(f"-c {text}: an address; of those {HUB}datasets/... alone is read", "fetch it and give the file")
         _check_permission(text, place)
         where = f" (in {os.getcwd()})" if place and not os.path.isabs(place) else ""
-        raise UsageError(f"-c {text}: does not exist{where}", "give a Parquet, .jsonl, .json, .csv or .txt file, or a folder")
+        several = [part for part in re.split(r"[,;\s]+", text) if part]
+        hint = "give a Parquet, .jsonl, .json, .csv or .txt file, or a folder"
+        if len(several) > 1 and all(map(os.path.exists, several)):
+            hint = "a place with each -c: " + " ".join(f"-c {part}" for part in several)
+        raise UsageError(f"-c {text}: does not exist{where}", hint)
 
 
 def _check_permission(text: str, place: str) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from exl2ray.errors import Exl2RayError
 from exl2ray.formats.json_file import read_json_object
-from exl2ray.formats.tensorfile import TensorFile, TensorInfo
+from exl2ray.formats.tensorfile import TensorFile, TensorInfo, same_values
 from exl2ray.wording import some
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 MAX_INDEX_BYTES = 64 << 20
+REPEATED = 0.25  # share of the weights that the shards of one model may repeat; two copies of a model repeat all
 NUMBERED = re.compile(r"(.*)-(\d{5,6})-of-(\d{5,6})\.safetensors")  # DeepSeek counts "00001-of-000163"
 # Beside a model: weights in the publisher's own layout, and adapters, which transformers does not apply by itself either.
 FOREIGN = re.compile(r"consolidated.*\.safetensors|adapter(_model|s)?\.safetensors|(optimizer|training_args).*\.safetensors")
@@ -53,7 +54,8 @@ def merged(
     """(one table of tensors, files that count, notes).
 
     Where two files have tensors of one name, model.safetensors counts, else the files that the index names, as transformers
-    reads them. Raises ``error`` if that does not tell.
+    reads them. A few tensors that the shards of one model repeat are one where their bytes are the same. Raises ``error`` if
+    that does not tell.
     """
     twice = _overlapping(files)
     if not twice:
@@ -63,14 +65,36 @@ def merged(
     copies = [f for f in files if f not in chosen and not names.isdisjoint(files[f].tensors)]
     kept = [f for f in files if f not in copies]
     if not chosen or _overlapping({f: files[f] for f in kept}):
-        name, first, second = twice
-        raise error(
-            f"tensor {name!r} is in both {files[first].path} and {files[second].path}",
-            "the directory mixes two copies of the weights; keep one of them",
-        )
+        return _repeated(files, twice, error)
     why = f"{WHOLE} has the same tensors" if WHOLE in chosen else f"{INDEX} names other files with the same tensors"
     note = f"{some(copies, 2)}: a second copy of the weights, ignored ({why}, and transformers reads that one)"
     return _table(files[f] for f in kept), kept, [note]
+
+
+def _repeated(
+    files: Mapping[str, TensorFile], twice: tuple[str, str, str], error: type[Exl2RayError]
+) -> tuple[dict[str, TensorInfo], list[str], list[str]]:
+    """As ``merged``, of shards that repeat tensors; ``error`` unless those are few and the same in each."""
+    table: dict[str, TensorInfo] = {}
+    pairs = []
+    for info in (info for f in files.values() for info in f.tensors.values()):
+        first = table.setdefault(info.name, info)
+        if first is not info:
+            pairs.append((first, info))
+    repeated, name = sum(info.nbytes for _, info in pairs), twice[0]
+    if repeated > REPEATED * sum(info.nbytes for info in table.values()):
+        raise error(
+            f"tensor {name!r} is in both {files[twice[1]].path} and {files[twice[2]].path}",
+            "the directory mixes two copies of the weights; keep one of them",
+        )
+    for a, b in pairs:
+        if not same_values(a, b, error):
+            raise error(
+                f"tensor {a.name!r} is in both {a.file} and {b.file}, and not the same there",
+                "two models are mixed, or a program that merges models went wrong: fetch or merge it again",
+            )
+    note = f"{len(pairs)} tensors are stored twice, with the same values, e.g. {name} in {twice[1]} and {twice[2]}"
+    return table, list(files), [note]
 
 
 def _overlapping(files: Mapping[str, TensorFile]) -> tuple[str, str, str] | None:

@@ -120,12 +120,19 @@ def kind(tensors: Iterable[TensorInfo], config: Mapping[str, Any], folder: Folde
 
 
 def description(tensors: Iterable[TensorInfo], config: Mapping[str, Any], folder: Folder) -> tuple[str, str] | None:
-    """(what the model is, what to do instead) for one that is quantised already; None if its weights are plain numbers.
+    """(what the model is, what to do instead) for one that is quantised already, or while it runs; None if its weights are
+    plain numbers.
 
     Tensors that can be dequantised (`dequantise`) are to be left out before.
     """
     found = kind(tensors, config, folder)
     if found is None:
+        method, said = settings(config, folder)
+        if method == "bitnet" and said.get("quantization_mode") == "online":
+            return (
+                "is a BitNet model that rounds its weights to -1, 0 and 1 while it runs, which ExLlamaV2 does not",
+                "if the model is to run with the weights as they are stored, remove quantization_config from config.json",
+            )
         return None
     base = folder.base_model()
     return (
