@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 
 from exl2ray.calibration import generate
 from exl2ray.calibration.chat_text import ChatText
-from exl2ray.calibration.data.sources import Source
+from exl2ray.calibration.data.sources import WRITTEN, Source
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.rows import ROW_SETS
 from exl2ray.calibration.text import Document, builtin_documents, parse_chat
 from exl2ray.calibration.tokenizer import ModelTokenizer
+from exl2ray.tune.judge import MEAN, WATCHED
 
 PASSAGES = 4  # at most, of one document
+OTHER_NAMES = frozenset({MEAN, *(row_set.name for row_set in ROW_SETS)})
+OTHER_BEGINNINGS = (WATCHED, f"{WRITTEN}: ")
 CHARACTERS = 8  # of a token, at most, in the mean of a document
 Ids = NDArray[np.int64]
 
@@ -53,7 +56,8 @@ class Parted:
 
 
 def kinds_of_files(sources: Sequence[Source], tokenizer: ModelTokenizer, tokens: int) -> list[Kind]:
-    """``tokens`` tokens of all sources together, as many of each as far as they have so much text; a source is a kind."""
+    """``tokens`` tokens of all sources together, as many of each as far as they have so much text; a source is a kind, once
+    if it is given twice."""
     with ExitStack() as stack:
         data = [stack.enter_context(CalibrationData([s], tokenizer, most_tokens=tokens)) for s in sources]
         level, found = 0, [list[Ids]() for _ in data]
@@ -65,9 +69,23 @@ def kinds_of_files(sources: Sequence[Source], tokenizer: ModelTokenizer, tokens:
             for i in longer:
                 found[i] = data[i].documents(level)
     out: dict[str, list[Ids]] = {}
-    for source, documents in zip(sources, found, strict=True):
-        out.setdefault(source.name, []).extend(documents)
+    for name, documents in zip(_names(sources), found, strict=True):
+        out.setdefault(name, []).extend(documents)
     return [Kind(name, documents) for name, documents in out.items()]
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    """What the kind of each source is called: as its file, but no two alike, none like a kind that is no file or like their
+    mean, and in UTF-8, which names of files need not be."""
+    found: dict[str, str] = {}
+    for source in sources:
+        name = source.name.encode("utf-8", "backslashreplace").decode()
+        if name in OTHER_NAMES or name.startswith(OTHER_BEGINNINGS):
+            name = f"file {name}"
+        taken = {v for given, v in found.items() if given != source.given}
+        alike = (name, *(f"{name} ({n})" for n in range(2, len(sources) + 2)))
+        found.setdefault(source.given, next(x for x in alike if x not in taken))
+    return [found[source.given] for source in sources]
 
 
 def _length(documents: Sequence[Ids]) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 PARTS = ("norms", "attention", "MLP", "head")  # kept or rolled back, each for itself; biases go with the norms
 NOTHING = "nothing"
 WATCHED = "built-in "  # begins the names of kinds that may not become worse, and count for nothing else
+MEAN = "mean"  # stands among the kinds in results, for all that are counted
 RISES = 4  # evaluations in a row, each worse than the one before, that end a training
 HOPELESS = math.log(2)  # so does a score that is worse than the best one by this
 RISK = 0.05  # that some kind of text seems worse, where none is

@@ -347,7 +347,7 @@ def _compared(pair: Pair, given: tuple[LinearSpec, Tensor, bool]) -> tuple[Packe
 
 
 def _figures(rows: Tensor, kinds: tuple[str, ...]) -> dict[str, float]:
-    return {**judge.by_kind(rows, kinds), "mean": float(rows[judge.counted(kinds)].mean())}
+    return {**judge.by_kind(rows, kinds), judge.MEAN: float(rows[judge.counted(kinds)].mean())}
 
 
 class _Clock:

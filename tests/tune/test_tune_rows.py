@@ -122,6 +122,23 @@ def test_what_one_source_lacks_comes_from_the_others(model: Path, tmp_path: Path
     assert 10_000 < all_there_is[1].tokens < 10**6
 
 
+def test_each_place_of_text_is_a_kind_whatever_it_is_called(model: Path, tmp_path: Path) -> None:
+    """Files of one name were one kind with one share; a folder "mean" took the place of the mean of all, one called as text
+    that is only watched counted for nothing, and a name that is not UTF-8 ended the tuning."""
+    names, source = ["a/x.txt", "b/x.txt", "mean", "chat", "built-in web", "self: chat", "\udcff"], SourceModel(model)
+    for name in names:
+        file = tmp_path / (name if name.endswith(".txt") else f"{name}/text.txt")
+        file.parent.mkdir()
+        file.write_text("\n".join(f"line {i} of {name!a}" for i in range(500)))
+    sources = [local_source(str(tmp_path / name)) for name in (*names, "b/x.txt")]
+    with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
+        kinds = kinds_of_files(sources, tokenizer, 10**6)
+        rows = tuning_rows(sources, tokenizer, 160 * LENGTH, LENGTH, source.config["vocab_size"])
+    called = ["x.txt", "x.txt (2)", "file mean", "file chat", "file built-in web", "file self: chat", r"\udcff"]
+    assert [kind.name for kind in kinds] == called
+    assert [name for name in dict.fromkeys(rows.held_kinds) if not name.startswith(WATCHED)] == called
+
+
 def test_a_kind_with_little_text_comes_several_times(model: Path, tmp_path: Path) -> None:
     sources, source = numbered(tmp_path, small=100, large=4000), SourceModel(model)
     with load_tokenizer(model, source.config, source.config["vocab_size"]) as tokenizer:
