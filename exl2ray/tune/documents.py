@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -44,15 +44,26 @@ class Kind:
     def tokens(self) -> int:
         return _length(self.documents)
 
+    @property
+    def distinct(self) -> int:
+        """Tokens without those of copies of a document."""
+        return _length({_digest(ids): ids for ids in self.documents}.values())
+
 
 @dataclass(frozen=True, eq=False)
 class Parted:
-    """A kind of text in two parts. cut: whether passages are held out in place of documents."""
+    """A kind of text in two parts. cut: whether passages are held out in place of documents. apart: digests of documents of
+    which something is held out, so that no copy is trained on."""
 
     name: str
     trained: tuple[Ids, ...]
     held: tuple[Ids, ...]
     cut: bool
+    apart: frozenset[bytes]
+
+    def without(self, apart: frozenset[bytes]) -> tuple[Ids, ...]:
+        """What is trained on, without copies of these documents."""
+        return tuple(ids for ids in self.trained if _digest(ids) not in apart)
 
 
 def kinds_of_files(sources: Sequence[Source], tokenizer: ModelTokenizer, tokens: int) -> list[Kind]:
@@ -88,7 +99,7 @@ def _names(sources: Sequence[Source]) -> list[str]:
     return [found[source.given] for source in sources]
 
 
-def _length(documents: Sequence[Ids]) -> int:
+def _length(documents: Iterable[Ids]) -> int:
     return sum(map(len, documents))
 
 
@@ -137,15 +148,17 @@ def part(kind: Kind, wanted: int, length: int, seed: int) -> Parted:
             have += len(documents[i])
     trained, passages = [i for i in range(len(documents)) if i not in set(held)], []  # type: list[int], list[Ids]
     rest: list[Ids] = [documents[i] for i in trained]
+    apart = {_digest(documents[i]) for i in held}
     cut = have < wanted and bool(trained)
     if cut:
         longest = max(trained, key=lambda i: len(documents[i]))
         rest = [documents[i] for i in trained if i != longest]
         kept, passages = _passages(documents[longest], wanted - have, length)
         rest += kept
-    known = {_digest(documents[i]) for i in held}
-    found = tuple(ids for ids in rest if len(ids) and _digest(ids) not in known)
-    return Parted(kind.name, found, (*(documents[i] for i in sorted(held)), *passages), cut)
+        apart.add(_digest(documents[longest]))
+    kept_out = (*(documents[i] for i in sorted(held)), *passages)
+    found = Parted(kind.name, tuple(filter(len, rest)), kept_out, cut, frozenset(apart))
+    return replace(found, trained=found.without(found.apart))
 
 
 def _passages(ids: Ids, wanted: int, length: int) -> tuple[list[Ids], list[Ids]]:

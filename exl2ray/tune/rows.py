@@ -68,6 +68,7 @@ def tuning_rows(
     kinds = [kind for group in groups for kind in group]
     _check_enough(kinds, text, length, flag)
     trained, kept, notes = _in_two(kinds, held, text, seed)
+    _check_left(trained, text, length, flag)
     sizes = iter([sum(map(len, documents)) // text for documents in trained])
     have = [[next(sizes) for _ in group] for group in groups]
     counts = zip(kinds, trained, shares(have, passes, rows), strict=True)
@@ -100,15 +101,31 @@ def check_text(
             check_ids(rows, vocab_size, tokenizer, [kind.name] * len(rows))
     if files and len(files) == len(sources):
         _check_enough(kinds, text, length, flag)
+        _check_left(_in_two(kinds, MOST_HELD_TOKENS // length, text, seed=0)[0], text, length, flag)
 
 
 def _check_enough(kinds: Sequence[Kind], text: int, length: int, flag: str) -> None:
-    if sum(kind.tokens // text for kind in kinds) < 2 * HELD_OUT or not any(kind.tokens >= 2 * text for kind in kinds):
-        have = sum(kind.tokens for kind in kinds)
+    sizes = [kind.distinct for kind in kinds]
+    if sum(n // text for n in sizes) < 2 * HELD_OUT or max(sizes, default=0) < 2 * text:
+        copies = sum(kind.tokens for kind in kinds) - sum(sizes)
+        have = f"{sum(sizes)} tokens" + (f", and {copies} in copies of its documents" if copies else "")
         raise CalibrationError(
-            f"{flag}: the text to tune on has {have} tokens; at least {2 * HELD_OUT} rows of {length} are needed",
-            f"give more text, or the built-in text too: {_text_flag(flag)} {BUILTIN}",
+            f"{flag}: the text to tune on has {have}; at least {2 * HELD_OUT} rows of {length} are needed",
+            _more_text(flag),
         )
+
+
+def _check_left(trained: Sequence[tuple[Ids, ...]], text: int, length: int, flag: str) -> None:
+    """Of many kinds with two or three rows each all may be held out, or lie beside what is."""
+    if not any(sum(map(len, documents)) >= text for documents in trained):
+        raise CalibrationError(
+            f"{flag}: of {len(trained)} kinds of text none has a row of {length} tokens left beside what is held out",
+            _more_text(flag),
+        )
+
+
+def _more_text(flag: str) -> str:
+    return f"give more text, or the built-in text too: {_text_flag(flag)} {BUILTIN}"
 
 
 def _text_flag(flag: str) -> str:
@@ -130,18 +147,19 @@ def _in_two(
 ) -> tuple[list[tuple[Ids, ...]], list[Ids], list[str]]:
     """Documents of each kind to train on, rows held out, and notes. A tenth of each kind is held out, ``held`` rows in all as
     far as kinds with less text leave room; at least one row of a kind with two."""
-    usable = [kind for kind in kinds if kind.tokens >= 2 * length]
-    share = max(1, -(-held // max(1, len(usable))))
-    trained, kept, notes = [], [], list[str]()
-    for kind in kinds:
-        tenth = kind.tokens // (HELD_OUT * length)
-        wanted = max(1, min(tenth, share)) * length if kind in usable else 0
+    sizes = [kind.distinct for kind in kinds]
+    share = max(1, -(-held // max(1, sum(size >= 2 * length for size in sizes))))
+    parts, kept, notes = [], [], list[str]()
+    for kind, size in zip(kinds, sizes, strict=True):
+        tenth = size // (HELD_OUT * length)
+        wanted = max(1, min(tenth, share)) * length if size >= 2 * length else 0
         found = part(kind, wanted, length, seed)
-        trained.append(found.trained)
+        parts.append(found)
         kept.append(_spread(cut(found.held, length), share))
         if found.cut:
             notes.append(f"{kind.name}: documents are long; passages of one are held out, apart from what is trained on")
-    return trained, kept, notes
+    apart = frozenset[bytes]().union(*(found.apart for found in parts))
+    return [found.without(apart) for found in parts], kept, notes
 
 
 def _spread(rows: Ids, most: int) -> Ids:

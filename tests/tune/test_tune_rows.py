@@ -17,11 +17,12 @@ from tiny_models import write_model
 from exl2ray.calibration.data.sources import local_source
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.datasets import text_source
+from exl2ray.errors import CalibrationError
 from exl2ray.formats.hf import SourceModel
 from exl2ray.tune.documents import Kind, builtin_kinds, kinds_of_files, part
 from exl2ray.tune.judge import WATCHED
 from exl2ray.tune.mixture import PASSES
-from exl2ray.tune.rows import Batches, tuning_rows
+from exl2ray.tune.rows import Batches, check_text, tuning_rows
 from exl2ray.tune.settings import Settings
 
 LENGTH = 64
@@ -137,6 +138,44 @@ def test_each_place_of_text_is_a_kind_whatever_it_is_called(model: Path, tmp_pat
     called = ["x.txt", "x.txt (2)", "file mean", "file chat", "file built-in web", "file self: chat", r"\udcff"]
     assert [kind.name for kind in kinds] == called
     assert [name for name in dict.fromkeys(rows.held_kinds) if not name.startswith(WATCHED)] == called
+
+
+def test_copies_in_other_files_and_of_passages_are_not_trained_on_either(model: Path, tmp_path: Path) -> None:
+    """They were, and what is held out seemed better than unseen text is. One text in many copies left
+    nothing, and ended in a traceback."""
+    texts = ["\n".join(f"line {i} of document {d}" for i in range(100)) for d in range(12)]
+    places, source = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "one.jsonl"], SourceModel(model)
+    for place, documents in zip(places, (texts, texts[::-1], texts[:1] * 30), strict=True):
+        place.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    a, b, one = (local_source(str(place)) for place in places)
+    size = source.config["vocab_size"]
+    with load_tokenizer(model, source.config, size) as tokenizer:
+        rows = tuning_rows([a, b], tokenizer, 400 * LENGTH, LENGTH, size)
+        parts = [ids.tolist() for ids in (rows.ids, rows.held_ids)]
+        decoded = ["".join(text_of(tokenizer.process.decode(row)) for row in part) for part in parts]
+        trained, held = (set(re.findall(r"line \d+ of document \d+\n", text)) for text in decoded)
+        assert len(trained) > 300
+        assert len(held) > 20
+        assert not trained & held
+        copies = tuning_rows([one, a], tokenizer, 400 * LENGTH, LENGTH, size)
+        assert len(copies.ids) > 100
+        few = r"tokens, and \d+ in copies of its documents; at least 20 rows of 512"
+        with pytest.raises(CalibrationError, match=few):
+            check_text([one], tokenizer, 512, size, None, "-c")
+        with pytest.raises(CalibrationError, match=few):
+            tuning_rows([one], tokenizer, 4000, 512, size)
+
+
+def test_many_kinds_with_hardly_any_text(model: Path, tmp_path: Path) -> None:
+    """All of it was held out, and the tuning ended in a traceback, after the conversion with --tune."""
+    sources, source = numbered(tmp_path, **{f"k{i}": 9 for i in range(12)}), SourceModel(model)
+    nothing = "of 12 kinds of text none has a row of 64 tokens left beside what is held out"
+    size = source.config["vocab_size"]
+    with load_tokenizer(model, source.config, size) as tokenizer:
+        with pytest.raises(CalibrationError, match=nothing):
+            check_text(sources, tokenizer, LENGTH, size, None, "--tune-text")
+        with pytest.raises(CalibrationError, match=nothing):
+            tuning_rows(sources, tokenizer, 4000, LENGTH, size)
 
 
 def test_a_kind_with_little_text_comes_several_times(model: Path, tmp_path: Path) -> None:
