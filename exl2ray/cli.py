@@ -189,6 +189,7 @@ def patch(run: Invocation, /, **settings: Any) -> None:
     flag("--reference", metavar="MODEL", required=True, help="the model that DIR was converted from"),
     flag("-o", "--output", metavar="OUT", required=True, help="where the tuned model goes; run again, it goes on"),
     flag("--tokens", metavar="COUNT", default="1M", show_default=True, help="to tune on, as in 500k or 4M"),
+    flag("--passes", type=click.IntRange(1), help="over these tokens; if absent 2, of 1 billion weights or more 1"),
     flag("--text", metavar="PLACE", multiple=True, help="as -c of convert; builtin (if absent); self:COUNT; repeatable"),
     flag("--length", type=int, help="tokens of a row; if absent 256 up to 3.25 bits a weight, else 512"),
     flag("--step-tokens", type=int, help="tokens of a step; if absent 4096, of 1 billion weights or more 8192"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plots KL divergence over file size, a curve for each way to quantise a model: of a table in a log, or of results.
 
-    python scripts/kl_over_bytes.py --log docs/log.md --entry "KL over bytes, a head" --output docs/kl-over-bytes.svg
+    python scripts/kl_over_bytes.py --log docs/log.md --entry "KL over bytes, two passes" --output docs/kl-over-bytes.svg
     python scripts/kl_over_bytes.py --log docs/log.md --entry "Gemma 3 270M without" --output docs/kl-over-bytes-gemma.svg
     python scripts/kl_over_bytes.py results.jsonl --model smollm2 --output kl.svg
 

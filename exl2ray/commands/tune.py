@@ -31,6 +31,7 @@ def run(
     reference: str,
     output: str,
     tokens: str,
+    passes: int | None,
     text: Sequence[str],
     length: int | None,
     step_tokens: int | None,
@@ -61,7 +62,9 @@ def run(
     recipe = Recipe("", "", **place)
     chosen = pick_device(recipe)
     count = parse_count(tokens, "--tokens")
-    settings = Settings(directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, seed=seed)
+    settings = Settings(
+        directory, reference, output, sources, count, length, step_tokens, rate, gain_rate, seed=seed, passes=passes
+    )
     where = place_of_tuning(recipe, chosen, open_model(directory).spec.weights)
     reporter = Warnings() if quiet else human_reporter()
     try:

@@ -9,13 +9,15 @@ from exl2ray.model.spec import ModelSpec
 from exl2ray.quant.memory import device_bytes
 from exl2ray.tune.estimate import a_module_at_a_time, as_a_whole
 from exl2ray.tune.memory import fits_whole
+from exl2ray.tune.settings import passes_over_text
 from exl2ray.units import parse_count
 from exl2ray.wording import duration, file_size
 
 
 def of_tuning(tokens: str, spec: ModelSpec, bitrates: int, device: torch.device | None) -> str:
     """A sentence. ``tokens``: of --tune, for each of ``bitrates``. device: that it will run on; None: not known."""
-    count, memory = parse_count(tokens, "--tune") * bitrates, usable_memory_bytes()
+    count = parse_count(tokens, "--tune") * passes_over_text(spec.weights) * bitrates
+    memory = usable_memory_bytes()
     whole, streamed = as_a_whole(spec, count), a_module_at_a_time(spec, count, memory)
     one = f"as a whole {file_size(whole.gpu_bytes)} of GPU memory and {duration(whole.seconds)}"
     other = f"a module at a time {file_size(streamed.gpu_bytes)} of it, {file_size(streamed.host_bytes)} of main memory"

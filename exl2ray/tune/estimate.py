@@ -31,6 +31,7 @@ class Estimate:
 
 
 def as_a_whole(spec: ModelSpec, tokens: int) -> Estimate:
+    """tokens: that are trained on, of all passes together."""
     computing = OPERATIONS * spec.weights * tokens / BUSY_GPU
     return Estimate(needed_bytes(spec), spec.weights, 0, computing + _launching(spec, tokens))
 

@@ -301,7 +301,8 @@ def _finish(
     kinds, steps, tokens = rows.held_kinds, int(decision["steps"]), len(rows.ids) * rows.ids.shape[1]
     before, after = (torch.tensor(decision[name], dtype=torch.float64) for name in ("before", "after"))
     mean = [float(rows[judge.counted(kinds)].mean()) for rows in (before, after)]
-    facts = {"kept": decision["words"], "steps": steps, "tokens": tokens, "kl_before": mean[0], "kl_after": mean[1]}
+    facts = {"kept": decision["words"], "steps": steps, "tokens": tokens, "passes": settings.passes}
+    facts |= {"kl_before": mean[0], "kl_after": mean[1]}
     tensors, changed, total = _tensors(pair, saved, decision["kept"])
     shards = write_tuned(pair.exl2, Path(settings.output), owner, tensors, facts, check)
     clock.lap("write")

@@ -118,12 +118,14 @@ class Session:
         homes, patience = self._homes, self._keeper.patience()
         place = "as a whole" if homes is None else "a module at a time"
         attention = "fused" if self._trainer.fused else "plain"
-        self._notes.append(f"tuning {place}, {str(self._dtype).removeprefix('torch.')}, {attention} attention")
+        often = "once" if (passes := self._part.settings.passes or 1) == 1 else f"{passes} times"
+        how = f"{str(self._dtype).removeprefix('torch.')}, {attention} attention"
+        self._notes.append(f"tuning {place}, {how}, {often} over the text")
         if homes is not None and homes.file_bytes:
             self._notes.append(f"{file_size(homes.file_bytes)} of what is trained lie in files, for want of main memory")
         if patience > self._part.settings.checkpoint_seconds:
-            often = f"one about every {patience / 60:.0f} minutes"
-            self._notes.append(f"checkpoints are of {file_size(self._state_bytes)}: {often}")
+            every = f"one about every {patience / 60:.0f} minutes"
+            self._notes.append(f"checkpoints are of {file_size(self._state_bytes)}: {every}")
         if self._saved is not None:
             self._notes.append(f"going on from step {self.progress.step}")
 

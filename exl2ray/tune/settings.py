@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from exl2ray.calibration.data.sources import Source
-from exl2ray.tune.memory import STEP_TOKENS, step_tokens
+from exl2ray.tune.memory import SMALL_WEIGHTS, STEP_TOKENS, step_tokens
 
 # Tokens of a row. More documents in a step gain more, also where the judge has rows of 1536: 512 more than 1024, and up to
 # LOW_BITS 256, with RAISED times the rate, more than 512 (docs/quality.md). Beyond, 256 loses 1 % with long rows.
 LENGTH, LOW_LENGTH = 512, 256
 LOW_BITS, RAISED = 3.25, math.sqrt(2.0)  # a weight of the linears but the head
+SMALL_PASSES = 2  # over the text, for a model of less than SMALL_WEIGHTS: minutes there, a quarter of an hour for a 7B
 RATE = 2e-3  # for steps of STEP_TOKENS and more; the highest
 GAIN_BITS = 4.0  # a weight, up to which norms and biases have the rate of latents
 PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "streamed", "written")  # of no consequence
@@ -23,12 +24,13 @@ PLACES = ("directory", "reference", "output", "sources", "work", "text_flag", "s
 class Settings:
     """directory: the EXL2 model. reference: its source. output: where the tuned one goes. sources: text; none: built-in.
 
-    tokens: to train on. length: of a row. step_tokens: of a step. rate: of Adam, for latents in steps of the grid; gain_rate:
-    for norms and biases, relative to their size. None: what `for_model` and `for_rows` have for them. dtype: of the products;
-    None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not finished, beside it (its name and .json) a record
-    of what is; None: in the output, hidden. text_flag: what messages about the text call it. written: work directory that
-    keeps what the source writes; None: ``work``, where it stays for a finished tuning that is run again. streamed: one module
-    on the device at a time (`exl2ray.tune.shelves`); None: if they do not fit there together.
+    tokens: of text to train on. passes: how often over all of it. length: of a row. step_tokens: of a step. rate: of Adam,
+    for latents in steps of the grid; gain_rate: for norms and biases, relative to their size. None: what `for_model` and
+    `for_rows` have for them. dtype: of the products; None: float32 on CPUs, bfloat16 elsewhere. work: folder for what is not
+    finished, beside it (its name and .json) a record of what is; None: in the output, hidden. text_flag: what messages about
+    the text call it. written: work directory that keeps what the source writes; None: ``work``, where it stays for a finished
+    tuning that is run again. streamed: one module on the device at a time (`exl2ray.tune.shelves`); None: if they do not fit
+    there together.
     """
 
     directory: str
@@ -48,6 +50,7 @@ class Settings:
     text_flag: str = "--text"
     written: str | None = None
     streamed: bool | None = None
+    passes: int | None = None
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         return self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -58,11 +61,12 @@ class Settings:
         return self.length or LENGTH
 
     def for_model(self, weights: int, bits: float) -> Settings:
-        """With tokens of a row and a step for a model of so many weights, if none are given. bits: a weight of the linears
-        but the head. Smaller steps gain more (SmolLM2-135M at 3.0 bpw 2 % of its KL) and take a large model too long: its
-        optimiser moves 30 bytes a weight and step."""
+        """With passes, tokens of a row and of a step for a model of so many weights, if none are given. bits: a weight of the
+        linears but the head. Smaller steps gain more (SmolLM2-135M at 3.0 bpw 2 % of its KL), a second pass too (8 %); both
+        take a large model too long, whose optimiser moves 30 bytes a weight and step."""
         length = self.length or (LOW_LENGTH if bits <= LOW_BITS else LENGTH)
-        return replace(self, length=length, step_tokens=self.step_tokens or max(step_tokens(weights), length))
+        step = self.step_tokens or max(step_tokens(weights), length)
+        return replace(self, length=length, step_tokens=step, passes=self.passes or passes_over_text(weights))
 
     def for_rows(self, rows: int, bits: float) -> Settings:
         """With the rates that are not given, for so many rows of text: with the square root of a step's tokens (for Adam:
@@ -81,7 +85,12 @@ class Settings:
         return min(rows, max(1, (self.step_tokens or STEP_TOKENS) // self.row_length))
 
     def steps(self, rows: int) -> int:
-        return max(1, self.tokens // (self.rows_of_a_step(rows) * self.row_length))
+        return max(1, (self.passes or 1) * self.tokens // (self.rows_of_a_step(rows) * self.row_length))
+
+
+def passes_over_text(weights: int) -> int:
+    """If nobody says so, for a model of so many weights."""
+    return SMALL_PASSES if weights < SMALL_WEIGHTS else 1
 
 
 @dataclass(frozen=True)

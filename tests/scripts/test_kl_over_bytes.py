@@ -44,7 +44,7 @@ def test_draws_are_averaged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "entry", "count"),
-    [("kl-over-bytes", "KL over bytes, a head of six bits", 5), ("kl-over-bytes-gemma", "Gemma 3 270M without", 5)],
+    [("kl-over-bytes", "KL over bytes, two passes", 5), ("kl-over-bytes-gemma", "Gemma 3 270M without", 5)],
 )
 def test_the_plots_are_those_of_the_log(tmp_path: Path, name: str, entry: str, count: int) -> None:
     made = tmp_path / "made.svg"

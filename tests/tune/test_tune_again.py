@@ -21,7 +21,7 @@ from exl2ray.tune.run import WORK, Tuned, tune
 from exl2ray.tune.settings import Settings
 
 Pairs = Callable[..., tuple[Path, Path]]
-SMALL: dict[str, Any] = {"tokens": 2048, "length": 64, "step_tokens": 512, "rate": 2e-2, "gain_rate": 5e-3}
+SMALL: dict[str, Any] = {"tokens": 2048, "length": 64, "step_tokens": 512, "passes": 1, "rate": 2e-2, "gain_rate": 5e-3}
 
 
 def settings(pair: Pairs, text: tuple[Path, Path], output: Path, **changes: Any) -> Settings:

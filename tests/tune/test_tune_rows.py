@@ -269,6 +269,25 @@ def test_few_bits_have_shorter_rows_and_a_higher_rate(bits: float, weights: int,
     assert replace(settings, length=48).for_model(weights, bits).length == 48
 
 
+@pytest.mark.parametrize(
+    ("weights", "given", "steps"),
+    [
+        (135_000_000, {}, 2 * 976),
+        (999_999_999, {"step_tokens": 8192}, 976),
+        (10**9, {}, 488),  # a quarter of an hour for a 7B
+        (7_000_000_000, {"passes": 3}, 3 * 488),
+        (135_000_000, {"passes": 1}, 976),
+    ],
+)
+def test_small_models_go_over_the_text_twice(weights: int, given: dict[str, Any], steps: int) -> None:
+    settings = Settings("directory", "reference", "output", tokens=4_000_000, **given).for_model(weights, 4.0)
+    rows = 4_000_000 // 512 + 1
+    assert settings.steps(rows) == pytest.approx(steps, abs=2)
+    assert settings.for_model(10**12, 4.0) == settings, "what is decided stays"
+    seen = torch.cat(list(Batches(rows, settings.rows_of_a_step(rows), settings.steps(rows), 0))).bincount(minlength=rows)
+    assert set(seen.tolist()) <= {settings.passes, (settings.passes or 0) - 1}, "what is less than a step is left out"
+
+
 @pytest.mark.parametrize(("bits", "less"), [(2.0, 1), (4.0, 1), (5.0, 2), (6.35, 5.1), (8.0, 16)])
 def test_norms_move_less_where_errors_are_small(bits: float, less: float) -> None:
     settings = Settings("directory", "reference", "output", step_tokens=8192).for_rows(1000, bits)
