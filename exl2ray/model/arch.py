@@ -41,17 +41,7 @@ BUFFERS = (
     ".self_attn.masked_bias", "position_ids", "freqs_cis", "num_batches_tracked",
 )  # fmt: skip
 
-_GEMMAS = ("Gemma2ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
-# Keys that ExLlamaV2 reads for every family -> families whose own classes do.
-FACTORS = {
-    **dict.fromkeys(
-        ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"), ("GraniteForCausalLM",)
-    ),
-    **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), _GEMMAS),
-    "logit_scale": ("CohereForCausalLM", "Cohere2ForCausalLM"),
-    **dict.fromkeys(("scale_emb", "scale_depth"), ("MiniCPMForCausalLM",)),
-    "norm_head": ("IndexForCausalLM",),
-}
+FACTORS = {key: None for arch in ARCHITECTURES.values() for key in arch.factors}  # in the order of the table
 
 
 def find_arch(config: Mapping[str, Any]) -> Arch:
@@ -265,8 +255,9 @@ def _unread_scaling(arch: Arch, config: Mapping[str, Any]) -> list[str]:
 
 def _factors_of_others(arch: Arch, config: Mapping[str, Any], hyper: Hyper) -> list[str]:
     """A warning about factors and caps that belong to other families: the loader applies them to every one."""
-    own, config = {arch.name, BY_MODEL_TYPE.get(_text_model(config) or "")}, legacy_config(config)
-    given = {key: as_number(config_value(config, key)) for key, families in FACTORS.items() if own.isdisjoint(families)}
+    text = ARCHITECTURES.get(BY_MODEL_TYPE.get(_text_model(config) or "", ""), arch)
+    config, own = legacy_config(config), {*arch.factors, *text.factors}
+    given = {key: as_number(config_value(config, key)) for key in FACTORS if key not in own}
     neutral = {
         **dict.fromkeys(("residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale", "scale_emb"), 1.0),
         "query_pre_attn_scalar": hyper.head_dim, "attention_multiplier": hyper.head_dim**-0.5,
@@ -299,7 +290,8 @@ def _warnings(
         if applies.get(topic, True):
             out.append(text)
     alternating = tuple(i % 2 == 0 for i in range(hyper.num_layers))
-    if arch.name == "Gemma2ForCausalLM" and "layer_types" in config and hyper.sliding != alternating:
+    unread = arch.window is not None and not arch.window.reads_layer_types
+    if unread and "layer_types" in config and hyper.sliding != alternating:
         out.append(
             f"layer_types: the loader does not read it: every other layer of a {arch.name} slides there, the first one too "
             f"(no effect while texts are not longer than sliding_window, {hyper.window})"

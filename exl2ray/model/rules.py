@@ -63,11 +63,13 @@ class WindowRule:
     """Which layers slide when the config gives a window.
 
     "all": every layer. "qwen": layers from max_window_layers on, if use_sliding_window. "pattern": all but every p-th
-    layer for p > 1, the even ones for p <= 1; p is the config's sliding_window_pattern, else ``pattern``.
+    layer for p > 1, the even ones for p <= 1; p is the config's sliding_window_pattern, else ``pattern``. Where the config
+    has layer_types these decide, but not in the loader of a family that does not read them.
     """
 
     kind: Literal["all", "qwen", "pattern"]
     pattern: int = 1
+    reads_layer_types: bool = True  # whether the loader does
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Arch:
     scaled_by_model_base: bool = False  # logits times dim_model_base / hidden_size
     qkv_clip_key: str | None = None  # config key of a clamp on q, k, v
     tied: bool = False  # head falls back to the embedding whatever the config says
+    # Config keys of factors and caps that the family's own class applies. The loader applies those of all families to each.
+    factors: tuple[str, ...] = ()
     # Calibration
     noise_rows: tuple[int, int] | None = None  # extra rows (measurement, quantisation)
     needs_bos: bool = False
