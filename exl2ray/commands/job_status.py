@@ -17,8 +17,7 @@ MOST = 1e15  # seconds or bytes; a damaged log may have other numbers
 def show(s: WorkStatus) -> None:
     """Prints the state of a job: its settings, the last events, passes and workers."""
     age = "" if s.heartbeat_age_seconds is None else f", last sign of life {duration(s.heartbeat_age_seconds)} ago"
-    over = s.state == "stopped" and bool(s.passes) and all(p.state == "finished" for p in s.passes)
-    show_text(f"{s.root}: {'finished' if over else s.state}" + (f": {s.holder}{age}" if s.holder else ""))
+    show_text(f"{s.root}: {s.state}" + (f": {s.holder}{age}" if s.holder else ""))
     if s.job is not None:
         rows = [[label, value] for label, value in _settings(s.job.job)]
         show_table(f"\njob of {s.job.created}", ["setting", "value"], rows)

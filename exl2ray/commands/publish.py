@@ -17,7 +17,7 @@ from exl2ray.publish.release import PLOT, Release, evaluation_file, figures_of, 
 from exl2ray.publish.selection import Folder, branch_names, read_folder, refuse_secret
 from exl2ray.publish.sending import Published, has_index, outcome, ready_repository, send
 from exl2ray.remote.hub_library import need_hub_library
-from exl2ray.remote.token import read_token
+from exl2ray.remote.token import Token, read_token
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.store.apart import is_missing
 from exl2ray.store.file_names import MEASUREMENT
@@ -55,6 +55,7 @@ def publish(
     for flag, name in (("--repo", repo), ("--base-model", base_model)):
         if name is not None:
             check_repository(flag, name)
+    token = None if token_file is None else read_token(token_file)
     with ExitStack() as closing:
         folders = []
         for directory in directories:
@@ -66,14 +67,15 @@ def publish(
         if store is not None and not evaluations and store.exists(EVALUATION):
             evaluations = [store.full_name(EVALUATION)]
         release = _release(folders, repo, branches, base_model, store, evaluations, extras)
-        if dry_run:
+        hub = None if dry_run else _hub(repo, token)
+        if (secret := token if hub is None else hub.token) is not None:
+            for folder in folders:
+                refuse_secret(folder, secret.value)
+        if hub is None:
             if has_index(release):
                 beside = "".join(f", {name} ({file_size(len(x))})" for name, x in sorted(release.beside_index().items()))
                 aside(f"{repo}, branch main: README.md with the list of branches{beside} would go there")
             return [outcome(u, repo) for u in release.uploads]
-        hub = _hub(repo, token_file)
-        for folder in folders:
-            refuse_secret(folder, hub.token.value)
         try:
             ready_repository(hub, create, private)
             return send(hub, release, message)
@@ -97,11 +99,11 @@ def _work(folder: str) -> Store:
     return store
 
 
-def _hub(repo: str, token_file: str | None) -> Hub:
+def _hub(repo: str, token: Token | None) -> Hub:
     need_hub_library("publishing")
     from exl2ray.publish.hub import Hub, stored_token
 
-    return Hub(repo, read_token(token_file) if token_file is not None else stored_token())
+    return Hub(repo, token or stored_token())
 
 
 # ---- what goes where --------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class Facts:
     """earlier: evaluations of models that have been written again since, by a patch for one."""
 
     root: str
-    state: str  # "running", "crashed", "stopped"
+    state: str  # "running", "crashed", "stopped", "finished"
     job: StoredJob | None
     curves: tuple[Curve, ...]
     bitrates: tuple[Bitrate, ...]

@@ -25,7 +25,8 @@ _LAST_EVENTS = 20
 
 @dataclass(frozen=True)
 class WorkStatus:
-    """``state``: "running" (a driver holds a live lock), "crashed" (a dead driver's lock), "stopped" (no lock).
+    """``state``: "running" (a driver holds a live lock), "crashed" (a dead driver's lock), without a lock "finished" (all
+    passes are) or "stopped".
 
     ``passes``: how far each pass of the job is, what its workers do, and what is left. ``records`` counts finished modules
     (distinct keys) per kind ("measure", "quant/4.0"). ``holder`` describes the driver in words. ``heartbeat_age_seconds``
@@ -88,6 +89,8 @@ def read_status(root: str) -> WorkStatus:
     if has_measurement and any(n.startswith("measure/records/sensitivity-") for n in names):
         complete.add("sensitivity")
     found = passes(events, _wanted(job), _by_pass(records), state == "running", time.time(), complete)
+    if state == "stopped" and found and all(p.state == "finished" for p in found):
+        state = "finished"
     return WorkStatus(
         root=store.root,
         state=state,

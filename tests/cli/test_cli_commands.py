@@ -336,7 +336,7 @@ def test_a_status_is_for_people(capsys):
               {"time": "T", "name": "allocated", "fields": {"gap": 1.23456789e-05}}]  # fmt: skip
     made = {"quantize": {"numerics": {"sweeps": 2, "scale_search": "feedback"}, "chat_rows": True}}
     done = PassStatus("quantize 4.125", "finished", 13, 13, 0)
-    found = WorkStatus("work", "stopped", StoredJob(made, {}, "T"), "", None, (done,), {}, True, True, tuple(events), ())
+    found = WorkStatus("work", "finished", StoredJob(made, {}, "T"), "", None, (done,), {}, True, True, tuple(events), ())
     show_status(found)
     out = capsys.readouterr().out
     assert out.startswith("work: finished\n")
@@ -344,5 +344,5 @@ def test_a_status_is_for_people(capsys):
         assert words in out
     assert "{" not in out
     assert not out.endswith("workers\n"), "a heading without anything below it"
-    show_status(replace(found, passes=(done, replace(done, name="compile 4.125", state="stopped"))))
+    show_status(replace(found, state="stopped", passes=(done, replace(done, name="compile 4.125", state="stopped"))))
     assert capsys.readouterr().out.startswith("work: stopped\n")

@@ -229,7 +229,7 @@ def test_a_link_of_ones_own_to_a_large_disk(made: Conversion, work: Path, target
     (tmp_path / "link").symlink_to(work)
     summary, _ = made.convert(tmp_path / "link", target)
     assert len(summary.outputs) == 1
-    assert read_status(str(tmp_path / "link")).state == "stopped"
+    assert read_status(str(tmp_path / "link")).state == "finished"
 
 
 def test_a_link_to_a_disk_that_is_not_mounted(made: Conversion, tmp_path: Path) -> None:

@@ -297,9 +297,10 @@ def test_a_file_with_the_token_in_it(hub: FakeHub, models: Path, tmp_path: Path)
     hub.add_repo(REPO)
     (models / "4.0bpw" / "special_tokens_map.json").write_text('{"a":\n "my.own.hub/token"}')
     (tmp_path / "token").write_text("my.own.hub/token")
-    with pytest.raises(UsageError, match=r"special_tokens_map\.json: holds the access token") as e:
-        send(models / "4.0bpw", token_file=str(tmp_path / "token"))
-    assert "my.own.hub/token" not in str(e.value)
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=r"special_tokens_map\.json: holds the access token") as e:
+            send(models / "4.0bpw", token_file=str(tmp_path / "token"), dry_run=dry_run)
+        assert "my.own.hub/token" not in str(e.value)
     (models / "4.0bpw" / "special_tokens_map.json").write_text(f'{{"a":\n "{TOKEN}"}}')
     with pytest.raises(UsageError, match=r"special_tokens_map\.json, line 2: .* a Hugging Face access token") as e:
         send(models / "4.0bpw")

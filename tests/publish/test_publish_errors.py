@@ -65,9 +65,10 @@ def test_no_token(hub: FakeHub, models: Path, monkeypatch: pytest.MonkeyPatch, t
         send(models / "4.0bpw")
     for content in ("", "two words of text", "hf_abc\ndefghij", "gr\u00fc\u00dfe123", "x" * 5000):
         (tmp_path / "token").write_text(content, encoding="utf-8")
-        with pytest.raises(UsageError, match="this is no access token") as e:
-            send(models / "4.0bpw", token_file=str(tmp_path / "token"))
-        assert not content or content not in str(e.value)
+        for dry_run in (True, False):
+            with pytest.raises(UsageError, match="this is no access token") as e:
+                send(models / "4.0bpw", token_file=str(tmp_path / "token"), dry_run=dry_run)
+            assert not content or content not in str(e.value)
     assert hub.requests == []
     (tmp_path / "token").write_text("hf_abcdefgh\n", encoding="utf-8-sig")
     assert read_token(tmp_path / "token").value == "hf_abcdefgh"

@@ -121,6 +121,7 @@ def test_the_work_directory_stays_locked_while_it_tunes(
     assert told == [("running", [("tune 4.0", "running"), ("tune 5.0", "finished")])]
     assert read_status(work).state == "stopped"
     convert(recipe(model, whole[0], text), Silent())
+    assert read_status(work).state == "finished"
     assert [(p.state, p.done) for p in read_status(work).passes if p.name.startswith("tune")] == [("finished", 1)] * 2
 
 
