@@ -45,8 +45,8 @@ _TOKENS: Rule = (lambda v: v >= 1, "a row needs at least one token")
 _BITS: Rule = (lambda v: MIN_BITS <= v <= MAX_BITS, f"bits per weight lie between {MIN_BITS:g} and {MAX_BITS:g}")
 _HEAD: Rule = (lambda v: v in HEAD_BITS, f"the head can have {', '.join(map(str, HEAD_BITS))} bits")
 _SHARD: Rule = (
-    lambda v: v == 0 or MIN_SHARD <= v <= MAX_SHARD,
-    f"0 for a single file, else the size in MiB, from {MIN_SHARD:g} to {MAX_SHARD:.0f}",
+    lambda v: -math.inf < v <= 0 or MIN_SHARD <= v <= MAX_SHARD,
+    f"0 or less for a single file, else the size in MiB, from {MIN_SHARD:g} to {MAX_SHARD:.0f}",
 )  # fmt: skip
 _GPUS: Rule = (lambda v: v >= 1, "at least one GPU is needed; use --device cpu to run without GPUs")
 _SECONDS: Rule = (lambda v: math.isfinite(v) and v >= 0, "must be 0 or a positive number")
@@ -242,8 +242,8 @@ class Recipe:
         if implied:
             object.__setattr__(self, "tune", BEST_TUNE)
         self._check_tuning(f"--quality best (--tune {BEST_TUNE})" if implied else "--tune")
-        if self.shard_size == int(self.shard_size):  # 8192.0 is no change of 8192
-            object.__setattr__(self, "shard_size", int(self.shard_size))
+        if (size := max(0, self.shard_size)) == int(size):  # neither is 8192.0 a change of 8192, nor -1 one of 0
+            object.__setattr__(self, "shard_size", int(size))
 
     def _check_tuning(self, flag: str) -> None:
         """flag: that asks for tuning, for messages."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl2ray.calibration.data.sources import WRITTEN
+from exl2ray.calibration.data.sources import BUILTIN, WRITTEN
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.calibration.tokenizer_files import has_tokenizer
 from exl2ray.errors import JobMismatchError, SourceError, UsageError
@@ -53,6 +53,7 @@ from exl2ray.tune.output import SIDE_BY_SIDE, Produce, finished, is_of_another, 
 from exl2ray.tune.rows import TuningRows, check_text, naming, tuning_rows
 from exl2ray.tune.settings import PLACES, Settings, Where
 from exl2ray.tune.written import self_written
+from exl2ray.wording import some
 
 VERSION = 8  # of what equal settings come to
 WORK = TUNING  # in the output directory, until it is complete
@@ -107,6 +108,7 @@ def tune(
         if settings.work is None:
             refuse_another(record, "asked", asked, target)
         _sweep(work, record)
+        reporter.event("note", message=f"reading the text to tune on: {_places(settings)}")
         with naming(settings.text_flag):
             rows = _rows(settings, written_length, pair, device, reporter)
         settings = settings.for_rows(len(rows.ids), bits)
@@ -214,6 +216,10 @@ def _clear(work: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif path != kept:
             path.unlink(missing_ok=True)
+
+
+def _places(settings: Settings) -> str:
+    return some([s.given for s in settings.sources], 4) if settings.sources else BUILTIN
 
 
 def _rows(

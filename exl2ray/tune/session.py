@@ -118,7 +118,8 @@ class Session:
         homes, patience = self._homes, self._keeper.patience()
         place = "as a whole" if homes is None else "a module at a time"
         attention = "fused" if self._trainer.fused else "plain"
-        often = "once" if (passes := self._part.settings.passes or 1) == 1 else f"{passes} times"
+        passes = self._part.settings.passes or 1
+        often = ("once", "twice")[passes - 1] if passes <= 2 else f"{passes} times"
         how = f"{str(self._dtype).removeprefix('torch.')}, {attention} attention"
         self._notes.append(f"tuning {place}, {how}, {often} over the text")
         if homes is not None and homes.file_bytes:

@@ -35,7 +35,7 @@ def recipe(**changes: Any) -> Recipe:
         ({"bits": (3.0, 4.0), "compile_full": "out"}, "-cf out: 2 bitrates"),
         ({"damping": 0.0}, "--damping 0: "),
         ({"gpus": 0}, "--gpus 0: "),
-        ({"shard_size": -1}, "-ss -1: "),
+        ({"shard_size": float("-inf")}, "-ss -inf: "),
         ({"device": "tpu"}, "--device tpu: one of auto, cuda, cpu"),
         ({"executor": "inlin"}, "--executor inlin: "),
         ({"propagate": "fp16"}, "--propagate fp16: "),

@@ -73,6 +73,8 @@ SPELLINGS: list[tuple[str, dict[str, Any]]] = [
     ("-ss 1024.5", {"shard_size": 1024.5}),
     ("-ss=512", {"shard_size": 512}),
     ("-ss 0", {"shard_size": 0}),
+    ("-ss -1", {"shard_size": 0}),
+    ("--shard_size=-0.5", {"shard_size": 0}),
     ("-b=4", {"bits": (4.0,)}),
     ("-b4.25", {"bits": (4.25,)}),
     ("--bits=4", {"bits": (4.0,)}),
@@ -111,7 +113,7 @@ def test_a_whole_number_of_mebibytes_is_no_change_of_the_job() -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("-ss nan", "-ss nan"), ("-ss inf", "-ss inf"), ("-ss -1", "-ss -1"), ("-ss 1e-9", "-ss 1e-09"), ("-ss x", "'-ss'"),
+        ("-ss nan", "-ss nan"), ("-ss -inf", "-ss -inf"), ("-ss 1e-9", "-ss 1e-09"), ("-ss x", "'-ss'"),
         ("-ss 1e300", "-ss 1e+300"), ("-hsol -3", "-hsol"), ("-hsol many", "-hsol"), ("-hb 7", "-hb 7"), ("-hb 6.5", "-hb"),
         ("-b 100", "-b 100"), ("-b nan", "-b nan"), ("-r 0", "-r 0"), ("-rs 0", "-rs 0"), ("-ra -1", "-ra -1"),
         ("--out x", "--out"), ("--m x", "--m"), ("--ro", "--ro"), ("--frobnicate", "--frobnicate"), ("-x", "-x"),

@@ -348,6 +348,7 @@ def test_the_command(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> No
                  "--rate", "0.02", "--text", text[0], "--device", "cpu"]  # fmt: skip
     run = exl2ray(*arguments, "--report", seconds=20)
     run.ends_with(0, "KL (nats) on held-out text", "letters.txt", "kept: ", "of the integers changed in")
+    assert 0 < run.text.find("reading the text to tune on: ") < run.text.find("attention, twice over the text")
     as_json = json.loads(exl2ray(*arguments, "--json", seconds=20).out)
     assert as_json["after"]["mean"] < as_json["before"]["mean"]
 
