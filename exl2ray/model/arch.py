@@ -6,6 +6,7 @@ Everything is decided and checked here against the headers of the source, before
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,11 @@ BUFFERS = (
 )  # fmt: skip
 
 FACTORS = {key: None for arch in ARCHITECTURES.values() for key in arch.factors}  # in the order of the table
+OF_LOGITS = {"final_logit_softcapping", "logit_scale", "logits_scaling"}  # applied by the class of the whole model alone
+
+
+OF_NO_STATE = ("bos_token_id", "max_seq_len", "normalize_head")  # of Hyper: what a difference of is none of hidden states
+READ_BESIDE_TEXT = {"architectures", "text_config", "tie_word_embeddings", "vision_config"}  # by transformers, too
 
 
 def find_arch(config: Mapping[str, Any]) -> Arch:
@@ -119,6 +125,7 @@ def load_spec(
     unused = () if converted else tuple(n for n in source.names() if n not in used)
     warnings = (*source.notes, *_warnings(arch, hyper, source.config, unused, layers), *_unread_scaling(arch, source.config))
     warnings = (*warnings, *_factors_of_others(arch, source.config, hyper))
+    warnings = (*warnings, *_outside_of_text(arch, source.config, hyper, rope_scale, rope_alpha))
     if source.absent and not found:
         warnings = (*warnings, *index_note(source.absent, list(source.files)))
     return ModelSpec(arch, hyper, modules, copied, builder.tied, warnings)
@@ -256,7 +263,7 @@ def _unread_scaling(arch: Arch, config: Mapping[str, Any]) -> list[str]:
 def _factors_of_others(arch: Arch, config: Mapping[str, Any], hyper: Hyper) -> list[str]:
     """A warning about factors and caps that belong to other families: the loader applies them to every one."""
     text = ARCHITECTURES.get(BY_MODEL_TYPE.get(_text_model(config) or "", ""), arch)
-    config, own = legacy_config(config), {*arch.factors, *text.factors}
+    config, own = legacy_config(config), {*arch.factors, *({*text.factors} - OF_LOGITS)}
     given = {key: as_number(config_value(config, key)) for key in FACTORS if key not in own}
     neutral = {
         **dict.fromkeys(("residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale", "scale_emb"), 1.0),
@@ -269,6 +276,27 @@ def _factors_of_others(arch: Arch, config: Mapping[str, Any], hyper: Hyper) -> l
     return [
         f"config.json has {some(keys, 4)}: the loader applies {it} to every family, and calibration does as the loader; the "
         f"class {arch.name} itself does not. If the model was trained without {it}, remove {it}"
+    ]
+
+
+def _outside_of_text(
+    arch: Arch, config: Mapping[str, Any], hyper: Hyper, rope_scale: float | None, rope_alpha: float | None
+) -> list[str]:
+    """A warning about keys beside text_config that decide, for the loader, over what is in there. ``hyper``: with them."""
+    if not isinstance(config.get("text_config"), Mapping):
+        return []
+    keys = []
+    for key in config.keys() - READ_BESIDE_TEXT:
+        with suppress(SourceError):  # without it there would be no model
+            inside = resolve_hyper(arch, {k: v for k, v in config.items() if k != key}, rope_scale, rope_alpha)
+            if replace(inside, **{name: getattr(hyper, name) for name in OF_NO_STATE}) != hyper:
+                keys.append(key)
+    if not keys:
+        return []
+    them, are = ("them", "they are") if len(keys) > 1 else ("it", "it is")
+    return [
+        f"config.json has {some(sorted(keys), 4)} outside of text_config, where transformers does not look for {them}: "
+        f"{are} preferred to what text_config says, as the loader does. If the model was trained without, remove {them}"
     ]
 
 

@@ -24,7 +24,7 @@ from exl2ray.model.config_reader import (
 )
 from exl2ray.model.counts import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 from exl2ray.model.rope import Rope, resolve_rope, scaling_kind
-from exl2ray.model.rules import Arch
+from exl2ray.model.rules import Arch, Fixed
 from exl2ray.wording import shown
 
 TINY = 1e-6  # multipliers and caps below this, 1 / 1e9 included, make everything zero in float16
@@ -182,8 +182,11 @@ def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+CAUSAL = Fixed("is_causal", (True,), "the loader's attention is causal; models that look ahead make embeddings, not text")
+
+
 def _check_fixed(arch: Arch, c: ConfigReader) -> None:
-    for rule in arch.fixed:
+    for rule in (CAUSAL, *arch.fixed):
         value = c.raw(rule.key)
         value = rule.absent if value is None else value
         if value is not None and value not in rule.allowed:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from exl2ray.model import names
 from exl2ray.model.rules import Arch, Fixed, HeadNormRule, NormRule, WindowRule
 
-_GEMMA_FACTORS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _LAYER_NORM = NormRule("layer", ("layer_norm_eps",))
 _GPT_NORM = NormRule("layer", ("layer_norm_epsilon",), eps=1e-5, bias=True)
 _GEMMA_NORM = NormRule("rms", ("rms_norm_eps",), eps=1e-6, offset=1.0)
@@ -64,7 +63,7 @@ _GEMMA3_ARCH = replace(
     local_rope_theta=10000.0,
     window=WindowRule("pattern", 6),
     float32_states=True,
-    factors=_GEMMA_FACTORS,
+    factors=("query_pre_attn_scalar",),
     defaults=(
         ("vocab_size", 262208),
         ("num_attention_heads", 8),
@@ -157,7 +156,7 @@ _ENTRIES = (
         source=names.GEMMA2,
         window=WindowRule("pattern", 1, reads_layer_types=False),
         float32_states=True,
-        factors=_GEMMA_FACTORS,
+        factors=("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
         defaults=(
             ("head_dim", 256),
             ("query_pre_attn_scalar", 256),
@@ -173,6 +172,7 @@ _ENTRIES = (
         _GEMMA3_ARCH,
         name="Gemma3ForCausalLM",
         loads_as="Gemma3ForConditionalGeneration",
+        factors=("query_pre_attn_scalar", "final_logit_softcapping"),
         source_layouts=(names.PLAIN,),
         copied=(),
     ),

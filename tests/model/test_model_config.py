@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import llama
+from oracles import HIDDEN, llama
 from tiny_models import edit_config
 
 from exl2ray.errors import SourceError, UnknownArchitectureError
@@ -81,6 +81,10 @@ def test_scaled_queries_of_ministral_are_told(checkpoint: Callable[[str], Path])
     ("LlamaForCausalLM", {"attention_multiplier": 0.5}, "attention_multiplier: the loader applies it"),
     ("GraniteForCausalLM", {"attention_multiplier": 0.5}, ""),
     ("CohereForCausalLM", {"logit_scale": 0.5}, ""),
+    ("Gemma2ForCausalLM", {"attn_logit_softcapping": 9.0, "final_logit_softcapping": 9.0}, ""),
+    ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 9, "final_logit_softcapping": 9.0}, ""),
+    ("Gemma3ForCausalLM", {"attn_logit_softcapping": 9.0}, "attn_logit_softcapping: the loader applies it"),
+    ("Gemma3ForConditionalGeneration", {"final_logit_softcapping": 9.0}, "final_logit_softcapping: the loader applies it"),
 ])  # fmt: skip
 def test_factors_of_other_families_are_told(
     name: str, changes: dict[str, Any], said: str, checkpoint: Callable[[str], Path]
@@ -92,11 +96,32 @@ def test_factors_of_other_families_are_told(
     assert [said in w for w in found] == ([True] if said else [])
 
 
+@pytest.mark.parametrize(
+    ("name", "beside", "told"),
+    [
+        ("Mistral3ForConditionalGeneration", {}, ""),
+        ("Mistral3ForConditionalGeneration", {"rope_theta": 5000.0}, "has rope_theta outside of text_config"),
+        ("LlavaForConditionalGeneration", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "has rope_scaling outside"),
+        ("Gemma3ForConditionalGeneration", {"sliding_window": 9, "rms_norm_eps": 1e-3}, "has rms_norm_eps, sliding_window"),
+        ("Qwen2VLForConditionalGeneration", {"hidden_size": HIDDEN, "rms_norm_eps": 1e-5, "max_position_embeddings": 9}, ""),
+    ],
+)
+def test_keys_that_only_the_loader_reads_are_told(
+    name: str, beside: dict[str, Any], told: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """transformers reads text_config; what stands beside it in older files, and says the same, is no matter."""
+    path = checkpoint(name)
+    edit_config(path, **beside)
+    found = [w for w in load_spec(SourceModel(path)).warnings if "outside of text_config" in w]
+    assert [told in w for w in found] == ([True] if told else [])
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "unnormalised routing": ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob is False"),
     "absent norm_topk_prob": ("Qwen3MoeForCausalLM", {"norm_topk_prob": None}, "norm_topk_prob is False"),
     "dense layers": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
     "activation": ("LlamaForCausalLM", {"hidden_act": "gelu"}, "the activation is 'gelu'"),
+    "attention that looks ahead": ("LlamaForCausalLM", {"is_causal": False}, "is_causal is False"),
     "no bias": ("Starcoder2ForCausalLM", {"use_bias": False}, "use_bias is False"),
     "rope type": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "spiral"}}, "'spiral' is unknown"),
     "rope factor": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": -1}}, "factor is -1"),
