@@ -14,7 +14,7 @@ from exl2ray.units import parse_count
 
 if TYPE_CHECKING:
     from exl2ray.calibration.data.stream import CalibrationData
-    from exl2ray.calibration.rows import Plan, Rows
+    from exl2ray.calibration.rows import Rows, RowSet
     from exl2ray.calibration.tokenizer import ModelTokenizer
     from exl2ray.model.spec import ModelSpec
 
@@ -72,7 +72,7 @@ def check_tuning_text(recipe: Recipe, spec: ModelSpec, tokenizer: ModelTokenizer
 
 
 def pass_rows(
-    recipe: Recipe, plan: Plan, tokenizer: ModelTokenizer, vocabulary: int, spec: ModelSpec | None, data: CalibrationData
+    recipe: Recipe, row_set: RowSet, tokenizer: ModelTokenizer, vocabulary: int, spec: ModelSpec | None, data: CalibrationData
 ) -> Rows:
     """The rows of tokens of one pass: of ``data`` with -c, else of the built-in set. ``spec``: None if it cannot be read.
 
@@ -81,22 +81,22 @@ def pass_rows(
     """
     from exl2ray.calibration.rows import begun_with
 
-    rows = _rows(recipe, plan, tokenizer, vocabulary, spec, data)
+    rows = _rows(recipe, row_set, tokenizer, vocabulary, spec, data)
     bos_id = None if recipe.quality == "reference" or spec is None else spec.needed_bos(lambda: tokenizer.bos_id)
     return rows if bos_id is None or not 0 <= bos_id < vocabulary else begun_with(rows, bos_id)
 
 
 def _rows(
-    recipe: Recipe, plan: Plan, tokenizer: ModelTokenizer, vocabulary: int, spec: ModelSpec | None, data: CalibrationData
+    recipe: Recipe, row_set: RowSet, tokenizer: ModelTokenizer, vocabulary: int, spec: ModelSpec | None, data: CalibrationData
 ) -> Rows:
     from exl2ray.calibration.rows import builtin_rows
     from exl2ray.calibration.text import builtin_documents
 
-    measuring, longest = plan == "measure", None if spec is None else spec.hyper.max_seq_len
+    measuring, longest = row_set == "measure", None if spec is None else spec.hyper.max_seq_len
     length = recipe.measurement_length if measuring else recipe.length
     if recipe.cal_dataset is None:
         return builtin_rows(
-            tokenizer, plan, length, recipe.seed, vocabulary, noise=spec is not None and spec.arch.noise_rows is not None,
+            tokenizer, row_set, length, recipe.seed, vocabulary, noise=spec is not None and spec.arch.noise_rows is not None,
             chat_rows=recipe.chat_rows, max_positions=longest,
             documents=builtin_documents(more=recipe.builtin_text == "all"),
         )  # fmt: skip

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from exl2ray.calibration.cutting import uniform_rows
-from exl2ray.calibration.rows import ROW_SETS, Rows
+from exl2ray.calibration.rows import ROW_CATEGORIES, Rows
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.errors import UsageError
 from exl2ray.events import Reporter
@@ -37,8 +37,8 @@ class Calibration:
             return Calibration(text)
         if text.startswith(WITHOUT):
             name = text[len(WITHOUT) :]
-            if name not in {s.name for s in ROW_SETS}:
-                raise UsageError(f"--calibration {text}: unknown set", f"known: {', '.join(s.name for s in ROW_SETS)}")
+            if name not in {s.name for s in ROW_CATEGORIES}:
+                raise UsageError(f"--calibration {text}: unknown set", f"known: {', '.join(s.name for s in ROW_CATEGORIES)}")
             return Calibration(text, without=(name, *DEPENDENT.get(name, ())))
         if not Path(text).is_file():
             raise UsageError(f"--calibration {text}: no such file", "or one of builtin, random, builtin-without:SET")

@@ -1,6 +1,6 @@
 """From texts to rows of exactly ``ctx`` tokens: the constructions that `exl2ray.calibration.rows` names, as functions.
 
-``Pieces`` hands out the tokens of a row set piece by piece, in this order:
+``Pieces`` hands out the tokens of a category of rows piece by piece, in this order:
 
 1. each text up to its first ``limit`` tokens, so that one long document cannot fill a set;
 2. what was cut off: the remainders of long texts, and the ends that did not fit into a row;
@@ -27,7 +27,7 @@ SHUFFLED_PIECE = 128  # tokens
 
 
 class Pieces:
-    """Supply of token pieces of one row set; ``encode`` turns a text into ids (n,)."""
+    """Supply of token pieces of one category of rows; ``encode`` turns a text into ids (n,)."""
 
     def __init__(
         self,

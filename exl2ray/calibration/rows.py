@@ -52,7 +52,7 @@ from exl2ray.calibration.text import Document, builtin_documents, parse_chat
 from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, SourceError
 
-Plan = Literal["measure", "quantize"]
+RowSet = Literal["measure", "quantize"]  # the two sets of calibration rows
 MAX_BUILTIN_LENGTH = 2048
 LENGTH_STEP = 128  # shuffled rows are made of pieces this long
 NOISE_ROWS = {"measure": 5, "quantize": 30}
@@ -81,34 +81,34 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class RowSet:
-    """A set of built-in rows: how many to measure and to quantise on, and of which kinds of text."""
+class RowCategory:
+    """One category of the built-in rows: how many to measure and to quantise on, and of which kinds of text."""
 
     name: str
     measure: int
     quantize: int
     kinds: tuple[str, ...]
     documents: bool = False  # rows of whole documents between BOS and EOS; else consecutive
-    repeat: bool = False  # too little text: a second pass before generated text, which is no good match for the set
+    repeat: bool = False  # too little text: a second pass before generated text, which is no good match for the category
 
 
-ROW_SETS = (
-    RowSet("web", 2, 12, ("letters", "forum", "instructions")),
-    RowSet("articles", 3, 20, ("essays", "news", "legal_medical"), documents=True),
-    RowSet("code", 2, 20, ("code",)),
-    RowSet("stories", 2, 9, ("fiction", "poetry"), documents=True, repeat=True),
-    RowSet("chat", 1, 9, ("chat",), documents=True),
-    RowSet("formats", 1, 12, ("formats", "unicode")),
-    RowSet("multilingual", 3, 15, ("multilingual",)),
-    RowSet("shuffled", 1, 5, ()),
-    RowSet("random", 2, 2, ()),
-    RowSet("technical", 2, 11, ("technical", "maths")),
+ROW_CATEGORIES = (
+    RowCategory("web", 2, 12, ("letters", "forum", "instructions")),
+    RowCategory("articles", 3, 20, ("essays", "news", "legal_medical"), documents=True),
+    RowCategory("code", 2, 20, ("code",)),
+    RowCategory("stories", 2, 9, ("fiction", "poetry"), documents=True, repeat=True),
+    RowCategory("chat", 1, 9, ("chat",), documents=True),
+    RowCategory("formats", 1, 12, ("formats", "unicode")),
+    RowCategory("multilingual", 3, 15, ("multilingual",)),
+    RowCategory("shuffled", 1, 5, ()),
+    RowCategory("random", 2, 2, ()),
+    RowCategory("technical", 2, 11, ("technical", "maths")),
 )
 
 
 def builtin_rows(
     tokenizer: ModelTokenizer,
-    plan: Plan,
+    row_set: RowSet,
     length: int,  # tokens of a row, -l or -ml; clipped to 2048
     seed: int,
     vocab_size: int,  # rows of the model's embedding
@@ -123,7 +123,7 @@ def builtin_rows(
     Raises CalibrationError for an unusable length (naming the flag) or a set without any text, SourceError if the tokenizer
     yields an id the embedding does not have.
     """
-    flag = LENGTH_FLAGS[plan]
+    flag = LENGTH_FLAGS[row_set]
     ctx = min(MAX_BUILTIN_LENGTH, length)
     notes: list[str] = []
     if ctx != length:
@@ -136,21 +136,21 @@ def builtin_rows(
         )
     sources = _Sources(tokenizer, seed, chat_rows, builtin_documents() if documents is None else documents)
     made: dict[str, Ids] = {}
-    for row_set in ROW_SETS:
-        count = row_set.measure if plan == "measure" else row_set.quantize
-        rng = random.Random(f"{seed}/{row_set.name}")
-        if row_set.name == "shuffled":
-            made[row_set.name] = shuffled_rows(made["multilingual"], count, rng)
-        elif row_set.name == "random":
-            made[row_set.name] = uniform_rows(count, ctx, tokenizer.vocab_size, rng)
+    for category in ROW_CATEGORIES:
+        count = category.measure if row_set == "measure" else category.quantize
+        rng = random.Random(f"{seed}/{category.name}")
+        if category.name == "shuffled":
+            made[category.name] = shuffled_rows(made["multilingual"], count, rng)
+        elif category.name == "random":
+            made[category.name] = uniform_rows(count, ctx, tokenizer.vocab_size, rng)
         else:
-            made[row_set.name] = sources.rows(row_set, count, ctx, rng)
+            made[category.name] = sources.rows(category, count, ctx, rng)
     kinds = [name for name, ids in made.items() for _ in ids]
     ids = torch.cat([torch.from_numpy(ids) for ids in made.values()])
     check_ids(ids, vocab_size, tokenizer, kinds)
     if noise:
-        ids = torch.cat([ids, torch.full((NOISE_ROWS[plan], ctx), -1)])
-        kinds += ["noise"] * NOISE_ROWS[plan]
+        ids = torch.cat([ids, torch.full((NOISE_ROWS[row_set], ctx), -1)])
+        kinds += ["noise"] * NOISE_ROWS[row_set]
     return Rows(ids, tuple(kinds), "built-in", tuple(notes + sources.notes))
 
 
@@ -203,23 +203,23 @@ class _Sources:
         self._chat = ChatText(tokenizer.templates if chat_rows else None, next(generate.conversations(seed)))
         self._characters = self._ids = 0
 
-    def rows(self, row_set: RowSet, count: int, ctx: int, rng: random.Random) -> Ids:
+    def rows(self, category: RowCategory, count: int, ctx: int, rng: random.Random) -> Ids:
         """Int64 (count, ctx) of one set of written text."""
-        if not any(doc.kind in row_set.kinds for doc in self._documents):
+        if not any(doc.kind in category.kinds for doc in self._documents):
             raise CalibrationError(
-                f"built-in calibration text: no documents of kind {' or '.join(row_set.kinds)}",
+                f"built-in calibration text: no documents of kind {' or '.join(category.kinds)}",
                 "reinstall exl2ray, or give your own text with -c FILE.parquet",
             )
         families: dict[str, list[str]] = {}
         for doc in self._documents:
-            if doc.kind in row_set.kinds:
-                families.setdefault(doc.family, []).append(self._text(row_set, doc))
+            if doc.kind in category.kinds:
+                families.setdefault(doc.family, []).append(self._text(category, doc))
         texts = interleave(families, rng)
         begins = accumulate(map(len, texts), initial=0)
         self._tokenizer.encode_ahead(t for t, at in zip(texts, begins, strict=False) if at < CHARACTERS_PER_ID * count * ctx)
-        pieces = Pieces(texts, row_set.repeat, self._generated(row_set), self._encode, limit=ctx)
-        if row_set.documents:
-            templated = row_set.name == "chat" and self._chat.templated
+        pieces = Pieces(texts, category.repeat, self._generated(category), self._encode, limit=ctx)
+        if category.documents:
+            templated = category.name == "chat" and self._chat.templated
             bos, eos = (None, None) if templated else (self._tokenizer.bos_id, self._tokenizer.eos_id)
             ids = document_rows(pieces, count, ctx, bos, eos)
         else:
@@ -227,8 +227,8 @@ class _Sources:
         for origin in (GENERATED, SECOND_PASS):
             if pieces.used[origin]:
                 what = "generated text" if origin == GENERATED else "a second pass over the same text"
-                self.notes.append(f"{row_set.name}: {pieces.used[origin]} of {count * ctx} tokens are {what}")
-        if row_set.name == "chat":
+                self.notes.append(f"{category.name}: {pieces.used[origin]} of {count * ctx} tokens are {what}")
+        if category.name == "chat":
             self.notes += self._chat.notes()
         return ids
 
@@ -243,14 +243,14 @@ class _Sources:
             )
         return ids
 
-    def _text(self, row_set: RowSet, doc: Document) -> str:
+    def _text(self, category: RowCategory, doc: Document) -> str:
         if doc.kind == "chat":
             return self._chat.text(parse_chat(doc))
         # Consecutive documents are parted by blank lines; others by BOS and EOS.
-        return doc.text.strip("\n") + ("" if row_set.documents else "\n\n\n")
+        return doc.text.strip("\n") + ("" if category.documents else "\n\n\n")
 
-    def _generated(self, row_set: RowSet) -> Iterator[str]:
-        if row_set.name == "chat":
+    def _generated(self, category: RowCategory) -> Iterator[str]:
+        if category.name == "chat":
             return map(self._chat.text, generate.conversations(self._seed))
-        end = "" if row_set.documents else "\n\n\n"
-        return (text.strip("\n") + end for text in generate.texts(row_set.name, self._seed))
+        end = "" if category.documents else "\n\n\n"
+        return (text.strip("\n") + end for text in generate.texts(category.name, self._seed))

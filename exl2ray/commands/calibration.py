@@ -7,7 +7,7 @@ from functools import partial
 
 from exl2ray.calibration.data.stream import CalibrationData
 from exl2ray.calibration.data.taken import describe
-from exl2ray.calibration.rows import Plan
+from exl2ray.calibration.rows import RowSet
 from exl2ray.calibration.show import RowsView, describe_rows
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.datasets import pass_rows, sources_of
@@ -18,7 +18,7 @@ from exl2ray.remote.source import localised
 from exl2ray.terminal.console import show_text
 from exl2ray.terminal.live import show_table
 
-PASSES: Mapping[str, Plan] = {"measurement": "measure", "quantisation": "quantize"}
+PASSES: Mapping[str, RowSet] = {"measurement": "measure", "quantisation": "quantize"}
 
 
 def rows_of(recipe: Recipe) -> dict[str, RowsView]:
@@ -29,7 +29,7 @@ def rows_of(recipe: Recipe) -> dict[str, RowsView]:
     with load_tokenizer(recipe.in_dir, source.config, spec.hyper.vocab_size) as tokenizer:
         with CalibrationData(sources_of(recipe), tokenizer, recipe.chat_rows, recipe.most_tokens) as data:
             rows = partial(pass_rows, recipe, tokenizer=tokenizer, vocabulary=spec.hyper.vocab_size, spec=spec, data=data)
-            return {name: describe_rows(rows(plan), tokenizer) for name, plan in PASSES.items()}
+            return {name: describe_rows(rows(row_set), tokenizer) for name, row_set in PASSES.items()}
 
 
 def show(views: Mapping[str, RowsView]) -> None:

@@ -20,7 +20,7 @@ from exl2ray.allocation.knapsack import check_reachable
 from exl2ray.allocation.overrides import Override, parse_overrides
 from exl2ray.allocation.planning import reachable_slots
 from exl2ray.calibration.data.stream import CalibrationData
-from exl2ray.calibration.rows import ROW_SETS, Plan, Rows
+from exl2ray.calibration.rows import ROW_CATEGORIES, Rows, RowSet
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.datasets import check_tuning_text, pass_rows, reported_rows, sources_of
 from exl2ray.devices import check_shared_memory, idle_gpu, pick_device, pick_executor
@@ -58,7 +58,7 @@ from exl2ray.timeline import step
 from exl2ray.tune.memory import check_memory
 from exl2ray.wording import some
 
-BUILTIN_ROWS = tuple(sum(getattr(s, plan) for s in ROW_SETS) for plan in ("measure", "quantize"))
+BUILTIN_ROWS = tuple(sum(getattr(s, row_set) for s in ROW_CATEGORIES) for row_set in ("measure", "quantize"))
 UNKNOWN_TENSORS = 4096  # whose values are looked at in a model of which no architecture is known
 
 
@@ -269,7 +269,7 @@ def _examine_calibration(found: Examination, recipe: Recipe) -> None:
             return
         found.data = tuple(source.given for source in sources)
         with CalibrationData(sources, tokenizer, recipe.chat_rows, recipe.most_tokens) as data:
-            for name in get_args(Plan):
+            for name in get_args(RowSet):
                 rows = found.attempt("calibration", partial(pass_rows, recipe, name, tokenizer, vocabulary, found.spec, data))
                 if rows is not None:
                     found.rows[name] = rows

@@ -21,13 +21,13 @@ from exl2ray.calibration import generate
 from exl2ray.calibration.chat_text import ChatText
 from exl2ray.calibration.data.sources import WRITTEN, Source
 from exl2ray.calibration.data.stream import CalibrationData
-from exl2ray.calibration.rows import ROW_SETS
+from exl2ray.calibration.rows import ROW_CATEGORIES
 from exl2ray.calibration.text import Document, builtin_documents, parse_chat
 from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.tune.judge import MEAN, WATCHED
 
 PASSAGES = 4  # at most, of one document
-OTHER_NAMES = frozenset({MEAN, *(row_set.name for row_set in ROW_SETS)})
+OTHER_NAMES = frozenset({MEAN, *(category.name for category in ROW_CATEGORIES)})
 OTHER_BEGINNINGS = (WATCHED, f"{WRITTEN}: ")
 CHARACTERS = 8  # of a token, at most, in the mean of a document
 Ids = NDArray[np.int64]
@@ -109,20 +109,20 @@ def builtin_kinds(tokenizer: ModelTokenizer, seed: int, least: int | None = None
     least: some documents of each kind, about so many tokens or more, as far as there are."""
     chat = ChatText(tokenizer.templates, next(generate.conversations(seed)))
     out = []
-    for row_set in ROW_SETS:
-        documents = [d for d in builtin_documents(more=True) if d.kind in row_set.kinds]
+    for category in ROW_CATEGORIES:
+        documents = [d for d in builtin_documents(more=True) if d.kind in category.kinds]
         if not documents:
             continue  # shuffled and random rows are no text
         if least is not None:
-            documents = _some(documents, CHARACTERS * least, f"{seed}/{row_set.name}")
-        templated = row_set.name == "chat" and chat.templated
+            documents = _some(documents, CHARACTERS * least, f"{seed}/{category.name}")
+        templated = category.name == "chat" and chat.templated
         texts = [chat.text(parse_chat(d)) if d.kind == "chat" else d.text.strip("\n") for d in documents]
-        if not row_set.documents:
+        if not category.documents:
             texts = [text + "\n\n\n" for text in texts]
-        ends = (tokenizer.bos_id, tokenizer.eos_id) if row_set.documents and not templated else (None, None)
+        ends = (tokenizer.bos_id, tokenizer.eos_id) if category.documents and not templated else (None, None)
         head, tail = (np.array([] if i is None else [i], dtype=np.int64) for i in ends)
         ids = [np.concatenate([head, found, tail]) for found in tokenizer.encode_batch(texts)]
-        out.append(Kind(row_set.name, ids))
+        out.append(Kind(category.name, ids))
     return out
 
 

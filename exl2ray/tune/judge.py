@@ -20,7 +20,7 @@ from torch import Tensor
 PARTS = ("norms", "attention", "MLP", "head")  # kept or rolled back, each for itself; biases go with the norms
 NOTHING = "nothing"
 WATCHED = "built-in "  # begins the names of kinds that may not become worse, and count for nothing else
-MEAN = "mean"  # stands among the kinds in results, for all that are counted
+MEAN = "mean"  # stands among the kinds in `figures`: no kind of text may have this name
 RISES = 4  # evaluations in a row, each worse than the one before, that end a training
 HOPELESS = math.log(2)  # so does a score that is worse than the best one by this
 RISK = 0.05  # that some kind of text seems worse, where none is
@@ -34,6 +34,11 @@ def counted(kinds: Sequence[str]) -> list[int]:
 def by_kind(rows: Tensor, kinds: Sequence[str]) -> dict[str, float]:
     """Mean of the divergences (R,) of the rows of each kind, in order of appearance."""
     return {kind: float(rows[_where(kinds, kind)].mean()) for kind in dict.fromkeys(kinds)}
+
+
+def figures(rows: Tensor, kinds: Sequence[str]) -> dict[str, float]:
+    """What results say of divergences (R,): the mean of each kind, and as `MEAN` that of all rows that are counted."""
+    return {**by_kind(rows, kinds), MEAN: float(rows[counted(kinds)].mean())}
 
 
 def score(rows: Tensor, kinds: Sequence[str]) -> float:

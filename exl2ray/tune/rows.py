@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from exl2ray.calibration.data.sources import BUILTIN, Source
-from exl2ray.calibration.rows import ROW_SETS, check_ids
+from exl2ray.calibration.rows import ROW_CATEGORIES, check_ids
 from exl2ray.calibration.tokenizer import ModelTokenizer
 from exl2ray.errors import CalibrationError, UsageError
 from exl2ray.tune.documents import Ids, Kind, builtin_kinds, kinds_of_files, part
@@ -136,7 +136,7 @@ def _text_flag(flag: str) -> str:
 def _watched(tokenizer: ModelTokenizer, held: int, length: int, vocab_size: int, seed: int) -> list[tuple[str, Ids]]:
     """Rows of every kind of built-in text that has one; as many in all as are held out, or fewer. Nobody asked for them, so
     those with words that the model does not have are left out."""
-    most = max(1, min(WATCHED_ROWS, held // len(ROW_SETS)))
+    most = max(1, min(WATCHED_ROWS, held // len(ROW_CATEGORIES)))
     kinds = builtin_kinds(tokenizer, seed, most * length)
     rows = {kind.name: cut(kind.documents, length) for kind in kinds}
     return [(WATCHED + name, _spread(x[(x < vocab_size).all(axis=1)], most)) for name, x in rows.items()]

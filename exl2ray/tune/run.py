@@ -199,7 +199,7 @@ def _as_told(found: Mapping[str, Any] | None, directory: str) -> Tuned | None:
         if found is None:
             return None
         out = Tuned(**{**found, "directory": directory, "worse": tuple(map(str, found["worse"]))})
-        means = (out.before["mean"], out.after["mean"])
+        means = (out.before[judge.MEAN], out.after[judge.MEAN])
         numbers = (*means, *out.before.values(), *out.after.values(), *out.seconds.values(), out.changed)
         sizes = (out.tokens, out.file_bytes, out.peak_bytes)
         sound = all(isinstance(v, (int, float)) for v in numbers) and all(isinstance(v, int) for v in sizes)
@@ -306,14 +306,14 @@ def _finish(
     assert saved is not None
     kinds, steps, tokens = rows.held_kinds, int(decision["steps"]), len(rows.ids) * rows.ids.shape[1]
     before, after = (torch.tensor(decision[name], dtype=torch.float64) for name in ("before", "after"))
-    mean = [float(rows[judge.counted(kinds)].mean()) for rows in (before, after)]
+    at_start, at_end = (judge.figures(rows, kinds) for rows in (before, after))
     facts = {"kept": decision["words"], "steps": steps, "tokens": tokens, "passes": settings.passes}
-    facts |= {"kl_before": mean[0], "kl_after": mean[1]}
+    facts |= {"kl_before": at_start[judge.MEAN], "kl_after": at_end[judge.MEAN]}
     tensors, changed, total = _tensors(pair, saved, decision["kept"])
     shards = write_tuned(pair.exl2, Path(settings.output), owner, tensors, facts, check)
     clock.lap("write")
     result = Tuned(
-        settings.output, decision["words"], decision["ratio"], steps, tokens, _figures(before, kinds), _figures(after, kinds),
+        settings.output, decision["words"], decision["ratio"], steps, tokens, at_start, at_end,
         changed / max(1, total), tuple(decision["worse"]), sum(s.size for s in shards), decision["peak_bytes"], clock.laps,
     )  # fmt: skip
     return result, shards
@@ -351,10 +351,6 @@ def _compared(pair: Pair, given: tuple[LinearSpec, Tensor, bool]) -> tuple[Packe
     packed = pair.exl2.linear(linear.key)
     grid = Grid.of(packed, linear.out_features, torch.device("cpu"))
     return packed, grid, int((codes != grid.codes(grid.integers(packed))).sum()) if is_tuned else 0
-
-
-def _figures(rows: Tensor, kinds: tuple[str, ...]) -> dict[str, float]:
-    return {**judge.by_kind(rows, kinds), judge.MEAN: float(rows[judge.counted(kinds)].mean())}
 
 
 class _Clock:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from calibration_helpers import TEMPLATE, train_bpe, write_model
 
-from exl2ray.calibration.rows import Plan, Rows, builtin_rows
+from exl2ray.calibration.rows import Rows, RowSet, builtin_rows
 from exl2ray.calibration.text import Document
 from exl2ray.calibration.tokenizer import ModelTokenizer, load_tokenizer
 from exl2ray.errors import CalibrationError, SourceError
@@ -38,13 +38,13 @@ def windows(ids: np.ndarray, n: int) -> Counter[bytes]:
     return Counter(w.tobytes() for row in views for w in row)
 
 
-@pytest.mark.parametrize(("plan", "table"), [("measure", MEASURE), ("quantize", QUANTIZE)])
+@pytest.mark.parametrize(("row_set", "table"), [("measure", MEASURE), ("quantize", QUANTIZE)])
 @pytest.mark.parametrize("noise", [False, True])
-def test_table(tokenizer: ModelTokenizer, documents: Documents, plan: Plan, table: dict[str, int], noise: bool) -> None:
-    rows = builtin_rows(tokenizer, plan, 128, 0, 2048, noise=noise, documents=documents)
-    extra = {"noise": 5 if plan == "measure" else 30} if noise else {}
+def test_table(tokenizer: ModelTokenizer, documents: Documents, row_set: RowSet, table: dict[str, int], noise: bool) -> None:
+    rows = builtin_rows(tokenizer, row_set, 128, 0, 2048, noise=noise, documents=documents)
+    extra = {"noise": 5 if row_set == "measure" else 30} if noise else {}
     assert Counter(rows.kinds) == {**table, **extra}
-    assert sum(table.values()) == (19 if plan == "measure" else 115)
+    assert sum(table.values()) == (19 if row_set == "measure" else 115)
     assert list(dict.fromkeys(rows.kinds)) == [*table, *extra]
     assert rows.ids.dtype == torch.int64
     assert rows.ids.shape == (sum(table.values()) + sum(extra.values()), 128)
@@ -142,7 +142,7 @@ def test_long_rows_are_clipped_with_a_note(tokenizer: ModelTokenizer, documents:
 
 
 @pytest.mark.parametrize(
-    ("plan", "length", "max_positions", "message"),
+    ("row_set", "length", "max_positions", "message"),
     [
         ("quantize", 2000, None, r"-l/--length 2000 is not a multiple of 128"),
         ("measure", 1000, None, r"-ml/--measurement-length 1000 is not a multiple of 128"),
@@ -154,10 +154,10 @@ def test_long_rows_are_clipped_with_a_note(tokenizer: ModelTokenizer, documents:
     ],
 )
 def test_unusable_lengths(
-    tokenizer: ModelTokenizer, documents: Documents, plan: Plan, length: int, max_positions: int | None, message: str
+    tokenizer: ModelTokenizer, documents: Documents, row_set: RowSet, length: int, max_positions: int | None, message: str
 ) -> None:
     with pytest.raises(CalibrationError, match=message) as error:
-        builtin_rows(tokenizer, plan, length, 0, 2048, documents=documents, max_positions=max_positions)
+        builtin_rows(tokenizer, row_set, length, 0, 2048, documents=documents, max_positions=max_positions)
     assert error.value.hint
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exl2ray.calibration.rows import ROW_SETS
+from exl2ray.calibration.rows import ROW_CATEGORIES
 from exl2ray.calibration.text import (
     ARCHIVE,
     KINDS,
@@ -150,10 +150,10 @@ def test_the_larger_set_fills_all_rows_without_repeating_itself() -> None:
     usual, every = builtin_documents(), builtin_documents(more=True)
     assert set(usual) < set(every)
     assert not any(d.more for d in usual), "what the bytes of conversions depend on"
-    for row_set in ROW_SETS:
-        if row_set.kinds:
-            characters = sum(len(d.text) for d in every if d.kind in row_set.kinds)
-            assert characters >= 2048 * row_set.quantize * LONGEST_TOKENS[row_set.name], row_set.name
+    for category in ROW_CATEGORIES:
+        if category.kinds:
+            characters = sum(len(d.text) for d in every if d.kind in category.kinds)
+            assert characters >= 2048 * category.quantize * LONGEST_TOKENS[category.name], category.name
     for kind in KINDS:
         seen: set[str] = set()
         again = total = 0

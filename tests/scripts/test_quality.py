@@ -23,7 +23,7 @@ import quality_text
 import torch
 from quality_calibration import Calibration, Experiment
 
-from exl2ray.calibration.rows import ROW_SETS, Rows
+from exl2ray.calibration.rows import ROW_CATEGORIES, Rows
 from exl2ray.calibration.text import builtin_documents
 from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.errors import Exl2RayError, UsageError
@@ -200,7 +200,7 @@ def test_workers_get_the_changed_rows(name: str, tmp_path: Path) -> None:
             assert 1900 < int(rows.max()) < 2048  # of 2048 words
             assert (rows == built_in[plan]).float().mean() < 0.01
         else:
-            web = getattr(ROW_SETS[0], plan)
+            web = getattr(ROW_CATEGORIES[0], plan)
             assert torch.equal(rows, built_in[plan][web:])
 
 

@@ -92,3 +92,9 @@ def test_a_state_that_makes_no_kind_worse_comes_before_one_that_does() -> None:
 )
 def test_training_ends_where_it_only_makes_things_worse(ratios: list[float], over: bool) -> None:
     assert judge.is_over([math.log(r) for r in ratios]) == over
+
+
+def test_figures_name_every_kind_and_the_mean_of_those_that_are_counted() -> None:
+    rows = torch.tensor([1.0, 2.0, 6.0, 100.0], dtype=torch.float64)
+    kinds = ("a", "a", "b", f"{judge.WATCHED}code")
+    assert judge.figures(rows, kinds) == {"a": 1.5, "b": 6.0, f"{judge.WATCHED}code": 100.0, judge.MEAN: 3.0}
