@@ -260,13 +260,14 @@ def _logit_scale(arch: Arch, c: ConfigReader, hidden: int) -> float:
 
 
 def _windows(arch: Arch, c: ConfigReader, layers: int) -> tuple[tuple[bool, ...], int | None]:
-    """(which layers slide, window or None). ``layer_types`` of newer configs decides where present."""
+    """(which layers slide, window or None). ``layer_types`` of newer configs decides where present, but where all slide: such
+    classes do not look at it."""
     rule = arch.window
     width = c.integer("sliding_window", "sliding_window_size", default=0)
-    if rule is None:
+    if rule is None or (rule.switch and not c.flag(rule.switch)):
         return (False,) * layers, None
     types = c.raw("layer_types")
-    if types is not None:
+    if types is not None and rule.kind != "all":
         if not isinstance(types, list) or len(types) != layers:
             text = f"config.json: layer_types does not have one entry for each of the {layers} layers"
             raise SourceError(text, "leave it out, or give it as many entries as the model has layers")

@@ -64,11 +64,12 @@ class WindowRule:
 
     "all": every layer. "qwen": layers from max_window_layers on, if use_sliding_window. "pattern": all but every p-th
     layer for p > 1, the even ones for p <= 1; p is the config's sliding_window_pattern, else ``pattern``. Where the config
-    has layer_types these decide, but not in the loader of a family that does not read them.
+    has layer_types these decide in place of "qwen" and "pattern", but not in the loader of a family that does not read them.
     """
 
     kind: Literal["all", "qwen", "pattern"]
     pattern: int = 1
+    switch: str = ""  # a key of the config that has to be true; "qwen" has its own
     reads_layer_types: bool = True  # whether the loader does
 
 

@@ -140,7 +140,7 @@ _ENTRIES = (
         output=names.QWEN3_MOE,
         source=names.QWEN3_MOE,
         head_norm=HeadNormRule("rms"),
-        window=WindowRule("qwen"),
+        window=WindowRule("all", switch="use_sliding_window"),
         fixed=(
             _MOE_NORM,
             Fixed("decoder_sparse_step", (1,), _DENSE),

@@ -65,6 +65,25 @@ def test_layer_types_of_gemma_2_that_the_loader_does_not_follow(
     assert told == (kinds != ("sliding", "full"))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "sliding"),
+    [
+        ("MistralForCausalLM", {}, (True, True)),
+        ("Phi3ForCausalLM", {}, (True, True)),
+        ("Qwen3MoeForCausalLM", {"use_sliding_window": True, "max_window_layers": 1}, (True, True)),
+        ("Qwen3MoeForCausalLM", {"use_sliding_window": False}, (False, False)),
+        ("Qwen3ForCausalLM", {"use_sliding_window": True, "max_window_layers": 0}, (False, True)),
+    ],
+)
+def test_classes_that_do_not_look_at_layer_types(
+    name: str, changes: dict[str, Any], sliding: tuple[bool, ...], checkpoint: Callable[[str], Path]
+) -> None:
+    """As in transformers; test_model_forward.py compares logits."""
+    path = checkpoint(name)
+    edit_config(path, sliding_window=5, layer_types=["full_attention", "sliding_attention"], **changes)
+    assert load_spec(SourceModel(path)).hyper.sliding == sliding
+
+
 def test_scaled_queries_of_ministral_are_told(checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint("Mistral3ForConditionalGeneration")
     config = json.loads((path / "config.json").read_text())

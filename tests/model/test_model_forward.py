@@ -16,6 +16,7 @@ from oracles import (
     LENGTH,
     NO_DIM,
     ORACLES,
+    QWEN3_MOE,
     SIZES,
     VOCAB,
     Oracle,
@@ -106,12 +107,17 @@ def test_float16_compute(name: str, oracle: Callable[[str], Oracle]) -> None:
     assert relative_error(x, oracle(name).run(ids)[1]) < (0.1 if spec.arch.moe else 0.01)
 
 
+MIXED = ["full_attention", "sliding_attention"]
 VARIANTS: dict[str, Callable[[Path], Oracle]] = {
     "llama biases": llama(attention_bias=True, mlp_bias=True),
     "llama tied": llama(tie_word_embeddings=True),
     "llama one key/value head": llama(num_key_value_heads=1),
     "llama no sharing": llama(num_key_value_heads=HEADS),
     "mistral window": direct("MistralConfig", "MistralForCausalLM", **SIZES, sliding_window=5),
+    "mistral, layer types": direct("MistralConfig", "MistralForCausalLM", **SIZES, sliding_window=5, layer_types=MIXED),
+    "qwen3 moe windows": direct(
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM", **QWEN3_MOE, use_sliding_window=True, sliding_window=5, layer_types=MIXED
+    ),
     "qwen3 windows": direct(
         "Qwen3Config", "Qwen3ForCausalLM", **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
