@@ -42,6 +42,18 @@ BUFFERS = (
     ".self_attn.masked_bias", "position_ids", "freqs_cis", "num_batches_tracked",
 )  # fmt: skip
 
+_LONGROPE = (
+    "longrope: the loader picks long or short factors by the configured context length, not by the length of the "
+    "sequence; calibration does as the loader"
+)
+ROPE_DIFFERENCES = {
+    "longrope": _LONGROPE,
+    "su": _LONGROPE,
+    "dynamic": "dynamic: RoPE of rows of more than {longest} tokens is scaled by transformers, and not by the loader, nor in "
+    "calibration",
+    "yarn": "yarn: the loader computes the correction range from the configured context length and ignores "
+    "attention_factor, mscale, beta_fast and beta_slow; calibration does as the loader",
+}
 FACTORS = {key: None for arch in ARCHITECTURES.values() for key in arch.factors}  # in the order of the table
 OF_LOGITS = {"final_logit_softcapping", "logit_scale", "logits_scaling"}  # applied by the class of the whole model alone
 
@@ -310,7 +322,6 @@ def _warnings(
         windowed = hyper.window is not None and any(hyper.sliding)
         applies = {
             "sliding window": windowed,
-            "longrope": hyper.rope_kind in ("su", "longrope"),
             "clip_qkv": hyper.qkv_clip is not None,
             "residual multiplier": hyper.residual_scale != 1 and (hyper.bias_o or hyper.bias_mlp),
             "q/k norm": hyper.qk_norm,
@@ -328,11 +339,8 @@ def _warnings(
         out.append(
             f"written as {arch.loads_as} (names and config.json), because the loader runs {arch.name} as another model"
         )
-    if hyper.rope_kind == "yarn":
-        out.append(
-            "yarn: the loader computes the correction range from the configured context length and ignores "
-            "attention_factor, mscale, beta_fast and beta_slow; calibration does as the loader"
-        )
+    if hyper.rope_kind in ROPE_DIFFERENCES:
+        out.append(ROPE_DIFFERENCES[hyper.rope_kind].format(longest=hyper.max_seq_len))
     # The loader reads the key for every family, transformers for those that have a default for it.
     if hyper.rope is not None and hyper.rope.dim != hyper.head_dim and "partial_rotary_factor" not in dict(arch.defaults):
         out.append(

@@ -22,10 +22,6 @@ _WINDOW_IGNORED = "sliding window: the loader ignores it (no effect while rows a
 _WINDOW_WIDER = "sliding window: the loader lets a query see one key more than the model defines"
 _QWEN3_NORM = "q/k norm: the loader subtracts the mean (LayerNorm); the model defines RMSNorm, which is used here"
 _MROPE_FP16 = "RoPE: the loader rounds the inverse frequencies to float16"
-_PHI3_LONGROPE = (
-    "longrope: the loader picks long or short factors by the configured context length, not by the length of the "
-    "sequence; calibration does as the loader"
-)
 _DENSE = "the loader treats every layer as mixture of experts"
 _MOE_NORM = Fixed("norm_topk_prob", (True,), "the loader always renormalises the routing weights", absent=False)
 
@@ -183,7 +179,7 @@ _ENTRIES = (
         gate_up_fused=True,
         window=WindowRule("all"),
         defaults=(("original_max_position_embeddings", 4096), ("partial_rotary_factor", 1.0)),
-        loader_differences=(_WINDOW_IGNORED, _PHI3_LONGROPE),
+        loader_differences=(_WINDOW_IGNORED,),
     ),
     Arch(
         "CohereForCausalLM",

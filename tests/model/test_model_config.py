@@ -84,6 +84,27 @@ def test_classes_that_do_not_look_at_layer_types(
     assert load_spec(SourceModel(path)).hyper.sliding == sliding
 
 
+LONG = [1.0 + i for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "told"),
+    [
+        ({"type": "dynamic", "factor": 2.0}, "dynamic: RoPE of rows of more than 128 tokens"),
+        ({"rope_type": "longrope", "short_factor": LONG, "long_factor": LONG}, "longrope: the loader picks long or short"),
+        ({"rope_type": "yarn", "factor": 2.0}, "yarn: the loader computes"),
+        ({"type": "linear", "factor": 2.0}, ""),
+    ],
+)
+def test_rope_that_the_loader_scales_in_another_way_is_told(
+    scaling: dict[str, Any], told: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """Of whatever family."""
+    path = checkpoint("LlamaForCausalLM")
+    edit_config(path, rope_scaling=scaling, original_max_position_embeddings=64, rope_parameters=None)
+    assert [told in w for w in load_spec(SourceModel(path)).warnings] == ([True] if told else [])
+
+
 def test_scaled_queries_of_ministral_are_told(checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint("Mistral3ForConditionalGeneration")
     config = json.loads((path / "config.json").read_text())
