@@ -5,7 +5,7 @@
     allocate    one option per module within the budget              exl2ray.allocation.knapsack
     quantise    module by module, on what the quantised ones produce  exl2ray.team.chain -> exl2ray.quant.module
     write       shards, tokenizer, config.json                       exl2ray.formats.shards
-    tune        with --tune: integers and norms on the end loss      exl2ray.tuning -> exl2ray.tune.run
+    tune        with --tune: integers and norms on the end loss      exl2ray.steps.tuning -> exl2ray.tune.run
 
 Each step leaves its result in the work directory (exl2ray.store) before it counts as done; a step that finds its result
 there does nothing. Kill the process at any time, run the same command again, and the same bytes come out.
@@ -61,7 +61,7 @@ def _convert(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
 def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
     begin_device(recipe)
     with step("import exl2ray"):
-        from exl2ray import afterwards, tuning
+        from exl2ray.steps import evaluating, tuning
         from exl2ray.steps.allocating import allocate
         from exl2ray.steps.job import Job
         from exl2ray.steps.measuring import export_measurement, measure
@@ -81,9 +81,9 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
             job.let_go()
             outputs = tuning.tune_outputs(job, outputs, reporter)
             if recipe.evaluates:
-                outputs = afterwards.evaluate_outputs(recipe, outputs, job.device.type, reporter)
+                outputs = evaluating.evaluate_outputs(recipe, outputs, job.device.type, reporter)
             else:
-                afterwards.drop_outdated(recipe, outputs, reporter)
+                evaluating.drop_outdated(recipe, outputs, reporter)
         return _finished(job, outputs, reporter, start)
     except KeyboardInterrupt as e:
         raise _stopped(recipe, begun) from e
@@ -91,7 +91,7 @@ def _converted(recipe: Recipe, reporter: Reporter, start: float) -> Summary:
 
 def _places(recipe: Recipe, compile_full: str | None) -> set[str]:
     """The directories of all bitrates with this -cf, links resolved."""
-    from exl2ray.targets import places
+    from exl2ray.output.targets import places
 
     single = (replace(recipe, bits=(bits,), compile_full=compile_full) for bits in recipe.bits)
     return {directory for r in single for directory in places(r)["targets"]}
@@ -111,10 +111,10 @@ def patch(
     unless that is to be undone. bits: bitrates to patch; None: all. compile_full: where to write; None: over the output of
     the recipe. Raises UsageError if a bitrate is not finished, or an override matches nothing.
     """
-    from exl2ray.afterwards import drop_outdated
     from exl2ray.allocation.overrides import parse_overrides
     from exl2ray.remote.source import localised
     from exl2ray.steps.allocating import allocate
+    from exl2ray.steps.evaluating import drop_outdated
     from exl2ray.steps.job import Job
     from exl2ray.steps.measuring import measure
     from exl2ray.steps.patching import Wanted
@@ -182,8 +182,8 @@ def _finished(job: Job, outputs: list[OutputSummary], reporter: Reporter, start:
 
 def dry_run(recipe: Recipe, reporter: Reporter) -> None:
     """Checks everything that can be checked before work starts, and says what would be done."""
+    from exl2ray.output.targets import places
     from exl2ray.steps.job import Job
-    from exl2ray.targets import places
 
     recipe = _in_reach(recipe, reporter)
     with Job(recipe, reporter, dry=True):

@@ -1,6 +1,6 @@
 """Paths as they are given, before anything is looked at: what cannot be one, or was meant to be another one.
 
-Who may write where is in `exl2ray.targets`.
+Who may write where is in `exl2ray.output.targets`.
 """
 
 from __future__ import annotations

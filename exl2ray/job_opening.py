@@ -18,13 +18,13 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.json_file import parse_json_object
 from exl2ray.formats.measurement import Measurement
 from exl2ray.model.spec import ModelSpec
+from exl2ray.output.targets import check_place
 from exl2ray.recipe import JOB_FLAGS, Recipe
 from exl2ray.result_warnings import few_scores_warning
 from exl2ray.store.apart import refuse_within
 from exl2ray.store.file_names import MEASUREMENT
 from exl2ray.store.job_file import StoredJob
 from exl2ray.store.workdir import WorkDir
-from exl2ray.targets import check_place
 from exl2ray.wording import shown
 
 FEW_SCORES = 4  # rows of the measurement set for scores by which nothing is chosen: they tell how modules differ

@@ -33,12 +33,12 @@ from exl2ray.formats.layout import GroupLayout, QParams, pad32
 from exl2ray.formats.tensorfile import header_bytes
 from exl2ray.model.arch import load_spec
 from exl2ray.model.spec import LinearSpec
+from exl2ray.output.writing import OutputWriter
 from exl2ray.recipe import Recipe
 from exl2ray.store.file_names import quant_kind
 from exl2ray.store.records import Record, hash_inputs, item_file
 from exl2ray.store.tensors import put_tensors
 from exl2ray.store.workdir import WorkDir
-from exl2ray.writing import OutputWriter
 
 ALL = {"7b": Shape(32, 4096, 11008, 32, 32), **SHAPES}
 FILE_BYTES = 32 << 20  # as `exl2ray.team.packed_files` has it

@@ -58,12 +58,12 @@ from quality_calibration import Calibration, Experiment  # noqa: E402
 from quality_models import Model  # noqa: E402
 from quality_sizes import matched  # noqa: E402
 
-from exl2ray import tuning  # noqa: E402
 from exl2ray.cli import convert as convert_command  # noqa: E402
 from exl2ray.errors import BudgetError, Exl2RayError, UsageError  # noqa: E402
 from exl2ray.events import Silent  # noqa: E402
 from exl2ray.plan.sizes import exact_size  # noqa: E402
 from exl2ray.recipe import Recipe  # noqa: E402
+from exl2ray.steps import tuning  # noqa: E402
 from exl2ray.steps.allocating import allocate  # noqa: E402
 from exl2ray.steps.measuring import measure  # noqa: E402
 from exl2ray.steps.producing import produce  # noqa: E402

@@ -10,8 +10,8 @@ from numba.core.registry import cpu_target
 from exl2ray.calibration.text import builtin_documents
 
 for name in (
-    "afterwards", "cli", "commands.allocations", "commands.evaluate", "commands.plan", "convert", "cuda.cpu",
-    "driver.workers", "steps", "steps.producing", "tuning", "writing",
+    "cli", "commands.allocations", "commands.evaluate", "commands.plan", "convert", "cuda.cpu",
+    "driver.workers", "output.writing", "steps", "steps.evaluating", "steps.producing", "steps.tuning",
 ):  # fmt: skip
     import_module(f"exl2ray.{name}")
 cpu_target.typing_context.refresh()  # what numba imports when it first loads a compiled function

@@ -27,10 +27,10 @@ from exl2ray.events import Reporter, Silent
 from exl2ray.formats.elsewhere import named
 from exl2ray.formats.files import atomic_file, refuse_other, refuse_special
 from exl2ray.formats.source.kinds import refusal
+from exl2ray.output.targets import check_place
 from exl2ray.remote.source import local
 from exl2ray.report.ladder import plot_ladder
 from exl2ray.report.plot_files import check_plot, is_plot
-from exl2ray.targets import check_place
 from exl2ray.terminal.console import aside, clean, is_terminal, show_text
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models

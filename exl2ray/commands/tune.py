@@ -12,13 +12,13 @@ from exl2ray.errors import Interrupted, UsageError
 from exl2ray.evaluate.forward import open_model
 from exl2ray.recipe import Recipe
 from exl2ray.remote.address import is_remote, redacted
+from exl2ray.steps.tuning import place_of_tuning
 from exl2ray.terminal.console import Warnings, show_text
 from exl2ray.terminal.live import human_reporter, show_table
 from exl2ray.terminal.pasted import check_models
 from exl2ray.tune.rows import naming
 from exl2ray.tune.run import Tuned, tune
 from exl2ray.tune.settings import LENGTH, Settings
-from exl2ray.tuning import place_of_tuning
 from exl2ray.units import parse_count
 from exl2ray.wording import duration, file_size, nats
 

@@ -41,6 +41,7 @@ from exl2ray.job_opening import check_measurement_target, check_opening, few_sco
 from exl2ray.model.arch import load_spec
 from exl2ray.model.rotated import rotated
 from exl2ray.model.spec import ModelSpec
+from exl2ray.output.targets import check_output, check_place
 from exl2ray.plan.disk import check_disks, disk_needs
 from exl2ray.plan.doubts import calibration_doubts, model_doubts, tokenizer_doubts
 from exl2ray.plan.findings import Examination
@@ -52,7 +53,6 @@ from exl2ray.plan.worker_memory import RowSizes
 from exl2ray.recipe import Recipe
 from exl2ray.store.open import local_path
 from exl2ray.store.workdir import WorkDir
-from exl2ray.targets import check_output, check_place
 from exl2ray.terminal.pasted import missing_folder
 from exl2ray.timeline import step
 from exl2ray.tune.memory import check_memory

@@ -1,4 +1,4 @@
-"""Bytes of the output, from headers alone: every tensor with the name, dtype and shape that `exl2ray.writing` gives it.
+"""Bytes of the output, from headers alone: every tensor with name, dtype and shape as in `exl2ray.output.writing`.
 
 With the options of all linears the result is exact, file by file. Before a measurement only the option tables are known:
 then the size lies between two bounds that hold as long as a larger option of a module is a better one, since the allocation

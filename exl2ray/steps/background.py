@@ -13,9 +13,9 @@ from exl2ray.allocation.planning import Plan
 from exl2ray.calibration.soundness import baseline
 from exl2ray.datasets import reported_rows
 from exl2ray.events import OutputSummary
+from exl2ray.output.writing import OutputWriter
 from exl2ray.recipe import bpw_name
 from exl2ray.store.records import Record
-from exl2ray.writing import OutputWriter
 
 if TYPE_CHECKING:
     from exl2ray.steps.job import Job

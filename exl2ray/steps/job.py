@@ -30,6 +30,7 @@ from exl2ray.formats.side_files import needed_files
 from exl2ray.formats.vision import vision_files
 from exl2ray.job_opening import FALLEN_BACK, allowed_changes, falls_back, job_of
 from exl2ray.model.spec import ModelSpec
+from exl2ray.output.targets import Targets, owner_of, places
 from exl2ray.plan.problems import examine
 from exl2ray.quality import Numerics
 from exl2ray.quant.measure_moe import starved_experts
@@ -46,7 +47,6 @@ from exl2ray.store.records import Record, Records, hash_inputs
 from exl2ray.store.tensors import put_tensors
 from exl2ray.store.versions import versions
 from exl2ray.store.workdir import WorkDir
-from exl2ray.targets import Targets, owner_of, places
 from exl2ray.team.messages import Begun, ItemResult, WorkerSetup
 from exl2ray.team.worker import Worker
 from exl2ray.timeline import step

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from exl2ray.allocation.overrides import Override, overridden, parse_overrides
 from exl2ray.allocation.planning import Plan, decoder_bpw, packed_bytes
 from exl2ray.errors import UsageError
+from exl2ray.output.writing import target_of
 from exl2ray.steps.allocating import missing
 from exl2ray.store.file_names import PATCHES, quant_kind
 from exl2ray.store.records import Record, Records, hash_inputs
 from exl2ray.store.workdir import WorkDir
-from exl2ray.writing import target_of
 
 if TYPE_CHECKING:
     from exl2ray.steps.job import Job

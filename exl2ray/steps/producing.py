@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from exl2ray.allocation.planning import Plan
 from exl2ray.errors import NumericError
 from exl2ray.events import OutputSummary
+from exl2ray.output.writing import OutputWriter
 from exl2ray.result_warnings import is_broken
 from exl2ray.steps.background import Outputs
 from exl2ray.steps.patching import Wanted, kept, remember, warn_of_lost
 from exl2ray.steps.quantizing import quantize
 from exl2ray.wording import perplexity
-from exl2ray.writing import OutputWriter
 
 if TYPE_CHECKING:
     from exl2ray.steps.job import Job

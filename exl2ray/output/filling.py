@@ -9,10 +9,10 @@ from pathlib import Path
 
 from exl2ray.allocation.planning import Plan
 from exl2ray.beneath import existing_parent
-from exl2ray.contents import Contents, packed_names
 from exl2ray.errors import StoreError
 from exl2ray.formats.files import write_error
 from exl2ray.formats.shards import Shard, check_names, check_place, remove_stale
+from exl2ray.output.contents import Contents, packed_names
 from exl2ray.store.assembly import Assembly, linkable
 from exl2ray.store.copies import Copies
 from exl2ray.store.file_names import quant_kind

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from exl2ray.allocation.planning import Plan, head_bits, head_bpw
-from exl2ray.contents import Contents
 from exl2ray.errors import UnfitError, UsageError
 from exl2ray.events import OutputSummary
-from exl2ray.filling import Filling
 from exl2ray.formats.claim import existing_shards
 from exl2ray.formats.files import atomic_file, holds
 from exl2ray.formats.hf import SourceModel
@@ -31,6 +29,9 @@ from exl2ray.formats.side_files import copy_side_files, stale_side_files
 from exl2ray.formats.target import Owner, check_claim, check_target, claim_target, release_target, withdraw
 from exl2ray.model.hyper import loader_config
 from exl2ray.model.spec import ModelSpec
+from exl2ray.output.contents import Contents
+from exl2ray.output.filling import Filling
+from exl2ray.output.targets import Targets, owner_of
 from exl2ray.publish.card import CardInfo, converted, model_card, write_card
 from exl2ray.publish.file_kinds import CARD
 from exl2ray.recipe import Recipe, bpw_name
@@ -38,7 +39,6 @@ from exl2ray.result_warnings import ResultWarnings
 from exl2ray.store.file_names import CALIBRATION, OUTPUT, PERPLEXITY, quant_kind
 from exl2ray.store.records import Record, hash_inputs, reading
 from exl2ray.store.workdir import WorkDir
-from exl2ray.targets import Targets, owner_of
 from exl2ray.wording import shown
 
 WRITTEN = 1  # how a model is written; another number when the same tensors would become other files

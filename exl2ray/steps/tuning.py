@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from exl2ray.errors import ClusterError
 from exl2ray.events import OutputSummary, Reporter
+from exl2ray.output.targets import owner_of
 from exl2ray.recipe import Recipe
 from exl2ray.store.file_names import SOLVED, quant_kind
-from exl2ray.targets import owner_of
 from exl2ray.units import parse_count
 from exl2ray.wording import nats
 
