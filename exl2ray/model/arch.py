@@ -58,7 +58,6 @@ FACTORS = {key: None for arch in ARCHITECTURES.values() for key in arch.factors}
 OF_LOGITS = {"final_logit_softcapping", "logit_scale", "logits_scaling"}  # applied by the class of the whole model alone
 
 
-OF_NO_STATE = ("bos_token_id", "max_seq_len", "normalize_head")  # of Hyper: what a difference of is none of hidden states
 READ_BESIDE_TEXT = {"architectures", "text_config", "tie_word_embeddings", "vision_config"}  # by transformers, too
 
 
@@ -301,7 +300,7 @@ def _outside_of_text(
     for key in config.keys() - READ_BESIDE_TEXT:
         with suppress(SourceError):  # without it there would be no model
             inside = resolve_hyper(arch, {k: v for k, v in config.items() if k != key}, rope_scale, rope_alpha)
-            if replace(inside, **{name: getattr(hyper, name) for name in OF_NO_STATE}) != hyper:
+            if _computed(inside) != _computed(hyper):
                 keys.append(key)
     if not keys:
         return []
@@ -310,6 +309,14 @@ def _outside_of_text(
         f"config.json has {some(sorted(keys), 4)} outside of text_config, where transformers does not look for {them}: "
         f"{are} preferred to what text_config says, as the loader does. If the model was trained without, remove {them}"
     ]
+
+
+def _computed(hyper: Hyper) -> Hyper:
+    """Without what makes no difference to hidden states."""
+    slides = hyper.window is not None and any(hyper.sliding)
+    window = (hyper.sliding, hyper.window) if slides else ((), None)
+    fixed = replace(hyper, bos_token_id=None, max_seq_len=0, normalize_head=False, rope_kind="")
+    return replace(fixed, sliding=window[0], window=window[1])
 
 
 def _warnings(

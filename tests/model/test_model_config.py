@@ -144,6 +144,7 @@ def test_factors_of_other_families_are_told(
         ("LlavaForConditionalGeneration", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "has rope_scaling outside"),
         ("Gemma3ForConditionalGeneration", {"sliding_window": 9, "rms_norm_eps": 1e-3}, "has rms_norm_eps, sliding_window"),
         ("Qwen2VLForConditionalGeneration", {"hidden_size": HIDDEN, "rms_norm_eps": 1e-5, "max_position_embeddings": 9}, ""),
+        ("Qwen2VLForConditionalGeneration", {"sliding_window": 9, "rope_scaling": {"type": "default"}}, ""),
     ],
 )
 def test_keys_that_only_the_loader_reads_are_told(
