@@ -14,7 +14,7 @@ from typing import Any
 from exl2ray.formats.json_file import as_number
 from exl2ray.recipe import bpw_name
 from exl2ray.report.values import mapping
-from exl2ray.store.event_log import moment
+from exl2ray.store.event_log import timed
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,8 @@ class Timeline:
 def read_timeline(events: Iterable[Mapping[str, Any]]) -> Timeline | None:
     """None for a log without a single usable event."""
     reader = _Reader()
-    for event in events:
-        at = moment(event.get("time"))
-        if at is not None:
-            reader.take(at, str(event["time"]), str(event.get("name")), mapping(event.get("fields")))
+    for at, event in timed(events):
+        reader.take(at, str(event["time"]), str(event.get("name")), mapping(event.get("fields")))
     return reader.finish()
 
 

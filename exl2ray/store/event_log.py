@@ -4,6 +4,7 @@
 |---|---|
 | time | ISO 8601, UTC, milliseconds: "2025-03-01T12:00:00.123Z" |
 | host, pid | the process that wrote the line |
+| clock | seconds of that process's monotonic clock, which nobody sets; absent in logs of earlier versions |
 | name | what happened: "opened", "module_measured", "error", ... |
 | fields | a mapping of JSON values that belong to the name |
 
@@ -17,12 +18,16 @@ import json
 import math
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from exl2ray.formats.json_file import as_number
 from exl2ray.store.file_names import EVENTS
 from exl2ray.store.fs import Store
+
+LONGEST_SECONDS = 1e9  # that a machine is up
 
 
 def timestamp() -> str:
@@ -38,12 +43,29 @@ def moment(text: Any) -> float | None:
         return None
 
 
+def timed(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    """Events with the time of each, seconds since 1970: as the first one of a run says, and from there on by the monotonic
+    clock of its process, so that setting the clock while a job runs moves nothing. Those without a time are left out."""
+    writer: tuple[Any, Any] | None = None
+    ahead = 0.0  # of the monotonic clock
+    for event in events:
+        when, clock = moment(event.get("time")), as_number(event.get("clock"))
+        if when is None:
+            continue
+        if clock is not None and 0 <= clock <= LONGEST_SECONDS:
+            if event.get("name") == "opened" or writer != (event.get("host"), event.get("pid")):
+                writer, ahead = (event.get("host"), event.get("pid")), when - clock
+            when = clock + ahead
+        yield when, event
+
+
 def event_line(name: str, fields: Mapping[str, Any]) -> str:
     """One line of the log. Unlike records, events take any value: NaN and infinity as text, objects by str()."""
     event = {
         "time": timestamp(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "clock": round(time.monotonic(), 3),
         "name": name,
         "fields": _printable(fields),
     }

@@ -140,18 +140,32 @@ def is_held(store: Store) -> bool:
                 if try_flock(handle, shared=True) is None:
                     return True
     try:
-        return _is_fresh(store, store.get(LOCK_FILE), DEFAULT_TIMING, time.time)
+        age = heartbeat_age(store) if _may_be_fresh(store.get(LOCK_FILE)) else None
+        return age is not None and age <= DEFAULT_TIMING.stale
     except MissingFileError:
         return False
 
 
-def _is_fresh(store: Store, data: bytes, timing: LockTiming, clock: Callable[[], float]) -> bool:
-    """Whether the content of a lock file that the kernel does not lock keeps others out."""
+def _may_be_fresh(data: bytes) -> bool:
+    """Whether the content of a lock file that the kernel does not lock may be of somebody who is alive."""
     holder = Holder.from_bytes(data)
-    if not data or (holder is not None and (holder.kernel or holder.ended_here())):
+    return bool(data) and (holder is None or not (holder.kernel or holder.ended_here()))
+
+
+def _is_fresh(store: Store, data: bytes, timing: LockTiming) -> bool:
+    """Whether the content of a lock file that the kernel does not lock keeps others out, by the clock of the storage. That
+    may have been set back since the file was written: then whoever is alive writes it again, which is waited for."""
+    if not _may_be_fresh(data):
         return False
-    age = heartbeat_age(store, clock)
-    return age is not None and age <= timing.stale
+    try:
+        written = store.mtime(LOCK_FILE)
+        age = store.clock() - written
+        if age >= -timing.stale:
+            return age <= timing.stale
+        time.sleep(2 * timing.heartbeat)
+        return store.mtime(LOCK_FILE) != written
+    except MissingFileError:
+        return False
 
 
 def check_lock(store: Store) -> None:
@@ -217,7 +231,7 @@ class DriverLock:
             self.store.delete(LOCK_FILE)
             return False
         data = os.pread(handle, 1 << 16, 0)
-        if _is_fresh(self.store, data, self.timing, self.store.clock):
+        if _is_fresh(self.store, data, self.timing):
             raise _in_use(self.store, Holder.from_bytes(data), self.timing)
         self._mine, self.taken_over = replace(self._mine, kernel=True), Holder.from_bytes(data)
         with closing(self._opened(os.O_RDWR)) as writable:
@@ -240,7 +254,7 @@ class DriverLock:
         """Writes our name where there is no lock of the kernel, and goes on writing it."""
         with suppress(MissingFileError):
             data = self.store.get(LOCK_FILE)
-            if _is_fresh(self.store, data, self.timing, self.store.clock):
+            if _is_fresh(self.store, data, self.timing):
                 raise _in_use(self.store, Holder.from_bytes(data), self.timing)
             self.taken_over = Holder.from_bytes(data)
         self.store.put(LOCK_FILE, self._mine.to_bytes())

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from exl2ray.store.event_log import moment
+from exl2ray.store.event_log import moment, timed
 from exl2ray.store.pace import Pace
 
 _MEASURE = "measure"
@@ -81,10 +81,11 @@ def passes(
     ``now``: seconds since 1970.
     """
     found: dict[str, _Pass] = {}
-    run, latest = 0, -math.inf
-    for event in events:
-        when, name, f = moment(event.get("time")), event.get("name"), event.get("fields")
-        if when is None or not isinstance(f, Mapping):
+    run, latest, set_since = 0, -math.inf, 0.0
+    for when, event in timed(events):
+        name, f = event.get("name"), event.get("fields")
+        set_since = (moment(event["time"]) or when) - when  # by how much the clock has been set since the driver began
+        if not isinstance(f, Mapping):
             continue
         when = latest = when if name == "opened" else max(when, latest)  # a clock that is set back stands still
         if name == "opened":
@@ -101,6 +102,7 @@ def passes(
                 p.doing[f["worker"]] = (str(f.get("method")), str(f.get("key")))
         elif name == "written":
             found[f"compile {f.get('bits')}"] = _Pass(Pace(1, 1, 1, when), run, when, when)
+    now -= set_since
     complete = {*complete, *(n.replace("compile", "quantize") for n in found if n.startswith("compile"))}
     names = sorted({**dict.fromkeys(wanted), **found}, key=_rank)
     return [

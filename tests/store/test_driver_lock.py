@@ -201,6 +201,24 @@ def test_takeover_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lock.release()
 
 
+def test_a_name_from_the_future_keeps_nobody_out_unless_it_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of the storage was ahead when the driver crashed, or still runs, and has been set back."""
+    without_flock(monkeypatch)
+    store, future = LocalStore(str(tmp_path)), time.time() + 1e8
+    elsewhere = replace(Holder.here(), host="another")
+    store.put(LOCK_FILE, elsewhere.to_bytes())
+    os.utime(tmp_path / LOCK_FILE, (future, future))
+    lock = DriverLock(store, FAST)
+    lock.acquire()
+    assert lock.taken_over == elsewhere
+    os.utime(tmp_path / LOCK_FILE, (future, future))  # this one is alive
+    with pytest.raises(StoreError, match="in use by process"):
+        DriverLock(store, FAST).acquire()
+    lock.release()
+
+
 def test_the_kernel_frees_the_lock_of_a_killed_driver_and_of_none_else(tmp_path: Path) -> None:
     """Its file stays, however new, and keeps nobody out; while it ran, its file's age did not matter."""
     code = """

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_helpers import status_of
 
+from exl2ray.report.time_spent import read_timeline
+from exl2ray.store.event_log import moment, timed
 from exl2ray.store.file_names import quant_kind
 from exl2ray.store.passes import PassStatus, passes
 from exl2ray.store.records import Record, hash_inputs
@@ -60,6 +62,42 @@ def test_a_running_pass() -> None:
         ("a:1", 3, 10.0, ""), ("a:2", 3, 10.0, "enter module 7"),
     ]  # fmt: skip
     assert [found[n].state for n in WANTED[1:]] == ["waiting", "waiting"]
+
+
+@pytest.mark.parametrize("set_by", [315_360_000.0, -86_400.0])
+def test_a_clock_that_is_set_meanwhile(set_by: float) -> None:
+    """By a time server, say, while a pass runs: forward for good, and for one event."""
+    story = Story().opened().tell("stage", stage="measure", items=12, done=0).items("measure", 1, 6, 12, 5.0, "a:1")
+    right = story.status(True, later=3.0)["measure"]
+    for since, until in ((7, len(story.events)), (7, 8)):
+        shifted = Story()
+        for i, event in enumerate(story.events):
+            at = moment(event["time"])
+            assert at is not None
+            shifted.now = at + (set_by if since <= i < until else 0.0)
+            shifted.tell(event["name"], **event["fields"]).events[-1]["clock"] = at - START + 9.0
+        assert shifted.status(True, later=3.0)["measure"] == right
+        timeline = read_timeline(shifted.events)
+        assert timeline is not None
+        assert timeline.seconds == pytest.approx(30.0)
+
+
+def test_a_process_number_that_comes_again_after_a_boot() -> None:
+    story = Story().opened().tell("stage", stage="measure", items=12, done=0)
+    for event in story.events:
+        event["clock"] = 5e6
+    story.now += 1000.0
+    story.opened().tell("stage", 1.0, stage="measure", items=12, done=6)
+    for i, event in enumerate(story.events[2:]):
+        event["clock"] = 20.0 + i
+    assert [when - START for when, _ in timed(story.events)] == pytest.approx([0.0, 0.0, 1000.0, 1001.0])
+
+
+@pytest.mark.parametrize("clock", ["x", None, -1.0, 1e300, float("nan"), True, [3]])
+def test_clocks_that_are_none_are_passed_over(clock: Any) -> None:
+    story = Story().opened().tell("stage", 2.0, stage="measure", items=12, done=0)
+    story.events[1]["clock"] = clock
+    assert [when - START for when, _ in timed(story.events)] == pytest.approx([0.0, 2.0])
 
 
 def test_nothing_is_claimed_before_the_second_item() -> None:
