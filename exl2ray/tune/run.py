@@ -111,7 +111,7 @@ def tune(
         reporter.event("note", message=f"reading the text to tune on: {_places(settings)}")
         with naming(settings.text_flag):
             rows = _rows(settings, written_length, pair, device, reporter)
-        settings = settings.for_rows(len(rows.ids), bits)
+        settings = settings.for_rows(len(rows.ids), bits, pair.start.spec.weights)
         for note in rows.notes:
             reporter.event("note", message=note)
         clock.lap("text")
@@ -270,7 +270,8 @@ def _tokens_to_write(settings: Settings) -> int:
 
 def _asked(settings: Settings, pair: Pair, device: torch.device) -> str:
     """Of what two tunings with other values of cannot be the same, whatever their text; known before there is any."""
-    kept = {k: v for k, v in _kept(settings, device).items() if k not in ("rate", "gain_rate")}  # text may decide on them
+    by_text = ("passes", "rate", "gain_rate")  # it may decide on them
+    kept = {k: v for k, v in _kept(settings, device).items() if k not in by_text}
     return hash_inputs(
         version=VERSION, settings=kept, start=pair.exl2.fingerprint(), source=pair.source.source.fingerprint(),
         written=_tokens_to_write(settings), device=device.type,

@@ -244,11 +244,11 @@ def test_the_builtin_text_by_kind(model: Path) -> None:
 def test_steps_and_rates_follow_from_model_and_text(
     weights: int, given: dict[str, Any], rows: int, tokens: int, rate: float
 ) -> None:
-    settings = Settings("directory", "reference", "output", **given).for_model(weights, 4.0).for_rows(rows, 4.0)
+    settings = Settings("directory", "reference", "output", **given).for_model(weights, 4.0).for_rows(rows, 4.0, weights)
     assert settings.rows_of_a_step(rows) * settings.row_length == tokens
     assert settings.rate == pytest.approx(rate)
     assert settings.gain_rate == pytest.approx(2e-3 * min(1, tokens / 8192) ** 0.5)
-    assert settings.for_model(10**12, 2.0).for_rows(10**6, 8.0) == settings, "what is decided stays"
+    assert settings.for_model(10**12, 2.0).for_rows(10**6, 8.0, 10**12) == settings, "what is decided stays"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_steps_and_rates_follow_from_model_and_text(
 )
 def test_few_bits_have_shorter_rows_and_a_higher_rate(bits: float, weights: int, length: int, rate: float) -> None:
     settings = Settings("directory", "reference", "output")
-    found = settings.for_model(weights, bits).for_rows(1000, bits)
+    found = settings.for_model(weights, bits).for_rows(1000, bits, weights)
     assert found.length == length
     assert found.rate == pytest.approx(rate)
     assert found.gain_rate == pytest.approx(2e-3 * min(1, (found.step_tokens or 0) / 8192) ** 0.5), "that of norms stays"
@@ -280,20 +280,22 @@ def test_few_bits_have_shorter_rows_and_a_higher_rate(bits: float, weights: int,
     ],
 )
 def test_small_models_go_over_the_text_twice(weights: int, given: dict[str, Any], steps: int) -> None:
-    settings = Settings("directory", "reference", "output", tokens=4_000_000, **given).for_model(weights, 4.0)
     rows = 4_000_000 // 512 + 1
+    asked = Settings("directory", "reference", "output", tokens=4_000_000, **given).for_model(weights, 4.0)
+    settings = asked.for_rows(rows, 4.0, weights)
     assert settings.steps(rows) == pytest.approx(steps, abs=2)
-    assert settings.for_model(10**12, 4.0) == settings, "what is decided stays"
+    assert settings.for_rows(rows, 4.0, 10**12) == settings, "what is decided stays"
+    assert asked.for_rows(rows // 2, 4.0, weights).passes == given.get("passes", 1), "it is gone through again as it is"
     seen = torch.cat(list(Batches(rows, settings.rows_of_a_step(rows), settings.steps(rows), 0))).bincount(minlength=rows)
     assert set(seen.tolist()) <= {settings.passes, (settings.passes or 0) - 1}, "what is less than a step is left out"
 
 
 @pytest.mark.parametrize(("bits", "less"), [(2.0, 1), (4.0, 1), (5.0, 2), (6.35, 5.1), (8.0, 16)])
 def test_norms_move_less_where_errors_are_small(bits: float, less: float) -> None:
-    settings = Settings("directory", "reference", "output", step_tokens=8192).for_rows(1000, bits)
+    settings = Settings("directory", "reference", "output", step_tokens=8192).for_rows(1000, bits, 10**9)
     assert settings.rate == pytest.approx(2e-3)
     assert settings.gain_rate == pytest.approx(2e-3 / less, rel=0.01)
-    assert replace(settings, gain_rate=0.1).for_rows(1000, bits).gain_rate == 0.1, "what was asked for"
+    assert replace(settings, gain_rate=0.1).for_rows(1000, bits, 10**9).gain_rate == 0.1, "what was asked for"
 
 
 @pytest.mark.parametrize(("rows", "size", "steps"), [(7, 3, 40), (5, 5, 9), (1, 1, 4), (10, 4, 2), (64, 7, 33)])
