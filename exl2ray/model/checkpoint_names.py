@@ -45,7 +45,7 @@ def names_in(arch: Arch, source: SourceModel, tied: bool) -> Names:
         names = _at(arch.source, layout)
         tried.append(f"{names.embed}.weight")
         if tried[-1] in source:
-            return names
+            return _with_head(arch, names, source) if arch.source_layouts else names
     stored = set(source.names())
     root = arch.source.embed[: arch.source.embed.rfind(".") + 1]
     first = f"{arch.source.attn_norm.format(L=0)}.weight".removeprefix(root)
@@ -78,6 +78,14 @@ def _head(arch: Arch, root: str, stored: Iterable[str]) -> Layout:
     head = arch.source.head
     found = next((p for p in places if f"{p}{head}.weight" in stored), places[max(0, len(places) - 2)])
     return ((head, found + head),)
+
+
+def _with_head(arch: Arch, names: Names, source: SourceModel) -> Names:
+    """With the head where it is, if it is not where the layout of the rest has it."""
+    if f"{names.head}.weight" in source:
+        return names
+    ((_, head),) = _head(arch, names.embed[: names.embed.rfind(".") + 1], source.names())
+    return replace(names, head=head) if f"{head}.weight" in source else names
 
 
 def _at(names: Names, layout: Layout) -> Names:

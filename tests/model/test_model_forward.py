@@ -13,6 +13,7 @@ from oracles import (
     GPT,
     HEAD_DIM,
     HEADS,
+    HIDDEN,
     LENGTH,
     NO_DIM,
     ORACLES,
@@ -26,6 +27,7 @@ from oracles import (
     renamed,
     swiglu_fused,
 )
+from safetensors.torch import load_file, save_file
 from tiny_models import edit_config
 from torch import Tensor
 
@@ -147,6 +149,15 @@ VARIANTS: dict[str, Callable[[Path], Oracle]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_matches_transformers(name: str, tmp_path: Path) -> None:
     compare(VARIANTS[name](tmp_path))
+
+
+def test_a_head_that_lies_outside_of_the_language_model(tmp_path: Path) -> None:
+    """The rest has the names of the published checkpoints, in which the head is the embedding."""
+    model = type(ORACLES["Gemma3ForConditionalGeneration"](tmp_path).model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(3)) * HIDDEN**-0.5
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    compare(Oracle(model.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval(), tmp_path))
 
 
 def test_long_rows_of_softcapped_attention(oracle: Callable[[str], Oracle], monkeypatch: pytest.MonkeyPatch) -> None:
