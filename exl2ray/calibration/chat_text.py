@@ -8,19 +8,19 @@ the conversation.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.calibration.text import Conversation
 from exl2ray.errors import CalibrationError
 
+if TYPE_CHECKING:
+    from jinja2.ext import Extension
+
 # Some templates print the date; a fixed one keeps equal seeds giving equal rows.
 TEMPLATE_DATE = datetime(2024, 7, 26, tzinfo=timezone.utc)
-# Training-only markers of Hugging Face templates; Jinja does not know the tag.
-GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 MEMORY_BYTES = 256 * MIB  # of the process that renders; Python and Jinja take 25
 COMPILE_SECONDS, RENDER_SECONDS = 2.0, 0.01  # of processor time; published templates take 0.05 and 0.001
 CHARACTERS, CHARACTERS_PER_CHARACTER = 100_000, 20  # of output: for the template's own text, and for the messages
@@ -40,14 +40,14 @@ class ChatRenderer:
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # in the child alone
 
         env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
         )
         env.filters["tojson"] = _tojson
         env.globals["raise_exception"] = _raise_exception
         env.globals["strftime_now"] = TEMPLATE_DATE.strftime
         self._special_tokens = dict(special_tokens)
         try:
-            self._template = env.from_string(GENERATION_TAG.sub("", template))
+            self._template = env.from_string(template)
         except MemoryError:
             raise
         except Exception as e:  # the parser's recursion has an end, too
@@ -179,6 +179,27 @@ class ChatText:
             return []
         which = f"{self._failed} conversations are" if self.templated else "all conversations are"
         return [f"chat: {which} plain text, not templated: {self._reason}"]
+
+
+def _generation_tag() -> type[Extension]:
+    """``{% generation %}`` ... ``{% endgeneration %}`` marks what is trained on. As in transformers it is a block like
+    others: line ends beside it, and names that are set in it, go where they go there."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class GenerationTag(Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+        def _inside(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    return GenerationTag
 
 
 def _raise_exception(message: str) -> None:

@@ -22,10 +22,10 @@ from exl2ray.calibration.limited import MIB, ChildError, LimitedProcess
 from exl2ray.calibration.limited_child import quoted, shown
 from exl2ray.calibration.tokenizer_files import (
     AGAIN,
-    SPECIAL_NAMES,
     TokenizerFiles,
     optional_json,
     read_tokenizer_files,
+    template_tokens,
     token_text,
 )
 from exl2ray.errors import SourceError
@@ -189,7 +189,7 @@ def load_tokenizer(directory: str | Path, config: Mapping[str, Any], vocab_size:
         eos_id = ends.resolve("eos", config, files.settings, default=2)
         ends.check_padding(config)
         ends.check_generation_config()
-        special = {n: t for n in SPECIAL_NAMES if (t := token_text(files.settings.get(n))) is not None}
+        special = template_tokens(files.settings)
         for name, token_id in (("bos_token", bos_id), ("eos_token", eos_id)):
             text = process.tokens_of([token_id])[0] if token_id is not None else None
             if text is not None:

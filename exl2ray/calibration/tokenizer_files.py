@@ -24,6 +24,7 @@ from exl2ray.wording import some
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+OWN_TOKENS = ("model_specific_special_tokens", "extra_special_tokens")  # objects from names to tokens, or a list
 MAX_TOKENIZER_BYTES = 96 * MIB  # three times the largest that is published
 MAX_TEMPLATE_BYTES = 1 * MIB  # published ones have up to 30 kB
 MAX_ID = 1 << 31
@@ -119,6 +120,23 @@ def token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def template_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by the names under which a chat template finds them."""
+    return {name: text for name, value in _named_tokens(settings).items() if (text := token_text(value)) is not None}
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers has them, in its order: the usual ones, what a model has beside them (``image_token``; objects first,
+    then texts, or where there are none what an object of its own has), those of ``extra_special_tokens``, if an object.
+    """
+    explicit, extra = (dict(own) if isinstance(own := settings.get(key), Mapping) else {} for key in OWN_TOKENS)
+    usual = {name: settings[name] for name in SPECIAL_NAMES if name in settings}
+    beside = {name: value for name, value in settings.items() if name.endswith("_token") and name not in usual}
+    texts = {name: value for name, value in beside.items() if isinstance(value, str)}
+    objects = {n: v for n, v in beside.items() if isinstance(v, Mapping) and v.get("__type") == "AddedToken"}
+    return {**usual, **objects, **(texts or explicit), **extra}
+
+
 def _decoder_tokens(path: Path, settings: Mapping[str, Any]) -> list[tuple[int, str, dict[str, bool]]]:
     entries = settings.get("added_tokens_decoder")
     if entries is None:
@@ -153,10 +171,9 @@ def _added_tokens(root: Path, settings: Mapping[str, Any]) -> list[tuple[int, st
 
 def _special_tokens(settings: Mapping[str, Any]) -> list[tuple[str, dict[str, bool]]]:
     """Text and flags of the special tokens, in the order in which transformers adds those that are missing."""
-    values = [settings.get(name) for name in SPECIAL_NAMES]
+    values = list(_named_tokens(settings).values())
     for name in SPECIAL_LISTS:
-        some = settings.get(name)
-        values += some if isinstance(some, list) else list(some.values()) if isinstance(some, dict) else []
+        values += listed if isinstance(listed := settings.get(name), list) else []
     return [(text, _flags(v)) for v in values if (text := token_text(v))]
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from bounded import exl2ray
 from model_folders import write_json
 
 from exl2ray.calibration.chat_text import ChatRenderer
 from exl2ray.calibration.conversion import converted_json
 from exl2ray.calibration.text import Conversation
+from exl2ray.calibration.tokenizer import load_tokenizer
 from exl2ray.calibration.tokenizer_files import read_tokenizer_files
 from exl2ray.errors import CalibrationError, SourceError
 from exl2ray.formats.side_files import UNREAD, broken_side_files
@@ -52,6 +54,29 @@ def test_tojson_takes_what_that_of_transformers_takes(arguments: str, options: d
     template = "{% for m in messages %}{{ {'z': 'ü', 'a': [1, 2]} | tojson(" + arguments + ") }}{{ m.content }}{% endfor %}"
     value = json.dumps({"z": "ü", "a": [1, 2]}, **{"ensure_ascii": False, **options})
     assert ChatRenderer(template, {}).render(TALK) == f"{value}Hello there{value}Hi"
+
+
+MARKED = [
+    "{% for m in messages %}{% generation %}\n{{ m.content }}\n{% endgeneration %}\n{% endfor %}",
+    "{% for m in messages %}\n  {%- generation %}\n  {{ m.content }}\n  {%- endgeneration -%}\n  {% endfor %}",
+    "{%- for m in messages -%}{%+ generation -%} {{ m.content }}{%- endgeneration +%}\n{%- endfor -%}",
+    "{% set x = 'a' %}{% for m in messages %}{% generation %}{% set x = 'b' %}{{ m.content }}{% endgeneration %}"
+    "{{ x }}{% endfor %}",
+    "{{ image_token }}{{ seen_token }}{{ x_token }}{{ y }}{{ mask_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", MARKED)
+def test_line_ends_and_names_are_those_of_transformers(template: str, folder: Path) -> None:
+    """Beside the tag that marks what is trained on; and special tokens under the names that a model gives them."""
+    settings = {"chat_template": template, "image_token": "<s>", "seen_token": {"__type": "AddedToken", "content": "</s>"},
+                "broken_token": {"content": "A"}, "x_token": None, "extra_special_tokens": {"y": "B"}}  # fmt: skip
+    write_json(folder / "tokenizer_config.json", settings)
+    messages = [{"role": role, "content": content} for role, content in TALK.messages]
+    wanted = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    with load_tokenizer(folder, json.loads((folder / "config.json").read_text()), 259) as tokenizer:
+        assert tokenizer.templates is not None
+        assert tokenizer.templates.render(TALK) == wanted
 
 
 def template_of(folder: Path) -> str | None:

@@ -47,6 +47,7 @@ def decoder(*entries: tuple[int, dict[str, Any]], **more: Any) -> dict[str, Any]
     return {"added_tokens_decoder": {str(i): entry for i, entry in entries}, **more}
 
 
+OBJECT = {"__type": "AddedToken", "content": "<a>", "lstrip": True}
 SAME: dict[str, dict[str, Any]] = {
     "nothing added": {},
     "added_tokens.json": {"added_tokens.json": MARKERS},
@@ -81,6 +82,9 @@ SAME: dict[str, dict[str, Any]] = {
     "several special tokens": {"tokenizer_config.json": {"mask_token": "<b>", "pad_token": "<a>", "eos_token": "<c>"}},
     "additional_special_tokens": {"tokenizer_config.json": {"additional_special_tokens": ["<a>", "<b>"]}},
     "extra_special_tokens": {"tokenizer_config.json": {"extra_special_tokens": ["<b>", "<a>"]}},
+    "named as a model that sees has them": {"tokenizer_config.json": {"image_token": "<b>", "boi_token": OBJECT}},
+    "named in an object": {"tokenizer_config.json": {"model_specific_special_tokens": {"x_token": "<a>"}}},
+    "named in objects": {"tokenizer_config.json": {"z_token": "<c>", "extra_special_tokens": {"y": "<b>"}}},
     "added and special": {
         "added_tokens.json": MARKERS, "special_tokens_map.json": {"eos_token": "<|im_end|>", "pad_token": "[PAD]"}
     },
