@@ -105,7 +105,7 @@ def open_model(path: str | Path, options: RunOptions | None = None) -> OpenModel
     bos_id = _bos_id(root, source, spec)
     # Figures of a model that config.json cuts are those of another one, and nothing in them shows it.
     notes = [f"{root}: {text}" for text in spec.warnings if any(words in text for words in CUT)]
-    return OpenModel(root, source, spec, bos_id, tuple(notes))
+    return OpenModel(root, source, spec, bos_id, (*notes, *(source.notes if isinstance(source, Exl2Model) else ())))
 
 
 def _opened(root: Path) -> SourceModel:
@@ -119,7 +119,9 @@ def _opened(root: Path) -> SourceModel:
         if quantised_by(info for file in files for info in TensorFile(file, SourceError).tensors.values()) != "exl2":
             raise
         found = config.get("quantization_config")
-        said = f"says {str(found.get('quant_method'))[:40]!r}" if isinstance(found, dict) else "is missing or not an object"
+        if found is None:
+            return Exl2Model(root)
+        said = f"says {str(found.get('quant_method'))[:40]!r}" if isinstance(found, dict) else "is not an object"
         raise FormatError(
             f"{root}: the weights are those of an EXL2 model; quantization_config in its config.json {said}",
             "put back the config.json that came with these weights",

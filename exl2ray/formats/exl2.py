@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from exl2ray.formats.hf import SourceModel
 from exl2ray.formats.layout import GroupLayout
 
 MAX_IN_FEATURES = 65536  # the loader keeps the permutation in 16 bits
+NOT_SAID = (
+    "ExLlamaV2, whose first versions wrote none, loads the model all the same; transformers and vLLM do not know it for EXL2 "
+    "unless it has an entry like {\"quant_method\": \"exl2\", \"bits\": 4.0}"
+)
 QUANTIZED_SUFFIXES = (".q_weight", ".q_scale", ".q_scale_max", ".q_groups", ".q_invperm")
 
 
@@ -156,10 +161,19 @@ def _check_types(p: PackedLinear) -> list[str]:
 
 class Exl2Model(SourceModel):
     """An EXL2 directory with config.json. Broken content raises FormatError. Weight index files are ignored, since
-    the reference copies those of the source model, which no longer describe the weights."""
+    the reference copies those of the source model, which no longer describe the weights.
+
+    ``quantization_config``, which ExLlamaV2 does not read, is not in models of its first versions; packed weights tell.
+    """
 
     error = FormatError
     is_source = False
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        if self.config.get("quantization_config") is None and self.keys():
+            self.config = {**self.config, "quantization_config": {"quant_method": "exl2"}}
+            self.notes.append(f"{self.path}: config.json has no quantization_config: {NOT_SAID}")
 
     def keys(self) -> list[str]:
         """Module names of the quantised linears, sorted."""

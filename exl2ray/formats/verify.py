@@ -29,7 +29,7 @@ import torch
 
 from exl2ray.errors import Exl2RayError, FormatError
 from exl2ray.formats import verify_rules
-from exl2ray.formats.exl2 import QUANTIZED_SUFFIXES, PackedLinear, check_linear
+from exl2ray.formats.exl2 import NOT_SAID, QUANTIZED_SUFFIXES, PackedLinear, check_linear
 from exl2ray.formats.hf import weight_files
 from exl2ray.formats.hfconfig import read_config
 from exl2ray.formats.json_file import read_json_object
@@ -109,13 +109,15 @@ def _check_config(d: Directory) -> None:
         d.problems.append(Problem.of_error(d.path, "config.json", "config", e))
         return
     q = d.config.get("quantization_config")
-    if not isinstance(q, dict):
-        d.add("config", "quantization_config is missing or not an object", file="config.json")
+    if q is None:
+        d.add("config", f"quantization_config is missing: {NOT_SAID}", file="config.json")
+    elif not isinstance(q, dict):
+        d.add("config", "quantization_config is not an object", file="config.json")
     elif q.get("quant_method") != "exl2":
         d.add("config", f"quant_method is {str(q.get('quant_method'))[:40]!r}, not 'exl2'", file="config.json")
     else:
         for key, kind in (("bits", (int, float)), ("head_bits", int), ("version", str), ("calibration", dict)):
-            if not isinstance(q.get(key), kind):
+            if key in q and not isinstance(q[key], kind):
                 d.add("config", f"quantization_config.{key} is {str(q.get(key))[:40]}", file="config.json")
 
 

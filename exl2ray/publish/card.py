@@ -305,7 +305,8 @@ def of_directory(summary: DirectorySummary) -> CardInfo:
     data = calibration if isinstance(calibration, dict) else {}
     dataset = str(data.get("dataset", "(default)"))
     return CardInfo(
-        summary.architecture, float(q.get("bits", summary.decoder_bpw)), summary.decoder_bpw, int(q.get("head_bits", 0)),
+        summary.architecture, float(q.get("bits", summary.decoder_bpw)), summary.decoder_bpw,
+        int(q.get("head_bits") or round(summary.head_bpw) or 16),
         summary.total_bytes, len(summary.files), None if dataset == "(default)" else dataset,
         int(data.get("rows", 0)), int(data.get("length", 0)),
     )  # fmt: skip

@@ -21,6 +21,8 @@ from exl2ray.errors import FormatError, SourceError, UsageError
 from exl2ray.evaluate.chat import Panel
 from exl2ray.evaluate.forward import RunOptions, open_model
 from exl2ray.evaluate.generate import Generator
+from exl2ray.formats.summary import inspect_directory
+from exl2ray.publish.card import model_card, of_directory
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 PROMPT = [5, 9, 200, 77, 30]
@@ -34,7 +36,7 @@ def test_transformers_says_the_same(twins: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "words"), [(None, "is missing"), ([1], "not an object"), ({"quant_method": "gptq"}, "says 'gptq'")]
+    ("found", "words"), [([1], "not an object"), ({"quant_method": "gptq"}, "says 'gptq'")]
 )
 def test_packed_weights_under_another_config_are_called_so(
     found: Any, words: str, twins: tuple[Path, Path], tmp_path: Path
@@ -47,6 +49,26 @@ def test_packed_weights_under_another_config_are_called_so(
     with pytest.raises(FormatError, match=f"those of an EXL2 model.*{words}") as refused:
         open_model(tmp_path / "model")
     assert "config.json" in str(refused.value.hint)
+
+
+def test_packed_weights_need_no_word_of_config(twins: tuple[Path, Path], tmp_path: Path) -> None:
+    """As the first versions of ExLlamaV2 wrote them, which does not read quantization_config."""
+    old = Path(shutil.copytree(twins[1], tmp_path / "old"))
+    config = json.loads((old / "config.json").read_text())
+    del config["quantization_config"]
+    (old / "config.json").write_text(json.dumps(config))
+    model = open_model(old)
+    assert model.quantized
+    assert "has no quantization_config" in model.notes[-1]
+    assert list(islice(Generator(model, "cpu").greedy(PROMPT), 20)) == list(
+        islice(Generator(open_model(twins[1]), "cpu").greedy(PROMPT), 20)
+    )
+    card = of_directory(inspect_directory(old))
+    assert (card.bits, card.rows) == (card.achieved_bpw, 0)
+    assert card.head_bits > 0
+    assert "calibration" not in model_card(card)
+    (old / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    assert open_model(old).quantized
 
 
 class Job:
