@@ -131,6 +131,7 @@ def _add_legacy_keys(level: dict[str, Any], architecture: str) -> None:
             _check_same_scaling(level["rope_scaling"], rope)
     if isinstance(level.get("rope_scaling"), Mapping):
         level["rope_scaling"] = _one_selector(level["rope_scaling"], architecture)
+        _state_original(level, level["rope_scaling"])
     if architecture in PATTERN_ARCHITECTURES and isinstance(level.get("layer_types"), list):
         level["sliding_window_pattern"] = _pattern(level["layer_types"], level.get("sliding_window_pattern"))
     if architecture == "Starcoder2ForCausalLM":
@@ -181,6 +182,16 @@ def _one_selector(scaling: Mapping[str, Any], architecture: str) -> dict[str, An
         out.pop("rope_type", None)
         out["type"] = "longrope"
     return out
+
+
+def _state_original(level: dict[str, Any], scaling: dict[str, Any]) -> None:
+    """The length before scaling where the loader looks for it: beside ``scaling`` for longrope, else inside. transformers
+    prefers the one beside."""
+    key, kind = "original_max_position_embeddings", scaling.get("type") or scaling.get("rope_type")
+    if kind == "longrope":
+        _add(level, key, scaling.get(key), "rope_scaling")
+    elif kind in ("llama3", "yarn"):
+        _add(scaling, key, level.get(key), "the one beside rope_scaling")
 
 
 def _check_same_scaling(old: Any, rope: Mapping[str, Any]) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 from exl2ray.errors import SourceError, UnknownArchitectureError
 from exl2ray.formats.hf import SourceModel
-from exl2ray.formats.hfconfig import config_value, legacy_config
+from exl2ray.formats.hfconfig import config_value, legacy_config, levels
 from exl2ray.formats.json_file import as_number
 from exl2ray.formats.source.architecture_name import BY_MODEL_TYPE, unknown_hint
 from exl2ray.formats.source.model_shards import index_note
 from exl2ray.model.checkpoint_names import INCOMPLETE, Layers, count_layers, incomplete, missing_tensors, names_in
+from exl2ray.model.class_defaults import defaults_of
 from exl2ray.model.config_reader import HINT
 from exl2ray.model.counts import check_counts
 from exl2ray.model.hyper import Hyper, resolve_hyper
@@ -135,6 +136,7 @@ def load_spec(
     used = {s.name for m in modules for s in _stored(m)} | {c.source_name for c in copied}
     unused = () if converted else tuple(n for n in source.names() if n not in used)
     warnings = (*source.notes, *_warnings(arch, hyper, source.config, unused, layers), *_unread_scaling(arch, source.config))
+    warnings = (*warnings, *_passed_over(arch, source.config))
     warnings = (*warnings, *_factors_of_others(arch, source.config, hyper))
     warnings = (*warnings, *_outside_of_text(arch, source.config, hyper, rope_scale, rope_alpha))
     if source.absent and not found:
@@ -269,6 +271,24 @@ def _unread_scaling(arch: Arch, config: Mapping[str, Any]) -> list[str]:
         f"rope_scaling has a factor, {shown(scaling['factor'])}, and no type (linear, yarn, ...): it is not applied, "
         "neither by transformers nor by ExLlamaV2; add the type if the model was trained with it"
     ]
+
+
+def _passed_over(arch: Arch, config: Mapping[str, Any]) -> list[str]:
+    """A warning about rotary settings that transformers does not see: with a rope_scaling, as people add it to make a context
+    longer, it looks at no rope_parameters."""
+    out = []
+    for level in levels(config):
+        scaling, rope = level.get("rope_scaling"), level.get("rope_parameters")
+        if not (isinstance(scaling, Mapping) and scaling and isinstance(rope, Mapping)):
+            continue
+        usual = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, **defaults_of(arch, config)}
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if rope.get(key) not in (None, usual[key]) and scaling.get(key) is None and level.get(key) is None:
+                out.append(
+                    f"rope_parameters says {key} {shown(rope[key])}, which is used; with rope_scaling beside it transformers "
+                    f"takes {shown(usual[key])} instead: write {key} into rope_scaling as well"
+                )
+    return out
 
 
 def _factors_of_others(arch: Arch, config: Mapping[str, Any], hyper: Hyper) -> list[str]:

@@ -66,6 +66,9 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "longrope by both": ("phi3", {**ORIGINAL, "rope_scaling": {"rope_type": "longrope", "type": "longrope", **SHORT}}),
     "longrope, transformers 5": ("phi3", {"rope_parameters": {
         "rope_type": "longrope", "rope_theta": 1e4, **ORIGINAL, **SHORT}}),
+    "longrope, its length inside": ("llama", {"rope_scaling": {"type": "longrope", **SHORT, **ORIGINAL}}),
+    "llama3, its length beside": ("llama", {"rope_theta": 5e5, "original_max_position_embeddings": 1024, "rope_scaling": {
+        "rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if "factor" in k}}}),
     "longrope called yarn": ("phi3", {**ORIGINAL, "rope_scaling": {"type": "yarn", **SHORT}}),
     "part of a head": ("phi3", {**ORIGINAL, "partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope", **SHORT_24}}),
     "part of a head, transformers 5": ("phi3", {**ORIGINAL, "rope_parameters": {
@@ -138,6 +141,10 @@ REFUSED_ROPES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
                                   ("original_max_position_embeddings is missing", "8192 in Llama 3.1")),
     "yarn without its length": ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}},
                                 ("copy rope_scaling from config.json",)),
+    "two lengths, llama3": ("llama", {"original_max_position_embeddings": 4096, "rope_scaling": {
+        "rope_type": "llama3", **LLAMA3}}, ("original_max_position_embeddings is 1024, but the one beside", "says 4096")),
+    "two lengths, longrope": ("phi3", {"original_max_position_embeddings": 2048, "rope_scaling": {
+        "type": "longrope", **SHORT, **ORIGINAL}}, ("is 2048, but rope_scaling says 4096",)),
     "unknown": ("llama", {"rope_scaling": {"type": "ntk-by-hand", "factor": 2.0}}, ("'ntk-by-hand' is unknown", "yarn")),
     "two kinds": ("llama", {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
                   ("type 'linear' and rope_type",)),
@@ -171,6 +178,32 @@ def test_a_share_of_a_head_that_transformers_does_not_read_is_told(folder: Path)
     for kind in ("phi3", "glm4"):  # they read it
         assert "partial_rotary_factor" in dict(ARCHITECTURES[BY_MODEL_TYPE[kind]].defaults)
         assert rotary(kind, {**SIZES, "partial_rotary_factor": 0.5}).inv_freq.numel() == 16
+
+
+def test_what_the_loader_needs_of_a_length_is_where_it_looks() -> None:
+    """Beside rope_scaling for longrope, inside it for the others."""
+    for case, beside, length in (("longrope, its length inside", True, 4096), ("llama3, its length beside", False, 1024)):
+        written = loader_config(ARCHITECTURES["LlamaForCausalLM"], {
+            **SIZES, **ROPES[case][1], "architectures": ["LlamaForCausalLM"]})  # fmt: skip
+        assert (written if beside else written["rope_scaling"])["original_max_position_embeddings"] == length
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters", ""])
+def test_a_base_that_transformers_passes_over_is_told(place: str, folder: Path) -> None:
+    """Who makes the context of a model longer adds rope_scaling to what transformers 5 wrote."""
+    linear = {"rope_type": "linear", "factor": 2.0}
+    base = {"rope_type": "default", "rope_theta": 5e5}
+    edit_config(folder, rope_theta=5e5 if not place else None, rope_parameters=base,
+                rope_scaling={**linear, "rope_theta": 5e5} if place == "rope_scaling" else linear)  # fmt: skip
+    warnings = load_spec(SourceModel(folder)).warnings
+    same = relative_error(our_logits(folder), transformers_logits(folder)) < 2e-6
+    assert same == (not warnings) == (place != "rope_parameters")
+    assert same or "rope_theta 500000.0, which is used" in warnings[0]
+    edit_config(folder, rope_parameters=None, rope_scaling=linear, rope_theta=5e5)
+    wanted = transformers_logits(folder)
+    edit_config(folder, **loader_config(ARCHITECTURES["LlamaForCausalLM"], {
+        **json.loads((folder / "config.json").read_text()), "rope_parameters": base, "rope_theta": None}))  # fmt: skip
+    assert relative_error(transformers_logits(folder), wanted) < 2e-6  # the output
 
 
 def test_old_and_new_name_of_longrope_together() -> None:
