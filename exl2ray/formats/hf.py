@@ -25,6 +25,7 @@ from exl2ray.formats.hfconfig import odd_notes, read_config
 from exl2ray.formats.json_file import as_json
 from exl2ray.formats.source import architecture_name, dequantise, model_shards, quantised, training, wrapped_names
 from exl2ray.formats.source.folder import Folder
+from exl2ray.formats.source.fused_experts import single_experts
 from exl2ray.formats.source.kinds import refusal
 from exl2ray.formats.tensorfile import TensorFile, TensorInfo, open_files, read_tensor
 from exl2ray.wording import some
@@ -82,6 +83,7 @@ class SourceModel:
             example = max(stored.values(), key=len)
             notes.append(f"{marked} tensors have the mark of a wrapper in their names, e.g. {example}; read without it")
         tensors = {plain: replace(table[name], name=plain) for plain, name in stored.items()}
+        tensors = single_experts(tensors, self.config)
         adapter = wrapped_names.unmerged(tensors)
         if adapter:
             raise self.error(

@@ -179,7 +179,7 @@ def missing_tensors(
             names = [n for n in names if n not in whole]
     fused = [n for n in source.names() if FUSED_EXPERTS.search(n)] if arch.moe and not arch.experts_fused and names else []
     if fused:
-        found[f"the experts of a layer are stored as one tensor, {fused[0]}, as transformers 5 holds them in memory"] = (
+        found[f"the experts of a layer are stored as one tensor, {fused[0]}, and not as transformers 5 stores that"] = (
             "load the model there, and write it with save_pretrained(NEW, save_original_format=True)"
         )
         names = [n for n in names if layers.number(n) < 0]

@@ -25,6 +25,7 @@ from model_folders import (
     write_json,
     write_weights,
 )
+from oracles import complete_model
 
 from exl2ray.calibration.tokenizer_files import read_tokenizer_files
 from exl2ray.errors import FormatError, SourceError
@@ -224,20 +225,27 @@ def test_layers_in_another_form_are_told(form: str, folder: Path) -> None:
     assert all(words in error.hint for words in (f"{layer} has ", *FORMS[form], "remove_parametrizations"))
 
 
-def test_experts_as_transformers_holds_them(families: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("family", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_experts_as_transformers_holds_them(family: str, tmp_path: Path) -> None:
+    """save_pretrained(DIR, save_original_format=False), which transformers loads as anything else."""
+    model = complete_model(family, tmp_path / "model").model
+    folder = tmp_path / "fused"
+    model.save_pretrained(folder, save_original_format=False, max_shard_size="100KB")
+    single = SourceModel(tmp_path / "model")
+    fused = SourceModel(folder)
+    assert fused.names() == single.names()
+    assert all(torch.equal(fused.load(n), single.load(n)) for n in single.names())
+    assert fused.weights_fingerprint() == single.weights_fingerprint()
+    assert relative_error(our_logits(folder), transformers_logits(folder)) < 2e-6
+    assert load_spec(fused).warnings == load_spec(single).warnings
+
+
+def test_experts_in_one_tensor_of_another_form(tmp_path: Path) -> None:
     """Every matrix of every expert was called missing."""
-    folder = families("Mixtral")
-    start = "model.layers.{}.block_sparse_moe."
-
-    def fuse(t: dict[str, torch.Tensor]) -> None:
-        for i in range(2):
-            one = [{w: t.pop(start.format(i) + f"experts.{e}.{w}.weight") for w in ("w1", "w2", "w3")} for e in range(4)]
-            mlp = f"model.layers.{i}.mlp."
-            t[mlp + "experts.gate_up_proj"] = torch.stack([torch.cat([x["w1"], x["w3"]]) for x in one])
-            t[mlp + "experts.down_proj"] = torch.stack([x["w2"] for x in one])
-            t[mlp + "gate.weight"] = t.pop(start.format(i) + "gate.weight")
-
-    edited(fuse)(folder)
+    folder = tmp_path / "model"
+    model = complete_model("MixtralForCausalLM", folder).model
+    model.save_pretrained(folder, save_original_format=False)
+    edited(lambda t: t.update({n: w.transpose(1, 2) for n, w in t.items() if "experts." in n}))(folder)
     found = refusal(folder)
     assert "stored as one tensor, model.layers.0.mlp.experts.down_proj" in found.message
     assert "is missing" not in found.message
