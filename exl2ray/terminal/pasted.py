@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -28,7 +29,7 @@ def usage_hint(argv: Sequence[str], command: str) -> str:
         return f"the command comes first: {shlex.join(['exl2ray', 'convert', *rest[:6]])}{' ...' if len(rest) > 6 else ''}"
     if command == "exl2ray submit" and "--" not in argv and not {"convert", "measure"}.isdisjoint(argv):
         return "what is to run stands behind --: exl2ray submit --address URL -- convert ..."
-    return _bitrates_hint(argv) or _gpus_hint(argv) or _model_hint(argv) or f"see {command} --help"
+    return _bitrates_hint(argv) or _shard_hint(argv) or _gpus_hint(argv) or _model_hint(argv) or f"see {command} --help"
 
 
 def _bitrates_hint(argv: Sequence[str]) -> str:
@@ -41,6 +42,13 @@ def _bitrates_hint(argv: Sequence[str]) -> str:
             if all(map(_NUMBERS.fullmatch, values)) and found and [*found] != values[:1]:
                 return "a number with each -b: " + " ".join(f"-b {number}" for number in found)
     return ""
+
+
+def _shard_hint(argv: Sequence[str]) -> str:
+    """The hint for a size of shards with its unit; empty if there is none."""
+    found = re.search(r"(?<!\S)(?:-ss|--shard[-_]size)[ =](\d+(?:\.\d+)?) ?([MG])i?B?(?!\S)", " ".join(argv), re.IGNORECASE)
+    mebibytes = float(found[1]) * (1024 if found[2] in "gG" else 1) if found else 0
+    return f"-ss is a number of MiB: -ss {mebibytes:g}" if mebibytes and math.isfinite(mebibytes) else ""
 
 
 def _gpus_hint(argv: Sequence[str]) -> str:

@@ -86,6 +86,18 @@ def test_an_address_that_is_not_read(place: str) -> None:
     assert "fetch it" in e.value.hint
 
 
+@pytest.mark.parametrize("place", ["{}", "datasets/{}", "https://huggingface.co/datasets/{}", "http://hf.co/datasets/{}/tree/main"])
+def test_a_data_set_of_the_hub_by_its_name(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as e:
+        local_source(place.format("Salesforce/wikitext"))
+    assert e.value.hint.endswith("hf://datasets/Salesforce/wikitext")
+    for file in ("texts/wiki.parquet", "Salesforce/wikitext.txt.gz"):
+        with pytest.raises(UsageError) as e:
+            local_source(file)
+        assert "Hub" not in e.value.hint
+
+
 @pytest.mark.parametrize(("kinds", "strings"), [({"messages": "text"}, True), ({"n": "number", "Dialogue": "text"}, False)])
 def test_conversations_that_are_strings_are_told(kinds: dict[str, Kind], strings: bool) -> None:
     """JSON in the cells of a table, as CSV has it: calibration is on the JSON."""

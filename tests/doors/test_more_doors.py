@@ -320,6 +320,8 @@ def test_hints_for_pasted_command_lines(tmp_path: Path, monkeypatch: pytest.Monk
         hint = usage_hint(["convert", "-i", "m", *bits, "-o", "w"], "exl2ray convert")
         assert hint == "a number with each -b: -b 3 -b 4.5"
     assert usage_hint(["plan", "-b", "3bpw"], "exl2ray plan") == "a number with each -b: -b 3"
+    for size in (["-ss", "8GB"], ["-ss=8g"], ["--shard_size", "8192 MiB"], ["--shard-size=8192M"]):
+        assert usage_hint(["convert", "-i", "m", *size], "exl2ray convert") == "-ss is a number of MiB: -ss 8192"
     for gpus in (["--gpus", "0,1"], ["--gpus=0,1"]):
         assert "CUDA_VISIBLE_DEVICES=0,1 exl2ray" in usage_hint(["convert", "-i", "m", *gpus], "exl2ray convert")
     assert "CUDA_VISIBLE_DEVICES=1 exl2ray" in usage_hint(["eval", "--device", "cuda:1"], "exl2ray eval")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from exl2ray.calibration.data.problem import HOW_TO_MAKE_ONE
 from exl2ray.errors import CalibrationError, UsageError, unreadable
+from exl2ray.formats.hub_names import is_repository
 
 KINDS = {  # file name endings
     "Parquet": (".parquet", ".pq", ".parq"),
@@ -29,10 +30,12 @@ KINDS = {  # file name endings
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 HUB = "hf://"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)/?(?:(?:tree|viewer)/.*)?")
 BUILTIN, WRITTEN = "builtin", "self"  # names of sources that are no files: of what is tuned on
 MAX_FILES = 100_000  # looked at in a folder
 NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"})
 CACHED = ("cache-", "tmp")  # what `datasets` keeps beside its data, for itself
+_ENDINGS = (*(end for ends in KINDS.values() for end in ends), *COMPRESSED)
 _TRAIN, _OTHER = (re.compile(rf"(^|[^a-z])({names})([^a-z]|$)") for names in ("train", "test|valid|validation|val|dev|eval"))
 
 
@@ -95,13 +98,18 @@ def check_place(text: str) -> None:
     place, _ = split_column(text)
     if not place or not is_there(place):
         if ADDRESS.match(place):
-            raise UsageError(f"-c {text}: an address; of those {HUB}datasets/... alone is read", "fetch it and give the file")
+            page = HUB_PAGE.fullmatch(text)
+            hint = f"give {HUB}datasets/{page[1]}" if page else "fetch it and give the file"
+            raise UsageError(f"-c {text}: an address; of those {HUB}datasets/... alone is read", hint)
         _check_permission(text, place)
         where = f" (in {os.getcwd()})" if place and not os.path.isabs(place) else ""
         several = [part for part in re.split(r"[,;\s]+", text) if part]
         hint = "give a Parquet, .jsonl, .json, .csv or .txt file, or a folder"
         if len(several) > 1 and all(map(os.path.exists, several)):
             hint = "a place with each -c: " + " ".join(f"-c {part}" for part in several)
+        name = place.removeprefix("datasets/")
+        if is_repository(name) and not name.lower().endswith(_ENDINGS) and not os.path.isdir(os.path.dirname(place)):
+            hint += f"; a data set on the Hub is {HUB}datasets/{name}"
         raise UsageError(f"-c {text}: does not exist{where}", hint)
 
 
