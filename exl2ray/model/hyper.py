@@ -28,6 +28,8 @@ from exl2ray.model.rules import Arch, Fixed
 from exl2ray.wording import shown
 
 TINY = 1e-6  # multipliers and caps below this, 1 / 1e9 included, make everything zero in float16
+DTYPES = ("bfloat16", "double", "float", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "half")
+DTYPES_ELSEWHERE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MAX_EPS = 0.1  # published models have 1e-12 to 1e-5
 
 
@@ -175,10 +177,26 @@ def loader_config(arch: Arch, config: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 out[key] = value
     rows = ConfigReader(out, {}).positive("vocab_size")
+    for part in ("text_config", "vision_config"):
+        if isinstance(out.get(part), Mapping):
+            out[part] = _known_dtype(out[part])
+    out = _known_dtype(out)
     for level in (v for v in (out, out.get("text_config")) if isinstance(v, dict)):
         if type(pad := level.get("pad_token_id")) is int and pad >= rows:
             level["pad_token_id"] = None
         level.update({k: int(v) for k in COUNT_KEYS if type(v := level.get(k)) is float})
+    return out
+
+
+def _known_dtype(level: Mapping[str, Any]) -> dict[str, Any]:
+    """``level`` with dtypes by the names that torch has, as transformers looks them up; without what is the name of none."""
+    out = dict(level)
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(name := out.get(key), str) and name not in DTYPES:
+            plain = name.lower().removeprefix("torch.")
+            out[key] = DTYPES_ELSEWHERE.get(plain, plain)
+            if out[key] not in DTYPES:
+                del out[key]
     return out
 
 

@@ -250,6 +250,23 @@ def test_another_family_than_model_type_says_is_told() -> None:
     assert resolved({"architectures": ["YiForCausalLM"], "model_type": "llama"}, "config.json")[1] == []
 
 
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [("torch.bfloat16", "bfloat16"), ("auto", None), ("BF16", "bfloat16"), ("fp16", "float16"), ("float32", "float32"),
+     ("float8_e4m3fn", "float8_e4m3fn"), (None, None)],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_names_of_dtypes_are_such_that_transformers_loads_the_result(
+    key: str, said: str | None, written: str | None, folder: Path
+) -> None:
+    config = {**json.loads((folder / "config.json").read_text()), "dtype": said}
+    config[key] = config.pop("dtype")
+    out = loader_config(ARCHITECTURES["LlamaForCausalLM"], {**config, "vision_config": {key: said}})
+    assert (out.get(key), out.pop("vision_config").get(key)) == (written, written)
+    (folder / "config.json").write_text(json.dumps(out))
+    assert transformers.AutoConfig.from_pretrained(folder).dtype == (getattr(torch, written) if written else None)
+
+
 # ---- the file ----------------------------------------------------------------------------------------------------------
 
 FILES: dict[str, tuple[Any, tuple[str, ...]]] = {
