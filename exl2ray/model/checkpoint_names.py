@@ -178,7 +178,11 @@ def missing_tensors(
             )
             names = [n for n in names if n not in whole]
     fused = [n for n in source.names() if FUSED_EXPERTS.search(n)] if arch.moe and not arch.experts_fused and names else []
-    if fused:
+    if fused and (files or lost):  # half of a layer, whose other half is in a file that is not there
+        names = [n for n in names if layers.number(n) < 0]
+        if lost and not files:
+            found[f"{some(lost)} {'is' if len(lost) == 1 else 'are'} missing"] = hint
+    elif fused:
         found[f"the experts of a layer are stored as one tensor, {fused[0]}, and not as transformers 5 stores that"] = (
             "load the model there, and write it with save_pretrained(NEW, save_original_format=True)"
         )

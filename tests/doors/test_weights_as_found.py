@@ -238,6 +238,13 @@ def test_experts_as_transformers_holds_them(family: str, tmp_path: Path) -> None
     assert fused.weights_fingerprint() == single.weights_fingerprint()
     assert relative_error(our_logits(folder), transformers_logits(folder)) < 2e-6
     assert load_spec(fused).warnings == load_spec(single).warnings
+    lost = fused.file(fused.names()[3])  # half of a layer's experts
+    lost.unlink()
+    assert f"model.safetensors.index.json names {lost.name}, which is missing" in refusal(folder).message
+    (folder / "model.safetensors.index.json").unlink()
+    found = refusal(folder)
+    assert found.message.endswith(f"{folder}: {lost.name} is missing")
+    assert found.hint.endswith(f"fetch {lost.name}")
 
 
 def test_experts_in_one_tensor_of_another_form(tmp_path: Path) -> None:
