@@ -233,6 +233,13 @@ def config_value(config: Mapping[str, Any], *keys: str) -> Any:
     return next(found, None)
 
 
+def text_model(config: Mapping[str, Any]) -> str | None:
+    """``model_type`` of the part for text, where it says one."""
+    text = config.get("text_config")
+    found = text.get("model_type") if isinstance(text, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
 def levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A config, and its part for text where it has one."""
     text = config.get("text_config")

@@ -110,6 +110,15 @@ def inspect_directory(path: str | Path) -> DirectorySummary:
     )
 
 
+def described(summary: DirectorySummary) -> dict[str, Any]:
+    """Its ``quantization_config``, with what the first versions of ExLlamaV2 did not write as far as the tensors tell."""
+    settings = dict(summary.settings)
+    told = {"quant_method": "exl2", "version": "", "bits": round(summary.decoder_bpw, 4)}
+    for key, value in {**told, "head_bits": round(summary.head_bpw) or 16, "calibration": dict[str, Any]()}.items():
+        settings.setdefault(key, value)
+    return settings
+
+
 def layout_text(layout: GroupLayout) -> str:
     """Rows x width / group size for each run of equal groups, in stored order."""
     runs = groupby(zip(layout.bits, layout.rows, strict=True))

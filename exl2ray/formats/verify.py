@@ -117,7 +117,7 @@ def _check_config(d: Directory) -> None:
         d.add("config", f"quant_method is {str(q.get('quant_method'))[:40]!r}, not 'exl2'", file="config.json")
     else:
         for key, kind in (("bits", (int, float)), ("head_bits", int), ("version", str), ("calibration", dict)):
-            if key in q and not isinstance(q[key], kind):
+            if not isinstance(q.get(key), kind):
                 d.add("config", f"quantization_config.{key} is {str(q.get(key))[:40]}", file="config.json")
 
 

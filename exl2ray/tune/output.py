@@ -19,6 +19,7 @@ from exl2ray.formats.exl2 import Exl2Model
 from exl2ray.formats.files import atomic_file, sha256_of
 from exl2ray.formats.shards import Shard, TensorEntry, config_bytes, plan_shards, shard_names, write_shards
 from exl2ray.formats.side_files import copy_side_files, stale_side_files
+from exl2ray.formats.summary import described, inspect_directory
 from exl2ray.formats.target import CARD, Owner, check_claim, claim_target, release_target, withdraw
 
 Produce = Callable[[], Tensor]
@@ -47,7 +48,8 @@ def write_tuned(
     copy_side_files(start.path, target)
     check_claim(target, owner)
     check()
-    config = {**start.config, "quantization_config": {**start.config["quantization_config"], "tuned": dict(facts)}}
+    settings = {**described(inspect_directory(start.path)), "tuned": dict(facts)}
+    config = {**start.config, "quantization_config": settings}
     with atomic_file(target / "config.json") as f:
         f.write(config_bytes(config))
     release_target(target)

@@ -250,9 +250,8 @@ def test_a_tokenizer_that_was_not_fetched(build, tmp_path: Path) -> None:
         lambda m: m.tensors.update({"visual.blocks.0.attn.qkv.weight": zeros(3, 3, dtype=torch.float64)}),
         lambda m: m.tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.bfloat16)}),
         lambda m: m.tensors.update({f"{L0}.mlp.up_proj.weight": zeros(96, 64)}),
-        settings(quantization_config={"quant_method": "exl2"}),
     ],
-    ids=["tied", "plain head", "inverse frequencies", "vision dtype", "bfloat16 norm", "harmless leftover", "few words"],
+    ids=["tied", "plain head", "inverse frequencies", "vision dtype", "bfloat16 norm", "harmless leftover"],
 )
 def test_what_loaders_accept_is_no_problem(tiny_llama, tmp_path: Path, change) -> None:
     change(tiny_llama)

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from exl2ray.commands.tune import show
 from exl2ray.errors import StoreError
 from exl2ray.events import Silent
 from exl2ray.formats.files import sha256_of
+from exl2ray.formats.summary import inspect_directory
 from exl2ray.formats.verify import verify_directory
 from exl2ray.tune import driving, judge, state
 from exl2ray.tune.deciding import decided
@@ -87,6 +89,20 @@ def test_less_divergence_in_a_file_of_the_same_size(pair: Pairs, text: tuple[Pat
     assert kl[1] is not None
     assert kl[0] is not None
     assert kl[1].value < 0.9 * kl[0].value
+
+
+def test_a_model_that_says_nothing_of_itself(pair: Pairs, text: tuple[Path, Path], tmp_path: Path) -> None:
+    """As the first versions of ExLlamaV2 wrote them: the result says what its tensors tell."""
+    source, exl2 = pair("Llama")
+    old = Path(shutil.copytree(exl2, tmp_path / "old"))
+    config = json.loads((old / "config.json").read_text())
+    del config["quantization_config"]
+    (old / "config.json").write_text(json.dumps(config))
+    tuned(replace(settings(pair, text, tmp_path / "out", tokens=1024), directory=str(old), reference=str(source)))
+    assert verify_directory(tmp_path / "out") == []
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert found["quant_method"] == "exl2"
+    assert found["bits"] == pytest.approx(inspect_directory(exl2).decoder_bpw, abs=1e-3)
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Mixtral"])
